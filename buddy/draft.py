@@ -1,0 +1,160 @@
+"""A recipe in the making: file and overrides laid over the schema, with everything wrong noted on the way."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from buddy.errors import RecipeError, nearest
+from buddy.schema import Recipe, impossible_values, leaves
+
+NOT_PLAIN = "holds ${…}, but a recipe takes plain values only; write the value itself."
+UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError)
+_MISFITS = (OmegaConfBaseException, TypeError, ValueError, OverflowError)
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    str | None: "text or null",
+    list[float]: "a list of numbers such as [1.0, 0.5]",
+    list[str]: "a list of names such as [uniform, random]",
+    dict[str, Any]: "a mapping such as {hidden: 64}",
+}
+
+
+class Draft:
+    """Holds a recipe's configuration so far and what is wrong with it."""
+
+    def __init__(self) -> None:
+        self.config: DictConfig = OmegaConf.structured(Recipe)
+        self.mistakes: list[str] = []
+        self.wrong: set[str] = set()
+
+    def merge(self, part: Mapping[Any, Any]) -> None:
+        """Lay a nested mapping over the draft; what does not fit is noted and left out."""
+        if isinstance(part.get("router"), str):
+            part = {**part, "router": {"name": part["router"]}}
+        self._merge(part, Recipe, self.config, "")
+
+    def override(self, overrides: Sequence[str]) -> None:
+        """Lay `key=value` texts over the draft, each after the one before it."""
+        parts = list(self._parts(overrides))
+        names = [name for part in parts if (name := _router_name(part)) is not None]
+        if names and names[-1] != self.config.router.name:
+            with read_write(self.config.router):
+                self.config.router.options = {}
+        for part in parts:
+            self.merge(part)
+
+    def finish(self, what: str) -> Recipe:
+        """The finished recipe, or all mistakes of `what` in one RecipeError."""
+        try:
+            recipe = OmegaConf.to_object(self.config)
+        except MissingMandatoryValue as error:
+            self.mistakes.append(f"{error.full_key} holds ???; write its value.")
+        else:
+            self.mistakes += [text for keys, text in impossible_values(recipe) if not keys & self.wrong]
+        if len(self.mistakes) > 1:
+            lines = "".join(f"\n  - {mistake}" for mistake in self.mistakes)
+            raise RecipeError(f"{what} has {len(self.mistakes)} mistakes:{lines}")
+        if self.mistakes:
+            raise RecipeError(f"{what} has a mistake: {self.mistakes[0]}")
+        return recipe
+
+    def _merge(self, part: Mapping[Any, Any], schema: type, node: DictConfig, prefix: str) -> None:
+        hints = {item.name: item.type for item in fields(schema)}
+        for key, value in part.items():
+            name, hint = f"{prefix}{key}", hints.get(key)
+            if hint is None:
+                self.mistakes.append(_unknown_key(name, key, list(hints)))
+            elif not is_dataclass(hint):
+                self._set(node, key, name, value, hint)
+            elif isinstance(value, Mapping):
+                self._merge(value, hint, node[key], f"{name}.")
+            else:
+                inner = ", ".join(item.name for item in fields(hint))
+                self._note(name, f"{name} is a section with the keys {inner}, not {shown(value)}.")
+
+    def _set(self, node: DictConfig, key: str, name: str, value: Any, hint: Any) -> None:
+        if "${" in str(value):
+            return self._note(name, f"{name} {NOT_PLAIN}")
+        if hint is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # YAML reads 1e3 as a float
+        try:
+            _refuse_lost_spelling(value, hint)
+            with read_write(node):
+                OmegaConf.update(node, key, value, merge=True)
+        except _MISFITS:
+            lost = hint in (str, str | None) and isinstance(value, bool | int | float)
+            advice = "; put it in quotes" if lost else ""
+            self._note(name, f"{name} must be {_WORDS[hint]}, not {shown(value)}{advice}.")
+
+    def _parts(self, overrides: Sequence[str]) -> Iterator[Mapping[Any, Any]]:
+        for text in overrides:
+            try:
+                yield _parse(text)
+            except RecipeError as error:
+                self.mistakes.append(str(error))
+
+    def _note(self, key: str, sentence: str) -> None:
+        self.wrong.add(key)
+        self.mistakes.append(sentence)
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe spells it, on one line and not too long."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    text = " ".join(text.removesuffix("\n...\n").split())
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def yaml_reason(error: Exception) -> str:
+    """What YAML or OmegaConf found wrong, on one line, with the line where it is known."""
+    mark = getattr(error, "problem_mark", None)
+    reason = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
+    return f"line {mark.line + 1}: {reason}" if mark else reason
+
+
+def _parse(text: str) -> Mapping[Any, Any]:
+    """{"a": {"b": value}} of "a.b=value"; values are read as YAML."""
+    key, equals, value = text.partition("=")
+    if "[" in key:
+        raise RecipeError(f"{text!r} reaches into a list; give the whole list, as in budgets=[1.0,0.5].")
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise RecipeError(f"{text!r} is not an override; write key=value, as in trainer.max_steps=50.")
+    if not equals:
+        raise RecipeError(f"{text!r} has no value; write {text}=VALUE.")
+    if "${" in value:
+        raise RecipeError(f"{key} {NOT_PLAIN}")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([text]))  # type: ignore[return-value]
+    except UNREADABLE as error:
+        reason = yaml_reason(error)
+        raise RecipeError(f"The value of {key} cannot be read ({reason}); check its quotes and brackets.") from error
+
+
+def _refuse_lost_spelling(value: Any, hint: Any) -> None:
+    """OmegaConf turns any scalar into text, but YAML has already read `1e5` as a number and `on` as true."""
+    if hint == list[str] and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise TypeError
+    if hint in (str, str | None) and value is not None and not isinstance(value, str):
+        raise TypeError
+
+
+def _router_name(part: Mapping[Any, Any]) -> Any:
+    router = part.get("router")
+    return router.get("name") if isinstance(router, Mapping) else router
+
+
+def _unknown_key(name: str, key: Any, accepted: list[str]) -> str:
+    paths = [path for path, *_ in leaves(Recipe())]
+    elsewhere = " or ".join(repr(path) for path in paths if path.endswith(f".{key}"))
+    if elsewhere:
+        return f"The key '{name}' is unknown; did you mean {elsewhere}?"
+    hint = nearest(str(key), accepted) or nearest(name, paths)
+    return f"The key '{name}' is unknown{hint or '; accepted here are ' + ', '.join(accepted) + '.'}"

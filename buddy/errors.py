@@ -1,0 +1,46 @@
+"""What can go wrong, in words a person can act on.
+
+Every error that a user can cause is a `BuddyError`: its message is one plain sentence that says what to do next, and
+the command line prints it without a traceback and exits with 2.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class BuddyError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class BudgetError(BuddyError):
+    """A budget that no plan can meet."""
+
+
+class RegistryError(BuddyError):
+    """A router that cannot be found, imported or trusted."""
+
+
+class RecipeError(BuddyError):
+    """A recipe with unknown keys, wrong types or impossible values."""
+
+
+class BackboneError(BuddyError):
+    """A language model that cannot be found, loaded or routed."""
+
+
+class DataError(BuddyError):
+    """Text that is missing, empty or too short."""
+
+
+class RunError(BuddyError):
+    """A run folder that is missing, half-written or made for something else."""
+
+
+class TrainingError(BuddyError):
+    """A training step whose numbers stopped being finite."""
+
+
+def nearest(word: str, accepted: Iterable[str], limit: int = 3) -> str:
+    """ "; did you mean 'x'?" for a mistyped `word`, or an empty string where nothing accepted is near."""
+    close = get_close_matches(word, list(accepted), n=limit, cutoff=0.55)
+    return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""

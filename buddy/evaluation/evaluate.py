@@ -1,0 +1,83 @@
+"""`buddy evaluate`: a finished run on its own held-out text or on another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from buddy.assemble import budgets_of, data_of, routed_from
+from buddy.budget import fraction_of
+from buddy.engine.model import RoutedLM
+from buddy.errors import RunError
+from buddy.evaluation.perplexity import evaluate
+from buddy.evaluation.report import as_json, show_run
+from buddy.files import write_json
+from buddy.progress import results, status, tracker
+from buddy.runs import Run, read_run
+from buddy.training.data import Windows, windows_of
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    json_file: Path | None = None,
+    budgets: Sequence[str] | None = None,
+    data: str | None = None,
+    split: str = "test",
+) -> None:
+    """Evaluate a run and print the table.
+
+    Args:
+        folder: the run.
+        json_file: where the results go as JSON, if anywhere.
+        budgets: asked instead of the recipe's.
+        data: a text instead of the recipe's.
+        split: "test" or "validation" of the recipe's text.
+
+    Raises:
+        BuddyError: the run, a budget or the text cannot be used.
+    """
+    run = read_run(folder)
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise RunError(f"There is no folder {json_file.absolute().parent} for {json_file.name}; make it first.")
+    with status(f"Loading {run.backbone} …"):
+        routed = routed_from(run)
+    asked = _asked(routed, run, budgets)
+    with status("Reading text …"):
+        windows = _windows(run, routed, data, split)
+    scores = evaluate(
+        routed,
+        windows,
+        asked,
+        prompt=run.recipe.data.prompt,
+        batch_size=run.recipe.data.batch_size,
+        track=tracker(f"Evaluating {run.router_name}"),
+    )
+    show_run(scores, f"{run.router_name} on {data or run.recipe.data.source}")
+    if json_file:
+        write_json(json_file, as_json(scores))
+        results.print(f"JSON: {json_file}")
+
+
+def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float]:
+    """Budgets as fractions, each checked against the model."""
+    if budgets is None:
+        return budgets_of(run.recipe, routed)
+    return [fraction_of(budget, routed.executed_layers(budget), routed.geometry.layers) for budget in budgets]
+
+
+def _windows(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:
+    section = run.recipe.data
+    if data is None:
+        text = data_of(run.recipe, routed.backbone)
+        text.prepare_data()
+        text.setup()
+        return getattr(text, split)
+    return windows_of(
+        data,
+        routed.backbone.tokenizer,
+        window=section.window,
+        count=section.test_windows,
+        seed=run.recipe.seed,
+        text_field=section.text_field,
+    )

@@ -1,0 +1,170 @@
+"""Router names → router classes, by the entry points of installed packages.
+
+Reading the list imports nothing; loading a name imports one module. Built-in routers have no other way in.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+from buddy.errors import RegistryError, nearest
+
+if TYPE_CHECKING:
+    from buddy.router import Geometry, Router
+
+GROUP = "buddy.routers"
+_PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One announced router: its name, "module:Class", and the distribution that announces it."""
+
+    name: str
+    value: str
+    distribution: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `buddy routers` shows of one entry; `problem` says why it cannot be used and is empty otherwise."""
+
+    name: str
+    distribution: str
+    summary: str = ""
+    kind: str = ""
+    source: str = ""
+    problem: str = ""
+
+
+def installed() -> list[Entry]:
+    """Every announced router, by name and then distribution; nothing is imported."""
+    return sorted((_entry(point) for point in entry_points(group=GROUP)), key=lambda e: (e.name, e.distribution))
+
+
+def load(name: str) -> "type[Router]":
+    """The class of an installed name or of "my_module:MyRouter", which may lie in the current folder.
+
+    Raises:
+        RegistryError: unknown, announced twice, cannot be imported, or not a router.
+    """
+    entries = installed()
+    matches = [entry for entry in entries if entry.name == name]
+    if not matches and ":" not in name:
+        names = sorted({entry.name for entry in entries})
+        hint = nearest(name, names) or ";"
+        raise RegistryError(f"No router is named {name!r}{hint} Installed: {', '.join(names) or 'none'}.")
+    if len(matches) > 1:
+        owners = " and ".join(repr(entry.distribution) for entry in matches)
+        raise RegistryError(f"Two routers are named {name!r}, from {owners}; uninstall one of these distributions.")
+    return _import(matches[0] if matches else Entry(name, name, ""))
+
+
+def build(name: str, geometry: "Geometry", options: Mapping[str, Any]) -> "Router":
+    """A router made with a recipe's options, which are the keyword arguments of its class.
+
+    Raises:
+        RegistryError: `load` fails, an option is unknown, missing or of the wrong type (all named at once), or the
+            class refuses a value.
+    """
+    cls = load(name)
+    mistakes = _option_mistakes(cls, options)
+    if mistakes:
+        raise RegistryError(f"The options of router {name!r} do not fit: {' '.join(mistakes)}")
+    try:
+        return cls(geometry, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        what = f"router.options ({given})" if given else "this backbone"
+        raise RegistryError(f"The router {name!r} cannot be made with {what}: {_reason(error)}.") from error
+
+
+def describe() -> list[Description]:
+    """Every announced router with what its class says of itself, broken ones with the reason."""
+    return [_describe(entry) for entry in installed()]
+
+
+def _describe(entry: Entry) -> Description:
+    try:
+        cls = load(entry.name)
+    except RegistryError as error:
+        return Description(entry.name, entry.distribution, problem=str(error))
+    summary = (cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
+    return Description(entry.name, entry.distribution, summary, cls.kind, cls.source)
+
+
+def _entry(point: EntryPoint) -> Entry:
+    distribution = point.dist.name if point.dist is not None else None
+    return Entry(point.name, point.value, distribution or "an unnamed distribution")
+
+
+def _import(entry: Entry) -> "type[Router]":
+    who = f"The router {entry.name!r}" + (f" of distribution {entry.distribution!r}" if entry.distribution else "")
+    if not entry.distribution and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing in the folder hides an installed module
+    try:
+        cls = EntryPoint(entry.name, entry.value, GROUP).load()
+    except (Exception, SystemExit) as error:  # strangers' code may raise anything
+        advice = "mend or uninstall it" if entry.distribution else "check its spelling and mend the module"
+        raise RegistryError(f"{who} cannot be imported ({_reason(error)}); {advice}.") from error
+    return _checked(cls, who)
+
+
+def _checked(cls: Any, who: str) -> "type[Router]":
+    from buddy.router import Router
+
+    if not (isinstance(cls, type) and issubclass(cls, Router)):
+        raise RegistryError(f"{who} is not a router; make it a subclass of buddy.Router.")
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise RegistryError(f"{who} is unfinished; write its method {missing}.")
+    return cls
+
+
+def _option_mistakes(cls: type, options: Mapping[str, Any]) -> list[str]:
+    parameters = dict(list(inspect.signature(cls).parameters.items())[1:])  # the first is the geometry
+    named = {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(cls)
+    accepted = f"accepted are {', '.join(named)}" if named else "it takes none"
+    mistakes = []
+    for key, value in options.items():
+        if key not in named and not anything:
+            mistakes.append(f"router.options.{key} is unknown{nearest(key, named) or f'; {accepted}.'}")
+        elif not _fits(value, hints.get(key)):
+            mistakes.append(f"router.options.{key} must be {_words(hints[key])}, not {value!r}.")
+    needed = [key for key, p in named.items() if p.default is p.empty and key not in options]
+    return mistakes + [f"router.options.{key} is missing; give it a value." for key in needed]
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__)
+    except Exception:  # annotations may name what only a type checker imports
+        return {}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """False only where a plain annotation (int, float, bool, str, None and unions of them) rules the value out."""
+    members = _members(hint)
+    if not all(member in _PLAIN for member in members):
+        return True
+    return type(value) in members or (type(value) is int and float in members)
+
+
+def _words(hint: Any) -> str:
+    return " or ".join(_PLAIN[member] for member in _members(hint))
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

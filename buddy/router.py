@@ -1,0 +1,105 @@
+"""What a router sees and what it owes: `Context` in, scores out.
+
+Every router, static, random or learned, answers one question: how much is each routable layer worth here? The engine
+alone turns the scores into a plan of exactly the asked number of layers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from buddy.errors import BudgetError
+
+if TYPE_CHECKING:
+    from buddy.calibration import Probe
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a backbone that a router needs to know.
+
+    Layers 0 … context_layer − 1 and the last one always run; the R = layers − context_layer − 1 layers between are
+    routable, and score i belongs to layer `context_layer + i`.
+    """
+
+    layers: int
+    context_layer: int
+    hidden: int
+    features: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.context_layer <= self.layers - 2:
+            raise BudgetError(
+                f"context_layer is {self.context_layer}, but a backbone of {self.layers} layers routes only with a "
+                f"context_layer from 1 to {self.layers - 2}; choose one of those."
+            )
+
+    @property
+    def routable(self) -> int:
+        """R, the number of layers that a plan may skip."""
+        return self.layers - self.context_layer - 1
+
+    @property
+    def always_on(self) -> int:
+        """Layers that every token runs: the context layers and the last one."""
+        return self.context_layer + 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a router may look at when it plans for a token. Nothing in it comes from a later position.
+
+    Leading dimensions are free: (B,) for one decode step, (B, T) for whole windows.
+
+    Attributes:
+        pooled: (..., F) float32, mean over the positions so far of the context layer's cached states.
+        newest: (..., F) float32, those states of the newest token alone.
+        hidden: (..., D) float32, the newest token's hidden state as it leaves the context layer.
+        executed: (...) long, the executed layers K asked for, always-on layers included.
+    """
+
+    pooled: Tensor
+    newest: Tensor
+    hidden: Tensor
+    executed: Tensor
+
+
+class Router(nn.Module, ABC):
+    """Scores the routable layers. Subclasses are final: no router inherits from another.
+
+    A router with parameters that require gradients is trained, one without is calibrated; both by `buddy fit`, and
+    all its parameters and buffers are saved in `router.safetensors`.
+
+    Class attributes:
+        kind: "static" (one order for all inputs), "learned" (depends on the context) or "random".
+        source: where the method was published, shown by `buddy routers`.
+        full_depth: True for a router that only ever runs every layer.
+    """
+
+    kind: ClassVar[Literal["static", "learned", "random"]] = "static"
+    source: ClassVar[str] = "–"
+    full_depth: ClassVar[bool] = False
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+
+    @abstractmethod
+    def score(self, context: Context) -> Tensor:
+        """Scores (..., R) float32, larger = more worth running; ties break by layer index."""
+
+    def calibrate(self, probe: Probe) -> None:
+        """Measure what the router needs before use; buffers set here are saved with the run."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters to train: dicts of "params" and "scale", a factor on the recipe's learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "scale": 1.0}]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any parameter asks for gradients."""
+        return any(parameter.requires_grad for parameter in self.parameters())

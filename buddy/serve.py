@@ -1,0 +1,97 @@
+"""`buddy generate`: text from a finished run, streamed, at the budget asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from buddy.assemble import routed_from
+from buddy.engine.model import Record, RoutedLM
+from buddy.errors import BudgetError, DataError
+from buddy.progress import errors, status
+from buddy.runs import read_run
+
+
+def generate(
+    folder: Path,
+    *,
+    prompt: str,
+    budget: str = "1.0",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> None:
+    """Stream a continuation to standard output, then say on the error stream what ran.
+
+    Args:
+        folder: a finished run.
+        prompt: text to continue, or to answer with `chat`.
+        budget: a fraction or a count such as "22layers".
+        max_new_tokens: at most so many.
+        temperature: 0 takes the most likely token, above 0 samples.
+        seed: of the sampling.
+        chat: put the prompt into the model's chat template.
+
+    Raises:
+        BuddyError: the run, the budget or the prompt cannot be used.
+    """
+    run = read_run(folder)
+    if not prompt.strip():
+        raise DataError("The prompt is empty; give some text to continue.")
+    if temperature < 0:
+        raise BudgetError(f"The temperature is {temperature}; give 0 or more.")
+    with status(f"Loading {run.backbone} …"):
+        routed = routed_from(run)
+    layers = routed.executed_layers(budget)
+    inputs = _encode(routed, prompt, chat)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    streamer = TextStreamer(routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with routed.at(budget) as record:
+        routed.backbone.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            pad_token_id=routed.backbone.tokenizer.pad_token_id,
+            **sampling,
+        )
+    errors.print(summary(record, layers, routed.geometry.layers))
+
+
+def summary(record: Record, asked: int, layers: int) -> str:
+    """Layers that prompt and generated tokens really ran, and how often the plan changed."""
+    prompt = record.executed[0][~record.sinks[0]]
+    sinks = int(record.sinks[0].sum())
+    text = f"Asked for {asked} of {layers} layers a token. Prompt: {_spread(prompt)}"
+    text += (
+        f" ({sinks} sink token at {layers})" if sinks == 1 else f" ({sinks} sink tokens at {layers})" if sinks else ""
+    )
+    if len(record.executed) > 1:
+        text += (
+            f"; {len(record.executed) - 1} decode steps: {_spread(torch.cat([e[:, 0] for e in record.executed[1:]]))}"
+        )
+        plans = torch.stack([runs[0, 0] for runs in record.runs[1:]])
+        text += f", {len(plans.unique(dim=0))} distinct plans"
+    return text + "."
+
+
+def _spread(executed: torch.Tensor) -> str:
+    if not len(executed):
+        return "no routed token"
+    least, mean, most = executed.min().item(), executed.float().mean().item(), executed.max().item()
+    return f"{least} / {mean:.1f} / {most} layers (min / mean / max)"
+
+
+def _encode(routed: RoutedLM, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
+    tokenizer = routed.backbone.tokenizer
+    if chat:
+        if not tokenizer.chat_template:
+            raise DataError(f"{routed.backbone.name} has no chat template; leave --chat out.")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(routed.backbone.device)
+    return {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}

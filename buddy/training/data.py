@@ -1,0 +1,151 @@
+"""Text for training: windows split by document, in an order that can be resumed from one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from buddy.errors import DataError
+from buddy.training.documents import Documents, read_documents
+from buddy.training.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, split, spread, windows_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TextData", "Windows", "windows_of"]
+
+
+class TextData(LightningDataModule):
+    """Training batches, and windows for calibration, validation and test from documents that are not trained on.
+
+    The split depends on the text, the tokenizer, the window, the seed and the three numbers of windows; never on
+    the router, `steps` or `batch_size`. Where the text is too short for the asked numbers, they are met in
+    proportion.
+
+    Attributes:
+        calibration, validation, test: `Windows`, after `setup`.
+        split: document numbers for "train", "calibration", "validation" and "test", after `setup`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str = "sotu",
+        *,
+        window: int = 256,
+        batch_size: int = 4,
+        steps: int = 200,
+        seed: int = 0,
+        calibration_windows: int = 64,
+        validation_windows: int = 16,
+        test_windows: int = 64,
+        text_field: str = "text",
+    ) -> None:
+        """Describe the data; nothing is read before `prepare_data` or `setup`.
+
+        Args:
+            source: an embedded text, a file, a folder or a hub name (`buddy.training.sources.load_texts`).
+            window: tokens in a window.
+            batch_size: windows in a batch over all devices together.
+            steps: batches in an epoch, which is the whole training.
+            text_field: the field of the source that holds the text.
+        """
+        super().__init__()
+        self.tokenizer, self.source, self.text_field = tokenizer, source, text_field
+        self.window, self.batch_size, self.steps, self.seed = window, batch_size, steps, seed
+        self._wanted = {"test": test_windows, "calibration": calibration_windows, "validation": validation_windows}
+        self._documents: Documents | None = None
+
+    def prepare_data(self) -> None:
+        """Tokenise the text once, in one process, into the cache of `datasets`."""
+        self._read()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the tokenised text and split it; a second call does nothing.
+
+        Raises:
+            DataError: the text cannot be read, or gives fewer than four documents of a window or more.
+        """
+        if self._documents is not None:
+            return
+        documents = self._read()
+        self.split = split(documents, self._wanted, self.window, self.seed)
+        random = generator(self.seed, Stream.WINDOWS)
+        for name, count in self._wanted.items():
+            setattr(self, name, spread(documents, self.split[name], self.window, count, random))
+        self._ends = documents.lengths[self.split["train"]].cumsum()
+        self._documents = documents
+
+    def train_dataloader(self) -> Batches:
+        """The batches of the steps still to come, `steps` of them from the beginning.
+
+        Raises:
+            DataError: the batch cannot be shared equally by the trainer's devices.
+        """
+        devices = self.trainer.world_size if self.trainer else 1
+        if self.batch_size % devices:
+            raise DataError(
+                f"A batch of {self.batch_size} windows cannot be shared by {devices} devices; set data.batch_size "
+                f"to a multiple of {devices}."
+            )
+        return Batches(self)
+
+    def batch(self, step: int) -> Tensor:
+        """(batch_size, W) long, the windows of a step: they depend on the seed and the step alone.
+
+        A window begins anywhere in a training document; documents are drawn in proportion to their lengths.
+        """
+        random = generator(self.seed, Stream.TRAIN, step)
+        positions = random.integers(self._ends[-1], size=self.batch_size)
+        chosen = self.split["train"][np.searchsorted(self._ends, positions, side="right")]
+        starts = random.integers(self._documents.lengths[chosen] - self.window, endpoint=True)
+        read, window = self._documents.read, self.window
+        rows = [read(document)[at : at + window] for document, at in zip(chosen, starts, strict=True)]
+        return torch.from_numpy(np.stack(rows))
+
+    def _read(self) -> Documents:
+        documents = read_documents(self.source, self.tokenizer, self.window, self.text_field)
+        if len(documents) < FEWEST_DOCUMENTS:
+            windows = int((documents.lengths // self.window).sum())
+            smaller = documents.tokens // (2 * FEWEST_DOCUMENTS)
+            advice = f" or set data.window={smaller} or smaller" if smaller >= 16 else ""
+            raise DataError(
+                f"The text in {self.source} gives {windows} windows of {self.window} tokens in {len(documents)} "
+                f"documents and {FEWEST_DOCUMENTS} documents are needed, one for each split; give more text"
+                f"{advice}."
+            )
+        return documents
+
+
+class Batches:
+    """The batches from the trainer's step to the end of the epoch, to be iterated by Lightning or by a plain loop.
+
+    Not a torch `DataLoader`: a batch is a few reads from a mapped file, which workers would not make faster.
+    """
+
+    def __init__(self, data: TextData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return self._data.steps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """(batch_size / devices, W) long for each step; a device takes every devices-th window of the batch."""
+        trainer = self._data.trainer
+        rank, devices = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        start = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
+        for step in range(start, start - start % len(self) + len(self)):
+            yield self._data.batch(step)[rank::devices]
+
+    # Lightning takes a loader with these two for resumable. There is nothing to keep: the place in the order is
+    # the trainer's own step, so that a step which was interrupted half-way is repeated and not skipped.
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass

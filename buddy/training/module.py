@@ -1,0 +1,133 @@
+"""The LightningModule that trains a router against a frozen backbone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from buddy.engine.model import RoutedLM
+from buddy.errors import TrainingError
+from buddy.training.estimator import Batch, Estimate, Estimator
+from buddy.training.objective import draw_budgets
+
+WARM = 16  # positions of a window whose prefix is too short to learn from
+
+
+class RoutingModule(LightningModule):
+    """Trains the router of a `RoutedLM`; the backbone is hosted, frozen, and never saved.
+
+    Everything random comes from the seed and the step, so a resumed run repeats an uninterrupted one bit for bit.
+
+    Args:
+        routed: backbone and calibrated router.
+        estimator: turns windows and budgets into a loss for the router.
+        grid: executed layers of the recipe's budgets.
+        prompt: tokens of each window that are read, not scored, where the prompt shares a plan.
+        lr, warmup_steps, weight_decay, clip: AdamW with linear warm-up, then a cosine to a tenth; largest gradient norm.
+        seed: of budgets and perturbations.
+    """
+
+    def __init__(
+        self,
+        routed: RoutedLM,
+        estimator: Estimator,
+        grid: list[int],
+        *,
+        prompt: int,
+        lr: float,
+        warmup_steps: int,
+        weight_decay: float,
+        clip: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # the backbone is in no checkpoint; `on_load_checkpoint` is strict for the rest
+        self._routed = (routed,)  # in a tuple, so that the backbone stays out of this module's state and modes
+        self.router = routed.router
+        self.start = copy.deepcopy(routed.router).requires_grad_(False)
+        self.estimator, self.grid, self.prompt, self.seed = estimator, grid, prompt, seed
+        self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip": clip}
+        self.means = nn.ModuleDict(
+            {str(k): MeanMetric(nan_strategy="error") for k in grid if k < routed.geometry.layers}
+        )
+
+    @property
+    def routed(self) -> RoutedLM:
+        """The model under training."""
+        return self._routed[0]
+
+    def on_fit_start(self) -> None:
+        """Move the backbone, which Lightning does not know, to the device of the router."""
+        self.routed.backbone.model.to(self.device)
+
+    def training_step(self, input_ids: Tensor, _: int) -> Tensor:
+        """One step on windows (B, T)."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step * 1_009 + self.global_rank)
+        executed = draw_budgets(self.grid, len(input_ids), generator).to(input_ids.device)
+        estimate = self.estimator(self.routed, self._batch(input_ids, executed), generator)
+        if not torch.isfinite(estimate.loss) or not torch.isfinite(estimate.objective).all():
+            raise TrainingError(self._trouble("the loss"))
+        self._log(estimate, executed)
+        return estimate.loss
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Clip by norm, log the norm, and stop before a step that would spoil the router."""
+        largest = self.settings["clip"] or math.inf
+        norm = nn.utils.clip_grad_norm_(self.router.parameters(), largest)
+        if not torch.isfinite(norm):
+            raise TrainingError(self._trouble("the gradient"))
+        self.log("train/gradient_norm", norm, prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the router's own parameter groups; warm-up, then cosine to a tenth."""
+        groups = [
+            {"params": group["params"], "lr": self.settings["lr"] * group["scale"]}
+            for group in self.router.parameter_groups()
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.settings["weight_decay"])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another router, which `strict_loading = False` would let pass."""
+        held, given = self.state_dict(), checkpoint["state_dict"]
+        wrong = sorted({*held} ^ {*given} | {k for k in {*held} & {*given} if held[k].shape != given[k].shape})
+        if wrong:
+            raise TrainingError(
+                f"The checkpoint is of another router (it differs in {', '.join(wrong[:3])}); give trainer.ckpt_path a "
+                "checkpoint of this recipe, or leave it out."
+            )
+
+    def _batch(self, input_ids: Tensor, executed: Tensor) -> Batch:
+        first = self.prompt - 1 if self.routed.prompt_plan == "shared" else min(self.prompt - 1, WARM)
+        scored = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device)
+        return Batch(input_ids, executed, scored, self.prompt)
+
+    def _factor(self, step: int) -> float:
+        warmup, total = self.settings["warmup_steps"], max(self.trainer.max_steps, 1)
+        return min(1.0, (step + 1) / (warmup + 1)) * (0.1 + 0.45 * (1 + math.cos(math.pi * min(step / total, 1.0))))
+
+    @torch.no_grad()
+    def _log(self, estimate: Estimate, executed: Tensor) -> None:
+        """Objective per budget, and how far plans have moved: from the start, and from one token to the next."""
+        free = executed < self.routed.geometry.layers
+        for k, value in zip(executed[free].tolist(), estimate.objective[free], strict=True):
+            self.means[str(k)].update(value)
+            self.log(f"train/objective_{k}_layers", self.means[str(k)], on_step=True, on_epoch=False)
+        if free.any():
+            self.log("train/objective", estimate.objective[free].mean(), prog_bar=True)
+            runs = estimate.runs[free]
+            changed = (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean()
+            self.log("train/changed_plans", changed, prog_bar=True)
+
+    def _trouble(self, what: str) -> str:
+        return (
+            f"Training stopped at step {self.global_step + 1}: {what} is not finite, and the router of the step before is "
+            "kept as a checkpoint; lower optimizer.lr or objective.sigma and start anew."
+        )

@@ -1,0 +1,114 @@
+"""The Buddy Decision Module: a plan for each token from the first layer's cached states (2606.09514)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from buddy import Context, Geometry, Router
+
+if TYPE_CHECKING:
+    from buddy import Probe
+
+PRIORS = ("block-influence", "taylor", "loss", "none")
+PARTS = ("pooled", "newest", "hidden")
+
+
+class BuddyRouter(Router):
+    """Learned: a small network plans each token from what it and its prefix look like after the first layer.
+
+    Linear(F, hidden) – SiLU – Linear(hidden, R), fused with a static prior: s' = s + ω · p̂ (section 3). The last
+    linear layer starts at zero, so training starts from the prior's order.
+
+    Beyond the paper: the newest token's own states enter beside the pooled ones, each part is normalised, and the
+    network's word can be bounded, A · tanh(s / A), so that training cannot run away.
+
+    Args:
+        geometry: sizes of the backbone.
+        hidden: r, width of the network; the paper's overhead example has 32.
+        prior: "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the perplexity), or "none".
+        prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
+        bound: A, or null for none, as in the paper.
+        context: which parts the network sees, of "pooled", "newest" and "hidden". The paper has "pooled".
+        budget_aware: let K / L enter the network; the paper's router sees it through top-k alone.
+
+    Raises:
+        ValueError: an unknown prior or part, or a size or weight out of range.
+    """
+
+    kind = "learned"
+    source = "arXiv 2606.09514"
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        hidden: int = 128,
+        prior: str = "block-influence",
+        prior_weight: float = 0.3,
+        bound: float | None = 2.0,
+        context: Sequence[str] = PARTS,
+        budget_aware: bool = False,
+    ) -> None:
+        super().__init__(geometry)
+        _check(hidden, prior, prior_weight, bound, context)
+        sizes = {"pooled": geometry.features, "newest": geometry.features, "hidden": geometry.hidden}
+        self.prior_name, self.prior_weight, self.bound = prior, float(prior_weight), bound
+        self.parts, self.budget_aware = tuple(context), budget_aware
+        self.input = nn.Linear(sum(sizes[part] for part in self.parts) + int(budget_aware), hidden)
+        self.output = nn.Linear(hidden, geometry.routable)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.register_buffer("prior", torch.zeros(geometry.routable))
+
+    def calibrate(self, probe: Probe) -> None:
+        """Measure the prior's indicator and turn it into standardised ranks (section 3, prior pipeline)."""
+        if self.prior_name == "none":
+            return
+        if self.prior_name == "block-influence":
+            indicator = probe.block_influence
+        else:
+            raw = probe.taylor if self.prior_name == "taylor" else probe.loss_increase
+            indicator = raw.clamp(min=0).log1p()
+        rank = (1 + indicator.argsort().argsort().float()) / (len(indicator) + 1)
+        self.prior.copy_((rank - rank.mean()) / rank.std())
+
+    def score(self, context: Context) -> Tensor:
+        """(..., R) float32: the network's word plus ω times the prior."""
+        seen = [_unit(getattr(context, part)) for part in self.parts]
+        if self.budget_aware:
+            seen.append((context.executed / self.geometry.layers).float()[..., None])
+        scores = self.output(F.silu(self.input(torch.cat(seen, -1))))
+        if self.bound is not None:
+            scores = self.bound * torch.tanh(scores / self.bound)
+        return scores + self.prior_weight * self.prior
+
+    def parameter_groups(self) -> list[dict]:
+        """Step sizes by fan-in: the first layer a quarter, the last bias three times the recipe's learning rate."""
+        return [
+            {"params": list(self.input.parameters()), "scale": 0.25},
+            {"params": [self.output.weight], "scale": 1.0},
+            {"params": [self.output.bias], "scale": 3.0},
+        ]
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def _check(hidden: int, prior: str, prior_weight: float, bound: float | None, context: Sequence[str]) -> None:
+    if hidden < 1:
+        raise ValueError(f"hidden is {hidden}; give a width of at least 1")
+    if prior not in PRIORS:
+        raise ValueError(f"prior is {prior!r}; choose one of {', '.join(PRIORS)}")
+    if prior_weight < 0:
+        raise ValueError(f"prior_weight is {prior_weight}; give 0 or more")
+    if bound is not None and bound <= 0:
+        raise ValueError(f"bound is {bound}; give a number above 0, or null for none")
+    unknown = [part for part in context if part not in PARTS]
+    if unknown or not context:
+        raise ValueError(f"context is {list(context)}; choose from {', '.join(PARTS)}")

@@ -1,0 +1,218 @@
+"""The routed model against brute force and against stock transformers, family by family."""
+
+import copy
+
+import pytest
+import torch
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import BudgetError
+from tests.engine.reference import Fickle, reference_logits
+from tests.tiny import FAMILIES, tiny_backbone
+
+BATCH, LENGTH = 3, 14
+EXECUTED = torch.tensor([3, 4, 6])
+
+
+def routed_tiny(family: str = "llama", **options) -> RoutedLM:
+    backbone = tiny_backbone(family)
+    settings = {name: options.pop(name) for name in ("context_layer", "pool") if name in options}
+    router = Fickle(geometry_of(backbone, **settings))
+    options |= {"pool": settings["pool"]} if "pool" in settings else {}
+    return RoutedLM(backbone, router, **options)
+
+
+def tokens(seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 259, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parallel_form_equals_brute_force(family):
+    routed = routed_tiny(family)
+    stock = copy.deepcopy(tiny_backbone(family).model)
+    output = routed(tokens(), executed=EXECUTED)
+    assert len({tuple(plan.tolist()) for plan in output.runs[0]}) > 3, "plans should change from token to token"
+    torch.testing.assert_close(output.logits, reference_logits(stock, tokens(), output.runs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_agrees_with_parallel_form(family, padded):
+    routed, ids = routed_tiny(family), tokens()
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :4] = 0
+        mask[2, :1] = 0
+    parallel = routed(ids, attention_mask=mask, executed=EXECUTED).logits
+    model, cut = routed.backbone.model, 6
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with routed.at(executed=EXECUTED.tolist()) as record:
+        step = model(ids[:, :cut], attention_mask=mask[:, :cut], position_ids=positions[:, :cut], use_cache=True)
+        logits = [step.logits]
+        for t in range(cut, LENGTH):
+            step = model(
+                ids[:, t : t + 1],
+                attention_mask=mask[:, : t + 1],
+                position_ids=positions[:, t : t + 1],
+                cache=step.cache,
+                use_cache=True,
+            )
+            logits.append(step.logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(logits, 1)[real], parallel[real], atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(executed[:, 0], EXECUTED) for executed in record.executed[1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_depth_equals_stock_exactly(family):
+    stock = tiny_backbone(family).model
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    mask[1, :5] = 0
+    expected = [stock(tokens()).logits, stock(tokens(), attention_mask=mask).logits]
+    routed = routed_tiny(family)
+    full = torch.full((BATCH,), 6)
+    assert torch.equal(routed(tokens(), executed=full).logits, expected[0])
+    assert torch.equal(routed(tokens(), attention_mask=mask, executed=full).logits, expected[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_later_tokens_change_nothing_before_them(family):
+    routed, ids = routed_tiny(family), tokens()
+    whole, chosen = (routed(ids, executed=EXECUTED, everything=everything) for everything in (True, False))
+    for cut in range(1, LENGTH):
+        changed = ids.clone()
+        changed[:, cut:] = tokens(seed=cut)[:, cut:]
+        after = routed(changed, executed=EXECUTED, everything=True)
+        assert torch.equal(whole.runs[:, :cut], after.runs[:, :cut])
+        assert torch.equal(whole.logits[:, :cut], after.logits[:, :cut])
+        # Running only the chosen tokens changes the shapes of the products, and so their last bit.
+        after = routed(changed, executed=EXECUTED)
+        assert torch.equal(chosen.runs[:, :cut], after.runs[:, :cut])
+        torch.testing.assert_close(chosen.logits[:, :cut], after.logits[:, :cut], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("context_layer", [1, 3])
+@pytest.mark.parametrize("pool", ["value", "key", "both"])
+def test_executed_layers_are_exact(context_layer, pool):
+    routed = routed_tiny(context_layer=context_layer, pool=pool)
+    output = routed(tokens(), executed=torch.tensor([5, 5, 6]))
+    assert torch.equal(output.executed[:, 1:], torch.tensor([5, 5, 6])[:, None].expand(-1, LENGTH - 1))
+    assert torch.equal(output.executed, output.runs.sum(-1))
+
+
+def test_layers_count_what_they_ran_not_what_was_planned():
+    routed = routed_tiny()
+    calls = []
+    for index, layer in enumerate(routed.backbone.layers):
+        layer.mlp.register_forward_hook(lambda _, args, out, index=index: calls.append(args[0].shape[:2].numel()))
+    output = routed(tokens()[:1], executed=torch.tensor([3]))
+    assert sum(calls) == output.executed.sum()
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_sinks_run_at_full_depth_and_are_told_apart(sinks):
+    output = routed_tiny(sink_tokens=sinks)(tokens(), executed=EXECUTED)
+    assert output.sinks.sum().item() == sinks * BATCH
+    assert (output.executed[output.sinks] == 6).all()
+    assert torch.equal(output.executed[:, sinks], EXECUTED)
+
+
+def test_sinks_are_the_first_real_tokens_of_padded_rows():
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    mask[0, :4] = 0
+    output = routed_tiny()(tokens(), attention_mask=mask, executed=EXECUTED)
+    assert output.executed[0, 4] == 6
+    assert (output.executed[0, 5:] == 3).all()
+
+
+def test_shared_prompt_has_the_plan_of_its_last_token():
+    shared, token = routed_tiny(prompt_plan="shared"), routed_tiny()
+    runs = shared(tokens(), executed=EXECUTED, prompt=6).runs
+    expected = token(tokens(), executed=EXECUTED).runs
+    assert torch.equal(runs[:, 1:6], expected[:, 5:6].expand(-1, 5, -1))
+    assert torch.equal(runs[:, 6:], expected[:, 6:])
+
+
+def test_a_shared_prompt_in_generate_is_the_prefill():
+    routed = routed_tiny(prompt_plan="shared")
+    with routed.at(executed=[3]) as record:
+        routed.backbone.model.generate(tokens()[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert len(record.runs[0][0, 1:].unique(dim=0)) == 1
+    assert [runs.shape[1] for runs in record.runs] == [LENGTH, 1, 1]
+
+
+def test_generate_at_full_budget_returns_what_stock_returns():
+    backbone = tiny_backbone("llama")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = {beams: backbone.model.generate(tokens(), num_beams=beams, **options) for beams in (1, 3)}
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    for beams, sequence in expected.items():
+        with routed.at(1.0):
+            assert torch.equal(backbone.model.generate(tokens(), num_beams=beams, **options), sequence)
+
+
+def test_generate_with_beams_below_full_depth_equals_brute_force():
+    routed = routed_tiny()
+    with routed.at(executed=EXECUTED.tolist()):
+        result = routed.backbone.model.generate(
+            tokens(),
+            num_beams=2,
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    logits = routed(result.sequences, executed=EXECUTED).logits[:, LENGTH - 1 : -1].log_softmax(-1)
+    chosen = logits.gather(-1, result.sequences[:, LENGTH:, None])[..., 0].sum(1) / 6
+    torch.testing.assert_close(chosen, result.sequences_scores, atol=1e-4, rtol=1e-4)
+
+
+def test_a_crop_takes_the_pool_back():
+    routed, ids = routed_tiny(), tokens()
+    model = routed.backbone.model
+    with routed.at(executed=EXECUTED.tolist()):
+        cache = model(ids[:, :10], use_cache=True).cache
+        cache.crop(-4)
+        again = model(ids[:, 6:7], cache=cache, use_cache=True).logits
+    torch.testing.assert_close(again[:, 0], routed(ids[:, :7], executed=EXECUTED).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_detach_restores_the_stock_model():
+    backbone = tiny_backbone("llama")
+    kinds = [type(layer) for layer in backbone.layers]
+    keys = list(backbone.model.state_dict())
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    assert list(backbone.model.state_dict()) == keys
+    routed.detach()
+    assert [type(layer) for layer in backbone.layers] == kinds
+    assert not backbone.base._forward_pre_hooks
+    assert not backbone.base._forward_hooks
+
+
+def test_no_request_means_the_stock_model():
+    routed = routed_tiny()
+    expected = tiny_backbone("llama").model(tokens()).logits
+    assert torch.equal(routed.backbone.model(tokens()).logits, expected)
+    assert torch.equal(routed.dense(tokens()), expected)
+
+
+def test_budgets_for_more_rows_than_the_batch_are_refused():
+    routed = routed_tiny()
+    with routed.at(executed=[3, 4]), pytest.raises(BudgetError, match="2 budgets were given for 3 rows"):
+        routed.backbone.model(tokens())
+
+
+def test_a_mask_in_four_dimensions_is_refused():
+    routed = routed_tiny()
+    mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    with routed.at(executed=[3]), pytest.raises(BudgetError, match="two dimensions"):
+        routed.backbone.model(tokens(), attention_mask=mask)
+
+
+def test_after_an_error_the_model_is_stock_again():
+    routed = routed_tiny()
+    with routed.at(executed=[3, 4]), pytest.raises(BudgetError, match="rows"):
+        routed.backbone.model(tokens())
+    assert torch.equal(routed.backbone.model(tokens()).logits, tiny_backbone("llama").model(tokens()).logits)

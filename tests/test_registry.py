@@ -1,0 +1,210 @@
+"""Routers are found by installed metadata, loaded one at a time, and every fault is told in plain words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from buddy import registry
+from buddy.errors import RegistryError
+from buddy.registry import Entry, build, describe, installed, load
+from buddy.router import Geometry, Router
+
+GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
+PLUGIN = '''
+from buddy import Router
+
+
+class Stranger(Router):
+    """Scores layers as told.
+
+    More than one line.
+    """
+
+    source = "a friend"
+
+    def __init__(self, geometry, *, weight: float, name: str = "x", size: int | None = None, parts=(), **_):
+        super().__init__(geometry)
+        if weight > 9:
+            raise ValueError("weight must be at most 9.")
+        self.weight = weight
+
+    def score(self, context):
+        return context.pooled[..., :1] * self.weight
+
+
+class Strict(Router):
+    def __init__(self, geometry, *, hidden: int = 4, prior: str = "none"):
+        super().__init__(geometry)
+
+    def score(self, context):
+        return context.pooled
+
+
+class Unfinished(Router):
+    pass
+
+
+number = 3
+'''
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a distribution that announces routers, as pip leaves it: metadata beside its modules."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(distribution: str, entries: dict[str, str], **modules: str) -> Path:
+        metadata = tmp_path / f"{distribution}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        lines = "".join(f"{name} = {value}\n" for name, value in entries.items())
+        (metadata / "entry_points.txt").write_text(f"[buddy.routers]\n{lines}")
+        for name, text in modules.items():
+            (tmp_path / f"{name}.py").write_text(text)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        return tmp_path
+
+    return install
+
+
+def test_built_in_routers_are_announced_like_any_other():
+    mine = [entry for entry in installed() if entry.distribution == "buddy-depth"]
+    assert {entry.name for entry in mine} == {"buddy", "full", "random", "shortgpt", "uniform"}
+    assert all(entry.value.startswith("routers.") for entry in mine)
+
+
+def test_a_stranger_is_listed_without_being_imported(install):
+    install("stranger", {"odd-one": "odd_module:Stranger"}, odd_module="raise SystemExit('imported')")
+    assert Entry("odd-one", "odd_module:Stranger", "stranger") in installed()
+    assert "odd_module" not in sys.modules
+
+
+def test_listing_imports_no_torch():
+    code = "import sys; from buddy.registry import installed; assert installed(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_loading_imports_one_module(install):
+    install("stranger", {"one": "first_module:Stranger", "two": "second_module:Strict"}, first_module=PLUGIN)
+    assert issubclass(load("one"), Router)
+    assert "second_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "random-drp",
+            "No router is named 'random-drp'; did you mean 'random'\\? Installed: buddy, full, random, ",
+        ),
+        ("zzz", "No router is named 'zzz'; Installed: buddy"),
+        ("", "No router is named ''; Installed: buddy"),
+        (
+            "nowhere_module:Thing",
+            "'nowhere_module:Thing' cannot be imported .ModuleNotFoundError: .*check its spelling",
+        ),
+        ("buddy.router:Rooter", "'buddy.router:Rooter' cannot be imported .AttributeError"),
+        ("x:", "'x:' cannot be imported"),
+        ("buddy.router:Geometry", "'buddy.router:Geometry' is not a router; make it a subclass of buddy.Router"),
+        ("math:pi", "'math:pi' is not a router"),
+        ("buddy.router:Router", "'buddy.router:Router' is unfinished; write its method score"),
+    ],
+)
+def test_names_that_cannot_be_loaded(name, words):
+    with pytest.raises(RegistryError, match=words):
+        load(name)
+
+
+def test_nothing_installed(monkeypatch):
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    with pytest.raises(RegistryError, match="Installed: none"):
+        load("buddy")
+
+
+def test_two_distributions_with_one_name(install):
+    install("first", {"twin": "twin_module:Stranger"}, twin_module=PLUGIN)
+    install("second", {"twin": "twin_module:Strict"})
+    words = "Two routers are named 'twin', from 'first' and 'second'; uninstall one"
+    with pytest.raises(RegistryError, match=words):
+        load("twin")
+    flagged = [row for row in describe() if row.name == "twin"]
+    assert [row.distribution for row in flagged] == ["first", "second"]
+    assert all(row.problem.startswith("Two routers") for row in flagged)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        ("raise SystemExit", "SystemExit"),
+        ("def", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_broken_router_is_listed_with_its_reason_and_stops_nobody_else(install, text, reason):
+    install("stranger", {"broken": "broken_module:Stranger"}, broken_module=text)
+    with pytest.raises(RegistryError, match=f"'broken' of distribution 'stranger' cannot be imported .*{reason}"):
+        load("broken")
+    rows = {row.name: row for row in describe()}
+    assert reason in rows["broken"].problem
+    assert rows["uniform"].problem == ""
+
+
+def test_descriptions(install):
+    install("stranger", {"odd": "odd_module:Stranger", "strict": "odd_module:Strict"}, odd_module=PLUGIN)
+    rows = {row.name: row for row in describe()}
+    assert rows["odd"].summary == "Scores layers as told."
+    assert (rows["odd"].kind, rows["odd"].source, rows["odd"].distribution) == ("static", "a friend", "stranger")
+    assert rows["strict"].summary == ""
+    assert rows["uniform"].kind == "static"
+    assert rows["random"].kind == "random"
+    assert rows["buddy"].kind == "learned"
+
+
+def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "local_module.py").write_text(PLUGIN)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    monkeypatch.chdir(tmp_path)
+    router = build("local_module:Stranger", GEOMETRY, {"weight": 2})
+    assert router.weight == 2
+    assert sys.path[-1] == str(tmp_path)
+    monkeypatch.delitem(sys.modules, "local_module")
+
+
+def test_build_passes_options(install):
+    install("stranger", {"odd": "odd_module:Stranger"}, odd_module=PLUGIN)
+    router = build("odd", GEOMETRY, {"weight": 1.5, "size": None, "parts": ["a"], "anything": 3})
+    assert router.geometry is GEOMETRY
+    assert router.weight == 1.5
+
+
+def test_all_wrong_options_are_named_at_once(install):
+    install("stranger", {"odd": "odd_module:Stranger", "strict": "odd_module:Strict"}, odd_module=PLUGIN)
+    with pytest.raises(RegistryError, match="options of router 'strict' do not fit") as caught:
+        build("strict", GEOMETRY, {"hiden": 3, "zzz": 1, "prior": 3, "hidden": True})
+    assert str(caught.value).endswith(
+        "do not fit: router.options.hiden is unknown; did you mean 'hidden'? "
+        "router.options.zzz is unknown; accepted are hidden, prior. "
+        "router.options.prior must be text, not 3. router.options.hidden must be a whole number, not True."
+    )
+    with pytest.raises(RegistryError, match=r"size must be a whole number or null, not 'a'\. .*weight is missing"):
+        build("odd", GEOMETRY, {"size": "a"})
+
+
+def test_a_router_without_options_says_so():
+    with pytest.raises(RegistryError, match=r"router.options.x is unknown; it takes none\."):
+        build("full", GEOMETRY, {"x": 1})
+
+
+def test_geometry_is_no_option():
+    with pytest.raises(RegistryError, match=r"router.options.geometry is unknown"):
+        build("full", GEOMETRY, {"geometry": 1})
+
+
+def test_a_value_that_the_class_refuses(install):
+    install("stranger", {"odd": "odd_module:Stranger"}, odd_module=PLUGIN)
+    words = r"'odd' cannot be made with router.options \(weight=10\): ValueError: weight must be at most 9\.$"
+    with pytest.raises(RegistryError, match=words):
+        build("odd", GEOMETRY, {"weight": 10})

@@ -1,0 +1,73 @@
+"""Tiny random models of every routable family, with a real byte-level tokenizer, all made in code."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from buddy.backbone import ATTENTION, Backbone, fingerprint
+
+SPECIALS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
+VOCABULARY = len(SPECIALS) + 256  # then one token for each byte
+CONTEXT = 512
+
+# family -> (model_type, what its configuration needs beyond the common sizes)
+FAMILIES = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-sliding": ("mistral", {"sliding_window": 8}),
+    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 8}),
+    "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 8}),
+    "phi3": ("phi3", {}),
+    "smollm3": ("smollm3", {}),
+}
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **config) -> PreTrainedModel:
+    """A frozen float32 causal LM of 6 layers, hidden size 64 and 259 tokens; `config` overrides its configuration.
+
+    Weights are larger than a fresh model's and norms differ from one, so that a skipped layer shows in the logits.
+    """
+    model_type, extra = FAMILIES[family]
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings = CONFIG_MAPPING[model_type](**{**sizes, **heads, **tokens, **extra, **config})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        attention = ATTENTION.get(model_type, "sdpa")
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=attention)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                elif parameter.ndim == 2 and "embed" not in name:
+                    parameter.mul_(4)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: any text is its UTF-8 bytes, decoded back exactly; adds no special tokens."""
+    tokens = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIALS, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **names)
+
+
+def tiny_backbone(family: str = "llama", seed: int = 0, **config) -> Backbone:
+    """`tiny_model` and `tiny_tokenizer` as the backbone that `load_backbone` would give."""
+    model = tiny_model(family, seed, **config)
+    return Backbone(f"tiny-{family}", model, tiny_tokenizer(), fingerprint(model))
+
+
+def tiny_folder(path: Path, family: str = "llama", seed: int = 0, **config) -> Path:
+    """Save a tiny model and its tokenizer under `path` in the hub's layout; returns `path`."""
+    tiny_model(family, seed, **config).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path

@@ -1,0 +1,221 @@
+"""Training data as Lightning sees it: one order of batches from one seed, resumed where it stopped."""
+
+import json
+from contextlib import suppress
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from buddy.errors import DataError
+from buddy.training.data import TextData
+
+# Lightning 2.6 under torch 2.13: of its own making, and nothing that data could do about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+WINDOW = 16
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """120 documents of 20 to 99 words; each counts up from its own number times 40."""
+    path = tmp_path_factory.mktemp("text") / "counts.jsonl"
+    texts = (" ".join(str(40 * number + i % 40) for i in range(20 + 7 * number % 80)) for number in range(120))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture
+def make(source, words):
+    """A new `TextData` of 4 windows a batch and 6 steps, set up; options override."""
+
+    def make(setup=True, **options):
+        sizes = {"window": WINDOW, "batch_size": 4, "steps": STEPS, "test_windows": 20, "calibration_windows": 12}
+        data = TextData(words, options.pop("source", source), **{**sizes, "validation_windows": 4, **options})
+        if setup:
+            data.setup()
+        return data
+
+    return make
+
+
+def numbers(windows) -> set[int]:
+    """The documents that tokens come from."""
+    return set(((windows - 2) // 40).flatten().tolist())
+
+
+def test_no_document_is_in_two_splits(make):
+    data = make()
+    trained = set().union(*(numbers(data.batch(step)) for step in range(100)))
+    held = [numbers(windows.input_ids) for windows in (data.test, data.calibration, data.validation)]
+    assert [len(data.test), len(data.calibration), len(data.validation)] == [20, 12, 4]
+    assert [len(part) for part in held] == [20, 12, 4]
+    assert len(trained) > 60
+    assert sum(map(len, held)) + len(trained) == len(trained.union(*held))
+    assert trained <= set(data.split["train"].tolist())
+
+
+def test_the_split_depends_on_the_seed_and_not_on_steps_or_batches(make):
+    first, other = make(), make(steps=50, batch_size=7)
+    for name in ("test", "calibration", "validation"):
+        assert torch.equal(getattr(first, name).input_ids, getattr(other, name).input_ids)
+    assert not torch.equal(first.test.input_ids, make(seed=1).test.input_ids)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(make):
+    data = make()
+    later = data.batch(5)
+    assert later.shape == (4, WINDOW)
+    assert later.dtype == torch.long
+    assert torch.equal(later, make(steps=100).batch(5))
+    assert not torch.equal(later, data.batch(4))
+    assert not torch.equal(later, make(seed=1).batch(5))
+
+
+def test_windows_begin_anywhere_and_long_documents_come_oftener(make):
+    data = make(batch_size=4000)
+    windows = data.batch(0)
+    assert ((windows[:, 1:] - windows[:, :-1] - 1) % 40 == 0).all()  # consecutive words
+    assert set(((windows[:, 0] - 2) % 40).tolist()) == set(range(40))
+    lengths = data._documents.lengths
+    drawn = torch.bincount((windows[:, 0] - 2) // 40, minlength=120).numpy()
+    expected = np.zeros(120)
+    expected[data.split["train"]] = lengths[data.split["train"]]
+    assert np.abs(drawn / drawn.sum() - expected / expected.sum()).max() < 0.01
+
+
+class Stopped(Exception):
+    """A run that is stopped inside a step."""
+
+
+class Recorder(LightningModule):
+    """Trains one number, and writes down each batch it is given."""
+
+    def __init__(self, stop_in=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.seen, self.stop_in = {}, stop_in
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.stop_in:
+            raise Stopped
+        self.seen.setdefault(self.global_step, []).append(batch.tolist())
+        return self.weight * batch.float().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class SaveOnException(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_exception(self, trainer, module, exception):
+        trainer.save_checkpoint(self.path)
+
+
+def train(data, max_steps=STEPS, ckpt_path=None, callbacks=(), stop_in=None):
+    """{step: batches} of a run."""
+    module = Recorder(stop_in)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = Trainer(accelerator="cpu", max_steps=max_steps, callbacks=list(callbacks), **quiet)
+    with suppress(Stopped):
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return module.seen, trainer
+
+
+@pytest.fixture
+def uninterrupted(make):
+    """{step: batches} of a run of six steps."""
+    seen, trainer = train(make(setup=False))
+    assert trainer.current_epoch == 1
+    return seen
+
+
+def test_lightning_sees_the_batches_in_order_in_one_epoch(make, uninterrupted):
+    data = make()
+    assert uninterrupted == {step: [data.batch(step).tolist()] for step in range(STEPS)}
+    assert len(data.train_dataloader()) == STEPS
+    assert [batch.tolist() for batch in data.train_dataloader()] == [batch for [batch] in uninterrupted.values()]
+
+
+@pytest.mark.parametrize("steps", [3, STEPS], ids=["after a finished run", "in the middle of an epoch"])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_would(make, uninterrupted, tmp_path, steps):
+    first, trainer = train(make(steps=steps), max_steps=3)
+    trainer.save_checkpoint(tmp_path / "3.ckpt")
+    rest, _ = train(make(), ckpt_path=tmp_path / "3.ckpt")
+    assert list(rest) == [3, 4, 5]
+    assert {**first, **rest} == uninterrupted
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.parametrize("every", [1, 2, 4, STEPS])
+def test_resuming_from_a_checkpoint_within_an_epoch(make, uninterrupted, tmp_path, every):
+    def keep():
+        return [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)]
+
+    train(make(), callbacks=keep())
+    for step in range(every, STEPS + 1, every):
+        rest, trainer = train(make(), ckpt_path=tmp_path / f"step={step}.ckpt", callbacks=keep())
+        assert rest == {later: uninterrupted[later] for later in range(step, STEPS)}
+        assert trainer.global_step == STEPS
+
+
+def test_an_interrupted_step_is_repeated(make, uninterrupted, tmp_path):
+    first, _ = train(make(), callbacks=[SaveOnException(tmp_path / "stopped.ckpt")], stop_in=2)
+    rest, _ = train(make(), ckpt_path=tmp_path / "stopped.ckpt")
+    assert list(first) == [0, 1]
+    assert {**first, **rest} == uninterrupted
+
+
+def test_devices_share_each_batch(make):
+    data = make()
+    whole = list(data.train_dataloader())
+    shares = []
+    for rank in range(2):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, global_step=0, accumulate_grad_batches=1)
+        shares.append(list(data.train_dataloader()))
+    for batch, even, odd in zip(whole, *shares, strict=True):
+        assert torch.equal(torch.stack([even, odd], dim=1).flatten(0, 1), batch)
+
+
+def test_a_batch_that_cannot_be_shared(make):
+    data = make()
+    data.trainer = SimpleNamespace(world_size=3)
+    with pytest.raises(DataError, match=r"4 windows cannot be shared by 3 devices; .* to a multiple of 3"):
+        data.train_dataloader()
+
+
+def test_preparing_fills_the_cache_and_setting_up_happens_once(make, datasets_cache, monkeypatch):
+    data = make(setup=False)
+    data.prepare_data()
+    data.setup()
+    test = data.test
+    monkeypatch.setattr("buddy.training.data.read_documents", lambda *_: pytest.fail("read again"))
+    data.setup("fit")
+    assert data.test is test
+    assert any(datasets_cache.rglob("cache-*.arrow"))
+
+
+def test_a_text_too_short_for_four_documents_names_a_window_that_works(make, tmp_path):
+    (tmp_path / "short.txt").write_text("\n".join(["1 2 3 4 5 6 7"] * 36))
+    source = str(tmp_path / "short.txt")
+    message = r"short\.txt gives 2 windows of 100 tokens in \d documents and 4 .* or set data\.window=31 or smaller"
+    with pytest.raises(DataError, match=message):
+        make(source=source, window=100)
+    data = make(source=source, window=31)
+    assert len(data.test) >= 1
+    assert len(data.calibration) >= 1
+    assert len(data.validation) >= 1
+    with pytest.raises(DataError, match=r"gives 0 windows of 300 tokens in 0 documents"):
+        make(setup=False, source=source, window=300).prepare_data()
+
+
+def test_a_few_words_cannot_be_saved_by_a_smaller_window(make, tmp_path):
+    (tmp_path / "few.txt").write_text("1 2 3 4 5")
+    with pytest.raises(DataError, match=r"one for each split; give more text\.$"):
+        make(source=str(tmp_path / "few.txt"))

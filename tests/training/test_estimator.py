@@ -1,0 +1,124 @@
+"""Estimators: what they return, and that they lead downhill."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from buddy import Context, Geometry, Router
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.training.estimator import Batch, Perturbed, StraightThrough
+from buddy.training.objective import Objective
+from tests.tiny import tiny_backbone
+
+IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+class Bias(Router):
+    """One trainable score a layer."""
+
+    kind = "learned"
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.bias = nn.Parameter(torch.zeros(geometry.routable))
+
+    def score(self, context: Context) -> Tensor:
+        return self.bias.expand(*context.executed.shape, -1)
+
+
+def tiny(**options) -> RoutedLM:
+    backbone = tiny_backbone("llama")
+    return RoutedLM(backbone, Bias(geometry_of(backbone)), **options)
+
+
+def batch(*executed: int) -> Batch:
+    return Batch(IDS[: len(executed)], torch.tensor(executed), torch.arange(4, 23), prompt=5)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+ESTIMATORS = {
+    "perturbed": lambda: Perturbed(Objective(), plans=4, sigma=1.0),
+    "straight-through": lambda: StraightThrough(Objective()),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("prompt_plan", ["token", "shared"])
+def test_an_estimate_moves_the_router_alone(name, prompt_plan):
+    routed = tiny(prompt_plan=prompt_plan)
+    estimate = ESTIMATORS[name]()(routed, batch(3, 4, 6, 3), generator())
+    estimate.loss.backward()
+    assert routed.router.bias.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in routed.backbone.model.parameters())
+    assert estimate.objective.shape == (4,)
+    assert estimate.objective[2] == pytest.approx(0, abs=1e-5)
+    assert (estimate.objective[[0, 1, 3]] > 0.01).all()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_pull_common_to_all_layers_is_gone(name):
+    routed = tiny()
+    ESTIMATORS[name]()(routed, batch(3, 3, 3, 3), generator()).loss.backward()
+    gradient = routed.router.bias.grad
+    if name == "straight-through":
+        assert gradient.sum().abs() < 1e-4 * gradient.abs().sum()
+    else:
+        assert gradient.sum().abs() < gradient.abs().sum()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_full_depth_alone_teaches_nothing(name):
+    routed = tiny()
+    estimate = ESTIMATORS[name]()(routed, batch(6, 6), generator())
+    estimate.loss.backward()
+    assert estimate.objective.tolist() == pytest.approx([0, 0], abs=1e-5)
+    if name == "perturbed":
+        assert routed.router.bias.grad.abs().sum() == 0
+
+
+def test_perturbed_equals_its_formula():
+    routed, estimator = tiny(), Perturbed(Objective(), plans=2, sigma=0.7)
+    given = batch(3, 4)
+    estimate = estimator(routed, given, generator(5))
+    estimate.loss.backward()
+    noise = torch.randn(1, 2, 24, 4, generator=generator(5))[0]
+    dense = routed.dense(given.input_ids).log_softmax(-1)[:, given.scored]
+    values = []
+    for sign in (1, -1):
+        runs = routed.plan(sign * 0.7 * noise, given.executed)
+        logits = routed(given.input_ids, runs=runs).logits.log_softmax(-1)[:, given.scored]
+        values.append((dense.exp() * (dense - logits)).sum(-1))
+    values = torch.stack(values)
+    credit = (values - values.mean(0)) / (values.std(0).mean(-1, keepdim=True) + 1e-6)
+    direction = (credit[0, ..., None] - credit[1, ..., None]) * noise[:, given.scored] / 2 / 0.7
+    torch.testing.assert_close(routed.router.bias.grad, direction.mean((0, 1)), atol=1e-4, rtol=1e-3)
+
+
+def test_perturbed_points_downhill():
+    """The averaged estimate finds the layer that a token misses least, by brute force over tokens and layers."""
+    routed = tiny()
+    for seed in range(40):
+        Perturbed(Objective(), plans=4, sigma=1.0)(routed, batch(5, 5, 5, 5), generator(seed)).loss.backward()
+    dense = routed.dense(IDS).log_softmax(-1)
+    harm = torch.zeros(4)
+    for skipped in range(4):
+        for at in range(4, 23):
+            runs = torch.ones(4, 24, 6, dtype=torch.bool)
+            runs[:, at, 1 + skipped] = False
+            logits = routed(IDS, runs=runs).logits.log_softmax(-1)[:, at]
+            harm[skipped] += (dense[:, at].exp() * (dense[:, at] - logits)).sum(-1).mean()
+    assert (-routed.router.bias.grad).argsort().tolist() == harm.argsort().tolist()
+
+
+def test_straight_through_runs_the_exact_plan():
+    routed = tiny()
+    given = batch(3, 4, 5, 6)
+    estimate = StraightThrough(Objective(kl=0.0, ce=1.0))(routed, given, generator())
+    logits = routed(given.input_ids, executed=given.executed, keep=given.scored).logits
+    expected = nn.functional.cross_entropy(
+        logits.flatten(0, 1), given.input_ids[:, given.scored + 1].flatten(), reduction="none"
+    )
+    torch.testing.assert_close(estimate.objective, expected.view(4, -1).mean(1).detach(), atol=1e-4, rtol=1e-4)
