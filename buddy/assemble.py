@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from buddy.backbone import Backbone, load_backbone
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RunError
@@ -12,11 +14,14 @@ from buddy.training.data import TextData
 
 
 def backbone_of(recipe: Recipe) -> Backbone:
-    """The backbone that a recipe names."""
+    """The backbone that a recipe names, on the recipe's accelerator where there is one and else on the CPU."""
     section = recipe.backbone
-    return load_backbone(
+    backbone = load_backbone(
         section.name, section.dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
+    if recipe.trainer.accelerator != "cpu" and torch.accelerator.is_available():
+        backbone.model.to(torch.accelerator.current_accelerator())
+    return backbone
 
 
 def routed_of(recipe: Recipe, backbone: Backbone) -> RoutedLM:

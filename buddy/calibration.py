@@ -6,8 +6,9 @@ One probe serves all routers of a recipe, so they see the same windows, and what
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from torch.nn import functional as F
 
 from buddy.engine.model import RoutedLM
 
-Track = Callable[[Sequence[Tensor], str], Iterator[Tensor]]
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
-def _silent(batches: Sequence[Tensor], _: str) -> Iterator[Tensor]:
-    yield from batches
+def _silent(items: Sequence[Any], _: str) -> Iterable[Any]:
+    return items
 
 
 class Probe:
@@ -29,12 +30,12 @@ class Probe:
         routed: the model; its router is not asked, only plans given here are run.
         windows: (N, W) long, calibration tokens.
         batch_size: windows per forward.
-        track: wraps a loop over batches to show progress, given the batches and a few words.
+        track: wraps a loop to show progress, given what it runs over and a few words.
     """
 
     def __init__(self, routed: RoutedLM, windows: Tensor, batch_size: int = 4, track: Track = _silent) -> None:
         self.routed, self.geometry = routed, routed.geometry
-        self._batches = windows.to(routed.backbone.device).split(batch_size)
+        self._batches, self._windows = windows.split(batch_size), len(windows)
         self._track = track
 
     @cached_property
@@ -44,6 +45,7 @@ class Probe:
         first, routable, sinks = self.geometry.context_layer, self.geometry.routable, self.routed.sink_tokens
         total, count = torch.zeros(routable, device=self.routed.backbone.device), 0
         for batch in self._track(self._batches, "block influence"):
+            batch = batch.to(total.device)
             states = self.routed.backbone.model(
                 batch, use_cache=False, output_hidden_states=True, logits_to_keep=1
             ).hidden_states
@@ -57,7 +59,8 @@ class Probe:
     def loss_increase(self) -> Tensor:
         """(R,) float32: rise of the perplexity when one layer is skipped (Shortened LLaMA, 2402.02834, section 3.2)."""
         dense = self.loss(self._without(None))
-        skipped = [self.loss(self._without(i)) for i in range(self.geometry.routable)]
+        layers = self._track(range(self.geometry.routable), "perplexity without a layer")
+        skipped = [self.loss(self._without(i)) for i in layers]
         return torch.tensor(skipped).exp() - torch.tensor(dense).exp()
 
     @cached_property
@@ -71,7 +74,7 @@ class Probe:
         try:
             for batch in self._track(self._batches, "Taylor importance"):
                 with torch.enable_grad():
-                    self._cross_entropy(batch, None).backward()
+                    (self._cross_entropy(batch, None) * (len(batch) / self._windows)).backward()
             return torch.stack(
                 [sum((p * p.grad).abs().sum(dtype=torch.float32) for p in group) for group in weights]
             ).cpu()
@@ -82,12 +85,11 @@ class Probe:
     @torch.no_grad()
     def loss(self, runs: Tensor) -> float:
         """Mean next-token cross-entropy in nats under one plan for all tokens, runs (L,) bool."""
-        losses = [
-            self._cross_entropy(batch, runs) * len(batch) for batch in self._track(self._batches, "loss under a plan")
-        ]
-        return (sum(losses) / sum(map(len, self._batches))).item()
+        losses = [self._cross_entropy(batch, runs) * len(batch) for batch in self._batches]
+        return (sum(losses) / self._windows).item()
 
     def _cross_entropy(self, batch: Tensor, runs: Tensor | None) -> Tensor:
+        batch = batch.to(self.routed.backbone.device)
         if runs is None:
             logits = self.routed.backbone.model(batch, use_cache=False).logits
         else:

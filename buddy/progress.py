@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -15,26 +17,72 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
-errors = Console(stderr=True)
-results = Console(width=None if Console().is_terminal else 200)
+PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no terminal
+
+# No markup: brackets in a path are brackets.
+errors = Console(stderr=True, markup=False, emoji=False)
+results = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False)
+
+
+class Bar:
+    """One line with what is done, how much there is, the time so far and the time left; to be used in a `with`.
+
+    Where the error stream is no terminal, it is a plain line now and then, and one at the end.
+
+    Args:
+        words: what is going on.
+        total: things to do.
+        done: those that were done before.
+    """
+
+    def __init__(self, words: str, total: int, done: int = 0) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        self._live = errors.is_terminal
+        self._progress = Progress(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
+        self._task = self._progress.add_task(words, total=total, completed=done, note="")
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        if not self._live:
+            self._say()
+
+    def update(self, done: int, note: str = "") -> None:
+        """So much is done now; `note` stands at the end of the line."""
+        self._progress.update(self._task, completed=done, note=note)
+        if not self._live and time.monotonic() - self._said >= PLAIN_EVERY:
+            self._say()
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        task = self._progress.tasks[0]
+        parts = [f"{task.description}: {task.completed:.0f} of {task.total:.0f}", f"{_clock(task.elapsed)} elapsed"]
+        if not task.finished and task.time_remaining is not None:
+            parts.append(f"{_clock(task.time_remaining)} left")
+        note = task.fields["note"]
+        errors.print(", ".join([*parts, note] if note else parts), soft_wrap=True)
 
 
 def track(items: Sequence[Any], words: str) -> Iterator[Any]:
-    """The items one by one, with a bar that tells how many are done and the time left."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors) as progress:
-        task = progress.add_task(words, total=len(items))
-        for item in items:
+    """The items one by one, with a `Bar`."""
+    with Bar(words, len(items)) as bar:
+        for done, item in enumerate(items, start=1):
             yield item
-            progress.advance(task)
+            bar.update(done)
 
 
 def tracker(words: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
@@ -45,5 +93,9 @@ def tracker(words: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
 @contextmanager
 def status(words: str) -> Iterator[None]:
     """A spinner while something of unknown length runs."""
-    with errors.status(words):
+    with errors.status(Text(words)):
         yield
+
+
+def _clock(seconds: float | None) -> str:
+    return str(timedelta(seconds=round(seconds or 0)))

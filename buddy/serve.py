@@ -9,7 +9,7 @@ from transformers import TextStreamer
 
 from buddy.assemble import routed_from
 from buddy.engine.model import Record, RoutedLM
-from buddy.errors import BudgetError, DataError
+from buddy.errors import DataError
 from buddy.progress import errors, status
 from buddy.runs import read_run
 
@@ -19,7 +19,7 @@ def generate(
     *,
     prompt: str,
     budget: str = "1.0",
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
@@ -42,11 +42,12 @@ def generate(
     if not prompt.strip():
         raise DataError("The prompt is empty; give some text to continue.")
     if temperature < 0:
-        raise BudgetError(f"The temperature is {temperature}; give 0 or more.")
+        raise DataError(f"The temperature is {temperature}; give 0 or more.")
     with status(f"Loading {run.backbone} …"):
         routed = routed_from(run)
     layers = routed.executed_layers(budget)
     inputs = _encode(routed, prompt, chat)
+    _check_length(routed, inputs["input_ids"].shape[1], max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = TextStreamer(routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -58,7 +59,7 @@ def generate(
             pad_token_id=routed.backbone.tokenizer.pad_token_id,
             **sampling,
         )
-    errors.print(summary(record, layers, routed.geometry.layers))
+    errors.print(summary(record, layers, routed.geometry.layers), soft_wrap=True)
 
 
 def summary(record: Record, asked: int, layers: int) -> str:
@@ -66,16 +67,17 @@ def summary(record: Record, asked: int, layers: int) -> str:
     prompt = record.executed[0][~record.sinks[0]]
     sinks = int(record.sinks[0].sum())
     text = f"Asked for {asked} of {layers} layers a token. Prompt: {_spread(prompt)}"
-    text += (
-        f" ({sinks} sink token at {layers})" if sinks == 1 else f" ({sinks} sink tokens at {layers})" if sinks else ""
-    )
+    if sinks:
+        text += f" ({_counted(sinks, 'sink token')} at {layers})"
     if len(record.executed) > 1:
-        text += (
-            f"; {len(record.executed) - 1} decode steps: {_spread(torch.cat([e[:, 0] for e in record.executed[1:]]))}"
-        )
-        plans = torch.stack([runs[0, 0] for runs in record.runs[1:]])
-        text += f", {len(plans.unique(dim=0))} distinct plans"
+        steps = torch.cat([executed[:, 0] for executed in record.executed[1:]])
+        plans = torch.stack([runs[0, 0] for runs in record.runs[1:]]).unique(dim=0)
+        text += f"; {_counted(len(steps), 'decode step')}: {_spread(steps)}, {_counted(len(plans), 'distinct plan')}"
     return text + "."
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _spread(executed: torch.Tensor) -> str:
@@ -83,6 +85,15 @@ def _spread(executed: torch.Tensor) -> str:
         return "no routed token"
     least, mean, most = executed.min().item(), executed.float().mean().item(), executed.max().item()
     return f"{least} / {mean:.1f} / {most} layers (min / mean / max)"
+
+
+def _check_length(routed: RoutedLM, prompt: int, new: int) -> None:
+    most = routed.backbone.context_length
+    if prompt + new > most:
+        raise DataError(
+            f"The prompt has {prompt} tokens, and {new} new ones go past the {most} positions that "
+            f"{routed.backbone.name} was made for; shorten the prompt or set a smaller --max-new-tokens."
+        )
 
 
 def _encode(routed: RoutedLM, prompt: str, chat: bool) -> dict[str, torch.Tensor]:

@@ -74,8 +74,9 @@ class BuddyRouter(Router):
         else:
             raw = probe.taylor if self.prior_name == "taylor" else probe.loss_increase
             indicator = raw.clamp(min=0).log1p()
-        rank = (1 + indicator.argsort().argsort().float()) / (len(indicator) + 1)
-        self.prior.copy_((rank - rank.mean()) / rank.std())
+        rank = (1 + indicator.argsort(stable=True).argsort().float()) / (len(indicator) + 1)
+        if len(rank) > 1:  # a single layer has no order
+            self.prior.copy_((rank - rank.mean()) / rank.std())
 
     def score(self, context: Context) -> Tensor:
         """(..., R) float32: the network's word plus ω times the prior."""

@@ -19,6 +19,37 @@ def tiny_llama_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def datasets_cache(tmp_path_factory):
+    """The folder in which `datasets` keeps what the tests read, instead of the user's."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for processes that tests start
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def small(tiny_llama_folder, datasets_cache, tmp_path_factory):
+    """Writes recipes of seconds: `small(output, "key=value", …)` is a recipe for the tiny model and a tiny text."""
+    from tests.small import Small, write_text
+
+    folder = tmp_path_factory.mktemp("small")
+    return Small(folder, tiny_llama_folder, write_text(folder / "text.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def finished(small, tmp_path_factory):
+    """The folder `<output>/small` after a whole `fit` with four rivals; read it, never write into it."""
+    from buddy.training.fit import fit
+
+    output = tmp_path_factory.mktemp("finished")
+    fit(small(output, "rivals=[shortgpt,uniform,random,full]"), "small")
+    return output / "small"
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """The embedded model in float32, shared by the tests marked `real`: never change its weights or classes."""
     from buddy.backbone import load_backbone

@@ -1,7 +1,7 @@
-"""Caches as the layers of a routed model see them.
+"""The cache of a routed model: an ordinary transformers cache with room to grow and states that wait.
 
-`RoutedState` rides on an ordinary transformers cache and follows what generation does to it (beams, crops, repeats).
-`Capture` and `RowsAndTokens` stand in for the cache while one layer runs.
+A cache is adopted at its first use: its class is swapped for a subclass and its layers for those of `cachelayers`, so
+generation's beams, crops and copies go through it as ever.
 """
 
 from __future__ import annotations
@@ -10,100 +10,131 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from buddy.engine.select import Group
+from buddy.engine.cachelayers import GrowingLayer, HoleLayer, OwingLayer, SlidingLayer, each
+from buddy.engine.pool import Pool, rebuilt
+from buddy.errors import BuddyError
 
 
-class Pool:
-    """Running sum of a context layer's cached states, per row: what the mean over the prefix needs.
+class RoutedCache:
+    """Mixed into the class of a cache that a routed model has adopted.
 
     Attributes:
-        total: (B, F) float32, the sum over the valid positions so far; None before the first token.
-        count: (B,) float32, how many positions are in it.
-        layer: index of the context layer, whose cache gives back what a crop removes.
-        kind: which states are pooled: "value", "key" or "both".
+        pool: what the context is pooled from.
+        context: index of the context layer.
+        policy: the name of the policy that filled it.
+        scores: (B, 1, R) the scores of the last decision, for those who do not decide at every token; or None.
+        decided: tokens since that decision.
     """
 
-    def __init__(self, layer: int, kind: str) -> None:
-        self.layer, self.kind = layer, kind
-        self.total: Tensor | None = None
-        self.count: Tensor | None = None
-        self.valid: Tensor | None = None  # (B, positions) bool, needed to take back what a crop removes
-
-    def add(self, states: Tensor, valid: Tensor | None) -> Tensor:
-        """Means over each prefix, (B, T, F) float32, of states (B, T, F); positions not `valid` (B, T) are left out."""
-        batch, length, _ = states.shape
-        valid = torch.ones(batch, length, dtype=torch.bool, device=states.device) if valid is None else valid
-        weight = valid.to(states.dtype)
-        totals = (states * weight[..., None]).cumsum(1)
-        counts = weight.cumsum(1)
-        if self.total is not None:
-            totals, counts = totals + self.total[:, None], counts + self.count[:, None]
-        self.total, self.count = totals[:, -1], counts[:, -1]
-        self.valid = valid if self.valid is None else torch.cat([self.valid, valid], 1)
-        return totals / counts.clamp(min=1)[..., None]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep or repeat rows, as beams do."""
-        if self.total is not None:
-            self.total, self.count, self.valid = self.total[rows], self.count[rows], self.valid[rows]
-
-    def crop(self, removed: int, layer: Any) -> None:
-        """Take back the last `removed` positions; `layer` still holds their keys and values."""
-        if self.total is None or removed == 0:
-            return
-        gone = features(layer.keys[..., -removed:, :], layer.values[..., -removed:, :], self.kind)
-        weight = self.valid[:, -removed:].to(gone.dtype)
-        self.total = self.total - (gone * weight[..., None]).sum(1)
-        self.count = self.count - weight.sum(1)
-        self.valid = self.valid[:, :-removed]
-
-
-def features(keys: Tensor, values: Tensor, kind: str) -> Tensor:
-    """Cached states (B, kv heads, T, head size) as (B, T, F) float32: F = kv heads × head size, twice that for "both"."""
-    chosen = {"value": [values], "key": [keys], "both": [keys, values]}[kind]
-    return torch.cat([states.transpose(1, 2).flatten(2) for states in chosen], -1).float()
-
-
-class _RoutedCache:
-    """Mixed into the class of a cache that a routed model has adopted."""
+    def select_rows(self, rows: Tensor) -> None:
+        """Rows of everything that rides on the cache."""
+        self.pool.select(rows)
+        if self.scores is not None:
+            self.scores = self.scores[rows]
+        moved: dict[int, Any] = {}  # a state waits in every layer of a run, and embeddings with many states
+        for layer in self.layers:
+            layer.owed = [
+                (_rows(h, rows, moved), each(e, lambda x: _rows(x, rows, moved) if x.shape[0] > 1 else x))
+                for h, e in layer.owed
+            ]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.pool.select(beam_idx)
+        self.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.pool.select(indices)
+        self.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
         if self.pool.total is not None:
             rows = torch.arange(self.pool.total.shape[0], device=self.pool.total.device)
-            self.pool.select(rows.repeat_interleave(repeats))
-        super().batch_repeat_interleave(repeats)
+            self.select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove < 0:  # a positive number is refused by transformers itself
-            self.pool.crop(-tokens_to_remove, self.layers[self.pool.layer])
+        if tokens_to_remove < 0 and self.pool.total is not None:  # transformers itself refuses positive numbers
+            held = self.layers[self.context]
+            self.pool.crop(-tokens_to_remove, *(x[..., tokens_to_remove:, :] for x in (held.keys, held.values)))
+            self.scores, self.decided = None, 0
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
-        self.pool = Pool(self.pool.layer, self.pool.kind)
+        self.pool, self.scores, self.decided = Pool(self.pool.kind), None, 0
 
 
 _ADOPTED: dict[type, type] = {}
+_LAYERS: dict[type, type] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: SlidingLayer}
 
 
-def adopt(cache: Any, layer: int, kind: str) -> Pool:
-    """The pool that rides on `cache`, made at its first use: the cache's class is swapped for a subclass."""
-    if not isinstance(cache, _RoutedCache):
-        stock = type(cache)
-        if stock not in _ADOPTED:
-            _ADOPTED[stock] = type(f"Routed{stock.__name__}", (_RoutedCache, stock), {"__module__": __name__})
-        cache.__class__ = _ADOPTED[stock]
-        cache.pool = Pool(layer, kind)
-    return cache.pool
+def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, valid: Tensor | None = None) -> RoutedCache:
+    """`cache` made fit for routing, in place; what it already holds stays.
+
+    Args:
+        cache: a DynamicCache of this model.
+        layers: L.
+        context: index of the context layer.
+        kind: which of its states are pooled.
+        policy: "fill", "hole" or "zero".
+        valid: (B, positions held) bool, where rows were padded.
+
+    Raises:
+        BuddyError: a cache of another kind, of another model, or filled under another policy.
+    """
+    if isinstance(cache, RoutedCache):
+        if cache.policy != policy or cache.context != context or cache.pool.kind != kind or len(cache.layers) != layers:
+            raise BuddyError(
+                f"This cache was filled by another model or policy ({cache.policy!r}, this one has {policy!r}); "
+                "start with an empty cache."
+            )
+        return cache
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+    kinds = {type(layer) for layer in cache.layers}
+    if not kinds <= _LAYERS.keys() or len(cache.layers) != layers:
+        found = ", ".join(sorted(each.__name__ for each in kinds))
+        raise BuddyError(
+            f"Routing needs a DynamicCache of {layers} layers, but was given {type(cache).__name__} with "
+            f"{len(cache.layers)} layers ({found}); leave the cache out or make it with DynamicCache(config=…)."
+        )
+    return _adopted(cache, context, kind, policy, valid)
+
+
+def _adopted(cache: Any, context: int, kind: str, policy: str, valid: Tensor | None) -> RoutedCache:
+    stock = type(cache)
+    if stock not in _ADOPTED:
+        _ADOPTED[stock] = type(f"Routed{stock.__name__}", (RoutedCache, stock), {"__module__": __name__})
+    held = cache.get_seq_length(context)
+    cache.layers[:] = [_adopted_layer(layer, policy) for layer in cache.layers]
+    cache.__class__ = _ADOPTED[stock]
+    cache.pool = rebuilt(kind, cache.layers[context], valid) if held else Pool(kind)
+    cache.context, cache.policy, cache.scores, cache.decided = context, policy, None, 0
+    return cache
+
+
+def _adopted_layer(layer: Any, policy: str) -> OwingLayer:
+    kind = HoleLayer if policy == "hole" else _LAYERS[type(layer)]
+    adopted = kind.__new__(kind)
+    adopted.__dict__.update(layer.__dict__, owed=[], view=None)
+    if kind is HoleLayer:
+        adopted.is_sliding, adopted.window = layer.is_sliding, getattr(layer, "sliding_window", None)
+        adopted.seen, adopted.unbroken = layer.get_seq_length(), True
+        held = layer.keys.shape[2] if adopted.seen else 0
+        device = layer.keys.device if held else None
+        adopted.slots = torch.arange(adopted.seen - held, adopted.seen, device=device) if held else None
+        adopted.valid = torch.ones(len(layer.keys), held, dtype=torch.bool, device=device) if held else None
+    return adopted
+
+
+def _rows(tensor: Tensor, rows: Tensor, moved: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows of a tensor, taken once for all who share it."""
+    if id(tensor) not in moved:
+        moved[id(tensor)] = (tensor, tensor[rows])  # the old one is kept so that its id stays its own
+    return moved[id(tensor)][1]
 
 
 class Capture:
@@ -118,29 +149,3 @@ class Capture:
         """Record, then do what the cache does."""
         self.keys, self.values = keys, values
         return (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *args, **kwargs)
-
-
-class RowsAndTokens:
-    """Stands in for the cache while a layer runs on some rows and tokens.
-
-    The layer hands over the K/V of the tokens it runs on; the other tokens of those rows get theirs from `rest`. The
-    layer gets back everyone's, in order of position, after what `past` holds; `new` keeps them for the real cache.
-    """
-
-    def __init__(self, group: Group, rest: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None) -> None:
-        self.group, self.rest, self.past = group, rest, past
-        self.new: tuple[Tensor, Tensor] | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Everyone's keys and values, each (G, heads, past + T, size), for G rows."""
-        self.new = (self._ordered(keys, 0), self._ordered(values, 1))
-        if self.past is None:
-            return self.new
-        return tuple(torch.cat([past, new], -2) for past, new in zip(self.past, self.new, strict=True))
-
-    def _ordered(self, run: Tensor, which: int) -> Tensor:
-        if self.group.order is None:
-            return run
-        both = run if self.rest is None else torch.cat([run, self.rest[which]], -2)
-        index = self.group.order.argsort(1)[:, None, :, None].expand(both.shape)
-        return both.gather(2, index)

@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from buddy.engine.cache import Pool, features
-from buddy.engine.select import take
+from buddy.engine.cache import RoutedCache
+from buddy.engine.pool import Pool, features
+from buddy.engine.select import Chunk, take
 from buddy.plan import Plan
 from buddy.router import Context
 
 Score = Callable[[Context], Tensor]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What the next forwards are asked for: K per row, or a plan made elsewhere.
+
+    Attributes:
+        executed: K for each row of the batch, or one for all; None for full depth.
+        runs: (B, T, L) bool, a plan to run instead of the router's.
+        gates: (B, T, L) with gradients, for straight-through training.
+        prompt: length of the prompt in these tokens; None in generation, where the first forward is the prompt.
+        everything: compute each layer on every token and choose afterwards.
+    """
+
+    executed: tuple[int, ...] | None = None
+    runs: Tensor | None = None
+    gates: Tensor | None = None
+    prompt: int | None = None
+    everything: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all forwards of a routed model."""
+
+    layers: int
+    context_layer: int
+    score: Score
+    sink_tokens: int
+    prompt_plan: str
+    batch_plan: str
+    reroute_every: int | None
+
+
 def plan_tokens(scores: Tensor, executed: Tensor, layers: int, shared: int = 0) -> Tensor:
-    """(B, T, L) bool from scores (B, T, R) and K (B, T); the first `shared` tokens take the plan of the last of them."""
+    """(B, T, L) bool from scores (B, T, R) and K (B, T); the first `shared` tokens take their last one's plan."""
     runs = Plan.from_scores(scores, executed, layers).runs
     if shared:
         last = runs[:, shared - 1 : shared]
@@ -25,123 +58,217 @@ def plan_tokens(scores: Tensor, executed: Tensor, layers: int, shared: int = 0) 
     return runs
 
 
+@dataclass
+class Ran:
+    """What one forward ran: kept small, spelt out when asked.
+
+    Attributes:
+        shape: (B, T).
+        whole: for each layer that ran on all tokens of some rows, its rows; None for all rows.
+        parts: (B, T) bool of each layer that ran on some tokens.
+        sinks: positions at full depth: a number of leading tokens, or (B, T) bool.
+        runs: (B, T, L) bool.
+    """
+
+    shape: tuple[int, int]
+    runs: Tensor
+    sinks: Tensor
+    whole: int = 0
+    rows: list[Sequence[bool]] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def executed(self) -> Tensor:
+        """(B, T) long, the layers that each token ran, as the layers themselves recorded it."""
+        total = torch.full(self.shape, self.whole, dtype=torch.long, device=self.runs.device)
+        if self.rows:
+            total += torch.tensor(self.rows, device=self.runs.device).sum(0)[:, None]
+        for part in self.parts:
+            total += part
+        return total
+
+
 class Pass:
     """What the layers of a routed model share during one forward.
 
     Args:
-        layers: L.
-        context_layer: c; the plan is made after the first c layers ran.
-        score: the router's scoring function.
-        pool: the running mean that the context is pooled from.
-        positions: (B or 1, T) long, position of each token in its own row, padding not counted.
-        valid: (B, T) bool, false for padding, or None.
-        executed: (B,) long, asked K per row; or None with `runs`.
-        sink_tokens: the first positions of each row that run every layer.
-        shared: tokens of the prompt that share the plan of their last one; 0 for a plan per token.
-        runs: (B, T, L) bool, a plan made elsewhere; the router is not asked.
-        gates: (B, T, L) float with gradients for straight-through training, beside `runs`.
-        everything: compute each layer on every token and choose afterwards.
+        settings: of the model.
+        request: of this forward.
+        shape: (B, T).
+        past: positions before these tokens.
+        mask: (B, past + T) of 0 and 1, or None where nothing is padded.
+        cache: an adopted cache, or None.
+        pool: what the context is pooled from; the cache's where there is one.
     """
 
     def __init__(
         self,
-        *,
-        layers: int,
-        context_layer: int,
-        score: Score,
+        settings: Settings,
+        request: Request,
+        shape: tuple[int, int],
+        past: int,
+        mask: Tensor | None,
+        cache: RoutedCache | None,
         pool: Pool,
-        positions: Tensor,
-        valid: Tensor | None,
-        executed: Tensor | None,
-        sink_tokens: int,
-        shared: int = 0,
-        runs: Tensor | None = None,
-        gates: Tensor | None = None,
-        everything: bool = False,
     ) -> None:
-        self.layers, self.context_layer, self.score, self.pool = layers, context_layer, score, pool
-        self.positions, self.valid, self.executed = positions, valid, executed
-        self.sink_tokens, self.shared = sink_tokens, shared
-        self.runs, self.gates, self.everything = runs, gates, everything or gates is not None
+        self.settings, self.request, self.shape, self.past = settings, request, shape, past
+        self.cache, self.pool = cache, pool
+        self.context_layer = settings.context_layer
+        # For each layer: everyone runs it (True), nobody (False), some (how many tokens of each row), or it goes its
+        # own way (None): the context layer, and all after it where everything is computed.
+        self.who: list[bool | list[int] | None] = [True] * settings.layers
+        self.who[settings.context_layer - 1] = None
+        self.everything = request.everything or request.gates is not None
+        self.valid, self.positions = None, None
+        if mask is not None:
+            self.valid = mask[:, -shape[1] :].bool()
+            self.positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -shape[1] :]
         self.context: Context | None = None
         self.scores: Tensor | None = None
-        self._counts: list[list[int]] | None = None
-        self._ran: dict[int, Tensor | None] = {}
-        self._shape: tuple[int, int] | None = None
-        self._causal: Tensor | None = None
+        self._runs: Tensor | None = None
+        self._rows_on: list[list[bool]] | None = None  # (L, B): a plan for one new token, held by the host
+        self.whole = 0  # layers that ran on every token
+        self.parts: list[Tensor] = []  # (B, T) bool of those that ran on some
+        self._rows: list[list[bool]] = []  # the same for one new token a row, on the host
 
     def make_plan(self, hidden: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Called by the context layer: hidden (B, T, D) as it leaves it, keys and values (B, heads, T, size) it wrote."""
-        self._shape = hidden.shape[:2]
+        """Called by the context layer: hidden (B, T, D) as it leaves it, K and V (B, heads, T, size) it wrote."""
         newest = features(keys, values, self.pool.kind)
         pooled = self.pool.add(newest, self.valid)
-        executed = self._executed(hidden.shape[:2], hidden.device)
-        self.context = Context(pooled=pooled, newest=newest, hidden=hidden.float(), executed=executed)
-        if self.runs is None:
-            self.runs = self._plan()
-        self.runs = self._protect(self.runs)
-        self._counts = self.runs.sum(1).t().tolist()  # (L, B): the one host synchronisation of the pass
+        full = self.request.executed is None or min(self.request.executed) == self.settings.layers
+        self.context = Context(pooled, newest, hidden.float(), self._asked(hidden.device))
+        if self.request.runs is not None:
+            self._take(self.request.runs)
+        elif self.everything and full:
+            self._take(self.runs)
+        elif not full:
+            self.scores = self._decided(self._shared_by_batch(self.settings.score(self.context)))
+            if self.shape[1] == 1 and self.valid is None and self.past >= self.settings.sink_tokens:
+                self._take_on_host(self.scores)
+            else:
+                self._take(plan_tokens(self.scores, self.context.executed, self.settings.layers, self._prompt_plan()))
 
-    def counts(self, layer: int) -> list[int] | None:
-        """How many tokens of each row run `layer`; None where all run."""
-        if self.runs is None or layer < self.context_layer:
-            return None
-        counts = self._counts[layer]
-        return None if all(count == self._shape[1] for count in counts) else counts
+    @property
+    def runs(self) -> Tensor:
+        """(B, T, L) bool, the plan with sinks at full depth."""
+        if self._runs is None:
+            device = self.context.executed.device
+            if self._rows_on is not None:
+                self._runs = torch.tensor(self._rows_on, device=device).t()[:, None]
+            else:
+                self._runs = torch.ones(*self.shape, self.settings.layers, dtype=torch.bool, device=device)
+        return self._runs
 
-    def record(self, layer: int, chosen: Tensor | None) -> None:
-        """A layer says what it ran: (B, T) bool, None for everything."""
-        self._ran[layer] = chosen
+    def chosen(self, layer: int) -> Tensor:
+        """(B, T) bool, the tokens that run `layer`."""
+        return self.runs[..., layer]
 
-    def executed_layers(self) -> Tensor:
-        """(B, T) long, the layers that each token really ran, as the layers themselves recorded it."""
-        total = torch.zeros(self._shape, dtype=torch.long, device=self.positions.device)
-        for chosen in self._ran.values():
-            total += 1 if chosen is None else chosen
-        return total
+    def record(self, layer: int) -> None:
+        """A layer says that it ran for those whom the plan names."""
+        if self._rows_on is not None:
+            self._rows.append(self._rows_on[layer])
+        else:
+            self.parts.append(self.chosen(layer))
+
+    def ran(self) -> Ran:
+        """What the layers recorded."""
+        return Ran(self.shape, self.runs, self.sinks(), self.whole, self._rows, self.parts)
 
     def sinks(self) -> Tensor:
         """(B, T) bool, the positions that run at full depth whatever the budget."""
-        return (self.positions < self.sink_tokens).expand(self._shape)
+        device = self.context.executed.device
+        if self.positions is not None:
+            return (self.positions < self.settings.sink_tokens) & self.valid
+        positions = torch.arange(self.past, self.past + self.shape[1], device=device)
+        return (positions < self.settings.sink_tokens).expand(self.shape)
 
-    def mask(
-        self, mask: Tensor | None, rows: Tensor, positions: Tensor | None, layer: Any, hidden: Tensor
-    ) -> Tensor | None:
-        """The attention mask (G, 1, n, S) of the queries of one call."""
-        batch, length = hidden.shape[:2]
+    def mask(self, mask: Tensor | None, chunk: Chunk, device: torch.device) -> Tensor | None:
+        """The attention mask (G, 1, n, S) of the queries of one call, from the layer's (B or 1, 1, T, S)."""
+        rows, positions, (batch, length) = chunk.group.rows, chunk.positions, self.shape
         if mask is None:
             # Stock code leaves the mask out where it is plainly causal; a selection of queries needs it spelt out.
             if positions is None or length == 1:
                 return None
-            if self._causal is None:
-                self._causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()[None]
-            return take(self._causal, rows, positions, batch)[:, None]
-        if mask.shape[0] == batch and batch > 1:
-            mask = mask[rows]
+            return (torch.arange(chunk.reach, device=device) <= positions[..., None])[:, None]
         if positions is None:
-            return mask
-        mask = mask.expand(positions.shape[0], *mask.shape[1:])
-        index = positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-        return mask.gather(2, index)
+            return mask[rows] if mask.shape[0] == batch > 1 else mask
+        return take(mask[:, 0], rows, positions, batch)[:, None, :, : mask.shape[-1] - length + chunk.reach]
 
-    def _executed(self, shape: tuple[int, int], device: torch.device) -> Tensor:
-        if self.executed is None:
-            return torch.full(shape, self.layers, device=device)
-        executed = self.executed.to(device)
-        return (executed[:, None] if executed.dim() == 1 else executed).expand(shape)
+    def _asked(self, device: torch.device) -> Tensor:
+        """(B, T) long, K for each token."""
+        executed = self.request.executed
+        if executed is None or len(executed) == 1:
+            return torch.full((1, 1), self.settings.layers if executed is None else executed[0], device=device).expand(
+                self.shape
+            )
+        return torch.tensor(executed, device=device)[:, None].expand(self.shape)
 
-    def _plan(self) -> Tensor:
-        """(B, T, L) bool by the router's scores."""
-        if self.executed is None or bool((self.executed == self.layers).all()):
-            return torch.ones(*self._shape, self.layers, dtype=torch.bool, device=self.positions.device)
-        self.scores = self.score(self.context)
-        return plan_tokens(self.scores, self.context.executed, self.layers, self.shared)
+    def _shared_by_batch(self, scores: Tensor) -> Tensor:
+        return scores.mean(0, keepdim=True).expand_as(scores) if self.settings.batch_plan == "shared" else scores
 
-    def _protect(self, runs: Tensor) -> Tensor:
-        """Full depth for sinks; padding follows its row where the row is whole, and costs nothing elsewhere."""
-        if self.sink_tokens:
+    def _decided(self, scores: Tensor) -> Tensor:
+        """Scores (B, T, R) that hold: those of the last decision where not every token decides."""
+        every, cache = self.settings.reroute_every, self.cache
+        if every == 1:
+            return scores
+        first = self._first_decision(cache)
+        steps = torch.arange(scores.shape[1], device=scores.device)
+        since = steps - first  # tokens since the last token of the prompt
+        at = first + torch.where(since > 0, since - (since % every if every else since), since)
+        held = scores[:, at.clamp(min=0)]
+        if cache is not None:
+            if first < 0 and cache.scores is not None:
+                held = torch.where((at < 0)[None, :, None], cache.scores, held)
+            cache.scores, cache.decided = held[:, -1:], cache.decided
+        return held
+
+    def _first_decision(self, cache: RoutedCache | None) -> int:
+        """Index among these tokens of the prompt's last one; negative when it lies before them."""
+        if self.request.prompt is not None:
+            return self.request.prompt - 1
+        if cache is None:
+            return self.shape[1] - 1
+        if self.past == 0 or cache.scores is None:
+            cache.decided = self.past + self.shape[1] - 1
+        return cache.decided - self.past
+
+    def _prompt_plan(self) -> int:
+        """Tokens at the start that share one plan."""
+        if self.settings.prompt_plan != "shared":
+            return 0
+        if self.request.prompt is not None:
+            return self.request.prompt
+        return self.shape[1] if self.past == 0 and self.shape[1] > 1 else 0
+
+    def _take(self, runs: Tensor) -> None:
+        """Hold a plan (B, T, L): full depth for sinks; padding follows its row where the row is whole."""
+        if self.settings.sink_tokens:
             runs = runs | self.sinks()[..., None]
-        if self.valid is None or bool(self.valid.all()):
-            return runs
-        padding = ~self.valid[..., None]
-        return torch.where(padding, (runs | padding).all(1, keepdim=True), runs)
+        if self.valid is not None and not bool(self.valid.all()):
+            padding = ~self.valid[..., None]
+            runs = torch.where(padding, (runs | padding).all(1, keepdim=True), runs)
+        self._runs = runs
+        counts = runs.sum(1).t().tolist()  # (L, B): the one host synchronisation of the pass
+        self._say([_who(each, self.shape[1]) for each in counts])
+
+    def _take_on_host(self, scores: Tensor) -> None:
+        """The same for one new token a row, without tensors: top-k of R numbers is quicker in Python."""
+        layers, first = self.settings.layers, self.context_layer
+        asked = self.request.executed
+        on = [[True] * len(scores) for _ in range(layers)]
+        for row, values in enumerate(scores[:, 0].tolist()):
+            k = asked[row if len(asked) > 1 else 0] - first - 1
+            order = sorted(range(len(values)), key=values.__getitem__, reverse=True)  # stable, so ties by index
+            for index in order[k:]:
+                on[first + index][row] = False
+        self._rows_on = on
+        self._say([_who(rows, 1) for rows in on])
+
+    def _say(self, who: list[bool | list[int]]) -> None:
+        first = self.context_layer
+        self.who[first:] = [None] * (len(who) - first) if self.everything else who[first:]
+
+
+def _who(counts: list[int], most: int) -> bool | list[int]:
+    """True where every row's count is `most`, False where each is 0, else the counts."""
+    return True if min(counts) == most else counts if max(counts) else False

@@ -13,9 +13,11 @@ from transformers import DynamicCache
 
 from buddy.backbone import Backbone
 from buddy.budget import executed_layers
-from buddy.engine.cache import Pool, adopt
-from buddy.engine.forward import Pass, plan_tokens
+from buddy.engine.cache import RoutedCache, adopt
+from buddy.engine.forward import Pass, Ran, Request, Settings, plan_tokens
 from buddy.engine.layers import Seat, attach, detach
+from buddy.engine.policies import policy_named
+from buddy.engine.pool import Pool
 from buddy.errors import BudgetError
 from buddy.router import Context, Geometry, Router
 
@@ -30,24 +32,26 @@ def geometry_of(backbone: Backbone, context_layer: int = 1, pool: PoolKind = "va
     )
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the next forwards are asked for: K per row, or a plan made elsewhere."""
-
-    executed: Tensor | None = None
-    runs: Tensor | None = None
-    gates: Tensor | None = None
-    prompt: int | None = None
-    everything: bool = False
-
-
 @dataclass
 class Record:
-    """What ran while a request held, one entry a forward: executed layers (B, T) and which of them were sinks."""
+    """What ran while a request held, one entry a forward."""
 
-    executed: list[Tensor] = field(default_factory=list)
-    sinks: list[Tensor] = field(default_factory=list)
-    runs: list[Tensor] = field(default_factory=list)
+    forwards: list[Ran] = field(default_factory=list)
+
+    @property
+    def executed(self) -> list[Tensor]:
+        """(B, T) long each: layers that each token really ran."""
+        return [ran.executed for ran in self.forwards]
+
+    @property
+    def sinks(self) -> list[Tensor]:
+        """(B, T) bool each: positions at full depth whatever the budget."""
+        return [ran.sinks for ran in self.forwards]
+
+    @property
+    def runs(self) -> list[Tensor]:
+        """(B, T, L) bool each: the plans, sinks at full depth."""
+        return [ran.runs for ran in self.forwards]
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,12 @@ class RoutedLM(nn.Module):
         pool: which of the context layer's cached states are pooled.
         sink_tokens: first positions of every row at full depth (attention sinks, 2309.17453), counted apart.
         prompt_plan: "token" plans for each prompt token, "shared" gives the whole prompt its last token's plan.
+        policy: what a layer's cache holds for tokens that skipped it: "fill" or "zero".
+        reroute_every: tokens between decisions while decoding; None keeps the prompt's last plan.
+        batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score.
+
+    Raises:
+        BuddyError: an unknown policy.
     """
 
     def __init__(
@@ -90,13 +100,25 @@ class RoutedLM(nn.Module):
         pool: PoolKind = "value",
         sink_tokens: int = 1,
         prompt_plan: Literal["token", "shared"] = "token",
+        policy: str = "fill",
+        reroute_every: int | None = 1,
+        batch_plan: Literal["row", "shared"] = "row",
     ) -> None:
         super().__init__()
         self.router = router.to(backbone.device)
         self.geometry = router.geometry
-        self.pool, self.sink_tokens, self.prompt_plan = pool, sink_tokens, prompt_plan
+        self.pool, self.policy = pool, policy_named(policy)
+        self.settings = Settings(
+            layers=self.geometry.layers,
+            context_layer=self.geometry.context_layer,
+            score=lambda context: self.router.score(context),
+            sink_tokens=sink_tokens,
+            prompt_plan=prompt_plan,
+            batch_plan=batch_plan,
+            reroute_every=reroute_every,
+        )
         self._held = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
-        self._seat, self._request, self._record = Seat(), None, None
+        self._seat, self._request, self._record = Seat(self.policy), None, None
         attach(backbone.layers, self._seat, _probes(backbone))
         base = backbone.base
         self._hooks = [
@@ -108,6 +130,16 @@ class RoutedLM(nn.Module):
     def backbone(self) -> Backbone:
         """The frozen model, with its tokenizer."""
         return self._held[0]
+
+    @property
+    def sink_tokens(self) -> int:
+        """First positions of every row at full depth."""
+        return self.settings.sink_tokens
+
+    @property
+    def prompt_plan(self) -> str:
+        """How prompts are planned: "token" or "shared"."""
+        return self.settings.prompt_plan
 
     def detach(self) -> None:
         """Give the stock model back, class by class and hook by hook."""
@@ -135,9 +167,12 @@ class RoutedLM(nn.Module):
         Args:
             budgets: one for the whole batch or one per row.
             executed: the same in layers.
+
+        Raises:
+            BudgetError: a budget out of range.
         """
-        counts = [self.executed_layers(budget) for budget in budgets] if executed is None else list(executed)
-        with self._requested(Request(executed=torch.tensor(counts))) as record:
+        asked = budgets if executed is None else [f"{count}layers" for count in executed]
+        with self._requested(Request(executed=tuple(self.executed_layers(each) for each in asked))) as record:
             yield record
 
     def forward(
@@ -165,13 +200,14 @@ class RoutedLM(nn.Module):
             everything: compute each layer on every token and choose afterwards. Slower, but no shape, and so no
                 rounding, depends on the plan; gates imply it.
         """
-        shared = prompt if self.prompt_plan == "shared" else 0
-        with self._requested(Request(executed, runs, gates, shared, everything)) as record:
+        asked = None if executed is None else tuple(executed.tolist())
+        with self._requested(Request(asked, runs, gates, prompt, everything)):
             logits = self.backbone.model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
             ).logits
-            done = self._last
-        return Output(logits, done.context, done.scores, done.runs, record.executed[-1], record.sinks[-1])
+            done, self._last = self._last, None
+        ran = done.ran()
+        return Output(logits, done.context, done.scores, ran.runs, ran.executed, ran.sinks)
 
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
         """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`."""
@@ -197,65 +233,67 @@ class RoutedLM(nn.Module):
     def _begin(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the decoder runs: a fresh pass for the request that holds, or none."""
         self._seat.current = None
-        if self._request is None:
-            return None
-        kwargs = {**kwargs, **({"input_ids": args[0]} if args else {})}
+        cache, request = kwargs.get("cache"), self._request
+        if request is None:
+            if not isinstance(cache, RoutedCache):
+                return None
+            request = Request()  # a cache that was routed before goes on as one, at full depth
+        if args:
+            kwargs["input_ids"] = args[0]
         tokens = kwargs.get("input_ids")
-        batch, length = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2]
-        cache = kwargs.get("cache")
-        use_cache = kwargs.get("use_cache")
-        if cache is None and (base.config.use_cache if use_cache is None else use_cache):
+        shape = tuple((kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2])
+        if cache is None and self._wants_cache(base, kwargs):
             cache = kwargs["cache"] = DynamicCache(config=base.config)
+        mask = _checked_mask(kwargs.get("attention_mask"))
         context = self.geometry.context_layer - 1
         past = 0 if cache is None else cache.get_seq_length(context)
-        pool = Pool(context, self.pool) if cache is None else adopt(cache, context, self.pool)
-        valid, positions = _positions(kwargs.get("attention_mask"), past, length, batch, self.backbone.device)
-        request = self._request
-        prompt = length if self.prompt_plan == "shared" and past == 0 and length > 1 else 0
-        self._seat.current = Pass(
-            layers=self.geometry.layers,
-            context_layer=self.geometry.context_layer,
-            score=self.router.score,
-            pool=pool,
-            positions=positions,
-            valid=valid,
-            executed=_per_row(request.executed, batch),
-            sink_tokens=self.sink_tokens,
-            shared=prompt if request.prompt is None else request.prompt,
-            runs=request.runs,
-            gates=request.gates,
-            everything=request.everything,
-        )
+        if cache is not None:
+            valid = None if mask is None or not past else mask[:, :past].bool()
+            adopt(
+                cache,
+                layers=self.geometry.layers,
+                context=context,
+                kind=self.pool,
+                policy=self.policy.name,
+                valid=valid,
+            )
+        if request.executed is not None:
+            request = _for_rows(request, shape[0])
+        pool = Pool(self.pool) if cache is None else cache.pool
+        self._seat.current = Pass(self.settings, request, shape, past, mask, cache, pool)
         return (), kwargs
 
     def _end(self, *_: Any) -> None:
         done, self._seat.current = self._seat.current, None
         if done is None or done.context is None:
             return
-        self._last = done
-        self._record.executed.append(done.executed_layers())
-        self._record.sinks.append(done.sinks())
-        self._record.runs.append(done.runs)
+        if self._record is not None:
+            self._record.forwards.append(done.ran())
+            self._last = done if self._request.prompt is not None else None
+
+    @staticmethod
+    def _wants_cache(base: nn.Module, kwargs: dict[str, Any]) -> bool:
+        asked = kwargs.get("use_cache")
+        return base.config.use_cache if asked is None else asked
 
 
-def _per_row(executed: Tensor | None, batch: int) -> Tensor | None:
-    """K for each of B rows; beams repeat the rows of the request."""
-    if executed is None or executed.shape[0] == batch:
-        return executed
-    if batch % executed.shape[0]:
-        raise BudgetError(f"{executed.shape[0]} budgets were given for {batch} rows; give one, or one per row.")
-    return executed.repeat_interleave(batch // executed.shape[0])
+def _for_rows(request: Request, batch: int) -> Request:
+    """The request for B rows; beams repeat its rows."""
+    given = len(request.executed)
+    if given in (1, batch):
+        return request
+    if batch % given:
+        raise BudgetError(f"{given} budgets were given for {batch} rows; give one, or one per row.")
+    return Request(tuple(k for k in request.executed for _ in range(batch // given)))
 
 
-def _positions(
-    mask: Tensor | None, past: int, length: int, batch: int, device: torch.device
-) -> tuple[Tensor | None, Tensor]:
-    """Which of the new tokens are real (B, T) bool or None, and their positions (B or 1, T) with padding not counted."""
+def _checked_mask(mask: Tensor | None) -> Tensor | None:
+    """The mask (B, positions), or None where it hides nothing."""
     if mask is None:
-        return None, torch.arange(past, past + length, device=device)[None]
+        return None
     if mask.dim() != 2:
         raise BudgetError("Routing needs the attention mask in two dimensions (rows × tokens); pass that, or none.")
-    return mask[:, -length:].bool(), (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+    return None if bool(mask.all()) else mask
 
 
 def _probes(backbone: Backbone) -> list[tuple[Tensor, Any]]:

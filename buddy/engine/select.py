@@ -5,13 +5,18 @@ number. Rows with similar numbers share a call, filled up with tokens that did n
 dropped; rows with very different numbers get calls of their own.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 WASTE = 0.15  # the share of a call that may be filling
+CHUNK, MOST_CHUNKS = 64, 4  # queries in a chunk at least, and chunks at most
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,65 @@ class Group:
             rising order, then filling. None where every token runs.
         length: tokens per row in this call.
         counts: (G,) long, how many of the `length` were chosen.
+        least: the smallest of them, known to the host.
     """
 
     rows: Tensor
     order: Tensor | None
     length: int
     counts: Tensor
+    least: int
+
+    @property
+    def rest(self) -> Tensor | None:
+        """(G, T − least) long, with all positions that were not chosen among them; None where all run."""
+        return None if self.order is None else self.order[:, self.least :]
+
+    def chunks(self) -> list[Chunk]:
+        """The group in pieces of consecutive queries.
+
+        A causal kernel leaves out the half of the products that lie ahead; one with a mask cannot. Early queries in a
+        call of their own need only the early keys, which wins most of that half back.
+        """
+        if self.order is None:
+            return [Chunk(self, None, None, None)]
+        pieces = max(1, min(MOST_CHUNKS, self.length // CHUNK))
+        bounds = [self.length * i // pieces for i in range(pieces + 1)]
+        return [Chunk(self, self.order[:, a:b], a, self._reach(b)) for a, b in pairwise(bounds)]
+
+    def _reach(self, end: int) -> int:
+        """Positions that the first `end` queries may need: up to the last of them."""
+        return self.order.shape[1] if end == self.length else int(self.order[:, :end].max()) + 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some queries of a group.
+
+    Attributes:
+        positions: (G, n) long, or None for all.
+        start: index of the first of them among the group's.
+        reach: new positions whose keys they may need; None for all.
+    """
+
+    group: Group
+    positions: Tensor | None
+    start: int | None
+    reach: int | None
+
+    def flat(self, length: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where its queries lie among `rows` × `length` positions laid flat, and which of them count.
+
+        Returns:
+            (n,) long of the queries that were chosen, and (G · n,) bool that tells them from filling; None where all.
+        """
+        flat = (rows[:, None] * length + self.positions).flatten()
+        end = self.start + self.positions.shape[1]
+        if end <= self.group.least:
+            return flat, None
+        at = torch.arange(self.start, end, device=flat.device)
+        real = (at < self.group.counts[:, None]).flatten()
+        return flat[real], real
 
 
 def groups(chosen: Tensor, counts: Sequence[int]) -> list[Group]:
@@ -57,21 +115,27 @@ def partition(counts: Sequence[int]) -> list[list[int]]:
 
 def _group(chosen: Tensor, rows: list[int], counts: Sequence[int]) -> Group:
     index = torch.tensor(rows, device=chosen.device)
-    here = torch.tensor([counts[r] for r in rows], device=chosen.device)
-    length = max(counts[r] for r in rows)
-    if length == chosen.shape[1] and min(counts[r] for r in rows) == length:
-        return Group(index, None, length, here)
+    ours = [counts[r] for r in rows]
+    length, least = max(ours), min(ours)
+    here = torch.tensor(ours, device=chosen.device)
+    if least == chosen.shape[1]:
+        return Group(index, None, length, here, least)
     order = chosen[index].to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    return Group(index, order, length, here)
+    return Group(index, order, length, here, least)
 
 
 def take(x: Tensor, rows: Tensor, positions: Tensor | None, batch: int) -> Tensor:
     """Rows and positions of a (B or 1, T, …) tensor: (G, n, …)."""
-    if x.shape[0] == batch and batch > 1:
-        x = x[rows]
+    of_all = (x.shape[0] == 1 and batch > 1) or batch == 1
     if positions is None:
-        return x
-    if x.shape[0] == 1 and positions.shape[0] > 1:
-        x = x.expand(positions.shape[0], *x.shape[1:])
-    index = positions.view(*positions.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)
+        return x if of_all else x[rows]
+    flat = positions if of_all else rows[:, None] * x.shape[1] + positions
+    # One flat selection of whole rows: several times faster than `gather` with an expanded index.
+    return x.reshape(-1, *x.shape[2:]).index_select(0, flat.flatten()).view(*positions.shape, *x.shape[2:])
+
+
+def taken(value: Any, rows: Tensor, positions: Tensor | None, batch: int) -> Any:
+    """Rows and positions of a tensor or a tuple of them; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(taken(part, rows, positions, batch) for part in value)
+    return take(value, rows, positions, batch) if isinstance(value, Tensor) else value

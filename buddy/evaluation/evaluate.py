@@ -56,7 +56,7 @@ def evaluate_run(
     show_run(scores, f"{run.router_name} on {data or run.recipe.data.source}")
     if json_file:
         write_json(json_file, as_json(scores))
-        results.print(f"JSON: {json_file}")
+        results.print(f"JSON: {json_file}", soft_wrap=True)
 
 
 def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float]:

@@ -30,7 +30,7 @@ class Scores:
     Attributes:
         budget: as asked.
         layers: K, executed layers that the budget stands for.
-        executed: least, mean and most layers that scored tokens really ran, sinks left out.
+        executed: least, mean and most layers that tokens really ran, prompts included and sinks left out.
         sinks: tokens per window at full depth whatever the budget.
         loss: (documents,) summed next-token cross-entropy in nats.
         kl: (documents,) summed KL to the dense model in nats.

@@ -54,9 +54,12 @@ def show_comparison(scores: Mapping[str, Sequence[Scores]], folder: Path, main: 
     results.print(_note(scores[main][0]))
     write_json(folder / f"{COMPARISON}.json", {name: as_json(each) for name, each in scores.items()} | differences)
     draw(scores, folder / f"{COMPARISON}.png")
-    results.print(f"Figure:      {folder / COMPARISON}.png")
-    results.print(f"Runs:        {', '.join(str(folder / name) for name in scores)}")
-    results.print(f"TensorBoard: tensorboard --logdir {folder}")
+    for line in (
+        f"Figure:      {folder / COMPARISON}.png",
+        f"Runs:        {', '.join(str(folder / name) for name in scores)}",
+        f"TensorBoard: tensorboard --logdir {folder}",
+    ):
+        results.print(line, soft_wrap=True)
 
 
 def write_results(folder: Path, recipe: Recipe, scores: Sequence[Scores]) -> None:

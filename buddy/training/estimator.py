@@ -44,11 +44,13 @@ class Estimate:
         loss: scalar whose gradient with respect to the router is the estimate.
         objective: (B,) mean objective of each row under the plans tried, in nats; nought at full depth under KL.
         runs: (B, T, L) bool, the plans that the router's unperturbed scores ask for.
+        context: what the router saw, leading dimensions (B, T).
     """
 
     loss: Tensor
     objective: Tensor
     runs: Tensor
+    context: Context
 
 
 class Estimator(Protocol):
@@ -81,12 +83,12 @@ class Perturbed:
         value = torch.zeros(len(batch.input_ids), device=scores.device)
         free = (batch.executed < routed.geometry.layers).nonzero()[:, 0]  # full depth leaves nothing to try
         if not len(free):
-            return Estimate(scores.sum() * 0.0, value, runs)
+            return Estimate(scores.sum() * 0.0, value, runs, context)
         part = replace(batch, input_ids=batch.input_ids[free], executed=batch.executed[free])
         tried, noise = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator)
         value[free] = tried.mean((0, 2))
         direction = _direction(tried, noise, self.sigma)
-        return Estimate((direction * scores[free][:, batch.scored]).sum(-1).mean(), value, runs)
+        return Estimate((direction * scores[free][:, batch.scored]).sum(-1).mean(), value, runs, context)
 
     @torch.no_grad()
     def _try(
@@ -134,7 +136,7 @@ class StraightThrough:
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
         logits = routed(batch.input_ids, runs=runs, gates=self._gates(routed, scores, runs), keep=batch.scored).logits
         value = self.objective(dense, logits, targets)
-        return Estimate(value.mean(), value.detach().mean(1), runs)
+        return Estimate(value.mean(), value.detach().mean(1), runs, context)
 
     @staticmethod
     def _gates(routed: RoutedLM, scores: Tensor, runs: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class StraightThrough:
 
 
 def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]:
-    """The router's context for every token with the asked K in it, the dense distribution and the next tokens (B, S)."""
+    """The router's context for every token, the asked K in it; the dense distribution; the next tokens (B, S)."""
     with torch.no_grad():
         output = routed(batch.input_ids, keep=batch.scored)
         seen = output.context

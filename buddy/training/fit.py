@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from buddy import progress
 from buddy.assemble import backbone_of, budgets_of, data_of, routed_of
 from buddy.backbone import Backbone
 from buddy.calibration import Probe
@@ -14,20 +19,20 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.report import show_comparison, write_results
-from buddy.progress import errors, status, track, tracker
+from buddy.progress import status, track, tracker
 from buddy.recipe import with_router
 from buddy.registry import load
 from buddy.runs import RunPlace, save_router, write_facts
 from buddy.schema import Recipe
 from buddy.training.data import TextData
-from buddy.training.estimator import Estimator, Perturbed, StraightThrough
-from buddy.training.interrupt import StopOnSignal, quiet
-from buddy.training.module import RoutingModule
-from buddy.training.objective import Objective
+from buddy.training.interrupt import quiet
+from buddy.training.train import check_checkpoint, train, trainer_of
 
 
 def fit(recipe: Recipe, recipe_name: str) -> None:
-    """Fit the recipe's router, then its rivals, and show them side by side.
+    """Fit the recipe's router and its rivals, and show them side by side.
+
+    Rivals come first: they take little time, so that what is stopped and repeated is the training that can go on.
 
     Args:
         recipe: the whole run.
@@ -37,9 +42,35 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
         BuddyError: anything that a person can mend; what was finished before stays.
         KeyboardInterrupt: stopped in good order; the same call goes on from a checkpoint.
     """
-    recipes = [recipe, *(with_router(recipe, name) for name in recipe.rivals if name != recipe.router.name)]
+    leads = rank_zero_only.rank == 0  # Lightning starts the other processes of a distributed run by the same command
+    progress.errors.quiet = progress.results.quiet = not leads
+    recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), recipe]
+    backbone, data = _prepare(recipes)
+    session = _Session(backbone, data)
+    places = [RunPlace.of(each, recipe_name) for each in recipes]
+    if not leads:
+        return session.follow(recipes, places)
+    scores = {
+        each.router.name: session.run(each, recipe_name, place) for each, place in zip(recipes, places, strict=True)
+    }
+    ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
+    show_comparison(ordered, places[-1].final.parent, recipe.router.name)
+
+
+def _rival(recipe: Recipe, name: str) -> Recipe:
+    """The recipe for another router; a checkpoint is the recipe's own router's."""
+    return replace(with_router(recipe, name), trainer=replace(recipe.trainer, ckpt_path=None))
+
+
+def _prepare(recipes: list[Recipe]) -> tuple[Backbone, TextData]:
+    """Backbone and text; whatever is wrong with the recipes is found here, before anything long or written begins."""
+    recipe = recipes[-1]
     for each in recipes:
-        load(each.router.name)  # a router that is not there is found before anything long begins
+        load(each.router.name)
+    with quiet():
+        trainer_of(recipe, logger=False)
+    if recipe.trainer.ckpt_path:
+        check_checkpoint(recipe.trainer.ckpt_path)
     with status(f"Loading {recipe.backbone.name} …"):
         backbone = backbone_of(recipe)
         for each in recipes:
@@ -48,12 +79,7 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     with status(f"Reading {recipe.data.source} …"):
         data.prepare_data()
         data.setup()
-    session = _Session(backbone, data)
-    places = [RunPlace.of(each, recipe_name) for each in recipes]
-    scores = {
-        each.router.name: session.run(each, recipe_name, place) for each, place in zip(recipes, places, strict=True)
-    }
-    show_comparison(scores, places[0].final.parent, recipe.router.name)
+    return backbone, data
 
 
 class _Session:
@@ -65,9 +91,8 @@ class _Session:
 
     def run(self, recipe: Recipe, recipe_name: str, place: RunPlace) -> list[Scores]:
         """Fit, evaluate and publish one router."""
-        with place.lock():
+        with place.lock(), self._routed(recipe) as routed:
             folder = place.open_partial(recipe)
-            routed = routed_of(recipe, self.backbone)
             try:
                 write_facts(
                     folder,
@@ -81,16 +106,37 @@ class _Session:
                 scores = self._evaluate(recipe, routed)
                 save_router(folder, routed.router.state_dict())
                 write_results(folder, recipe, scores)
-            finally:
-                routed.detach()
+            except BaseException:
+                if not any(folder.glob("checkpoints/*.ckpt")):  # nothing to go on from
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
             place.publish()
         return scores
 
-    def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path) -> None:
+    def follow(self, recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> None:
+        """Take part in the training of all routers beside the process that leads, which alone writes and speaks."""
+        for recipe, place in zip(recipes, places, strict=True):
+            with self._routed(recipe) as routed:
+                if routed.router.trainable:
+                    try:
+                        self._fit(recipe, routed, place.partial)
+                    except TrainingError as error:
+                        raise SystemExit(2) from error
+
+    @contextmanager
+    def _routed(self, recipe: Recipe) -> Iterator[RoutedLM]:
+        """The recipe's router on the backbone, its first weights drawn from the recipe's seed."""
         lightning.seed_everything(recipe.seed, verbose=False)
+        routed = routed_of(recipe, self.backbone)
+        try:
+            yield routed
+        finally:
+            routed.detach()
+
+    def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path) -> None:
         routed.router.calibrate(self._calibration(routed, recipe.data.batch_size))
         if routed.router.trainable:
-            _train(recipe, routed, self.data, folder)
+            train(recipe, routed, self.data, folder)
         routed.router.eval().requires_grad_(False)
 
     def _calibration(self, routed: RoutedLM, batch_size: int) -> Probe:
@@ -109,75 +155,3 @@ class _Session:
             batch_size=recipe.data.batch_size,
             track=tracker(f"Evaluating {recipe.router.name}"),
         )
-
-
-def estimator_of(recipe: Recipe) -> Estimator:
-    """The recipe's estimator with its objective."""
-    section = recipe.objective
-    objective = Objective(section.kl, section.ce)
-    if section.estimator == "perturbed":
-        return Perturbed(objective, section.plans, section.sigma)
-    return StraightThrough(objective)
-
-
-def module_of(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
-    """The LightningModule for a recipe."""
-    optimizer = recipe.optimizer
-    return RoutingModule(
-        routed,
-        estimator_of(recipe),
-        [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)],
-        prompt=recipe.data.prompt,
-        lr=optimizer.lr,
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        clip=optimizer.clip,
-        seed=recipe.seed,
-    )
-
-
-def _train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> None:
-    """Train by Lightning, from a checkpoint where there is one."""
-    checkpoints = folder / "checkpoints"
-    last = checkpoints / "last.ckpt"
-    start = recipe.trainer.ckpt_path or (last if last.exists() else None)
-    if start and not Path(start).is_file():
-        raise TrainingError(f"There is no checkpoint {start}; leave trainer.ckpt_path out or name an existing file.")
-    if start:
-        errors.print(f"Going on from {start}")
-    keeper = lightning.pytorch.callbacks.ModelCheckpoint(
-        dirpath=checkpoints,
-        filename="last",
-        every_n_train_steps=recipe.trainer.checkpoint_every,
-        save_on_exception=False,
-        enable_version_counter=False,
-    )
-    stop = StopOnSignal(last)
-    trainer = lightning.Trainer(
-        max_steps=recipe.trainer.max_steps,
-        max_epochs=-1,
-        accelerator=recipe.trainer.accelerator,
-        devices=recipe.trainer.devices,
-        strategy=recipe.trainer.strategy,
-        log_every_n_steps=recipe.trainer.log_every,
-        callbacks=[keeper, stop],
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-        enable_model_summary=False,
-        deterministic="warn",
-    )
-    module = module_of(recipe, routed)
-    with quiet():
-        try:
-            trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
-        except TrainingError:
-            trainer.save_checkpoint(checkpoints / "before-failure.ckpt")
-            raise
-        except (KeyError, RuntimeError, EOFError) as error:
-            if start and trainer.global_step == 0:
-                raise TrainingError(
-                    f"The checkpoint {start} cannot be read ({error}); delete it and start anew."
-                ) from error
-            raise
-    if stop.asked:
-        errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer.max_steps} is kept.")
-        raise KeyboardInterrupt

@@ -13,10 +13,15 @@ from torchmetrics import MeanMetric
 
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
+from buddy.router import Context
 from buddy.training.estimator import Batch, Estimate, Estimator
 from buddy.training.objective import draw_budgets
 
 WARM = 16  # positions of a window whose prefix is too short to learn from
+
+
+class NotFinite(TrainingError):
+    """A step that would have spoilt the router; it was not taken."""
 
 
 class RoutingModule(LightningModule):
@@ -29,7 +34,7 @@ class RoutingModule(LightningModule):
         estimator: turns windows and budgets into a loss for the router.
         grid: executed layers of the recipe's budgets.
         prompt: tokens of each window that are read, not scored, where the prompt shares a plan.
-        lr, warmup_steps, weight_decay, clip: AdamW with linear warm-up, then a cosine to a tenth; largest gradient norm.
+        lr, warmup_steps, weight_decay, clip: AdamW with linear warm-up, then cosine to a tenth; largest gradient.
         seed: of budgets and perturbations.
     """
 
@@ -53,9 +58,8 @@ class RoutingModule(LightningModule):
         self.start = copy.deepcopy(routed.router).requires_grad_(False)
         self.estimator, self.grid, self.prompt, self.seed = estimator, grid, prompt, seed
         self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip": clip}
-        self.means = nn.ModuleDict(
-            {str(k): MeanMetric(nan_strategy="error") for k in grid if k < routed.geometry.layers}
-        )
+        below = sorted({k for k in grid if k < routed.geometry.layers})
+        self.means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error", sync_on_compute=False) for k in below})
 
     @property
     def routed(self) -> RoutedLM:
@@ -71,8 +75,7 @@ class RoutingModule(LightningModule):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step * 1_009 + self.global_rank)
         executed = draw_budgets(self.grid, len(input_ids), generator).to(input_ids.device)
         estimate = self.estimator(self.routed, self._batch(input_ids, executed), generator)
-        if not torch.isfinite(estimate.loss) or not torch.isfinite(estimate.objective).all():
-            raise TrainingError(self._trouble("the loss"))
+        self._require_finite("loss", estimate.loss.detach(), estimate.objective)
         self._log(estimate, executed)
         return estimate.loss
 
@@ -80,9 +83,8 @@ class RoutingModule(LightningModule):
         """Clip by norm, log the norm, and stop before a step that would spoil the router."""
         largest = self.settings["clip"] or math.inf
         norm = nn.utils.clip_grad_norm_(self.router.parameters(), largest)
-        if not torch.isfinite(norm):
-            raise TrainingError(self._trouble("the gradient"))
-        self.log("train/gradient_norm", norm, prog_bar=True)
+        self._require_finite("gradient", norm)
+        self.log("train/gradient_norm", norm)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the router's own parameter groups; warm-up, then cosine to a tenth."""
@@ -103,6 +105,15 @@ class RoutingModule(LightningModule):
                 f"The checkpoint is of another router (it differs in {', '.join(wrong[:3])}); give trainer.ckpt_path a "
                 "checkpoint of this recipe, or leave it out."
             )
+        self._keep_rates(checkpoint)
+
+    def _keep_rates(self, checkpoint: dict[str, Any]) -> None:
+        """The recipe's rates hold, not those saved with the optimizer; where they are the same, nothing changes."""
+        scheduler, groups = checkpoint["lr_schedulers"][0], checkpoint["optimizer_states"][0]["param_groups"]
+        scheduler["base_lrs"] = [self.settings["lr"] * group["scale"] for group in self.router.parameter_groups()]
+        factor = self._factor(scheduler["last_epoch"])
+        for group, rate in zip(groups, scheduler["base_lrs"], strict=True):
+            group |= {"initial_lr": rate, "lr": rate * factor, "weight_decay": self.settings["weight_decay"]}
 
     def _batch(self, input_ids: Tensor, executed: Tensor) -> Batch:
         first = self.prompt - 1 if self.routed.prompt_plan == "shared" else min(self.prompt - 1, WARM)
@@ -115,19 +126,31 @@ class RoutingModule(LightningModule):
 
     @torch.no_grad()
     def _log(self, estimate: Estimate, executed: Tensor) -> None:
-        """Objective per budget, and how far plans have moved: from the start, and from one token to the next."""
+        """Objective, its mean per budget since the last log, and how far plans moved: from the start and by token."""
         free = executed < self.routed.geometry.layers
         for k, value in zip(executed[free].tolist(), estimate.objective[free], strict=True):
             self.means[str(k)].update(value)
-            self.log(f"train/objective_{k}_layers", self.means[str(k)], on_step=True, on_epoch=False)
         if free.any():
-            self.log("train/objective", estimate.objective[free].mean(), prog_bar=True)
-            runs = estimate.runs[free]
-            changed = (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean()
-            self.log("train/changed_plans", changed, prog_bar=True)
+            self.log("train/objective", estimate.objective[free].mean())
+        if (self.global_step + 1) % self.trainer.log_every_n_steps:
+            return
+        for k, mean in self.means.items():
+            if mean.update_called:
+                self.log(f"train/objective_{k}_layers", mean.compute())
+                mean.reset()
+        if free.any():
+            runs, start = (x[free] for x in (estimate.runs, self._start_runs(estimate.context, executed)))
+            self.log("train/changed_plans", (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean())
+            self.log("train/moved_layers", (runs & ~start).sum() / runs.sum())
 
-    def _trouble(self, what: str) -> str:
-        return (
-            f"Training stopped at step {self.global_step + 1}: {what} is not finite, and the router of the step before is "
-            "kept as a checkpoint; lower optimizer.lr or objective.sigma and start anew."
-        )
+    def _start_runs(self, context: Context, executed: Tensor) -> Tensor:
+        """(B, T, L) bool: the plans before training."""
+        return self.routed.plan(self.start.score(context), executed, self.prompt)
+
+    def _require_finite(self, what: str, *values: Tensor) -> None:
+        wrong = not all(bool(value.isfinite().all()) for value in values)
+        if self.trainer.strategy.reduce_boolean_decision(wrong, all=False):  # in one process, and all must stop
+            raise NotFinite(
+                f"Training stopped at step {self.global_step + 1} because the {what} is not finite; lower optimizer.lr "
+                "or objective.sigma"
+            )

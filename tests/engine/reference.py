@@ -2,14 +2,40 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from buddy import Context, Geometry, Router
 
 
+class _Zeroing(DynamicCache):
+    """Zeros in place of the K/V of tokens that skip a layer."""
+
+    def __init__(self, config, runs: Tensor) -> None:
+        super().__init__(config=config)
+        self.runs = runs
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        kept = self.runs[:, None, :, layer_idx, None]
+        return super().update(key_states * kept, value_states * kept, layer_idx, *args, **kwargs)
+
+
+def _without_holes(mask: Tensor | None, runs: Tensor, eager: bool) -> Tensor:
+    """The mask (B, 1, T, T) that hides keys of tokens that did not run; each token sees itself."""
+    batch, length = runs.shape
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
+    itself = torch.eye(length, dtype=torch.bool)
+    if not eager:
+        return mask & (runs[:, None, None] | itself)
+    return mask.masked_fill(~(runs[:, None, None] | itself), torch.finfo(mask.dtype).min)
+
+
 @torch.no_grad()
-def reference_logits(model: PreTrainedModel, input_ids: Tensor, runs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits (B, T, V) of a stock model under plan `runs` (B, T, L): h ← h + m · (F(h) − h), K/V written by all."""
+def reference_logits(
+    model: PreTrainedModel, input_ids: Tensor, runs: Tensor, mask: Tensor | None = None, policy: str = "fill"
+) -> Tensor:
+    """Logits (B, T, V) of a stock model under plan `runs` (B, T, L): h ← h + m · (F(h) − h)."""
+    eager = model.config._attn_implementation == "eager"
 
     def choose(index: int):
         def hook(_, args, kwargs, output):
@@ -18,10 +44,23 @@ def reference_logits(model: PreTrainedModel, input_ids: Tensor, runs: Tensor, ma
 
         return hook
 
+    def punch(index: int):
+        def hook(_, args, kwargs):
+            held = _without_holes(kwargs.get("attention_mask"), runs[..., index], eager)
+            return args, {**kwargs, "attention_mask": held}
+
+        return hook
+
     hooks = [layer.register_forward_hook(choose(i), with_kwargs=True) for i, layer in enumerate(model.model.layers)]
+    if policy == "hole":
+        hooks += [
+            layer.register_forward_pre_hook(punch(i), with_kwargs=True) for i, layer in enumerate(model.model.layers)
+        ]
     try:
         positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
-        return model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        cache = _Zeroing(model.config, runs) if policy == "zero" else None
+        inputs = {"attention_mask": mask, "position_ids": positions, "cache": cache, "use_cache": cache is not None}
+        return model(input_ids, **inputs).logits
     finally:
         for hook in hooks:
             hook.remove()

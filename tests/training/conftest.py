@@ -1,19 +1,8 @@
-"""What tests of data share: a cache of their own, and a tokenizer whose tokens are words that can be counted."""
+"""What tests of data share: a tokenizer whose tokens are words that can be counted."""
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-
-@pytest.fixture(scope="session")
-def datasets_cache(tmp_path_factory):
-    """The folder in which `datasets` keeps what these tests read, instead of the user's."""
-    import datasets
-
-    folder = tmp_path_factory.mktemp("datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        yield folder
 
 
 @pytest.fixture(scope="session")

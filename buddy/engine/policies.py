@@ -1,0 +1,112 @@
+"""What a layer's cache holds for the tokens that skipped it.
+
+`Fill` computes their K/V from the hidden state that passed the layer, `Zero` leaves zeros as the paper does, `Hole`
+leaves nothing. Each has the same duties: `idle`, where no token of the forward runs the layer, `writer`, where some do,
+and `settle`, before all do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from buddy.engine.forward import Pass
+from buddy.engine.ragged import Ragged
+from buddy.engine.rectangular import KV, Rectangular
+from buddy.errors import BuddyError
+
+BOUND = 64  # positions that may wait in a layer
+
+
+class Fill:
+    """K/V of a skipped layer come from the hidden state that passed it, as late as can be."""
+
+    name = "fill"
+
+    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any) -> None:
+        """Nobody runs the layer: the state waits until somebody does, or until too many wait."""
+        held = cache.layers[layer._index]
+        held.owed.append((hidden, embeddings))
+        if len(held.owed) >= BOUND or hidden.shape[1] > 1 or held.is_sliding:  # a window forgets; nothing may be late
+            self.settle(layer, cache)
+
+    def settle(self, layer: nn.Module, cache: Any) -> None:
+        """Compute what is owed, in one product for all waiting positions."""
+        held = cache.layers[layer._index]
+        if not held.owed:
+            return
+        owed, held.owed = held.owed, []
+        hidden = torch.cat([state for state, _ in owed], 1) if len(owed) > 1 else owed[0][0]
+        cache.update(*layer._write_kv(layer, hidden, _joined([embeddings for _, embeddings in owed])), layer._index)
+
+    def writer(self, layer: nn.Module, current: Pass, hidden: Tensor, kwargs: dict) -> Rectangular:
+        """Some run the layer."""
+        if kwargs.get("cache") is not None:
+            self.settle(layer, kwargs["cache"])
+        return Rectangular(layer, current, hidden, kwargs, layer._write_kv)
+
+
+class Zero:
+    """Zeros in the cache, unmasked, so that they take their share of the softmax: the paper's way (2606.09514)."""
+
+    name = "zero"
+
+    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any) -> None:
+        """Nobody runs the layer."""
+        cache.update(*self._zeros(layer, hidden, embeddings), layer._index)
+
+    def settle(self, layer: nn.Module, cache: Any) -> None:
+        """Nothing waits."""
+
+    def writer(self, layer: nn.Module, current: Pass, hidden: Tensor, kwargs: dict) -> Rectangular:
+        """Some run the layer."""
+        return Rectangular(layer, current, hidden, kwargs, self._zeros)
+
+    @staticmethod
+    def _zeros(layer: nn.Module, hidden: Tensor, _: Any) -> KV:
+        heads, size = layer._kv_shape
+        zeros = hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], size)
+        return zeros, zeros
+
+
+class Hole:
+    """A token is absent from the cache of a layer that it skipped, and masked where other rows ran."""
+
+    name = "hole"
+
+    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any) -> None:
+        """Nobody runs the layer: the positions go by."""
+        cache.layers[layer._index].pass_by(hidden.shape[1])
+
+    def settle(self, layer: nn.Module, cache: Any) -> None:
+        """Nothing waits."""
+
+    def writer(self, layer: nn.Module, current: Pass, hidden: Tensor, kwargs: dict) -> Ragged:
+        """Some run the layer."""
+        return Ragged(layer, current, hidden, kwargs)
+
+
+Policy = Fill | Hole | Zero
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Fill(), Hole(), Zero())}
+
+
+def policy_named(name: str) -> Policy:
+    """The policy of that name; BuddyError names the accepted ones."""
+    if name not in POLICIES:
+        raise BuddyError(f"There is no cache policy {name!r}; choose one of {', '.join(POLICIES)}.")
+    return POLICIES[name]
+
+
+def _joined(embeddings: list[Any]) -> Any:
+    """Position embeddings of consecutive steps as one; where some hold for all rows, for the rows of the others."""
+    if not isinstance(embeddings[0], tuple):
+        return embeddings[0]
+    if len(embeddings) == 1:
+        return embeddings[0]
+    joined = []
+    for parts in zip(*embeddings, strict=True):
+        rows = max(part.shape[0] for part in parts)
+        joined.append(torch.cat([part.expand(rows, *part.shape[1:]) for part in parts], 1))
+    return tuple(joined)

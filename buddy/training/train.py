@@ -1,0 +1,133 @@
+"""One router's training by Lightning: from nothing or from a checkpoint, to the end or to a signal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from buddy.assemble import budgets_of
+from buddy.engine.model import RoutedLM
+from buddy.errors import TrainingError
+from buddy.progress import errors
+from buddy.schema import Recipe
+from buddy.training.bar import TrainingBar
+from buddy.training.data import TextData
+from buddy.training.estimator import Estimator, Perturbed, StraightThrough
+from buddy.training.interrupt import Keeper, WholeCheckpoints, quiet
+from buddy.training.module import NotFinite, RoutingModule
+from buddy.training.objective import Objective
+
+NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
+
+
+def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> None:
+    """Train the router in place, from `trainer.ckpt_path` or from what an interrupted run left in `folder`.
+
+    Raises:
+        TrainingError: a step was not finite, or the checkpoint cannot be used.
+        KeyboardInterrupt: stopped in good order by a signal, with a checkpoint.
+    """
+    checkpoints = folder / "checkpoints"
+    last = checkpoints / "last.ckpt"
+    start = recipe.trainer.ckpt_path or (last if last.exists() else None)
+    if start:
+        check_checkpoint(start)
+        errors.print(f"Going on from {start}", soft_wrap=True)
+    keeper = Keeper(last, recipe.trainer.checkpoint_every)
+    module = module_of(recipe, routed)
+    with quiet(), keeper.listening():
+        trainer = trainer_of(
+            recipe,
+            callbacks=[keeper, TrainingBar(f"Training {recipe.router.name}")],
+            logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+            log_every_n_steps=recipe.trainer.log_every,
+            plugins=[WholeCheckpoints()],
+        )
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        except NotFinite as error:
+            kept = checkpoints / "before-failure.ckpt"
+            trainer.save_checkpoint(kept)
+            raise TrainingError(
+                f"{error}, and start anew or from the step before with trainer.ckpt_path={kept}."
+            ) from error
+    routed.router.to(routed.backbone.device)  # Lightning brings its module back to the CPU, not the backbone
+    if keeper.asked:
+        errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer.max_steps} is kept.")
+        raise KeyboardInterrupt
+
+
+def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:
+    """Lightning's trainer with the settings of a recipe.
+
+    Raises:
+        TrainingError: it refuses them.
+    """
+    section = recipe.trainer
+    if "spawn" in section.strategy:
+        raise TrainingError(
+            f"trainer.strategy={section.strategy} cannot carry a routed model to its processes; choose ddp instead."
+        )
+    try:
+        return lightning.Trainer(
+            max_steps=section.max_steps,
+            max_epochs=-1,
+            accelerator=section.accelerator,
+            devices=section.devices,
+            strategy=section.strategy,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            deterministic="warn",
+            **options,
+        )
+    except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+        raise TrainingError(
+            f"trainer.accelerator={section.accelerator}, devices={section.devices} and strategy={section.strategy} do "
+            f"not work here ({reason}); change them."
+        ) from error
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raises TrainingError unless the file is a checkpoint of a training run."""
+    if not Path(path).is_file():
+        raise TrainingError(f"There is no checkpoint {path}; leave trainer.ckpt_path out or name an existing file.")
+    try:
+        missing = {*NEEDED} - {*torch.load(path, map_location="cpu", weights_only=True)}
+    except Exception as error:  # cut, overwritten and foreign files show as a dozen kinds of error
+        missing = {type(error).__name__}
+    if missing:
+        raise TrainingError(
+            f"The checkpoint {path} is damaged or not one of Buddy's ({', '.join(sorted(missing))}); delete it and "
+            "start anew, or name another as trainer.ckpt_path."
+        )
+
+
+def estimator_of(recipe: Recipe) -> Estimator:
+    """The recipe's estimator with its objective."""
+    section = recipe.objective
+    objective = Objective(section.kl, section.ce)
+    if section.estimator == "perturbed":
+        return Perturbed(objective, section.plans, section.sigma)
+    return StraightThrough(objective)
+
+
+def module_of(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
+    """The LightningModule for a recipe."""
+    optimizer = recipe.optimizer
+    return RoutingModule(
+        routed,
+        estimator_of(recipe),
+        [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)],
+        prompt=recipe.data.prompt,
+        lr=optimizer.lr,
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        clip=optimizer.clip,
+        seed=recipe.seed,
+    )

@@ -1,0 +1,133 @@
+"""Blocks of code in Markdown, and the ways to run each kind of line on a tiny model."""
+
+import configparser
+import importlib.metadata
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from typer.testing import CliRunner
+
+from buddy.cli import app
+from buddy.recipe import load_recipe
+from buddy.registry import load
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_STEPS = 4  # trainer.max_steps of a command is cut to this
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: where it stands, its language, its text."""
+
+    place: str
+    language: str
+    text: str
+
+
+def blocks(document: Path) -> Iterator[Block]:
+    """All fenced blocks of a Markdown file, in order."""
+    text = document.read_text("utf-8")
+    assert text.count("```") % 2 == 0, f"{document.name} leaves a block open"
+    for match in re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        line = text[: match.start()].count("\n") + 1
+        yield Block(f"{document.name}:{line}", match[1], match[2])
+
+
+def run(block: Block) -> None:
+    """Run a block in the current folder; what does not work raises."""
+    RUNNERS[block.language](block)
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    """The project's metadata."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", "utf-8")
+    return parser
+
+
+def _bash(block: Block) -> None:
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            assert words[0] in COMMANDS, f"{block.place}: there is no way to run {words[0]!r} here"
+            COMMANDS[words[0]](words, f"{block.place}: {line}")
+
+
+def _python(block: Block) -> None:
+    if name := re.match(r"# (\w+\.py)\n", block.text):
+        Path(name[1]).write_text(block.text)
+    exec(compile(block.text, block.place, "exec", dont_inherit=True), {"__name__": "__document__"})
+
+
+def _yaml(block: Block) -> None:
+    Path("block.yaml").write_text(block.text)
+    load_recipe("block.yaml")
+
+
+def _ini(block: Block) -> None:
+    parser = configparser.ConfigParser()
+    parser.read_string(block.text)
+    for line in parser["options.entry_points"]["buddy.routers"].split("\n")[1:]:
+        name, _, value = line.partition(" = ")
+        assert re.fullmatch(r"[a-z0-9-]+", name)
+        load(value)
+
+
+def _buddy(words: list[str], place: str) -> None:
+    words = [re.sub(r"^(trainer.max_steps=)(\d+)$", _cut, word) for word in words]
+    result = CliRunner().invoke(app, words[1:])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, f"{place}\n{result.output}"
+
+
+def _cut(match: re.Match[str]) -> str:
+    return f"{match[1]}{min(int(match[2]), MOST_STEPS)}"
+
+
+def _make(words: list[str], place: str) -> None:
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, env=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{place}\n{done.stderr}"
+
+
+def _tensorboard(words: list[str], place: str) -> None:
+    assert words[1] == "--logdir"
+    assert importlib.metadata.entry_points(group="console_scripts", name="tensorboard")
+    runs = [folder for folder in Path(words[2]).iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    assert len(runs) > 1, place
+    for folder in runs:
+        assert {"test/perplexity", "test/loss", "test/kl"} <= _tags(folder)
+
+
+def _tags(folder: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
+
+
+def _pip(words: list[str], place: str) -> None:
+    assert words[1] == "install", place
+    for word in words[2:]:
+        if word.startswith("."):
+            extras = re.findall(r"[\w-]+", word)
+            assert set(extras) <= set(setup_cfg()["options.extras_require"]), place
+        elif not word.startswith("-"):
+            Requirement(word)
+
+
+def _source(words: list[str], place: str) -> None:
+    assert words[1:] == [".venv/bin/activate"], place
+    assert Path(sys.executable).name.startswith("python")
+
+
+COMMANDS = {"buddy": _buddy, "make": _make, "tensorboard": _tensorboard, "pip": _pip, "source": _source}
+RUNNERS = {"bash": _bash, "python": _python, "yaml": _yaml, "ini": _ini}

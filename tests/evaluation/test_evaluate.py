@@ -1,0 +1,77 @@
+"""`evaluate_run` on a finished run: its own text, another text, other budgets."""
+
+import json
+import shutil
+
+import pytest
+
+from buddy.errors import BudgetError, DataError, RunError
+from buddy.evaluation.evaluate import evaluate_run
+from tests.small import write_text
+
+
+def numbers(result: dict) -> tuple:
+    return result["budget"], result["layers"], result["perplexity"], result["kl"], result["tokens"]
+
+
+@pytest.mark.parametrize("name", ["buddy", "shortgpt", "uniform", "random", "full"])
+def test_a_run_says_again_what_it_said_when_it_was_made(finished, tmp_path, name, capsys):
+    evaluate_run(finished / name, json_file=tmp_path / "curve.json")
+    again = json.loads((tmp_path / "curve.json").read_text())
+    metrics = json.loads((finished / name / "metrics.json").read_text())
+    assert set(again) == {"results"}
+    assert again["results"] == metrics["results"]
+    out, err = capsys.readouterr()
+    assert f"JSON: {tmp_path}/curve.json\n" in out
+    assert err == f"Evaluating {name}: 2 of 2, 0:00:00 elapsed\n"
+
+
+def test_other_budgets(finished, tmp_path):
+    evaluate_run(finished / "buddy", json_file=tmp_path / "curve.json", budgets=["5layers", "0.5", "1"])
+    results = json.loads((tmp_path / "curve.json").read_text())["results"]
+    assert [(result["budget"], result["layers"]) for result in results] == [(5 / 6, 5), (0.5, 3), (1.0, 6)]
+    metrics = json.loads((finished / "buddy" / "metrics.json").read_text())["results"]
+    assert numbers(results[1]) == numbers(metrics[2])
+
+
+def test_another_text(finished, tmp_path, capsys):
+    text = write_text(tmp_path / "other.jsonl", seed=5)
+    evaluate_run(finished / "buddy", json_file=tmp_path / "curve.json", data=str(text))
+    results = json.loads((tmp_path / "curve.json").read_text())["results"]
+    metrics = json.loads((finished / "buddy" / "metrics.json").read_text())["results"]
+    assert [result["layers"] for result in results] == [6, 4, 3]
+    assert all(one["perplexity"] != other["perplexity"] for one, other in zip(results, metrics, strict=True))
+    assert f"buddy on {text}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_validation_windows(finished, tmp_path):
+    evaluate_run(finished / "uniform", json_file=tmp_path / "curve.json", split="validation")
+    results = json.loads((tmp_path / "curve.json").read_text())["results"]
+    assert results[0]["documents"] <= 2
+
+
+def test_without_a_file_nothing_is_written(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluate_run(finished / "uniform", budgets=["0.5"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_evaluated(finished, tmp_path):
+    with pytest.raises(RunError, match=r"There is no folder .*/nowhere for curve\.json; make it first"):
+        evaluate_run(finished / "buddy", json_file=tmp_path / "nowhere" / "curve.json")
+    with pytest.raises(BudgetError, match=r"This router runs every layer; ask for budget 1\.0 instead of 0\.5"):
+        evaluate_run(finished / "full", budgets=["0.5"])
+    with pytest.raises(DataError, match=r"There is no file or folder nothing\.txt"):
+        evaluate_run(finished / "buddy", data="nothing.txt")
+
+
+def test_a_router_that_changed_its_shape_since(finished, tmp_path):
+    folder = tmp_path / "buddy"
+    shutil.copytree(finished / "buddy", folder)
+    facts = json.loads((folder / "run.json").read_text())
+    del facts["checksums"]
+    (folder / "run.json").write_text(json.dumps(facts))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("options: {}", "options: {hidden: 7}"))
+    with pytest.raises(RunError, match="does not fit its class any more; make the run again"):
+        evaluate_run(folder)

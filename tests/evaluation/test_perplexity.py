@@ -1,0 +1,129 @@
+"""Perplexity and KL against plain computations, and what the bootstrap may claim."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.evaluation.perplexity import Scores, evaluate, paired_difference
+from buddy.training.windows import Windows
+from tests.engine.reference import Fickle, reference_logits
+from tests.tiny import tiny_backbone, tiny_model
+
+PROMPT = 5
+IDS = torch.randint(3, 259, (7, 18), generator=torch.Generator().manual_seed(0))
+DOCUMENTS = torch.tensor([4, 2, 4, 9, 2, 1, 9])
+WINDOWS = Windows(IDS, DOCUMENTS)
+BUDGETS = [1.0, 0.75, 0.5]
+
+
+def routed(**options) -> RoutedLM:
+    backbone = tiny_backbone("llama")
+    return RoutedLM(backbone, Fickle(geometry_of(backbone)), **options)
+
+
+@pytest.fixture(scope="module")
+def scores() -> list[Scores]:
+    return evaluate(routed(), WINDOWS, BUDGETS, prompt=PROMPT, batch_size=3)
+
+
+def plain(logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (N, W − PROMPT) of the tokens after the prompt."""
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="none")
+    return losses.view(len(IDS), -1)[:, PROMPT - 1 :]
+
+
+def test_full_depth_is_the_dense_model(scores):
+    expected = plain(tiny_model("llama")(IDS).logits)
+    assert scores[0].perplexity == pytest.approx(expected.mean().exp().item(), rel=1e-5)
+    assert scores[0].mean_kl == pytest.approx(0, abs=1e-5)
+    assert scores[0].tokens.sum() == expected.numel() == 7 * (18 - PROMPT)
+
+
+def test_below_full_depth_it_is_brute_force(scores):
+    model = tiny_model("llama")
+    runs = routed()(IDS, executed=torch.full((7,), 4)).runs
+    logits = reference_logits(model, IDS, runs)
+    dense, less = (x[:, PROMPT - 1 : -1].log_softmax(-1) for x in (model(IDS).logits, logits))
+    assert scores[1].layers == 4
+    assert scores[1].perplexity == pytest.approx(plain(logits).mean().exp().item(), rel=1e-4)
+    expected = F.kl_div(less, dense, log_target=True, reduction="none").sum(-1).mean().item()
+    assert scores[1].mean_kl == pytest.approx(expected, rel=1e-3)
+    assert expected > 0.01
+
+
+def test_sums_are_kept_by_document(scores):
+    expected = plain(tiny_model("llama")(IDS).logits)
+    by_document = [expected[DOCUMENTS == document].sum().item() for document in (1, 2, 4, 9)]
+    assert scores[0].loss.tolist() == pytest.approx(by_document, rel=1e-5)
+    assert scores[0].tokens.tolist() == [13, 26, 26, 26]
+
+
+def test_executed_layers_are_what_was_asked(scores):
+    assert [(each.layers, each.executed) for each in scores] == [(6, (6, 6.0, 6)), (4, (4, 4.0, 4)), (3, (3, 3.0, 3))]
+    assert {each.sinks for each in scores} == {1}
+
+
+def test_the_batch_size_changes_nothing_but_rounding(scores):
+    one = evaluate(routed(), WINDOWS, BUDGETS, prompt=PROMPT, batch_size=1)
+    for left, right in zip(one, scores, strict=True):
+        assert left.loss.tolist() == pytest.approx(right.loss.tolist(), rel=1e-4)
+
+
+def test_a_shared_prompt_gets_one_plan(scores):
+    model, seen = routed(prompt_plan="shared"), []
+    model.register_forward_hook(lambda _module, _args, output: seen.append(output.runs))
+    shared = evaluate(model, WINDOWS, [0.5], prompt=PROMPT, batch_size=7)
+    (runs,) = seen
+    assert (runs[:, 1:PROMPT] == runs[:, PROMPT - 1 : PROMPT]).all()
+    assert len(runs[0, PROMPT:].unique(dim=0)) > 1
+    assert shared[0].loss.sum() != pytest.approx(scores[2].loss.sum(), rel=1e-4)
+
+
+def made(loss: list[float], tokens: float = 10) -> Scores:
+    sums = np.array(loss, dtype=float)
+    return Scores(0.5, 3, (3, 3.0, 3), 1, sums, sums, np.full(len(sums), tokens))
+
+
+def test_the_interval_holds_the_perplexity_and_is_the_same_every_time(scores):
+    for each in scores:
+        low, high = each.interval()
+        assert low < each.perplexity < high
+        assert each.interval() == (low, high)
+        assert each.interval(0.5)[0] > low
+
+
+def test_like_documents_leave_no_doubt():
+    low, high = made([20, 20, 20]).interval()
+    assert low == pytest.approx(math.e**2)
+    assert high == pytest.approx(math.e**2)
+
+
+def test_the_interval_of_many_documents_is_that_of_the_normal_law():
+    losses = np.random.default_rng(1).normal(30, 5, size=400)
+    low, high = np.log(made(losses.tolist()).interval())
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
+
+
+def test_a_router_does_not_differ_from_itself(scores):
+    assert paired_difference(scores[1], scores[1]) == (0.0, (0.0, 0.0))
+
+
+def test_a_constant_difference_is_certain():
+    noisy = np.random.default_rng(0).uniform(10, 50, size=30)
+    difference, (low, high) = paired_difference(made((noisy + 2).tolist()), made(noisy.tolist()))
+    assert [difference, low, high] == pytest.approx([0.2, 0.2, 0.2])
+
+
+def test_the_difference_is_ours_minus_theirs_and_pairs_documents():
+    ours, theirs = made([10, 20, 33]), made([11, 22, 30])
+    difference, (low, high) = paired_difference(ours, theirs)
+    assert difference == pytest.approx(0.0, abs=1e-12)
+    assert low == pytest.approx(-0.2)
+    assert high == pytest.approx(0.3)
+    mirrored, interval = paired_difference(theirs, ours)
+    assert mirrored == pytest.approx(-difference, abs=1e-12)
+    assert interval == pytest.approx((-high, -low))

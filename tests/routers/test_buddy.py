@@ -1,0 +1,103 @@
+"""The Decision Module: where it starts, what it sees, and what it refuses."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from buddy import Geometry
+from buddy.calibration import Probe
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import RegistryError
+from buddy.registry import build
+from routers.buddy import BuddyRouter
+from tests.routers.test_contract import WINDOWS, context
+from tests.tiny import tiny_backbone
+
+SIZES = Geometry(layers=6, context_layer=1, hidden=12, features=4)
+
+
+def calibrated(prior: str, layers: int = 6) -> tuple[BuddyRouter, Probe]:
+    backbone = tiny_backbone("llama", num_hidden_layers=layers)
+    router = BuddyRouter(geometry_of(backbone), prior=prior)
+    probe = Probe(RoutedLM(backbone, router), WINDOWS)
+    router.calibrate(probe)
+    return router, probe
+
+
+@pytest.mark.parametrize(
+    ("prior", "measure"), [("block-influence", "block_influence"), ("taylor", "taylor"), ("loss", "loss_increase")]
+)
+def test_it_starts_at_the_order_of_its_prior(prior, measure):
+    router, probe = calibrated(prior)
+    scores = router.score(context(router.geometry, 2, 3))
+    expected = getattr(probe, measure).clamp(min=0).argsort(stable=True)
+    assert torch.equal(scores.argsort(stable=True), expected.expand(2, 3, -1))
+    assert router.prior.mean().item() == pytest.approx(0, abs=1e-6)
+    assert router.prior.std().item() == pytest.approx(1)
+
+
+def test_without_a_prior_it_starts_at_nought():
+    router, _ = calibrated("none")
+    assert not router.score(context(router.geometry, 2)).any()
+
+
+def test_one_routable_layer_has_no_order():
+    router, _ = calibrated("block-influence", layers=3)
+    assert router.score(context(router.geometry, 2)).tolist() == [[0.0], [0.0]]
+
+
+def awake(**options) -> BuddyRouter:
+    """A router of which every weight counts."""
+    torch.manual_seed(0)
+    router = BuddyRouter(SIZES, **options)
+    torch.nn.init.normal_(router.output.weight, std=3)
+    return router
+
+
+@pytest.mark.parametrize("part", ["pooled", "newest", "hidden"])
+def test_it_sees_the_parts_that_it_is_given_and_no_other(part):
+    given = context(SIZES, 5)
+    changed = dataclasses.replace(given, **{part: getattr(context(SIZES, 5, seed=1), part)})
+    others = [name for name in ("pooled", "newest", "hidden") if name != part]
+    assert not torch.equal(awake(context=[part]).score(given), awake(context=[part]).score(changed))
+    assert torch.equal(awake(context=others).score(given), awake(context=others).score(changed))
+
+
+def test_the_budget_enters_only_where_it_is_asked_for():
+    few, many = (context(SIZES, 5, executed=k) for k in (3, 5))
+    assert torch.equal(awake().score(few), awake().score(many))
+    assert not torch.equal(awake(budget_aware=True).score(few), awake(budget_aware=True).score(many))
+
+
+def test_the_bound_holds():
+    free, bounded = (awake(bound=bound).score(context(SIZES, 50)) for bound in (None, 0.5))
+    assert free.abs().max() > 2
+    assert bounded.abs().max() <= 0.5
+    assert torch.equal(free.sign(), bounded.sign())
+
+
+def test_the_prior_is_blended_in_by_its_weight():
+    router = awake(prior_weight=0.7)
+    router.prior.copy_(torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    without = awake(prior_weight=0.0).score(context(SIZES, 3))
+    torch.testing.assert_close(router.score(context(SIZES, 3)) - without, 0.7 * router.prior.expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": 0}, "hidden is 0; give a width of at least 1"),
+        ({"prior": "zeno"}, "prior is 'zeno'; choose one of block-influence, taylor, loss, none"),
+        ({"prior_weight": -1.0}, "prior_weight is -1.0; give 0 or more"),
+        ({"bound": 0.0}, "bound is 0.0; give a number above 0, or null for none"),
+        ({"context": ["pooled", "later"]}, "choose from pooled, newest, hidden"),
+        ({"context": []}, "choose from pooled, newest, hidden"),
+        ({"hiden": 8}, "router.options.hiden is unknown; did you mean 'hidden'"),
+        ({"hidden": "wide"}, "router.options.hidden must be a whole number, not 'wide'"),
+        ({"budget_aware": 3}, "router.options.budget_aware must be true or false"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(RegistryError, match=message):
+        build("buddy", SIZES, options)

@@ -1,0 +1,97 @@
+"""What every installed router owes."""
+
+import pytest
+import torch
+
+from buddy import Context, Geometry, Plan, Router
+from buddy.calibration import Probe
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.registry import build, installed
+from tests.tiny import tiny_backbone
+
+NAMES = [entry.name for entry in installed() if entry.distribution == "buddy-depth"]
+WINDOWS = torch.randint(3, 259, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def make(name: str, seed: int = 0, **options) -> tuple[Router, Geometry]:
+    """A calibrated router whose learned part is not at its start."""
+    backbone = tiny_backbone("llama")
+    geometry = geometry_of(backbone)
+    torch.manual_seed(seed)
+    router = build(name, geometry, options)
+    router.calibrate(Probe(RoutedLM(backbone, router), WINDOWS))
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return router, geometry
+
+
+def context(geometry: Geometry, *leading: int, executed: int = 4, seed: int = 0) -> Context:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (geometry.features, geometry.features, geometry.hidden)
+    pooled, newest, hidden = (torch.randn(*leading, size, generator=generator) for size in sizes)
+    return Context(pooled, newest, hidden, torch.full(leading, executed))
+
+
+def test_all_are_here():
+    assert NAMES == ["buddy", "full", "random", "shortgpt", "uniform"]
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (3, 5)])
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_have_the_leading_dimensions_of_the_context(name, leading):
+    router, geometry = make(name)
+    scores = router.score(context(geometry, *leading))
+    assert scores.shape == (*leading, geometry.routable)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_is_scored_alike_alone_and_among_others(name):
+    router, geometry = make(name)
+    whole = context(geometry, 3, 5)
+    one = Context(*(part[1, 2] for part in (whole.pooled, whole.newest, whole.hidden, whole.executed)))
+    torch.testing.assert_close(router.score(whole)[1, 2], router.score(one))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_gives_the_same_scores(name):
+    (one, geometry), (two, _) = make(name), make(name)
+    assert torch.equal(one.score(context(geometry, 2, 3)), two.score(context(geometry, 2, 3)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_dict_holds_all_that_was_learned_and_measured(name):
+    router, geometry = make(name)
+    other = build(name, geometry, {})
+    other.load_state_dict(router.state_dict())
+    assert torch.equal(router.score(context(geometry, 2, 3)), other.score(context(geometry, 2, 3)))
+
+
+def nests(router: Router, geometry: Geometry) -> bool:
+    depths = range(geometry.always_on, geometry.layers + 1)
+    plans = [
+        Plan.from_scores(router.score(context(geometry, 9, executed=k)), torch.tensor(k), geometry.layers).runs
+        for k in depths
+    ]
+    assert all((plan.sum(-1) == k).all() for plan, k in zip(plans, depths, strict=True))
+    return all(bool((less <= more).all()) for less, more in zip(plans, plans[1:], strict=False))
+
+
+@pytest.mark.parametrize("name", ["buddy", "full", "random", "shortgpt"])
+def test_plans_nest_where_scores_do_not_depend_on_the_budget(name):
+    assert nests(*make(name))
+
+
+def test_plans_need_not_nest_where_scores_do():
+    assert not nests(*make("uniform"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_a_learned_router_has_something_to_train(name):
+    router, _ = make(name)
+    assert router.trainable == (router.kind == "learned")
+    grouped = [parameter for group in router.parameter_groups() for parameter in group["params"]]
+    assert {*map(id, grouped)} == {*map(id, router.parameters())}
+    assert len(grouped) == len(list(router.parameters()))

@@ -1,0 +1,46 @@
+"""Recipes that fit in seconds, text to go with them, and the `buddy` command in a process of its own."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from buddy.recipe import load_recipe
+from buddy.schema import Recipe
+
+RECIPE = """
+backbone: {{name: {model}, dtype: float32}}
+data: {{source: {text}, window: 48, prompt: 12, calibration_windows: 6, validation_windows: 2, test_windows: 6}}
+budgets: [1.0, 0.75, 0.5]
+trainer: {{accelerator: cpu, max_steps: 8, checkpoint_every: 3, log_every: 2}}
+"""
+WORDS = "budget depth layer router token plan text model order learn skip run measure"
+COMMAND = Path(sys.executable).with_name("buddy")
+
+
+class Small:
+    """A recipe file for one model and text; calling it gives the recipe with overrides."""
+
+    def __init__(self, folder: Path, model: Path, text: Path) -> None:
+        self.model, self.text, self.file = model, text, folder / "small.yaml"
+        self.file.write_text(RECIPE.format(model=model, text=text))
+
+    def __call__(self, output: Path, *overrides: str) -> Recipe:
+        return load_recipe(self.file, [f"output={output}", *overrides])
+
+
+def write_text(path: Path, documents: int = 32, seed: int = 0) -> Path:
+    """A .jsonl file of documents of 20 to 60 words; returns its path."""
+    draw = random.Random(seed)
+    texts = (" ".join(draw.choices(WORDS.split(), k=draw.randint(20, 60))) for _ in range(documents))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def start_buddy(*words: str, folder: Path) -> subprocess.Popen:
+    """The command begun in `folder`, on one thread so that it computes what this process computes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([COMMAND, *words], cwd=folder, env=environment, **pipes)

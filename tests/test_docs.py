@@ -1,0 +1,196 @@
+"""The documents: every block of code in them runs, and what they list is what there is.
+
+The commands run as they stand, offline, in a folder where the names of the installed recipes stand for tiny ones and
+`runs/quickstart` holds a finished run. Blocks in the language `text` are not run.
+"""
+
+import inspect
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buddy.backbone import ROUTABLE
+from buddy.draft import shown
+from buddy.errors import BuddyError
+from buddy.recipe import list_recipes, load_recipe, to_yaml
+from buddy.registry import installed, load
+from buddy.schema import Recipe
+from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg
+from tests.small import write_text
+from tests.tiny import tiny_folder
+
+README, ROUTERS, RECIPES, DESIGN = (
+    ROOT / name for name in ("README.md", "docs/routers.md", "docs/recipes.md", "docs/design.md")
+)
+FIGURE = "docs/quickstart.png"
+DATA = "window=48 prompt=12 batch_size=4 calibration_windows=4 validation_windows=2 test_windows=4"
+TRAINER = "trainer.max_steps=2 trainer.accelerator=cpu"
+WORDS = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    str | None: "text or null",
+    list[float]: "list of numbers",
+    list[str]: "list of names",
+    dict[str, Any]: "mapping",
+}
+
+
+@pytest.fixture(scope="module")
+def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
+    """A folder with a text and with the runs of the tiny quickstart; the recipes' names stand for tiny recipes."""
+    folder = tmp_path_factory.mktemp("documents")
+    model = tiny_folder(folder / "model", num_hidden_layers=30)
+    home, recipes = folder / "home", folder / "recipes"
+    home.mkdir()
+    recipes.mkdir()
+    speeches = write_text(folder / "speeches.jsonl", documents=64)
+    (home / "my_text.txt").write_text(speeches.read_text().replace("\n", "\n\n"))
+    tiny = [f"backbone.name={model}", "backbone.dtype=float32", f"data.source={speeches}", *TRAINER.split()]
+    tiny += [f"data.{size}" for size in DATA.split()]
+    for recipe in list_recipes():
+        text = to_yaml(load_recipe(recipe.path, tiny))
+        (recipes / recipe.path.name).write_text(f"# {recipe.summary}\n{text}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("buddy.recipe.FOLDER", recipes)
+        patch.chdir(home)
+        run(Block("the fixture", "bash", "buddy fit --recipe quickstart"))
+        yield home
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_block_runs(document, place, tmp_path, monkeypatch):
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the registry adds the current folder
+    executed = 0
+    try:
+        for block in blocks(document):
+            if block.language != "text":
+                assert block.language in RUNNERS, f"{block.place} is in {block.language!r}, which nothing can run"
+                run(block)
+                executed += block.language in ("bash", "python")
+    finally:
+        for path in tmp_path.glob("*.py"):
+            sys.modules.pop(path.stem, None)
+    assert executed > 0
+
+
+def test_the_runners_refuse_what_is_wrong(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for language, text, words in [
+        ("bash", "buddy fit --recipe quikstart", "did you mean 'quickstart'"),
+        ("bash", "curl https://example.org", "no way to run 'curl'"),
+        ("bash", "make nothing", "No rule to make target 'nothing'"),
+        ("bash", "pip install '.[nothing]'", "pip install"),
+        ("bash", "tensorboard --logdir runs", "runs"),
+        ("python", "assert False, 'it is wrong'", "it is wrong"),
+    ]:
+        with pytest.raises(AssertionError, match=re.escape(words)):
+            run(Block("a test", language, text))
+    with pytest.raises(BuddyError, match="The key 'sed' is unknown"):
+        run(Block("a test", "yaml", "sed: 1"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    text = re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if link.startswith("https:") or path == FIGURE:
+            continue
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), f"{document.name} leads to {link}, which is not there"
+        assert not anchor or anchor in anchors(target), f"{document.name} leads to {link}, but there is no such heading"
+
+
+def anchors(document: Path) -> set[str]:
+    """What the headings of a Markdown file are called in links."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_results_are_there():
+    """Fails until the table and the figure of a real `make fit` are in the README."""
+    text = README.read_text("utf-8")
+    results = text.partition("<!-- results:start -->")[2].partition("<!-- results:end -->")[0]
+    recipe = load_recipe("quickstart")
+    for name in (recipe.router.name, *recipe.rivals):
+        assert re.search(rf"^\| `?{name}`? \|", results, re.MULTILINE), f"the README has no results of {name}"
+    assert f"]({FIGURE})" in text
+    assert (ROOT / FIGURE).is_file()
+
+
+# What the documents list
+
+
+def rows(document: Path, heading: str, columns: int) -> list[tuple[str, ...]]:
+    """The first cells of every table row under a heading and those below it, in order; table heads left out."""
+    level = heading.partition(" ")[0]
+    text = document.read_text("utf-8").partition(f"\n{heading}\n")[2]
+    assert text, f"{document.name} has no heading {heading!r}"
+    text = re.split(rf"^#{{1,{len(level)}}} ", text, maxsplit=1, flags=re.MULTILINE)[0]
+    table = re.findall(r"^\| .*$(?!\n\|-)", text, re.MULTILINE)
+    return [tuple(cell.strip() for cell in row.split("|")[1 : columns + 1]) for row in table]
+
+
+def keys(section: object, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Key, type and default of everything that a recipe may say, as docs/recipes.md spells them."""
+    for item in fields(section):
+        key, value, bounds = prefix + item.name, getattr(section, item.name), item.metadata
+        if is_dataclass(value):
+            yield from keys(value, f"{key}.")
+            continue
+        kind = ", ".join(f"`{name}`" for name in bounds["accepted"]) if "accepted" in bounds else WORDS[item.type]
+        for bound, sign in (("least", "≥"), ("above", ">"), ("most", "≤")):
+            kind += f" {sign} {bounds[bound]}" if bound in bounds else ""
+        yield f"`{key}`", kind, f"`{shown(value)}`"
+
+
+def test_every_key_of_a_recipe_is_listed():
+    assert rows(RECIPES, "## Keys", 3) == list(keys(Recipe()))
+
+
+def test_the_recipes_are_listed():
+    listed = [name for (name,) in rows(RECIPES, "## Installed recipes", 1)]
+    assert sorted(listed) == [f"`{recipe.name}`" for recipe in list_recipes()]
+
+
+OURS = [entry.name for entry in installed() if entry.distribution == "buddy-depth"]
+
+
+def test_the_routers_are_listed():
+    listed = [row for row in rows(ROUTERS, "## Those that come with Buddy", 4) if len(row) == 4]
+    found = {name: (kind, source) for name, kind, _, source in listed}
+    assert found == {f"`{name}`": (load(name).kind, load(name).source) for name in OURS}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_option_of_a_router_is_listed(name):
+    options = list(inspect.signature(load(name)).parameters.values())[1:]
+    spelled = [list(each.default) if isinstance(each.default, tuple) else each.default for each in options]
+    expected = [(f"`{each.name}`", f"`{shown(value)}`") for each, value in zip(options, spelled, strict=True)]
+    listed = [row for row in rows(ROUTERS, f"### {name}", 3) if row[2] and row[0].startswith("`")]
+    assert [row[:2] for row in listed] == expected
+
+
+def test_the_dependencies_are_explained():
+    listed = [name.strip("`") for (name,) in rows(DESIGN, "## Dependencies", 1)]
+    required = re.findall(r"^[\w-]+", setup_cfg()["options"]["install_requires"].strip(), re.MULTILINE)
+    assert listed == required
+    extras = " ".join(setup_cfg()["options.extras_require"].values())
+    for name in re.findall(r"([\w-]+)>=", extras):
+        assert f"`{name}`" in DESIGN.read_text("utf-8")
+
+
+def test_the_families_are_named():
+    text = re.sub(r"[\s-]", "", README.read_text("utf-8").lower())
+    for family in ROUTABLE:
+        assert family.removesuffix("_text") in text

@@ -1,0 +1,247 @@
+"""`fit` as a whole: run folders for a router and its rivals, and what is left when it is stopped or killed."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from buddy.calibration import Probe
+from buddy.errors import BuddyError, RegistryError, RunError, TrainingError
+from buddy.files import load_tensors
+from buddy.recipe import load_recipe
+from buddy.runs import read_run
+from buddy.training.fit import fit
+from tests.small import start_buddy
+
+ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
+FILES = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "loss.png"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> set[str]:
+    """What lies in a folder, locks and the files of TensorBoard apart."""
+    return {path.name for path in folder.iterdir() if not path.name.endswith(".lock") and "tfevents" not in path.name}
+
+
+# Whole
+
+
+def test_a_run_folder_for_every_router(finished):
+    assert names(finished) == {*ROUTERS, "comparison.json", "comparison.png"}
+    for name in ROUTERS:
+        trained = {"checkpoints", "hparams.yaml"} if name == "buddy" else set()
+        assert names(finished / name) == FILES | trained
+        run = read_run(finished / name)
+        assert (run.recipe_name, run.router_name, run.status) == ("small", name, "finished")
+        budgets = [result["budget"] for result in json.loads((finished / name / "metrics.json").read_text())["results"]]
+        assert budgets == ([1.0] if name == "full" else [1.0, 0.75, 0.5])
+
+
+def test_the_recipe_in_the_folder_makes_the_run_again(finished, tmp_path):
+    recipe = load_recipe(finished / "buddy" / "recipe.yaml", [f"output={tmp_path}", "rivals=[]"])
+    fit(recipe, "again")
+    again, first = (load_tensors(folder / "buddy/router.safetensors") for folder in (tmp_path / "again", finished))
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+def test_the_seed_draws_the_first_weights(small, finished, tmp_path):
+    fit(small(tmp_path, "optimizer.lr=1e-12", "seed=1"), "small")
+    other, first = (load_tensors(f / "buddy/router.safetensors")["input.weight"] for f in (tmp_path / "small", finished))
+    assert (other - first).abs().max() > 0.01
+
+
+def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished):
+    comparison = json.loads((finished / "comparison.json").read_text())
+    assert list(comparison) == [*ROUTERS, "differences"]
+    for name in ROUTERS:
+        for result in comparison[name]["results"]:
+            assert set(result["executed"].values()) == {result["layers"]}
+            assert result["layers"] < 6 or result["kl"] == pytest.approx(0, abs=1e-5)
+    compared = {(entry["router"], entry["budget"]) for entry in comparison["differences"]}
+    assert compared == {("full", 1.0), *((name, b) for name in ROUTERS[1:4] for b in (1.0, 0.75, 0.5))}
+
+
+def test_results_and_progress_go_to_streams_of_their_own(small, tmp_path, capsys):
+    fit(small(tmp_path, "rivals=[shortgpt]"), "small")
+    out, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in err.splitlines()] == [
+        "block influence",
+        "Evaluating shortgpt",
+        "Training buddy",
+        "Evaluating buddy",
+    ]
+    assert "Training buddy: 8 of 8, " in err
+    assert "objective 0." in err
+    for part in ("Perplexity on held-out text", "│ buddy ", "│ shortgpt ", "buddy minus others"):
+        assert part in out
+    assert f"Figure:      {tmp_path}/small/comparison.png\n" in out
+    assert f"TensorBoard: tensorboard --logdir {tmp_path}/small\n" in out
+
+
+@pytest.mark.parametrize("settings", [["objective.estimator=straight-through"], ["routing.prompt_plan=shared"]])
+def test_other_ways_to_train(small, finished, tmp_path, settings):
+    fit(small(tmp_path, "optimizer.lr=0.1", *settings), "small")
+    trained, first = (load_tensors(f / "buddy/router.safetensors") for f in (tmp_path / "small", finished))
+    assert (trained["output.weight"] - first["output.weight"]).abs().max() > 0
+    assert all(tensor.isfinite().all() for tensor in trained.values())
+
+
+def test_a_static_router_is_fitted_alone_and_only_once(small, tmp_path):
+    fit(small(tmp_path, "router=shortgpt", "rivals=[shortgpt,uniform]"), "small")
+    assert names(tmp_path / "small") == {"shortgpt", "uniform", "comparison.json", "comparison.png"}
+    assert not (tmp_path / "small" / "shortgpt" / "checkpoints").exists()
+
+
+def test_one_measure_serves_all(small, tmp_path, monkeypatch):
+    measured = []
+    measure = Probe.block_influence.func
+    monkeypatch.setattr(Probe.block_influence, "func", lambda probe: measured.append(1) or measure(probe))
+    fit(small(tmp_path, "rivals=[shortgpt]"), "small")
+    assert measured == [1]
+
+
+def test_a_second_fit_takes_the_place_of_the_first(small, tmp_path):
+    fit(small(tmp_path, "router=random"), "small")
+    fit(small(tmp_path, "router=random", "router.options.seed=1"), "small")
+    assert read_run(tmp_path / "small" / "random").recipe.router.options == {"seed": 1}
+    assert names(tmp_path / "small") == {"random", "comparison.json", "comparison.png"}
+
+
+def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
+    checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
+    recipe = small(tmp_path, f"trainer.ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")
+    fit(recipe, "small")
+    saved = torch.load(tmp_path / "small/buddy/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 9
+    assert read_run(tmp_path / "small" / "uniform").recipe.trainer.ckpt_path is None
+
+
+# Wrong
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (["rivals=[unifrom]"], RegistryError, "No router is named 'unifrom'; did you mean 'uniform'"),
+        (["budgets=[0.1]"], BuddyError, "below the layers that always run; ask for 2layers"),
+        (["trainer.strategy=dpp"], TrainingError, "strategy=dpp do not work here"),
+        (["trainer.ckpt_path=nowhere.ckpt"], TrainingError, r"There is no checkpoint nowhere\.ckpt"),
+        (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden is unknown"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(small, tmp_path, settings, error, message):
+    with pytest.raises(error, match=message):
+        fit(small(tmp_path / "runs", *settings), "small")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_of_another_router_leaves_nothing_behind(small, finished, tmp_path):
+    checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
+    recipe = small(tmp_path, f"trainer.ckpt_path={checkpoint}", "router.options.hidden=5", "trainer.max_steps=20")
+    with pytest.raises(TrainingError, match="The checkpoint is of another router"):
+        fit(recipe, "small")
+    assert names(tmp_path / "small") == set()
+
+
+# Stopped
+
+LONG = ["trainer.max_steps=60", "trainer.checkpoint_every=5"]
+
+
+def begin(small, output: Path, *overrides: str) -> subprocess.Popen:
+    """`buddy fit` in a process of its own, given back when it has saved a checkpoint."""
+    process = start_buddy("fit", "--recipe", str(small.file), f"output={output}", *LONG, *overrides, folder=output.parent)
+    checkpoint, patience = output / "small" / ".buddy.partial" / "checkpoints" / "last.ckpt", time.monotonic() + 60
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < patience
+        time.sleep(0.01)
+    return process
+
+
+def steps(folder: Path) -> int:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    fit(small(output, *LONG), "small")
+    return output / "small" / "buddy"
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    states = [load_tensors(folder / "router.safetensors") for folder in (one, two)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (one, two)]
+    for part in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(checkpoints[0][part], checkpoints[1][part], atol=0, rtol=0)
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    assert metrics[0] == metrics[1]
+
+
+def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(small, uninterrupted, tmp_path):
+    output = tmp_path / "runs"
+    process = begin(small, output)
+    with pytest.raises(RunError, match=f"Process {process.pid} is making {output}/small/buddy; wait for it or stop it"):
+        fit(small(output, *LONG), "small")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == ""
+    stopped = steps(output / "small" / ".buddy.partial")
+    assert 5 <= stopped < 60
+    assert f"Stopping after this step …\nTraining buddy: {stopped} of 60" in err
+    assert err.endswith("\nStopped. Repeat the command to go on from the last checkpoint.\n")
+    assert "Traceback" not in err
+    fit(small(output, *LONG), "small")
+    assert names(output / "small") == {"buddy", "comparison.json", "comparison.png"}
+    assert_same_run(uninterrupted, output / "small" / "buddy")
+
+
+def test_a_kill_leaves_the_published_run_and_a_checkpoint(small, uninterrupted, tmp_path):
+    output = tmp_path / "runs"
+    fit(small(output, "seed=1"), "small")
+    before = contents(output / "small" / "buddy")
+    process = begin(small, output)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    assert contents(output / "small" / "buddy") == before
+    assert 5 <= steps(output / "small" / ".buddy.partial") < 60
+    fit(small(output, *LONG), "small")
+    assert read_run(output / "small" / "buddy").recipe.seed == 0
+    assert_same_run(uninterrupted, output / "small" / "buddy")
+
+
+def test_a_kill_in_the_evaluation_costs_no_training(small, uninterrupted, tmp_path, monkeypatch, capsys):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("buddy.training.fit.evaluate", stop)
+        fit(small(tmp_path, *LONG), "small")
+    capsys.readouterr()
+    fit(small(tmp_path, *LONG), "small")
+    assert "Training buddy" not in capsys.readouterr().err
+    assert_same_run(uninterrupted, tmp_path / "small" / "buddy")
+
+
+def test_two_processes_train_one_router(small, tmp_path):
+    words = ("fit", "--recipe", str(small.file), f"output={tmp_path}", "trainer.devices=2", "rivals=[uniform]")
+    process = start_buddy(*words, folder=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("Perplexity on held-out text") == 1
+    assert [line.split(":")[0] for line in err.splitlines()].count("Training buddy") == 1
+    assert names(tmp_path / "small") == {"buddy", "uniform", "comparison.json", "comparison.png"}
+    assert steps(tmp_path / "small" / "buddy") == 8
+    assert read_run(tmp_path / "small" / "buddy").recipe.trainer.devices == 2
