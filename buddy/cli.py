@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -11,6 +11,7 @@ from buddy import __version__
 from buddy.errors import BuddyError, BudgetError
 
 WRONG_INPUT, INTERRUPTED = 2, 130
+Split = Literal["test", "validation"]
 
 
 class Verbs(TyperGroup):
@@ -87,12 +88,29 @@ def evaluate(
         str | None, typer.Option(metavar="B,B…", help="Budgets instead of the recipe's: 0.75 or 22layers.")
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Text instead of the recipe's.")] = None,
+    split: Annotated[Split, typer.Option(help="Which part of the recipe's text; tune on validation only.")] = "test",
 ) -> None:
     """Measure a run on held-out text at every budget."""
     asked = None if budgets is None else _split(budgets)
     from buddy.evaluation.evaluate import evaluate_run
 
-    evaluate_run(run, json_file=json, budgets=asked, data=data)
+    evaluate_run(run, json_file=json, budgets=asked, data=data, split=split)
+
+
+@app.command(epilog="\b\nExample: buddy bench --run runs/quickstart/buddy --budgets 0.75,0.5 --json speed.json")
+def bench(
+    run: RunOption,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there as JSON.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option(metavar="B,B…", help="Budgets instead of the recipe's: 0.75 or 22layers.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="How often each contender runs.")] = 7,
+) -> None:
+    """Time a run against the dense and the physically pruned model."""
+    asked = None if budgets is None else _split(budgets)
+    from buddy.evaluation.bench import bench_run
+
+    bench_run(run, json_file=json, budgets=asked, rounds=rounds)
 
 
 @app.command(epilog='\b\nExample: buddy generate --run runs/quickstart/buddy --budget 0.75 "The state of the union is"')

@@ -1,12 +1,13 @@
 """Text from a finished run: what is printed where, and what is refused."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from buddy.engine.model import Record
+from buddy.assemble import routed_from
 from buddy.errors import BudgetError, DataError
 from buddy.serve import generate, summary
 
@@ -56,11 +57,12 @@ def test_sampling_follows_the_seed(finished, tiny_llama_folder, capsys):
 
 
 def test_a_chat_template_is_used_where_there_is_one(finished, tiny_llama_folder, capsys, monkeypatch):
-    from tokenizers import Tokenizer  # noqa: F401 - the template below belongs to the tokenizer that is loaded
-    from transformers import PreTrainedTokenizerFast
+    def with_template(run):
+        routed = routed_from(run)
+        routed.backbone.tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
+        return routed
 
-    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-    monkeypatch.setattr(PreTrainedTokenizerFast, "chat_template", template, raising=False)
+    monkeypatch.setattr("buddy.serve.routed_from", with_template)
     generate(finished / "buddy", prompt="plan", budget="1.0", max_new_tokens=NEW, chat=True)
     assert capsys.readouterr().out == stock(tiny_llama_folder, "[plan]>", do_sample=False)
 
@@ -83,14 +85,13 @@ def test_what_is_refused(finished, capsys, options, error, message):
     assert capsys.readouterr().out == ""
 
 
-def record(*passes: tuple[list[int], int]) -> Record:
+def record(*passes: tuple[list[int], int]) -> SimpleNamespace:
     """One row's passes: executed layers of each token, and how many of them were sinks."""
-    made = Record()
-    for number, (executed, sinks) in enumerate(passes):
-        made.executed.append(torch.tensor([executed]))
-        made.sinks.append((torch.arange(len(executed)) < sinks)[None])
-        made.runs.append(torch.eye(4, dtype=torch.bool)[number % 3].expand(1, len(executed), 4))
-    return made
+    return SimpleNamespace(
+        executed=[torch.tensor([executed]) for executed, _ in passes],
+        sinks=[(torch.arange(len(executed)) < sinks)[None] for executed, sinks in passes],
+        runs=[torch.eye(4)[number % 3].bool().expand(1, len(e), 4) for number, (e, _) in enumerate(passes)],
+    )
 
 
 def test_the_summary_counts_what_ran():

@@ -8,7 +8,7 @@ from pathlib import Path
 from buddy.assemble import budgets_of, data_of, routed_from
 from buddy.budget import fraction_of
 from buddy.engine.model import RoutedLM
-from buddy.errors import RunError
+from buddy.errors import DataError, RunError
 from buddy.evaluation.perplexity import evaluate
 from buddy.evaluation.report import as_json, show_run
 from buddy.files import write_json
@@ -38,8 +38,10 @@ def evaluate_run(
         BuddyError: the run, a budget or the text cannot be used.
     """
     run = read_run(folder)
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise RunError(f"There is no folder {json_file.absolute().parent} for {json_file.name}; make it first.")
+    if json_file:
+        _check_place(json_file.absolute())
+    if data is not None and not data.strip():
+        raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
     with status(f"Loading {run.backbone} …"):
         routed = routed_from(run)
     asked = _asked(routed, run, budgets)
@@ -57,6 +59,13 @@ def evaluate_run(
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
 
 
 def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float]:

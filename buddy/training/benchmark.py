@@ -27,9 +27,9 @@ from buddy.engine.model import RoutedLM
 from buddy.plan import Plan
 from buddy.progress import errors, results, track
 from buddy.recipe import load_recipe
-from buddy.training.train import module_of
 from buddy.training.interrupt import quiet
 from buddy.training.objective import draw_budgets
+from buddy.training.train import module_of
 
 
 class BareLoop:

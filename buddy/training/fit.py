@@ -120,7 +120,7 @@ class _Session:
                 if routed.router.trainable:
                     try:
                         self._fit(recipe, routed, place.partial)
-                    except TrainingError as error:
+                    except (TrainingError, KeyboardInterrupt) as error:
                         raise SystemExit(2) from error
 
     @contextmanager

@@ -1,5 +1,7 @@
 """What every installed router owes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -76,7 +78,7 @@ def nests(router: Router, geometry: Geometry) -> bool:
         for k in depths
     ]
     assert all((plan.sum(-1) == k).all() for plan, k in zip(plans, depths, strict=True))
-    return all(bool((less <= more).all()) for less, more in zip(plans, plans[1:], strict=False))
+    return all(bool((less <= more).all()) for less, more in pairwise(plans))
 
 
 @pytest.mark.parametrize("name", ["buddy", "full", "random", "shortgpt"])

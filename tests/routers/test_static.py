@@ -55,5 +55,5 @@ def test_full_depth_refuses_less():
     backbone = tiny_backbone("llama")
     routed = RoutedLM(backbone, FullDepth(geometry_of(backbone)))
     assert routed.executed_layers(1.0) == 6
-    with pytest.raises(BudgetError, match="This router runs every layer; ask for budget 1.0 instead of 0.5"):
+    with pytest.raises(BudgetError, match=r"This router runs every layer; ask for budget 1\.0 instead of 0\.5"):
         routed.executed_layers(0.5)

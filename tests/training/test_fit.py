@@ -54,7 +54,9 @@ def test_the_recipe_in_the_folder_makes_the_run_again(finished, tmp_path):
 
 def test_the_seed_draws_the_first_weights(small, finished, tmp_path):
     fit(small(tmp_path, "optimizer.lr=1e-12", "seed=1"), "small")
-    other, first = (load_tensors(f / "buddy/router.safetensors")["input.weight"] for f in (tmp_path / "small", finished))
+    other, first = (
+        load_tensors(f / "buddy/router.safetensors")["input.weight"] for f in (tmp_path / "small", finished)
+    )
     assert (other - first).abs().max() > 0.01
 
 
@@ -158,7 +160,9 @@ LONG = ["trainer.max_steps=60", "trainer.checkpoint_every=5"]
 
 def begin(small, output: Path, *overrides: str) -> subprocess.Popen:
     """`buddy fit` in a process of its own, given back when it has saved a checkpoint."""
-    process = start_buddy("fit", "--recipe", str(small.file), f"output={output}", *LONG, *overrides, folder=output.parent)
+    process = start_buddy(
+        "fit", "--recipe", str(small.file), f"output={output}", *LONG, *overrides, folder=output.parent
+    )
     checkpoint, patience = output / "small" / ".buddy.partial" / "checkpoints" / "last.ckpt", time.monotonic() + 60
     while not checkpoint.exists():
         assert process.poll() is None, process.stderr.read()
@@ -226,9 +230,10 @@ def test_a_kill_in_the_evaluation_costs_no_training(small, uninterrupted, tmp_pa
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("buddy.training.fit.evaluate", stop)
-        fit(small(tmp_path, *LONG), "small")
+        with pytest.raises(KeyboardInterrupt):
+            fit(small(tmp_path, *LONG), "small")
     capsys.readouterr()
     fit(small(tmp_path, *LONG), "small")
     assert "Training buddy" not in capsys.readouterr().err

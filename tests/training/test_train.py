@@ -149,9 +149,7 @@ def test_a_step_that_is_not_finite_leaves_a_checkpoint_to_go_on_from(train, tmp_
     expected = train("whole")
     with monkeypatch.context() as patch:
         patch.setattr(training, "estimator_of", lambda _: Spoilt("gradient"))
-        with pytest.raises(
-            TrainingError, match="step 3 because the gradient is not finite; lower optimizer.lr"
-        ) as caught:
+        with pytest.raises(TrainingError, match="step 3 because the gradient is not finite; lower") as caught:
             train("run")
     kept = tmp_path / "run" / "checkpoints" / "before-failure.ckpt"
     assert str(caught.value).endswith(f"with trainer.ckpt_path={kept}.")
@@ -182,7 +180,7 @@ def test_a_cut_checkpoint_is_refused_and_a_missing_one(train, tmp_path):
     train("run")
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(TrainingError, match="last.ckpt is damaged or not one of Buddy's"):
+    with pytest.raises(TrainingError, match=r"last\.ckpt is damaged or not one of Buddy's"):
         train("run")
     with pytest.raises(TrainingError, match=r"There is no checkpoint nowhere.ckpt; leave trainer.ckpt_path out"):
         train("new", "trainer.ckpt_path=nowhere.ckpt")

@@ -1,0 +1,177 @@
+"""`buddy bench`: how fast a run is at each budget, as a table, a figure and JSON."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from buddy.assemble import routed_from
+from buddy.engine.model import RoutedLM
+from buddy.errors import BudgetError, RunError
+from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
+from buddy.files import write_json
+from buddy.progress import results, status, tracker
+from buddy.runs import Run, read_run
+from buddy.training.windows import windows_of
+
+FIGURE = "speed.png"
+LONG, BATCH = 512, 8
+Field = Mapping[tuple[str, int], Timings]
+
+
+def bench_run(
+    folder: Path, *, json_file: Path | None = None, budgets: Sequence[str] | None = None, rounds: int = 7
+) -> None:
+    """Time a run and print the table.
+
+    Args:
+        folder: the run.
+        json_file: where the results go as JSON, if anywhere.
+        budgets: asked instead of the recipe's.
+        rounds: how often each contender runs.
+
+    Raises:
+        BuddyError: the run or a budget cannot be used, or memory does not suffice.
+    """
+    run = read_run(folder)
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise RunError(f"There is no folder {json_file.absolute().parent} for {json_file.name}; make it first.")
+    with status(f"Loading {run.backbone} …"):
+        routed = routed_from(run)
+    asked = {str(budget): routed.executed_layers(budget) for budget in budgets or run.recipe.budgets}
+    below = sorted({count for count in asked.values() if count < routed.geometry.layers}, reverse=True)
+    if not below:
+        raise BudgetError("Every budget asked for is full depth; name one below 1.0, such as --budgets 0.5.")
+    ids = _text(run, routed)
+    try:
+        field = contenders(routed, below, ids)
+        timings = race(field, ids, prompts=(PROMPT, LONG), batches=(1, BATCH), rounds=rounds, track=tracker("Rounds"))
+        mixed = mixed_prefill(routed, field, ids[:, :LONG])
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(
+            f"Memory does not suffice for {routed.geometry.layers} layers of width {routed.geometry.hidden} with "
+            f"a batch of {BATCH} × {LONG} tokens; free some, or bench a smaller backbone."
+        ) from error
+    report = as_json(asked, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
+    report |= {"peak_memory_mib": _peak_mib(), "threads": torch.get_num_threads(), "rounds": rounds}
+    _show(report, run)
+    draw(report, folder / FIGURE)
+    results.print(f"Figure: {folder / FIGURE}")
+    if json_file:
+        write_json(json_file, report)
+        results.print(f"JSON: {json_file}")
+
+
+def as_json(asked: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:
+    """{"results": [one entry a budget], "dense": …}; milliseconds, medians over rounds; ratios of medians."""
+    dense = _entry(timings["dense", layers])
+    entries = []
+    for budget, count in asked.items():
+        name = "full" if count == layers else "routed"
+        entry = {"budget": budget, "layers": count} | _entry(timings[name, count])
+        entry |= _ratios(entry, dense, "dense")
+        if count < layers:
+            pruned = _entry(timings["pruned", count])
+            entry |= _ratios(entry, pruned, "pruned") | {f"pruned_{key}": value for key, value in pruned.items()}
+        entries.append(entry)
+    return {"results": entries, "dense": dense}
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Milliseconds over executed layers: routed, pruned and dense, for prefill and decode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    entries = sorted(report["results"], key=lambda entry: entry["layers"])
+    cut = [entry for entry in entries if "pruned_decode_ms" in entry]
+    titles = {"decode_ms": "decode, batch 1 (ms per token)", "prefill_ms": f"prefill, {LONG} tokens (ms)"}
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        ax.plot([e["layers"] for e in entries], [e[key] for e in entries], "o-", label="routed")
+        ax.plot([e["layers"] for e in cut], [e[f"pruned_{key}"] for e in cut], "s--", label="pruned stock")
+        ax.axhline(report["dense"][key], color="grey", linestyle=":", label="dense stock")
+        ax.set(title=title, xlabel="executed layers", ylim=(0, None))
+        ax.grid(alpha=0.3)
+        ax.legend()
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=150, format="png")
+    pyplot.close(figure)
+    beside.replace(path)
+
+
+def _entry(timings: Timings) -> dict[str, Any]:
+    """Figures of one contender."""
+    series = {
+        "decode_ms": timings.decode[1],
+        "decode_batch8_ms": timings.decode[BATCH],
+        "prefill_ms": timings.prefill[LONG],
+        "prefill64_ms": timings.prefill[PROMPT],
+    }
+    entry: dict[str, Any] = {key: statistics.median(values) for key, values in series.items()}
+    entry |= {key.replace("_ms", "_spread"): [min(values), max(values)] for key, values in series.items()}
+    return entry | {"cache_bytes": timings.cache_bytes, "prefill_flops": timings.flops}
+
+
+def _ratios(entry: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, float]:
+    keys = ("decode", "decode_batch8", "prefill", "prefill64")
+    return {f"vs_{name}_{key}": entry[f"{key}_ms"] / other[f"{key}_ms"] for key in keys}
+
+
+def _show(report: Mapping[str, Any], run: Run) -> None:
+    table = Table(title=f"{run.router_name}: milliseconds (× dense, × pruned to as many layers)")
+    headings = (
+        "decode, batch 1",
+        f"decode, batch {BATCH}",
+        f"prefill {LONG}",
+        f"prefill {PROMPT}",
+        "GFLOP",
+        "cache MiB",
+    )
+    for heading in ("budget", "layers", *headings):
+        table.add_column(heading, justify="right")
+    for entry in ({"budget": "dense", "layers": "–"} | report["dense"], *report["results"]):
+        cells = [_cell(entry, key) for key in ("decode", "decode_batch8", "prefill", "prefill64")]
+        flops = f"{entry['prefill_flops']['total'] / 1e9:.1f}"
+        table.add_row(str(entry["budget"]), str(entry["layers"]), *cells, flops, f"{entry['cache_bytes'] / 2**20:.2f}")
+    results.print(table)
+    results.print(
+        f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted at each as the run says. GFLOP and cache: prefill "
+        f"of {LONG}, head included. Medians of {report['rounds']} rounds, {report['threads']} threads."
+    )
+    ratio, peak = report["mixed_prefill_vs_pruned"], report["peak_memory_mib"]
+    results.print(f"Batch {BATCH}, a budget for each row: prefill at {ratio:.3f} × the pruned cost of its layers.")
+    results.print(f"Peak memory of the process: {peak:.0f} MiB.")
+
+
+def _cell(entry: Mapping[str, Any], key: str) -> str:
+    ratios = [f"{entry[name]:.3f}" for name in (f"vs_dense_{key}", f"vs_pruned_{key}") if name in entry]
+    return f"{entry[f'{key}_ms']:.2f}" + (f" ({', '.join(ratios)})" if ratios else "")
+
+
+def _text(run: Run, routed: RoutedLM) -> torch.Tensor:
+    """(BATCH, LONG) tokens of the run's text."""
+    section = run.recipe.data
+    windows = windows_of(
+        section.source,
+        routed.backbone.tokenizer,
+        window=LONG,
+        count=BATCH,
+        seed=run.recipe.seed,
+        text_field=section.text_field,
+    ).input_ids
+    repeats = -(-BATCH // len(windows))
+    return windows.repeat(repeats, 1)[:BATCH].to(routed.backbone.device)
+
+
+def _peak_mib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

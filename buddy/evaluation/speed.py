@@ -1,0 +1,170 @@
+"""What a budget costs in time: prefill and decode at each, against the dense and the physically pruned stock model.
+
+All contenders live in one process and share the weights. They run in turn, round by round, so that a drift of the
+machine's speed meets them all; figures are medians over rounds and ratios within this one run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
+
+from buddy.engine.model import RoutedLM
+from buddy.evaluation.pruned import pruned_model
+
+PROMPT, STEPS = 64, 32  # tokens before the decode steps that are timed, and their number
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+@dataclass
+class Timings:
+    """Milliseconds of one contender, one entry a round; decode is the mean of a round's steps."""
+
+    prefill: dict[int, list[float]] = field(default_factory=dict)
+    decode: dict[int, list[float]] = field(default_factory=dict)
+    cache_bytes: int = 0
+    flops: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model under a way of calling it.
+
+    Attributes:
+        name: "dense", "full" (the engine at full depth), "routed" or "pruned".
+        layers: K.
+        model: what is called.
+        spends: opens the context in which it runs.
+    """
+
+    name: str
+    layers: int
+    model: PreTrainedModel
+    spends: Callable[[], AbstractContextManager]
+
+    def prefill(self, ids: Tensor) -> Any:
+        """The cache after a prompt (B, T)."""
+        return self.model(ids, use_cache=True, logits_to_keep=1).cache
+
+    def decode(self, ids: Tensor, prompt: int) -> float:
+        """Mean milliseconds of a step over the tokens after the first `prompt` of (B, T)."""
+        cache = self.prefill(ids[:, :prompt])
+        start = time.perf_counter()
+        for at in range(prompt, ids.shape[1]):
+            self.model(ids[:, at : at + 1], cache=cache, use_cache=True)
+        _wait(ids)
+        return 1e3 * (time.perf_counter() - start) / (ids.shape[1] - prompt)
+
+
+def contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Contender]:
+    """Dense and full once; routed and pruned for each K below L. Pruned keeps the router's commonest layers."""
+    model, layers = routed.backbone.model, routed.geometry.layers
+    found = [
+        Contender("dense", layers, model, nullcontext),
+        Contender("full", layers, model, lambda: routed.at(executed=[layers])),
+    ]
+    for count in counts:
+        if count < layers:
+            runs = routed(ids[:1], executed=torch.tensor([count])).runs[0].sum(0)
+            kept = sorted(runs.argsort(descending=True, stable=True)[:count].tolist())
+            found.append(Contender("routed", count, model, lambda count=count: routed.at(executed=[count])))
+            found.append(Contender("pruned", count, pruned_model(model, kept), nullcontext))
+    return found
+
+
+@torch.inference_mode()
+def race(
+    field_: Sequence[Contender],
+    ids: Tensor,
+    *,
+    prompts: Sequence[int] = (64, 512),
+    batches: Sequence[int] = (1, 8),
+    rounds: int = 7,
+    track: Track = iter,
+) -> dict[tuple[str, int], Timings]:
+    """Timings by (name, layers).
+
+    Args:
+        field_: who runs.
+        ids: (B, T) long, text to read; T is at least the longest prompt, B the largest batch.
+        prompts: lengths of the prompts whose prefill is timed, in a batch of one.
+        batches: batch sizes whose decoding is timed.
+        rounds: each contender runs once in each, after one round that is not counted.
+        track: wraps the rounds to show progress.
+    """
+    timings = {(each.name, each.layers): Timings() for each in field_}
+    for number in track(range(rounds + 1)):
+        for each in field_:
+            mine = timings[each.name, each.layers]
+            with each.spends():
+                for length in prompts:
+                    spent = _prefill_ms(each, ids[:1, :length])
+                    mine.prefill.setdefault(length, []).extend([spent] if number else [])
+                for batch in batches:
+                    spent = each.decode(ids[:batch, : PROMPT + STEPS], PROMPT)
+                    mine.decode.setdefault(batch, []).extend([spent] if number else [])
+    for each in field_:
+        _weigh(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
+    return timings
+
+
+@torch.inference_mode()
+def mixed_prefill(routed: RoutedLM, field_: Sequence[Contender], ids: Tensor, rounds: int = 5) -> float:
+    """Prefill of a batch whose rows have budgets of their own, over what its executed layers cost when pruned.
+
+    The denominator is the mean, over rows, of the pruned stock model's time for the whole batch at that row's K.
+    """
+    pruned = {each.layers: each for each in field_ if each.name == "pruned"}
+    pruned[routed.geometry.layers] = next(each for each in field_ if each.name == "dense")
+    depths = sorted(pruned)
+    asked = [depths[row % len(depths)] for row in range(len(ids))]
+    ratios = []
+    for number in range(rounds + 1):
+        with routed.at(executed=asked):
+            ours = _prefill_ms(Contender("mixed", 0, routed.backbone.model, nullcontext), ids)
+        alone = {depth: _prefill_ms(pruned[depth], ids) for depth in set(asked)}
+        if number:
+            ratios.append(ours / statistics.mean(alone[depth] for depth in asked))
+    return statistics.median(ratios)
+
+
+def _prefill_ms(contender: Contender, ids: Tensor) -> float:
+    start = time.perf_counter()
+    contender.prefill(ids)
+    _wait(ids)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _weigh(contender: Contender, ids: Tensor, timings: Timings) -> None:
+    """Floating-point operations of a prefill, with and without the head, and bytes of the cache it leaves."""
+    flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    with contender.spends(), FlopCounterMode(display=False, custom_mapping={flash: _attention_flops}) as counter:
+        cache = contender.prefill(ids)
+    head = 2 * contender.model.lm_head.weight.numel()
+    timings.flops = {"total": counter.get_total_flops(), "without_head": counter.get_total_flops() - head}
+    timings.cache_bytes = cache_bytes(cache)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that a cache holds: keys, values and, once each, the hidden states that wait in a routed one."""
+    held = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+    waiting = {id(hidden): hidden for layer in cache.layers for hidden, _ in getattr(layer, "owed", ())}
+    return sum(x.numel() * x.element_size() for x in (*held, *waiting.values()))
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _wait(ids: Tensor) -> None:
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)

@@ -1,0 +1,129 @@
+"""Adopted caches: what they hold, what they owe, and which are refused."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from buddy.engine.cachelayers import ROOM, SHORT, GrowingLayer
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import BuddyError
+from tests.engine.reference import Fickle
+from tests.tiny import tiny_backbone
+
+IDS = torch.randint(3, 259, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def routed_tiny(**options) -> RoutedLM:
+    backbone = tiny_backbone("llama")
+    return RoutedLM(backbone, Fickle(geometry_of(backbone)), **options)
+
+
+def decoded(routed: RoutedLM, upto: int, cache=None, start: int = 0):
+    model = routed.backbone.model
+    for t in range(start, upto):
+        out = model(IDS[:, t : t + 1], cache=cache, use_cache=True)
+        cache = out.cache
+    return out.logits, cache
+
+
+def test_skipped_states_wait_and_are_counted():
+    routed = routed_tiny(batch_plan="shared", reroute_every=None)
+    with routed.at(executed=[3]):
+        _, cache = decoded(routed, 12)
+    owing = [layer for layer in cache.layers if layer.owed]
+    assert len(owing) == 3
+    assert all(layer.get_seq_length() == 12 for layer in cache.layers)
+    assert all(layer.keys is None or layer.keys.shape[2] < 12 for layer in owing if layer.is_initialized)
+
+
+def test_waiting_is_bounded():
+    routed = routed_tiny(batch_plan="shared", reroute_every=None)
+    model = routed.backbone.model
+    with routed.at(executed=[3]):
+        cache = model(IDS[:, :1], use_cache=True).cache
+        for _ in range(100):
+            model(IDS[:, :1], cache=cache, use_cache=True)
+            assert all(layer.owed_length < 64 for layer in cache.layers)
+
+
+def test_a_copied_cache_goes_on_by_itself():
+    routed = routed_tiny()
+    with routed.at(executed=[3, 4]):
+        _, cache = decoded(routed, 10)
+        twin = copy.deepcopy(cache)
+        first, _ = decoded(routed, 20, cache, 10)
+        second, _ = decoded(routed, 20, twin, 10)
+    assert torch.equal(first, second)
+
+
+def test_a_stock_cache_is_taken_over():
+    routed = routed_tiny()
+    model = routed.backbone.model
+    cache = model(IDS[:, :10], use_cache=True).cache
+    runs = torch.ones(2, 11, 6, dtype=torch.bool)
+    with routed.at(executed=[3]) as record:
+        logits = model(IDS[:, 10:11], cache=cache, use_cache=True).logits
+    runs[:, 10:] = record.runs[0]
+    torch.testing.assert_close(logits, routed(IDS[:, :11], runs=runs).logits[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_routed_cache_without_a_request_goes_on_at_full_depth():
+    routed = routed_tiny()
+    model = routed.backbone.model
+    with routed.at(executed=[3]) as record:
+        _, cache = decoded(routed, 10)
+    logits = model(IDS[:, 10:11], cache=cache, use_cache=True).logits
+    runs = torch.cat([*record.runs, torch.ones(2, 1, 6, dtype=torch.bool)], 1)
+    torch.testing.assert_close(logits, routed(IDS[:, :11], runs=runs).logits[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_long_cache_grows_in_place_and_equals_stock():
+    stock, ours = DynamicCache(), GrowingLayer()
+    ours.owed, ours.view = [], None
+    generator = torch.Generator().manual_seed(0)
+    pointers = set()
+    for length in [SHORT - 2, 1, 1, *[1] * (3 * ROOM), 7]:
+        new = torch.randn(2, 3, length, 8, generator=generator)
+        expected = stock.update(new, -new, 0)
+        got = ours.update(new, -new)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        pointers.add(got[0].data_ptr())
+    assert len(pointers) <= 8
+
+
+def test_a_static_cache_is_refused():
+    routed = routed_tiny()
+    cache = StaticCache(config=routed.backbone.model.config, max_cache_len=20)
+    with routed.at(executed=[3]), pytest.raises(BuddyError, match="needs a DynamicCache"):
+        routed.backbone.model(IDS[:, :5], cache=cache, use_cache=True)
+
+
+def test_a_cache_of_another_policy_is_refused():
+    fill, hole = routed_tiny(), routed_tiny(policy="hole")
+    with fill.at(executed=[3]):
+        _, cache = decoded(fill, 3)
+    with hole.at(executed=[3]), pytest.raises(BuddyError, match="another model or policy"):
+        hole.backbone.model(IDS[:, 3:4], cache=cache, use_cache=True)
+
+
+def test_a_cache_of_another_depth_is_refused():
+    routed = routed_tiny()
+    other = tiny_backbone("llama", num_hidden_layers=4).model
+    cache = other(IDS[:, :5], use_cache=True).cache
+    with routed.at(executed=[3]), pytest.raises(BuddyError, match="of 6 layers, but was given DynamicCache with 4"):
+        routed.backbone.model(IDS[:, 5:6], cache=cache, use_cache=True)
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(BuddyError, match="choose one of fill, hole, zero"):
+        routed_tiny(policy="holes")
+
+
+def test_under_hole_memory_is_what_ran():
+    routed = routed_tiny(policy="hole")
+    with routed.at(executed=[3]) as record:
+        cache = routed.backbone.model(IDS[:1], use_cache=True).cache
+    stored = sum(layer.keys.shape[2] for layer in cache.layers if layer.slots is not None)
+    assert stored == record.runs[0].sum()

@@ -1,0 +1,110 @@
+"""transformers' generate() on a routed model: every way of decoding, at full depth and below."""
+
+import pytest
+import torch
+from transformers import StoppingCriteria, TextStreamer
+
+from buddy.engine.model import RoutedLM, geometry_of
+from tests.engine.reference import Fickle, reference_logits
+from tests.tiny import tiny_backbone, tiny_tokenizer
+
+IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(IDS)
+MASK[0, :3] = 0
+COMMON = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
+
+
+class AfterFive(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= IDS.shape[1] + 5)
+
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "beam sampling": {"do_sample": True, "num_beams": 2},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "stopping": {"do_sample": False, "stopping_criteria": [AfterFive()]},
+}
+
+
+def generated(model, way: str, **options):
+    torch.manual_seed(0)
+    return model.generate(IDS, attention_mask=MASK, **COMMON, **WAYS[way], **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_at_full_budget_generate_returns_what_stock_returns(way):
+    expected = generated(tiny_backbone("llama").model, way)
+    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    with routed.at(1.0):
+        assert torch.equal(generated(routed.backbone.model, way), expected)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_assisted_generation_returns_what_greedy_returns(budget):
+    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    model, assistant = routed.backbone.model, tiny_backbone("llama", seed=1).model
+    options = {**COMMON, "do_sample": False, "max_new_tokens": 12}
+    with routed.at(budget):
+        plain = model.generate(IDS[:1], **options)
+        assisted = model.generate(IDS[:1], assistant_model=assistant, **options)
+    assert torch.equal(plain, assisted)
+
+
+@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
+@pytest.mark.parametrize("reroute_every", [1, 3, None])
+def test_greedy_below_full_depth_follows_brute_force(policy, reroute_every):
+    backbone = tiny_backbone("llama")
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)), policy=policy, reroute_every=reroute_every)
+    with routed.at(executed=[3, 4]) as record:
+        sequences = generated(backbone.model, "greedy")
+    mask = torch.cat([MASK, torch.ones(2, 8, dtype=torch.long)], 1)
+    runs = torch.cat(record.runs, 1)
+    logits = reference_logits(tiny_backbone("llama").model, sequences[:, :-1], runs, mask[:, :-1], policy)
+    assert torch.equal(logits[:, IDS.shape[1] - 1 :].argmax(-1), sequences[:, IDS.shape[1] :])
+    changes = (runs[:, IDS.shape[1] :][:, 1:] != runs[:, IDS.shape[1] :][:, :-1]).any(-1).sum().item()
+    assert (changes == 0) == (reroute_every is None)
+
+
+def test_rows_have_budgets_of_their_own():
+    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    with routed.at(0.5, "5layers") as record:
+        generated(routed.backbone.model, "greedy")
+    assert all(executed[:, 0].tolist() == [3, 5] for executed in record.executed[1:])
+
+
+def test_a_shared_batch_plan_is_one_plan():
+    backbone = tiny_backbone("llama")
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)), batch_plan="shared")
+    with routed.at(0.5) as record:
+        generated(backbone.model, "greedy")
+    assert all(torch.equal(runs[0], runs[1]) for runs in record.runs[1:])
+
+
+def test_a_kept_prefix_is_reused():
+    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    model = routed.backbone.model
+    with routed.at(0.5):
+        whole = model.generate(IDS[:1], do_sample=False, **COMMON)
+        cache = model(IDS[:1, :6], use_cache=True).cache
+        reused = model.generate(IDS[:1], cache=cache, do_sample=False, **COMMON)
+    assert torch.equal(whole, reused)
+
+
+def test_a_streamer_gets_every_token(capsys):
+    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    tokenizer = tiny_tokenizer()
+    with routed.at(0.5):
+        out = routed.backbone.model.generate(IDS[:1], streamer=TextStreamer(tokenizer), do_sample=False, **COMMON)
+    assert capsys.readouterr().out.strip() == tokenizer.decode(out[0]).strip()
+
+
+def test_padding_changes_nothing():
+    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    model = routed.backbone.model
+    with routed.at(0.5):
+        padded = generated(model, "greedy")
+        alone = model.generate(IDS[:1, 3:], do_sample=False, **COMMON)
+    assert torch.equal(padded[0, IDS.shape[1] :], alone[0, IDS.shape[1] - 3 :])
