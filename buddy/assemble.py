@@ -6,7 +6,7 @@ import torch
 
 from buddy.backbone import Backbone, load_backbone
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import RunError
+from buddy.errors import RecipeError, RunError
 from buddy.registry import build
 from buddy.runs import Run, check_backbone, load_router
 from buddy.schema import Recipe
@@ -39,6 +39,9 @@ def routed_of(recipe: Recipe, backbone: Backbone) -> RoutedLM:
         pool=routing.pool,
         sink_tokens=routing.sink_tokens,
         prompt_plan=routing.prompt_plan,
+        policy=routing.policy,
+        reroute_every=routing.reroute_every,
+        batch_plan=routing.batch_plan,
     )
     for budget in budgets_of(recipe, routed):
         routed.executed_layers(budget)
@@ -51,8 +54,17 @@ def budgets_of(recipe: Recipe, routed: RoutedLM) -> list[float]:
 
 
 def data_of(recipe: Recipe, backbone: Backbone) -> TextData:
-    """The recipe's text, described and not yet read."""
+    """The recipe's text, described and not yet read.
+
+    Raises:
+        RecipeError: windows longer than the backbone can read.
+    """
     data = recipe.data
+    if data.window > backbone.context_length:
+        raise RecipeError(
+            f"data.window is {data.window}, but {backbone.name} reads at most {backbone.context_length} tokens; set "
+            "data.window to that or less."
+        )
     return TextData(
         backbone.tokenizer,
         data.source,

@@ -64,7 +64,7 @@ def _buddy(
     """Dynamic depth for language models: one router, every compute budget."""
 
 
-@app.command(epilog="\b\nExample: buddy fit --recipe quickstart router=uniform trainer.max_steps=50")
+@app.command(epilog="\b\nExample: buddy fit --recipe quickstart router=uniform 'rivals=[]'")
 def fit(
     recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="A recipe's name (`buddy recipes`) or file.")],
     overrides: Annotated[

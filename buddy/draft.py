@@ -21,6 +21,7 @@ _WORDS = {
     bool: "true or false",
     str: "text",
     str | None: "text or null",
+    int | None: "a whole number or null",
     list[float]: "a list of numbers such as [1.0, 0.5]",
     list[str]: "a list of names such as [uniform, random]",
     dict[str, Any]: "a mapping such as {hidden: 64}",

@@ -28,6 +28,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def check_place(path: Path) -> None:
+    """Raises RunError when no file can be written to `path`, before the work whose result it is to hold."""
+    path = path.absolute()
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file.
 

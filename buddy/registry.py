@@ -57,7 +57,7 @@ def load(name: str) -> "type[Router]":
     matches = [entry for entry in entries if entry.name == name]
     if not matches and ":" not in name:
         names = sorted({entry.name for entry in entries})
-        hint = nearest(name, names) or ";"
+        hint = nearest(name, names) or "."
         raise RegistryError(f"No router is named {name!r}{hint} Installed: {', '.join(names) or 'none'}.")
     if len(matches) > 1:
         owners = " and ".join(repr(entry.distribution) for entry in matches)

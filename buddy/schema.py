@@ -43,6 +43,9 @@ class RoutingSection:
     pool: str = _choice("value", "key", "both")
     sink_tokens: int = _bounded(1, least=0)  # first positions that run at full depth
     prompt_plan: str = _choice("token", "shared")
+    batch_plan: str = _choice("row", "shared")
+    reroute_every: int | None = _bounded(1, least=1)  # tokens between decisions while decoding; null decides never
+    policy: str = _choice("fill", "hole", "zero")  # what a layer's cache holds for tokens that skipped it
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class ObjectiveSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    lr: float = _bounded(2.0e-3, above=0)
+    lr: float = _bounded(6.0e-3, above=0)
     warmup_steps: int = _bounded(20, least=0)
     weight_decay: float = _bounded(0.0, least=0)
     clip: float = _bounded(10.0, least=0)  # largest gradient norm; 0 never clips
@@ -124,6 +127,8 @@ def _out_of_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> str | Non
         return f"{key} is empty; give it a value or leave the key out."
     if isinstance(value, float) and not math.isfinite(value):
         return f"{key} is {value}, but must be a finite number."
+    if value is None:
+        return None
     if "least" in bounds and value < bounds["least"]:
         return f"{key} is {value}, but must be at least {bounds['least']}."
     if "above" in bounds and value <= bounds["above"]:

@@ -83,6 +83,8 @@ def _ini(block: Block) -> None:
 
 def _buddy(words: list[str], place: str) -> None:
     words = [re.sub(r"^(trainer.max_steps=)(\d+)$", _cut, word) for word in words]
+    if "--rounds" in words:
+        words[words.index("--rounds") + 1] = "1"
     result = CliRunner().invoke(app, words[1:])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception

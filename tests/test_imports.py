@@ -61,7 +61,16 @@ TABLE = {
         "training.windows",
     },
     "serve": {*CONTRACTS, *CONFIGURED, "engine"},
-    "cli": {"errors", "recipe", "registry", "training.fit", "evaluation.evaluate", "serve", "__init__"},
+    "cli": {
+        "errors",
+        "recipe",
+        "registry",
+        "training.fit",
+        "evaluation.evaluate",
+        "evaluation.bench",
+        "serve",
+        "__init__",
+    },
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -127,6 +128,7 @@ class Pass:
         self.scores: Tensor | None = None
         self._runs: Tensor | None = None
         self._rows_on: list[list[bool]] | None = None  # (L, B): a plan for one new token, held by the host
+        self._kv_width, self._patient = 0, None
         self.whole = 0  # layers that ran on every token
         self.parts: list[Tensor] = []  # (B, T) bool of those that ran on some
         self._rows: list[list[bool]] = []  # the same for one new token a row, on the host
@@ -134,6 +136,7 @@ class Pass:
     def make_plan(self, hidden: Tensor, keys: Tensor, values: Tensor) -> None:
         """Called by the context layer: hidden (B, T, D) as it leaves it, K and V (B, heads, T, size) it wrote."""
         newest = features(keys, values, self.pool.kind)
+        self._kv_width = keys.shape[1] * keys.shape[3]
         pooled = self.pool.add(newest, self.valid)
         full = self.request.executed is None or min(self.request.executed) == self.settings.layers
         self.context = Context(pooled, newest, hidden.float(), self._asked(hidden.device))
@@ -193,6 +196,31 @@ class Pass:
         if positions is None:
             return mask[rows] if mask.shape[0] == batch > 1 else mask
         return take(mask[:, 0], rows, positions, batch)[:, None, :, : mask.shape[-1] - length + chunk.reach]
+
+    def only_sinks(self, who: list[int]) -> bool:
+        """Whether the tokens that run are just the leading sinks of these positions, in every row."""
+        lead = self.settings.sink_tokens - self.past
+        return self.shape[1] > 1 and self.valid is None and all(count == lead for count in who)
+
+    def may_wait(self, layer: int) -> bool:
+        """Whether states that skip `layer` may wait in the cache: one token's always, a prompt's if memory allows.
+
+        One state of D values waits for a run of skipped layers, in place of keys and values for each of them.
+        """
+        if self.shape[1] == 1:
+            return True
+        if self._patient is None:
+            self._patient = self._patience()
+        return self._patient[layer]
+
+    def _patience(self) -> list[bool]:
+        width, kv = self.context.hidden.shape[-1], 2 * self._kv_width
+        idle = [who is False or (isinstance(who, list) and self.only_sinks(who)) for who in self.who]
+        runs = [list(group) for on, group in groupby(range(len(idle)), key=idle.__getitem__) if on]
+        if len(runs) * width <= sum(map(len, runs)) * kv:
+            return [True] * len(idle)
+        long = {layer for run in runs if width <= len(run) * kv for layer in run}
+        return [layer in long for layer in range(len(idle))]
 
     def _asked(self, device: torch.device) -> Tensor:
         """(B, T) long, K for each token."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from buddy.engine.cache import Capture
+from buddy.engine.cachelayers import each
 from buddy.engine.forward import Pass
 from buddy.engine.kv import captured, choose, stock_class
 from buddy.engine.policies import Policy
@@ -41,7 +42,7 @@ class RoutedLayer:
             if who is True:
                 return self._whole(current, hidden_states, args, kwargs)
             if who is False:
-                return self._nobody(hidden_states, kwargs)
+                return self._nobody(current, hidden_states, kwargs)
         return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -52,10 +53,12 @@ class RoutedLayer:
         if who is True:
             return self._whole(current, hidden_states, args, kwargs)
         if who is False:
-            return self._nobody(hidden_states, kwargs)
+            return self._nobody(current, hidden_states, kwargs)
         if who is None:
             own = self._with_context if self._index < current.context_layer else self._everything
             return own(current, hidden_states, args, kwargs)
+        if kwargs.get("cache") is not None and self._seat[0].policy.name != "hole" and current.only_sinks(who):
+            return self._sinks(current, hidden_states, args, kwargs, who[0])
         return self._some(current, hidden_states, args, kwargs, who)
 
     def _whole(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -69,11 +72,32 @@ class RoutedLayer:
         current.whole += 1
         return self.stock.forward(self, hidden, *args, **kwargs)
 
-    def _nobody(self, hidden: Tensor, kwargs: dict) -> Tensor:
+    def _nobody(self, current: Pass, hidden: Tensor, kwargs: dict) -> Tensor:
         """No token runs: the policy sees to the cache."""
         cache = kwargs.get("cache")
         if cache is not None:
-            self._seat[0].policy.idle(self, hidden, cache, kwargs.get("position_embeddings"))
+            wait = current.may_wait(self._index)
+            self._seat[0].policy.idle(self, hidden, cache, kwargs.get("position_embeddings"), wait)
+        return hidden
+
+    def _sinks(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict, count: int) -> Tensor:
+        """Only the first `count` tokens run, and need nobody's keys but their own; the others' are not urgent."""
+        current.record(self._index)
+        cache, policy, length = kwargs["cache"], self._seat[0].policy, hidden.shape[1]
+        policy.settle(self, cache)
+        mask, embeddings, ids = (kwargs.get(key) for key in ("attention_mask", "position_embeddings", "position_ids"))
+        inputs = {
+            **kwargs,
+            "attention_mask": None if mask is None else mask[:, :, :count, : mask.shape[-1] - length + count],
+            "position_embeddings": each(embeddings, lambda x: x[:, :count]),
+            "position_ids": None if ids is None else ids[:, :count],
+        }
+        out = self.stock.forward(self, hidden[:, :count], *args, **inputs)
+        late = each(embeddings, lambda x: x[:, count:])
+        policy.idle(self, hidden[:, count:], cache, late, current.may_wait(self._index))
+        if self._forward_hooks or torch.is_grad_enabled():
+            return torch.cat([out, hidden[:, count:]], 1)
+        hidden[:, :count] = out  # in place, so that a run of skipped layers shares one waiting state
         return hidden
 
     def _with_context(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:

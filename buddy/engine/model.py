@@ -18,7 +18,7 @@ from buddy.engine.forward import Pass, Ran, Request, Settings, plan_tokens
 from buddy.engine.layers import Seat, attach, detach
 from buddy.engine.policies import policy_named
 from buddy.engine.pool import Pool
-from buddy.errors import BudgetError
+from buddy.errors import BuddyError, BudgetError
 from buddy.router import Context, Geometry, Router
 
 PoolKind = Literal["value", "key", "both"]
@@ -84,7 +84,7 @@ class RoutedLM(nn.Module):
         pool: which of the context layer's cached states are pooled.
         sink_tokens: first positions of every row at full depth (attention sinks, 2309.17453), counted apart.
         prompt_plan: "token" plans for each prompt token, "shared" gives the whole prompt its last token's plan.
-        policy: what a layer's cache holds for tokens that skipped it: "fill" or "zero".
+        policy: what a layer's cache holds for tokens that skipped it: "fill", "hole" or "zero".
         reroute_every: tokens between decisions while decoding; None keeps the prompt's last plan.
         batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score.
 
@@ -199,7 +199,15 @@ class RoutedLM(nn.Module):
             keep: positions whose logits are wanted, as transformers' `logits_to_keep`; 0 for all.
             everything: compute each layer on every token and choose afterwards. Slower, but no shape, and so no
                 rounding, depends on the plan; gates imply it.
+
+        Raises:
+            BuddyError: `everything` or `gates` under a policy other than "fill".
         """
+        if (everything or gates is not None) and self.policy.name != "fill":
+            raise BuddyError(
+                f"Computing every layer, and so the straight-through estimator, needs the policy 'fill', not "
+                f"{self.policy.name!r}; choose that, or the perturbed estimator."
+            )
         asked = None if executed is None else tuple(executed.tolist())
         with self._requested(Request(asked, runs, gates, prompt, everything)):
             logits = self.backbone.model(

@@ -25,11 +25,15 @@ class Fill:
 
     name = "fill"
 
-    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any) -> None:
-        """Nobody runs the layer: the state waits until somebody does, or until too many wait."""
+    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any, wait: bool = True) -> None:
+        """Nobody runs the layer for these tokens: the states wait until somebody does, or until too many wait.
+
+        Args:
+            wait: whether they may; a prompt's states do where that takes no more memory than their keys and values.
+        """
         held = cache.layers[layer._index]
         held.owed.append((hidden, embeddings))
-        if len(held.owed) >= BOUND or hidden.shape[1] > 1 or held.is_sliding:  # a window forgets; nothing may be late
+        if len(held.owed) >= BOUND or not wait or held.is_sliding:  # a window forgets; nothing may be late
             self.settle(layer, cache)
 
     def settle(self, layer: nn.Module, cache: Any) -> None:
@@ -53,8 +57,8 @@ class Zero:
 
     name = "zero"
 
-    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any) -> None:
-        """Nobody runs the layer."""
+    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any, wait: bool = True) -> None:
+        """Nobody runs the layer for these tokens."""
         cache.update(*self._zeros(layer, hidden, embeddings), layer._index)
 
     def settle(self, layer: nn.Module, cache: Any) -> None:
@@ -76,8 +80,8 @@ class Hole:
 
     name = "hole"
 
-    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any) -> None:
-        """Nobody runs the layer: the positions go by."""
+    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any, wait: bool = True) -> None:
+        """Nobody runs the layer for these tokens: the positions go by."""
         cache.layers[layer._index].pass_by(hidden.shape[1])
 
     def settle(self, layer: nn.Module, cache: Any) -> None:

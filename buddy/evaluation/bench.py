@@ -15,7 +15,7 @@ from buddy.assemble import routed_from
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
-from buddy.files import write_json
+from buddy.files import check_place, write_json
 from buddy.progress import results, status, tracker
 from buddy.runs import Run, read_run
 from buddy.training.windows import windows_of
@@ -40,8 +40,8 @@ def bench_run(
         BuddyError: the run or a budget cannot be used, or memory does not suffice.
     """
     run = read_run(folder)
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise RunError(f"There is no folder {json_file.absolute().parent} for {json_file.name}; make it first.")
+    if json_file:
+        check_place(json_file)
     with status(f"Loading {run.backbone} …"):
         routed = routed_from(run)
     asked = {str(budget): routed.executed_layers(budget) for budget in budgets or run.recipe.budgets}

@@ -8,10 +8,10 @@ from pathlib import Path
 from buddy.assemble import budgets_of, data_of, routed_from
 from buddy.budget import fraction_of
 from buddy.engine.model import RoutedLM
-from buddy.errors import DataError, RunError
+from buddy.errors import DataError
 from buddy.evaluation.perplexity import evaluate
 from buddy.evaluation.report import as_json, show_run
-from buddy.files import write_json
+from buddy.files import check_place, write_json
 from buddy.progress import results, status, tracker
 from buddy.runs import Run, read_run
 from buddy.training.data import Windows, windows_of
@@ -39,7 +39,7 @@ def evaluate_run(
     """
     run = read_run(folder)
     if json_file:
-        _check_place(json_file.absolute())
+        check_place(json_file)
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
     with status(f"Loading {run.backbone} …"):
@@ -59,13 +59,6 @@ def evaluate_run(
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)
-
-
-def _check_place(path: Path) -> None:
-    if path.is_dir():
-        raise RunError(f"{path} is a folder; name a file in it.")
-    if not path.parent.is_dir():
-        raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
 
 
 def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float]:

@@ -39,7 +39,7 @@ def show_run(scores: Sequence[Scores], title: str) -> None:
             f"{least} / {mean:.2f} / {most}",
             f"{each.perplexity:.2f}",
             f"{low:.2f} – {high:.2f}",
-            f"{each.mean_kl:.4f}",
+            f"{max(each.mean_kl, 0.0):.4f}",
         )
     results.print(table)
     results.print(_note(scores[0]))
@@ -180,5 +180,7 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
 
 
 def _note(scores: Scores) -> str:
-    sinks = f"; the first {scores.sinks} of each window run at full depth and are counted apart" if scores.sinks else ""
-    return f"{int(scores.tokens.sum())} scored tokens in {len(scores.tokens)} documents{sinks}."
+    text = f"{int(scores.tokens.sum())} scored tokens in {len(scores.tokens)} documents"
+    if scores.sinks:
+        text += f"; sink tokens, run at full depth and counted apart: {scores.sinks} a window"
+    return f"{text}."

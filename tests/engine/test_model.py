@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import BudgetError
+from buddy.errors import BuddyError, BudgetError
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone
 
@@ -26,13 +26,16 @@ def tokens(seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 259, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parallel_form_equals_brute_force(family):
-    routed = routed_tiny(family)
+def test_parallel_form_equals_brute_force(family, policy):
+    routed = routed_tiny(family, policy=policy)
     stock = copy.deepcopy(tiny_backbone(family).model)
     output = routed(tokens(), executed=EXECUTED)
     assert len({tuple(plan.tolist()) for plan in output.runs[0]}) > 3, "plans should change from token to token"
-    torch.testing.assert_close(output.logits, reference_logits(stock, tokens(), output.runs), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        output.logits, reference_logits(stock, tokens(), output.runs, policy=policy), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -216,3 +219,50 @@ def test_after_an_error_the_model_is_stock_again():
     with routed.at(executed=[3, 4]), pytest.raises(BudgetError, match="rows"):
         routed.backbone.model(tokens())
     assert torch.equal(routed.backbone.model(tokens()).logits, tiny_backbone("llama").model(tokens()).logits)
+
+
+@pytest.mark.parametrize("reroute_every", [1, 2, 3, None])
+@pytest.mark.parametrize("prompt_plan", ["token", "shared"])
+def test_parallel_form_decides_as_seldom_as_decode(reroute_every, prompt_plan):
+    routed, cut = routed_tiny(reroute_every=reroute_every, prompt_plan=prompt_plan), 6
+    model, ids = routed.backbone.model, tokens()
+    parallel = routed(ids, executed=EXECUTED, prompt=cut)
+    with routed.at(executed=EXECUTED.tolist()) as record:
+        step = model(ids[:, :cut], use_cache=True)
+        for t in range(cut, LENGTH):
+            step = model(ids[:, t : t + 1], cache=step.cache, use_cache=True)
+    assert torch.equal(parallel.runs, torch.cat(record.runs, 1))
+    changed = (parallel.runs[:, cut:] != parallel.runs[:, cut - 1 : -1]).any(-1).any(0)
+    allowed = {t - 1 for t in range(1, LENGTH - cut + 1) if reroute_every and t % reroute_every == 0}
+    assert set(changed.nonzero()[:, 0].tolist()) <= allowed
+    assert changed.any() == bool(allowed)
+
+
+@pytest.mark.parametrize("policy", ["hole", "zero"])
+def test_computing_everything_needs_fill(policy):
+    with pytest.raises(BuddyError, match="needs the policy 'fill'"):
+        routed_tiny(policy=policy)(tokens(), executed=EXECUTED, everything=True)
+
+
+def test_a_routed_model_can_be_saved_copied_and_checkpointed(tmp_path):
+    routed = routed_tiny()
+    model = routed.backbone.model
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(tokens()).logits, model(tokens()).logits)
+    whole = routed(tokens(), executed=EXECUTED).logits
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert torch.equal(routed(tokens(), executed=EXECUTED).logits, whole)
+    model.eval()
+
+
+def test_hidden_states_can_be_captured_while_layers_are_skipped():
+    routed = routed_tiny()
+    plain = routed(tokens(), executed=EXECUTED)
+    with routed.at(executed=EXECUTED.tolist()):
+        output = routed.backbone.model(tokens(), output_hidden_states=True, use_cache=False)
+    assert len(output.hidden_states) == 7
+    torch.testing.assert_close(output.logits, plain.logits, atol=1e-5, rtol=1e-5)

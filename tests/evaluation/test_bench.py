@@ -1,0 +1,106 @@
+"""`buddy bench` on a tiny finished run: what it times, what it writes, what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import BudgetError, RunError
+from buddy.evaluation.bench import bench_run
+from buddy.evaluation.speed import cache_bytes, contenders, race
+from tests.engine.reference import Fickle
+from tests.tiny import tiny_backbone
+
+IDS = torch.randint(3, 259, (2, 100), generator=torch.Generator().manual_seed(0))
+
+
+def routed_tiny(**options) -> RoutedLM:
+    backbone = tiny_backbone("llama")
+    return RoutedLM(backbone, Fickle(geometry_of(backbone)), **options)
+
+
+def test_every_contender_runs_in_every_round():
+    routed = routed_tiny()
+    field = contenders(routed, [4, 3], IDS)
+    assert [(each.name, each.layers) for each in field] == [
+        ("dense", 6),
+        ("full", 6),
+        ("routed", 4),
+        ("pruned", 4),
+        ("routed", 3),
+        ("pruned", 3),
+    ]
+    timings = race(field, IDS, prompts=(8, 40), batches=(1, 2), rounds=2)
+    for timing in timings.values():
+        assert all(len(values) == 2 for values in (*timing.prefill.values(), *timing.decode.values()))
+        assert all(ms > 0 for values in timing.decode.values() for ms in values)
+    assert (
+        timings["pruned", 3].flops["total"] < timings["pruned", 4].flops["total"] < timings["dense", 6].flops["total"]
+    )
+    assert timings["full", 6].flops == timings["dense", 6].flops
+    assert timings["pruned", 3].cache_bytes == timings["dense", 6].cache_bytes // 2
+
+
+def test_counted_work_is_that_of_the_layers_that_ran():
+    """All but the K/V of skipped tokens, and attention over keys that a mask hides, is what pruning leaves."""
+    field = contenders(routed_tiny(sink_tokens=0), [3], IDS)
+    timings = race(field, IDS, prompts=(90,), batches=(1,), rounds=1)
+    assert timings["routed", 3].flops["without_head"] < 1.35 * timings["pruned", 3].flops["without_head"]
+    assert timings["routed", 3].flops["without_head"] < 0.8 * timings["dense", 6].flops["without_head"]
+
+
+def test_waiting_states_are_counted_once():
+    routed = routed_tiny(batch_plan="shared", reroute_every=None, prompt_plan="shared")
+    with torch.no_grad(), routed.at(executed=[2]):
+        cache = routed.backbone.model(IDS[:1], use_cache=True).cache
+    stock = tiny_backbone("llama").model(IDS[:1], use_cache=True).cache
+    assert sum(bool(layer.owed) for layer in cache.layers) == 4
+    assert cache_bytes(cache) < 0.8 * cache_bytes(stock)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished tiny run, to be written into."""
+    return shutil.copytree(finished / "buddy", tmp_path / "run")
+
+
+@pytest.fixture
+def bench(run, monkeypatch):
+    """The bench of a finished tiny run, with short prompts."""
+    for module in ("buddy.evaluation.bench", "buddy.evaluation.speed"):
+        monkeypatch.setattr(f"{module}.PROMPT", 16)
+        monkeypatch.setattr(f"{module}.STEPS", 4)
+    monkeypatch.setattr("buddy.evaluation.bench.LONG", 32)
+    monkeypatch.setattr("buddy.evaluation.bench.BATCH", 2)
+    return lambda **options: bench_run(run, rounds=1, **options)
+
+
+def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
+    bench(json_file=tmp_path / "speed.json", budgets=["1.0", "4layers", "0.5"])
+    shown = capsys.readouterr().out
+    assert "cache MiB" in shown
+    assert "Peak memory" in shown
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert [entry["layers"] for entry in report["results"]] == [6, 4, 3]
+    for entry in report["results"]:
+        assert {"budget", "decode_ms", "prefill_ms", "vs_dense_decode", "vs_dense_prefill"} <= entry.keys()
+    below = report["results"][1:]
+    assert all({"vs_pruned_decode", "vs_pruned_prefill"} <= entry.keys() for entry in below)
+    entry = below[0]
+    assert entry["vs_pruned_decode"] == pytest.approx(entry["decode_ms"] / entry["pruned_decode_ms"])
+    with Image.open(run / "speed.png") as figure:
+        assert figure.size[0] > 1000
+
+
+def test_bad_input_is_refused_before_any_work(bench, tmp_path):
+    with pytest.raises(RunError, match="There is no folder"):
+        bench(json_file=tmp_path / "none" / "speed.json")
+    with pytest.raises(RunError, match="is a folder; name a file in it"):
+        bench(json_file=tmp_path)
+    with pytest.raises(BudgetError, match="below the layers that always run"):
+        bench(budgets=["0.1"])
+    with pytest.raises(BudgetError, match="Every budget asked for is full depth"):
+        bench(budgets=["1.0"])
