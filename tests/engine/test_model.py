@@ -253,7 +253,7 @@ def test_a_routed_model_can_be_saved_copied_and_checkpointed(tmp_path):
     twin = copy.deepcopy(model)
     assert torch.equal(twin(tokens()).logits, model(tokens()).logits)
     whole = routed(tokens(), executed=EXECUTED).logits
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     assert torch.equal(routed(tokens(), executed=EXECUTED).logits, whole)
     model.eval()
