@@ -11,7 +11,7 @@ from torch import Tensor
 
 from buddy.engine.cache import RoutedCache
 from buddy.engine.pool import Pool, features
-from buddy.engine.select import Chunk, take
+from buddy.engine.select import Group, take
 from buddy.plan import Plan
 from buddy.router import Context
 
@@ -185,17 +185,17 @@ class Pass:
         positions = torch.arange(self.past, self.past + self.shape[1], device=device)
         return (positions < self.settings.sink_tokens).expand(self.shape)
 
-    def mask(self, mask: Tensor | None, chunk: Chunk, device: torch.device) -> Tensor | None:
+    def mask(self, mask: Tensor | None, group: Group, device: torch.device) -> Tensor | None:
         """The attention mask (G, 1, n, S) of the queries of one call, from the layer's (B or 1, 1, T, S)."""
-        rows, positions, (batch, length) = chunk.group.rows, chunk.positions, self.shape
+        rows, positions, (batch, length) = group.rows, group.positions, self.shape
         if mask is None:
             # Stock code leaves the mask out where it is plainly causal; a selection of queries needs it spelt out.
             if positions is None or length == 1:
                 return None
-            return (torch.arange(chunk.reach, device=device) <= positions[..., None])[:, None]
+            return (torch.arange(length, device=device) <= positions[..., None])[:, None]
         if positions is None:
             return mask[rows] if mask.shape[0] == batch > 1 else mask
-        return take(mask[:, 0], rows, positions, batch)[:, None, :, : mask.shape[-1] - length + chunk.reach]
+        return take(mask[:, 0], rows, positions, batch)[:, None]
 
     def only_sinks(self, who: list[int]) -> bool:
         """Whether the tokens that run are just the leading sinks of these positions, in every row."""

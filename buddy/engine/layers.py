@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from buddy.engine.attention import by_blocks
 from buddy.engine.cache import Capture
 from buddy.engine.cachelayers import each
 from buddy.engine.forward import Pass
 from buddy.engine.kv import captured, choose, stock_class
 from buddy.engine.policies import Policy
 from buddy.engine.rectangular import View
-from buddy.engine.select import Chunk, groups, take, taken
+from buddy.engine.select import Group, groups, take, taken
 
 
 class Seat:
@@ -128,28 +129,28 @@ class RoutedLayer:
         out = hidden
         for group in groups(current.chosen(self._index), counts):
             view = writer.view(group)
-            for chunk in group.chunks():
-                out = self._run(chunk, view, out, hidden, args, kwargs)
+            out = self._run(group, view, out, hidden, args, kwargs)
             writer.put(view)
         writer.finish()
         return out
 
-    def _run(self, chunk: Chunk, view: View, out: Tensor, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _run(self, group: Group, view: View, out: Tensor, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """One call of the stock layer; its result laid over `out` (B, T, D)."""
-        (batch, length, width), rows, positions = hidden.shape, chunk.group.rows, chunk.positions
-        view.chunk = chunk
+        (batch, length, width), rows, positions = hidden.shape, group.rows, group.positions
+        mask = view.mask(kwargs.get("attention_mask"))
         inputs = {
             **kwargs,
             "cache": view,
-            "attention_mask": view.mask(kwargs.get("attention_mask")),
+            "attention_mask": mask,
             "position_ids": taken(kwargs.get("position_ids"), rows, positions, batch),
             "position_embeddings": taken(kwargs.get("position_embeddings"), rows, positions, batch),
         }
-        result = super().forward(take(hidden, rows, positions, batch), *args, **inputs)
+        with by_blocks(self, view.blocks(mask)) as option:
+            result = self.stock.forward(self, take(hidden, rows, positions, batch), *args, **inputs, **option)
         if positions is None:
             return out.index_copy(0, rows, result)
+        flat, real = group.flat(length, rows)
         result = result.reshape(-1, width)
-        flat, real = chunk.flat(length, rows)
         result = result if real is None else result[real]
         return out.reshape(-1, width).index_copy(0, flat, result).view(hidden.shape)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from buddy.engine.forward import Pass
 from buddy.engine.rectangular import KV
-from buddy.engine.select import Chunk, Group, take
+from buddy.engine.select import Group, take
 
 
 class Ragged:
@@ -48,15 +48,10 @@ class Ragged:
 
 
 class RaggedView:
-    """K/V of the stored positions for one group of rows.
-
-    Attributes:
-        chunk: the call that is under way.
-    """
+    """K/V of the stored positions for one group of rows."""
 
     def __init__(self, writer: Ragged, group: Group) -> None:
         self.writer, self.group = writer, group
-        self.chunk: Chunk | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
         """The past and the new stored positions of the group's rows, whoever ran them."""
@@ -91,8 +86,11 @@ class RaggedView:
             return seen & valid[:, None, None]
         return seen.masked_fill(~valid[:, None, None], torch.finfo(seen.dtype).min)
 
+    def blocks(self, mask: Tensor | None) -> None:
+        """Stored positions are few; one call is best."""
+
     def _positions(self) -> Tensor:
-        if self.chunk.positions is not None:
-            return self.chunk.positions
+        if self.group.positions is not None:
+            return self.group.positions
         length = self.writer.current.shape[1]
         return torch.arange(length, device=self.group.rows.device).expand(len(self.group.rows), -1)

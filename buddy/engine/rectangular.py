@@ -7,22 +7,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from buddy.engine.attention import Blocks, blocks_of
 from buddy.engine.forward import Pass
-from buddy.engine.select import Chunk, Group, take, taken
+from buddy.engine.select import Group, take, taken
 
 KV = tuple[Tensor, Tensor]
 
 
 class View(Protocol):
-    """The cache as a layer sees it in the calls for one group of rows."""
-
-    chunk: Chunk
+    """The cache as a layer sees it in the call for one group of rows."""
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> KV:
         """Take what the call wrote, give all that it may read."""
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """The attention mask of the call's queries for what `update` gives, from the layer's own (B or 1, 1, T, S)."""
+
+    def blocks(self, mask: Tensor | None) -> Blocks | None:
+        """How the attention of the call may be cut, given that mask."""
 
 
 class Rectangular:
@@ -86,18 +88,16 @@ class Rectangular:
 
 
 class RectangularView:
-    """K/V of a group: those of positions that skip the layer at once, those of its queries as the calls bring them.
+    """K/V of a group: those of positions that skip the layer at once, those of its queries as the call brings them.
 
     Attributes:
-        new: K and V, each (G, heads, T, size), complete after the last call.
-        chunk: the call that is under way.
+        new: K and V, each (G, heads, T, size), after the call.
     """
 
     def __init__(self, current: Pass, group: Group, rest: KV | None, past: KV | None) -> None:
         self.current, self.group, self.past = current, group, past
         self.length = current.shape[1]
         self.new: KV | None = None
-        self.chunk: Chunk | None = None
         self._rows = torch.arange(len(group.rows), device=group.rows.device)
         self._laid: list[Tensor | None] = [None, None]
         if rest is not None:
@@ -105,27 +105,30 @@ class RectangularView:
             self._laid = [self._lay(None, part, flat, None) for part in rest]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
-        """All K/V that the call may read: the past, and the new positions up to its last query."""
-        if self.chunk.positions is None:
-            self.new = seen = (keys, values)
+        """All K/V that the call may read: the past, and everyone's at the new positions."""
+        if self.group.positions is None:
+            self.new = (keys, values)
         else:
-            where = self.chunk.flat(self.length, self._rows)
-            self._laid = [self._lay(to, part, *where) for to, part in zip(self._laid, (keys, values), strict=True)]
-            self.new = tuple(part.transpose(1, 2) for part in self._laid)
-            seen = tuple(part[:, :, : self.chunk.reach] for part in self.new)
+            where = self.group.flat(self.length, self._rows)
+            laid = [self._lay(to, part, *where) for to, part in zip(self._laid, (keys, values), strict=True)]
+            self.new = tuple(part.transpose(1, 2) for part in laid)
         if self.past is None:
-            return seen
-        return tuple(torch.cat(both, -2) for both in zip(self.past, seen, strict=True))
+            return self.new
+        return tuple(torch.cat(both, -2) for both in zip(self.past, self.new, strict=True))
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
-        """That of the queries, cut at the last key they may need."""
-        return self.current.mask(mask, self.chunk, self.group.rows.device)
+        """That of the queries."""
+        return self.current.mask(mask, self.group, self.group.rows.device)
+
+    def blocks(self, mask: Tensor | None) -> Blocks | None:
+        """Keys lie in order of position, so early queries need only the early ones."""
+        return None if self.group.positions is None else blocks_of(self.group.positions, mask, self.length)
 
     def _lay(self, to: Tensor | None, part: Tensor, flat: Tensor, real: Tensor | None) -> Tensor:
         """`part` (G, heads, n, size) at its places `flat` of `to` (G, T, heads, size)."""
         groups, heads, _, size = part.shape
-        if to is None:  # zeros, for what a later call brings is masked, and a mask does not stop a NaN
-            to = part.new_zeros(groups, self.length, heads, size)
+        if to is None:
+            to = part.new_empty(groups, self.length, heads, size)
         part = part.transpose(1, 2).reshape(-1, heads * size)
         to.view(-1, heads * size).index_copy_(0, flat, part if real is None else part[real])
         return to

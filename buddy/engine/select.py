@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 WASTE = 0.15  # the share of a call that may be filling
-CHUNK, MOST_CHUNKS = 64, 4  # queries in a chunk at least, and chunks at most
 
 
 @dataclass(frozen=True)
@@ -43,50 +41,22 @@ class Group:
         """(G, T − least) long, with all positions that were not chosen among them; None where all run."""
         return None if self.order is None else self.order[:, self.least :]
 
-    def chunks(self) -> list[Chunk]:
-        """The group in pieces of consecutive queries.
-
-        A causal kernel leaves out the half of the products that lie ahead; one with a mask cannot. Early queries in a
-        call of their own need only the early keys, which wins most of that half back.
-        """
-        if self.order is None:
-            return [Chunk(self, None, None, None)]
-        pieces = max(1, min(MOST_CHUNKS, self.length // CHUNK))
-        bounds = [self.length * i // pieces for i in range(pieces + 1)]
-        return [Chunk(self, self.order[:, a:b], a, self._reach(b)) for a, b in pairwise(bounds)]
-
-    def _reach(self, end: int) -> int:
-        """Positions that the first `end` queries may need: up to the last of them."""
-        return self.order.shape[1] if end == self.length else int(self.order[:, :end].max()) + 1
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some queries of a group.
-
-    Attributes:
-        positions: (G, n) long, or None for all.
-        start: index of the first of them among the group's.
-        reach: new positions whose keys they may need; None for all.
-    """
-
-    group: Group
-    positions: Tensor | None
-    start: int | None
-    reach: int | None
+    @property
+    def positions(self) -> Tensor | None:
+        """(G, length) long, positions that run; None for all."""
+        return None if self.order is None else self.order[:, : self.length]
 
     def flat(self, length: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Where its queries lie among `rows` × `length` positions laid flat, and which of them count.
 
         Returns:
-            (n,) long of the queries that were chosen, and (G · n,) bool that tells them from filling; None where all.
+            (n,) long of the queries that were chosen, and (G · length,) bool that tells them from filling; None where
+            there is none.
         """
         flat = (rows[:, None] * length + self.positions).flatten()
-        end = self.start + self.positions.shape[1]
-        if end <= self.group.least:
+        if self.least == self.length:
             return flat, None
-        at = torch.arange(self.start, end, device=flat.device)
-        real = (at < self.group.counts[:, None]).flatten()
+        real = (torch.arange(self.length, device=flat.device) < self.counts[:, None]).flatten()
         return flat[real], real
 
 

@@ -28,26 +28,15 @@ def test_rows_that_run_are_parted_once_with_little_waste(counts):
 def test_groups_run_exactly_the_chosen_tokens(chosen):
     ran = torch.zeros_like(chosen)
     for group in groups(chosen, chosen.sum(1).tolist()):
-        for chunk in group.chunks():
-            if chunk.positions is None:
-                ran[group.rows] = True
-                continue
-            flat, _ = chunk.flat(chosen.shape[1], group.rows)
-            assert not ran.view(-1)[flat].any()
-            ran.view(-1)[flat] = True
+        if group.positions is None:
+            ran[group.rows] = True
+            continue
+        flat, _ = group.flat(chosen.shape[1], group.rows)
+        assert not ran.view(-1)[flat].any()
+        ran.view(-1)[flat] = True
+        skipped = torch.zeros_like(chosen[group.rows]).scatter_(1, group.rest, True)
+        assert (skipped | chosen[group.rows]).all(), "rest should hold all that do not run"
     assert torch.equal(ran, chosen)
-
-
-@given(CHOICES)
-def test_a_chunk_reaches_all_its_queries_and_rest_all_that_do_not_run(chosen):
-    for group in groups(chosen, chosen.sum(1).tolist()):
-        for chunk in group.chunks():
-            if chunk.positions is not None:
-                assert chunk.positions.max() < chunk.reach
-        if group.order is not None:
-            skipped = torch.zeros_like(chosen[group.rows])
-            skipped.scatter_(1, group.rest, True)
-            assert (skipped | chosen[group.rows]).all()
 
 
 def test_take_selects_rows_and_positions():
