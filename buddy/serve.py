@@ -8,7 +8,8 @@ import torch
 from transformers import TextStreamer
 
 from buddy.assemble import routed_from
-from buddy.engine.model import Record, RoutedLM
+from buddy.engine.model import RoutedLM
+from buddy.engine.record import Record
 from buddy.errors import DataError
 from buddy.progress import errors, status
 from buddy.runs import read_run

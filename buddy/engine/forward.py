@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from buddy.engine.cache import RoutedCache
 from buddy.engine.pool import Pool, features
+from buddy.engine.record import Ran
 from buddy.engine.select import Group, take
 from buddy.plan import Plan
 from buddy.router import Context
@@ -57,36 +58,6 @@ def plan_tokens(scores: Tensor, executed: Tensor, layers: int, shared: int = 0) 
         last = runs[:, shared - 1 : shared]
         runs = torch.cat([last.expand(-1, shared, -1), runs[:, shared:]], 1)
     return runs
-
-
-@dataclass
-class Ran:
-    """What one forward ran: kept small, spelt out when asked.
-
-    Attributes:
-        shape: (B, T).
-        whole: for each layer that ran on all tokens of some rows, its rows; None for all rows.
-        parts: (B, T) bool of each layer that ran on some tokens.
-        sinks: positions at full depth: a number of leading tokens, or (B, T) bool.
-        runs: (B, T, L) bool.
-    """
-
-    shape: tuple[int, int]
-    runs: Tensor
-    sinks: Tensor
-    whole: int = 0
-    rows: list[Sequence[bool]] = field(default_factory=list)
-    parts: list[Tensor] = field(default_factory=list)
-
-    @property
-    def executed(self) -> Tensor:
-        """(B, T) long, the layers that each token ran, as the layers themselves recorded it."""
-        total = torch.full(self.shape, self.whole, dtype=torch.long, device=self.runs.device)
-        if self.rows:
-            total += torch.tensor(self.rows, device=self.runs.device).sum(0)[:, None]
-        for part in self.parts:
-            total += part
-        return total
 
 
 class Pass:
@@ -154,17 +125,13 @@ class Pass:
     @property
     def runs(self) -> Tensor:
         """(B, T, L) bool, the plan with sinks at full depth."""
-        if self._runs is None:
-            device = self.context.executed.device
-            if self._rows_on is not None:
-                self._runs = torch.tensor(self._rows_on, device=device).t()[:, None]
-            else:
-                self._runs = torch.ones(*self.shape, self.settings.layers, dtype=torch.bool, device=device)
-        return self._runs
+        return self.ran().runs
 
     def chosen(self, layer: int) -> Tensor:
         """(B, T) bool, the tokens that run `layer`."""
-        return self.runs[..., layer]
+        if self._runs is None:
+            self._runs = self.runs
+        return self._runs[..., layer]
 
     def record(self, layer: int) -> None:
         """A layer says that it ran for those whom the plan names."""
@@ -174,8 +141,11 @@ class Pass:
             self.parts.append(self.chosen(layer))
 
     def ran(self) -> Ran:
-        """What the layers recorded."""
-        return Ran(self.shape, self.runs, self.sinks(), self.whole, self._rows, self.parts)
+        """What the layers recorded so far, and the plan."""
+        device, layers = self.context.executed.device, self.settings.layers
+        plan = self._rows_on if self._runs is None else self._runs
+        sinks = self.sinks() if self.past < self.settings.sink_tokens or self.valid is not None else None
+        return Ran(self.shape, layers, device, plan, sinks, self.whole, self._rows, self.parts)
 
     def sinks(self) -> Tensor:
         """(B, T) bool, the positions that run at full depth whatever the budget."""
@@ -281,16 +251,15 @@ class Pass:
 
     def _take_on_host(self, scores: Tensor) -> None:
         """The same for one new token a row, without tensors: top-k of R numbers is quicker in Python."""
-        layers, first = self.settings.layers, self.context_layer
-        asked = self.request.executed
-        on = [[True] * len(scores) for _ in range(layers)]
+        asked, first, rows = self.request.executed, self.context_layer, len(scores)
+        on = [[True] * rows for _ in range(self.settings.layers)]
         for row, values in enumerate(scores[:, 0].tolist()):
             k = asked[row if len(asked) > 1 else 0] - first - 1
             order = sorted(range(len(values)), key=values.__getitem__, reverse=True)  # stable, so ties by index
             for index in order[k:]:
                 on[first + index][row] = False
         self._rows_on = on
-        self._say([_who(rows, 1) for rows in on])
+        self._say([row[0] for row in on] if rows == 1 else [_who(row, 1) for row in on])
 
     def _say(self, who: list[bool | list[int]]) -> None:
         first = self.context_layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,10 +14,11 @@ from transformers import DynamicCache
 from buddy.backbone import Backbone
 from buddy.budget import executed_layers
 from buddy.engine.cache import RoutedCache, adopt
-from buddy.engine.forward import Pass, Ran, Request, Settings, plan_tokens
+from buddy.engine.forward import Pass, Request, Settings, plan_tokens
 from buddy.engine.layers import Seat, attach, detach
 from buddy.engine.policies import policy_named
 from buddy.engine.pool import Pool
+from buddy.engine.record import Record
 from buddy.errors import BuddyError, BudgetError
 from buddy.router import Context, Geometry, Router
 
@@ -30,28 +31,6 @@ def geometry_of(backbone: Backbone, context_layer: int = 1, pool: PoolKind = "va
     return Geometry(
         layers=backbone.num_layers, context_layer=context_layer, hidden=backbone.hidden_size, features=features
     )
-
-
-@dataclass
-class Record:
-    """What ran while a request held, one entry a forward."""
-
-    forwards: list[Ran] = field(default_factory=list)
-
-    @property
-    def executed(self) -> list[Tensor]:
-        """(B, T) long each: layers that each token really ran."""
-        return [ran.executed for ran in self.forwards]
-
-    @property
-    def sinks(self) -> list[Tensor]:
-        """(B, T) bool each: positions at full depth whatever the budget."""
-        return [ran.sinks for ran in self.forwards]
-
-    @property
-    def runs(self) -> list[Tensor]:
-        """(B, T, L) bool each: the plans, sinks at full depth."""
-        return [ran.runs for ran in self.forwards]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""What ran: noted by the layers as they run, spelt out in tensors only when asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Ran:
+    """What one forward planned and ran.
+
+    Attributes:
+        shape: (B, T).
+        layers: L.
+        device: of the tensors that are asked for.
+        plan: (B, T, L) bool, or L lists of B for one new token a row, or None where every layer ran.
+        sink: (B, T) bool, positions at full depth whatever the budget; None for none.
+        whole: layers that recorded every token.
+        rows: for each layer that recorded some rows of one new token, which.
+        parts: (B, T) bool of each layer that recorded some tokens.
+    """
+
+    shape: tuple[int, int]
+    layers: int
+    device: torch.device
+    plan: Tensor | list[list[bool]] | None
+    sink: Tensor | None
+    whole: int = 0
+    rows: list[list[bool]] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def executed(self) -> Tensor:
+        """(B, T) long, the layers that each token ran, as the layers themselves recorded it."""
+        total = torch.full(self.shape, self.whole, dtype=torch.long, device=self.device)
+        if self.rows:
+            total += torch.tensor(self.rows, device=self.device).sum(0)[:, None]
+        for part in self.parts:
+            total += part
+        return total
+
+    @property
+    def runs(self) -> Tensor:
+        """(B, T, L) bool, the plan with sinks at full depth."""
+        if isinstance(self.plan, Tensor):
+            return self.plan
+        if self.plan is None:
+            return torch.ones(*self.shape, self.layers, dtype=torch.bool, device=self.device)
+        return torch.tensor(self.plan, device=self.device).t()[:, None]
+
+    @property
+    def sinks(self) -> Tensor:
+        """(B, T) bool, positions at full depth whatever the budget."""
+        return torch.zeros(self.shape, dtype=torch.bool, device=self.device) if self.sink is None else self.sink
+
+
+@dataclass
+class Record:
+    """What ran while a request held, one entry a forward."""
+
+    forwards: list[Ran] = field(default_factory=list)
+
+    @property
+    def executed(self) -> list[Tensor]:
+        """(B, T) long each: layers that each token really ran."""
+        return [ran.executed for ran in self.forwards]
+
+    @property
+    def sinks(self) -> list[Tensor]:
+        """(B, T) bool each: positions at full depth whatever the budget."""
+        return [ran.sinks for ran in self.forwards]
+
+    @property
+    def runs(self) -> list[Tensor]:
+        """(B, T, L) bool each: the plans, sinks at full depth."""
+        return [ran.runs for ran in self.forwards]
