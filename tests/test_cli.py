@@ -57,11 +57,11 @@ def test_evaluate(calls):
     call("evaluate", "--run", "runs/a/b")
     call("evaluate", "--run", "r", "--json", "c.json", "--budgets", "0.75, 22layers", "--data", "x.txt")
     assert calls == [
-        ("evaluate_run", (Path("runs/a/b"),), {"json_file": None, "budgets": None, "data": None}),
+        ("evaluate_run", (Path("runs/a/b"),), {"json_file": None, "budgets": None, "data": None, "split": "test"}),
         (
             "evaluate_run",
             (Path("r"),),
-            {"json_file": Path("c.json"), "budgets": ["0.75", "22layers"], "data": "x.txt"},
+            {"json_file": Path("c.json"), "budgets": ["0.75", "22layers"], "data": "x.txt", "split": "test"},
         ),
     ]
 

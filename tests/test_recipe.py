@@ -281,8 +281,9 @@ def values_of(item) -> st.SearchStrategy:
     if "accepted" in bounds:
         return st.sampled_from(bounds["accepted"])
     limits = {BOUNDED[name]: value for name, value in bounds.items()}
-    if kind is int:
-        return st.integers(**{"max_value": 2**40, **limits})
+    if kind in (int, int | None):
+        whole = st.integers(**{"max_value": 2**40, **limits})
+        return whole if kind is int else st.none() | whole
     if kind is float:
         return st.floats(**{"max_value": 1e300, **limits}, exclude_min="above" in bounds)
     if item.name == "options":

@@ -99,8 +99,8 @@ def test_loading_imports_one_module(install):
             "random-drp",
             "No router is named 'random-drp'; did you mean 'random'\\? Installed: buddy, full, random, ",
         ),
-        ("zzz", "No router is named 'zzz'; Installed: buddy"),
-        ("", "No router is named ''; Installed: buddy"),
+        ("zzz", "No router is named 'zzz'. Installed: buddy"),
+        ("", "No router is named ''. Installed: buddy"),
         (
             "nowhere_module:Thing",
             "'nowhere_module:Thing' cannot be imported .ModuleNotFoundError: .*check its spelling",

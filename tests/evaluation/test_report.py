@@ -48,7 +48,7 @@ def test_the_table_of_one_run(capsys):
     assert "buddy on /data/[/odd].txt" in out
     cells = [cell.strip() for cell in next(line for line in out.splitlines() if " 0.5 " in line).split("│")[1:-1]]
     assert cells == ["0.5", "3", "3 / 3.00 / 3", "54.60", f"{low:.2f} – {high:.2f}", "0.0400"]
-    assert "50 scored tokens in 5 documents; the first 1 of each window run at full depth and are counted apart." in out
+    assert "50 scored tokens in 5 documents; sink tokens, run at full depth and counted apart: 1 a window." in out
 
 
 def test_routers_side_by_side(tmp_path, capsys):
