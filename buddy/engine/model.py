@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -138,6 +138,16 @@ class RoutedLM(nn.Module):
                 f"This router runs every layer; ask for budget 1.0 instead of {budget}, or another router."
             )
         return count
+
+    @contextmanager
+    def changed(self, **settings: Any) -> Iterator[None]:
+        """Within this block other `Settings` hold, such as prompt_plan="shared"."""
+        before = self.settings
+        self.settings = replace(before, **settings)
+        try:
+            yield
+        finally:
+            self.settings = before
 
     @contextmanager
     def at(self, *budgets: float | int | str, executed: Sequence[int] | None = None) -> Iterator[Record]:

@@ -79,6 +79,11 @@ def as_json(asked: Mapping[str, int], timings: Field, layers: int) -> dict[str, 
         if count < layers:
             pruned = _entry(timings["pruned", count])
             entry |= _ratios(entry, pruned, "pruned") | {f"pruned_{key}": value for key, value in pruned.items()}
+            shared = timings["shared", count]
+            entry["prefill_shared_ms"] = statistics.median(shared.prefill[LONG])
+            entry["vs_pruned_prefill_shared"] = entry["prefill_shared_ms"] / pruned["prefill_ms"]
+            entry["vs_dense_prefill_shared"] = entry["prefill_shared_ms"] / dense["prefill_ms"]
+            entry["cache_bytes_shared"] = shared.cache_bytes
         entries.append(entry)
     return {"results": entries, "dense": dense}
 
@@ -131,6 +136,7 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
         "decode, batch 1",
         f"decode, batch {BATCH}",
         f"prefill {LONG}",
+        "one plan",
         f"prefill {PROMPT}",
         "GFLOP",
         "cache MiB",
@@ -138,13 +144,14 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
     for heading in ("budget", "layers", *headings):
         table.add_column(heading, justify="right")
     for entry in ({"budget": "dense", "layers": "–"} | report["dense"], *report["results"]):
-        cells = [_cell(entry, key) for key in ("decode", "decode_batch8", "prefill", "prefill64")]
+        cells = [_cell(entry, key) for key in ("decode", "decode_batch8", "prefill", "prefill_shared", "prefill64")]
         flops = f"{entry['prefill_flops']['total'] / 1e9:.1f}"
         table.add_row(str(entry["budget"]), str(entry["layers"]), *cells, flops, f"{entry['cache_bytes'] / 2**20:.2f}")
     results.print(table)
     results.print(
-        f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted at each as the run says. GFLOP and cache: prefill "
-        f"of {LONG}, head included. Medians of {report['rounds']} rounds, {report['threads']} threads."
+        f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted as the run says. One plan: prefill of {LONG} with "
+        f"one plan for the prompt. GFLOP and cache: prefill of {LONG}, head included. Medians over "
+        f"{report['rounds']} rounds, {report['threads']} threads."
     )
     ratio, peak = report["mixed_prefill_vs_pruned"], report["peak_memory_mib"]
     results.print(f"Batch {BATCH}, a budget for each row: prefill at {ratio:.3f} × the pruned cost of its layers.")
@@ -152,6 +159,8 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
 
 
 def _cell(entry: Mapping[str, Any], key: str) -> str:
+    if f"{key}_ms" not in entry:
+        return "–"
     ratios = [f"{entry[name]:.3f}" for name in (f"vs_dense_{key}", f"vs_pruned_{key}") if name in entry]
     return f"{entry[f'{key}_ms']:.2f}" + (f" ({', '.join(ratios)})" if ratios else "")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,16 +40,19 @@ class Contender:
     """A model under a way of calling it.
 
     Attributes:
-        name: "dense", "full" (the engine at full depth), "routed" or "pruned".
+        name: "dense", "full" (the engine at full depth), "routed", "shared" (routed, one plan for the prompt) or
+            "pruned".
         layers: K.
         model: what is called.
         spends: opens the context in which it runs.
+        decodes: whether its decoding is timed too.
     """
 
     name: str
     layers: int
     model: PreTrainedModel
     spends: Callable[[], AbstractContextManager]
+    decodes: bool = True
 
     def prefill(self, ids: Tensor) -> Any:
         """The cache after a prompt (B, T)."""
@@ -66,7 +69,7 @@ class Contender:
 
 
 def contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Contender]:
-    """Dense and full once; routed and pruned for each K below L. Pruned keeps the router's commonest layers."""
+    """Dense and full once; routed, shared and pruned for each K below L, pruned to the router's commonest layers."""
     model, layers = routed.backbone.model, routed.geometry.layers
     found = [
         Contender("dense", layers, model, nullcontext),
@@ -77,8 +80,15 @@ def contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Con
             runs = routed(ids[:1], executed=torch.tensor([count])).runs[0].sum(0)
             kept = sorted(runs.argsort(descending=True, stable=True)[:count].tolist())
             found.append(Contender("routed", count, model, lambda count=count: routed.at(executed=[count])))
+            found.append(Contender("shared", count, model, lambda count=count: _shared(routed, count), decodes=False))
             found.append(Contender("pruned", count, pruned_model(model, kept), nullcontext))
     return found
+
+
+@contextmanager
+def _shared(routed: RoutedLM, count: int) -> Iterator[None]:
+    with routed.changed(prompt_plan="shared"), routed.at(executed=[count]):
+        yield
 
 
 @torch.inference_mode()
@@ -109,7 +119,7 @@ def race(
                 for length in prompts:
                     spent = _prefill_ms(each, ids[:1, :length])
                     mine.prefill.setdefault(length, []).extend([spent] if number else [])
-                for batch in batches:
+                for batch in batches if each.decodes else ():
                     spent = each.decode(ids[:batch, : PROMPT + STEPS], PROMPT)
                     mine.decode.setdefault(batch, []).extend([spent] if number else [])
     for each in field_:

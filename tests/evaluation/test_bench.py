@@ -29,13 +29,16 @@ def test_every_contender_runs_in_every_round():
         ("dense", 6),
         ("full", 6),
         ("routed", 4),
+        ("shared", 4),
         ("pruned", 4),
         ("routed", 3),
+        ("shared", 3),
         ("pruned", 3),
     ]
     timings = race(field, IDS, prompts=(8, 40), batches=(1, 2), rounds=2)
     for timing in timings.values():
         assert all(len(values) == 2 for values in (*timing.prefill.values(), *timing.decode.values()))
+        assert len(timing.prefill) == 2
         assert all(ms > 0 for values in timing.decode.values() for ms in values)
     assert (
         timings["pruned", 3].flops["total"] < timings["pruned", 4].flops["total"] < timings["dense", 6].flops["total"]
@@ -88,7 +91,7 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
     for entry in report["results"]:
         assert {"budget", "decode_ms", "prefill_ms", "vs_dense_decode", "vs_dense_prefill"} <= entry.keys()
     below = report["results"][1:]
-    assert all({"vs_pruned_decode", "vs_pruned_prefill"} <= entry.keys() for entry in below)
+    assert all({"vs_pruned_decode", "vs_pruned_prefill", "vs_pruned_prefill_shared"} <= entry.keys() for entry in below)
     entry = below[0]
     assert entry["vs_pruned_decode"] == pytest.approx(entry["decode_ms"] / entry["pruned_decode_ms"])
     with Image.open(run / "speed.png") as figure:
