@@ -11,6 +11,7 @@ from buddy.assemble import routed_from
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import Record
 from buddy.errors import DataError
+from buddy.memory import within_memory
 from buddy.progress import errors, status
 from buddy.runs import read_run
 
@@ -52,7 +53,10 @@ def generate(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = TextStreamer(routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with routed.at(budget) as record:
+    sizes = (
+        f"{inputs['input_ids'].shape[1]} + {max_new_tokens} tokens through {layers} of {routed.geometry.layers} layers"
+    )
+    with within_memory(sizes, "shorten the prompt or --max-new-tokens"), routed.at(budget) as record:
         routed.backbone.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

@@ -109,18 +109,26 @@ class Pass:
         newest = features(keys, values, self.pool.kind)
         self._kv_width = keys.shape[1] * keys.shape[3]
         pooled = self.pool.add(newest, self.valid)
-        full = self.request.executed is None or min(self.request.executed) == self.settings.layers
-        self.context = Context(pooled, newest, hidden.float(), self._asked(hidden.device))
-        if self.request.runs is not None:
-            self._take(self.request.runs)
+        request, settings = self.request, self.settings
+        full = request.executed is None or min(request.executed) == settings.layers
+        prompt = self._prompt_plan()
+        # A prompt that shares its last token's plan, while serving, needs no other token's context.
+        only_last = request.prompt is None and prompt == self.shape[1]
+        seen = slice(-1, None) if only_last else slice(None)
+        executed = self._asked(hidden.device)[:, seen]
+        self.context = Context(pooled[:, seen], newest[:, seen], hidden[:, seen].float(), executed)
+        if request.runs is not None:
+            self._take(request.runs)
         elif self.everything and full:
             self._take(self.runs)
         elif not full:
-            self.scores = self._decided(self._shared_by_batch(self.settings.score(self.context)))
-            if self.shape[1] == 1 and self.valid is None and self.past >= self.settings.sink_tokens:
+            scores = self._shared_by_batch(settings.score(self.context))
+            self.scores = self._decide_once(scores) if only_last else self._decided(scores)
+            if self.shape[1] == 1 and self.valid is None and self.past >= settings.sink_tokens:
                 self._take_on_host(self.scores)
             else:
-                self._take(plan_tokens(self.scores, self.context.executed, self.settings.layers, self._prompt_plan()))
+                runs = plan_tokens(self.scores, executed, settings.layers, 0 if only_last else prompt)
+                self._take(runs.expand(*self.shape, -1))
 
     @property
     def runs(self) -> Tensor:
@@ -203,6 +211,12 @@ class Pass:
 
     def _shared_by_batch(self, scores: Tensor) -> Tensor:
         return scores.mean(0, keepdim=True).expand_as(scores) if self.settings.batch_plan == "shared" else scores
+
+    def _decide_once(self, scores: Tensor) -> Tensor:
+        """Scores (B, 1, R) of a prompt's last token, kept for the tokens after it that do not decide."""
+        if self.cache is not None and self.settings.reroute_every != 1:
+            self.cache.scores, self.cache.decided = scores, self.past + self.shape[1] - 1
+        return scores
 
     def _decided(self, scores: Tensor) -> Tensor:
         """Scores (B, T, R) that hold: those of the last decision where not every token decides."""

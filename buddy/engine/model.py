@@ -161,6 +161,8 @@ class RoutedLM(nn.Module):
             BudgetError: a budget out of range.
         """
         asked = budgets if executed is None else [f"{count}layers" for count in executed]
+        if not asked:
+            raise BudgetError("No budget was given; give one for all rows, or one per row.")
         with self._requested(Request(executed=tuple(self.executed_layers(each) for each in asked))) as record:
             yield record
 

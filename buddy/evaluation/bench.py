@@ -13,9 +13,10 @@ from rich.table import Table
 
 from buddy.assemble import routed_from
 from buddy.engine.model import RoutedLM
-from buddy.errors import BudgetError, RunError
+from buddy.errors import BudgetError
 from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
 from buddy.files import check_place, write_json
+from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
 from buddy.runs import Run, read_run
 from buddy.training.windows import windows_of
@@ -49,15 +50,11 @@ def bench_run(
     if not below:
         raise BudgetError("Every budget asked for is full depth; name one below 1.0, such as --budgets 0.5.")
     ids = _text(run, routed)
-    try:
+    sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
+    with within_memory(sizes, "free some, or bench a smaller backbone"):
         field = contenders(routed, below, ids)
         timings = race(field, ids, prompts=(PROMPT, LONG), batches=(1, BATCH), rounds=rounds, track=tracker("Rounds"))
         mixed = mixed_prefill(routed, field, ids[:, :LONG])
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(
-            f"Memory does not suffice for {routed.geometry.layers} layers of width {routed.geometry.hidden} with "
-            f"a batch of {BATCH} × {LONG} tokens; free some, or bench a smaller backbone."
-        ) from error
     report = as_json(asked, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
     report |= {"peak_memory_mib": _peak_mib(), "threads": torch.get_num_threads(), "rounds": rounds}
     _show(report, run)

@@ -207,6 +207,11 @@ def test_budgets_for_more_rows_than_the_batch_are_refused():
         routed.backbone.model(tokens())
 
 
+def test_no_budget_at_all_is_refused():
+    with pytest.raises(BudgetError, match="No budget was given"), routed_tiny().at():
+        pass
+
+
 def test_a_mask_in_four_dimensions_is_refused():
     routed = routed_tiny()
     mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
