@@ -164,6 +164,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
             {"objective.kl", "objective.ce"},
             "objective.kl and objective.ce are both 0, which leaves nothing to learn from; set one above 0.",
         )
+    if objective.estimator == "straight-through" and routing.policy != "fill":
+        yield (
+            {"objective.estimator", "routing.policy"},
+            f"objective.estimator is straight-through, which needs routing.policy=fill, not {routing.policy}.",
+        )
     if objective.plans % 2:
         yield (
             {"objective.plans"},

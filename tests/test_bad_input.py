@@ -54,6 +54,8 @@ def fit(small, tmp_path):
         ("data.source=/no/such.txt", "There is no file or folder /no/such.txt: give a path that exists"),
         ("data.text_field=body", "has no field 'body' but text: set data.text_field"),
         ("trainer.accelerator=gpus", "trainer.accelerator cannot be 'gpus'"),
+        ("routing.reroute_every=often", "routing.reroute_every must be a whole number or null, not often"),
+        ("data.window=513", "reads at most 512 tokens; set data.window to that or less"),
         ("trainer.strategy=dpp", "strategy=dpp do not work here"),
         ("trainer.ckpt_path=no.ckpt", "There is no checkpoint no.ckpt; leave trainer.ckpt_path out"),
     ],

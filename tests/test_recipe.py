@@ -300,7 +300,9 @@ RECIPES = st.builds(
     backbone=section(BackboneSection),
     data=section(DataSection).map(lambda data: replace(data, window=data.window + data.prompt)),
     budgets=st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=5, unique=True),
-    routing=section(RoutingSection).map(lambda routing: replace(routing, sink_tokens=routing.sink_tokens % 2)),
+    routing=section(RoutingSection).map(
+        lambda routing: replace(routing, sink_tokens=routing.sink_tokens % 2, policy="fill")
+    ),
     router=section(RouterSection),
     rivals=st.lists(WORD, max_size=3, unique=True),
     objective=section(ObjectiveSection).map(lambda o: replace(o, kl=o.kl + 0.5, plans=2 * o.plans)),

@@ -25,7 +25,9 @@ class RoutedCache:
         context: index of the context layer.
         policy: the name of the policy that filled it.
         scores: (B, 1, R) the scores of the last decision, for those who do not decide at every token; or None.
-        decided: tokens since that decision.
+        model: fingerprint of the backbone that filled it.
+        decided: position of the prompt's last token, from which decisions are counted; None before there is one.
+        decision: position of the token that `scores` are of.
     """
 
     def select_rows(self, rows: Tensor) -> None:
@@ -33,7 +35,7 @@ class RoutedCache:
         self.pool.select(rows)
         if self.scores is not None:
             self.scores = self.scores[rows]
-        moved: dict[int, Any] = {}  # a state waits in every layer of a run, and embeddings with many states
+        moved: dict[Any, Any] = {}  # a state waits in every layer of a run, and embeddings with many states
         for layer in self.layers:
             layer.owed = [
                 (_rows(h, rows, moved), each(e, lambda x: _rows(x, rows, moved) if x.shape[0] > 1 else x))
@@ -58,19 +60,26 @@ class RoutedCache:
         if tokens_to_remove < 0 and self.pool.total is not None:  # transformers itself refuses positive numbers
             held = self.layers[self.context]
             self.pool.crop(-tokens_to_remove, *(x[..., tokens_to_remove:, :] for x in (held.keys, held.values)))
-            self.scores, self.decided = None, 0
+            kept = held.get_seq_length() + tokens_to_remove
+            if self.decision is not None and self.decision >= kept:
+                self.scores = None  # the token that decided is gone
+            if self.decided is not None and self.decided >= kept:
+                self.decided = None
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
-        self.pool, self.scores, self.decided = Pool(self.pool.kind), None, 0
+        self.pool = Pool(self.pool.kind)
+        self.scores = self.decided = self.decision = None
 
 
 _ADOPTED: dict[type, type] = {}
 _LAYERS: dict[type, type] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: SlidingLayer}
 
 
-def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, valid: Tensor | None = None) -> RoutedCache:
+def adopt(
+    cache: Any, *, layers: int, context: int, kind: str, policy: str, model: str, valid: Tensor | None = None
+) -> RoutedCache:
     """`cache` made fit for routing, in place; what it already holds stays.
 
     Args:
@@ -79,13 +88,20 @@ def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, vali
         context: index of the context layer.
         kind: which of its states are pooled.
         policy: "fill", "hole" or "zero".
+        model: the backbone's fingerprint.
         valid: (B, positions held) bool, where rows were padded.
 
     Raises:
         BuddyError: a cache of another kind, of another model, or filled under another policy.
     """
     if isinstance(cache, RoutedCache):
-        if cache.policy != policy or cache.context != context or cache.pool.kind != kind or len(cache.layers) != layers:
+        if (
+            cache.model != model
+            or cache.policy != policy
+            or cache.context != context
+            or cache.pool.kind != kind
+            or len(cache.layers) != layers
+        ):
             raise BuddyError(
                 f"This cache was filled by another model or policy ({cache.policy!r}, this one has {policy!r}); "
                 "start with an empty cache."
@@ -101,18 +117,23 @@ def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, vali
             f"Routing needs a DynamicCache of {layers} layers, but was given {type(cache).__name__} with "
             f"{len(cache.layers)} layers ({found}); leave the cache out or make it with DynamicCache(config=…)."
         )
-    return _adopted(cache, context, kind, policy, valid)
+    return _adopted(cache, context, kind, policy, model, valid)
 
 
-def _adopted(cache: Any, context: int, kind: str, policy: str, valid: Tensor | None) -> RoutedCache:
+def _adopted(cache: Any, context: int, kind: str, policy: str, model: str, valid: Tensor | None) -> RoutedCache:
     stock = type(cache)
     if stock not in _ADOPTED:
         _ADOPTED[stock] = type(f"Routed{stock.__name__}", (RoutedCache, stock), {"__module__": __name__})
     held = cache.get_seq_length(context)
     cache.layers[:] = [_adopted_layer(layer, policy) for layer in cache.layers]
     cache.__class__ = _ADOPTED[stock]
-    cache.pool = rebuilt(kind, cache.layers[context], valid) if held else Pool(kind)
-    cache.context, cache.policy, cache.scores, cache.decided = context, policy, None, 0
+    if held:
+        stored = cache.layers[context].keys.shape[2]  # a sliding layer forgot the rest
+        cache.pool = rebuilt(kind, cache.layers[context], None if valid is None else valid[:, -stored:])
+    else:
+        cache.pool = Pool(kind)
+    cache.context, cache.policy, cache.model = context, policy, model
+    cache.scores = cache.decided = cache.decision = None
     return cache
 
 
@@ -130,11 +151,12 @@ def _adopted_layer(layer: Any, policy: str) -> OwingLayer:
     return adopted
 
 
-def _rows(tensor: Tensor, rows: Tensor, moved: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+def _rows(tensor: Tensor, rows: Tensor, moved: dict[Any, tuple[Tensor, Tensor]]) -> Tensor:
     """Rows of a tensor, taken once for all who share it."""
-    if id(tensor) not in moved:
-        moved[id(tensor)] = (tensor, tensor[rows])  # the old one is kept so that its id stays its own
-    return moved[id(tensor)][1]
+    key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # layers share a state by views of their own
+    if key not in moved:
+        moved[key] = (tensor, tensor[rows])  # the old one is kept so that its place stays its own
+    return moved[key][1]
 
 
 class Capture:

@@ -22,6 +22,16 @@ class OwingLayer:
 
     owed: list[Waiting]
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store what follows the positions held.
+
+        Raises:
+            RuntimeError: states still wait, as when a routed model's cache is given to the stock model after `detach`.
+        """
+        if self.owed:
+            raise RuntimeError("Skipped states still wait in this cache; go on with the routed model that filled it.")
+        return super().update(key_states, value_states, *args, **kwargs)
+
     @property
     def owed_length(self) -> int:
         """Positions that wait."""
@@ -66,7 +76,7 @@ class GrowingLayer(OwingLayer, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         held = self.keys.shape[-2] if self.keys.dim() == 4 else 0
         length = held + key_states.shape[-2]
-        if held < SHORT:
+        if held < SHORT or self.owed:
             return super().update(key_states, value_states)
         if self.keys is not self.view or self.buffers[0].shape[2] < length:
             self.buffers = _grown(self.keys, held, length), _grown(self.values, held, length)

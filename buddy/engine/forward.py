@@ -44,11 +44,25 @@ class Settings:
 
     layers: int
     context_layer: int
-    score: Score
     sink_tokens: int
     prompt_plan: str
     batch_plan: str
     reroute_every: int | None
+
+
+def held_scores(scores: Tensor, first: int, every: int | None, before: Tensor | None = None) -> Tensor:
+    """Scores (B, T, R) that hold where only every `every`-th token after position `first` decides (None: none does).
+
+    Args:
+        first: index of the prompt's last token among the T; negative where it lies before them.
+        before: (B, 1, R), the scores that hold from before these tokens.
+    """
+    if every == 1:
+        return scores
+    since = torch.arange(scores.shape[1], device=scores.device) - first  # tokens since the last one of the prompt
+    at = first + torch.where(since > 0, since - (since % every if every else since), since)
+    held = scores[:, at.clamp(min=0)]
+    return held if before is None else torch.where((at < 0)[None, :, None], before, held)
 
 
 def plan_tokens(scores: Tensor, executed: Tensor, layers: int, shared: int = 0) -> Tensor:
@@ -65,6 +79,7 @@ class Pass:
 
     Args:
         settings: of the model.
+        score: the router's.
         request: of this forward.
         shape: (B, T).
         past: positions before these tokens.
@@ -76,6 +91,7 @@ class Pass:
     def __init__(
         self,
         settings: Settings,
+        score: Score,
         request: Request,
         shape: tuple[int, int],
         past: int,
@@ -83,7 +99,7 @@ class Pass:
         cache: RoutedCache | None,
         pool: Pool,
     ) -> None:
-        self.settings, self.request, self.shape, self.past = settings, request, shape, past
+        self.settings, self.score, self.request, self.shape, self.past = settings, score, request, shape, past
         self.cache, self.pool = cache, pool
         self.context_layer = settings.context_layer
         # For each layer: everyone runs it (True), nobody (False), some (how many tokens of each row), or it goes its
@@ -102,7 +118,6 @@ class Pass:
         self._kv_width, self._patient = 0, None
         self.whole = 0  # layers that ran on every token
         self.parts: list[Tensor] = []  # (B, T) bool of those that ran on some
-        self._rows: list[list[bool]] = []  # the same for one new token a row, on the host
 
     def make_plan(self, hidden: Tensor, keys: Tensor, values: Tensor) -> None:
         """Called by the context layer: hidden (B, T, D) as it leaves it, K and V (B, heads, T, size) it wrote."""
@@ -122,7 +137,7 @@ class Pass:
         elif self.everything and full:
             self._take(self.runs)
         elif not full:
-            scores = self._shared_by_batch(settings.score(self.context))
+            scores = self._shared_by_batch(self.score(self.context))
             self.scores = self._decide_once(scores) if only_last else self._decided(scores)
             if self.shape[1] == 1 and self.valid is None and self.past >= settings.sink_tokens:
                 self._take_on_host(self.scores)
@@ -141,19 +156,12 @@ class Pass:
             self._runs = self.runs
         return self._runs[..., layer]
 
-    def record(self, layer: int) -> None:
-        """A layer says that it ran for those whom the plan names."""
-        if self._rows_on is not None:
-            self._rows.append(self._rows_on[layer])
-        else:
-            self.parts.append(self.chosen(layer))
-
     def ran(self) -> Ran:
         """What the layers recorded so far, and the plan."""
         device, layers = self.context.executed.device, self.settings.layers
         plan = self._rows_on if self._runs is None else self._runs
         sinks = self.sinks() if self.past < self.settings.sink_tokens or self.valid is not None else None
-        return Ran(self.shape, layers, device, plan, sinks, self.whole, self._rows, self.parts)
+        return Ran(self.shape, layers, device, plan, sinks, self.whole, self.parts)
 
     def sinks(self) -> Tensor:
         """(B, T) bool, the positions that run at full depth whatever the budget."""
@@ -210,12 +218,19 @@ class Pass:
         return torch.tensor(executed, device=device)[:, None].expand(self.shape)
 
     def _shared_by_batch(self, scores: Tensor) -> Tensor:
-        return scores.mean(0, keepdim=True).expand_as(scores) if self.settings.batch_plan == "shared" else scores
+        """One plan for the batch, where that is asked: the mean over the rows that have a token there."""
+        if self.settings.batch_plan != "shared":
+            return scores
+        if self.valid is None:
+            return scores.mean(0, keepdim=True).expand_as(scores)
+        weight = self.valid[:, -scores.shape[1] :, None].to(scores)
+        return ((scores * weight).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)).expand_as(scores)
 
     def _decide_once(self, scores: Tensor) -> Tensor:
         """Scores (B, 1, R) of a prompt's last token, kept for the tokens after it that do not decide."""
         if self.cache is not None and self.settings.reroute_every != 1:
-            self.cache.scores, self.cache.decided = scores, self.past + self.shape[1] - 1
+            self.cache.scores = scores
+            self.cache.decided = self.cache.decision = self.past + self.shape[1] - 1
         return scores
 
     def _decided(self, scores: Tensor) -> Tensor:
@@ -224,14 +239,12 @@ class Pass:
         if every == 1:
             return scores
         first = self._first_decision(cache)
-        steps = torch.arange(scores.shape[1], device=scores.device)
-        since = steps - first  # tokens since the last token of the prompt
-        at = first + torch.where(since > 0, since - (since % every if every else since), since)
-        held = scores[:, at.clamp(min=0)]
+        held = held_scores(scores, first, every, None if cache is None else cache.scores)
         if cache is not None:
-            if first < 0 and cache.scores is not None:
-                held = torch.where((at < 0)[None, :, None], cache.scores, held)
-            cache.scores, cache.decided = held[:, -1:], cache.decided
+            since = self.shape[1] - 1 - first
+            last = self.past + first + (since - since % every if every else 0)
+            cache.scores = held[:, -1:]
+            cache.decision = last if last >= self.past or cache.decision is None else cache.decision
         return held
 
     def _first_decision(self, cache: RoutedCache | None) -> int:
@@ -240,7 +253,7 @@ class Pass:
             return self.request.prompt - 1
         if cache is None:
             return self.shape[1] - 1
-        if self.past == 0 or cache.scores is None:
+        if self.past == 0 or cache.decided is None:
             cache.decided = self.past + self.shape[1] - 1
         return cache.decided - self.past
 
@@ -260,7 +273,7 @@ class Pass:
             padding = ~self.valid[..., None]
             runs = torch.where(padding, (runs | padding).all(1, keepdim=True), runs)
         self._runs = runs
-        counts = runs.sum(1).t().tolist()  # (L, B): the one host synchronisation of the pass
+        counts = runs.sum(1).t().tolist()  # (L, B); the layers need them on the host
         self._say([_who(each, self.shape[1]) for each in counts])
 
     def _take_on_host(self, scores: Tensor) -> None:

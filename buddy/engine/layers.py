@@ -83,7 +83,6 @@ class RoutedLayer:
 
     def _sinks(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict, count: int) -> Tensor:
         """Only the first `count` tokens run, and need nobody's keys but their own; the others' are not urgent."""
-        current.record(self._index)
         cache, policy, length = kwargs["cache"], self._seat[0].policy, hidden.shape[1]
         policy.settle(self, cache)
         mask, embeddings, ids = (kwargs.get(key) for key in ("attention_mask", "position_embeddings", "position_ids"))
@@ -94,6 +93,9 @@ class RoutedLayer:
             "position_ids": None if ids is None else ids[:, :count],
         }
         out = self.stock.forward(self, hidden[:, :count], *args, **inputs)
+        ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        ran[:, :count] = True
+        current.parts.append(ran)
         late = each(embeddings, lambda x: x[:, count:])
         policy.idle(self, hidden[:, count:], cache, late, current.may_wait(self._index))
         if self._forward_hooks or torch.is_grad_enabled():
@@ -124,18 +126,21 @@ class RoutedLayer:
 
     def _some(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict, counts: list[int]) -> Tensor:
         """Run the chosen tokens of the chosen rows; the policy sees to the others."""
-        current.record(self._index)
+        ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         writer = self._seat[0].policy.writer(self, current, hidden, kwargs)
         out = hidden
         for group in groups(current.chosen(self._index), counts):
             view = writer.view(group)
-            out = self._run(group, view, out, hidden, args, kwargs)
+            out = self._run(group, view, out, ran, hidden, args, kwargs)
             writer.put(view)
         writer.finish()
+        current.parts.append(ran)
         return out
 
-    def _run(self, group: Group, view: View, out: Tensor, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """One call of the stock layer; its result laid over `out` (B, T, D)."""
+    def _run(
+        self, group: Group, view: View, out: Tensor, ran: Tensor, hidden: Tensor, args: tuple, kwargs: dict
+    ) -> Tensor:
+        """One call of the stock layer; its result laid over `out` (B, T, D), and noted in `ran` (B, T)."""
         (batch, length, width), rows, positions = hidden.shape, group.rows, group.positions
         mask = view.mask(kwargs.get("attention_mask"))
         inputs = {
@@ -148,8 +153,10 @@ class RoutedLayer:
         with by_blocks(self, view.blocks(mask)) as option:
             result = self.stock.forward(self, take(hidden, rows, positions, batch), *args, **inputs, **option)
         if positions is None:
+            ran[rows] = True
             return out.index_copy(0, rows, result)
         flat, real = group.flat(length, rows)
+        ran.view(-1)[flat] = True
         result = result.reshape(-1, width)
         result = result if real is None else result[real]
         return out.reshape(-1, width).index_copy(0, flat, result).view(hidden.shape)

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from buddy.backbone import Backbone
 from buddy.budget import executed_layers
 from buddy.engine.cache import RoutedCache, adopt
-from buddy.engine.forward import Pass, Request, Settings, plan_tokens
+from buddy.engine.forward import Pass, Request, Settings, held_scores, plan_tokens
 from buddy.engine.layers import Seat, attach, detach
 from buddy.engine.policies import policy_named
 from buddy.engine.pool import Pool
@@ -65,7 +65,11 @@ class RoutedLM(nn.Module):
         prompt_plan: "token" plans for each prompt token, "shared" gives the whole prompt its last token's plan.
         policy: what a layer's cache holds for tokens that skipped it: "fill", "hole" or "zero".
         reroute_every: tokens between decisions while decoding; None keeps the prompt's last plan.
-        batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score.
+        batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score; it acts in
+            evaluation and serving, since the rows of a training batch have nothing in common.
+
+    In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan; where
+    candidates of an assistant come with it, `reroute_every` other than 1 counts from the last of them.
 
     Raises:
         BuddyError: an unknown policy.
@@ -90,7 +94,6 @@ class RoutedLM(nn.Module):
         self.settings = Settings(
             layers=self.geometry.layers,
             context_layer=self.geometry.context_layer,
-            score=lambda context: self.router.score(context),
             sink_tokens=sink_tokens,
             prompt_plan=prompt_plan,
             batch_plan=batch_plan,
@@ -199,6 +202,11 @@ class RoutedLM(nn.Module):
                 f"Computing every layer, and so the straight-through estimator, needs the policy 'fill', not "
                 f"{self.policy.name!r}; choose that, or the perturbed estimator."
             )
+        model = self.backbone.model
+        if gates is not None and model.training and model.is_gradient_checkpointing:
+            raise BuddyError(
+                "Gates do not go through gradient checkpointing; turn it off, or train with perturbed plans."
+            )
         asked = None if executed is None else tuple(executed.tolist())
         with self._requested(Request(asked, runs, gates, prompt, everything)):
             logits = self.backbone.model(
@@ -211,17 +219,19 @@ class RoutedLM(nn.Module):
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
         """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`."""
         shared = prompt if self.prompt_plan == "shared" else 0
+        scores = held_scores(scores, prompt - 1, self.settings.reroute_every)
         return plan_tokens(scores, executed[:, None].expand(scores.shape[:2]), self.geometry.layers, shared)
 
     @torch.no_grad()
     def dense(self, input_ids: Tensor, attention_mask: Tensor | None = None, keep: Tensor | int = 0) -> Tensor:
         """Logits (B, T', V) of the stock model, routing left out."""
-        return self.backbone.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
-        ).logits
+        with self._requested(None):
+            return self.backbone.model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
+            ).logits
 
     @contextmanager
-    def _requested(self, request: Request) -> Iterator[Record]:
+    def _requested(self, request: Request | None) -> Iterator[Record]:
         before = self._request, self._record
         self._request, self._record = request, Record()
         try:
@@ -254,12 +264,13 @@ class RoutedLM(nn.Module):
                 context=context,
                 kind=self.pool,
                 policy=self.policy.name,
+                model=self.backbone.fingerprint,
                 valid=valid,
             )
         if request.executed is not None:
             request = _for_rows(request, shape[0])
         pool = Pool(self.pool) if cache is None else cache.pool
-        self._seat.current = Pass(self.settings, request, shape, past, mask, cache, pool)
+        self._seat.current = Pass(self.settings, self.router.score, request, shape, past, mask, cache, pool)
         return (), kwargs
 
     def _end(self, *_: Any) -> None:
@@ -283,7 +294,7 @@ def _for_rows(request: Request, batch: int) -> Request:
         return request
     if batch % given:
         raise BudgetError(f"{given} budgets were given for {batch} rows; give one, or one per row.")
-    return Request(tuple(k for k in request.executed for _ in range(batch // given)))
+    return replace(request, executed=tuple(k for k in request.executed for _ in range(batch // given)))
 
 
 def _checked_mask(mask: Tensor | None) -> Tensor | None:

@@ -33,7 +33,8 @@ class Fill:
         """
         held = cache.layers[layer._index]
         held.owed.append((hidden, embeddings))
-        if len(held.owed) >= BOUND or not wait or held.is_sliding:  # a window forgets; nothing may be late
+        chunk = hidden.shape[1] > 1 and len(held.owed) > 1  # only a prompt waits whole
+        if len(held.owed) >= BOUND or chunk or not wait or held.is_sliding:  # a window forgets; nothing may be late
             self.settle(layer, cache)
 
     def settle(self, layer: nn.Module, cache: Any) -> None:

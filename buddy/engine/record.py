@@ -19,7 +19,6 @@ class Ran:
         plan: (B, T, L) bool, or L lists of B for one new token a row, or None where every layer ran.
         sink: (B, T) bool, positions at full depth whatever the budget; None for none.
         whole: layers that recorded every token.
-        rows: for each layer that recorded some rows of one new token, which.
         parts: (B, T) bool of each layer that recorded some tokens.
     """
 
@@ -29,15 +28,12 @@ class Ran:
     plan: Tensor | list[list[bool]] | None
     sink: Tensor | None
     whole: int = 0
-    rows: list[list[bool]] = field(default_factory=list)
     parts: list[Tensor] = field(default_factory=list)
 
     @property
     def executed(self) -> Tensor:
         """(B, T) long, the layers that each token ran, as the layers themselves recorded it."""
         total = torch.full(self.shape, self.whole, dtype=torch.long, device=self.device)
-        if self.rows:
-            total += torch.tensor(self.rows, device=self.device).sum(0)[:, None]
         for part in self.parts:
             total += part
         return total

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from buddy.assemble import routed_from
+from buddy.assemble import budgets_of, routed_from
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError
 from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
@@ -45,8 +45,11 @@ def bench_run(
         check_place(json_file)
     with status(f"Loading {run.backbone} …"):
         routed = routed_from(run)
-    asked = {str(budget): routed.executed_layers(budget) for budget in budgets or run.recipe.budgets}
+    budgets = budgets or budgets_of(run.recipe, routed)
+    asked = {str(budget): routed.executed_layers(budget) for budget in budgets}
     below = sorted({count for count in asked.values() if count < routed.geometry.layers}, reverse=True)
+    if routed.router.full_depth:
+        raise BudgetError("This run's router runs every layer, so there is nothing to bench; name another run.")
     if not below:
         raise BudgetError("Every budget asked for is full depth; name one below 1.0, such as --budgets 0.5.")
     ids = _text(run, routed)

@@ -9,9 +9,10 @@ from buddy.assemble import budgets_of, data_of, routed_from
 from buddy.budget import fraction_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
-from buddy.evaluation.perplexity import evaluate
+from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.report import as_json, show_run
 from buddy.files import check_place, write_json
+from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
 from buddy.runs import Run, read_run
 from buddy.training.data import Windows, windows_of
@@ -47,7 +48,17 @@ def evaluate_run(
     asked = _asked(routed, run, budgets)
     with status("Reading text …"):
         windows = _windows(run, routed, data, split)
-    scores = evaluate(
+    sizes = f"a batch of {run.recipe.data.batch_size} × {windows.input_ids.shape[1]} tokens"
+    with within_memory(sizes, "free some, or set data.batch_size smaller in the run's recipe"):
+        scores = _scores(run, routed, windows, asked)
+    show_run(scores, f"{run.router_name} on {data or run.recipe.data.source}")
+    if json_file:
+        write_json(json_file, as_json(scores))
+        results.print(f"JSON: {json_file}", soft_wrap=True)
+
+
+def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float]) -> list[Scores]:
+    return evaluate(
         routed,
         windows,
         asked,
@@ -55,10 +66,6 @@ def evaluate_run(
         batch_size=run.recipe.data.batch_size,
         track=tracker(f"Evaluating {run.router_name}"),
     )
-    show_run(scores, f"{run.router_name} on {data or run.recipe.data.source}")
-    if json_file:
-        write_json(json_file, as_json(scores))
-        results.print(f"JSON: {json_file}", soft_wrap=True)
 
 
 def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float]:

@@ -116,7 +116,7 @@ class _Tally:
         self._least, self._most, self._sum, self._n, self._sinks = math.inf, 0, 0, 0, 0
 
     def add(self, rows: Tensor, loss: Tensor, kl: Tensor) -> None:
-        for row, row_loss, row_kl in zip(rows, loss, kl, strict=True):
+        for row, row_loss, row_kl in zip(rows, loss.cpu(), kl.cpu(), strict=True):
             place = self._place[int(self._documents[row])]
             self._loss[place] += row_loss.sum(dtype=torch.float64).item()
             self._kl[place] += row_kl.sum(dtype=torch.float64).item()

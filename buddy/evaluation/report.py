@@ -18,6 +18,7 @@ from buddy.schema import Recipe
 
 FIGURE = "loss.png"
 COMPARISON = "comparison"
+FEWEST = 5  # documents for a mark of significance
 
 
 def as_json(scores: Sequence[Scores]) -> dict[str, Any]:
@@ -155,7 +156,8 @@ def _differences(scores: Mapping[str, Sequence[Scores]], main: str) -> dict[str,
         for theirs in group if name != main else ():
             if theirs.budget in ours:
                 mean, interval = paired_difference(ours[theirs.budget], theirs)
-                found.append({"router": name, "budget": theirs.budget, "difference": mean, "interval": list(interval)})
+                entry = {"router": name, "budget": theirs.budget, "difference": mean, "interval": list(interval)}
+                found.append(entry | {"documents": len(theirs.tokens)})
     return {"differences": found} if found else {}
 
 
@@ -175,7 +177,8 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "–"
     low, high = entry["interval"]
-    mark = "*" if low > 0 or high < 0 else " "
+    enough = entry["documents"] >= FEWEST  # a bootstrap over fewer documents says nothing
+    mark = "*" if enough and (low > 0 or high < 0) else " "
     return f"{entry['difference']:+.3f} ({low:+.3f}, {high:+.3f}){mark}"
 
 

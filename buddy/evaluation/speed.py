@@ -61,6 +61,7 @@ class Contender:
     def decode(self, ids: Tensor, prompt: int) -> float:
         """Mean milliseconds of a step over the tokens after the first `prompt` of (B, T)."""
         cache = self.prefill(ids[:, :prompt])
+        _wait(ids)
         start = time.perf_counter()
         for at in range(prompt, ids.shape[1]):
             self.model(ids[:, at : at + 1], cache=cache, use_cache=True)
@@ -72,7 +73,7 @@ def contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Con
     """Dense and full once; routed, shared and pruned for each K below L, pruned to the router's commonest layers."""
     model, layers = routed.backbone.model, routed.geometry.layers
     found = [
-        Contender("dense", layers, model, nullcontext),
+        Contender("dense", layers, pruned_model(model, range(layers)), nullcontext),
         Contender("full", layers, model, lambda: routed.at(executed=[layers])),
     ]
     for count in counts:
@@ -148,6 +149,7 @@ def mixed_prefill(routed: RoutedLM, field_: Sequence[Contender], ids: Tensor, ro
 
 
 def _prefill_ms(contender: Contender, ids: Tensor) -> float:
+    _wait(ids)
     start = time.perf_counter()
     contender.prefill(ids)
     _wait(ids)

@@ -19,6 +19,7 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.report import show_comparison, write_results
+from buddy.memory import within_memory
 from buddy.progress import status, track, tracker
 from buddy.recipe import with_router
 from buddy.registry import load
@@ -102,8 +103,10 @@ class _Session:
                     fingerprint=self.backbone.fingerprint,
                     geometry=routed.geometry,
                 )
-                self._fit(recipe, routed, folder)
-                scores = self._evaluate(recipe, routed)
+                sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
+                with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
+                    self._fit(recipe, routed, folder)
+                    scores = self._evaluate(recipe, routed)
                 save_router(folder, routed.router.state_dict())
                 write_results(folder, recipe, scores)
             except BaseException:

@@ -33,7 +33,7 @@ def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> Non
     """
     checkpoints = folder / "checkpoints"
     last = checkpoints / "last.ckpt"
-    start = recipe.trainer.ckpt_path or (last if last.exists() else None)
+    start = _start(recipe.trainer.ckpt_path, last)
     if start:
         check_checkpoint(start)
         errors.print(f"Going on from {start}", soft_wrap=True)
@@ -59,6 +59,12 @@ def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> Non
     if keeper.asked:
         errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer.max_steps} is kept.")
         raise KeyboardInterrupt
+
+
+def _start(asked: str | None, last: Path) -> str | Path | None:
+    """What to go on from: the newest of an interrupted run, unless a checkpoint beside it is asked for by name."""
+    named = asked is not None and Path(asked).resolve().is_relative_to(last.parent.resolve())
+    return last if last.exists() and not named else asked
 
 
 def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:

@@ -108,6 +108,33 @@ def test_a_cache_of_another_policy_is_refused():
         hole.backbone.model(IDS[:, 3:4], cache=cache, use_cache=True)
 
 
+def test_a_cache_of_another_model_is_refused():
+    one = routed_tiny()
+    with one.at(executed=[3]):
+        _, cache = decoded(one, 3)
+    backbone = tiny_backbone("llama", seed=1)
+    other = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    with other.at(executed=[3]), pytest.raises(BuddyError, match="another model or policy"):
+        backbone.model(IDS[:, 3:4], cache=cache, use_cache=True)
+
+
+def test_waiting_states_are_not_lost_to_the_stock_model():
+    routed = routed_tiny(batch_plan="shared", reroute_every=None)
+    with routed.at(executed=[3]):
+        _, cache = decoded(routed, 5)
+    routed.detach()
+    with pytest.raises(RuntimeError, match="still wait in this cache"):
+        routed.backbone.model(IDS[:, 5:6], cache=cache, use_cache=True)
+
+
+def test_a_copied_model_asks_its_own_router():
+    routed = routed_tiny()
+    twin = copy.deepcopy(routed)
+    twin.router.weight.neg_()
+    executed = torch.tensor([3, 3])
+    assert not torch.equal(twin(IDS, executed=executed).runs, routed(IDS, executed=executed).runs)
+
+
 def test_a_cache_of_another_depth_is_refused():
     routed = routed_tiny()
     other = tiny_backbone("llama", num_hidden_layers=4).model
