@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from buddy.backbone import Backbone
 from buddy.errors import BackboneError
 
 KeyValue = tuple[Tensor, Tensor]
@@ -74,3 +75,20 @@ class _Reached(Exception):
 class _StopAtUpdate:
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KeyValue:
         raise _Reached(keys, values)
+
+
+def probes(backbone: Backbone) -> list[tuple[Tensor, Any]]:
+    """A random hidden state and its position embeddings for each layer, to compare ways of writing K/V."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 3, backbone.hidden_size, generator=generator).to(backbone.device, backbone.dtype)
+    positions = torch.arange(3, device=backbone.device)[None]
+    base, config = backbone.base, backbone.base.config
+    kinds = getattr(config, "layer_types", None) or [None] * backbone.num_layers
+    return [(hidden, _embeddings(base.rotary_emb, hidden, positions, kind)) for kind in kinds[: backbone.num_layers]]
+
+
+def _embeddings(rotary: nn.Module, hidden: Tensor, positions: Tensor, kind: str | None) -> Any:
+    try:
+        return rotary(hidden, positions)
+    except (TypeError, AttributeError, KeyError):  # Gemma 3 keeps one table a kind of attention
+        return rotary(hidden, positions, kind)

@@ -77,7 +77,7 @@ class RoutedLayer:
         """No token runs: the policy sees to the cache."""
         cache = kwargs.get("cache")
         if cache is not None:
-            wait = hidden.shape[1] == 1 or current.may_wait(self._index)
+            wait = current.may_wait(self._index)
             self._seat[0].policy.idle(self, hidden, cache, kwargs.get("position_embeddings"), wait)
         return hidden
 

@@ -15,6 +15,7 @@ from buddy.backbone import Backbone
 from buddy.budget import executed_layers
 from buddy.engine.cache import RoutedCache, adopt
 from buddy.engine.forward import Pass, Request, Settings, held_scores, plan_tokens
+from buddy.engine.kv import probes
 from buddy.engine.layers import Seat, attach, detach
 from buddy.engine.policies import policy_named
 from buddy.engine.pool import Pool
@@ -101,7 +102,7 @@ class RoutedLM(nn.Module):
         )
         self._held = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
         self._seat, self._request, self._record = Seat(self.policy), None, None
-        attach(backbone.layers, self._seat, _probes(backbone))
+        attach(backbone.layers, self._seat, probes(backbone))
         base = backbone.base
         self._hooks = [
             base.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -304,20 +305,3 @@ def _checked_mask(mask: Tensor | None) -> Tensor | None:
     if mask.dim() != 2:
         raise BudgetError("Routing needs the attention mask in two dimensions (rows × tokens); pass that, or none.")
     return None if bool(mask.all()) else mask
-
-
-def _probes(backbone: Backbone) -> list[tuple[Tensor, Any]]:
-    """A random hidden state and its position embeddings for each layer, to compare ways of writing K/V."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 3, backbone.hidden_size, generator=generator).to(backbone.device, backbone.dtype)
-    positions = torch.arange(3, device=backbone.device)[None]
-    base, config = backbone.base, backbone.base.config
-    kinds = getattr(config, "layer_types", None) or [None] * backbone.num_layers
-    return [(hidden, _embeddings(base.rotary_emb, hidden, positions, kind)) for kind in kinds[: backbone.num_layers]]
-
-
-def _embeddings(rotary: nn.Module, hidden: Tensor, positions: Tensor, kind: str | None) -> Any:
-    try:
-        return rotary(hidden, positions)
-    except (TypeError, AttributeError, KeyError):  # Gemma 3 keeps one table a kind of attention
-        return rotary(hidden, positions, kind)

@@ -17,7 +17,7 @@ from buddy.engine.ragged import Ragged
 from buddy.engine.rectangular import KV, Rectangular
 from buddy.errors import BuddyError
 
-BOUND = 64  # positions that may wait in a layer
+BOUND = 64  # states that may wait in a layer: a prompt's is one, then one for each token
 
 
 class Fill:

@@ -14,6 +14,7 @@ from rich.table import Table
 from buddy.assemble import budgets_of, routed_from
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError
+from buddy.evaluation.figure import figure_at
 from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
 from buddy.files import check_place, write_json
 from buddy.memory import within_memory
@@ -90,26 +91,17 @@ def as_json(asked: Mapping[str, int], timings: Field, layers: int) -> dict[str, 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Milliseconds over executed layers: routed, pruned and dense, for prefill and decode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    entries = sorted(report["results"], key=lambda entry: entry["layers"])
-    cut = [entry for entry in entries if "pruned_decode_ms" in entry]
-    titles = {"decode_ms": "decode, batch 1 (ms per token)", "prefill_ms": f"prefill, {LONG} tokens (ms)"}
-    for ax, (key, title) in zip(axes, titles.items(), strict=True):
-        ax.plot([e["layers"] for e in entries], [e[key] for e in entries], "o-", label="routed")
-        ax.plot([e["layers"] for e in cut], [e[f"pruned_{key}"] for e in cut], "s--", label="pruned stock")
-        ax.axhline(report["dense"][key], color="grey", linestyle=":", label="dense stock")
-        ax.set(title=title, xlabel="executed layers", ylim=(0, None))
-        ax.grid(alpha=0.3)
-        ax.legend()
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=150, format="png")
-    pyplot.close(figure)
-    beside.replace(path)
+    with figure_at(path, ncols=2, figsize=(10, 4)) as axes:
+        entries = sorted(report["results"], key=lambda entry: entry["layers"])
+        cut = [entry for entry in entries if "pruned_decode_ms" in entry]
+        titles = {"decode_ms": "decode, batch 1 (ms per token)", "prefill_ms": f"prefill, {LONG} tokens (ms)"}
+        for ax, (key, title) in zip(axes, titles.items(), strict=True):
+            ax.plot([e["layers"] for e in entries], [e[key] for e in entries], "o-", label="routed")
+            ax.plot([e["layers"] for e in cut], [e[f"pruned_{key}"] for e in cut], "s--", label="pruned stock")
+            ax.axhline(report["dense"][key], color="grey", linestyle=":", label="dense stock")
+            ax.set(title=title, xlabel="executed layers", ylim=(0, None))
+            ax.grid(alpha=0.3)
+            ax.legend()
 
 
 def _entry(timings: Timings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from buddy.evaluation.figure import figure_at
 from buddy.evaluation.perplexity import Scores, paired_difference
 from buddy.files import write_json
 from buddy.progress import results
@@ -87,28 +88,20 @@ def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores]) -> None
 
 def draw(scores: Mapping[str, Sequence[Scores]], path: Path) -> None:
     """Loss over executed layers, one line a router, with 95 % intervals as bands."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, each in scores.items():
-        ordered = sorted(each, key=lambda s: s.layers)
-        layers = [s.layers for s in ordered]
-        (line,) = axes.plot(layers, [math.log(s.perplexity) for s in ordered], marker="o", label=name)
-        bounds = [[math.log(bound) for bound in s.interval()] for s in ordered]
-        axes.fill_between(layers, *zip(*bounds, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_xlabel("executed layers")
-    axes.set_ylabel("cross-entropy on held-out text (nats per token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=150, format="png")
-    pyplot.close(figure)
-    beside.replace(path)
+    with figure_at(path, figsize=(7, 4.5)) as axes:
+        for name, each in scores.items():
+            ordered = sorted(each, key=lambda s: s.layers)
+            layers = [s.layers for s in ordered]
+            (line,) = axes.plot(layers, [math.log(s.perplexity) for s in ordered], marker="o", label=name)
+            bounds = [[math.log(bound) for bound in s.interval()] for s in ordered]
+            axes.fill_between(layers, *zip(*bounds, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_xlabel("executed layers")
+        axes.set_ylabel("cross-entropy on held-out text (nats per token)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def _entry(scores: Scores) -> dict[str, Any]:
