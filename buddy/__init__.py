@@ -12,6 +12,7 @@ _HOMES = {
     "BuddyError": "buddy.errors",
     "Context": "buddy.router",
     "Geometry": "buddy.router",
+    "LayerwiseRouter": "buddy.router",
     "Plan": "buddy.plan",
     "Probe": "buddy.calibration",
     "Router": "buddy.router",

@@ -8,6 +8,7 @@ from buddy.backbone import Backbone, load_backbone
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
 from buddy.registry import build
+from buddy.router import AnyRouter
 from buddy.runs import Run, check_backbone, load_router
 from buddy.schema import Recipe
 from buddy.training.data import TextData
@@ -32,8 +33,16 @@ def routed_of(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     """
     routing = recipe.routing
     geometry = geometry_of(backbone, routing.context_layer, routing.pool)
-    router = build(recipe.router.name, geometry, recipe.router.options)
-    routed = RoutedLM(
+    routed = attached(recipe, backbone, build(recipe.router.name, geometry, recipe.router.options))
+    for budget in budgets_of(recipe, routed):
+        routed.executed_layers(budget)
+    return routed
+
+
+def attached(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> RoutedLM:
+    """The backbone with a router attached in the way that the recipe's routing says."""
+    routing = recipe.routing
+    return RoutedLM(
         backbone,
         router,
         pool=routing.pool,
@@ -43,9 +52,6 @@ def routed_of(recipe: Recipe, backbone: Backbone) -> RoutedLM:
         reroute_every=routing.reroute_every,
         batch_plan=routing.batch_plan,
     )
-    for budget in budgets_of(recipe, routed):
-        routed.executed_layers(budget)
-    return routed
 
 
 def budgets_of(recipe: Recipe, routed: RoutedLM) -> list[float]:
@@ -71,7 +77,8 @@ def data_of(recipe: Recipe, backbone: Backbone) -> TextData:
         window=data.window,
         batch_size=data.batch_size,
         steps=recipe.trainer.max_steps,
-        seed=recipe.seed,
+        seed=recipe.data_seed,
+        train_seed=recipe.seed,
         calibration_windows=data.calibration_windows,
         validation_windows=data.validation_windows,
         test_windows=data.test_windows,

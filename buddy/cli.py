@@ -10,7 +10,11 @@ from typer.core import TyperGroup
 from buddy import __version__
 from buddy.errors import BuddyError, BudgetError
 
-WRONG_INPUT, INTERRUPTED = 2, 130
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+ONWARD = {
+    "fit": " Repeat the command to go on from the last checkpoint.",
+    "compare": " Repeat the command to go on: what is finished stays, and a training goes on from its last checkpoint.",
+}
 Split = Literal["test", "validation"]
 
 
@@ -24,8 +28,7 @@ class Verbs(TyperGroup):
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
         except KeyboardInterrupt as error:
-            onward = " Repeat the command to go on from the last checkpoint." if ctx.invoked_subcommand == "fit" else ""
-            typer.echo(f"\nStopped.{onward}", err=True)
+            typer.echo(f"\nStopped.{ONWARD.get(ctx.invoked_subcommand, '')}", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
 
@@ -80,6 +83,85 @@ def fit(
     run_fit(resolved, recipe_name(recipe))
 
 
+@app.command(
+    epilog="\b\nExample: buddy compare --recipe quickstart --routers 'shortgpt,random[per=input]' --domains my_text.txt"
+)
+def compare(
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="A recipe's name (`buddy recipes`) or file.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values laid over the recipe.")
+    ] = None,
+    routers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B[KEY=VALUE;…],…",
+            help="Names, with options in brackets, or `all`; by default the recipe's router and its rivals.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="For each router that depends on one.")] = 3,
+    domains: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE,…", help="Texts beside the recipe's own; label=SOURCE gives one a name."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Processes at once.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for everything.", show_default="OUTPUT/RECIPE-compare")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="TASK,…", help="Score tasks of lm-eval too.")] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N items of each task.")] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with TASK.jsonl, in place of the hub.")
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of your own task definitions (YAML).")
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens a second.")] = True,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there too.")] = None,
+    made: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Show a comparison.json, and write --markdown, without any work."),
+    ] = None,
+) -> None:
+    """Hold routers against each other under one recipe, with seeds, on several texts."""
+    if (recipe is None) == (made is None):
+        raise BuddyError("Give either --recipe, to compare routers, or --from, to show a comparison that was made.")
+    if made is not None:
+        _refuse(
+            {"routers": routers, "domains": domains, "tasks": tasks, "out": out},
+            "belongs to a new comparison; leave it out, or give --recipe in place of --from",
+        )
+        from buddy.comparison.compare import rewrite
+
+        return rewrite(made, markdown)
+    options = {"task_limit": task_limit, "task_data": task_data, "task_path": task_path}
+    if tasks is None:
+        _refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
+    from buddy.recipe import load_recipe, recipe_name
+
+    resolved = load_recipe(recipe, overrides or [])
+    from buddy.comparison.asked import Asked, Tasks
+    from buddy.comparison.compare import compare as run_compare
+
+    asked = Asked(
+        resolved,
+        recipe,
+        recipe_name(recipe),
+        overrides=tuple(overrides or ()),
+        routers=routers,
+        seeds=seeds,
+        domains=domains,
+        tasks=Tasks(tuple(_words(tasks or "")), task_limit, task_data, task_path),
+        jobs=jobs,
+        out=out,
+        speed=speed,
+        markdown=markdown,
+    )
+    if run_compare(asked):
+        raise typer.Exit(FAILED)
+
+
 @app.command(epilog="\b\nExample: buddy evaluate --run runs/quickstart/buddy --budgets 0.75,22layers --json curve.json")
 def evaluate(
     run: RunOption,
@@ -89,12 +171,30 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Text instead of the recipe's.")] = None,
     split: Annotated[Split, typer.Option(help="Which part of the recipe's text; tune on validation only.")] = "test",
+    tasks: Annotated[
+        str | None, typer.Option(metavar="TASK,…", help="Score tasks of lm-eval instead: piqa,arc_easy.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of tasks: the first N items of each.")] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of tasks: a folder with TASK.jsonl, in place of the hub.")
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of tasks: a folder of your own definitions (YAML).")
+    ] = None,
 ) -> None:
-    """Measure a run on held-out text at every budget."""
+    """Measure a run on held-out text, or on tasks, at every budget."""
     asked = None if budgets is None else _split(budgets)
-    from buddy.evaluation.evaluate import evaluate_run
+    options = {"limit": limit, "task_data": task_data, "task_path": task_path}
+    if tasks is None:
+        _refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
+        from buddy.evaluation.evaluate import evaluate_run
 
-    evaluate_run(run, json_file=json, budgets=asked, data=data, split=split)
+        evaluate_run(run, json_file=json, budgets=asked, data=data, split=split)
+        return
+    _refuse({"data": data, "split": None if split == "test" else split}, "is for text; leave it out, or --tasks")
+    from buddy.evaluation.tasks import evaluate_tasks
+
+    evaluate_tasks(run, tasks=_words(tasks), budgets=asked, json_file=json, **options)
 
 
 @app.command(epilog="\b\nExample: buddy bench --run runs/quickstart/buddy --budgets 0.75,0.5 --json speed.json")
@@ -111,6 +211,33 @@ def bench(
     from buddy.evaluation.bench import bench_run
 
     bench_run(run, json_file=json, budgets=asked, rounds=rounds)
+
+
+@app.command(epilog="\b\nExample: buddy inspect --run runs/quickstart/buddy --budgets 0.75 --text 'To be or not'")
+def inspect(
+    run: RunOption,
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", "--budget", metavar="B,B…", help="Instead of the recipe's: 0.75 or 22layers."),
+    ] = None,
+    domains: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE,…", help="Texts instead of the recipe's; label=SOURCE gives one a name."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="Look at this text alone, token by token.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Windows of each domain at most.", show_default="16")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for all that is written, instead of the run's.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there as JSON.")] = None,
+) -> None:
+    """Show which layers run for which token, per budget and text."""
+    asked = None if budgets is None else _split(budgets)
+    from buddy.inspection.inspect import inspect_run
+
+    inspect_run(run, budgets=asked, domains=domains, text=text, windows=windows, out=out, json_file=json)
 
 
 @app.command(epilog='\b\nExample: buddy generate --run runs/quickstart/buddy --budget 0.75 "The state of the union is"')
@@ -181,8 +308,18 @@ def copy(
     typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {target}")
 
 
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise BuddyError(f"--{name.replace('_', '-')} {why}.")
+
+
 def _split(budgets: str) -> list[str]:
-    asked = [budget.strip() for budget in budgets.split(",") if budget.strip()]
+    asked = _words(budgets)
     if not asked:
         raise BudgetError("--budgets is empty; name at least one, such as --budgets 0.75,0.5.")
     return asked

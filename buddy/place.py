@@ -30,7 +30,7 @@ class RunPlace:
     @classmethod
     def of(cls, recipe: Recipe, recipe_name: str) -> "RunPlace":
         """`<output>/<recipe>/<router>`; signs that do not belong in a folder's name become hyphens."""
-        return cls(Path(recipe.output) / _folder_name(recipe_name) / _folder_name(recipe.router.name))
+        return cls(Path(recipe.output) / folder_name(recipe_name) / folder_name(recipe.router.name))
 
     @property
     def partial(self) -> Path:
@@ -124,5 +124,6 @@ def _without_checkpoint(recipe: Recipe) -> Recipe:
     return replace(recipe, trainer=replace(recipe.trainer, ckpt_path=None))
 
 
-def _folder_name(name: str) -> str:
+def folder_name(name: str) -> str:
+    """A name with hyphens for what does not belong in a folder's name."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".") or "-"

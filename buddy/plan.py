@@ -25,6 +25,23 @@ def top_k(scores: Tensor, k: Tensor) -> Tensor:
     return rank < k.unsqueeze(-1)
 
 
+def gate_order(open_gates: Tensor) -> Tensor:
+    """Scores whose top k are the layers that gates run when they are asked one after the other and held to a count.
+
+    A layer runs where its gate is open until k are spent, and whatever its gate says where as many layers are left as
+    are owed. So open gates come first, the earlier before the later; then closed ones, the later before the earlier.
+
+    Args:
+        open_gates: (..., R) bool.
+
+    Returns:
+        (..., R) float32; those of open gates are at least R, those of closed ones below it.
+    """
+    routable = open_gates.shape[-1]
+    index = torch.arange(routable, dtype=torch.float32, device=open_gates.device)
+    return torch.where(open_gates, 2 * routable - index, index)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which layers run for which token.

@@ -94,6 +94,21 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"The recipe {source} is nested too deeply; write it with fewer brackets.") from error
 
 
+def override(recipe: Recipe, overrides: Sequence[str], what: str) -> Recipe:
+    """A recipe with `key=value` overrides laid over it, as `load_recipe` lays them over a file.
+
+    Args:
+        what: named at the beginning of the error's sentence.
+
+    Raises:
+        RecipeError: mistakes in them; all are named, one a line.
+    """
+    draft = Draft()
+    draft.merge(asdict(recipe))
+    draft.override(overrides)
+    return draft.finish(what)
+
+
 def to_yaml(recipe: Recipe) -> str:
     """YAML text that `load_recipe` reads back to an equal recipe."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))

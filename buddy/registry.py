@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from buddy.errors import RegistryError, nearest
 
 if TYPE_CHECKING:
-    from buddy.router import Geometry, Router
+    from buddy.router import AnyRouter, Geometry
 
 GROUP = "buddy.routers"
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -47,7 +47,7 @@ def installed() -> list[Entry]:
     return sorted((_entry(point) for point in entry_points(group=GROUP)), key=lambda e: (e.name, e.distribution))
 
 
-def load(name: str) -> "type[Router]":
+def load(name: str) -> "type[AnyRouter]":
     """The class of an installed name or of "my_module:MyRouter", which may lie in the current folder.
 
     Raises:
@@ -65,7 +65,7 @@ def load(name: str) -> "type[Router]":
     return _import(matches[0] if matches else Entry(name, name, ""))
 
 
-def build(name: str, geometry: "Geometry", options: Mapping[str, Any]) -> "Router":
+def build(name: str, geometry: "Geometry", options: Mapping[str, Any]) -> "AnyRouter":
     """A router made with a recipe's options, which are the keyword arguments of its class.
 
     Raises:
@@ -103,7 +103,7 @@ def _entry(point: EntryPoint) -> Entry:
     return Entry(point.name, point.value, distribution or "an unnamed distribution")
 
 
-def _import(entry: Entry) -> "type[Router]":
+def _import(entry: Entry) -> "type[AnyRouter]":
     who = f"The router {entry.name!r}" + (f" of distribution {entry.distribution!r}" if entry.distribution else "")
     if not entry.distribution and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that nothing in the folder hides an installed module
@@ -115,11 +115,11 @@ def _import(entry: Entry) -> "type[Router]":
     return _checked(cls, who)
 
 
-def _checked(cls: Any, who: str) -> "type[Router]":
-    from buddy.router import Router
+def _checked(cls: Any, who: str) -> "type[AnyRouter]":
+    from buddy.router import LayerwiseRouter, Router
 
-    if not (isinstance(cls, type) and issubclass(cls, Router)):
-        raise RegistryError(f"{who} is not a router; make it a subclass of buddy.Router.")
+    if not (isinstance(cls, type) and issubclass(cls, Router | LayerwiseRouter)):
+        raise RegistryError(f"{who} is not a router; make it a subclass of buddy.Router or buddy.LayerwiseRouter.")
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
         raise RegistryError(f"{who} is unfinished; write its method {missing}.")

@@ -1,7 +1,8 @@
 """What a router sees and what it owes: `Context` in, scores out.
 
 Every router, static, random or learned, answers one question: how much is each routable layer worth here? The engine
-alone turns the scores into a plan of exactly the asked number of layers.
+alone turns the scores into a plan of exactly the asked number of layers. A `LayerwiseRouter` answers it for one layer
+after the other; it sees the hidden state that arrives, and the engine holds it to the number all the same.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Context:
     executed: Tensor
 
 
-class Router(nn.Module, ABC):
-    """Scores the routable layers. Subclasses are final: no router inherits from another.
+class AnyRouter(nn.Module, ABC):
+    """What both kinds of router have: `Router` and `LayerwiseRouter`.
 
     A router with parameters that require gradients is trained, one without is calibrated; both by `buddy fit`, and
     all its parameters and buffers are saved in `router.safetensors`.
@@ -78,19 +79,28 @@ class Router(nn.Module, ABC):
         kind: "static" (one order for all inputs), "learned" (depends on the context) or "random".
         source: where the method was published, shown by `buddy routers`.
         full_depth: True for a router that only ever runs every layer.
+        seeded: whether another seed of the recipe gives another router, so that a comparison repeats it. By default
+            every kind but "static"; a static router whose search draws random numbers sets it to True.
+        scope: what a plan of a dynamic router is for. "token": each token has its own, as often as the recipe's routing
+            says. "prompt": one plan for an input, from its prompt's last token, shared by the whole prompt and held
+            while decoding, whatever the recipe says. An instance may set its own, from an option. Where scores do not
+            depend on the token, leave it at "token".
     """
 
     kind: ClassVar[Literal["static", "learned", "random"]] = "static"
     source: ClassVar[str] = "–"
     full_depth: ClassVar[bool] = False
+    seeded: ClassVar[bool] = False
+    scope: Literal["token", "prompt"] = "token"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "seeded" not in cls.__dict__:
+            cls.seeded = cls.kind != "static"
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.geometry = geometry
-
-    @abstractmethod
-    def score(self, context: Context) -> Tensor:
-        """Scores (..., R) float32, larger = more worth running; ties break by layer index."""
 
     def calibrate(self, probe: Probe) -> None:
         """Measure what the router needs before use; buffers set here are saved with the run."""
@@ -103,3 +113,44 @@ class Router(nn.Module, ABC):
     def trainable(self) -> bool:
         """Whether any parameter asks for gradients."""
         return any(parameter.requires_grad for parameter in self.parameters())
+
+
+class Router(AnyRouter):
+    """Scores all routable layers at once, before they run. Subclasses are final: no router inherits from another."""
+
+    @abstractmethod
+    def score(self, context: Context) -> Tensor:
+        """Scores (..., R) float32, larger = more worth running; ties break by layer index."""
+
+
+class LayerwiseRouter(AnyRouter):
+    """Decides on each routable layer when the hidden state arrives at it, so after the layers before it have run.
+
+    A layer runs where its gate is open, until K layers are spent; where as many layers are left as are owed, they run
+    whatever their gates say. So every token runs exactly K layers here too. Decoding waits for the host at each layer.
+
+    It is trained by gradients through gates: what a layer adds to the hidden state is multiplied by a weight.
+    """
+
+    @abstractmethod
+    def gate(self, index: int, hidden: Tensor, executed: Tensor) -> Tensor:
+        """Logits (...) float32 of one routable layer; above 0 its gate is open.
+
+        Args:
+            index: 0 … R − 1; the layer is `context_layer + index`.
+            hidden: (..., D) float32, the state arriving at it, of a token alone.
+            executed: (...) long, K.
+        """
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        """(...) in [0, 1], what a layer's part counts in training; the probability that its gate is open by default."""
+        return logits.sigmoid()
+
+    def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:
+        """(B,) what training adds to the objective of each row; nothing by default.
+
+        Args:
+            weights: (B, T, R) in [0, 1], those of all routable layers, with gradients.
+            executed: (B,) long, K of each row.
+        """
+        return weights.new_zeros(len(weights))

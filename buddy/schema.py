@@ -8,7 +8,7 @@ from typing import Any
 from buddy.errors import nearest
 
 
-def _bounded(default: float, **bounds: float) -> Any:
+def _bounded(default: float | None, **bounds: float) -> Any:
     """A number within `least` (inclusive), `above` (exclusive) and `most` (inclusive)."""
     return field(default=default, metadata=bounds)
 
@@ -35,6 +35,7 @@ class DataSection:
     calibration_windows: int = _bounded(64, least=1)
     validation_windows: int = _bounded(16, least=1)
     test_windows: int = _bounded(64, least=1)
+    seed: int | None = _bounded(None, least=0, most=2**32 - 1)  # of split and windows; null for the recipe's
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Recipe:
     trainer: TrainerSection = field(default_factory=TrainerSection)
     seed: int = _bounded(0, least=0, most=2**32 - 1)
     output: str = "runs"  # folder of all run folders
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of split and windows: `data.seed` where it is given."""
+        return self.seed if self.data.seed is None else self.data.seed
 
 
 def leaves(section: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

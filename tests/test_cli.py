@@ -14,7 +14,7 @@ from buddy.cli import app
 from buddy.errors import TrainingError
 from buddy.recipe import load_recipe, recipe_path
 
-VERBS = ["fit", "evaluate", "generate", "routers", "recipes", "recipes list", "recipes show", "recipes copy"]
+VERBS = ["fit", "compare", "evaluate", "generate", "routers", "recipes", "recipes list", "recipes show", "recipes copy"]
 BUDDY = [sys.executable, "-c", "from buddy.cli import main; main()"]
 
 
@@ -27,13 +27,15 @@ def calls(monkeypatch):
     """Stands in for the modules behind the verbs and keeps what they were called with."""
     made = []
 
-    def stand_in(module: str, function: str):
+    def stand_in(module: str, *functions: str):
         double = ModuleType(module)
-        setattr(double, function, lambda *args, **options: made.append((function, args, options)))
+        for name in functions:
+            setattr(double, name, lambda *args, name=name, **options: made.append((name, args, options)))
         monkeypatch.setitem(sys.modules, module, double)
 
     stand_in("buddy.training.fit", "fit")
     stand_in("buddy.evaluation.evaluate", "evaluate_run")
+    stand_in("buddy.comparison.compare", "compare", "rewrite")
     stand_in("buddy.serve", "generate")
     return made
 
@@ -51,6 +53,41 @@ def test_fit_names_the_run_after_the_file(calls, tmp_path):
     path.write_text("seed: 3")
     assert call("fit", "--recipe", str(path)).exit_code == 0
     assert calls[0][1] == (load_recipe(path), "mine.v2")
+
+
+def test_compare(calls):
+    words = ["--routers", "a,b[c=1]", "--domains", "x.txt", "--jobs", "2", "--no-speed", "--tasks", "piqa, boolq"]
+    assert call("compare", "--recipe", "quickstart", *words, "--task-limit", "5", "seed=3").exit_code == 0
+    ((name, (asked,), _),) = calls
+    assert name == "compare"
+    assert asked.recipe == load_recipe("quickstart", ["seed=3"])
+    assert (asked.routers, asked.seeds, asked.domains, asked.jobs, asked.speed) == ("a,b[c=1]", 3, "x.txt", 2, False)
+    assert (asked.tasks.names, asked.tasks.limit) == (("piqa", "boolq"), 5)
+    assert asked.folder == Path("runs/quickstart-compare")
+    assert call("compare", "--from", "c.json", "--markdown", "r.md").exit_code == 0
+    assert calls[1] == ("rewrite", (Path("c.json"), Path("r.md")), {})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Give either --recipe, to compare routers, or --from"),
+        (["--recipe", "quickstart", "--from", "c.json"], "Give either --recipe"),
+        (["--from", "c.json", "--routers", "full"], "--routers belongs to a new comparison"),
+        (["--recipe", "quickstart", "--task-limit", "3"], "--task-limit is for tasks; add --tasks"),
+        (["--recipe", "quickstart", "sed=1"], "The key 'sed' is unknown"),
+    ],
+)
+def test_compare_refuses_what_does_not_go_together(calls, words, message):
+    result = call("compare", *words)
+    assert result.exit_code == 2
+    assert f"Error: {message}" in result.output.replace("The recipe quickstart has a mistake: ", "")
+    assert calls == []
+
+
+def test_what_failed_in_a_comparison_ends_it_with_1(monkeypatch):
+    monkeypatch.setattr("buddy.comparison.compare.compare", lambda asked: 2)
+    assert call("compare", "--recipe", "quickstart").exit_code == 1
 
 
 def test_evaluate(calls):
@@ -91,7 +128,7 @@ def test_each_help_has_one_worked_example(verb):
 
 def test_routers_are_listed_whole_when_piped():
     lines = call("routers").output.splitlines()
-    assert [line.split()[0] for line in lines[:2]] == ["name", "buddy"]
+    assert [line.split()[0] for line in lines[:3]] == ["name", "angular", "buddy"]
     column = lines[0].index("kind")
     rows = {line.split()[0]: line for line in lines[1:]}
     assert {"buddy", "full", "random", "shortgpt", "uniform"} <= rows.keys()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from buddy.backbone import ROUTABLE
+from buddy.comparison.markdown import WRITTEN
 from buddy.draft import shown
 from buddy.errors import BuddyError
 from buddy.recipe import list_recipes, load_recipe, to_yaml
@@ -83,7 +84,7 @@ def test_every_block_runs(document, place, tmp_path, monkeypatch):
     finally:
         for path in tmp_path.glob("*.py"):
             sys.modules.pop(path.stem, None)
-    assert executed > 0
+    assert executed > 0 or document.read_text("utf-8").startswith(WRITTEN)
 
 
 def test_the_runners_refuse_what_is_wrong(place, monkeypatch):

@@ -13,7 +13,7 @@ import buddy
 
 ROOT = Path(buddy.__file__).parent
 ROUTERS = ROOT.parent / "routers"
-HEAVY = {"lightning", "transformers", "datasets", "matplotlib", "omegaconf"}
+HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "matplotlib", "omegaconf"}
 
 CONTRACTS = {"errors", "budget", "plan", "router"}
 CONFIGURED = {
@@ -47,10 +47,20 @@ TABLE = {
     "embedded": {"errors", "files"},
     "backbone": {"errors", "embedded"},
     "engine": {*CONTRACTS, "backbone", "engine"},
-    "calibration": {*CONTRACTS, "engine"},
+    "calibration": {
+        *CONTRACTS,
+        "backbone",
+        "calibration",
+        "embedded",
+        "engine",
+        "progress",
+        "training.objective",
+    },
+    "calibration.benchmark": {*CONTRACTS, *CONFIGURED, "calibration", "evaluation.pruned", "training.objective"},
     "assemble": {*CONTRACTS, "backbone", "engine", "registry", "runs", "schema", "training.data"},
     "training": {*CONTRACTS, "engine", "progress", "training"},
     "training.fit": {*CONTRACTS, *CONFIGURED, "calibration", "engine", "evaluation", "training"},
+    "training.stopwatch": {"errors", "files"},
     "training.train": {*CONTRACTS, *CONFIGURED, "engine", "training"},
     "training.benchmark": {*CONTRACTS, *CONFIGURED, "calibration", "engine", "recipe", "training"},
     "evaluation": {
@@ -62,6 +72,25 @@ TABLE = {
         "training.objective",
         "training.windows",
     },
+    "comparison": {
+        *CONTRACTS,
+        *CONFIGURED,
+        "comparison",
+        "draft",
+        "engine",
+        "evaluation",
+        "inspection.domains",
+        "training",
+    },
+    "inspection": {
+        *CONTRACTS,
+        *CONFIGURED,
+        "engine",
+        "evaluation.figure",
+        "inspection",
+        "training.data",
+        "training.windows",
+    },
     "serve": {*CONTRACTS, *CONFIGURED, "engine"},
     "cli": {
         "errors",
@@ -70,6 +99,10 @@ TABLE = {
         "training.fit",
         "evaluation.evaluate",
         "evaluation.bench",
+        "evaluation.tasks",
+        "comparison.asked",
+        "comparison.compare",
+        "inspection.inspect",
         "serve",
         "__init__",
     },

@@ -10,6 +10,7 @@ from buddy import registry
 from buddy.errors import RegistryError
 from buddy.registry import Entry, build, describe, installed, load
 from buddy.router import Geometry, Router
+from tests.documents import setup_cfg
 
 GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
 PLUGIN = '''
@@ -71,7 +72,9 @@ def install(tmp_path, monkeypatch):
 
 def test_built_in_routers_are_announced_like_any_other():
     mine = [entry for entry in installed() if entry.distribution == "buddy-depth"]
-    assert {entry.name for entry in mine} == {"buddy", "full", "random", "shortgpt", "uniform"}
+    written = setup_cfg()["options.entry_points"]["buddy.routers"].strip().splitlines()
+    assert [f"{entry.name} = {entry.value}" for entry in mine] == sorted(written)
+    assert {"buddy", "full", "random", "shortgpt", "uniform"} <= {entry.name for entry in mine}
     assert all(entry.value.startswith("routers.") for entry in mine)
 
 
@@ -97,10 +100,10 @@ def test_loading_imports_one_module(install):
     [
         (
             "random-drp",
-            "No router is named 'random-drp'; did you mean 'random'\\? Installed: buddy, full, random, ",
+            "No router is named 'random-drp'; did you mean 'random'\\? Installed: angular, buddy, evopress, ",
         ),
-        ("zzz", "No router is named 'zzz'. Installed: buddy"),
-        ("", "No router is named ''. Installed: buddy"),
+        ("zzz", "No router is named 'zzz'. Installed: angular, buddy"),
+        ("", "No router is named ''. Installed: angular, buddy"),
         (
             "nowhere_module:Thing",
             "'nowhere_module:Thing' cannot be imported .ModuleNotFoundError: .*check its spelling",

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from buddy import BudgetError, Geometry, Router
-from tests.engine.reference import Fickle
+from buddy import BudgetError, Geometry, LayerwiseRouter, Router
+from tests.engine.reference import Fickle, FickleGates
 
 
 def test_geometry_counts_its_layers():
@@ -33,3 +33,18 @@ def test_trainable_is_read_off_the_parameters():
     router.bias = nn.Parameter(torch.zeros(4))
     assert router.trainable
     assert router.parameter_groups() == [{"params": [router.bias], "scale": 1.0}]
+
+
+def test_a_layerwise_router_must_have_gates():
+    class Gateless(LayerwiseRouter):
+        pass
+
+    with pytest.raises(TypeError, match="gate"):
+        Gateless(Geometry(6, 1, 8, 4))
+
+
+def test_a_gate_weighs_by_its_probability_and_costs_nothing_unless_the_class_says_otherwise():
+    router, logits = FickleGates(Geometry(6, 1, 8, 4)), torch.tensor([-1.0, 0.0, 2.0])
+    assert torch.equal(router.weigh(logits), logits.sigmoid())
+    assert router.penalty(torch.rand(3, 5, 4), torch.tensor([3, 4, 6])).tolist() == [0, 0, 0]
+    assert router.scope == "token"

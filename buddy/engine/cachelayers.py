@@ -88,6 +88,15 @@ class GrowingLayer(OwingLayer, DynamicLayer):
         return self.keys, self.values
 
 
+def growing(layer: DynamicLayer) -> DynamicLayer:
+    """A stock full-attention layer as one that grows by buffers; any other as it is. What it holds stays."""
+    if type(layer) is not DynamicLayer:
+        return layer
+    grown = GrowingLayer.__new__(GrowingLayer)
+    grown.__dict__.update(layer.__dict__, owed=[], view=None)
+    return grown
+
+
 def _grown(held: Tensor, length: int, needed: int) -> Tensor:
     buffer = held.new_empty(*held.shape[:2], -(-needed // ROOM) * ROOM, held.shape[3])
     buffer[:, :, :length] = held

@@ -13,6 +13,7 @@ from buddy.engine.cache import RoutedCache
 from buddy.engine.pool import Pool, features
 from buddy.engine.record import Ran
 from buddy.engine.select import Group, take
+from buddy.engine.sinks import SinkStates
 from buddy.plan import Plan
 from buddy.router import Context
 
@@ -29,6 +30,7 @@ class Request:
         gates: (B, T, L) with gradients, for straight-through training.
         prompt: length of the prompt in these tokens; None in generation, where the first forward is the prompt.
         everything: compute each layer on every token and choose afterwards.
+        weighted: multiply what each layer adds by a layerwise router's weight, with gradients.
     """
 
     executed: tuple[int, ...] | None = None
@@ -36,6 +38,7 @@ class Request:
     gates: Tensor | None = None
     prompt: int | None = None
     everything: bool = False
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,17 @@ class Settings:
     reroute_every: int | None
 
 
+def deciders(length: int, first: int, every: int | None, device: torch.device | None = None) -> Tensor:
+    """(T,) long: for each of `length` tokens the index of the one whose decision it follows.
+
+    Args:
+        first: index of the prompt's last token among them; negative where it lies before them, as indices then may be.
+        every: after it only each `every`-th token decides; None: none does.
+    """
+    since = torch.arange(length, device=device) - first  # tokens since the last one of the prompt
+    return first + torch.where(since > 0, since - (since % every if every else since), since)
+
+
 def held_scores(scores: Tensor, first: int, every: int | None, before: Tensor | None = None) -> Tensor:
     """Scores (B, T, R) that hold where only every `every`-th token after position `first` decides (None: none does).
 
@@ -59,8 +73,7 @@ def held_scores(scores: Tensor, first: int, every: int | None, before: Tensor | 
     """
     if every == 1:
         return scores
-    since = torch.arange(scores.shape[1], device=scores.device) - first  # tokens since the last one of the prompt
-    at = first + torch.where(since > 0, since - (since % every if every else since), since)
+    at = deciders(scores.shape[1], first, every, scores.device)
     held = scores[:, at.clamp(min=0)]
     return held if before is None else torch.where((at < 0)[None, :, None], before, held)
 
@@ -79,7 +92,7 @@ class Pass:
 
     Args:
         settings: of the model.
-        score: the router's.
+        score: the router's; None in a pass that does not ask for scores.
         request: of this forward.
         shape: (B, T).
         past: positions before these tokens.
@@ -88,10 +101,12 @@ class Pass:
         pool: what the context is pooled from; the cache's where there is one.
     """
 
+    undecided = False  # whether the next layers decide when their input arrives; a layerwise router's do
+
     def __init__(
         self,
         settings: Settings,
-        score: Score,
+        score: Score | None,
         request: Request,
         shape: tuple[int, int],
         past: int,
@@ -103,7 +118,7 @@ class Pass:
         self.cache, self.pool = cache, pool
         self.context_layer = settings.context_layer
         # For each layer: everyone runs it (True), nobody (False), some (how many tokens of each row), or it goes its
-        # own way (None): the context layer, and all after it where everything is computed.
+        # own way (None): the context layer, those undecided, and all after it where everything is computed.
         self.who: list[bool | list[int] | None] = [True] * settings.layers
         self.who[settings.context_layer - 1] = None
         self.everything = request.everything or request.gates is not None
@@ -116,6 +131,8 @@ class Pass:
         self._runs: Tensor | None = None
         self._rows_on: list[list[bool]] | None = None  # (L, B): a plan for one new token, held by the host
         self._kv_width, self._patient = 0, None
+        self.remember: Callable[[int], SinkStates] | None = None  # sinks' states, where their tokens are known
+        self._sink_states: SinkStates | None = None
         self.whole = 0  # layers that ran on every token
         self.parts: list[Tensor] = []  # (B, T) bool of those that ran on some
 
@@ -137,13 +154,21 @@ class Pass:
         elif self.everything and full:
             self._take(self.runs)
         elif not full:
-            scores = self._shared_by_batch(self.score(self.context))
-            self.scores = self._decide_once(scores) if only_last else self._decided(scores)
-            if self.shape[1] == 1 and self.valid is None and self.past >= settings.sink_tokens:
-                self._take_on_host(self.scores)
-            else:
-                runs = plan_tokens(self.scores, executed, settings.layers, 0 if only_last else prompt)
-                self._take(runs.expand(*self.shape, -1))
+            self._decide(prompt, only_last)
+
+    def _decide(self, prompt: int, only_last: bool) -> None:
+        """Ask the router, and take the plan for its answer."""
+        scores = self._shared_by_batch(self.score(self.context))
+        self.scores = self._decide_once(scores) if only_last else self._decided(scores)
+        self._follow(0 if only_last else prompt)
+
+    def _follow(self, prompt: int) -> None:
+        """Take the plan for the scores that hold; the first `prompt` tokens share one."""
+        if self.shape[1] == 1 and self.valid is None and self.past >= self.settings.sink_tokens:
+            self._take_on_host(self.scores)
+        else:
+            runs = plan_tokens(self.scores, self.context.executed, self.settings.layers, prompt)
+            self._take(runs.expand(*self.shape, -1))
 
     @property
     def runs(self) -> Tensor:
@@ -187,6 +212,12 @@ class Pass:
         """Whether the tokens that run are just the leading sinks of these positions, in every row."""
         lead = self.settings.sink_tokens - self.past
         return self.shape[1] > 1 and self.valid is None and all(count == lead for count in who)
+
+    def sink_states(self, count: int) -> SinkStates | None:
+        """What the first `count` tokens become in each layer; None where that depends on more than their ids."""
+        if self._sink_states is None and self.remember is not None and not self.past and self.valid is None:
+            self._sink_states = self.remember(count)
+        return self._sink_states
 
     def may_wait(self, layer: int) -> bool:
         """Whether states that skip `layer` may wait in the cache: one token's always, a prompt's if memory allows.
@@ -266,15 +297,19 @@ class Pass:
         return self.shape[1] if self.past == 0 and self.shape[1] > 1 else 0
 
     def _take(self, runs: Tensor) -> None:
-        """Hold a plan (B, T, L): full depth for sinks; padding follows its row where the row is whole."""
+        """Hold a plan (B, T, L)."""
+        self._runs = runs = self._completed(runs)
+        counts = runs.sum(1).t().tolist()  # (L, B); the layers need them on the host
+        self._say([who_of(each, self.shape[1]) for each in counts])
+
+    def _completed(self, runs: Tensor) -> Tensor:
+        """A plan (B, T, …) with full depth for sinks, where padding follows its row if the row is whole."""
         if self.settings.sink_tokens:
             runs = runs | self.sinks()[..., None]
         if self.valid is not None and not bool(self.valid.all()):
             padding = ~self.valid[..., None]
             runs = torch.where(padding, (runs | padding).all(1, keepdim=True), runs)
-        self._runs = runs
-        counts = runs.sum(1).t().tolist()  # (L, B); the layers need them on the host
-        self._say([_who(each, self.shape[1]) for each in counts])
+        return runs
 
     def _take_on_host(self, scores: Tensor) -> None:
         """The same for one new token a row, without tensors: top-k of R numbers is quicker in Python."""
@@ -286,13 +321,13 @@ class Pass:
             for index in order[k:]:
                 on[first + index][row] = False
         self._rows_on = on
-        self._say([row[0] for row in on] if rows == 1 else [_who(row, 1) for row in on])
+        self._say([row[0] for row in on] if rows == 1 else [who_of(row, 1) for row in on])
 
     def _say(self, who: list[bool | list[int]]) -> None:
         first = self.context_layer
         self.who[first:] = [None] * (len(who) - first) if self.everything else who[first:]
 
 
-def _who(counts: list[int], most: int) -> bool | list[int]:
+def who_of(counts: list[int], most: int) -> bool | list[int]:
     """True where every row's count is `most`, False where each is 0, else the counts."""
     return True if min(counts) == most else counts if max(counts) else False

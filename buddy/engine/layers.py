@@ -56,11 +56,22 @@ class RoutedLayer:
         if who is False:
             return self._nobody(current, hidden_states, kwargs)
         if who is None:
-            own = self._with_context if self._index < current.context_layer else self._everything
-            return own(current, hidden_states, args, kwargs)
+            return self._own_way(current, hidden_states, args, kwargs)
         if kwargs.get("cache") is not None and self._seat[0].policy.name != "hole" and current.only_sinks(who):
             return self._sinks(current, hidden_states, args, kwargs, who[0])
         return self._some(current, hidden_states, args, kwargs, who)
+
+    def _own_way(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """The context layer; one that decides now, which is then like any other; or one computed for all."""
+        if self._index < current.context_layer:
+            return self._with_context(current, hidden, args, kwargs)
+        if current.undecided:
+            if current.request.weighted:
+                return self._weighted(current, hidden, args, kwargs)
+            current.decide(self._index, hidden)
+            if not current.everything:
+                return self.forward(hidden, *args, **kwargs)
+        return self._everything(current, hidden, args, kwargs)
 
     def _whole(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """All tokens run: the stock layer."""
@@ -83,8 +94,33 @@ class RoutedLayer:
 
     def _sinks(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict, count: int) -> Tensor:
         """Only the first `count` tokens run, and need nobody's keys but their own; the others' are not urgent."""
-        cache, policy, length = kwargs["cache"], self._seat[0].policy, hidden.shape[1]
+        cache, policy = kwargs["cache"], self._seat[0].policy
         policy.settle(self, cache)
+        out = self._remembered_sinks(current, cache, count)
+        if out is None:
+            out = self._run_sinks(hidden, args, kwargs, count)
+        ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        ran[:, :count] = True
+        current.parts.append(ran)
+        late = each(kwargs.get("position_embeddings"), lambda x: x[:, count:])
+        policy.idle(self, hidden[:, count:], cache, late, current.may_wait(self._index))
+        if self._forward_hooks or torch.is_grad_enabled():
+            return torch.cat([out, hidden[:, count:]], 1)
+        hidden[:, :count] = out  # in place, so that a run of skipped layers shares one waiting state
+        return hidden
+
+    def _remembered_sinks(self, current: Pass, cache: Any, count: int) -> Tensor | None:
+        """The sinks' states (B, count, D) as they leave this layer, where they are known for these token ids."""
+        if self._forward_hooks or self._forward_pre_hooks or torch.is_grad_enabled():
+            return None
+        states = current.sink_states(count)
+        if states is not None:
+            cache.update(states.keys[self._index], states.values[self._index], self._index)
+        return None if states is None else states.hidden[self._index]
+
+    def _run_sinks(self, hidden: Tensor, args: tuple, kwargs: dict, count: int) -> Tensor:
+        """The stock layer on the first `count` tokens."""
+        length = hidden.shape[1]
         mask, embeddings, ids = (kwargs.get(key) for key in ("attention_mask", "position_embeddings", "position_ids"))
         inputs = {
             **kwargs,
@@ -92,16 +128,7 @@ class RoutedLayer:
             "position_embeddings": each(embeddings, lambda x: x[:, :count]),
             "position_ids": None if ids is None else ids[:, :count],
         }
-        out = self.stock.forward(self, hidden[:, :count], *args, **inputs)
-        ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        ran[:, :count] = True
-        current.parts.append(ran)
-        late = each(embeddings, lambda x: x[:, count:])
-        policy.idle(self, hidden[:, count:], cache, late, current.may_wait(self._index))
-        if self._forward_hooks or torch.is_grad_enabled():
-            return torch.cat([out, hidden[:, count:]], 1)
-        hidden[:, :count] = out  # in place, so that a run of skipped layers shares one waiting state
-        return hidden
+        return self.stock.forward(self, hidden[:, :count], *args, **inputs)
 
     def _with_context(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """The context layer: run for all, then plan from what it wrote."""
@@ -123,6 +150,13 @@ class RoutedLayer:
             return chosen
         gate = gates[..., self._index, None]
         return chosen + (gate - gate.detach()).to(out.dtype) * (out - hidden)
+
+    def _weighted(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """All tokens computed, and what the layer adds to them multiplied by the weights of its gate."""
+        weight = current.weigh(self._index, hidden)
+        out = super().forward(hidden, *args, **kwargs)
+        current.whole += 1
+        return hidden + weight[..., None].to(out.dtype) * (out - hidden)
 
     def _some(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict, counts: list[int]) -> Tensor:
         """Run the chosen tokens of the chosen rows; the policy sees to the others."""

@@ -15,13 +15,15 @@ from buddy.backbone import Backbone
 from buddy.budget import executed_layers
 from buddy.engine.cache import RoutedCache, adopt
 from buddy.engine.forward import Pass, Request, Settings, held_scores, plan_tokens
+from buddy.engine.gated import GatedPass
 from buddy.engine.kv import probes
 from buddy.engine.layers import Seat, attach, detach
 from buddy.engine.policies import policy_named
 from buddy.engine.pool import Pool
 from buddy.engine.record import Record
+from buddy.engine.sinks import SinkMemory, SinkStates
 from buddy.errors import BuddyError, BudgetError
-from buddy.router import Context, Geometry, Router
+from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
 PoolKind = Literal["value", "key", "both"]
 
@@ -41,10 +43,11 @@ class Output:
     Attributes:
         logits: (B, T', V) of the positions kept.
         context: what the router saw, leading dimensions (B, T).
-        scores: (B, T, R), or None where the router was not asked.
+        scores: (B, T, R), or None where the router was not asked, or is layerwise.
         runs: (B, T, L) bool, the plan with sinks at full depth.
         executed: (B, T) long, layers that really ran.
         sinks: (B, T) bool, positions at full depth whatever the budget.
+        weights: (B, T, R) with gradients, those of the routable layers; of a weighted forward only.
     """
 
     logits: Tensor
@@ -53,6 +56,7 @@ class Output:
     runs: Tensor
     executed: Tensor
     sinks: Tensor
+    weights: Tensor | None = None
 
 
 class RoutedLM(nn.Module):
@@ -60,12 +64,13 @@ class RoutedLM(nn.Module):
 
     Args:
         backbone: a frozen model; its layers are made skippable in place until `detach`.
-        router: scores its routable layers.
+        router: scores its routable layers, or decides on one after the other.
         pool: which of the context layer's cached states are pooled.
         sink_tokens: first positions of every row at full depth (attention sinks, 2309.17453), counted apart.
         prompt_plan: "token" plans for each prompt token, "shared" gives the whole prompt its last token's plan.
         policy: what a layer's cache holds for tokens that skipped it: "fill", "hole" or "zero".
-        reroute_every: tokens between decisions while decoding; None keeps the prompt's last plan.
+        reroute_every: tokens between decisions while decoding; None keeps the prompt's last plan. A router whose
+            `scope` is "prompt" has the shared prompt plan and None whatever is given here.
         batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score; it acts in
             evaluation and serving, since the rows of a training batch have nothing in common.
 
@@ -73,13 +78,13 @@ class RoutedLM(nn.Module):
     candidates of an assistant come with it, `reroute_every` other than 1 counts from the last of them.
 
     Raises:
-        BuddyError: an unknown policy.
+        BuddyError: an unknown policy, or a router of an unknown scope.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        router: Router,
+        router: AnyRouter,
         *,
         pool: PoolKind = "value",
         sink_tokens: int = 1,
@@ -90,9 +95,9 @@ class RoutedLM(nn.Module):
     ) -> None:
         super().__init__()
         self.router = router.to(backbone.device)
-        self.geometry = router.geometry
+        self.geometry, self._layerwise = router.geometry, isinstance(router, LayerwiseRouter)
         self.pool, self.policy = pool, policy_named(policy)
-        self.settings = Settings(
+        settings = Settings(
             layers=self.geometry.layers,
             context_layer=self.geometry.context_layer,
             sink_tokens=sink_tokens,
@@ -100,8 +105,10 @@ class RoutedLM(nn.Module):
             batch_plan=batch_plan,
             reroute_every=reroute_every,
         )
+        self.settings = _within_scope(router, settings)
         self._held = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
         self._seat, self._request, self._record = Seat(self.policy), None, None
+        self._sinks = SinkMemory(backbone.base)
         attach(backbone.layers, self._seat, probes(backbone))
         base = backbone.base
         self._hooks = [
@@ -147,7 +154,7 @@ class RoutedLM(nn.Module):
     def changed(self, **settings: Any) -> Iterator[None]:
         """Within this block other `Settings` hold, such as prompt_plan="shared"."""
         before = self.settings
-        self.settings = replace(before, **settings)
+        self.settings = _within_scope(self.router, replace(before, **settings))
         try:
             yield
         finally:
@@ -181,6 +188,7 @@ class RoutedLM(nn.Module):
         prompt: int = 0,
         keep: Tensor | int = 0,
         everything: bool = False,
+        weighted: bool = False,
     ) -> Output:
         """The parallel form: every token routed on its own prefix, as step-by-step decoding would.
 
@@ -194,28 +202,34 @@ class RoutedLM(nn.Module):
             keep: positions whose logits are wanted, as transformers' `logits_to_keep`; 0 for all.
             everything: compute each layer on every token and choose afterwards. Slower, but no shape, and so no
                 rounding, depends on the plan; gates imply it.
+            weighted: multiply what each layer adds by the weight of a layerwise router's gate, with gradients. Every
+                layer is computed on every token, so the cache policy has no say.
 
         Raises:
-            BuddyError: `everything` or `gates` under a policy other than "fill".
+            BuddyError: `everything` or `gates` under a policy other than "fill"; `weighted` without a layerwise router.
         """
         if (everything or gates is not None) and self.policy.name != "fill":
             raise BuddyError(
                 f"Computing every layer, and so the straight-through estimator, needs the policy 'fill', not "
                 f"{self.policy.name!r}; choose that, or the perturbed estimator."
             )
+        if weighted and not isinstance(self.router, LayerwiseRouter):
+            raise BuddyError(f"{type(self.router).__name__} has no gates to weigh layers by; a LayerwiseRouter has.")
         model = self.backbone.model
-        if gates is not None and model.training and model.is_gradient_checkpointing:
+        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers)
+        if (weighted or gates is not None) and model.training and checkpointing:
             raise BuddyError(
                 "Gates do not go through gradient checkpointing; turn it off, or train with perturbed plans."
             )
         asked = None if executed is None else tuple(executed.tolist())
-        with self._requested(Request(asked, runs, gates, prompt, everything)):
+        with self._requested(Request(asked, runs, gates, prompt, everything, weighted)):
             logits = self.backbone.model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
             ).logits
             done, self._last = self._last, None
         ran = done.ran()
-        return Output(logits, done.context, done.scores, ran.runs, ran.executed, ran.sinks)
+        weights = torch.stack(done.weights, -1) if weighted and done.weights else None
+        return Output(logits, done.context, done.scores, ran.runs, ran.executed, ran.sinks, weights)
 
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
         """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`."""
@@ -271,8 +285,26 @@ class RoutedLM(nn.Module):
         if request.executed is not None:
             request = _for_rows(request, shape[0])
         pool = Pool(self.pool) if cache is None else cache.pool
-        self._seat.current = Pass(self.settings, self.router.score, request, shape, past, mask, cache, pool)
+        rest = request, shape, past, mask, cache, pool
+        if self._layerwise:
+            current = GatedPass(self.settings, self.router, *rest)
+        else:
+            current = Pass(self.settings, self.router.score, *rest)
+        if tokens is not None:
+            current.remember = lambda count: self._sink_states(tokens[:, :count], kwargs.get("position_ids"))
+        self._seat.current = current
         return (), kwargs
+
+    def _sink_states(self, ids: Tensor, positions: Tensor | None) -> SinkStates | None:
+        """What the beginnings ids (B, s) become, whatever pass is under way; None at other positions than the first."""
+        if positions is not None and bool((positions[..., : ids.shape[1]] != torch.arange(ids.shape[1]).to(ids)).any()):
+            return None
+        current = self._seat.current
+        try:
+            with self._requested(None):
+                return self._sinks.states(ids)
+        finally:
+            self._seat.current = current
 
     def _end(self, *_: Any) -> None:
         done, self._seat.current = self._seat.current, None
@@ -286,6 +318,15 @@ class RoutedLM(nn.Module):
     def _wants_cache(base: nn.Module, kwargs: dict[str, Any]) -> bool:
         asked = kwargs.get("use_cache")
         return base.config.use_cache if asked is None else asked
+
+
+def _within_scope(router: AnyRouter, settings: Settings) -> Settings:
+    """The settings that hold for a router: those of one plan an input, where that is its scope."""
+    if router.scope == "token":
+        return settings
+    if router.scope != "prompt":
+        raise BuddyError(f"The scope of {type(router).__name__} is {router.scope!r}; make it 'token' or 'prompt'.")
+    return replace(settings, prompt_plan="shared", reroute_every=None)
 
 
 def _for_rows(request: Request, batch: int) -> Request:

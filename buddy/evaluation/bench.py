@@ -24,6 +24,7 @@ from buddy.training.windows import windows_of
 
 FIGURE = "speed.png"
 LONG, BATCH = 512, 8
+LATE = 1024  # tokens of context before the late decode steps, where the backbone reads as many
 Field = Mapping[tuple[str, int], Timings]
 
 
@@ -54,13 +55,17 @@ def bench_run(
     if not below:
         raise BudgetError("Every budget asked for is full depth; name one below 1.0, such as --budgets 0.5.")
     ids = _text(run, routed)
+    late = ids.flatten()[None, : min(LATE + STEPS, routed.backbone.context_length)]
     sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
     with within_memory(sizes, "free some, or bench a smaller backbone"):
         field = contenders(routed, below, ids)
-        timings = race(field, ids, prompts=(PROMPT, LONG), batches=(1, BATCH), rounds=rounds, track=tracker("Rounds"))
+        timings = race(
+            field, ids, prompts=(PROMPT, LONG), batches=(1, BATCH), late=late, rounds=rounds, track=tracker("Rounds")
+        )
         mixed = mixed_prefill(routed, field, ids[:, :LONG])
     report = as_json(asked, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
     report |= {"peak_memory_mib": _peak_mib(), "threads": torch.get_num_threads(), "rounds": rounds}
+    report |= {"late_context": late.shape[1] - STEPS}
     _show(report, run)
     draw(report, folder / FIGURE)
     results.print(f"Figure: {folder / FIGURE}")
@@ -108,6 +113,7 @@ def _entry(timings: Timings) -> dict[str, Any]:
     """Figures of one contender."""
     series = {
         "decode_ms": timings.decode[1],
+        "decode_late_ms": timings.decode_late,
         "decode_batch8_ms": timings.decode[BATCH],
         "prefill_ms": timings.prefill[LONG],
         "prefill64_ms": timings.prefill[PROMPT],
@@ -118,14 +124,15 @@ def _entry(timings: Timings) -> dict[str, Any]:
 
 
 def _ratios(entry: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, float]:
-    keys = ("decode", "decode_batch8", "prefill", "prefill64")
+    keys = ("decode", "decode_late", "decode_batch8", "prefill", "prefill64")
     return {f"vs_{name}_{key}": entry[f"{key}_ms"] / other[f"{key}_ms"] for key in keys}
 
 
 def _show(report: Mapping[str, Any], run: Run) -> None:
     table = Table(title=f"{run.router_name}: milliseconds (× dense, × pruned to as many layers)")
     headings = (
-        "decode, batch 1",
+        "decode",
+        f"decode after {report['late_context']}",
         f"decode, batch {BATCH}",
         f"prefill {LONG}",
         "one plan",
@@ -136,7 +143,8 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
     for heading in ("budget", "layers", *headings):
         table.add_column(heading, justify="right")
     for entry in ({"budget": "dense", "layers": "–"} | report["dense"], *report["results"]):
-        cells = [_cell(entry, key) for key in ("decode", "decode_batch8", "prefill", "prefill_shared", "prefill64")]
+        keys = ("decode", "decode_late", "decode_batch8", "prefill", "prefill_shared", "prefill64")
+        cells = [_cell(entry, key) for key in keys]
         flops = f"{entry['prefill_flops']['total'] / 1e9:.1f}"
         table.add_row(str(entry["budget"]), str(entry["layers"]), *cells, flops, f"{entry['cache_bytes'] / 2**20:.2f}")
     results.print(table)
@@ -165,7 +173,7 @@ def _text(run: Run, routed: RoutedLM) -> torch.Tensor:
         routed.backbone.tokenizer,
         window=LONG,
         count=BATCH,
-        seed=run.recipe.seed,
+        seed=run.recipe.data_seed,
         text_field=section.text_field,
     ).input_ids
     repeats = -(-BATCH // len(windows))

@@ -10,7 +10,8 @@ from buddy.budget import fraction_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
 from buddy.evaluation.perplexity import Scores, evaluate
-from buddy.evaluation.report import as_json, show_run
+from buddy.evaluation.report import show_run
+from buddy.evaluation.saved import as_json
 from buddy.files import check_place, write_json
 from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
@@ -87,6 +88,6 @@ def _windows(run: Run, routed: RoutedLM, data: str | None, split: str) -> Window
         routed.backbone.tokenizer,
         window=section.window,
         count=section.test_windows,
-        seed=run.recipe.seed,
+        seed=run.recipe.data_seed,
         text_field=section.text_field,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,3 +29,17 @@ def figure_at(path: Path, **options: Any) -> Iterator[Any]:
         beside.replace(path)
     finally:
         pyplot.close(figure)
+
+
+def band(axes: Any, points: Sequence[tuple[float, float, float, float]], shade: float = 0.15, **style: Any) -> None:
+    """A line through (x, y, low, high), the area between low and high shaded.
+
+    Args:
+        axes: of matplotlib.
+        points: in the order of x.
+        shade: how much ink the area gets, up to 1.
+        style: of the line.
+    """
+    x, y, low, high = zip(*points, strict=True)
+    (line,) = axes.plot(x, y, **({"marker": "o"} | style))
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=shade, linewidth=0)

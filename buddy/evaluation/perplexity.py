@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from buddy.engine.model import RoutedLM
+from buddy.evaluation.reference import Reference
 from buddy.training.objective import Dense, cross_entropy, kl_to_dense
 from buddy.training.windows import Windows
 
@@ -57,8 +58,8 @@ class Scores:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval of the perplexity over documents (percentile method)."""
-        drawn = _resamples(len(self.tokens))
-        return _quantiles(np.exp(self.loss[drawn].sum(1) / self.tokens[drawn].sum(1)), level)
+        drawn = resamples(len(self.tokens))
+        return quantiles(np.exp(self.loss[drawn].sum(1) / self.tokens[drawn].sum(1)), level)
 
 
 def paired_difference(ours: Scores, theirs: Scores, level: float = 0.95) -> tuple[float, tuple[float, float]]:
@@ -67,9 +68,9 @@ def paired_difference(ours: Scores, theirs: Scores, level: float = 0.95) -> tupl
     Every resample draws documents once and takes both routers' losses on them.
     """
     difference = ours.loss - theirs.loss
-    drawn = _resamples(len(difference))
+    drawn = resamples(len(difference))
     estimates = difference[drawn].sum(1) / ours.tokens[drawn].sum(1)
-    return float(difference.sum() / ours.tokens.sum()), _quantiles(estimates, level)
+    return float(difference.sum() / ours.tokens.sum()), quantiles(estimates, level)
 
 
 @torch.no_grad()
@@ -81,6 +82,7 @@ def evaluate(
     prompt: int,
     batch_size: int = 4,
     track: Track = iter,
+    reference: Reference | None = None,
 ) -> list[Scores]:
     """Scores of the model's router at each budget.
 
@@ -91,18 +93,23 @@ def evaluate(
         prompt: tokens of each window that are not scored.
         batch_size: windows per forward.
         track: wraps the list of batches to show progress.
+        reference: keeps what all routers share, where several are evaluated on the same windows in the same way.
     """
     layers = [routed.executed_layers(budget) for budget in budgets]
-    tallies = [_Tally(windows) for _ in budgets]
+    reference = Reference(most=0) if reference is None else reference
+    full = {routed.geometry.layers: reference.full} if reference.full else {}
+    tallies = {count: _Tally(windows) for count in layers if count not in full}
     scored = torch.arange(prompt - 1, windows.input_ids.shape[1] - 1, device=routed.backbone.device)
-    for rows in track(torch.arange(len(windows)).split(batch_size)):
+    for rows in track(torch.arange(len(windows)).split(batch_size)) if tallies else ():
         ids = windows.input_ids[rows].to(routed.backbone.device)
-        dense = Dense(routed.dense(ids, keep=scored))
-        for count, tally in zip(layers, tallies, strict=True):
+        dense = Dense(reference.dense(routed.backbone, int(rows[0]), ids, scored))
+        for count, tally in tallies.items():
             output = routed(ids, executed=torch.full((len(ids),), count), prompt=prompt, keep=scored)
             tally.add(rows, cross_entropy(output.logits, ids[:, scored + 1]), kl_to_dense(dense, output.logits))
             tally.count(output.executed[~output.sinks], int(output.sinks[0].sum()))
-    return [tally.scores(*asked) for tally, asked in zip(tallies, zip(budgets, layers, strict=True), strict=True)]
+    found = full | {count: tally.scores(count) for count, tally in tallies.items()}
+    reference.full = found.get(routed.geometry.layers)
+    return [replace(found[count], budget=budget) for budget, count in zip(budgets, layers, strict=True)]
 
 
 class _Tally:
@@ -126,16 +133,17 @@ class _Tally:
         self._least, self._most = min(self._least, int(executed.min())), max(self._most, int(executed.max()))
         self._sum, self._n, self._sinks = self._sum + int(executed.sum()), self._n + executed.numel(), sinks
 
-    def scores(self, budget: float, layers: int) -> Scores:
+    def scores(self, layers: int) -> Scores:
         executed = (int(self._least), self._sum / self._n, self._most)
-        return Scores(budget, layers, executed, self._sinks, self._loss, self._kl, self._tokens)
+        return Scores(1.0, layers, executed, self._sinks, self._loss, self._kl, self._tokens)
 
 
-def _resamples(documents: int) -> np.ndarray:
+def resamples(documents: int) -> np.ndarray:
     """(RESAMPLES, documents) indices, the same for every router so that differences are paired."""
     return np.random.default_rng(0).integers(documents, size=(RESAMPLES, documents))
 
 
-def _quantiles(values: np.ndarray, level: float) -> tuple[float, float]:
+def quantiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    """The bounds between which the middle `level` of the values lie."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -9,8 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from buddy.evaluation.figure import figure_at
+from buddy.evaluation.curves import write_run
+from buddy.evaluation.figure import band, figure_at
 from buddy.evaluation.perplexity import Scores, paired_difference
+from buddy.evaluation.saved import as_json, with_documents
 from buddy.files import write_json
 from buddy.progress import results
 from buddy.recipe import flatten
@@ -20,11 +22,6 @@ from buddy.schema import Recipe
 FIGURE = "loss.png"
 COMPARISON = "comparison"
 FEWEST = 5  # documents for a mark of significance
-
-
-def as_json(scores: Sequence[Scores]) -> dict[str, Any]:
-    """{"results": [one entry a budget]}; losses in nats, `interval` is the perplexity's 95 % bootstrap interval."""
-    return {"results": [_entry(each) for each in scores]}
 
 
 def show_run(scores: Sequence[Scores], title: str) -> None:
@@ -47,43 +44,67 @@ def show_run(scores: Sequence[Scores], title: str) -> None:
     results.print(_note(scores[0]))
 
 
-def show_comparison(scores: Mapping[str, Sequence[Scores]], folder: Path, main: str) -> None:
-    """Print all routers side by side, with paired differences to `main`, and leave a figure and JSON in `folder`."""
+def show_comparison(scores: Mapping[str, Sequence[Scores]], folders: Mapping[str, Path], main: str) -> None:
+    """Print all routers side by side, with paired differences to `main`; leave a figure and JSON in its run folder.
+
+    Args:
+        scores: by router.
+        folders: the run folder of each router, all in one folder.
+        main: the router whose recipe it is.
+    """
     results.print(_perplexities(scores))
     differences = _differences(scores, main)
     if differences:
         results.print(_difference_table(differences, main))
     results.print(_note(scores[main][0]))
-    write_json(folder / f"{COMPARISON}.json", {name: as_json(each) for name, each in scores.items()} | differences)
-    draw(scores, folder / f"{COMPARISON}.png")
+    place = folders[main] / COMPARISON
+    write_json(place.with_suffix(".json"), {name: as_json(each) for name, each in scores.items()} | differences)
+    draw(scores, place.with_suffix(".png"))
     for line in (
-        f"Figure:      {folder / COMPARISON}.png",
-        f"Runs:        {', '.join(str(folder / name) for name in scores)}",
-        f"TensorBoard: tensorboard --logdir {folder}",
+        f"Figure:      {place}.png",
+        f"Runs:        {', '.join(map(str, folders.values()))}",
+        f"TensorBoard: tensorboard --logdir {folders[main].parent}",
     ):
         results.print(line, soft_wrap=True)
 
 
-def write_results(folder: Path, recipe: Recipe, scores: Sequence[Scores]) -> None:
-    """Into a run folder: metrics.json with the sums per document, the figure, and TensorBoard's curves and settings."""
-    documents = [
-        {"budget": s.budget, "loss": s.loss.tolist(), "kl": s.kl.tolist(), "tokens": s.tokens.tolist()} for s in scores
-    ]
-    write_json(folder / METRICS, as_json(scores) | {"documents": documents})
+def write_results(
+    folder: Path, recipe: Recipe, scores: Sequence[Scores], *, fit: Mapping[str, float], windows: str
+) -> None:
+    """Into a run folder: metrics.json with the sums per document, the figure, and TensorBoard's curves and settings.
+
+    Args:
+        folder: of the run.
+        recipe: that it was made by.
+        scores: on the recipe's test windows.
+        fit: "seconds" that calibration and training took and "parameters" of the router.
+        windows: fingerprint of the test windows.
+    """
+    write_json(folder / METRICS, with_documents(scores) | {"fit": fit, "windows": windows})
     draw({recipe.router.name: scores}, folder / FIGURE)
-    write_curves(folder, recipe, scores)
+    write_curves(folder, recipe, scores, fit)
 
 
-def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores]) -> None:
-    """TensorBoard scalars with step = executed layers, so that the runs of several routers overlay."""
-    from torch.utils.tensorboard import SummaryWriter
+def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Mapping[str, float]) -> None:
+    """TensorBoard scalars with step = executed layers, so that the runs of several routers overlay, and settings."""
+    ordered = sorted(scores, key=lambda s: s.layers)
+    curves = {
+        "test/perplexity": [(s.layers, s.perplexity) for s in ordered],
+        "test/loss": [(s.layers, math.log(s.perplexity)) for s in ordered],
+        "test/kl": [(s.layers, s.mean_kl) for s in ordered],
+    }
+    metrics = {f"perplexity_at_{s.budget:g}": s.perplexity for s in ordered}
+    metrics |= {f"fit_{name}": value for name, value in fit.items()}
+    columns = [f"perplexity_at_{budget:g}" for budget in recipe.budgets]
+    text = "\n".join(f"    {key}: {value}" for key, value in flatten(recipe).items())
+    write_run(folder, curves, settings_of(recipe), metrics, {"recipe": text}, columns)
 
-    with SummaryWriter(str(folder)) as writer:
-        for each in sorted(scores, key=lambda s: s.layers):
-            writer.add_scalar("test/perplexity", each.perplexity, each.layers)
-            writer.add_scalar("test/loss", math.log(each.perplexity), each.layers)
-            writer.add_scalar("test/kl", each.mean_kl, each.layers)
-        writer.add_text("recipe", "\n".join(f"    {key}: {value}" for key, value in flatten(recipe).items()))
+
+def settings_of(recipe: Recipe) -> dict[str, bool | int | float | str]:
+    """A recipe for TensorBoard's table of hyper-parameters: the same columns for every router."""
+    flat = flatten(recipe)
+    options = {key: flat.pop(key) for key in [*flat] if key.startswith("router.options.")}
+    return flat | {"router.options": ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in options.items())}
 
 
 def draw(scores: Mapping[str, Sequence[Scores]], path: Path) -> None:
@@ -93,30 +114,13 @@ def draw(scores: Mapping[str, Sequence[Scores]], path: Path) -> None:
     with figure_at(path, figsize=(7, 4.5)) as axes:
         for name, each in scores.items():
             ordered = sorted(each, key=lambda s: s.layers)
-            layers = [s.layers for s in ordered]
-            (line,) = axes.plot(layers, [math.log(s.perplexity) for s in ordered], marker="o", label=name)
-            bounds = [[math.log(bound) for bound in s.interval()] for s in ordered]
-            axes.fill_between(layers, *zip(*bounds, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
+            points = [(s.layers, *map(math.log, (s.perplexity, *s.interval()))) for s in ordered]
+            band(axes, points, label=name)
         axes.set_xlabel("executed layers")
         axes.set_ylabel("cross-entropy on held-out text (nats per token)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-
-
-def _entry(scores: Scores) -> dict[str, Any]:
-    least, mean, most = scores.executed
-    return {
-        "budget": scores.budget,
-        "layers": scores.layers,
-        "executed": {"min": least, "mean": mean, "max": most},
-        "sink_tokens": scores.sinks,
-        "perplexity": scores.perplexity,
-        "kl": scores.mean_kl,
-        "interval": list(scores.interval()),
-        "documents": len(scores.tokens),
-        "tokens": int(scores.tokens.sum()),
-    }
 
 
 def _by_budget(scores: Sequence[Scores]) -> dict[float, Scores]:

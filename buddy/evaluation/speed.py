@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from buddy.engine.cachelayers import growing
 from buddy.engine.model import RoutedLM
 from buddy.evaluation.pruned import pruned_model
 
@@ -27,10 +28,17 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 @dataclass
 class Timings:
-    """Milliseconds of one contender, one entry a round; decode is the mean of a round's steps."""
+    """Milliseconds of one contender, one entry a round; decode is the mean of a round's steps.
+
+    Attributes:
+        prefill: by length of the prompt.
+        decode: by batch size, after `PROMPT` tokens.
+        decode_late: batch 1, after a long context.
+    """
 
     prefill: dict[int, list[float]] = field(default_factory=dict)
     decode: dict[int, list[float]] = field(default_factory=dict)
+    decode_late: list[float] = field(default_factory=list)
     cache_bytes: int = 0
     flops: dict[str, int] = field(default_factory=dict)
 
@@ -56,7 +64,7 @@ class Contender:
 
     def prefill(self, ids: Tensor) -> Any:
         """The cache after a prompt (B, T)."""
-        return self.model(ids, use_cache=True, logits_to_keep=1).cache
+        return self.model(ids, cache=self._cache(), use_cache=True, logits_to_keep=1).cache
 
     def decode(self, ids: Tensor, prompt: int) -> float:
         """Mean milliseconds of a step over the tokens after the first `prompt` of (B, T)."""
@@ -67,6 +75,14 @@ class Contender:
             self.model(ids[:, at : at + 1], cache=cache, use_cache=True)
         _wait(ids)
         return 1e3 * (time.perf_counter() - start) / (ids.shape[1] - prompt)
+
+    def _cache(self) -> DynamicCache | None:
+        """For a stock model an empty cache that grows as the engine's does; the engine makes its own."""
+        if self.name not in ("dense", "pruned"):
+            return None
+        cache = DynamicCache(config=self.model.config)
+        cache.layers[:] = [growing(layer) for layer in cache.layers]
+        return cache
 
 
 def contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Contender]:
@@ -99,6 +115,7 @@ def race(
     *,
     prompts: Sequence[int] = (64, 512),
     batches: Sequence[int] = (1, 8),
+    late: Tensor | None = None,
     rounds: int = 7,
     track: Track = iter,
 ) -> dict[tuple[str, int], Timings]:
@@ -109,6 +126,7 @@ def race(
         ids: (B, T) long, text to read; T is at least the longest prompt, B the largest batch.
         prompts: lengths of the prompts whose prefill is timed, in a batch of one.
         batches: batch sizes whose decoding is timed.
+        late: (1, T) long, a text whose last `STEPS` tokens are decoded after all before them; None for none.
         rounds: each contender runs once in each, after one round that is not counted.
         track: wraps the rounds to show progress.
     """
@@ -123,6 +141,9 @@ def race(
                 for batch in batches if each.decodes else ():
                     spent = each.decode(ids[:batch, : PROMPT + STEPS], PROMPT)
                     mine.decode.setdefault(batch, []).extend([spent] if number else [])
+                if late is not None and each.decodes:
+                    spent = each.decode(late, late.shape[1] - STEPS)
+                    mine.decode_late.extend([spent] if number else [])
     for each in field_:
         _weigh(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
     return timings

@@ -24,10 +24,11 @@ class TextData(LightningDataModule):
     """Training batches, and windows for calibration, validation and test from documents that are not trained on.
 
     The split depends on the text, the tokenizer, the window, the seed and the three numbers of windows; never on
-    the router, `steps` or `batch_size`. Where the text is too short for the asked numbers, they are met in
-    proportion.
+    the router, `steps`, `batch_size` or `train_seed`. Where the text is too short for the asked numbers, they are met
+    in proportion.
 
     Attributes:
+        train_seed: draws the training windows; it may be set anew between two trainings.
         calibration, validation, test: `Windows`, after `setup`.
         split: document numbers for "train", "calibration", "validation" and "test", after `setup`.
     """
@@ -45,6 +46,7 @@ class TextData(LightningDataModule):
         validation_windows: int = 16,
         test_windows: int = 64,
         text_field: str = "text",
+        train_seed: int | None = None,
     ) -> None:
         """Describe the data; nothing is read before `prepare_data` or `setup`.
 
@@ -54,10 +56,12 @@ class TextData(LightningDataModule):
             batch_size: windows in a batch over all devices together.
             steps: batches in an epoch, which is the whole training.
             text_field: the field of the source that holds the text.
+            train_seed: of the draws of training windows; `seed` where it is not given.
         """
         super().__init__()
         self.tokenizer, self.source, self.text_field = tokenizer, source, text_field
         self.window, self.batch_size, self.steps, self.seed = window, batch_size, steps, seed
+        self.train_seed = seed if train_seed is None else train_seed
         self._wanted = {"test": test_windows, "calibration": calibration_windows, "validation": validation_windows}
         self._documents: Documents | None = None
 
@@ -96,11 +100,11 @@ class TextData(LightningDataModule):
         return Batches(self)
 
     def batch(self, step: int) -> Tensor:
-        """(batch_size, W) long, the windows of a step: they depend on the seed and the step alone.
+        """(batch_size, W) long, the windows of a step: they depend on the split, `train_seed` and the step alone.
 
         A window begins anywhere in a training document; documents are drawn in proportion to their lengths.
         """
-        random = generator(self.seed, Stream.TRAIN, step)
+        random = generator(self.train_seed, Stream.TRAIN, step)
         positions = random.integers(self._ends[-1], size=self.batch_size)
         chosen = self.split["train"][np.searchsorted(self._ends, positions, side="right")]
         starts = random.integers(self._documents.lengths[chosen] - self.window, endpoint=True)

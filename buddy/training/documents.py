@@ -1,7 +1,7 @@
 """Text → tokenised documents, each at least one window long.
 
 What counts as a document:
-- a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet), except that
+- a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet), an article of WikiText, except that
 - a row with more than a sixteenth of the whole text (a book in one file, say) is cut into consecutive parts of
   about eight windows, fewer where the text is short, at the end of a paragraph where there is one near. Every part
   counts as a document, so that such a text can be split too; neighbouring parts may end up in different splits;
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from buddy.training.sources import load_texts, quiet
+from buddy.training.wikitext import undone
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +69,7 @@ def read_documents(source: str, tokenizer: PreTrainedTokenizerBase, window: int,
     """
     texts = load_texts(source, text_field)
     with quiet(texts.data.nbytes):
-        tokens = tokenise(cut_long(texts, tokenizer, window), tokenizer)
+        tokens = tokenise(cut_long(undone(texts), tokenizer, window), tokenizer)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Documents(tokens, pack(list_lengths(tokens), window, len(separator)), separator)
 

@@ -1,12 +1,13 @@
 """How a discrete plan teaches the scores that it came from.
 
-An estimator takes windows and their budgets and returns a loss whose gradient moves the router. Two are built in:
+An estimator takes windows and their budgets and returns a loss whose gradient moves the router. Two are for scores:
 `Perturbed` runs plans forward only and credits each token with what its own plan did; `StraightThrough` back-propagates
-through hard gates.
+through hard gates. `Weighted` is for layerwise routers, and the only one for them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,8 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from buddy.engine.model import RoutedLM
-from buddy.router import Context
+from buddy.errors import TrainingError
+from buddy.plan import gate_order
+from buddy.router import Context, LayerwiseRouter
 from buddy.training.objective import Dense, Objective
+
+TOLD = 2 * math.sqrt(
+    2 / math.pi
+)  # E[ε | ε > 0] − E[ε | ε < 0]: what running tells of the noise of a layer at the brink
 
 
 @dataclass(frozen=True)
@@ -43,18 +50,19 @@ class Estimate:
     Attributes:
         loss: scalar whose gradient with respect to the router is the estimate.
         objective: (B,) mean objective of each row under the plans tried, in nats; nought at full depth under KL.
-        runs: (B, T, L) bool, the plans that the router's unperturbed scores ask for.
-        context: what the router saw, leading dimensions (B, T).
+        runs: (B, T, L) bool, the plans that the router's unperturbed scores ask for, or those of its gates when open
+            means more likely than not.
+        context: what the router saw, leading dimensions (B, T); None for a layerwise router, which saw hidden states.
     """
 
     loss: Tensor
     objective: Tensor
     runs: Tensor
-    context: Context
+    context: Context | None
 
 
 class Estimator(Protocol):
-    """The interface of both."""
+    """The interface of all."""
 
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
         """One step; `generator` is the only source of randomness."""
@@ -64,8 +72,10 @@ class Perturbed:
     """Perturbed plans with credit per token (perturbed optimizers, 2002.08676).
 
     Exact top-k of s ± σε in antithetic pairs, forward only. Each token is credited with its own objective against the
-    mean over the plans tried for that token: ∂E[f]/∂s ≈ mean_m (f_m − mean f) ε_m / σ. Gates stay hard, and the pull
-    "more compute is better", common to all layers, cancels in the fixed count.
+    mean over the plans tried for that token: ∂E[f]/∂s ≈ mean_p (f_p − mean f) E[ε_p | m_p] / σ. What the noise did
+    shows in the plan m alone, so in place of ε stands its expectation given the plan (Rao–Blackwell), near enough
+    `TOLD` · (m − mean m): a layer that ran in every plan tried, or in none, is told nothing. Gates stay hard, and the
+    pull "more compute is better", common to all layers, is nought because the count is fixed.
 
     Args:
         objective: what a plan is judged by.
@@ -85,9 +95,10 @@ class Perturbed:
         if not len(free):
             return Estimate(scores.sum() * 0.0, value, runs, context)
         part = replace(batch, input_ids=batch.input_ids[free], executed=batch.executed[free])
-        tried, noise = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator)
+        tried, plans = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator)
         value[free] = tried.mean((0, 2))
-        direction = _direction(tried, noise, self.sigma)
+        first, routable = routed.geometry.context_layer, routed.geometry.routable
+        direction = _direction(tried, plans[..., first : first + routable], self.sigma)
         return Estimate((direction * scores[free][:, batch.scored]).sum(-1).mean(), value, runs, context)
 
     @torch.no_grad()
@@ -100,21 +111,22 @@ class Perturbed:
         targets: Tensor,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """Objectives (M, B, S) of M plans and the noise (M, B, S, R) that made them; all plans in one forward."""
+        """Objectives (M, B, S) of M plans and the plans themselves (M, B, S, L) bool; all in one forward."""
         half = torch.randn(self.plans // 2, *scores.shape, generator=generator).to(scores)
         noise = torch.stack([half, -half], 1).flatten(0, 1)
         rows, executed = (x.repeat(self.plans, *[1] * (x.dim() - 1)) for x in (batch.input_ids, batch.executed))
         runs = routed.plan((scores + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
         logits = routed(rows, runs=runs, keep=batch.scored).logits.unflatten(0, (self.plans, -1))
         values = torch.stack([self.objective(dense, plan, targets) for plan in logits])
-        return values, noise[:, :, batch.scored]
+        return values, runs.unflatten(0, (self.plans, -1))[:, :, batch.scored]
 
 
-def _direction(values: Tensor, noise: Tensor, sigma: float) -> Tensor:
+def _direction(values: Tensor, runs: Tensor, sigma: float) -> Tensor:
     """(B, S, R): how the scores should not move. Rows are put on one scale, or deep budgets would never be heard."""
     credit = values - values.mean(0)
     credit = credit / (values.std(0).mean(-1, keepdim=True) + 1e-6)
-    return (credit[..., None] * noise).mean(0) / sigma
+    runs = runs.to(credit)
+    return TOLD / sigma * (credit[..., None] * (runs - runs.mean(0))).mean(0)
 
 
 class StraightThrough:
@@ -150,8 +162,44 @@ class StraightThrough:
         return runs.to(scores.dtype) + F.pad(pull, (geometry.context_layer, 1))
 
 
+class Weighted:
+    """Back-propagation through h + w · (F(h) − h), w the weight of a layerwise router's gate (2410.12513).
+
+    Every layer is computed on every token, whatever the cache policy. What holds the gates to a budget is the router's
+    own penalty. Rows at full depth have no gates to learn.
+
+    Args:
+        objective: what weighted outputs are judged by.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+        router, layers = routed.router, routed.geometry.layers
+        if not isinstance(router, LayerwiseRouter):
+            raise TrainingError(f"{type(router).__name__} has no gates; train it with perturbed plans instead.")
+        shape = batch.input_ids.shape
+        runs = torch.ones(*shape, layers, dtype=torch.bool, device=batch.input_ids.device)
+        value = torch.zeros(len(batch.input_ids), device=runs.device)
+        free = (batch.executed < layers).nonzero()[:, 0]
+        if not len(free):
+            nothing = sum(parameter.sum() for parameter in router.parameters() if parameter.requires_grad) * 0.0
+            return Estimate(nothing, value, runs, None)
+        ids, executed = batch.input_ids[free], batch.executed[free]
+        dense = Dense(routed.dense(ids, keep=batch.scored))
+        output = routed(ids, executed=executed, prompt=batch.prompt, keep=batch.scored, weighted=True)
+        objective = self.objective(dense, output.logits, ids[:, batch.scored + 1]).mean(1)
+        value[free] = objective.detach()
+        runs[free] = routed.plan(gate_order(output.weights.detach() > 0.5), executed, batch.prompt)
+        return Estimate((objective + router.penalty(output.weights, executed)).mean(), value, runs, None)
+
+
 def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]:
     """The router's context for every token, the asked K in it; the dense distribution; the next tokens (B, S)."""
+    if isinstance(routed.router, LayerwiseRouter):
+        name = type(routed.router).__name__
+        raise TrainingError(f"{name} decides layer by layer and has no scores; train it by the weights of its gates.")
     with torch.no_grad():
         output = routed(batch.input_ids, keep=batch.scored)
         seen = output.context

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -14,10 +15,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from buddy import progress
 from buddy.assemble import backbone_of, budgets_of, data_of, routed_of
 from buddy.backbone import Backbone
-from buddy.calibration import Probe
+from buddy.calibration import Probe, cache_folder
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.evaluation.perplexity import Scores, evaluate
+from buddy.evaluation.reference import Reference
 from buddy.evaluation.report import show_comparison, write_results
 from buddy.memory import within_memory
 from buddy.progress import status, track, tracker
@@ -27,7 +29,10 @@ from buddy.runs import RunPlace, save_router, write_facts
 from buddy.schema import Recipe
 from buddy.training.data import TextData
 from buddy.training.interrupt import quiet
+from buddy.training.stopwatch import Stopwatch
 from buddy.training.train import check_checkpoint, train, trainer_of
+
+WATCH = "seconds.json"  # in the folder of an unfinished run
 
 
 def fit(recipe: Recipe, recipe_name: str) -> None:
@@ -46,8 +51,7 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     leads = rank_zero_only.rank == 0  # Lightning starts the other processes of a distributed run by the same command
     progress.errors.quiet = progress.results.quiet = not leads
     recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), recipe]
-    backbone, data = _prepare(recipes)
-    session = _Session(backbone, data)
+    session = Session(*prepare(recipes))
     places = [RunPlace.of(each, recipe_name) for each in recipes]
     if not leads:
         return session.follow(recipes, places)
@@ -55,7 +59,8 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
         each.router.name: session.run(each, recipe_name, place) for each, place in zip(recipes, places, strict=True)
     }
     ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
-    show_comparison(ordered, places[-1].final.parent, recipe.router.name)
+    folders = {each.router.name: place.final for each, place in zip(recipes, places, strict=True)}
+    show_comparison(ordered, folders, recipe.router.name)
 
 
 def _rival(recipe: Recipe, name: str) -> Recipe:
@@ -63,8 +68,12 @@ def _rival(recipe: Recipe, name: str) -> Recipe:
     return replace(with_router(recipe, name), trainer=replace(recipe.trainer, ckpt_path=None))
 
 
-def _prepare(recipes: list[Recipe]) -> tuple[Backbone, TextData]:
-    """Backbone and text; whatever is wrong with the recipes is found here, before anything long or written begins."""
+def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
+    """Backbone and text; whatever is wrong with the recipes is found here, before anything long or written begins.
+
+    Args:
+        recipes: alike but for the router and the seed.
+    """
     recipe = recipes[-1]
     for each in recipes:
         load(each.router.name)
@@ -83,17 +92,25 @@ def _prepare(recipes: list[Recipe]) -> tuple[Backbone, TextData]:
     return backbone, data
 
 
-class _Session:
-    """One backbone and one text for all the routers of a recipe."""
+class Session:
+    """One backbone and one text for all the routers of a recipe.
+
+    Args:
+        backbone: not routed yet.
+        data: the text, set up.
+    """
 
     def __init__(self, backbone: Backbone, data: TextData) -> None:
         self.backbone, self.data = backbone, data
         self._probe: Probe | None = None
+        self._watch: Stopwatch | None = None
+        self._reference = Reference()
 
     def run(self, recipe: Recipe, recipe_name: str, place: RunPlace) -> list[Scores]:
         """Fit, evaluate and publish one router."""
-        with place.lock(), self._routed(recipe) as routed:
+        with place.lock(), self.routed(recipe) as routed:
             folder = place.open_partial(recipe)
+            watch = self._watch = Stopwatch(folder / WATCH)
             try:
                 write_facts(
                     folder,
@@ -106,11 +123,16 @@ class _Session:
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
                     self._fit(recipe, routed, folder)
+                    spent = {"seconds": watch.seconds, "parameters": _parameters(routed)}
+                    watch.save()
                     scores = self._evaluate(recipe, routed)
                 save_router(folder, routed.router.state_dict())
-                write_results(folder, recipe, scores)
-            except BaseException:
-                if not any(folder.glob("checkpoints/*.ckpt")):  # nothing to go on from
+                write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint)
+                watch.forget()
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt) or any(folder.glob("checkpoints/*.ckpt")):
+                    watch.save()  # there is something to go on from, if only the time that was spent
+                else:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             place.publish()
@@ -119,7 +141,7 @@ class _Session:
     def follow(self, recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> None:
         """Take part in the training of all routers beside the process that leads, which alone writes and speaks."""
         for recipe, place in zip(recipes, places, strict=True):
-            with self._routed(recipe) as routed:
+            with self.routed(recipe) as routed:
                 if routed.router.trainable:
                     try:
                         self._fit(recipe, routed, place.partial)
@@ -127,7 +149,7 @@ class _Session:
                         raise SystemExit(2) from error
 
     @contextmanager
-    def _routed(self, recipe: Recipe) -> Iterator[RoutedLM]:
+    def routed(self, recipe: Recipe) -> Iterator[RoutedLM]:
         """The recipe's router on the backbone, its first weights drawn from the recipe's seed."""
         lightning.seed_everything(recipe.seed, verbose=False)
         routed = routed_of(recipe, self.backbone)
@@ -137,16 +159,24 @@ class _Session:
             routed.detach()
 
     def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path) -> None:
-        routed.router.calibrate(self._calibration(routed, recipe.data.batch_size))
+        probe = self._calibration(recipe, routed)
+        routed.router.calibrate(probe)
+        probe.release()
         if routed.router.trainable:
-            train(recipe, routed, self.data, folder)
+            self.data.train_seed = recipe.seed
+            train(recipe, routed, self.data, folder, [self._watch] if self._watch else [])
         routed.router.eval().requires_grad_(False)
 
-    def _calibration(self, routed: RoutedLM, batch_size: int) -> Probe:
+    def _calibration(self, recipe: Recipe, routed: RoutedLM) -> Probe:
         """One probe for all routers: what one measured, the next need not."""
         if self._probe is None:
-            self._probe = Probe(routed, self.data.calibration.input_ids, batch_size, track)
-        self._probe.routed = routed
+            windows, data = self.data.calibration.input_ids, recipe.data
+            options = {"prompt": data.prompt, "store": cache_folder()}
+            # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
+            size = 1 if self.backbone.device.type == "cpu" else data.batch_size
+            self._probe = Probe(routed, windows, size, self._track, **options)
+        self._probe.seed = recipe.seed
+        self._probe.serve(routed, [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)])
         return self._probe
 
     def _evaluate(self, recipe: Recipe, routed: RoutedLM) -> list[Scores]:
@@ -157,4 +187,17 @@ class _Session:
             prompt=recipe.data.prompt,
             batch_size=recipe.data.batch_size,
             track=tracker(f"Evaluating {recipe.router.name}"),
+            reference=self._reference,
         )
+
+    def _track(self, items: Sequence[Any], words: str) -> Iterable[Any]:
+        """`track`, and the time spent is kept on the way."""
+        for item in track(items, words):
+            yield item
+            if self._watch:
+                self._watch.tick()
+
+
+def _parameters(routed: RoutedLM) -> int:
+    """Numbers that the router adds to the model for training; what it only measured is not among them."""
+    return sum(parameter.numel() for parameter in routed.router.parameters())

@@ -139,9 +139,11 @@ class RoutingModule(LightningModule):
                 self.log(f"train/objective_{k}_layers", mean.compute())
                 mean.reset()
         if free.any():
-            runs, start = (x[free] for x in (estimate.runs, self._start_runs(estimate.context, executed)))
+            runs = estimate.runs[free]
             self.log("train/changed_plans", (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean())
-            self.log("train/moved_layers", (runs & ~start).sum() / runs.sum())
+            if estimate.context is not None:  # the plans of a layerwise router need a forward of their own
+                start = self._start_runs(estimate.context, executed)[free]
+                self.log("train/moved_layers", (runs & ~start).sum() / runs.sum())
 
     def _start_runs(self, context: Context, executed: Tensor) -> Tensor:
         """(B, T, L) bool: the plans before training."""

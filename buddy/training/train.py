@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy.assemble import budgets_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.progress import errors
+from buddy.router import AnyRouter, LayerwiseRouter
 from buddy.schema import Recipe
 from buddy.training.bar import TrainingBar
 from buddy.training.data import TextData
-from buddy.training.estimator import Estimator, Perturbed, StraightThrough
+from buddy.training.estimator import Estimator, Perturbed, StraightThrough, Weighted
 from buddy.training.interrupt import Keeper, WholeCheckpoints, quiet
 from buddy.training.module import NotFinite, RoutingModule
 from buddy.training.objective import Objective
@@ -24,8 +27,15 @@ from buddy.training.objective import Objective
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
 
 
-def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> None:
+def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
     """Train the router in place, from `trainer.ckpt_path` or from what an interrupted run left in `folder`.
+
+    Args:
+        recipe: the whole run.
+        routed: model and router, calibrated.
+        data: the text, set up.
+        folder: of the run that is being made.
+        callbacks: Lightning's, beside those that keep checkpoints and show progress.
 
     Raises:
         TrainingError: a step was not finite, or the checkpoint cannot be used.
@@ -42,7 +52,7 @@ def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> Non
     with quiet(), keeper.listening():
         trainer = trainer_of(
             recipe,
-            callbacks=[keeper, TrainingBar(f"Training {recipe.router.name}")],
+            callbacks=[keeper, TrainingBar(f"Training {recipe.router.name}"), *callbacks],
             logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
             log_every_n_steps=recipe.trainer.log_every,
             plugins=[WholeCheckpoints()],
@@ -114,10 +124,12 @@ def check_checkpoint(path: str | Path) -> None:
         )
 
 
-def estimator_of(recipe: Recipe) -> Estimator:
-    """The recipe's estimator with its objective."""
+def estimator_of(recipe: Recipe, router: AnyRouter) -> Estimator:
+    """The recipe's estimator with its objective; a layerwise router has a way of its own."""
     section = recipe.objective
     objective = Objective(section.kl, section.ce)
+    if isinstance(router, LayerwiseRouter):
+        return Weighted(objective)
     if section.estimator == "perturbed":
         return Perturbed(objective, section.plans, section.sigma)
     return StraightThrough(objective)
@@ -128,7 +140,7 @@ def module_of(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
     optimizer = recipe.optimizer
     return RoutingModule(
         routed,
-        estimator_of(recipe),
+        estimator_of(recipe, routed.router),
         [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)],
         prompt=recipe.data.prompt,
         lr=optimizer.lr,

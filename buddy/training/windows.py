@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -44,6 +45,14 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, the same for the same windows of the same documents."""
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        for part in (self.input_ids, self.documents):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def windows_of(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from buddy.engine.model import RoutedLM, geometry_of
-from tests.engine.reference import Fickle, reference_logits
+from tests.engine.reference import Fickle, FickleGates, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone
 
 SLIDING = ("mistral-sliding", "gemma2", "gemma3")
@@ -28,6 +28,8 @@ class Case:
     options: dict
     batch: int
     padding: list[int]
+    router: type[Fickle] | type[FickleGates] = Fickle
+    scope: str = "token"
     course: list[tuple[str, int]] = field(default_factory=list)
 
 
@@ -47,11 +49,12 @@ def draw(seed: int) -> Case:
     padded = batch > 1 and rng.random() < 0.5
     first = rng.choice([1, 5, 12, 150])
     padding = [rng.randint(0, min(3, first - 1)) if padded else 0 for _ in range(batch)]
-    case = Case(seed, family, options, batch, padding, [("forward", first)])
+    case = Case(seed, family, options, batch, padding, course=[("forward", first)])
     for _ in range(rng.randint(2, 7)):
         kinds = ["forward"] * 6 + ["reorder"] + (["crop"] if family not in SLIDING else [])
         kind = rng.choice(kinds)
         case.course.append((kind, rng.choice([1, 1, 1, 1, 4]) if kind == "forward" else rng.randint(1, 3)))
+    case.router, case.scope = rng.choice([Fickle, FickleGates]), rng.choice(["token", "token", "prompt"])
     return case
 
 
@@ -61,7 +64,9 @@ def worst(case: Case) -> float:
     backbone = tiny_backbone(case.family)
     options = dict(case.options)
     geometry = geometry_of(backbone, options.pop("context_layer"), options["pool"])
-    routed = RoutedLM(backbone, Fickle(geometry, case.seed), **options)
+    router = case.router(geometry, case.seed)
+    router.scope = case.scope
+    routed = RoutedLM(backbone, router, **options)
     stock = tiny_backbone(case.family).model
     generator = torch.Generator().manual_seed(case.seed)
     ids, logits, runs = torch.zeros(case.batch, 0, dtype=torch.long), [], []

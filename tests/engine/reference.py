@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from buddy import Context, Geometry, Router
+from buddy import Context, Geometry, LayerwiseRouter, Router
 
 
 class _Zeroing(DynamicCache):
@@ -64,6 +64,40 @@ def reference_logits(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def arriving_states(model: PreTrainedModel, input_ids: Tensor, runs: Tensor, *rest) -> tuple[Tensor, list[Tensor]]:
+    """`reference_logits`, and the states (B, T, D) that arrive at each layer meanwhile."""
+    states: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in model.model.layers]
+    try:
+        return reference_logits(model, input_ids, runs, *rest), states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def clamped(gates: list[bool], count: int) -> list[bool]:
+    """Which of the layers run when they are asked in turn: the open ones until `count` are spent, all once owed."""
+    runs: list[bool] = []
+    for index, is_open in enumerate(gates):
+        owed, left = count - sum(runs), len(gates) - index
+        runs.append(owed > 0 and (is_open or owed == left))
+    return runs
+
+
+class FickleGates(LayerwiseRouter):
+    """Gates that change at every token, for tests: waves along a fixed random direction of the state that arrives."""
+
+    kind = "learned"
+
+    def __init__(self, geometry: Geometry, seed: int = 0) -> None:
+        super().__init__(geometry)
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("weight", torch.randn(geometry.routable, geometry.hidden, generator=generator))
+
+    def gate(self, index: int, hidden: Tensor, executed: Tensor) -> Tensor:
+        return torch.sin(torch.nn.functional.layer_norm(hidden, hidden.shape[-1:]) @ self.weight[index])
 
 
 class Fickle(Router):

@@ -35,16 +35,29 @@ def test_every_contender_runs_in_every_round():
         ("shared", 3),
         ("pruned", 3),
     ]
-    timings = race(field, IDS, prompts=(8, 40), batches=(1, 2), rounds=2)
+    timings = race(field, IDS, prompts=(8, 40), batches=(1, 2), late=IDS[:1], rounds=2)
     for timing in timings.values():
         assert all(len(values) == 2 for values in (*timing.prefill.values(), *timing.decode.values()))
         assert len(timing.prefill) == 2
+        assert len(timing.decode_late) == (2 if timing.decode else 0)
         assert all(ms > 0 for values in timing.decode.values() for ms in values)
     assert (
         timings["pruned", 3].flops["total"] < timings["pruned", 4].flops["total"] < timings["dense", 6].flops["total"]
     )
     assert timings["full", 6].flops == timings["dense", 6].flops
     assert timings["pruned", 3].cache_bytes == timings["dense", 6].cache_bytes // 2
+
+
+def test_stock_models_get_the_cache_that_the_engine_has():
+    """Long caches are views of buffers for all, and say what stock's own cache says."""
+    dense = contenders(routed_tiny(), [3], IDS)[0]
+    ids = IDS[:1].repeat(1, 4)
+    with torch.no_grad():
+        cache = dense.prefill(ids)
+        after = dense.model(IDS[:1, :1], cache=cache, use_cache=True)
+        stock = dense.model(torch.cat([ids, IDS[:1, :1]], 1))
+    assert after.cache.layers[0].keys.data_ptr() == after.cache.layers[0].buffers[0].data_ptr()
+    torch.testing.assert_close(after.logits[:, -1], stock.logits[:, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_counted_work_is_that_of_the_layers_that_ran():
@@ -77,6 +90,7 @@ def bench(run, monkeypatch):
         monkeypatch.setattr(f"{module}.PROMPT", 16)
         monkeypatch.setattr(f"{module}.STEPS", 4)
     monkeypatch.setattr("buddy.evaluation.bench.LONG", 32)
+    monkeypatch.setattr("buddy.evaluation.bench.LATE", 48)
     monkeypatch.setattr("buddy.evaluation.bench.BATCH", 2)
     return lambda **options: bench_run(run, rounds=1, **options)
 
@@ -90,6 +104,7 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
     assert [entry["layers"] for entry in report["results"]] == [6, 4, 3]
     for entry in report["results"]:
         assert {"budget", "decode_ms", "prefill_ms", "vs_dense_decode", "vs_dense_prefill"} <= entry.keys()
+    assert report["late_context"] == 48
     below = report["results"][1:]
     assert all({"vs_pruned_decode", "vs_pruned_prefill", "vs_pruned_prefill_shared"} <= entry.keys() for entry in below)
     entry = below[0]

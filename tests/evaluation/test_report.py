@@ -9,8 +9,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.evaluation.perplexity import Scores
-from buddy.evaluation.report import as_json, draw, show_comparison, show_run, write_results
+from buddy.evaluation.report import draw, settings_of, show_comparison, show_run, write_results
+from buddy.evaluation.saved import as_json
 from buddy.recipe import flatten
+from tests.hparams import row_of_table
 
 
 def made(budget: float, layers: int, mean: float, spread: float = 1.0) -> Scores:
@@ -22,6 +24,7 @@ def made(budget: float, layers: int, mean: float, spread: float = 1.0) -> Scores
 OURS = [made(0.5, 3, 4.0), made(1.0, 6, 3.0), made(0.75, 4, 3.5)]
 THEIRS = [made(0.5, 3, 4.5), made(1.0, 6, 3.0), made(0.75, 4, 3.51, 1.5)]
 ONLY = [made(1.0, 6, 3.0)]
+REST = {"fit": {"seconds": 1.5, "parameters": 7}, "windows": "0123456789abcdef"}
 
 
 def test_json_has_the_layout_that_others_read():
@@ -52,7 +55,9 @@ def test_the_table_of_one_run(capsys):
 
 
 def test_routers_side_by_side(tmp_path, capsys):
-    show_comparison({"ours": OURS, "theirs": THEIRS, "full": ONLY}, tmp_path, "ours")
+    folders = {name: tmp_path / name for name in ("ours", "theirs", "full")}
+    folders["ours"].mkdir()
+    show_comparison({"ours": OURS, "theirs": THEIRS, "full": ONLY}, folders, "ours")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in rows]
     assert cells[:3] == [
@@ -64,7 +69,7 @@ def test_routers_side_by_side(tmp_path, capsys):
     assert certain == "-0.500 (-0.500, -0.500)*"
     assert doubtful.startswith("-0.010 (")
     assert not doubtful.endswith("*")
-    saved = json.loads((tmp_path / "comparison.json").read_text())
+    saved = json.loads((tmp_path / "ours" / "comparison.json").read_text())
     assert saved["ours"] == as_json(OURS)
     assert {(entry["router"], entry["budget"]) for entry in saved["differences"]} == {
         *(("theirs", budget) for budget in (0.5, 0.75, 1.0)),
@@ -73,7 +78,7 @@ def test_routers_side_by_side(tmp_path, capsys):
 
 
 def test_one_router_alone_is_compared_with_nobody(tmp_path, capsys):
-    show_comparison({"ours": OURS}, tmp_path, "ours")
+    show_comparison({"ours": OURS}, {"ours": tmp_path}, "ours")
     assert "minus others" not in capsys.readouterr().out
     assert "differences" not in json.loads((tmp_path / "comparison.json").read_text())
 
@@ -90,7 +95,7 @@ def test_the_figure(tmp_path):
 
 def test_curves_have_executed_layers_as_steps(small, tmp_path):
     recipe = small(tmp_path)
-    write_results(tmp_path, recipe, OURS)
+    write_results(tmp_path, recipe, OURS, **REST)
     events = EventAccumulator(str(tmp_path)).Reload()
     curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     expected = {layers: math.exp(mean) for layers, mean in ((3, 4.0), (4, 3.5), (6, 3.0))}
@@ -101,9 +106,28 @@ def test_curves_have_executed_layers_as_steps(small, tmp_path):
     assert all(f"{key}: {value}" in text for key, value in flatten(recipe).items())
 
 
+def test_settings_and_results_are_a_row_of_the_table_of_hyper_parameters(small, tmp_path):
+    recipe = small(tmp_path, "router.options.hidden=3", "router.options.prior=none")
+    write_results(tmp_path, recipe, OURS, **REST)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [], "and in no run of its own"
+    events = EventAccumulator(str(tmp_path)).Reload()
+    settings, columns = row_of_table(events)
+    assert settings == settings_of(recipe)
+    assert settings["router.options"] == "hidden=3, prior=none"
+    assert len(set(columns)) == len(columns) == 3 + 2
+    values = {tag: events.Scalars(tag)[0].value for tag in columns}
+    assert values["hparams/perplexity_at_0.5"] == pytest.approx(math.exp(4.0))
+    assert values["hparams/fit_seconds"] == 1.5
+    (tmp_path / "full").mkdir()
+    write_results(tmp_path / "full", recipe, ONLY, **REST)
+    assert set(row_of_table(EventAccumulator(str(tmp_path / "full")).Reload())[1]) == set(columns)
+    assert settings_of(recipe).keys() == settings_of(small(tmp_path, "router=uniform")).keys()
+
+
 def test_metrics_hold_the_sums_of_every_document(small, tmp_path):
-    write_results(tmp_path, small(tmp_path), OURS)
+    write_results(tmp_path, small(tmp_path), OURS, **REST)
     saved = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"fit": saved["fit"], "windows": saved["windows"]} == REST
     assert saved["results"] == as_json(OURS)["results"]
     assert [document["budget"] for document in saved["documents"]] == [0.5, 1.0, 0.75]
     assert saved["documents"][0]["loss"] == OURS[0].loss.tolist()

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
 from buddy import BudgetError, Geometry
 from buddy.calibration import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from routers.full import FullDepth
-from routers.random import RandomRouter
+from routers.reverse_order import ReverseOrder
 from routers.shortgpt import ShortGPT
 from routers.uniform import UniformRouter
-from tests.routers.test_contract import WINDOWS, context
+from tests.routers.landscape import left_out
+from tests.routers.test_contract import context
+from tests.routers.uneven import LAYERS, SINKS, WINDOWS, uneven_backbone
 from tests.tiny import tiny_backbone
 
 
@@ -18,14 +21,21 @@ def geometry(layers: int, context_layer: int = 1) -> Geometry:
     return Geometry(layers=layers, context_layer=context_layer, hidden=8, features=4)
 
 
-def test_shortgpt_orders_layers_by_block_influence():
-    backbone = tiny_backbone("llama")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shortgpt_drops_the_layers_that_turn_the_hidden_state_least(seed):
+    model, turned = uneven_backbone(seed).model, []
+    for layer in model.model.layers[1:-1]:
+        layer.register_forward_hook(
+            lambda _, args, out: turned.append(1 - cosine_similarity(args[0], out, dim=-1)[:, SINKS:].mean())
+        )
+    model(WINDOWS)
+    backbone = uneven_backbone(seed)
     router = ShortGPT(geometry_of(backbone))
-    probe = Probe(RoutedLM(backbone, router), WINDOWS)
-    router.calibrate(probe)
-    scores = router.score(context(router.geometry))
-    assert scores.argsort().tolist() == probe.block_influence.argsort().tolist()
-    assert scores.unique().numel() == 4
+    router.calibrate(Probe(RoutedLM(backbone, router), WINDOWS, 2))
+    torch.testing.assert_close(router.influence, torch.stack(turned))
+    order = torch.stack(turned).argsort().tolist()
+    for n in range(11):
+        assert left_out(router, LAYERS - n) == set(order[:n])
 
 
 @pytest.mark.parametrize(("layers", "context_layer"), [(3, 1), (6, 1), (30, 1), (30, 3), (33, 2)])
@@ -43,12 +53,12 @@ def test_uniform_keeps_evenly_spaced_layers_for_every_k(layers, context_layer):
         assert abs(ends[0] - ends[1]) <= 1, "as far from the first layer as from the last"
 
 
-def test_random_is_one_order_for_each_seed():
-    sizes = geometry(30)
-    orders = [RandomRouter(sizes, seed=seed).score(context(sizes)) for seed in (0, 0, 1)]
-    assert torch.equal(orders[0], orders[1])
-    assert not torch.equal(orders[0], orders[2])
-    assert orders[0].unique().numel() == sizes.routable
+@pytest.mark.parametrize(("layers", "context_layer"), [(3, 1), (12, 1), (12, 4)])
+def test_reverse_order_drops_the_last_before_the_final_layer(layers, context_layer):
+    router = ReverseOrder(geometry(layers, context_layer))
+    routable = layers - context_layer - 1
+    for n in range(routable + 1):
+        assert left_out(router, layers - n) == set(range(routable - n, routable))
 
 
 def test_full_depth_refuses_less():

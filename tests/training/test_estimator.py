@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from buddy import Context, Geometry, Router
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.training.estimator import Batch, Perturbed, StraightThrough
+from buddy.plan import top_k
+from buddy.training.estimator import Batch, Perturbed, StraightThrough, _direction
 from buddy.training.objective import Objective
 from tests.tiny import tiny_backbone
 
@@ -86,15 +87,33 @@ def test_perturbed_equals_its_formula():
     estimate.loss.backward()
     noise = torch.randn(1, 2, 24, 4, generator=generator(5))[0]
     dense = routed.dense(given.input_ids).log_softmax(-1)[:, given.scored]
-    values = []
+    values, plans = [], []
     for sign in (1, -1):
         runs = routed.plan(sign * 0.7 * noise, given.executed)
+        plans.append(runs[:, given.scored, 1:-1].float())
         logits = routed(given.input_ids, runs=runs).logits.log_softmax(-1)[:, given.scored]
         values.append((dense.exp() * (dense - logits)).sum(-1))
     values = torch.stack(values)
     credit = (values - values.mean(0)) / (values.std(0).mean(-1, keepdim=True) + 1e-6)
-    direction = (credit[0, ..., None] - credit[1, ..., None]) * noise[:, given.scored] / 2 / 0.7
+    told = (plans[0] - plans[1]) / 2 * 2 * (2 / torch.pi) ** 0.5
+    direction = (credit[0, ..., None] - credit[1, ..., None]) * told / 2 / 0.7
     torch.testing.assert_close(routed.router.bias.grad, direction.mean((0, 1)), atol=1e-4, rtol=1e-3)
+
+
+def test_plans_tell_what_the_noise_did_with_less_spread():
+    """On a known loss: the same direction as crediting the noise itself, from estimates that vary less."""
+    lost, sigma, generator_ = torch.tensor([0.1, 0.5, 0.3, 0.2, 0.05, 0.4]), 0.3, generator(1)
+    noise = torch.randn(4000, 2, 6, generator=generator_)
+    noise = torch.stack([noise, -noise], 1).flatten(1, 2).transpose(0, 1)  # (M, tokens, R)
+    runs = top_k(torch.linspace(0, 0.5, 6) + sigma * noise, torch.tensor(3))
+    values = (lost * ~runs).sum(-1) + 0.02 * torch.randn(runs.shape[:-1], generator=generator_)
+    told = _direction(values[:, None], runs[:, None], sigma)[0]
+    credit = (values - values.mean(0)) / (values.std(0).mean() + 1e-6)
+    plain = (credit[..., None] * noise).mean(0) / sigma
+    assert nn.functional.cosine_similarity(told.mean(0), plain.mean(0), dim=0) > 0.98
+    spread = [(each.std(0).norm() / each.mean(0).norm()).item() for each in (told, plain)]
+    assert spread[0] < 0.8 * spread[1]
+    assert told.sum(-1).abs().max() < 1e-4
 
 
 def test_perturbed_points_downhill():

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from buddy.calibration import Probe
+from buddy.calibration import probe
+from buddy.calibration.hidden import similarities
 from buddy.errors import BuddyError, RegistryError, RunError, TrainingError
 from buddy.files import load_tensors
 from buddy.recipe import load_recipe
@@ -19,6 +20,7 @@ from buddy.training.fit import fit
 from tests.small import start_buddy
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
+BESIDE = {"comparison.json", "comparison.png"}  # in the folder of the recipe's own router
 FILES = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "loss.png"}
 
 
@@ -35,9 +37,9 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_run_folder_for_every_router(finished):
-    assert names(finished) == {*ROUTERS, "comparison.json", "comparison.png"}
+    assert names(finished) == {*ROUTERS}
     for name in ROUTERS:
-        trained = {"checkpoints", "hparams.yaml"} if name == "buddy" else set()
+        trained = {"checkpoints", "hparams.yaml", *BESIDE} if name == "buddy" else set()
         assert names(finished / name) == FILES | trained
         run = read_run(finished / name)
         assert (run.recipe_name, run.router_name, run.status) == ("small", name, "finished")
@@ -61,7 +63,7 @@ def test_the_seed_draws_the_first_weights(small, finished, tmp_path):
 
 
 def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished):
-    comparison = json.loads((finished / "comparison.json").read_text())
+    comparison = json.loads((finished / "buddy" / "comparison.json").read_text())
     assert list(comparison) == [*ROUTERS, "differences"]
     for name in ROUTERS:
         for result in comparison[name]["results"]:
@@ -74,7 +76,7 @@ def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished
 def test_results_and_progress_go_to_streams_of_their_own(small, tmp_path, capsys):
     fit(small(tmp_path, "rivals=[shortgpt]"), "small")
     out, err = capsys.readouterr()
-    assert [line.split(":")[0] for line in err.splitlines()] == [
+    assert [line.split(":")[0].partition(" and ")[0] for line in err.splitlines()] == [
         "block influence",
         "Evaluating shortgpt",
         "Training buddy",
@@ -84,7 +86,7 @@ def test_results_and_progress_go_to_streams_of_their_own(small, tmp_path, capsys
     assert "objective 0." in err
     for part in ("Perplexity on held-out text", "│ buddy ", "│ shortgpt ", "buddy minus others"):
         assert part in out
-    assert f"Figure:      {tmp_path}/small/comparison.png\n" in out
+    assert f"Figure:      {tmp_path}/small/buddy/comparison.png\n" in out
     assert f"TensorBoard: tensorboard --logdir {tmp_path}/small\n" in out
 
 
@@ -98,14 +100,13 @@ def test_other_ways_to_train(small, finished, tmp_path, settings):
 
 def test_a_static_router_is_fitted_alone_and_only_once(small, tmp_path):
     fit(small(tmp_path, "router=shortgpt", "rivals=[shortgpt,uniform]"), "small")
-    assert names(tmp_path / "small") == {"shortgpt", "uniform", "comparison.json", "comparison.png"}
+    assert names(tmp_path / "small") == {"shortgpt", "uniform"}
     assert not (tmp_path / "small" / "shortgpt" / "checkpoints").exists()
 
 
 def test_one_measure_serves_all(small, tmp_path, monkeypatch):
     measured = []
-    measure = Probe.block_influence.func
-    monkeypatch.setattr(Probe.block_influence, "func", lambda probe: measured.append(1) or measure(probe))
+    monkeypatch.setattr(probe, "similarities", lambda *args: measured.append(1) or similarities(*args))
     fit(small(tmp_path, "rivals=[shortgpt]"), "small")
     assert measured == [1]
 
@@ -114,7 +115,15 @@ def test_a_second_fit_takes_the_place_of_the_first(small, tmp_path):
     fit(small(tmp_path, "router=random"), "small")
     fit(small(tmp_path, "router=random", "router.options.seed=1"), "small")
     assert read_run(tmp_path / "small" / "random").recipe.router.options == {"seed": 1}
-    assert names(tmp_path / "small") == {"random", "comparison.json", "comparison.png"}
+    assert names(tmp_path / "small") == {"random"}
+
+
+def test_another_main_router_leaves_the_comparison_of_the_first(small, tmp_path):
+    fit(small(tmp_path, "router=shortgpt", "rivals=[uniform]"), "small")
+    fit(small(tmp_path, "router=random", "rivals=[uniform]"), "small")
+    for name in ("shortgpt", "random"):
+        assert list(json.loads((tmp_path / "small" / name / "comparison.json").read_text()))[:2] == [name, "uniform"]
+    assert names(tmp_path / "small" / "uniform") == FILES
 
 
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
@@ -189,6 +198,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     for part in ("state_dict", "optimizer_states"):
         torch.testing.assert_close(checkpoints[0][part], checkpoints[1][part], atol=0, rtol=0)
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    assert all(each.pop("fit")["seconds"] > 0 for each in metrics)
     assert metrics[0] == metrics[1]
 
 
@@ -207,7 +217,7 @@ def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(small, uninterr
     assert err.endswith("\nStopped. Repeat the command to go on from the last checkpoint.\n")
     assert "Traceback" not in err
     fit(small(output, *LONG), "small")
-    assert names(output / "small") == {"buddy", "comparison.json", "comparison.png"}
+    assert names(output / "small") == {"buddy"}
     assert_same_run(uninterrupted, output / "small" / "buddy")
 
 
@@ -247,6 +257,6 @@ def test_two_processes_train_one_router(small, tmp_path):
     assert process.returncode == 0, err
     assert out.count("Perplexity on held-out text") == 1
     assert [line.split(":")[0] for line in err.splitlines()].count("Training buddy") == 1
-    assert names(tmp_path / "small") == {"buddy", "uniform", "comparison.json", "comparison.png"}
+    assert names(tmp_path / "small") == {"buddy", "uniform"}
     assert steps(tmp_path / "small" / "buddy") == 8
     assert read_run(tmp_path / "small" / "buddy").recipe.trainer.devices == 2

@@ -43,8 +43,8 @@ def at_step(monkeypatch, step: int, act) -> None:
     """`act` is called in the middle of a training step, once."""
     calls, make = [], training.estimator_of
 
-    def estimator_of(recipe):
-        estimator = make(recipe)
+    def estimator_of(recipe, router):
+        estimator = make(recipe, router)
 
         def estimate(*args):
             calls.append(None)
@@ -85,27 +85,29 @@ def assert_same_training(one: dict, two: dict) -> None:
     torch.testing.assert_close(one["optimizer_states"], two["optimizer_states"], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("estimator", ["perturbed", "straight-through"])
+@pytest.mark.parametrize(
+    "setting", ["objective.estimator=perturbed", "objective.estimator=straight-through", "router=first"]
+)
 @pytest.mark.parametrize(
     ("act", "raised", "kept"), [(interrupt, KeyboardInterrupt, 5), (terminate, KeyboardInterrupt, 5), (kill, Killed, 3)]
 )
-def test_what_was_stopped_goes_on_bit_for_bit(train, tmp_path, monkeypatch, capsys, estimator, act, raised, kept):
-    objective = f"objective.estimator={estimator}"
-    expected = train("whole", objective)
+def test_what_was_stopped_goes_on_bit_for_bit(train, tmp_path, monkeypatch, capsys, setting, act, raised, kept):
+    expected = train("whole", setting)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         at_step(patch, 5, act)
         with pytest.raises(raised):
-            train("parts", objective)
+            train("parts", setting)
     assert last(tmp_path / "parts")["global_step"] == kept
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    state = train("parts", objective)
+    state = train("parts", setting)
     assert all(torch.equal(expected[name], value) for name, value in state.items())
     assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
     said = capsys.readouterr().err
     assert f"Going on from {tmp_path / 'parts' / 'checkpoints' / 'last.ckpt'}" in said
     if raised is KeyboardInterrupt:
-        assert f"Stopping after this step …\nTraining buddy: 5 of {STEPS}" in said
+        name = "first" if setting == "router=first" else "buddy"
+        assert f"Stopping after this step …\nTraining {name}: 5 of {STEPS}" in said
         assert f"A checkpoint of step 5 of {STEPS} is kept." in said
 
 
@@ -148,7 +150,7 @@ def test_a_training_can_be_made_longer(train, tmp_path):
 def test_a_step_that_is_not_finite_leaves_a_checkpoint_to_go_on_from(train, tmp_path, monkeypatch):
     expected = train("whole")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "estimator_of", lambda _: Spoilt("gradient"))
+        patch.setattr(training, "estimator_of", lambda *_: Spoilt("gradient"))
         with pytest.raises(TrainingError, match="step 3 because the gradient is not finite; lower") as caught:
             train("run")
     kept = tmp_path / "run" / "checkpoints" / "before-failure.ckpt"

@@ -1,0 +1,1 @@
+"""Routers held against each other under one protocol: one recipe, the same windows, the same budgets."""

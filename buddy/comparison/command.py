@@ -1,0 +1,20 @@
+"""The command of a comparison as it is shown to others: files and folders by their names alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """The words as a person would type them, without the folders of files."""
+    return " ".join(shlex.quote("".join(map(shown_path, re.split(r"([,=])", word)))) for word in words)
+
+
+def shown_path(text: str) -> str:
+    """The last part of a path; any other text, names on the hub among them, as it is."""
+    is_path = os.sep in text and (text.startswith((os.sep, ".", "~")) or Path(text).exists())
+    return Path(text).name if is_path else text

@@ -1,0 +1,196 @@
+"""`buddy compare`: any routers under one recipe, with several seeds, on several texts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from buddy.backbone import Backbone
+from buddy.comparison.asked import Asked, check
+from buddy.comparison.contestants import contestants
+from buddy.comparison.domains import domains_of, read_domain
+from buddy.comparison.output import write_all, write_markdown
+from buddy.comparison.planned import Planned, base_of, check_reuse, planned
+from buddy.comparison.pool import side_by_side
+from buddy.comparison.record import read_record, record_of
+from buddy.comparison.tables import all_grids, show
+from buddy.comparison.timing import measured
+from buddy.comparison.view import Comparison
+from buddy.comparison.work import Start, Texts, Worker
+from buddy.engine.model import geometry_of
+from buddy.errors import BuddyError, RunError
+from buddy.files import check_place, writing
+from buddy.progress import Bar, errors, status
+from buddy.registry import build
+from buddy.schema import Recipe
+from buddy.training.data import TextData
+from buddy.training.fit import Session, prepare
+
+RUNS = "runs"  # in the folder of a comparison
+FOUND = 0.5  # seconds within which a run that was finished before is passed by
+
+
+def compare(asked: Asked) -> int:
+    """Fit or reuse every run, measure all, and show them side by side.
+
+    Returns:
+        How many things failed; they were reported, and the others are done.
+
+    Raises:
+        BuddyError: anything that a person can mend, found before any work.
+        KeyboardInterrupt: stopped in good order; the same call goes on.
+    """
+    check(asked)
+    base = base_of(asked.recipe)
+    recipes = {each: each.recipe(base) for each in contestants(asked.routers, asked.recipe)}
+    domains = domains_of(asked.domains, asked.recipe)
+    backbone, data = prepare(list(recipes.values()))
+    with status("Reading text …"):
+        texts = {domain: read_domain(domain, base, data) for domain in domains}
+    runs = {
+        each.label: planned(each.label, recipe, asked.folder / RUNS / each.folder, _seeds(asked, recipe, backbone))
+        for each, recipe in recipes.items()
+    }
+    check_reuse([run for group in runs.values() for run in group], backbone.fingerprint, data.test.fingerprint)
+    with _locked(asked.folder):
+        return _compare(asked, base, runs, texts, backbone, data)
+
+
+def rewrite(json_file: Path, markdown: Path | None) -> None:
+    """Show a comparison that was made, and write its results as Markdown with the figures beside it.
+
+    Raises:
+        RunError: the file is no comparison, or the place cannot be written.
+    """
+    record = read_record(json_file)
+    try:
+        comparison = Comparison(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{json_file} is damaged; make it again with the `buddy compare` that made it.") from error
+    if markdown:
+        check_place(markdown)
+    for grid in all_grids(comparison):
+        show(grid)
+    if markdown:
+        write_markdown(comparison, markdown, f"{markdown.stem}-")
+
+
+def _compare(
+    asked: Asked,
+    base: Recipe,
+    runs: Mapping[str, Sequence[Planned]],
+    texts: Texts,
+    backbone: Backbone,
+    data: TextData,
+) -> int:
+    failures = _work(asked, runs, texts, Session(backbone, data))
+    failed = {run.folder for run, _ in failures}
+    done = {label: [run for run in group if run.folder not in failed] for label, group in runs.items()}
+    first = {label: group[0] for label, group in done.items() if group}
+    speed, problem = _times(asked, first, backbone, data) if first else (None, None)
+    if first:
+        record = record_of(
+            command=asked.command,
+            recipe=base,
+            layers=backbone.num_layers,
+            texts=texts,
+            tasks=asked.tasks,
+            runs=runs,
+            failures=failures,
+            speed=speed,
+        )
+        write_all(asked, record)
+    for run, reason in failures:
+        errors.print(f"Failed: {run.words}: {reason}", soft_wrap=True)
+    if problem:
+        errors.print(f"Failed: times were not measured: {problem}", soft_wrap=True)
+    return len(failures) + bool(problem)
+
+
+def _seeds(asked: Asked, recipe: Recipe, backbone: Backbone) -> int:
+    """All the seeds where they matter: not for what is measured alone, nor where an option fixes the draws."""
+    routing, section = recipe.routing, recipe.router
+    router = build(section.name, geometry_of(backbone, routing.context_layer, routing.pool), section.options)
+    fixed = section.options.get("seed") is not None
+    return asked.seeds if router.trainable or (router.seeded and not fixed) else 1
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"Another process compares into {folder}; wait for it, or give another --out.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _work(
+    asked: Asked, runs: Mapping[str, Sequence[Planned]], texts: Texts, session: Session
+) -> list[tuple[Planned, str]]:
+    """Do all runs; those that failed, and why."""
+    todo = [run for group in runs.values() for run in group]
+    if asked.jobs == 1:
+        return _one_by_one(Worker(session, asked.recipe_name, texts, asked.tasks), todo)
+    failures: list[tuple[Planned, str]] = []
+    threads = max(1, torch.get_num_threads() // asked.jobs)
+    start = Start(todo[0].recipe, asked.recipe_name, tuple(texts), asked.tasks, threads)
+    with Bar(f"Runs, {asked.jobs} at once", len(todo)) as bar:
+        done = 0
+
+        def on_done(run: Planned, reason: str | None) -> None:
+            nonlocal done
+            done += 1
+            failures.extend([(run, reason)] if reason else [])
+            bar.update(done, f"{'failed: ' if reason else ''}{run.words}")
+
+        side_by_side(start, todo, asked.jobs, on_done)
+    return failures
+
+
+def _one_by_one(worker: Worker, todo: Sequence[Planned]) -> list[tuple[Planned, str]]:
+    """All runs in this process, each announced with the time that is left."""
+    failures, spent = [], []
+    for number, run in enumerate(todo):
+        words = f"Run {number + 1} of {len(todo)}: {run.words}{_left(spent, len(todo) - number)}"
+        errors.print(words, soft_wrap=True)
+        start = time.monotonic()
+        reason = worker.run(run)
+        spent.append(time.monotonic() - start)
+        failures += [(run, reason)] if reason else []
+    return failures
+
+
+def _left(spent: Sequence[float], runs: int) -> str:
+    """How long it took, and will take, judged by the runs that were not found finished."""
+    worked = [seconds for seconds in spent if seconds >= FOUND]
+    if not worked:
+        return ""
+    left = runs * sum(worked) / len(worked)
+    return f" ({timedelta(seconds=round(sum(spent)))} elapsed, about {timedelta(seconds=round(left))} left)"
+
+
+def _times(
+    asked: Asked, runs: Mapping[str, Planned], backbone: Backbone, data: TextData
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Times of a run of each router, or why there are none."""
+    if not asked.speed:
+        return None, None
+    try:
+        return measured(runs, backbone, data.test.input_ids, asked.folder), None
+    except BuddyError as error:
+        return None, str(error)
+    except Exception as error:  # a router may be anybody's code
+        return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -1,0 +1,80 @@
+"""The texts of a comparison: the recipe's own test windows, and others cut alike."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from buddy.errors import DataError
+from buddy.inspection.domains import sources_of
+from buddy.schema import Recipe
+from buddy.training.data import TextData
+from buddy.training.windows import Windows, windows_of
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A text by its label; `own` is the recipe's, of which the test windows are taken."""
+
+    label: str
+    source: str
+    own: bool = False
+
+
+def domains_of(text: str | None, recipe: Recipe) -> list[Domain]:
+    """The recipe's own text and those in "SOURCE,label=SOURCE,…"; its own may be named too, to give it a label.
+
+    Raises:
+        DataError: nothing is named, two have one label, or a label cannot be a file's name.
+    """
+    source = recipe.data.source
+    (own,) = sources_of(None, source)
+    others = {} if text is None else sources_of(text, source)
+    for label in [label for label, other in others.items() if _same(other, source)]:
+        own = label
+        del others[label]
+    if own in others:
+        raise DataError(
+            f"Two domains are called {own!r}, one of them the recipe's own text; give the other a name, as in "
+            f"--domains other={others[own]}."
+        )
+    found = [Domain(own, source, own=True), *(Domain(label, other) for label, other in others.items())]
+    for each in found:
+        if not re.fullmatch(r"[\w.-]+", each.label):
+            raise DataError(
+                f"The domain {each.label!r} would be a file's name; give it one of letters, digits, dots and hyphens, "
+                f"as in --domains other={each.source}."
+            )
+    return found
+
+
+def read_domain(domain: Domain, recipe: Recipe, data: TextData) -> Windows:
+    """The windows of a text: `data.test_windows` of `data.window` tokens, drawn with the data's seed.
+
+    Raises:
+        DataError: the text cannot be read, or another text than the recipe's is too short.
+    """
+    if domain.own:
+        return data.test
+    section = recipe.data
+    windows = windows_of(
+        domain.source,
+        data.tokenizer,
+        window=section.window,
+        count=section.test_windows,
+        seed=recipe.data_seed,
+        text_field=section.text_field,
+    )
+    if len(windows) < section.test_windows:
+        raise DataError(
+            f"The text in {domain.source} gives {len(windows)} windows of {section.window} tokens, and "
+            f"data.test_windows asks for {section.test_windows}; give more text, or set data.test_windows="
+            f"{len(windows)}."
+        )
+    return windows
+
+
+def _same(one: str, other: str) -> bool:
+    paths = Path(one).expanduser(), Path(other).expanduser()
+    return one == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))

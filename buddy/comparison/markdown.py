@@ -1,0 +1,134 @@
+"""results.md, made from the record alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from buddy.comparison import tables
+from buddy.comparison.figures import LAYERS, TIME
+from buddy.comparison.tables import Grid
+from buddy.comparison.view import Comparison
+
+WRITTEN = "<!-- written by `buddy compare` from comparison.json; change nothing here -->"
+CAPTIONS = {
+    LAYERS: "Cross-entropy over executed layers; bands are 95 % intervals over documents and seeds. A line that is far "
+    "worse than the others leaves its panel at the top; the tables have it.",
+    TIME: "Cross-entropy over the measured time of a decoded token, one point for each budget.",
+}
+
+
+def render(comparison: Comparison, figures: Mapping[str, str]) -> str:
+    """The document.
+
+    Args:
+        comparison: what is reported.
+        figures: where each figure is, as a link from the document.
+    """
+    return "\n".join(_lines(comparison, figures)).rstrip() + "\n"
+
+
+def relative(figures: Mapping[str, Path], document: Path) -> dict[str, str]:
+    """Links to figures that lie in the folder of the document."""
+    return {name: path.relative_to(document.parent).as_posix() for name, path in figures.items()}
+
+
+def _lines(c: Comparison, figures: Mapping[str, str]) -> Iterator[str]:
+    yield from (WRITTEN, "# Results", "")
+    yield from _protocol(c)
+    for domain in c.domains:
+        yield from (f"## {domain}", "")
+        yield from _table(tables.perplexities(c, domain))
+        yield from _table(tables.differences(c, domain))
+        yield from _table(tables.kl_grid(c, domain))
+    if figures:
+        yield from ("## Figures", "")
+        for name, link in figures.items():
+            yield from (f"![{CAPTIONS[name].partition(';')[0].rstrip('.')}]({link})", "", CAPTIONS[name], "")
+    yield from ("## Cost", "")
+    for grid in (tables.costs(c), *tables.speeds(c)):
+        yield from _table(grid)
+    spreads = [grid for domain in c.domains if (grid := tables.seeds(c, domain)).rows]
+    if spreads:
+        yield from ("## Seeds", "", "Routers that depend on a seed, each fitted with several.", "")
+        for grid in spreads:
+            yield from _table(grid)
+    if c.task_names:
+        yield from ("## Tasks", "", _task_protocol(c), "")
+        for grid in tables.tasks(c):
+            yield from _table(grid)
+    yield from _failures(c)
+    yield from _provenance(c)
+
+
+def _table(grid: Grid) -> Iterator[str]:
+    if grid.rows:
+        yield from (f"**{grid.title}**", "", tables.markdown(grid))
+        if grid.note:
+            yield from (grid.note, "")
+
+
+def _protocol(c: Comparison) -> Iterator[str]:
+    recipe, record = c.record["recipe"], c.record
+    layers = ", ".join(f"{budget:g} ({count})" for budget, count in c.budgets.items())
+    seeds = max(len(c.runs(label)) for label in c.labels)
+    yield (
+        f"{len(c.labels)} routers under one recipe: {recipe['backbone.name']} ({record['layers']} layers, "
+        f"{recipe['backbone.dtype']}), calibrated or trained on {_own(c)}, at the budgets (executed layers) {layers}. "
+        f"{_seeds(seeds)} All see the same {recipe['data.calibration_windows']} calibration windows and the same test "
+        f"windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are read and not "
+        f"scored. The first {recipe['routing.sink_tokens']} of each run at full depth, whatever the budget."
+    )
+    yield ""
+    yield "| text | windows | documents | scored tokens |\n|---|---:|---:|---:|"
+    for domain in record["domains"]:
+        tokens = c.runs(c.labels[0])[0]["domains"][domain["label"]]["results"][0]["tokens"]
+        name = domain["label"] + (" (the recipe's own)" if domain["own"] else "")
+        yield f"| {name} | {domain['windows']} | {domain['documents']} | {tokens} |"
+    yield ""
+    yield (
+        "Perplexity is the exponential of the mean cross-entropy over all scored tokens, and where there are several "
+        "seeds the mean of their perplexities. Differences are of mean cross-entropy, negative where a router is "
+        "better than the best static one: 95 % bootstrap intervals that resample documents, the same for both "
+        "routers, and seeds. The best static router is the one that is best on these test windows at that budget, "
+        "which favours it: nobody could have chosen it beforehand. Intervals are not corrected for the number of "
+        "comparisons. At full depth all routers are the dense model."
+    )
+    yield ""
+
+
+def _own(c: Comparison) -> str:
+    return next(domain["label"] for domain in c.record["domains"] if domain["own"])
+
+
+def _seeds(seeds: int) -> str:
+    if seeds == 1:
+        return "Each was fitted with one seed."
+    return f"Those that depend on a seed were fitted with {seeds} seeds, the others once; the text is the same for all."
+
+
+def _task_protocol(c: Comparison) -> str:
+    limit = c.record["tasks"]["limit"]
+    items = f"the first {limit} items of each" if limit else "all items"
+    return (
+        f"lm-eval, zero-shot unless a task says otherwise, {items}; accuracy normalised by length where the task has "
+        "it, in percent, the mean over seeds. The plan comes from the question; the answer's tokens are decode steps."
+    )
+
+
+def _failures(c: Comparison) -> Iterator[str]:
+    if c.record["failures"]:
+        yield from ("## Failed", "")
+        for each in c.record["failures"]:
+            yield f"- {each['router']}, seed {each['seed']}: it failed and is not in the tables, or not with this seed."
+        yield ""
+
+
+def _provenance(c: Comparison) -> Iterator[str]:
+    record, machine = c.record, c.record["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    memory = f", {machine['memory_gib']:g} GiB of memory" if machine["memory_gib"] else ""
+    accelerator = f", {machine['accelerator']}" if machine["accelerator"] else ""
+    yield from ("## How it was made", "", "```text", record["command"], "```", "")
+    where = f"{machine['processor']}, {machine['cores']} cores{memory}{accelerator}"
+    yield f"{record['created'].partition('T')[0]}, {where}. {versions}."

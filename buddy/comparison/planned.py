@@ -1,0 +1,109 @@
+"""The runs of a comparison, and whether what lies in their folders may stand in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from buddy.draft import shown
+from buddy.errors import BuddyError, RunError
+from buddy.place import FACTS, RECIPE, RunPlace
+from buddy.recipe import flatten, load_recipe
+from buddy.runs import check_backbone, read_metrics, read_run
+from buddy.schema import Recipe
+
+FREE = ("output", "rivals", "trainer.ckpt_path")  # keys that change nothing in the run
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run to be made or reused: a router under the recipe with one seed."""
+
+    label: str
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def seed(self) -> int:
+        """The seed of the router: of its first weights, its search and its training."""
+        return self.recipe.seed
+
+    @property
+    def place(self) -> RunPlace:
+        """Where the run is kept."""
+        return RunPlace(self.folder)
+
+    @property
+    def words(self) -> str:
+        """What it is called in messages."""
+        return f"{self.label}, seed {self.seed}"
+
+
+def base_of(recipe: Recipe) -> Recipe:
+    """What the recipes of all runs have in common: the seed of the data is fixed, so that seeds are routers' alone."""
+    return replace(
+        recipe,
+        data=replace(recipe.data, seed=recipe.data_seed),
+        rivals=[],
+        trainer=replace(recipe.trainer, ckpt_path=None),
+    )
+
+
+def planned(label: str, recipe: Recipe, folder: Path, seeds: int) -> list[Planned]:
+    """A run for each of `seeds` seeds from the recipe's on."""
+    runs = (replace(recipe, seed=recipe.seed + number) for number in range(seeds))
+    return [Planned(label, each, folder / f"seed-{each.seed}") for each in runs]
+
+
+def is_finished(run: Planned) -> bool:
+    """Whether the run is whole in its folder."""
+    return (run.folder / FACTS).is_file()
+
+
+def check_reuse(runs: Sequence[Planned], fingerprint: str, windows: str) -> None:
+    """Refuse finished and unfinished runs that were not made as these are.
+
+    Args:
+        fingerprint: of the backbone.
+        windows: fingerprint of the recipe's test windows.
+
+    Raises:
+        RunError: other recipes, with the keys that differ; another backbone; another text.
+    """
+    found = [(run, list(_differing(run))) for run in runs]
+    wrong = [run for run, keys in found if keys]
+    if wrong:
+        first, *others = wrong
+        keys = "; ".join(dict.fromkeys(key for _, keys in found for key in keys))
+        more = f" and {len(others)} more were" if others else " was"
+        raise RunError(
+            f"{first.folder}{more} made with another recipe ({keys}) and cannot stand in this comparison; give another "
+            "--out, or delete that folder."
+        )
+    for run in filter(is_finished, runs):
+        check_backbone(read_run(run.folder), fingerprint)
+        if read_metrics(run.folder).get("windows") != windows:
+            raise RunError(
+                f"{run.folder} was measured on other test windows, so the text in {run.recipe.data.source} has changed "
+                "since; give another --out, or delete that folder."
+            )
+
+
+def _differing(run: Planned) -> Iterator[str]:
+    """ "key: there, here" for each key of the recipe that differs from that of the run in the folder."""
+    if is_finished(run):
+        there = read_run(run.folder).recipe
+    else:
+        try:
+            there = load_recipe(run.place.partial / RECIPE)
+        except BuddyError:  # none, or one that was cut: it starts anew
+            return
+    one, other = flatten(there), flatten(run.recipe)
+    for key in dict.fromkeys([*one, *other]):
+        if key not in FREE and one.get(key) != other.get(key):
+            yield f"{key}: {_spelt(one, key)} there, {_spelt(other, key)} here"
+
+
+def _spelt(flat: dict[str, object], key: str) -> str:
+    return shown(flat[key]) if key in flat else "not set"

@@ -1,0 +1,157 @@
+"""Several runs at once, each in a process of its own; the death of one stops no other.
+
+`concurrent.futures` gives up all work when one process dies, and hands out work ahead that an interrupt then cannot
+take back; so this is a small pool that gives each process one run at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from buddy.comparison.planned import Planned
+    from buddy.comparison.work import Start
+
+    Done = Callable[[Planned, str | None], None]
+
+PATIENCE = 60.0  # seconds for a training step to end after an interrupt
+
+
+def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done) -> None:
+    """Do all runs, `jobs` at once.
+
+    Args:
+        start: how a process begins.
+        runs: what there is to do, first things first.
+        jobs: processes at most.
+        on_done: called in this process with a run and why it failed, or None, as each ends.
+
+    Raises:
+        KeyboardInterrupt: all processes were told to stop in good order, and did.
+    """
+    waiting = list(runs)
+    helpers = [_Helper(start) for _ in range(min(jobs, len(waiting)))]
+    try:
+        for helper in helpers:
+            helper.begin(waiting.pop(0))
+        while busy := {helper.pipe: helper for helper in helpers if helper.run}:
+            for pipe in wait([*busy]):
+                helper = busy[pipe]
+                run, outcome = helper.run, helper.outcome()
+                on_done(run, outcome)
+                if waiting:
+                    helper.begin(waiting.pop(0))
+    except BaseException:
+        for helper in helpers:
+            helper.interrupt()
+        raise
+    finally:
+        try:
+            for helper in helpers:
+                helper.close()
+        except KeyboardInterrupt:  # a second one
+            for helper in helpers:
+                helper.close(patience=0)
+            raise
+
+
+class _Helper:
+    """One process that works; another takes its place where it dies."""
+
+    def __init__(self, start: Start) -> None:
+        self._start, self._context = start, get_context("spawn")
+        self._stopped = self._context.Event()
+        self.run: Planned | None = None
+        self.pipe: Connection | None = None
+        self.process: BaseProcess | None = None
+
+    def begin(self, run: Planned) -> None:
+        """Give it a run."""
+        self.run = run
+        if self.process is None or not self.process.is_alive():
+            self._spawn()
+        try:
+            self.pipe.send(run)
+        except ConnectionError:  # it was about to end
+            self._spawn()
+            self.pipe.send(run)
+
+    def outcome(self) -> str | None:
+        """How its run ended, once the pipe has something to say; None where all is well."""
+        self.run = None
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            return (
+                f"Its process ended by itself (exit code {self.process.exitcode}), perhaps for want of memory; free "
+                "some or give fewer --jobs."
+            )
+
+    def interrupt(self) -> None:
+        """Stop in good order: a training saves a checkpoint after its step."""
+        self._stopped.set()
+        if self.process is not None and self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGINT)
+
+    def close(self, patience: float = PATIENCE) -> None:
+        """No more work comes; it has so many seconds to end by itself."""
+        if self.pipe is not None:
+            self.pipe.close()
+        if self.process is not None:
+            self.process.join(patience)
+            self.process.kill()
+            self.process.join()
+
+    def _spawn(self) -> None:
+        if self.pipe is not None:
+            self.pipe.close()
+        self.pipe, theirs = self._context.Pipe()
+        self.process = self._context.Process(target=_work, args=(theirs, self._stopped, self._start), daemon=True)
+        with _deaf():  # what is begun so is deaf to interrupts until it can take them without a traceback
+            self.process.start()
+        theirs.close()  # so that the pipe ends when the process does
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Interrupts are ignored within this block, and by a process that begins in it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _work(pipe: Connection, stopped: Event, start: Start) -> None:
+    """What a process does until its pipe ends."""
+    os.setpgrp()  # the terminal's Ctrl-C goes to the parent alone, which passes it on
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run, worker = pipe.recv(), None
+        while not stopped.is_set():
+            worker = worker or start.worker()
+            pipe.send(worker.run(run))
+            run = pipe.recv()
+    except (EOFError, ConnectionError, KeyboardInterrupt):
+        return
+    except Exception as error:  # from `start.worker`, which went well in the parent
+        pipe.send(f"Its process could not begin ({type(error).__name__}: {error}); give fewer --jobs.")
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)

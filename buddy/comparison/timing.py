@@ -1,0 +1,117 @@
+"""What each router's plans cost in time: all in turn, in one process, once they are fitted."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buddy.assemble import attached, budgets_of, routed_of
+from buddy.backbone import Backbone
+from buddy.comparison.planned import Planned
+from buddy.errors import BuddyError
+from buddy.evaluation.pruned import pruned_model
+from buddy.evaluation.speed import PROMPT, STEPS, Contender, Timings, race
+from buddy.files import checksum, read_json, write_json
+from buddy.memory import within_memory
+from buddy.place import ROUTER
+from buddy.progress import tracker
+from buddy.router import AnyRouter
+from buddy.runs import load_router
+
+FILE, ROUNDS = "speed.json", 3
+FULL = "full"
+
+
+def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, folder: Path) -> dict[str, Any]:
+    """Milliseconds of each router below full depth, of the engine at full depth and of the stock model.
+
+    Every round gives each its turn, so that a drift of the machine's speed meets all of them. What was measured for
+    the same routers is read from the folder instead.
+
+    Args:
+        runs: a finished run of each router, by label.
+        backbone: not routed.
+        windows: (N, W) long; the prefill of W tokens is timed, and the decoding of some after a short prompt.
+        folder: where the times are kept.
+
+    Returns:
+        "dense" (the stock model), "full" (the engine at full depth) and, as "results", an entry for each router and K,
+        each with medians over rounds and the least and most; and how it was measured.
+    """
+    tokens = windows.shape[1]
+    made = {label: checksum(run.folder / ROUTER) for label, run in runs.items()} | {"backbone": backbone.fingerprint}
+    try:
+        kept = read_json(folder / FILE)
+        if kept["made"] == made and kept["tokens"] == tokens:
+            return kept
+    except (BuddyError, KeyError):  # not measured yet, or cut
+        pass
+    needed = max(tokens, PROMPT + STEPS)
+    ids = windows.flatten().repeat(-(-needed // windows.numel()))[None, :needed].to(backbone.device)
+    with within_memory(f"a prompt of {tokens} tokens", "give --no-speed"):
+        timings = race(
+            _field(runs, backbone),
+            ids,
+            prompts=(tokens,),
+            batches=(1,),
+            rounds=ROUNDS,
+            track=tracker("Timing, in rounds"),
+        )
+    dense, full, *others = timings.items()
+    found = {"made": made, "tokens": tokens, "prompt": PROMPT, "steps": STEPS, "rounds": ROUNDS}
+    found |= {"threads": torch.get_num_threads(), "dense": _entry(dense[1]), "full": _entry(full[1])}
+    found["results"] = [{"router": name, "layers": layers} | _entry(each) for (name, layers), each in others]
+    write_json(folder / FILE, found)
+    return found
+
+
+def _field(runs: Mapping[str, Planned], backbone: Backbone) -> list[Contender]:
+    """The stock model; the engine at full depth, which is the same for all; each router at each K below."""
+    layers = backbone.num_layers
+    field = [Contender("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext)]
+    for run in runs.values():
+        router, counts = _router(run, backbone)
+        if len(field) == 1:
+            field.append(_contender(FULL, layers, run, backbone, router))
+        field += [_contender(run.label, count, run, backbone, router) for count in counts if count < layers]
+    return field
+
+
+def _router(run: Planned, backbone: Backbone) -> tuple[AnyRouter, Sequence[int]]:
+    """The router of a run, and K for each of its budgets, without repeats."""
+    routed = routed_of(run.recipe, backbone)
+    try:
+        routed.router.load_state_dict(load_router(run.folder))
+        counts = [routed.executed_layers(budget) for budget in budgets_of(run.recipe, routed)]
+        return routed.router.eval().requires_grad_(False), list(dict.fromkeys(counts))
+    finally:
+        routed.detach()
+
+
+def _contender(name: str, count: int, run: Planned, backbone: Backbone, router: AnyRouter) -> Contender:
+    @contextmanager
+    def spends() -> Iterator[None]:
+        routed = attached(run.recipe, backbone, router)
+        try:
+            with routed.at(executed=[count]):
+                yield
+        finally:
+            routed.detach()
+
+    return Contender(name, count, backbone.model, spends)
+
+
+def _entry(timings: Timings) -> dict[str, Any]:
+    (prefill,), decode = timings.prefill.values(), timings.decode[1]
+    return {
+        "prefill_ms": statistics.median(prefill),
+        "prefill_spread": [min(prefill), max(prefill)],
+        "decode_ms": statistics.median(decode),
+        "decode_spread": [min(decode), max(decode)],
+    }

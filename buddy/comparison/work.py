@@ -1,0 +1,158 @@
+"""One run after another: made or found, measured on every text, scored on every task; what is finished stays."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from buddy import progress
+from buddy.assemble import budgets_of
+from buddy.comparison.asked import Tasks
+from buddy.comparison.domains import Domain, read_domain
+from buddy.comparison.planned import Planned, is_finished
+from buddy.engine.model import RoutedLM
+from buddy.errors import BuddyError
+from buddy.evaluation.perplexity import evaluate
+from buddy.evaluation.reference import Reference
+from buddy.evaluation.saved import with_documents
+from buddy.files import checksum, read_json, write_json, write_text
+from buddy.memory import within_memory
+from buddy.place import METRICS, ROUTER
+from buddy.progress import tracker
+from buddy.runs import load_router
+from buddy.schema import Recipe
+from buddy.training.fit import Session, prepare
+from buddy.training.windows import Windows
+
+EVALUATIONS, TASKS = "evaluations", "tasks"  # in a run folder
+Texts = dict[Domain, Windows]
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that a process needs to work: nothing in it is large, so that it can be sent to another one.
+
+    Attributes:
+        recipe: of any of the runs.
+        recipe_name: is kept in the runs.
+        domains: what they are measured on.
+        tasks: what they are scored on.
+        threads: of torch.
+    """
+
+    recipe: Recipe
+    recipe_name: str
+    domains: tuple[Domain, ...]
+    tasks: Tasks
+    threads: int
+
+    def worker(self) -> Worker:
+        """A worker of its own backbone and text, which says nothing on the terminal."""
+        import torch
+
+        progress.errors.quiet = progress.results.quiet = True
+        torch.set_num_threads(self.threads)
+        session = Session(*prepare([self.recipe]))
+        texts = {domain: read_domain(domain, self.recipe, session.data) for domain in self.domains}
+        return Worker(session, self.recipe_name, texts, self.tasks)
+
+
+class Worker:
+    """Does the work of runs in one process.
+
+    Args:
+        session: backbone and text.
+        recipe_name: is kept in the runs.
+        texts: what runs are measured on.
+        tasks: what they are scored on.
+    """
+
+    def __init__(self, session: Session, recipe_name: str, texts: Texts, tasks: Tasks) -> None:
+        self.session, self._recipe_name, self._texts, self._tasks = session, recipe_name, texts, tasks
+        self._references = {domain: Reference() for domain in texts}
+
+    def run(self, run: Planned) -> str | None:
+        """Do what is missing of a run; None, or why it failed, in one sentence.
+
+        Any failure but an interrupt is caught: a router may be anybody's code, and the others are not to suffer.
+        """
+        report = run.folder.with_name(f"{run.folder.name}.error.txt")
+        report.unlink(missing_ok=True)
+        try:
+            self._do(run)
+            return None
+        except BuddyError as error:
+            return str(error)
+        except Exception as error:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            write_text(report, traceback.format_exc())
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            return f"{type(error).__name__}: {reason or 'no reason was given'}; all of it is in {report}."
+
+    def _do(self, run: Planned) -> None:
+        if not is_finished(run):
+            self.session.run(run.recipe, self._recipe_name, run.place)
+        for name in (EVALUATIONS, TASKS) if self._tasks.names else (EVALUATIONS,):
+            (run.folder / name).mkdir(exist_ok=True)
+        missing = [domain for domain in self._texts if not domain.own and not self._is_measured(run, domain)]
+        if missing:
+            with self.session.routed(run.recipe) as routed:
+                routed.router.load_state_dict(load_router(run.folder))
+                routed.router.eval().requires_grad_(False)
+                for domain in missing:
+                    self._measure(run, domain, routed)
+        for name in self._tasks.names:
+            self._score(run, name)
+
+    def _measure(self, run: Planned, domain: Domain, routed: RoutedLM) -> None:
+        data = run.recipe.data
+        sizes = f"a batch of {data.batch_size} × {data.window} tokens"
+        with within_memory(sizes, "set data.batch_size smaller"):
+            scores = evaluate(
+                routed,
+                self._texts[domain],
+                budgets_of(run.recipe, routed),
+                prompt=data.prompt,
+                batch_size=data.batch_size,
+                track=tracker(f"Evaluating {run.label} on {domain.label}"),
+                reference=self._references[domain],
+            )
+        write_json(evaluation_file(run, domain), self._asked(run, domain) | with_documents(scores))
+
+    def _is_measured(self, run: Planned, domain: Domain) -> bool:
+        return _is_kept(evaluation_file(run, domain), self._asked(run, domain))
+
+    def _asked(self, run: Planned, domain: Domain) -> dict[str, Any]:
+        """What an evaluation is of: where this is the same, the result is."""
+        return {"windows": self._texts[domain].fingerprint, "router": checksum(run.folder / ROUTER)}
+
+    def _score(self, run: Planned, name: str) -> None:
+        from buddy.evaluation.tasks import task_scores
+
+        tasks = self._tasks
+        places = {name: place and str(place) for name, place in (("data", tasks.data), ("path", tasks.path))}
+        asked = {"limit": tasks.limit, "router": checksum(run.folder / ROUTER), **places}
+        if _is_kept(task_file(run, name), asked):
+            return
+        found = task_scores(run.folder, [name], limit=tasks.limit, task_data=tasks.data, task_path=tasks.path)
+        write_json(task_file(run, name), asked | found)
+
+
+def evaluation_file(run: Planned, domain: Domain) -> Path:
+    """Where a run's results on a text are: on the recipe's own in its metrics, on others beside them."""
+    return run.folder / METRICS if domain.own else run.folder / EVALUATIONS / f"{domain.label}.json"
+
+
+def task_file(run: Planned, name: str) -> Path:
+    """Where a run's results on a task are."""
+    return run.folder / TASKS / f"{name.replace('/', '-')}.json"
+
+
+def _is_kept(path: Path, asked: dict[str, Any]) -> bool:
+    try:
+        kept = read_json(path)
+    except BuddyError:  # missing, or cut
+        return False
+    return all(kept.get(key) == value for key, value in asked.items())

@@ -1,0 +1,300 @@
+"""The model `buddy` of lm-eval: a finished run, routed at one budget.
+
+lm-eval finds it through the entry point group `lm_eval.models`, in versions that look there (after 0.4.13);
+`buddy.evaluation.lm_eval` is the same command for those that do not. This module imports lm-eval, the extra
+`buddy-depth[tasks]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from buddy.assemble import routed_from
+from buddy.engine.model import RoutedLM
+from buddy.errors import DataError, RunError, nearest
+from buddy.progress import Bar
+from buddy.runs import read_run
+
+# What HFLM takes and what makes sense for a model that is loaded already.
+OPTIONS = {
+    "add_bos_token",
+    "chat_template_args",
+    "enable_thinking",
+    "max_length",
+    "prefix_token_id",
+    "softmax_dtype",
+    "think_end_token",
+    "truncation",
+}
+BATCH_TOKENS = 1024  # tokens of a batch where neither a run nor the caller says
+
+
+@dataclass
+class Executed:
+    """Layers that tokens really ran: questions and answers, sinks and padding left out."""
+
+    least: int | None = None
+    most: int | None = None
+    total: int = 0
+    tokens: int = 0
+
+    def add(self, executed: Tensor) -> None:
+        """Count tokens (n,) long."""
+        if executed.numel():
+            least, most = int(executed.min()), int(executed.max())
+            self.least = least if self.least is None else min(self.least, least)
+            self.most = most if self.most is None else max(self.most, most)
+            self.total, self.tokens = self.total + int(executed.sum()), self.tokens + executed.numel()
+
+    @property
+    def mean(self) -> float:
+        """Mean over tokens; not a number before the first."""
+        return self.total / self.tokens if self.tokens else math.nan
+
+
+@dataclass
+class _Row:
+    """One sequence to run: tokens without the last, and the requests that it answers."""
+
+    tokens: list[int]
+    prompt: int
+    requests: list[int] = field(default_factory=list)
+
+
+Tokenised = tuple[Any, list[int], list[int]]  # the request's texts, its context's tokens, its continuation's tokens
+
+
+@register_model("buddy")
+class BuddyLM(HFLM):
+    """A routed model that lm-eval asks for likelihoods and text.
+
+    A request is a context and a continuation. The plans of the continuation's tokens come from the context and from
+    what precedes them, never from what follows: all tokens run at once in the engine's parallel form, which is what
+    step-by-step decoding gives. Where plans hang on where the prompt ends (`routing.prompt_plan=shared`,
+    `routing.reroute_every`, routers of one plan an input), only sequences whose contexts are equally long share a
+    batch. At full depth batches and scores are those of `HFLM`, bit for bit.
+
+    Args:
+        run: a run folder, or a model that is loaded already.
+        budget: a fraction such as 0.75, or "22layers".
+        batch_size: sequences a batch, as in HFLM; "auto" for as many as hold `batch_tokens` tokens.
+        batch_tokens: tokens a batch, padding included; the run's `data.batch_size` × `data.window` by default.
+        device: "cpu" moves the model there; anything else leaves it where the run's recipe puts it, since `lm_eval`
+            asks for a GPU whether there is one or not.
+        max_batch_size, trust_remote_code: `lm_eval` may give them; they change nothing here.
+        options: of HFLM; those in `OPTIONS` alone.
+
+    Attributes:
+        routed: the model and its router.
+        layers: K, executed layers that the budget stands for.
+        executed: layers that tokens really ran since the budget was last set.
+        on_scored: called with the number of likelihood requests that have just been answered, instead of a bar.
+
+    Raises:
+        RunError: no run, no budget, or an unknown option.
+        DataError: when scoring, an empty context or continuation.
+        BuddyError: the run or the budget cannot be used.
+    """
+
+    def __init__(
+        self,
+        run: str | Path | RoutedLM | None = None,
+        budget: float | int | str | None = None,
+        *,
+        batch_size: int | str | None = "auto",
+        batch_tokens: int | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        trust_remote_code: bool | None = None,
+        **options: Any,
+    ) -> None:
+        _check(run, budget, options)
+        self.routed, tokens, rows = _loaded(run)
+        fixed = not str(batch_size or "auto").startswith("auto")
+        self._batch_tokens = None if fixed else int(batch_tokens or tokens)
+        if device is not None and torch.device(device).type == "cpu":
+            self.routed.backbone.model.cpu()
+            self.routed.router.cpu()
+        backbone = self.routed.backbone
+        super().__init__(
+            backbone.model,
+            tokenizer=backbone.tokenizer,
+            backend="causal",
+            batch_size=int(batch_size) if fixed else rows,
+            **options,
+        )
+        self.on_scored: Callable[[int], None] | None = None
+        self.ask(budget)
+
+    def ask(self, budget: float | int | str) -> None:
+        """Spend this budget from now on, and count executed layers anew."""
+        self.layers = self.routed.executed_layers(budget)
+        self.executed = Executed()
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether greedy decoding would say it) for each context and continuation."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.on_scored is not None)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval's results say of the model."""
+        backbone = self.routed.backbone
+        return {
+            "model_num_parameters": backbone.model.num_parameters(),
+            "model_dtype": str(backbone.dtype),
+            "backbone": backbone.name,
+            "router": type(self.routed.router).__name__,
+            "layers": self.layers,
+            "layers_of": self.routed.geometry.layers,
+        }
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Tokenised], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        answers: list[Any] = [None] * len(requests)
+        with self._reporting(len(requests), disable_tqdm) as report:
+            for rows in self._batches(requests):
+                first = self._first_wanted(rows, requests)
+                lengths = torch.tensor([len(row.tokens) for row in rows])
+                logits = self._logits([row.tokens for row in rows], lengths, rows[0].prompt, first)
+                for row, own in zip(rows, logits, strict=True):
+                    self._answer(row, own[: len(row.tokens) - first], requests, answers)
+                report(sum(len(row.requests) for row in rows))
+        return answers
+
+    def _answer(self, row: _Row, logits: Tensor, requests: Sequence[Tokenised], answers: list[Any]) -> None:
+        """Fill in what a row's last logits (T', V) say about each of its requests."""
+        scores = F.log_softmax(logits[-_longest(row, requests) :], dim=-1, dtype=self.softmax_dtype)
+        greedy = scores.argmax(-1)
+        for index in row.requests:
+            text, _, continuation = requests[index]
+            target, count = torch.tensor(continuation, device=scores.device), len(continuation)
+            picked = scores[-count:].gather(-1, target[:, None]).squeeze(-1)
+            answers[index] = float(picked.sum()), bool((greedy[-count:] == target).all())
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, answers[index])
+
+    def _first_wanted(self, rows: Sequence[_Row], requests: Sequence[Tokenised]) -> int:
+        """The first position whose logits any row needs; 0 at full depth, since HFLM computes them all."""
+        return min(len(row.tokens) - _longest(row, requests) for row in rows) if self._routes else 0
+
+    def _batches(self, requests: Sequence[Tokenised]) -> Iterator[list[_Row]]:
+        """Rows that run together: longest first, as HFLM has them; equal prompts only where plans hang on them."""
+        rows: dict[tuple, _Row] = {}
+        for index, (text, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise DataError(
+                    f"An item cannot be scored: {shorten(repr(text), 120)} has an empty question or answer, or an "
+                    f"answer of more than {self.max_length} tokens; mend or remove it."
+                )
+            tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
+            prompt = len(tokens) - len(continuation) + 1 if self._prompt_matters else 0
+            rows.setdefault((prompt, *tokens), _Row(tokens, prompt)).requests.append(index)
+
+        def order(row: _Row) -> tuple:
+            index = max(row.requests, key=lambda index: len(requests[index][2]))
+            whole = requests[index][1] + requests[index][2]
+            return row.prompt, -len(whole), whole
+
+        for _, alike in groupby(sorted(rows.values(), key=order), key=lambda row: row.prompt):
+            yield from self._chunks(list(alike))
+
+    def _chunks(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        start = 0
+        while start < len(rows):
+            size = self.batch_size
+            if self._batch_tokens is not None:
+                size = max(1, self._batch_tokens // len(rows[start].tokens))
+            yield rows[start : start + size]
+            start += size
+
+    @property
+    def _routes(self) -> bool:
+        """Whether there is anything to plan; at full depth there is not."""
+        return self.layers < self.routed.geometry.layers
+
+    @property
+    def _prompt_matters(self) -> bool:
+        settings = self.routed.settings
+        return self._routes and (settings.prompt_plan == "shared" or settings.reroute_every != 1)
+
+    @torch.no_grad()
+    def _logits(self, sequences: Sequence[Sequence[int]], lengths: Tensor, prompt: int, first: int = 0) -> Tensor:
+        """(B, T − first, V) of sequences padded on the right; what they ran is counted."""
+        device = self.routed.backbone.device
+        ids = pad_sequence([torch.tensor(tokens) for tokens in sequences], batch_first=True).to(device)
+        real = torch.arange(ids.shape[1], device=device) < lengths[:, None].to(device)
+        # Padding after the end changes nothing before it, unless rows share the mean of their scores.
+        mask = real.long() if self._routes and self.routed.settings.batch_plan == "shared" else None
+        keep = torch.arange(first, ids.shape[1], device=device) if first else 0
+        output = self.routed(ids, mask, executed=torch.full((len(ids),), self.layers), prompt=prompt, keep=keep)
+        self.executed.add(output.executed[real & ~output.sinks])
+        return output.logits
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        return self._logits(inps.tolist(), torch.full((len(inps),), inps.shape[1]), prompt=1)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        with self.routed.at(executed=[self.layers]) as record:
+            tokens = super()._model_generate(context, max_length=max_length, stop=stop, **options)
+        read = ~record.sinks[0]
+        if options.get("attention_mask") is not None:
+            read &= options["attention_mask"].bool()
+        self.executed.add(record.executed[0][read])
+        for step in record.executed[1:]:
+            self.executed.add(step.flatten())
+        return tokens
+
+    @contextmanager
+    def _reporting(self, total: int, silent: bool) -> Iterator[Callable[[int], None]]:
+        if self.on_scored is not None or silent:
+            yield self.on_scored or (lambda _: None)
+            return
+        done = 0
+        with Bar(f"Scoring at {self.layers} layers", total) as bar:
+
+            def report(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.update(done)
+
+            yield report
+
+
+def _longest(row: _Row, requests: Sequence[Tokenised]) -> int:
+    """Tokens of the longest continuation that a row answers for."""
+    return max(len(requests[index][2]) for index in row.requests)
+
+
+def _check(run: Any, budget: Any, options: dict[str, Any]) -> None:
+    if run is None or budget is None:
+        raise RunError(
+            "The model 'buddy' needs a run and a budget: --model_args run=runs/quickstart/buddy,budget=0.75, say."
+        )
+    for name in options:
+        if name not in OPTIONS:
+            known = sorted({"run", "budget", "batch_tokens", *OPTIONS})
+            hint = nearest(name, known) or f"; choose from {', '.join(known)}."
+            raise RunError(f"The model 'buddy' has no argument {name!r}{hint}")
+
+
+def _loaded(run: str | Path | RoutedLM) -> tuple[RoutedLM, int, int]:
+    """The model, tokens a batch and rows a batch of generation."""
+    if isinstance(run, RoutedLM):
+        return run, BATCH_TOKENS, 1
+    found = read_run(run)
+    data = found.recipe.data
+    return routed_from(found), data.batch_size * data.window, data.batch_size

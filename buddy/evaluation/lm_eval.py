@@ -1,0 +1,28 @@
+"""`python -m buddy.evaluation.lm_eval …`: the command `lm_eval`, with the model `buddy` among those it knows."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from buddy.errors import BuddyError
+from buddy.evaluation.task_source import require_lm_eval
+
+WRONG_INPUT = 2
+
+
+def main() -> None:
+    """`lm_eval` with the words of the command line; mistakes that Buddy finds end it with one sentence."""
+    try:
+        require_lm_eval()
+        from lm_eval.__main__ import cli_evaluate
+
+        import_module("buddy.evaluation.harness")  # registers the model
+        cli_evaluate()
+    except BuddyError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Pictures: which share of tokens runs each layer, and which layers each token of one text ran.
+
+Colours are told apart by people who see few of them, and in grey: the more ink, the more ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from buddy.evaluation.figure import figure_at
+from buddy.inspection.measures import changed_layers
+
+LABELLED, WHOLE = 60, 1024  # tokens of a text that are drawn with their words, and without
+SPELT_LAYERS = 48  # deeper models get no numbers in the cells of a heat map
+SKIPPED, CHOSEN, ALWAYS, SINK = range(4)
+KINDS = {
+    CHOSEN: ("#0072b2", "ran, chosen"),
+    ALWAYS: ("#a0a0a0", "always runs"),
+    SINK: ("#e69f00", "ran, sink token"),
+    SKIPPED: ("#f4f4f4", "skipped"),
+}
+
+
+def draw_shares(path: Path, columns: Mapping[str, Sequence[float]], *, title: str, label: str) -> None:
+    """A heat map: layers upwards, a column for each budget or text, the share of tokens that ran the layer as colour.
+
+    Args:
+        path: where the PNG goes.
+        columns: (L,) shares by column name.
+        title: over the picture.
+        label: what the columns are.
+    """
+    shares = np.array(list(columns.values())).T
+    layers, count = shares.shape
+    names = [_cut(name, 24) for name in columns]
+    size = (2.6 + 0.75 * count, min(11.0, 1.6 + 0.2 * layers))
+    with figure_at(path, figsize=(max(size[0], 0.085 * max(map(len, title.splitlines()))), size[1])) as axes:
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+        for layer, column in np.ndindex(shares.shape) if layers <= SPELT_LAYERS else ():
+            share = shares[layer, column]
+            ink = "white" if share > 0.7 else "black"
+            axes.text(column, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=ink)
+        axes.set_xticks(range(count), [""] * count)
+        long = max(len(line) for name in names for line in name.split("\n")) > 9
+        axes.set_xticklabels(names, parse_math=False, **({"rotation": 30, "ha": "right"} if long else {}))
+        _layer_axis(axes, layers)
+        axes.set_xlabel(label)
+        axes.set_title(title, fontsize=10, parse_math=False)
+        axes.figure.colorbar(image, ax=axes, label="share of tokens", aspect=40, format=_percent)
+
+
+def draw_tokens(
+    path: Path, runs: np.ndarray, labels: Sequence[str], *, sinks: int, always: tuple[int, int], title: str
+) -> None:
+    """The plans of one text: tokens to the right, layers upwards, filled where the layer ran.
+
+    The first tokens have their words below them, and above them bars of how many layers changed since the token
+    before. A longer text is drawn whole beneath.
+
+    Args:
+        path: where the PNG goes.
+        runs: (T, L) bool.
+        labels: a short word for each token.
+        sinks: first tokens at full depth whatever the budget.
+        always: how many layers always run at the bottom and at the top.
+        title: over the picture.
+    """
+    kinds = _kinds(runs[:WHOLE], sinks, always)
+    shown, layers = min(len(runs), LABELLED), runs.shape[1]
+    heights = [0.5, 0.13 * layers, 0.07 * layers][: 3 if len(runs) > shown else 2]
+    size = (max(7.0, 1.2 + 0.2 * shown), min(16.0, 2.0 + sum(heights)))
+    with figure_at(path, figsize=size, nrows=len(heights), height_ratios=heights) as axes:
+        changed, words, *rest = axes
+        changed.bar(range(shown), changed_layers(runs[:shown], sinks), color="#444444", width=0.6)
+        changed.set(xlim=(-0.5, shown - 0.5), xticks=[])
+        changed.set_ylabel("layers\nchanged", rotation=0, ha="right", va="center")
+        _integers(changed)
+        changed.spines[["top", "right"]].set_visible(False)
+        changed.set_title(title, fontsize=10, parse_math=False)
+        _draw_kinds(words, kinds[:shown], lines=True)
+        words.set_xticks(range(shown), [""] * shown)
+        words.set_xticklabels(map(_in_font, labels[:shown]), parse_math=False, rotation=90, fontsize=8)
+        for ax in rest:
+            _draw_kinds(ax, kinds, lines=False)
+            ax.set_xlabel(_extent(len(runs)))
+        _legend(axes[-1].figure)
+
+
+def _kinds(runs: np.ndarray, sinks: int, always: tuple[int, int]) -> np.ndarray:
+    """(T, L) what each token did in each layer, as one of the four kinds."""
+    kinds = np.where(runs, CHOSEN, SKIPPED)
+    first, last = always
+    kinds[:, :first] = kinds[:, runs.shape[1] - last :] = ALWAYS
+    kinds[:sinks] = SINK
+    return kinds
+
+
+def _draw_kinds(axes: Any, kinds: np.ndarray, *, lines: bool) -> None:
+    from matplotlib.colors import ListedColormap
+
+    tokens, layers = kinds.shape
+    colours = ListedColormap([KINDS[kind][0] for kind in sorted(KINDS)])
+    places = np.arange(tokens + 1) - 0.5, np.arange(layers + 1) - 0.5
+    edges = {"edgecolors": "white", "linewidth": 0.6} if lines else {"rasterized": True}
+    axes.pcolormesh(*places, kinds.T, cmap=colours, vmin=-0.5, vmax=3.5, **edges)
+    _layer_axis(axes, layers)
+
+
+def _layer_axis(axes: Any, layers: int) -> None:
+    """Numbers at every layer, every fifth or every tenth, and at the last, with room between them."""
+    step = 1 if layers <= 15 else 5 if layers <= 60 else 10
+    last = layers - 1
+    axes.set_yticks([*range(0, last - step // 2, step), last])
+    axes.set_ylabel("layer")
+
+
+def _integers(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=2, integer=True, min_n_ticks=1))
+
+
+def _legend(figure: Any) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(facecolor=colour, edgecolor="#888888", label=name) for colour, name in KINDS.values()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+
+
+def _in_font(label: str) -> str:
+    """The label with an empty box for every sign that the figure's font lacks."""
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    known = font.get_charmap()
+    return "".join(sign if ord(sign) in known else "□" for sign in label)
+
+
+def _extent(tokens: int) -> str:
+    return f"all {tokens} tokens" if tokens <= WHOLE else f"the first {WHOLE} of {tokens} tokens"
+
+
+def _percent(share: float, _: int) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _cut(name: str, longest: int) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"

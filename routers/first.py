@@ -1,0 +1,104 @@
+"""FiRST: a gate before every layer decides whether it runs (Jain et al., 2410.12513)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from buddy import Geometry, LayerwiseRouter
+
+SCOPES = ("prompt", "token")
+GATES = ("hard", "soft")
+SHIFT = 5.0  # how far the gates of no layers and of all lie apart before training
+
+
+class FiRST(LayerwiseRouter):
+    """Learned: one linear gate a layer sees the state that arrives there; the prompt's decisions hold for the input.
+
+    A gate is open, and its layer runs, where σ(w_i · h + b_i) is above a half. Decisions are an input's: the gates are
+    asked in prefill and hold while decoding, so no key and value is missed. Training multiplies what a layer adds to
+    the hidden state by its gate and adds a penalty on layers that are not skipped.
+
+    Deviations from the paper:
+
+    - The count is exact: the engine stops when K layers are spent and runs the rest when it is owed. The paper's gates
+      alone say how many run, and their number is what it is.
+    - The paper trains one router for each rate of skipping. Here one serves all budgets: k / R, the rate that is asked
+      for, shifts each gate by a learned amount (`budget_aware`).
+    - The paper's gates are soft in training. A model hardly minds when all its layers count two thirds, so soft
+      gates gather there, all of them open, and the engine's count skips the last layers, which a model can spare
+      least. Here gates are hard, with the gradient of soft ones (`gates`).
+    - The paper's penalty is the sum of the probabilities, its weight found by hand for each rate. Here it is
+      λ · max(0, mean gate − (k − 1) / R): linear too, but silent below the budget, with one layer of slack, since to be
+      owed a layer at the end costs little, and to have none left much.
+    - The prompt's last token decides for the prompt, as in every router of one plan an input.
+    - Gates see the state normalised; its scale differs a hundredfold between layers.
+    - The gates alone are trained, to the recipe's objective; the paper tunes LoRA adapters afterwards.
+    - Sinks, the first and the last layer always run.
+
+    With `gates="soft"` and `budget_aware=False` it is the paper's but for the count.
+
+    Args:
+        geometry: sizes of the backbone.
+        scope: "prompt", or "token": each token asks the gates for itself, and waits for the device at each layer.
+        gates: in training, "hard" or "soft".
+        budget_aware: whether K shifts the gates.
+        penalty_weight: λ, in nats.
+        start: b_i before training; 3 is a probability of 0.95, nearly the dense model.
+
+    Raises:
+        ValueError: an unknown scope or kind of gate, or a negative penalty.
+    """
+
+    kind = "learned"
+    source = "arXiv 2410.12513"
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        scope: str = "prompt",
+        gates: str = "hard",
+        budget_aware: bool = True,
+        penalty_weight: float = 30.0,
+        start: float = 3.0,
+    ) -> None:
+        super().__init__(geometry)
+        if scope not in SCOPES:
+            raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
+        if gates not in GATES:
+            raise ValueError(f"gates is {gates!r}; choose one of {', '.join(GATES)}")
+        if penalty_weight < 0:
+            raise ValueError(f"penalty_weight is {penalty_weight}; give 0 or more")
+        self.scope, self.hard, self.penalty_weight = scope, gates == "hard", float(penalty_weight)
+        self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
+        self.bias = nn.Parameter(torch.full((geometry.routable,), float(start)))
+        self.shift = nn.Parameter(torch.full((geometry.routable,), SHIFT)) if budget_aware else None
+
+    def gate(self, index: int, hidden: Tensor, executed: Tensor) -> Tensor:
+        """(...) logits of routable layer `index`: w_i · h + b_i, and the shift for a budget below full depth."""
+        logits = F.layer_norm(hidden, hidden.shape[-1:]) @ self.weight[index] + self.bias[index]
+        if self.shift is None:
+            return logits
+        return logits + self.shift[index] * (self._rate(executed) - 1)
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        """(...): the probability that a gate is open; of hard gates 0 or 1, with its gradient."""
+        probability = logits.sigmoid()
+        if not self.hard:
+            return probability
+        return (logits > 0).float() + probability - probability.detach()
+
+    def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:
+        """(B,): λ · max(0, mean gate − (k − 1) / R)."""
+        return self.penalty_weight * (weights.mean((1, 2)) - self._rate(executed - 1)).clamp(min=0)
+
+    def parameter_groups(self) -> list[dict]:
+        """Step sizes by fan-in: a gate's many weights add up, its bias and its shift stand alone."""
+        alone = [self.bias] if self.shift is None else [self.bias, self.shift]
+        return [{"params": [self.weight], "scale": 0.2}, {"params": alone, "scale": 20.0}]
+
+    def _rate(self, executed: Tensor) -> Tensor:
+        """k / R, the share of the routable layers that is asked for."""
+        return (executed - self.geometry.always_on) / self.geometry.routable

@@ -1,0 +1,402 @@
+"""`compare` as a whole: what it leaves, what it reuses, what it refuses, and what is left when it is stopped."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from buddy.comparison.asked import Asked
+from buddy.comparison.compare import compare
+from buddy.comparison.view import Comparison
+from buddy.errors import BuddyError, RegistryError, RunError
+from buddy.evaluation.saved import scores_of
+from buddy.files import load_tensors, read_json
+from buddy.recipe import load_recipe
+from buddy.runs import read_run
+from buddy.training.fit import Session
+from tests.small import start_buddy, write_text
+
+ROUTERS = "buddy,buddy[hidden=8],shortgpt,random,full"
+LABELS = ROUTERS.split(",")
+SEEDED = [*LABELS[:2], "random"]
+STEPS = "trainer.max_steps=3"
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("texts") / "other.jsonl", 40, seed=5)
+
+
+@pytest.fixture(scope="module")
+def ask(small, other):
+    """Makes an `Asked` for a folder."""
+
+    def ask(out: Path, *overrides: str, **options) -> Asked:
+        overrides = (STEPS, *overrides)
+        defaults = {"routers": ROUTERS, "seeds": 2, "domains": str(other), "speed": False}
+        recipe = load_recipe(small.file, overrides)
+        return Asked(recipe, str(small.file), "small", overrides, out=out, **(defaults | options))
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def whole(ask, tmp_path_factory) -> Path:
+    """A comparison with everything; read it, never write into it."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert compare(ask(out, speed=True, markdown=out.parent / "copy.md")) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def comparison(whole) -> Comparison:
+    return Comparison(read_json(whole / "comparison.json"))
+
+
+def router_files(out: Path) -> dict[str, Path]:
+    found = {path.parent: path for path in (out / "runs").glob("[!.]*/[!.]*/router.safetensors")}
+    return {f"{folder.parent.name}/{folder.name}": path for folder, path in found.items()}
+
+
+def assert_same_routers(one: Path, other: Path, names: Iterable[str]) -> None:
+    for name in names:
+        first, second = (load_tensors(router_files(out)[name]) for out in (one, other))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+
+
+def without_times(record: dict) -> dict:
+    """What a second comparison has to repeat to the bit."""
+    runs = [{**run, "fit": run["fit"]["parameters"]} for run in record["runs"]]
+    return {**record, "runs": runs, "created": None, "speed": None}
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.json")}
+
+
+# Whole
+
+
+def test_everything_is_left_behind(whole):
+    names = {path.name for path in whole.iterdir() if not path.name.startswith(".")}
+    figures = {"quality-layers.png", "quality-time.png"}
+    assert names == {"comparison.json", "comparison.csv", "results.md", "runs", "speed.json", "tensorboard", *figures}
+    assert {path.name for path in whole.parent.iterdir()} == {"out", "copy.md", *(f"copy-{name}" for name in figures)}
+
+
+def test_routers_that_depend_on_a_seed_have_all_seeds_and_the_others_one(whole, comparison):
+    assert comparison.labels == LABELS
+    assert {label: len(comparison.runs(label)) for label in LABELS} == {
+        label: 2 if label in SEEDED else 1 for label in LABELS
+    }
+    assert len(router_files(whole)) == 8
+
+
+def test_a_fixed_seed_is_not_repeated(ask, tmp_path):
+    assert compare(ask(tmp_path, routers="random[seed=4],random", domains=None)) == 0
+    assert [path.parent.name for path in (tmp_path / "runs").glob("*/[!.]*/run.json")].count("seed-1") == 1
+
+
+def test_each_run_is_an_ordinary_one_and_only_seed_and_router_differ(whole):
+    recipes = {name: read_run(path.parent).recipe for name, path in router_files(whole).items()}
+    assert {name: recipe.seed for name, recipe in recipes.items()} == {name: int(name[-1]) for name in recipes}
+    assert {recipe.data_seed for recipe in recipes.values()} == {0}
+    assert len({json.dumps(vars(recipe.data)) for recipe in recipes.values()}) == 1
+    assert {read_json(path.parent / "metrics.json")["windows"] for path in router_files(whole).values()} != {None}
+
+
+def test_seeds_draw_weights_and_orders_and_nothing_of_the_text(whole, comparison):
+    first, second = (load_tensors(router_files(whole)[f"buddy/seed-{n}"]) for n in (0, 1))
+    assert (first["input.weight"] - second["input.weight"]).abs().max() > 0.01
+    assert torch.equal(first["prior"], second["prior"]), "calibrated on the same windows"
+    orders = [load_tensors(router_files(whole)[f"random/seed-{n}"])["order"] for n in (0, 1)]
+    assert not torch.equal(*orders)
+    for domain in comparison.domains:
+        dense = [comparison.scores(label, domain, 1.0)[0].loss.tolist() for label in LABELS]
+        assert dense == [dense[0]] * len(LABELS)
+
+
+def test_json_csv_and_the_runs_agree(whole, comparison):
+    lines = list(csv.DictReader((whole / "comparison.csv").read_text().splitlines()))
+    assert len(lines) == sum(2 * (1 if run["router"] == "full" else 3) for run in comparison.record["runs"])
+    for run in comparison.record["runs"]:
+        folder = next(r["folder"] for r in comparison.record["routers"] if r["label"] == run["router"])
+        kept = whole / "runs" / folder / f"seed-{run['seed']}"
+        metrics = read_json(kept / "metrics.json")
+        assert metrics["results"] == run["domains"]["text"]["results"]
+        assert metrics["fit"] == run["fit"]
+        assert metrics["fit"]["seconds"] > 0
+        assert (metrics["fit"]["parameters"] > 0) == run["router"].startswith("buddy")
+        for entry in read_json(kept / "evaluations" / "other.json")["results"]:
+            (line,) = (
+                line
+                for line in lines
+                if (line["router"], line["seed"], line["domain"], line["budget"])
+                == (run["router"], str(run["seed"]), "other", str(entry["budget"]))
+            )
+            assert float(line["perplexity"]) == entry["perplexity"]
+            assert int(line["executed_max"]) == int(line["layers"]) == entry["layers"]
+            assert float(line["decode_tokens_per_second"]) > 0
+
+
+def test_a_saved_evaluation_is_what_evaluate_says(whole, small, other):
+    from buddy.evaluation.evaluate import evaluate_run
+
+    folder = router_files(whole)["shortgpt/seed-0"].parent
+    evaluate_run(folder, data=str(other), json_file=whole.parent / "copy.json")
+    again = read_json(whole.parent / "copy.json")
+    (whole.parent / "copy.json").unlink()
+    for one, two in zip(read_json(folder / "evaluations" / "other.json")["results"], again["results"], strict=True):
+        assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-6)
+        assert one["layers"] == two["layers"]
+
+
+def test_the_document_names_no_path(whole, other):
+    text = (whole / "results.md").read_text()
+    assert text.replace("quality", "copy-quality") == (whole.parent / "copy.md").read_text()
+    assert str(other.parent) not in text
+    assert f"buddy compare --recipe small.yaml --routers '{ROUTERS}' --seeds 2 --domains other.jsonl {STEPS}" in text
+    assert (whole / "comparison.json").read_text().count(str(other.parent)) == 0
+
+
+@pytest.fixture
+def again(whole, tmp_path) -> Path:
+    """A copy of the whole comparison."""
+    return Path(shutil.copytree(whole, tmp_path / "again"))
+
+
+def test_the_tables_are_on_the_screen(again, ask, capsys):
+    assert compare(ask(again, speed=True)) == 0
+    out, err = capsys.readouterr()
+    titles = ["Perplexity on text", "Difference to the best static router on other", "KL to the dense", "What it takes"]
+    for words in (*titles, "Decode, tokens a second", f"TensorBoard: tensorboard --logdir {again}/tensorboard"):
+        assert words in out
+    assert "Run 3 of 8: buddy[hidden=8], seed 0\n" in err
+    assert "Training" not in err
+    assert "Evaluating" not in err
+    assert "Timing" not in err
+
+
+def test_the_same_seed_gives_the_same_numbers_to_the_bit(whole, ask, tmp_path):
+    assert compare(ask(tmp_path)) == 0
+    first, second = (read_json(out / "comparison.json") for out in (whole, tmp_path))
+    assert without_times(first) == without_times(second)
+    assert_same_routers(whole, tmp_path, router_files(whole))
+
+
+# Reused, gone on with, refused
+
+
+def test_what_is_finished_is_not_done_again(again, ask, monkeypatch):
+    monkeypatch.setattr(Session, "run", lambda *_: pytest.fail("a finished run was made again"))
+    before = stamps(again)
+    assert compare(ask(again, routers="shortgpt,random", seeds=1)) == 0
+    assert stamps(again) == before
+    assert Comparison(read_json(again / "comparison.json")).labels == ["shortgpt", "random"]
+
+
+@pytest.fixture
+def stopping(monkeypatch) -> Iterator[list[str]]:
+    """Every evaluation is noted; the fourth one is interrupted as long as the list holds "stop" first."""
+    seen: list[str] = []
+    for module in ("buddy.comparison.work", "buddy.training.fit"):
+        evaluate = __import__(module, fromlist=["evaluate"]).evaluate
+
+        def noted(*args, evaluate=evaluate, **options):
+            seen.append("evaluation")
+            if seen[0] == "stop" and len(seen) == 5:
+                raise KeyboardInterrupt
+            return evaluate(*args, **options)
+
+        monkeypatch.setattr(f"{module}.evaluate", noted)
+    return seen
+
+
+def test_an_interrupted_comparison_goes_on(whole, ask, tmp_path, stopping):
+    options = {"routers": "shortgpt,buddy,full"}
+    stopping.append("stop")
+    with pytest.raises(KeyboardInterrupt):
+        compare(ask(tmp_path, **options))
+    assert not (tmp_path / "comparison.json").exists()
+    kept = stamps(tmp_path)
+    assert {path.name for path in kept} >= {"metrics.json", "other.json"}
+    stopping.clear()
+    assert compare(ask(tmp_path, **options)) == 0
+    assert len(stopping) == 8 - 3, "3 of 4 runs × 2 texts were whole"
+    assert kept.items() <= stamps(tmp_path).items()
+    assert_same_routers(whole, tmp_path, ("buddy/seed-0", "buddy/seed-1", "shortgpt/seed-0"))
+
+
+def test_a_cut_evaluation_is_made_again(ask, tmp_path, stopping):
+    options = {"routers": "shortgpt"}
+    compare(ask(tmp_path, **options))
+    path = tmp_path / "runs" / "shortgpt" / "seed-0" / "evaluations" / "other.json"
+    scores = scores_of(read_json(path))
+    path.write_text(path.read_text()[:100])
+    stopping.clear()
+    compare(ask(tmp_path, **options))
+    assert len(stopping) == 1
+    again = scores_of(read_json(path))
+    assert [each.loss.tolist() for each in again] == [each.loss.tolist() for each in scores]
+
+
+def test_another_text_by_the_same_name_is_measured_anew(ask, tmp_path, stopping):
+    texts = [write_text(tmp_path / str(number) / "new.jsonl", 40, seed=number) for number in folders(tmp_path, 2)]
+    for text in texts:
+        compare(ask(tmp_path / "out", routers="shortgpt", domains=str(text)))
+    assert len(stopping) == 1 + 2
+
+
+def folders(place: Path, count: int) -> list[int]:
+    for number in range(count):
+        (place / str(number)).mkdir()
+    return list(range(count))
+
+
+def test_runs_of_another_recipe_are_refused_with_the_keys(ask, tmp_path):
+    options = {"routers": "shortgpt,random", "domains": None}
+    compare(ask(tmp_path, **options))
+    before = stamps(tmp_path)
+    words = r"runs/shortgpt/seed-0 and 2 more were made with another recipe \(data\.prompt: 12 there, 13 here\) and"
+    with pytest.raises(RunError, match=words):
+        compare(ask(tmp_path, "data.prompt=13", **options))
+    with pytest.raises(RunError, match=r"shortgpt/seed-0 and 2 more .* \(data\.seed: 0 there, 1 here\)"):
+        compare(ask(tmp_path, "data.seed=1", **options))
+    assert stamps(tmp_path) == before
+    assert compare(ask(tmp_path, "output=elsewhere", "rivals=[uniform]", **options)) == 0, "these change nothing"
+
+
+def test_a_run_that_was_begun_with_another_recipe_is_refused(ask, tmp_path, stopping):
+    stopping += ["stop", "", "", ""]
+    with pytest.raises(KeyboardInterrupt):
+        compare(ask(tmp_path, routers="buddy"))
+    with pytest.raises(RunError, match=r"buddy/seed-0 was made with another recipe \(optimizer\.lr: 0\.006 there"):
+        compare(ask(tmp_path, "optimizer.lr=0.1", routers="buddy"))
+
+
+def test_runs_of_another_backbone_or_text_are_refused(ask, small, tmp_path):
+    from tests.tiny import tiny_folder
+
+    model, text = tiny_folder(tmp_path / "model", seed=1), write_text(tmp_path / "mine.jsonl")
+    places = [f"backbone.name={model}", f"data.source={text}"]
+    options = {"routers": "uniform", "domains": None}
+    compare(ask(tmp_path / "out", *places, **options))
+    write_text(text, seed=9)
+    with pytest.raises(RunError, match=r"mine\.jsonl has changed since"):
+        compare(ask(tmp_path / "out", *places, **options))
+    write_text(text)
+    tiny_folder(model, seed=2)
+    with pytest.raises(RunError, match="was made with another backbone"):
+        compare(ask(tmp_path / "out", *places, **options))
+
+
+# Wrong
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "error", "message"),
+    [
+        ({"routers": "buddy,shortgtp"}, [], RegistryError, "No router is named 'shortgtp'; did you mean 'shortgpt'"),
+        ({"routers": "nowhere_module:Odd,full"}, [], RegistryError, "'nowhere_module:Odd' cannot be imported"),
+        ({"routers": "buddy[hiden=3],full"}, [], RegistryError, r"router\.options\.hiden is unknown"),
+        ({"routers": "buddy[hidden=0]"}, [], RegistryError, "hidden is 0; give a width"),
+        ({"routers": "buddy[hidden"}, [], RegistryError, "do not match"),
+        ({"seeds": 0}, [], BuddyError, "--seeds is 0; give 1 or more"),
+        ({"seeds": 3}, ["seed=4294967294"], BuddyError, "too large for 3 seeds"),
+        ({"jobs": 0}, [], BuddyError, "--jobs is 0; give 1 or more"),
+        ({"domains": "nowhere.txt"}, [], BuddyError, r"There is no file or folder nowhere\.txt"),
+        ({}, ["trainer.devices=2"], BuddyError, "one device; set trainer.devices=1"),
+        ({}, ["trainer.ckpt_path=x.ckpt"], BuddyError, "leave trainer.ckpt_path out"),
+        ({}, ["budgets=[0.1]"], BuddyError, "below the layers that always run"),
+        ({"markdown": Path("nowhere/x.md")}, [], BuddyError, "There is no folder"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(ask, tmp_path, options, overrides, error, message):
+    with pytest.raises(error, match=message):
+        compare(ask(tmp_path / "out", *overrides, **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_too_short_is_told_before_anything_is_written(ask, tmp_path):
+    short = write_text(tmp_path / "short.jsonl", 1)
+    with pytest.raises(BuddyError, match=r"short\.jsonl gives \d+ windows of 48 tokens, and data\.test_windows asks"):
+        compare(ask(tmp_path / "out", domains=str(short), routers="uniform"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_that_are_something_else_are_refused(ask, whole, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="is a file; name a folder"):
+        compare(ask(tmp_path / "file"))
+    with pytest.raises(RunError, match="is a run folder"):
+        compare(ask(router_files(whole)["full/seed-0"].parent))
+
+
+def test_a_failing_router_stops_no_other(ask, tmp_path, capsys):
+    module = "tests.comparison.odd_routers:Fails"
+    routers = f"{module},{module}[way=calibrate],uniform"
+    assert compare(ask(tmp_path, routers=routers, domains=None)) == 2
+    err = capsys.readouterr().err
+    assert f"Failed: {module}, seed 0: ValueError: no score today; all of it is in {tmp_path}" in err
+    assert f"Failed: {module}[way=calibrate], seed 0: RuntimeError: the measure went wrong; all" in err
+    assert "second line" not in err
+    (report,) = re.findall(r"no score today; all of it is in (.*)\.\n", err)
+    assert "ValueError: no score today" in Path(report).read_text()
+    record = read_json(tmp_path / "comparison.json")
+    assert [run["router"] for run in record["runs"]] == ["uniform"]
+    assert [each["router"] for each in record["failures"]] == routers.split(",")[:2]
+    assert f"- {module}, seed 0" in (tmp_path / "results.md").read_text()
+
+
+def test_where_all_fail_there_is_nothing_to_show(ask, tmp_path):
+    assert compare(ask(tmp_path, routers="tests.comparison.odd_routers:Fails", domains=None)) == 1
+    assert not (tmp_path / "comparison.json").exists()
+
+
+# Several processes
+
+
+def test_processes_side_by_side_give_the_same(ask, whole, tmp_path, capsys):
+    fails = "tests.comparison.odd_routers:Fails"
+    assert compare(ask(tmp_path, routers=f"{fails},shortgpt,buddy", domains=None, jobs=2)) == 1
+    out, err = capsys.readouterr()
+    assert "Runs, 2 at once: 4 of 4" in err
+    assert f"Failed: {fails}, seed 0: ValueError: no score today" in err
+    assert "Training" not in out + err
+    assert_same_routers(whole, tmp_path, ("shortgpt/seed-0", "buddy/seed-0", "buddy/seed-1"))
+
+
+def test_ctrl_c_ends_with_how_to_go_on(small, tmp_path):
+    words = ["compare", "--recipe", str(small.file), "--routers", "buddy", "--seeds", "1", "--out", "out"]
+    process = start_buddy(*words, "trainer.max_steps=9000", "trainer.checkpoint_every=5", folder=tmp_path)
+    partial, patience = tmp_path / "out" / "runs" / "buddy" / ".seed-0.partial", time.monotonic() + 100
+    while not (partial / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    onward = "Repeat the command to go on: what is finished stays, and a training goes on from its last checkpoint."
+    assert err.endswith(f"\nStopped. {onward}\n")
+    assert "Traceback" not in err
+    saved = torch.load(partial / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 5 <= saved["global_step"] < 9000
+    assert read_json(partial / "seconds.json")["seconds"] > 0
+
+
+def test_a_second_comparison_into_one_folder_waits_its_turn(ask, tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(RunError, match="Another process compares into"):
+        compare(ask(tmp_path, routers="uniform"))
+    assert os.listdir(tmp_path) == [".lock"]

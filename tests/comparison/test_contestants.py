@@ -1,0 +1,117 @@
+"""Names with options: how they are split, told apart, and turned into recipes."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from buddy.comparison.contestants import Contestant, contestants, split_outside
+from buddy.errors import RecipeError, RegistryError
+from buddy.recipe import load_recipe
+from buddy.registry import describe
+from buddy.schema import Recipe, RouterSection
+
+NAMES = st.from_regex(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", fullmatch=True).filter(lambda name: name != "all")
+KEYS = st.from_regex(r"[a-z_][a-z0-9_]*", fullmatch=True)
+VALUES = st.one_of(
+    st.integers().map(str),
+    st.sampled_from(["taylor", "[pooled,newest]", "{a: 1, b: [2;3]}", "null", "0.5", "'a b'", "a=b"]),
+)
+OPTIONS = st.lists(st.tuples(KEYS, VALUES).map("=".join), max_size=3)
+CONTESTANTS = st.builds(Contestant, NAMES, OPTIONS.map(tuple))
+BLANKS = st.sampled_from(["", " ", "\t"])
+
+
+@given(st.lists(CONTESTANTS, min_size=1, max_size=5, unique_by=lambda each: each.label), BLANKS)
+def test_what_is_joined_is_taken_apart_again(who, blank):
+    text = f"{blank},{blank}".join(each.label for each in who)
+    assert contestants(text, Recipe()) == who
+
+
+@given(st.lists(CONTESTANTS, min_size=2, max_size=6, unique_by=lambda each: each.label))
+def test_no_two_labels_share_a_folder(who):
+    folders = [each.folder for each in who]
+    assert len(set(folders)) == len(who)
+    assert all(re.fullmatch(r"[\w.=,-]+", folder) and not folder.startswith(".") for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("label", "folder"),
+    [
+        ("shortened-llama", "shortened-llama"),
+        ("shortened-llama[criterion=taylor]", "shortened-llama_criterion=taylor"),
+        ("buddy[hidden=8;prior=none]", "buddy_hidden=8,prior=none"),
+    ],
+)
+def test_folders_can_be_read(label, folder):
+    (who,) = contestants(label, Recipe())
+    assert (who.label, who.folder) == (label, folder)
+
+
+def test_blanks_do_not_make_another_label():
+    (who,) = contestants(" buddy [ hidden = 8 ; prior = none ] ", Recipe())
+    assert who.label == "buddy[hidden=8;prior=none]"
+
+
+def test_without_names_the_router_and_its_rivals_take_part():
+    recipe = Recipe(rivals=["shortgpt", "buddy", "random[per=input]"])
+    assert [each.label for each in contestants(None, recipe)] == ["buddy", "shortgpt", "random[per=input]"]
+
+
+def test_all_are_those_that_can_be_used():
+    usable = {each.name for each in describe() if not each.problem}
+    found = [each.label for each in contestants("all", Recipe(router=RouterSection("uniform")))]
+    assert found[0] == "uniform"
+    assert sorted(found) == sorted(usable)
+    both = [each.label for each in contestants("random[per=input],full,all", Recipe())]
+    assert both[:2] == ["random[per=input]", "full"]
+    assert sorted(both[1:]) == sorted(usable)
+
+
+def test_options_are_laid_over_those_of_the_recipe():
+    recipe = load_recipe("quickstart", ["router.options.hidden=64", "router.options.prior=taylor"])
+    same, other, module = contestants("buddy[prior=none;context=[pooled,newest]],random[seed=3],a:B[on=true]", recipe)
+    assert same.recipe(recipe).router.options == {"hidden": 64, "prior": "none", "context": ["pooled", "newest"]}
+    assert other.recipe(recipe).router == RouterSection("random", {"seed": 3})
+    assert module.recipe(recipe).router == RouterSection("a:B", {"on": True})
+    assert Contestant("buddy").recipe(recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "--routers is empty"),
+        (" , ", "--routers is empty"),
+        ("a,b,a", "--routers names a twice"),
+        ("a[x=1],a[ x = 1 ]", r"--routers names a\[x=1\] twice"),
+        ("a[x=1", r"The brackets in 'a\[x=1' do not match"),
+        ("a]x", "do not match"),
+        ("a[x=(1]", "do not match"),
+        ("[x=1]", "is no router; write a name"),
+        ("a[x=1]b", "is no router"),
+        ("a[x]", r"'x' in a\[x\] is no option; write key=value"),
+        ("a[x=]", "is no option"),
+        ("a[=1]", "is no option"),
+        ("a[x.y=1]", "is no option"),
+    ],
+)
+def test_what_cannot_be_read_is_told(text, message):
+    with pytest.raises(RegistryError, match=message):
+        contestants(text, Recipe())
+
+
+def test_values_that_no_recipe_holds_are_refused():
+    (who,) = contestants("buddy[prior=${seed}]", Recipe())
+    with pytest.raises(RecipeError, match=r"The router buddy\[prior=\$\{seed\}\] has a mistake: .* takes plain values"):
+        who.recipe(Recipe())
+
+
+@given(st.text(alphabet="ab,;[]{}()", max_size=12))
+def test_splitting_loses_nothing_but_signs_and_blanks(text):
+    try:
+        parts = split_outside(text, ",")
+    except RegistryError:
+        return
+    assert "".join(parts).replace(",", "") == text.replace(",", "")
+    assert all(parts)

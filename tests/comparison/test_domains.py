@@ -1,0 +1,80 @@
+"""Which texts take part, and what is too short."""
+
+import pytest
+import torch
+
+from buddy.comparison.domains import Domain, domains_of, read_domain
+from buddy.errors import DataError
+from buddy.recipe import load_recipe
+from buddy.schema import DataSection, Recipe
+from buddy.training.data import TextData
+from tests.small import write_text
+from tests.tiny import tiny_tokenizer
+
+OWN = Domain("sotu", "sotu", own=True)
+
+
+@pytest.fixture(scope="module")
+def recipe(datasets_cache, tmp_path_factory) -> Recipe:
+    folder = tmp_path_factory.mktemp("domains")
+    write_text(folder / "other.jsonl", 40, seed=1)
+    own = write_text(folder / "own.jsonl")
+    data = DataSection(str(own), window=48, prompt=12, calibration_windows=2, validation_windows=2, test_windows=6)
+    return Recipe(data=data)
+
+
+@pytest.fixture(scope="module")
+def data(recipe) -> TextData:
+    sizes = {"calibration_windows": 2, "validation_windows": 2, "test_windows": 6}
+    text = TextData(tiny_tokenizer(), recipe.data.source, window=48, **sizes)
+    text.setup()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, [OWN]),
+        ("sotu", [OWN]),
+        ("speeches=sotu", [Domain("speeches", "sotu", own=True)]),
+        ("a/c4.jsonl, wiki=b/x.txt", [OWN, Domain("c4", "a/c4.jsonl"), Domain("wiki", "b/x.txt")]),
+        ("x.txt,sotu", [OWN, Domain("x", "x.txt")]),
+    ],
+)
+def test_the_recipes_own_text_is_always_first(text, expected):
+    assert domains_of(text, Recipe()) == expected
+
+
+def test_the_same_file_by_another_path_is_the_recipes_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("text")
+    recipe = load_recipe("quickstart", ["data.source=mine.txt"])
+    assert domains_of(f"m={tmp_path}/mine.txt", recipe) == [Domain("m", "mine.txt", own=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" ", "--domains is empty"),
+        ("a/x.txt,b/x.txt", "Two domains are called 'x'"),
+        ("a/sotu.txt", "Two domains are called 'sotu', one of them the recipe's own"),
+        ("a b.txt", "The domain 'a b' would be a file's name"),
+    ],
+)
+def test_what_cannot_be_told_apart_is_refused(text, message):
+    with pytest.raises(DataError, match=message):
+        domains_of(text, Recipe())
+
+
+def test_its_windows_are_cut_as_the_recipes_are(recipe, data):
+    own, other = domains_of(recipe.data.source.replace("own", "other"), recipe)
+    assert read_domain(own, recipe, data) is data.test
+    windows = read_domain(other, recipe, data)
+    assert windows.input_ids.shape == (6, 48)
+    assert torch.equal(read_domain(other, recipe, data).input_ids, windows.input_ids)
+
+
+def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
+    short = write_text(tmp_path / "short.jsonl", 1)
+    with pytest.raises(DataError, match=r"short\.jsonl gives (\d) windows of 48 .* asks for 6; .*test_windows=\1\."):
+        read_domain(Domain("short", str(short)), recipe, data)

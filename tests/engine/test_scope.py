@@ -1,0 +1,87 @@
+"""Routers that make one plan for an input, from its prompt's last token."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import BuddyError
+from tests.engine.reference import Fickle
+from tests.tiny import tiny_backbone
+
+EXECUTED, LENGTH, PROMPT = torch.tensor([3, 4, 5]), 14, 6
+IDS = torch.randint(3, 259, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+class OnePlan(Fickle):
+    """Its class says that a plan is for a prompt."""
+
+    scope = "prompt"
+
+
+def routed_tiny(kind=OnePlan, scope=None, **options) -> RoutedLM:
+    backbone = tiny_backbone("llama")
+    router = kind(geometry_of(backbone))
+    if scope is not None:
+        router.scope = scope
+    return RoutedLM(backbone, router, **options)
+
+
+WAYS = {"class": (OnePlan, None), "instance": (Fickle, "prompt")}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"reroute_every": 2}, {"prompt_plan": "token", "reroute_every": 1}])
+def test_a_window_has_the_plan_of_its_prompts_last_token(way, options):
+    routed = routed_tiny(*WAYS[way], **options)
+    runs = routed(IDS, executed=EXECUTED, prompt=PROMPT).runs
+    expected = routed_tiny(Fickle)(IDS, executed=EXECUTED).runs[:, PROMPT - 1 : PROMPT]
+    assert torch.equal(runs[:, 1:], expected.expand(-1, LENGTH - 1, -1))
+    scores = routed(IDS, executed=EXECUTED, prompt=PROMPT).context
+    planned = routed.plan(routed.router.score(scores), EXECUTED, PROMPT)
+    assert torch.equal(planned, expected.expand(-1, LENGTH, -1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cuts", [[PROMPT], [PROMPT, PROMPT + 3]])
+def test_decode_keeps_the_plan_of_the_prefill(way, cuts):
+    routed = routed_tiny(*WAYS[way], reroute_every=1)
+    model, parallel = routed.backbone.model, routed(IDS, executed=EXECUTED, prompt=PROMPT)
+    bounds = [0, *cuts, *range(cuts[-1] + 1, LENGTH + 1)]
+    cache, logits = None, []
+    with routed.at(executed=EXECUTED.tolist()) as record:
+        for first, end in pairwise(bounds):
+            step = model(IDS[:, first:end], cache=cache, use_cache=True)
+            cache = step.cache
+            logits.append(step.logits)
+    assert torch.equal(torch.cat(record.runs, 1), parallel.runs)
+    torch.testing.assert_close(torch.cat(logits, 1), parallel.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_generate_never_changes_the_plan_and_reuses_a_prefix():
+    routed = routed_tiny()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with routed.at(0.5) as record:
+        whole = routed.backbone.model.generate(IDS[:1], **options)
+    assert len(torch.cat(record.runs, 1)[0, 1:].unique(dim=0)) == 1
+    with routed.at(0.5):
+        cache = routed.backbone.model(IDS[:1], use_cache=True).cache
+        cache.crop(-1)
+        again = routed.backbone.model.generate(IDS[:1], cache=cache, **options)
+    assert torch.equal(again, whole)
+
+
+def test_other_settings_for_a_while_leave_the_scope():
+    routed = routed_tiny()
+    with routed.changed(prompt_plan="token", reroute_every=1):
+        assert (routed.prompt_plan, routed.settings.reroute_every) == ("shared", None)
+    ordinary = routed_tiny(Fickle)
+    with ordinary.changed(prompt_plan="shared"):
+        assert (ordinary.prompt_plan, ordinary.settings.reroute_every) == ("shared", 1)
+    assert ordinary.prompt_plan == "token"
+
+
+def test_a_scope_of_another_name_is_refused():
+    with pytest.raises(BuddyError, match="scope of Fickle is 'window'; make it 'token' or 'prompt'"):
+        routed_tiny(Fickle, "window")

@@ -1,0 +1,91 @@
+"""Remembered sinks: the same result as running them, for their tokens, positions and weights alone."""
+
+import pytest
+import torch
+
+from buddy.engine.model import RoutedLM, geometry_of
+from tests.engine.reference import Fickle
+from tests.tiny import FAMILIES, tiny_backbone
+
+IDS = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+def routed_tiny(family: str = "llama", **options) -> RoutedLM:
+    backbone = tiny_backbone(family)
+    return RoutedLM(backbone, Fickle(geometry_of(backbone)), prompt_plan="shared", batch_plan="shared", **options)
+
+
+@torch.no_grad()
+def prompt_and_step(routed: RoutedLM, ids: torch.Tensor, **options) -> torch.Tensor:
+    """Logits of a prompt and of one token after it."""
+    model = routed.backbone.model
+    with routed.at(executed=[3]):
+        prompt = model(ids[:, :-1], use_cache=True, **options)
+        step = model(ids[:, -1:], cache=prompt.cache, use_cache=True)
+    return torch.cat([prompt.logits, step.logits], 1)
+
+
+@torch.no_grad()
+def without_memory(routed: RoutedLM, ids: torch.Tensor, **options) -> torch.Tensor:
+    """The same with every sink run through every layer."""
+    routed._sink_states = lambda *_: None
+    try:
+        return prompt_and_step(routed, ids, **options)
+    finally:
+        del routed._sink_states
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sinks", [1, 2])
+def test_remembered_sinks_change_nothing(family, sinks):
+    routed = routed_tiny(family, sink_tokens=sinks)
+    expected = without_memory(routed, IDS)
+    for _ in range(2):  # computed, then remembered
+        torch.testing.assert_close(prompt_and_step(routed, IDS), expected, atol=1e-5, rtol=1e-4)
+    assert len(routed._sinks._held) == 3
+
+
+def test_a_beginning_is_computed_once(monkeypatch):
+    routed = routed_tiny()
+    prompt_and_step(routed, IDS)
+    monkeypatch.setattr(routed._sinks, "_computed", lambda ids: pytest.fail(f"computed {ids.tolist()} again"))
+    prompt_and_step(routed, IDS.flip(0))
+
+
+def test_a_result_does_not_depend_on_what_was_remembered():
+    fresh, used = routed_tiny(), routed_tiny()
+    prompt_and_step(used, torch.cat([IDS[:1, :1], IDS[1:2, 1:]], 1))  # another prompt of the same beginning
+    assert torch.equal(prompt_and_step(fresh, IDS[:1]), prompt_and_step(used, IDS[:1]))
+
+
+def test_changed_weights_are_not_answered_from_memory():
+    routed = routed_tiny()
+    before = prompt_and_step(routed, IDS)
+    with torch.no_grad():
+        routed.backbone.layers[2].mlp.down_proj.weight.mul_(1.5)
+    after = prompt_and_step(routed, IDS)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, without_memory(routed, IDS), atol=1e-5, rtol=1e-4)
+
+
+def test_other_positions_are_run():
+    routed = routed_tiny()
+    positions = torch.arange(5, 5 + IDS.shape[1] - 1)[None]
+    expected = without_memory(routed, IDS, position_ids=positions)
+    torch.testing.assert_close(prompt_and_step(routed, IDS, position_ids=positions), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_sinks_count_as_run():
+    routed = routed_tiny()
+    with torch.no_grad(), routed.at(executed=[3]) as record:
+        routed.backbone.model(IDS, use_cache=True)
+    executed = record.forwards[0].executed
+    assert (executed[:, 0] == routed.geometry.layers).all()
+    assert (executed[:, 1:] == 3).all()
+
+
+def test_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr("buddy.engine.sinks.KEPT", 2)
+    routed = routed_tiny()
+    prompt_and_step(routed, IDS)
+    assert list(routed._sinks._held) == [(int(row[0]),) for row in IDS[1:]]

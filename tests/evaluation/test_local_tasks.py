@@ -1,0 +1,163 @@
+"""Local files as lm-eval's own tasks: the same requests as from the hub's documents, and what is refused."""
+
+import itertools
+import json
+
+import pytest
+from datasets import Dataset
+
+from buddy.errors import DataError
+from buddy.evaluation.local_tasks import FORMS, check_local, local_documents, local_tasks
+from buddy.evaluation.task_source import own_manager
+
+ARC = {"question": "What melts?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "1"}
+MELTS = {"question": "What melts?", "choices": ["ice", "fire"], "label": 0}
+FOR_ARC = [("Question: What melts?\nAnswer:", " ice"), ("Question: What melts?\nAnswer:", " fire")]
+# Task: a document as the hub has it, the local line, and the requests and the right choice, written out by hand.
+ITEMS = {
+    "arc_challenge": (ARC, MELTS, FOR_ARC, 0),
+    "arc_easy": (ARC, MELTS, FOR_ARC, 0),
+    "openbookqa": (
+        {"question_stem": "Ice", "choices": {"text": ["burns", "melts"], "label": ["A", "B"]}, "answerKey": "B"},
+        {"question": "Ice", "choices": ["burns", "melts"], "label": 1},
+        [("Ice", " burns"), ("Ice", " melts")],
+        1,
+    ),
+    "piqa": (
+        {"goal": "Melt ice.", "sol1": "Warm it.", "sol2": "Cool it.", "label": 0},
+        {"question": "Melt ice.", "choices": ["Warm it.", "Cool it."], "label": 0},
+        [("Question: Melt ice.\nAnswer:", " Warm it."), ("Question: Melt ice.\nAnswer:", " Cool it.")],
+        0,
+    ),
+    "boolq": (
+        {"passage": "Ice -- Ice melts.", "question": "does ice melt", "label": 1},
+        {"context": "Ice -- Ice melts.", "question": "does ice melt", "choices": ["no", "yes"], "label": 1},
+        [("Ice -- Ice melts.\nQuestion: does ice melt?\nAnswer:", f" {word}") for word in ("no", "yes")],
+        1,
+    ),
+    "hellaswag": (
+        {
+            "activity_label": "Ice",
+            "ctx_a": "It is warm. [header] Melting",
+            "ctx_b": "the ice",
+            "endings": ["[step] burns.", "melts.  Then"],
+            "label": "1",
+        },
+        {"context": "Ice: It is warm. Melting The ice", "choices": [" burns.", "melts. Then"], "label": 1},
+        [("Ice: It is warm. Melting The ice", f" {ending}") for ending in (" burns.", "melts. Then")],
+        1,
+    ),
+    "social_iqa": (
+        {"context": "Ann cooled it.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"},
+        {"context": "Ann cooled it.", "question": "Why?", "choices": ["a", "b", "c"], "label": 2},
+        [("Q: Ann cooled it. Why?\nA:", f" {answer}") for answer in "abc"],
+        2,
+    ),
+    "winogrande": (
+        {"sentence": "The ice met the fire and the _ melted.", "option1": "ice", "option2": "fire", "answer": "1"},
+        {"question": "The ice met the fire and the _ melted.", "choices": ["ice", "fire"], "label": 0},
+        [(f"The ice met the fire and the {word}", " melted.") for word in ("ice", "fire")],
+        0,
+    ),
+}
+
+
+def requests(task) -> list[tuple[str, str]]:
+    task.set_config("num_fewshot", 0)
+    task.build_all_requests()
+    return [instance.args for instance in task.instances]
+
+
+def from_hub(name: str, document: dict):
+    """lm-eval's own task over one document of the hub's form."""
+    splits = {split: Dataset.from_list([document]) for split in ("train", "validation", "test")}
+    member = {"task": name, "custom_dataset": lambda **_: splits}
+    return own_manager().load([{"group": "one", "task": [member]}])["tasks"][name]
+
+
+def local(folder, name: str, *lines: dict):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return local_tasks([name], folder, own_manager())[name]
+
+
+def test_every_task_is_tried():
+    assert ITEMS.keys() == FORMS.keys()
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_a_local_line_asks_what_the_hubs_document_asks(name, tmp_path):
+    document, line, expected, right = ITEMS[name]
+    ours, theirs = local(tmp_path, name, line), from_hub(name, document)
+    assert requests(ours) == requests(theirs) == expected
+    for task, chosen in itertools.product((ours, theirs), range(len(expected))):
+        answers = [(-2.0 if index == chosen else -9.0, False) for index in range(len(expected))]
+        assert task.process_results(task.eval_docs[0], answers)["acc"] == (chosen == right)
+    assert ours.aggregation() == theirs.aggregation()
+    assert ours.VERSION == theirs.VERSION
+
+
+def test_several_lines_and_tasks(tmp_path):
+    for name in ("piqa", "boolq"):
+        local(tmp_path, name, *[ITEMS[name][1]] * 3)
+    tasks = local_tasks(["piqa", "boolq"], tmp_path, own_manager())
+    assert list(tasks) == ["piqa", "boolq"]
+    assert [len(task.eval_docs) for task in tasks.values()] == [3, 3]
+
+
+PIQA = ITEMS["piqa"][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("piqa", "{", r"piqa\.jsonl line 2 is not JSON \(.*\); mend or remove it\."),
+        ("piqa", "[1]", r"line 2 cannot be used: it is not an object in braces; mend"),
+        ("piqa", {**PIQA, "question": " "}, "it needs the text 'question'"),
+        ("piqa", {**PIQA, "choices": "a"}, "it needs 'choices', a list of texts"),
+        ("piqa", {**PIQA, "choices": ["a", ""]}, "it needs 'choices', a list of texts"),
+        ("piqa", {**PIQA, "choices": ["a", "b", "c"]}, "it has 3 choices, not 2"),
+        ("arc_easy", {**PIQA, "choices": ["a"]}, "it has 1 choices, not 2 or more"),
+        ("piqa", {**PIQA, "label": 2}, "its label is 2, not the index of a choice, from 0 to 1"),
+        ("piqa", {**PIQA, "label": "0"}, "its label is '0', not the index"),
+        ("piqa", {**PIQA, "label": True}, "its label is True, not the index"),
+        ("boolq", {**PIQA, "context": "x"}, r"its choices must be \['no', 'yes'\]"),
+        ("boolq", PIQA, "it needs the text 'context'"),
+        ("winogrande", PIQA, "its question needs one '_' where the choices go"),
+    ],
+)
+def test_a_line_that_cannot_be_used(name, text, said, tmp_path):
+    path = tmp_path / f"{name}.jsonl"
+    bad = text if isinstance(text, str) else json.dumps(text)
+    path.write_text(f"{json.dumps(ITEMS[name][1])}\n{bad}\n")
+    with pytest.raises(DataError, match=said):
+        local_documents(name, path)
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    path = tmp_path / "piqa.jsonl"
+    path.write_text("\n\n")
+    with pytest.raises(DataError, match=r"piqa\.jsonl is empty; give it one JSON object a line"):
+        local_documents("piqa", path)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(DataError, match=r"piqa\.jsonl cannot be read \(.*\); give it one JSON object a line, in UTF-8"):
+        local_documents("piqa", path)
+
+
+def test_signs_that_json_lets_stand_do_not_end_a_line(tmp_path):
+    path = tmp_path / "piqa.jsonl"
+    path.write_text(json.dumps({**PIQA, "question": "one\u2028two"}, ensure_ascii=False), "utf-8")
+    assert local_documents("piqa", path)[0]["goal"] == "one\u2028two"
+
+
+def test_folders_and_names(tmp_path):
+    with pytest.raises(DataError, match=r"There is no folder .*/nowhere of task files; check --task-data"):
+        check_local(["piqa"], tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"has no piqa\.jsonl; it has none for any task\."):
+        check_local(["piqa"], tmp_path)
+    (tmp_path / "boolq.jsonl").touch()
+    with pytest.raises(DataError, match=r"has no piqa\.jsonl; it has those for boolq\."):
+        check_local(["boolq", "piqa"], tmp_path)
+    with pytest.raises(DataError, match="No task over local files is named 'pika'; did you mean 'piqa'"):
+        check_local(["pika"], tmp_path)
+    with pytest.raises(DataError, match="No task over local files is named 'mmlu'; choose from arc_challenge"):
+        check_local(["mmlu"], tmp_path)

@@ -1,0 +1,183 @@
+"""Scores of a finished run on tasks, from the folder to the table."""
+
+import json
+import math
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from buddy.cli import app
+from buddy.errors import BudgetError, DataError
+from buddy.evaluation.harness import BuddyLM
+from buddy.evaluation.task_table import show_tasks
+from buddy.evaluation.tasks import evaluate_tasks, task_scores
+
+CHOICES = ["the right depth", "a layer", "no plan at all", "one"]
+LINES = [{"question": f"Which is number {n}?", "choices": CHOICES, "label": n % 4} for n in range(6)]
+YES = [{"context": "A model skips.", "question": f"is it {n}", "choices": ["no", "yes"], "label": 1} for n in range(3)]
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    """A folder with arc_easy.jsonl and boolq.jsonl."""
+    folder = tmp_path_factory.mktemp("items")
+    for name, lines in {"arc_easy": LINES, "boolq": YES}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(finished, items):
+    return task_scores(finished / "buddy", ["arc_easy", "boolq"], task_data=items)["results"]
+
+
+def test_an_entry_for_each_task_and_budget(scores):
+    found = [(entry["task"], entry["budget"], entry["layers"], entry["metric"], entry["items"]) for entry in scores]
+    arc = [("arc_easy", budget, layers, "acc_norm", 6) for budget, layers in ((1.0, 6), (0.75, 4), (0.5, 3))]
+    boolq = [("boolq", budget, layers, "acc", 3) for budget, layers in ((1.0, 6), (0.75, 4), (0.5, 3))]
+    assert found == arc + boolq
+    for entry in scores:
+        assert entry["executed"] == {"min": entry["layers"], "mean": entry["layers"], "max": entry["layers"]}
+        assert entry["value"] == pytest.approx(sum(entry["correct"]) / entry["items"])
+        spread = entry["value"] * (1 - entry["value"]) / (entry["items"] - 1)
+        assert entry["stderr"] == pytest.approx(math.sqrt(spread))
+
+
+@pytest.mark.parametrize("layers", [6, 3])
+def test_the_right_answers_are_those_of_the_likelihoods(finished, scores, layers):
+    """acc_norm by hand: the choice of the highest log-probability a letter."""
+    lm = BuddyLM(finished / "buddy", f"{layers}layers")
+    correct = []
+    for line in LINES:
+        context, lengths = f"Question: {line['question']}\nAnswer:", [len(choice) for choice in CHOICES]
+        tokens = [((), lm.tok_encode(context), lm.tok_encode(f" {choice}")) for choice in CHOICES]
+        found = lm._loglikelihood_tokens(tokens, disable_tqdm=True)
+        normed = [score / length for (score, _), length in zip(found, lengths, strict=True)]
+        correct.append(int(normed.index(max(normed)) == line["label"]))
+    (entry,) = [entry for entry in scores if entry["task"] == "arc_easy" and entry["layers"] == layers]
+    assert entry["correct"] == correct
+    assert 0 < sum(correct) < len(correct)
+
+
+def test_again_and_in_parts_it_says_the_same(finished, items, scores):
+    again = task_scores(finished / "buddy", ["boolq", "arc_easy"], [0.5, "3layers"], task_data=items)["results"]
+    assert again == [scores[5], scores[2]]
+    first = task_scores(finished / "buddy", ["arc_easy"], [0.5], limit=4, task_data=items)["results"][0]
+    assert first["correct"] == scores[2]["correct"][:4]
+    assert first["items"] == 4
+
+
+def test_full_depth_is_the_same_for_every_router(finished, items, scores):
+    full = task_scores(finished / "full", ["arc_easy"], task_data=items)["results"]
+    assert full == [scores[0]]
+
+
+def test_the_command(finished, items, tmp_path):
+    words = ["evaluate", "--run", finished / "buddy", "--tasks", "arc_easy, boolq", "--task-data", items]
+    words += ["--budgets", "1.0,0.5", "--limit", "2", "--json", tmp_path / "scores.json"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "scores.json").read_text())["results"]
+    assert [entry["items"] for entry in found] == [2, 2, 2, 2]
+    lines = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in result.stdout.splitlines() if line[0] in "│┃"]
+    assert lines[0] == ["task", "metric", "items", "1 (6)", "0.5 (3)"]
+    cells = [f"{100 * entry['value']:.1f} ± {100 * entry['stderr']:.1f}" for entry in found]
+    assert lines[1:3] == [["arc_easy", "acc_norm", "2", *cells[:2]], ["boolq", "acc", "2", *cells[2:]]]
+    means = [f"{50 * (found[at]['value'] + found[at + 2]['value']):.1f}" for at in (0, 1)]
+    assert lines[3] == ["average", "", "", *means]
+    assert lines[4] == ["layers run", "min / mean / max", "", "6 / 6.00 / 6", "3 / 3.00 / 3"]
+    assert "Sink tokens, run at full depth and counted apart: 1 a sequence." in result.stdout
+    assert re.search(r"Scoring tasks: 24 of 24, 0:00:\d\d elapsed, boolq at 0\.5", result.stderr)
+    assert "lm_eval" not in result.stderr
+    assert "it/s" not in result.stderr
+
+
+def test_one_item_and_a_task_without_right_answers(capsys):
+    entry = {"budget": 0.5, "layers": 3, "executed": {"min": 3, "mean": 3.0, "max": 3}, "items": 1, "stderr": None}
+    right = {"task": "piqa", "metric": "acc", "value": 1.0, "correct": [1], **entry}
+    text = {"task": "text", "metric": "word_perplexity", "value": 12.3456, "correct": None, **entry}
+    show_tasks([right, text], "buddy", 0)
+    out = capsys.readouterr().out
+    assert "100.0 │" in out
+    assert "12.35 │" in out
+    assert "average" not in out
+    assert "Sink" not in out
+
+
+# Definitions of one's own
+
+DEFINITION = """
+task: my_{kind}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[label]}}}}"
+"""
+METRICS = {
+    "generate_until": "generation_kwargs: {until: ['\\n'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n",
+    "loglikelihood_rolling": "metric_list: [{metric: word_perplexity}]\n",
+}
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_other_kinds_of_task(finished, items, tmp_path, kind):
+    definition = DEFINITION.format(kind=kind, items=items / "arc_easy.jsonl") + METRICS[kind]
+    (tmp_path / "mine.yaml").write_text(definition)
+    (entry,) = task_scores(finished / "buddy", [f"my_{kind}"], [0.5], limit=2, task_path=tmp_path)["results"]
+    assert (entry["metric"], entry["items"], entry["layers"]) == (METRICS[kind].split(": ")[-1][:-3], 2, 3)
+    assert entry["executed"] == {"min": 3, "mean": 3.0, "max": 3}
+    assert (entry["correct"] is None) == (kind == "loglikelihood_rolling")
+
+
+# What cannot be used
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", "pika"], "lm-eval has no task named 'pika'; did you mean 'p"),
+        (["--tasks", "piqa,qqqqqqqqqqqqqq"], "has no task named 'qqqqqqqqqqqqqq'; `lm_eval ls tasks` lists all"),
+        (["--tasks", "piqa"], "piqa cannot be loaded (Couldn't reach 'baber/piqa' on the Hub"),
+        (
+            ["--tasks", "piqa"],
+            "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by",
+        ),
+        (["--tasks", ","], "No task was named; name at least one, such as piqa"),
+        (["--tasks", "piqa", "--task-data", "ITEMS"], "has no piqa.jsonl; it has those for arc_easy, boolq"),
+        (["--tasks", "piqa", "--task-data", "/no/such"], "There is no folder /no/such of task files"),
+        (["--tasks", "piqa", "--task-path", "ITEMS"], "is no folder with task definitions (.yaml) in it"),
+        (["--tasks", "piqa", "--task-path", "ITEMS", "--task-data", "ITEMS"], "give one of the two"),
+        (["--tasks", "boolq", "--task-data", "ITEMS", "--budgets", "0.1"], "below the layers that always run"),
+        (["--tasks", "boolq", "--task-data", "ITEMS", "--data", "x.txt"], "--data is for text; leave it out, or"),
+        (["--tasks", "boolq", "--json", "/no/such/folder/x.json"], "There is no folder /no/such/folder for x.json"),
+        (["--limit", "3"], "--limit is for tasks; add --tasks, such as --tasks piqa"),
+        (["--task-data", "ITEMS"], "--task-data is for tasks; add --tasks"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_2(finished, items, words, said):
+    words = [str(items) if word == "ITEMS" else word for word in words]
+    result = CliRunner().invoke(app, ["evaluate", "--run", str(finished / "buddy"), *words])
+    assert (result.exit_code, result.stdout) == (2, ""), result.exception
+    assert result.stderr.startswith("Error: ")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_limit_of_nothing(finished, items):
+    assert CliRunner().invoke(app, ["evaluate", "--run", "r", "--tasks", "boolq", "--limit", "0"]).exit_code == 2
+    with pytest.raises(DataError, match="The limit is 0; give 1 or more items for each task, or none"):
+        task_scores(finished / "buddy", ["boolq"], limit=0, task_data=items)
+
+
+def test_a_router_that_runs_every_layer(finished, items):
+    with pytest.raises(BudgetError, match=r"This router runs every layer; ask for budget 1\.0"):
+        task_scores(finished / "full", ["boolq"], [0.5], task_data=items)
+
+
+def test_without_lm_eval(finished, monkeypatch):
+    monkeypatch.setattr("buddy.evaluation.task_source.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"not installed; run: pip install 'buddy-depth\[tasks\]'$"):
+        evaluate_tasks(finished / "buddy", tasks=["piqa"])

@@ -1,0 +1,83 @@
+"""What ran against planted plans, and the refusal to show what did not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.inspection.domains import Domain
+from buddy.inspection.observe import observe
+from buddy.training.windows import Windows
+from tests.inspection.planted import TwoOrders, planted_runs
+from tests.tiny import tiny_backbone
+
+PROMPT, TOKENS = 5, 14
+
+
+@pytest.fixture
+def routed():
+    backbone = tiny_backbone()
+    return RoutedLM(backbone, TwoOrders(geometry_of(backbone)), sink_tokens=2)
+
+
+@pytest.fixture
+def domains():
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 259, (windows, TOKENS), generator=draw) for windows in (5, 2)]
+    texts = [Windows(each, torch.zeros(len(each), dtype=torch.long)) for each in ids]
+    return [Domain("one", "one.txt", texts[0], PROMPT), Domain("two", None, texts[1], PROMPT)]
+
+
+@torch.no_grad()
+def states(routed, domain):
+    return routed(domain.windows.input_ids).context.hidden
+
+
+def test_plans_are_the_planted_ones(routed, domains):
+    seen = []
+    found = observe(
+        routed, domains, [5, 3, 3], batch_size=2, track=lambda jobs: [seen.append(job) or job for job in jobs]
+    )
+    assert found.keys() == {(label, count) for label in ("one", "two") for count in (5, 3)}
+    assert len(seen) == (3 + 1) * 2, "a forward for each batch and budget"
+    for domain in domains:
+        hidden = states(routed, domain)
+        assert 0.1 < (hidden[..., 0] < 0).float().mean() < 0.9, "both orders occur"
+        for count in (5, 3):
+            expected = planted_runs(hidden, count, routed.geometry, sinks=2)
+            assert found[domain.label, count].runs.tolist() == expected
+            assert found[domain.label, count].sinks == 2
+
+
+def test_a_shared_prompt_has_one_plan(routed, domains):
+    with routed.changed(prompt_plan="shared"):
+        runs = observe(routed, domains[:1], [3])["one", 3].runs
+    expected = planted_runs(states(routed, domains[0]), 3, routed.geometry, sinks=2)
+    for window, plans in zip(runs.tolist(), expected, strict=True):
+        assert window[2:PROMPT] == [plans[PROMPT - 1]] * (PROMPT - 2)
+        assert window[PROMPT:] == plans[PROMPT:]
+
+
+def test_a_plan_that_did_not_run_is_not_shown(routed, domains, monkeypatch):
+    forward = RoutedLM.forward
+
+    def lie(self, *words, **options):
+        output = forward(self, *words, **options)
+        return replace(output, runs=output.runs.clone().index_fill_(-1, torch.tensor([2]), True))
+
+    monkeypatch.setattr(RoutedLM, "forward", lie)
+    with pytest.raises(RuntimeError, match="The layers that ran are not those of the plan"):
+        observe(routed, domains, [3])
+
+
+def test_sinks_are_where_they_are_said_to_be(routed, domains, monkeypatch):
+    forward = RoutedLM.forward
+
+    def lie(self, *words, **options):
+        output = forward(self, *words, **options)
+        return replace(output, sinks=output.sinks.roll(1, 1))
+
+    monkeypatch.setattr(RoutedLM, "forward", lie)
+    with pytest.raises(RuntimeError, match="The tokens at full depth are not the first 2"):
+        observe(routed, domains, [3])

@@ -1,0 +1,92 @@
+"""A probe that measures nothing: its losses are a known function of the layers that are left out."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buddy import Context, Geometry, Plan, Router
+
+Removed = frozenset[int]
+
+
+class Landscape:
+    """Stands in for `Probe` where only `losses` matter, and notes what was asked.
+
+    Args:
+        geometry: sizes of the backbone that is not there.
+        loss: the loss of a set of routable layers left out, the mean over all windows.
+        asked: K's of the budgets, deepest first.
+        seed: the recipe's.
+        count: calibration windows, of which each has the same loss.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        loss: Callable[[Removed], float],
+        asked: Sequence[int],
+        *,
+        seed: int = 0,
+        count: int = 8,
+    ) -> None:
+        self.geometry, self.loss, self.asked, self.seed, self.count = geometry, loss, tuple(asked), seed, count
+        self.block_influence = torch.linspace(1, 2, geometry.routable)
+        self.calls: list[tuple[list[Removed], str, int]] = []  # sets, criterion, windows
+        self.shown: list[str] = []
+
+    def losses(self, runs: Tensor, criterion: str = "ce", windows: int | None = None) -> Tensor:
+        """(P, W): each window alike."""
+        first, routable = self.geometry.context_layer, self.geometry.routable
+        assert runs.shape[1] == self.geometry.layers
+        assert runs[:, :first].all()
+        assert runs[:, -1].all()
+        windows = self.count if windows is None else windows
+        assert 1 <= windows <= self.count
+        sets = [frozenset((~row).nonzero()[:, 0].tolist()) for row in runs[:, first : first + routable]]
+        self.calls.append((sets, criterion, windows))
+        return torch.tensor([[self.loss(each)] * windows for each in sets], dtype=torch.float64)
+
+    def plan_without(self, removed: Iterable[int]) -> Tensor:
+        """(L,) bool."""
+        runs = torch.ones(self.geometry.layers, dtype=torch.bool)
+        for layer in removed:
+            runs[self.geometry.context_layer + layer] = False
+        return runs
+
+    def track(self, items: Sequence[Any], words: str) -> Iterable[Any]:
+        """Shows nothing."""
+        self.shown.append(words)
+        return items
+
+    def exhaustive(self, removed: int) -> list[tuple[float, Removed]]:
+        """Every set of so many layers, best first."""
+        sets = map(frozenset, combinations(range(self.geometry.routable), removed))
+        return sorted(((self.loss(each), each) for each in sets), key=lambda pair: pair[0])
+
+
+def rugged(routable: int, seed: int, interaction: float = 1.0) -> Callable[[Removed], float]:
+    """A loss with a cost for each layer and one for each pair, so that a layer's worth hangs on the others."""
+    generator = torch.Generator().manual_seed(seed)
+    alone = torch.rand(routable, generator=generator, dtype=torch.float64)
+    pair = interaction * torch.randn(routable, routable, generator=generator, dtype=torch.float64).triu(1)
+
+    def loss(removed: Removed) -> float:
+        out = torch.zeros(routable, dtype=torch.float64)
+        out[list(removed)] = 1
+        return float(alone @ out + out @ pair @ out)
+
+    return loss
+
+
+def left_out(router: Router, executed: int) -> Removed:
+    """The routable layers that a router's plan for K leaves out, one plan for whatever context."""
+    sizes = router.geometry
+    context = Context(
+        torch.ones(sizes.features), torch.ones(sizes.features), torch.ones(sizes.hidden), torch.tensor(executed)
+    )
+    runs = Plan.from_scores(router.score(context), context.executed, sizes.layers).runs
+    assert int(runs.sum()) == executed
+    return frozenset((~runs[sizes.context_layer : -1]).nonzero()[:, 0].tolist())

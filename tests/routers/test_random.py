@@ -1,0 +1,101 @@
+"""Random orders: one for the run, or one for each input."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from buddy import Context, Geometry, Plan
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import RegistryError
+from buddy.registry import build
+from routers.random import RandomRouter
+from tests.routers.landscape import Landscape
+from tests.routers.test_contract import context
+from tests.tiny import tiny_backbone
+
+SIZES = Geometry(layers=30, context_layer=1, hidden=64, features=32)
+
+
+def scores(router: RandomRouter, recipe: int | None = None) -> torch.Tensor:
+    if recipe is not None:
+        router.calibrate(Landscape(SIZES, lambda removed: 0.0, [], seed=recipe))
+    return router.score(context(SIZES, 5))
+
+
+@pytest.mark.parametrize("per", ["run", "input"])
+def test_the_seed_is_the_recipes_or_its_own(per):
+    assert torch.equal(scores(RandomRouter(SIZES, per=per), 0), scores(RandomRouter(SIZES, per=per), 0))
+    assert not torch.equal(scores(RandomRouter(SIZES, per=per), 0), scores(RandomRouter(SIZES, per=per), 1))
+    assert torch.equal(scores(RandomRouter(SIZES, per=per, seed=4), 0), scores(RandomRouter(SIZES, per=per, seed=4), 1))
+    assert torch.equal(scores(RandomRouter(SIZES, per=per, seed=4)), scores(RandomRouter(SIZES, per=per), 4))
+
+
+def test_for_the_run_there_is_one_order():
+    found = scores(RandomRouter(SIZES), 3)
+    assert torch.equal(found, found[:1].expand(5, -1))
+    assert found[0].sort().values.tolist() == list(range(28))
+
+
+def plans(router: RandomRouter, seen: Context) -> torch.Tensor:
+    return Plan.from_scores(router.score(seen), seen.executed, SIZES.layers).runs
+
+
+def test_each_input_has_an_order_of_its_own():
+    seen = context(SIZES, 400, executed=16)
+    found = plans(RandomRouter(SIZES, per="input"), seen)
+    assert len({tuple(plan) for plan in found.tolist()}) == 400
+    # As unrelated sets of 14 from 28 do, two plans share half of their layers on average.
+    routable = found[:, 1:-1].double()
+    shared = (routable[:-1] * routable[1:]).sum(-1).mean()
+    assert shared.item() == pytest.approx(7, abs=0.3)
+    assert routable.mean(0).sub(0.5).abs().max() < 0.12, "no layer is preferred"
+
+
+@pytest.mark.parametrize("part", ["pooled", "hidden"])
+def test_an_input_that_differs_a_little_has_another_order(part):
+    seen = context(SIZES, 300, executed=16)
+    other = getattr(context(SIZES, 300, seed=1), part)
+    changed = replace(seen, **{part: 0.8 * getattr(seen, part) + 0.2 * other})
+    router = RandomRouter(SIZES, per="input")
+    same = (plans(router, seen) == plans(router, changed)).all(-1)
+    assert same.double().mean() < 0.01
+
+
+def test_rounding_does_not_change_an_order():
+    seen = context(SIZES, 300, executed=16)
+    rounded = replace(seen, **{part: getattr(seen, part) * (1 + 1e-6) for part in ("pooled", "hidden")})
+    noisy = replace(rounded, pooled=rounded.pooled + 1e-6 * torch.randn_like(rounded.pooled))
+    router = RandomRouter(SIZES, per="input")
+    assert (plans(router, seen) == plans(router, noisy)).all(-1).double().mean() > 0.99
+
+
+def test_an_order_for_each_input_is_held_while_decoding():
+    backbone = tiny_backbone("llama")
+    routed = RoutedLM(backbone, RandomRouter(geometry_of(backbone), per="input"))
+    tokens = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(0))
+    with routed.at(0.5) as record:
+        backbone.model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    runs = torch.cat([ran.runs for ran in record.forwards], 1)[0, routed.sink_tokens :]
+    assert len(runs) >= 12
+    assert (runs == runs[0]).all()
+    with routed.at(0.5) as again:
+        backbone.model(torch.cat([tokens, tokens[:, :0]], 1).repeat(3, 1))
+    assert (again.forwards[0].runs[:, 1:] == runs[0]).all(), "in a batch the same plan"
+
+
+def test_for_the_run_tokens_are_planned_as_the_recipe_says():
+    assert RandomRouter(SIZES).scope == "token"
+    assert RandomRouter(SIZES, per="input").scope == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per": "token"}, "per is 'token'; choose one of run, input"),
+        ({"seed": -1}, "seed is -1; give 0 or more, or null for the recipe's"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(RegistryError, match=message):
+        build("random", SIZES, options)

@@ -1,0 +1,154 @@
+"""Training of layerwise routers: by the weights of their gates, from the estimator to the run folder."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from buddy.assemble import routed_from
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import BuddyError, TrainingError
+from buddy.files import load_tensors
+from buddy.runs import read_run
+from buddy.training.estimator import Batch, Perturbed, StraightThrough, Weighted
+from buddy.training.fit import fit
+from buddy.training.objective import Objective
+from routers.first import FiRST
+from tests.engine.reference import Fickle, clamped
+from tests.tiny import tiny_backbone
+
+IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))
+PROMPT = 5
+
+
+def tiny(policy: str = "fill", **options) -> RoutedLM:
+    backbone = tiny_backbone("llama")
+    return RoutedLM(backbone, FiRST(geometry_of(backbone), **options), policy=policy)
+
+
+def batch(*executed: int) -> Batch:
+    return Batch(IDS[: len(executed)], torch.tensor(executed), torch.arange(PROMPT - 1, 23), prompt=PROMPT)
+
+
+def estimate(routed: RoutedLM, *executed: int, **objective: float):
+    return Weighted(Objective(**objective))(routed, batch(*executed), torch.Generator())
+
+
+@pytest.mark.parametrize("policy", ["fill", "zero"])
+@pytest.mark.parametrize("gates", ["hard", "soft"])
+@pytest.mark.parametrize("scope", ["prompt", "token"])
+def test_gradients_reach_the_gates_alone(scope, gates, policy):
+    routed = tiny(policy, scope=scope, gates=gates)
+    result = estimate(routed, 3, 4, 6, 5)
+    result.loss.backward()
+    for name, parameter in routed.router.named_parameters():
+        assert (parameter.grad.flatten(1) if name == "weight" else parameter.grad[:, None]).abs().sum(1).all(), name
+    assert all(parameter.grad is None for parameter in routed.backbone.model.parameters())
+    assert result.objective.shape == (4,)
+    assert result.objective[2] == 0
+    assert result.context is None
+
+
+def test_the_loss_is_the_objective_and_the_penalty():
+    routed = tiny(gates="soft", penalty_weight=7.0, budget_aware=False, start=0.4)
+    given, executed = batch(3, 4), torch.tensor([3, 4])
+    result = estimate(routed, 3, 4, kl=0.0, ce=1.0)
+    output = routed(given.input_ids, executed=executed, prompt=PROMPT, keep=given.scored, weighted=True)
+    targets = given.input_ids[:, given.scored + 1]
+    expected = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, -1).mean(1)
+    torch.testing.assert_close(result.objective, expected.detach())
+    probability = 1 / (1 + torch.tensor(-0.4).exp())
+    penalty = 7 * (probability - torch.tensor([0.0, 0.25])).clamp(min=0)
+    torch.testing.assert_close(result.loss, (expected + penalty).mean())
+
+
+def test_the_plans_are_those_of_the_open_gates():
+    routed = tiny(scope="token")
+    with torch.no_grad():
+        routed.router.weight.normal_(generator=torch.Generator().manual_seed(0))
+        routed.router.bias.zero_()
+    result = estimate(routed, 3, 6, 4)
+    assert result.runs[1].all()
+    executed = torch.tensor([3, 6, 4])
+    weights = routed(IDS[:3], executed=executed, prompt=PROMPT, weighted=True).weights
+    for row in (0, 2):
+        for t in range(24):
+            count = int(executed[row]) - 2
+            assert result.runs[row, t, 1:-1].tolist() == clamped((weights[row, t] > 0.5).tolist(), count)
+
+
+def test_full_depth_alone_teaches_nothing():
+    routed = tiny()
+    result = estimate(routed, 6, 6)
+    result.loss.backward()
+    assert result.objective.tolist() == [0, 0]
+    assert not any(parameter.grad.any() for parameter in routed.router.parameters())
+
+
+@pytest.mark.parametrize("gates", ["hard", "soft"])
+def test_training_lowers_its_loss_and_closes_gates(gates):
+    routed = tiny(gates=gates)
+    optimizer = torch.optim.AdamW(
+        [{"params": group["params"], "lr": 2e-3 * group["scale"]} for group in routed.router.parameter_groups()]
+    )
+    losses = []
+    for _ in range(60):
+        result = estimate(routed, 3, 4, 3, 4)
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+        losses.append(result.loss.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    weights = routed(IDS, executed=torch.tensor([3, 4, 3, 4]), prompt=PROMPT, weighted=True).weights
+    assert weights.mean() < 0.5, "nearly all were open"
+
+
+@pytest.mark.parametrize("estimator", [Perturbed, StraightThrough])
+def test_estimators_for_scores_refuse_gates(estimator):
+    with pytest.raises(TrainingError, match="FiRST decides layer by layer and has no scores"):
+        estimator(Objective())(tiny(), batch(3, 4), torch.Generator())
+
+
+def test_routers_of_scores_have_no_gates_to_train():
+    backbone = tiny_backbone("llama")
+    with pytest.raises(TrainingError, match="Fickle has no gates; train it with perturbed plans"):
+        estimate(RoutedLM(backbone, Fickle(geometry_of(backbone))), 3, 4)
+
+
+def test_gradient_checkpointing_is_refused():
+    routed = tiny()
+    routed.backbone.model.activation_checkpointing_enable()
+    routed.backbone.model.train()
+    with pytest.raises(BuddyError, match="do not go through gradient checkpointing"):
+        estimate(routed, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def layerwise(small, tmp_path_factory):
+    """A run of `first`, with `pudding` beside it."""
+    output = tmp_path_factory.mktemp("layerwise")
+    fit(small(output, "router=first", "rivals=[pudding]", "optimizer.lr=0.02"), "small")
+    return output / "small"
+
+
+def test_fit_trains_gates_whatever_the_recipes_estimator(layerwise):
+    learned = load_tensors(layerwise / "first" / "router.safetensors")
+    assert learned["weight"].abs().sum() > 0
+    assert (layerwise / "first" / "checkpoints" / "last.ckpt").exists()
+    assert not (layerwise / "pudding" / "checkpoints").exists()
+    for name in ("first", "pudding"):
+        for result in json.loads((layerwise / name / "metrics.json").read_text())["results"]:
+            assert set(result["executed"].values()) == {result["layers"]}
+
+
+@pytest.mark.parametrize("name", ["first", "pudding"])
+def test_a_saved_run_generates_as_it_was_measured(layerwise, name):
+    routed = routed_from(read_run(layerwise / name))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with routed.at(0.75) as record:
+        sequences = routed.backbone.model.generate(IDS[:2, :12], **options)
+    assert [executed[:, -1].tolist() for executed in record.executed] == [[4, 4]] * 6
+    runs = torch.cat(record.runs, 1)
+    assert torch.equal(runs[:, 1:], runs[:, 1:2].expand(-1, runs.shape[1] - 1, -1)), "one plan an input"
+    assert torch.equal(routed(sequences[:, :-1], executed=torch.tensor([4, 4]), prompt=12).runs, runs)
