@@ -75,23 +75,25 @@ def bench_run(
 
 
 def as_json(asked: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:
-    """{"results": [one entry a budget], "dense": …}; milliseconds, medians over rounds; ratios of medians."""
-    dense = _entry(timings["dense", layers])
+    """{"results": [one entry a budget], "dense": …}; milliseconds are medians over rounds, and so are the ratios.
+
+    A ratio is taken within each round, between runs a few seconds apart, so that a drift of the machine cancels.
+    """
+    dense = timings["dense", layers]
     entries = []
     for budget, count in asked.items():
-        name = "full" if count == layers else "routed"
-        entry = {"budget": budget, "layers": count} | _entry(timings[name, count])
-        entry |= _ratios(entry, dense, "dense")
+        ours = timings["full" if count == layers else "routed", count]
+        entry = {"budget": budget, "layers": count} | _entry(ours) | _ratios(ours, dense, "dense")
         if count < layers:
-            pruned = _entry(timings["pruned", count])
-            entry |= _ratios(entry, pruned, "pruned") | {f"pruned_{key}": value for key, value in pruned.items()}
-            shared = timings["shared", count]
-            entry["prefill_shared_ms"] = statistics.median(shared.prefill[LONG])
-            entry["vs_pruned_prefill_shared"] = entry["prefill_shared_ms"] / pruned["prefill_ms"]
-            entry["vs_dense_prefill_shared"] = entry["prefill_shared_ms"] / dense["prefill_ms"]
-            entry["cache_bytes_shared"] = shared.cache_bytes
+            pruned, shared = timings["pruned", count], timings["shared", count].prefill[LONG]
+            entry |= _ratios(ours, pruned, "pruned") | {f"pruned_{key}": v for key, v in _entry(pruned).items()}
+            entry |= _ratios(pruned, dense, "dense", "pruned_")
+            entry["prefill_shared_ms"] = statistics.median(shared)
+            entry["vs_pruned_prefill_shared"] = _ratio(shared, pruned.prefill[LONG])
+            entry["vs_dense_prefill_shared"] = _ratio(shared, dense.prefill[LONG])
+            entry["cache_bytes_shared"] = timings["shared", count].cache_bytes
         entries.append(entry)
-    return {"results": entries, "dense": dense}
+    return {"results": entries, "dense": _entry(dense)}
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
@@ -109,23 +111,32 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
             ax.legend()
 
 
+def _series(timings: Timings) -> dict[str, list[float]]:
+    """Milliseconds of one contender, one entry a round."""
+    return {
+        "decode": timings.decode[1],
+        "decode_late": timings.decode_late,
+        "decode_batch8": timings.decode[BATCH],
+        "prefill": timings.prefill[LONG],
+        "prefill64": timings.prefill[PROMPT],
+    }
+
+
 def _entry(timings: Timings) -> dict[str, Any]:
     """Figures of one contender."""
-    series = {
-        "decode_ms": timings.decode[1],
-        "decode_late_ms": timings.decode_late,
-        "decode_batch8_ms": timings.decode[BATCH],
-        "prefill_ms": timings.prefill[LONG],
-        "prefill64_ms": timings.prefill[PROMPT],
-    }
-    entry: dict[str, Any] = {key: statistics.median(values) for key, values in series.items()}
-    entry |= {key.replace("_ms", "_spread"): [min(values), max(values)] for key, values in series.items()}
+    series = _series(timings)
+    entry: dict[str, Any] = {f"{key}_ms": statistics.median(values) for key, values in series.items()}
+    entry |= {f"{key}_spread": [min(values), max(values)] for key, values in series.items()}
     return entry | {"cache_bytes": timings.cache_bytes, "prefill_flops": timings.flops}
 
 
-def _ratios(entry: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, float]:
-    keys = ("decode", "decode_late", "decode_batch8", "prefill", "prefill64")
-    return {f"vs_{name}_{key}": entry[f"{key}_ms"] / other[f"{key}_ms"] for key in keys}
+def _ratios(ours: Timings, theirs: Timings, name: str, who: str = "") -> dict[str, float]:
+    pairs = zip(_series(ours).items(), _series(theirs).values(), strict=True)
+    return {f"{who}vs_{name}_{key}": _ratio(values, others) for (key, values), others in pairs}
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def _show(report: Mapping[str, Any], run: Run) -> None:

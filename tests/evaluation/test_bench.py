@@ -9,7 +9,7 @@ from PIL import Image
 
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError, RunError
-from buddy.evaluation.bench import bench_run
+from buddy.evaluation.bench import _ratio, bench_run
 from buddy.evaluation.speed import cache_bytes, contenders, race
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
@@ -108,9 +108,15 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
     below = report["results"][1:]
     assert all({"vs_pruned_decode", "vs_pruned_prefill", "vs_pruned_prefill_shared"} <= entry.keys() for entry in below)
     entry = below[0]
-    assert entry["vs_pruned_decode"] == pytest.approx(entry["decode_ms"] / entry["pruned_decode_ms"])
+    assert entry["vs_pruned_decode"] == pytest.approx(entry["decode_ms"] / entry["pruned_decode_ms"])  # of one round
     with Image.open(run / "speed.png") as figure:
         assert figure.size[0] > 1000
+
+
+def test_ratios_are_taken_within_rounds():
+    """A machine that slows down between rounds changes no ratio, where a ratio of medians would."""
+    assert _ratio([10.0, 20.0, 33.0], [10.0, 20.0, 30.0]) == 1.0
+    assert _ratio([11.0, 30.0, 20.0], [10.0, 20.0, 40.0]) == 1.1
 
 
 def test_bad_input_is_refused_before_any_work(bench, tmp_path):
