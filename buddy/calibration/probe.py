@@ -149,12 +149,12 @@ class Probe:
         runs[[self.geometry.context_layer + index for index in removed]] = False
         return runs
 
-    @cached_property
+    @property
     def block_influence(self) -> Tensor:
         """(R,) float32: 1 − E[cos(h_in, h_out)] over tokens (ShortGPT, 2403.03853, eq. 1), sinks left out."""
         return self._similarity("block influence")
 
-    @cached_property
+    @property
     def angular_distance(self) -> Tensor:
         """(R + 1, R + 1) float32: arccos(cos) / π between the states of windows' last tokens (2403.17887, eq. 6–7).
 
@@ -163,14 +163,14 @@ class Probe:
         """
         return self._similarity("angular distance")
 
-    @cached_property
+    @property
     def loss_increase(self) -> Tensor:
         """(R,) float32: rise of the perplexity when one layer is skipped (Shortened LLaMA, 2402.02834, section 3.2)."""
         plans = [self.plan_without(removed) for removed in ([], *([i] for i in range(self.geometry.routable)))]
         perplexity = self.losses(torch.stack(plans), what="perplexity without a layer").mean(1).exp()
         return (perplexity[1:] - perplexity[0]).float()
 
-    @cached_property
+    @property
     def taylor(self) -> Tensor:
         """(R,) float32: Σ |w · ∂L/∂w| over a layer's linear weights (Shortened LLaMA, 2402.02834, section 3.1)."""
         first, words = self.geometry.context_layer, "Taylor importance"
@@ -178,7 +178,7 @@ class Probe:
             layers, batches = range(first, first + self.geometry.routable), self.track(self._batches, words)
             self._memo[words] = importance(self.routed.backbone, batches, layers, self.count)
             self._memo.save()
-        return self._memo[words]
+        return self._memo[words].clone()
 
     @torch.no_grad()
     def contexts(self) -> Context:
@@ -199,7 +199,7 @@ class Probe:
             for key, values in zip(names, both, strict=True):
                 self._memo[key] = values
             self._memo.save()
-        return self._memo[name]
+        return self._memo[name].clone()  # whoever asks may change what is given
 
     def _batched(self, windows: int | Sequence[int]) -> Sequence[Batch]:
         """The batches to measure: the first ones, by number, or some windows, by their numbers."""

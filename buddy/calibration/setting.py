@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from buddy.engine.model import RoutedLM
 
@@ -31,6 +33,7 @@ def setting_of(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, 
     return {
         "layout": LAYOUT,
         "backbone": backbone.fingerprint,
+        "configuration": _configuration(backbone.model.config),
         "weights": _digest(*(_sample(parameter) for parameter in backbone.model.parameters())),
         "dtype": backbone.dtype,
         "attention": backbone.model.config._attn_implementation,
@@ -45,6 +48,14 @@ def setting_of(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, 
         "sink_tokens": routed.sink_tokens,
         "context_layer": routed.geometry.context_layer,
     }
+
+
+def _configuration(config: PreTrainedConfig) -> str:
+    """A digest of all that a model's configuration says but where it came from."""
+    said = config.to_dict()
+    for origin in ("_name_or_path", "transformers_version"):
+        said.pop(origin, None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _sample(parameter: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def check_reuse(runs: Sequence[Planned], fingerprint: str, windows: str) -> None
         keys = "; ".join(dict.fromkeys(key for _, keys in found for key in keys))
         more = f" and {len(others)} more were" if others else " was"
         raise RunError(
-            f"{first.folder}{more} made with another recipe ({keys}) and cannot stand in this comparison; give another "
-            "--out, or delete that folder."
+            f"{_where(first)}{more} made with another recipe ({keys}) and cannot stand in this comparison; give "
+            "another --out, or delete that folder."
         )
     for run in filter(is_finished, runs):
         check_backbone(read_run(run.folder), fingerprint)
@@ -88,6 +88,11 @@ def check_reuse(runs: Sequence[Planned], fingerprint: str, windows: str) -> None
                 f"{run.folder} was measured on other test windows, so the text in {run.recipe.data.source} has changed "
                 "since; give another --out, or delete that folder."
             )
+
+
+def _where(run: Planned) -> Path:
+    """What there is of a run: its folder, or that of an unfinished one."""
+    return run.folder if is_finished(run) else run.place.partial
 
 
 def _differing(run: Planned) -> Iterator[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Done = Callable[[Planned, str | None], None]
 
 PATIENCE = 60.0  # seconds for a training step to end after an interrupt
+NOT_BEGUN = "Its process could not begin"
 
 
 def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done) -> None:
@@ -89,7 +90,10 @@ class _Helper:
         """How its run ended, once the pipe has something to say; None where all is well."""
         self.run = None
         try:
-            return self.pipe.recv()
+            reason = self.pipe.recv()
+            if reason and reason.startswith(NOT_BEGUN):
+                self.process.join()  # it is about to end, and is to get no other run
+            return reason
         except (EOFError, ConnectionError):
             self.process.join()
             return (
@@ -149,7 +153,7 @@ def _work(pipe: Connection, stopped: Event, start: Start) -> None:
     except (EOFError, ConnectionError, KeyboardInterrupt):
         return
     except Exception as error:  # from `start.worker`, which went well in the parent
-        pipe.send(f"Its process could not begin ({type(error).__name__}: {error}); give fewer --jobs.")
+        pipe.send(f"{NOT_BEGUN} ({type(error).__name__}: {error}); give fewer --jobs.")
 
 
 def _end_with_parent() -> None:

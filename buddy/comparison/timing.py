@@ -13,6 +13,7 @@ from torch import Tensor
 
 from buddy.assemble import attached, budgets_of, routed_of
 from buddy.backbone import Backbone
+from buddy.comparison.machine import machine, versions
 from buddy.comparison.planned import Planned
 from buddy.errors import BuddyError
 from buddy.evaluation.pruned import pruned_model
@@ -46,6 +47,7 @@ def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, f
     """
     tokens = windows.shape[1]
     made = {label: checksum(run.folder / ROUTER) for label, run in runs.items()} | {"backbone": backbone.fingerprint}
+    made |= {"threads": torch.get_num_threads(), "device": str(backbone.device), "machine": machine(), **versions()}
     try:
         kept = read_json(folder / FILE)
         if kept["made"] == made and kept["tokens"] == tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics as plain
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ class Comparison:
         """The static router of least mean cross-entropy here."""
         found = {label: self.scores(label, domain, budget) for label in self._statics()}
         losses = {label: mean_loss(scores) for label, scores in found.items() if scores}
-        return min(losses, key=losses.__getitem__) if losses else None
+        finite = {label: loss for label, loss in losses.items() if math.isfinite(loss)}
+        return min(finite, key=finite.__getitem__) if finite else None
 
     @cache  # noqa: B019
     def difference(self, label: str, domain: str, budget: float) -> Difference | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,17 @@ class Worker:
 
         tasks = self._tasks
         places = {name: place and str(place) for name, place in (("data", tasks.data), ("path", tasks.path))}
-        asked = {"limit": tasks.limit, "router": checksum(run.folder / ROUTER), **places}
+        asked = {"limit": tasks.limit, "router": checksum(run.folder / ROUTER), **places, **_content(name, tasks)}
         if _is_kept(task_file(run, name), asked):
             return
         found = task_scores(run.folder, [name], limit=tasks.limit, task_data=tasks.data, task_path=tasks.path)
         write_json(task_file(run, name), asked | found)
+
+
+def _content(name: str, tasks: Tasks) -> dict[str, Any]:
+    """What tells whether the questions of a task are still the same."""
+    lines = tasks.data / f"{name}.jsonl" if tasks.data else None
+    return {"lm_eval": version("lm_eval"), "lines": checksum(lines) if lines and lines.is_file() else None}
 
 
 def evaluation_file(run: Planned, domain: Domain) -> Path:

@@ -294,7 +294,9 @@ class Pass:
             return 0
         if self.request.prompt is not None:
             return self.request.prompt
-        return self.shape[1] if self.past == 0 and self.shape[1] > 1 else 0
+        # Where one plan is for a whole input, a cache in which nothing was decided yet holds the prompt's beginning.
+        undecided = self.settings.reroute_every is None and self.cache is not None and self.cache.decided is None
+        return self.shape[1] if self.shape[1] > 1 and (self.past == 0 or undecided) else 0
 
     def _take(self, runs: Tensor) -> None:
         """Hold a plan (B, T, L)."""

@@ -74,8 +74,9 @@ class RoutedLM(nn.Module):
         batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score; it acts in
             evaluation and serving, since the rows of a training batch have nothing in common.
 
-    In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan; where
-    candidates of an assistant come with it, `reroute_every` other than 1 counts from the last of them.
+    In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan, and
+    what follows a kept routed cache holds the plan that made it; where candidates of an assistant come with the prompt,
+    a shared plan is the last candidate's, and `reroute_every` other than 1 counts from it.
 
     Raises:
         BuddyError: an unknown policy, or a router of an unknown scope.
@@ -149,6 +150,10 @@ class RoutedLM(nn.Module):
                 f"This router runs every layer; ask for budget 1.0 instead of {budget}, or another router."
             )
         return count
+
+    def forget_sinks(self) -> None:
+        """Let go of remembered attention sinks; needed only after a weight was written through `.data`."""
+        self._sinks.forget()
 
     @contextmanager
     def changed(self, **settings: Any) -> Iterator[None]:
@@ -233,9 +238,14 @@ class RoutedLM(nn.Module):
 
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
         """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`."""
-        shared = prompt if self.prompt_plan == "shared" else 0
+        return plan_tokens(self.held(scores, prompt), executed[:, None].expand(scores.shape[:2]), self.geometry.layers)
+
+    def held(self, scores: Tensor, prompt: int = 0) -> Tensor:
+        """Scores (B, T, R) of the token whose decision each token follows, from each token's own."""
         scores = held_scores(scores, prompt - 1, self.settings.reroute_every)
-        return plan_tokens(scores, executed[:, None].expand(scores.shape[:2]), self.geometry.layers, shared)
+        if self.prompt_plan != "shared" or not prompt:
+            return scores
+        return torch.cat([scores[:, prompt - 1 : prompt].expand(-1, prompt, -1), scores[:, prompt:]], 1)
 
     @torch.no_grad()
     def dense(self, input_ids: Tensor, attention_mask: Tensor | None = None, keep: Tensor | int = 0) -> Tensor:
@@ -262,6 +272,10 @@ class RoutedLM(nn.Module):
             if not isinstance(cache, RoutedCache):
                 return None
             request = Request()  # a cache that was routed before goes on as one, at full depth
+        if self.backbone.layers[0]._seat[0] is not self._seat:
+            raise BuddyError(
+                "Another router was attached to this backbone since; detach that one, and attach this anew."
+            )
         if args:
             kwargs["input_ids"] = args[0]
         tokens = kwargs.get("input_ids")

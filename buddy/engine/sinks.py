@@ -11,10 +11,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 KEPT = 64  # beginnings that are remembered
 Beginning = tuple[int, ...]
@@ -33,10 +34,6 @@ class SinkStates:
     keys: list[Tensor]
     values: list[Tensor]
 
-    def row(self, index: int) -> SinkStates:
-        """The states of one row, as a batch of one, apart from the others' memory."""
-        return SinkStates(*([x[index : index + 1].clone() for x in each] for each in self._parts))
-
     @property
     def _parts(self) -> tuple[list[Tensor], ...]:
         return self.hidden, self.keys, self.values
@@ -52,35 +49,50 @@ class SinkStates:
 
 
 class SinkMemory:
-    """Remembers the states of beginnings; forgets them all when a weight of the model changes.
+    """Remembers the states of beginnings; forgets them all when the model is seen to have changed.
+
+    What is looked at are the weights' storage and version and which adapters are switched on. A weight written through
+    `.data` shows no change: whoever does that calls `forget`.
 
     Args:
         base: the decoder, called as the stock model.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: PreTrainedModel) -> None:
         self._base = (base,)  # in a tuple, so that a copy of the owner does not copy the model twice
         self._held: OrderedDict[Beginning, SinkStates] = OrderedDict()
-        self._weights: list[tuple[int, int]] = []
+        self._state: list[Any] = []
 
-    def states(self, ids: Tensor) -> SinkStates:
-        """Of beginnings ids (B, s) long; those not met before are computed by a stock forward of their own."""
-        weights = [(p.data_ptr(), p._version) for p in self._base[0].parameters()]
-        if weights != self._weights:
-            self._held.clear()
-            self._weights = weights
-        wanted = [tuple(row) for row in ids.tolist()]
-        missing = [each for each in dict.fromkeys(wanted) if each not in self._held]
-        if missing:
-            computed = self._computed(torch.tensor(missing, device=ids.device))
-            for index, beginning in enumerate(missing):
-                self._held[beginning] = computed.row(index)
-        rows = [self._held[each] for each in wanted]
-        for each in dict.fromkeys(wanted):
-            self._held.move_to_end(each)
-        while len(self._held) > KEPT:
+    def forget(self) -> None:
+        """Let go of all that is remembered."""
+        self._held.clear()
+
+    def states(self, ids: Tensor) -> SinkStates | None:
+        """Of beginnings ids (B, s) long; each not met before is computed by a stock forward of its own.
+
+        None where a beginning's states depend on more than its tokens: under a hook or autocast, or where the rotary
+        embedding of several tokens depends on how many follow.
+        """
+        base = self._base[0]
+        if torch.is_autocast_enabled(ids.device.type) or (ids.shape[1] > 1 and _rotates_by_length(base.config)):
+            return None
+        modules = list(base.layers.modules())
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+            return None
+        state = [_state(module) for module in (base.embed_tokens, *modules)]
+        if state != self._state:
+            self.forget()
+            self._state = state
+        return SinkStates.batch([self._row(beginning, ids.device) for beginning in map(tuple, ids.tolist())])
+
+    def _row(self, beginning: Beginning, device: torch.device) -> SinkStates:
+        if beginning not in self._held:
+            self._held[beginning] = self._computed(torch.tensor([beginning], device=device))
+        self._held.move_to_end(beginning)
+        found = self._held[beginning]
+        if len(self._held) > KEPT:
             self._held.popitem(last=False)
-        return SinkStates.batch(rows)
+        return found
 
     @torch.no_grad()
     def _computed(self, ids: Tensor) -> SinkStates:
@@ -89,6 +101,19 @@ class SinkMemory:
         with _outputs(base.layers) as hidden:
             base(input_ids=ids, cache=cache, use_cache=True)
         return SinkStates(hidden, [x.keys for x in cache.layers], [x.values for x in cache.layers])
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """What changes when a module is written to, replaced, or its adapters (peft) are switched."""
+    own = module.__dict__
+    held = [weight for weight in module._parameters.values() if weight is not None]
+    weights = [(id(x), x.data_ptr(), -1 if x.is_inference() else x._version) for x in held]
+    return own.get("_disable_adapters"), str(own.get("_active_adapter")), weights
+
+
+def _rotates_by_length(config: PreTrainedConfig) -> bool:
+    kinds = str(getattr(config, "rope_parameters", None))
+    return "dynamic" in kinds or "longrope" in kinds
 
 
 @contextmanager

@@ -99,7 +99,8 @@ class Perturbed:
         value[free] = tried.mean((0, 2))
         first, routable = routed.geometry.context_layer, routed.geometry.routable
         direction = _direction(tried, plans[..., first : first + routable], self.sigma)
-        return Estimate((direction * scores[free][:, batch.scored]).sum(-1).mean(), value, runs, context)
+        credited = routed.held(scores, batch.prompt)[free][:, batch.scored]  # who follows a decision credits its maker
+        return Estimate((direction * credited).sum(-1).mean(), value, runs, context)
 
     @torch.no_grad()
     def _try(
@@ -146,7 +147,8 @@ class StraightThrough:
         context, dense, targets = _dense_pass(routed, batch)
         scores = routed.router.score(context)
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
-        logits = routed(batch.input_ids, runs=runs, gates=self._gates(routed, scores, runs), keep=batch.scored).logits
+        gates = self._gates(routed, routed.held(scores, batch.prompt), runs)
+        logits = routed(batch.input_ids, runs=runs, gates=gates, keep=batch.scored).logits
         value = self.objective(dense, logits, targets)
         return Estimate(value.mean(), value.detach().mean(1), runs, context)
 

@@ -110,7 +110,8 @@ class Session:
         """Fit, evaluate and publish one router."""
         with place.lock(), self.routed(recipe) as routed:
             folder = place.open_partial(recipe)
-            watch = self._watch = Stopwatch(folder / WATCH)
+            watch, fitted = Stopwatch(folder / WATCH), False
+            self._watch = watch
             try:
                 write_facts(
                     folder,
@@ -125,15 +126,17 @@ class Session:
                     self._fit(recipe, routed, folder)
                     spent = {"seconds": watch.seconds, "parameters": _parameters(routed)}
                     watch.save()
+                    fitted = True
                     scores = self._evaluate(recipe, routed)
                 save_router(folder, routed.router.state_dict())
                 write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint)
                 watch.forget()
             except BaseException as error:
-                if isinstance(error, KeyboardInterrupt) or any(folder.glob("checkpoints/*.ckpt")):
-                    watch.save()  # there is something to go on from, if only the time that was spent
-                else:
+                goes_on = isinstance(error, KeyboardInterrupt) or any(folder.glob("checkpoints/*.ckpt"))
+                if not goes_on:
                     shutil.rmtree(folder, ignore_errors=True)
+                elif not fitted:  # evaluation's time is not saved as fitting's
+                    watch.save()  # there is something to go on from, if only the time that was spent
                 raise
             place.publish()
         return scores

@@ -85,3 +85,29 @@ def test_other_settings_for_a_while_leave_the_scope():
 def test_a_scope_of_another_name_is_refused():
     with pytest.raises(BuddyError, match="scope of Fickle is 'window'; make it 'token' or 'prompt'"):
         routed_tiny(Fickle, "window")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("removed", [1, 5])
+def test_one_plan_for_what_follows_a_cache_in_which_nothing_was_decided(removed):
+    """A prompt's beginning read at full depth, or a prompt whose end is taken back and read again."""
+    routed = routed_tiny()
+    model = routed.backbone.model
+    full = model(IDS[:, :6], use_cache=True).cache
+    with routed.at(0.5) as record:
+        model(IDS[:, 6:], cache=full, use_cache=True)
+    assert len(record.runs[0].flatten(0, 1).unique(dim=0)) <= len(IDS)
+    with routed.at(0.5):
+        cache = model(IDS, use_cache=True).cache
+        cache.crop(-removed)
+    with routed.at(0.5) as record:
+        model(IDS[:, -removed:], cache=cache, use_cache=True)
+    for row in record.runs[0]:
+        assert len(row.unique(dim=0)) == 1
+
+
+def test_an_older_router_of_the_same_backbone_says_so():
+    routed = routed_tiny()
+    RoutedLM(routed.backbone, routed.router)
+    with pytest.raises(BuddyError, match="Another router was attached to this backbone"):
+        routed(IDS, executed=torch.full((len(IDS),), 3))

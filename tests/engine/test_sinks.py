@@ -1,5 +1,7 @@
 """Remembered sinks: the same result as running them, for their tokens, positions and weights alone."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -66,6 +68,54 @@ def test_changed_weights_are_not_answered_from_memory():
     after = prompt_and_step(routed, IDS)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, without_memory(routed, IDS), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["hook", "autocast", "adapters"])
+def test_what_depends_on_more_than_tokens_is_run(change):
+    """Compared with a model that remembers nothing, after the memory was filled without the change."""
+    routed = routed_tiny()
+    prompt_and_step(routed, IDS)
+    layer, context = routed.backbone.layers[2].mlp, contextlib.nullcontext()
+    if change == "hook":
+        layer.register_forward_hook(lambda _, __, out: out * 2)
+    elif change == "autocast":
+        context = torch.autocast("cpu", torch.bfloat16)
+    else:
+        layer.down_proj.__class__ = Switched
+    with context:
+        for switch in (False, True):
+            layer.down_proj.__dict__["_disable_adapters"] = switch
+            expected = without_memory(routed, IDS)
+            torch.testing.assert_close(prompt_and_step(routed, IDS), expected, atol=1e-5, rtol=1e-4)
+
+
+class Switched(torch.nn.Linear):
+    """A layer with an adapter that can be switched off, as peft's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1.0 if self._disable_adapters else 3.0)
+
+
+@torch.no_grad()
+def test_several_sinks_are_run_where_the_rotation_depends_on_the_length():
+    routed = routed_tiny(sink_tokens=2)
+    routed.backbone.base.config.rope_parameters["rope_type"] = "dynamic"
+    assert routed._sinks.states(IDS[:, :2]) is None
+    assert routed._sinks.states(IDS[:, :1]) is not None
+
+
+def test_weights_made_under_inference_mode_serve():
+    with torch.inference_mode():
+        routed = routed_tiny()
+        prompt_and_step(routed, IDS)
+
+
+def test_memory_is_let_go():
+    routed = routed_tiny()
+    prompt_and_step(routed, IDS)
+    routed.forget_sinks()
+    assert not routed._sinks._held
 
 
 def test_other_positions_are_run():

@@ -141,3 +141,36 @@ def test_straight_through_runs_the_exact_plan():
         logits.flatten(0, 1), given.input_ids[:, given.scored + 1].flatten(), reduction="none"
     )
     torch.testing.assert_close(estimate.objective, expected.view(4, -1).mean(1).detach(), atol=1e-4, rtol=1e-4)
+
+
+class Places(Router):
+    """One trainable score a layer and position."""
+
+    kind = "learned"
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.places = nn.Parameter(torch.zeros(24, geometry.routable))
+
+    def score(self, context: Context) -> Tensor:
+        return self.places.expand(*context.executed.shape, -1)
+
+
+@pytest.mark.parametrize("estimator", [Perturbed(Objective(), plans=4, sigma=1.0), StraightThrough(Objective())])
+@pytest.mark.parametrize(
+    ("options", "deciders"),
+    [
+        ({"prompt_plan": "shared", "reroute_every": None}, [4]),
+        ({"reroute_every": None}, [0, 1, 2, 3, 4]),
+        ({"prompt_plan": "shared", "reroute_every": 8}, [4, 12, 20]),
+        ({"prompt_plan": "shared"}, [*range(4, 24)]),
+    ],
+)
+def test_credit_goes_to_the_token_that_decided(estimator, options, deciders):
+    backbone = tiny_backbone("llama")
+    routed = RoutedLM(backbone, Places(geometry_of(backbone)), **options)
+    given = Batch(IDS, torch.tensor([3, 3, 4, 4]), torch.arange(4, 23), prompt=5)
+    estimator(routed, given, generator()).loss.backward()
+    touched = routed.router.places.grad.abs().sum(-1).nonzero()[:, 0].tolist()
+    assert set(touched) <= set(deciders)
+    assert deciders[-2 if deciders[-1] == 23 else -1] in touched
