@@ -100,12 +100,14 @@ def compare(
             help="Names, with options in brackets, or `all`; by default the recipe's router and its rivals.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(metavar="N", help="For each router that depends on one.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="For each router that depends on one.", show_default="3")
+    ] = None,
     domains: Annotated[
         str | None,
         typer.Option(metavar="SOURCE,…", help="Texts beside the recipe's own; label=SOURCE gives one a name."),
     ] = None,
-    jobs: Annotated[int, typer.Option(metavar="N", help="Processes at once.")] = 1,
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Processes at once.", show_default="1")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for everything.", show_default="OUTPUT/RECIPE-compare")
     ] = None,
@@ -117,7 +119,9 @@ def compare(
     task_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder of your own task definitions (YAML).")
     ] = None,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens a second.")] = True,
+    speed: Annotated[
+        bool | None, typer.Option("--speed/--no-speed", help="Measure tokens a second.", show_default="speed")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there too.")] = None,
     made: Annotated[
         Path | None,
@@ -127,21 +131,23 @@ def compare(
     """Hold routers against each other under one recipe, with seeds, on several texts."""
     if (recipe is None) == (made is None):
         raise BuddyError("Give either --recipe, to compare routers, or --from, to show a comparison that was made.")
+    options = {"task_limit": task_limit, "task_data": task_data, "task_path": task_path}
     if made is not None:
-        _refuse(
-            {"routers": routers, "domains": domains, "tasks": tasks, "out": out},
-            "belongs to a new comparison; leave it out, or give --recipe in place of --from",
-        )
+        given = {"routers": routers, "seeds": seeds, "domains": domains, "jobs": jobs, "out": out, "tasks": tasks}
+        given |= options | {"no_speed" if speed is False else "speed": speed}
+        why = "belongs to a new comparison; leave it out, or give --recipe in place of --from"
+        if overrides:
+            raise BuddyError(f"{overrides[0]} {why}.")
+        _refuse(given, why)
         from buddy.comparison.compare import rewrite
 
         return rewrite(made, markdown)
-    options = {"task_limit": task_limit, "task_data": task_data, "task_path": task_path}
     if tasks is None:
         _refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
     from buddy.recipe import load_recipe, recipe_name
 
     resolved = load_recipe(recipe, overrides or [])
-    from buddy.comparison.asked import Asked, Tasks
+    from buddy.comparison.asked import SEEDS, Asked, Tasks
     from buddy.comparison.compare import compare as run_compare
 
     asked = Asked(
@@ -150,12 +156,12 @@ def compare(
         recipe_name(recipe),
         overrides=tuple(overrides or ()),
         routers=routers,
-        seeds=seeds,
+        seeds=SEEDS if seeds is None else seeds,
         domains=domains,
         tasks=Tasks(tuple(_words(tasks or "")), task_limit, task_data, task_path),
-        jobs=jobs,
+        jobs=1 if jobs is None else jobs,
         out=out,
-        speed=speed,
+        speed=speed is not False,
         markdown=markdown,
     )
     if run_compare(asked):

@@ -6,7 +6,7 @@ While a run is made it lives in `<output>/<recipe>/.<router>.partial/`; an inter
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from buddy.recipe import load_recipe, to_yaml
 from buddy.schema import Recipe
 
 RECIPE, FACTS, ROUTER, METRICS = "recipe.yaml", "run.json", "router.safetensors", "metrics.json"
+INPUTS = "inputs.json"
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,15 @@ class RunPlace:
             pid_file.unlink(missing_ok=True)
             lock.release()
 
-    def open_partial(self, recipe: Recipe) -> Path:
-        """The partial folder with recipe.yaml in it; call it with the lock held.
+    def open_partial(self, recipe: Recipe, inputs: Mapping[str, str] | None = None) -> Path:
+        """The partial folder with recipe.yaml and inputs.json in it; call it with the lock held.
 
-        What an interrupted run left there is kept when its recipe is the same but for `trainer.ckpt_path`, or when
-        that path points into it; otherwise the folder starts empty.
+        What an interrupted run left there is kept when it was made of the same inputs and its recipe is the same but
+        for `trainer.ckpt_path`, or that path points into it; otherwise the folder starts empty.
+
+        Args:
+            recipe: of the run.
+            inputs: digests of what it is made of beside the recipe, by what they are of.
 
         Raises:
             RunError: something that is not a run stands in the way, or the place cannot be written.
@@ -77,10 +82,13 @@ class RunPlace:
         if self.final.exists() and not (self.final / FACTS).is_file():
             raise RunError(f"{self.final} is in the way and is not a run folder; move it or choose another output.")
         with writing(self.partial):
-            if self.partial.exists() and not self._goes_on(recipe):
+            same = inputs_in(self.partial) in (None, inputs)
+            if self.partial.exists() and not (same and self._goes_on(recipe)):
                 shutil.rmtree(self.partial)
             self.partial.mkdir(exist_ok=True)
         write_text(self.partial / RECIPE, to_yaml(recipe))
+        if inputs is not None:
+            write_json(self.partial / INPUTS, dict(inputs))
         return self.partial
 
     def publish(self) -> Path:
@@ -118,6 +126,14 @@ class RunPlace:
 
     def _beside(self, ending: str) -> Path:
         return self.final.with_name(f".{self.final.name}.{ending}")
+
+
+def inputs_in(folder: Path) -> dict[str, str] | None:
+    """Digests of what the run in a folder is made of beside its recipe; None where that is not known."""
+    try:
+        return read_json(folder / INPUTS)
+    except BuddyError:  # none, or cut
+        return None
 
 
 def _without_checkpoint(recipe: Recipe) -> Recipe:

@@ -1,6 +1,7 @@
 """What a run folder holds: written by `buddy fit`, read by `buddy evaluate` and `buddy generate`.
 
-recipe.yaml is the resolved recipe; run.json has versions, seed, backbone, geometry and dates; router.safetensors
+recipe.yaml is the resolved recipe; run.json has versions, seed, backbone, geometry and dates; inputs.json has digests
+of what the run was made of beside the recipe; router.safetensors
 has the router's parameters and buffers (never pickle); metrics.json has the results. Checkpoints and the files of
 TensorBoard lie beside them.
 """

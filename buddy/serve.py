@@ -69,15 +69,13 @@ def generate(
 
 def summary(record: Record, asked: int, layers: int) -> str:
     """Layers that prompt and generated tokens really ran, and how often the plan changed."""
-    prompt = record.executed[0][~record.sinks[0]]
-    sinks = int(record.sinks[0].sum())
-    text = f"Asked for {asked} of {layers} layers a token. Prompt: {_spread(prompt)}"
-    if sinks:
-        text += f" ({_counted(sinks, 'sink token')} at {layers})"
+    spread = _spread(record.executed[0], record.sinks[0], layers)
+    text = f"Asked for {asked} of {layers} layers a token. Prompt: {spread}"
     if len(record.executed) > 1:
-        steps = torch.cat([executed[:, 0] for executed in record.executed[1:]])
-        plans = torch.stack([runs[0, 0] for runs in record.runs[1:]]).unique(dim=0)
-        text += f"; {_counted(len(steps), 'decode step')}: {_spread(steps)}, {_counted(len(plans), 'distinct plan')}"
+        steps, sinks, runs = (torch.cat(each[1:], 1) for each in (record.executed, record.sinks, record.runs))
+        text += f"; {_counted(steps.shape[1], 'decode step')}: {_spread(steps, sinks, layers)}"
+        if not sinks.all():
+            text += f", {_counted(len(runs[~sinks].unique(dim=0)), 'distinct plan')}"
     return text + "."
 
 
@@ -85,11 +83,14 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _spread(executed: torch.Tensor) -> str:
-    if not len(executed):
-        return "no routed token"
-    least, mean, most = executed.min().item(), executed.float().mean().item(), executed.max().item()
-    return f"{least} / {mean:.1f} / {most} layers (min / mean / max)"
+def _spread(executed: torch.Tensor, sinks: torch.Tensor, layers: int) -> str:
+    """What the routed tokens of (1, T) ran; a short prompt leaves sinks to the first decode steps."""
+    routed, full = executed[~sinks], int(sinks.sum())
+    text = "no routed token"
+    if len(routed):
+        least, mean, most = routed.min().item(), routed.float().mean().item(), routed.max().item()
+        text = f"{least} / {mean:.1f} / {most} layers (min / mean / max)"
+    return f"{text} ({_counted(full, 'sink token')} at {layers})" if full else text
 
 
 def _check_length(routed: RoutedLM, prompt: int, new: int) -> None:

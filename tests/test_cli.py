@@ -64,8 +64,27 @@ def test_compare(calls):
     assert (asked.routers, asked.seeds, asked.domains, asked.jobs, asked.speed) == ("a,b[c=1]", 3, "x.txt", 2, False)
     assert (asked.tasks.names, asked.tasks.limit) == (("piqa", "boolq"), 5)
     assert asked.folder == Path("runs/quickstart-compare")
+    assert call("compare", "--recipe", "quickstart").exit_code == 0
+    asked = calls.pop()[1][0]
+    assert (asked.seeds, asked.jobs, asked.speed) == (3, 1, True)
     assert call("compare", "--from", "c.json", "--markdown", "r.md").exit_code == 0
     assert calls[1] == ("rewrite", (Path("c.json"), Path("r.md")), {})
+
+
+NEW = [
+    ["--routers", "full"],
+    ["--seeds", "3"],
+    ["--domains", "x.txt"],
+    ["--jobs", "1"],
+    ["--out", "x"],
+    ["--tasks", "piqa"],
+    ["--task-limit", "3"],
+    ["--task-data", "x"],
+    ["--task-path", "x"],
+    ["--no-speed"],
+    ["--speed"],
+    ["seed=3"],
+]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +92,7 @@ def test_compare(calls):
     [
         ([], "Give either --recipe, to compare routers, or --from"),
         (["--recipe", "quickstart", "--from", "c.json"], "Give either --recipe"),
-        (["--from", "c.json", "--routers", "full"], "--routers belongs to a new comparison"),
+        *((["--from", "c.json", *words], f"{words[0]} belongs to a new comparison") for words in NEW),
         (["--recipe", "quickstart", "--task-limit", "3"], "--task-limit is for tasks; add --tasks"),
         (["--recipe", "quickstart", "sed=1"], "The key 'sed' is unknown"),
     ],

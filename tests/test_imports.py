@@ -60,6 +60,7 @@ TABLE = {
     "assemble": {*CONTRACTS, "backbone", "engine", "registry", "runs", "schema", "training.data"},
     "training": {*CONTRACTS, "engine", "progress", "training"},
     "training.fit": {*CONTRACTS, *CONFIGURED, "calibration", "engine", "evaluation", "training"},
+    "training.inputs": {"backbone", "registry", "schema", "training.data"},
     "training.stopwatch": {"errors", "files"},
     "training.train": {*CONTRACTS, *CONFIGURED, "engine", "training"},
     "training.benchmark": {*CONTRACTS, *CONFIGURED, "calibration", "engine", "recipe", "training"},

@@ -111,6 +111,17 @@ def test_another_recipe_starts_from_an_empty_folder(place, recipe):
     assert load_recipe(place.partial / "recipe.yaml").seed == 1
 
 
+@pytest.mark.parametrize("changed", ["model", "text", "router's code"])
+def test_other_inputs_start_from_an_empty_folder(place, recipe, changed):
+    inputs = {"model": "a", "text": "b", "router's code": "c"}
+    with place.lock():
+        (place.open_partial(recipe, inputs) / "kept").write_text("")
+        place.open_partial(recipe, dict(inputs))
+        assert (place.partial / "kept").exists()
+        place.open_partial(recipe, inputs | {changed: "other"})
+    assert names(place.partial) == {"recipe.yaml", "inputs.json"}
+
+
 def test_a_damaged_partial_folder_is_emptied(place, recipe):
     with place.lock():
         place.open_partial(recipe)

@@ -100,6 +100,14 @@ def test_the_summary_counts_what_ran():
         "Asked for 3 of 9 layers a token. Prompt: 3 / 4.0 / 5 layers (min / mean / max) (2 sink tokens at 9); "
         "4 decode steps: 2 / 3.0 / 4 layers (min / mean / max), 3 distinct plans."
     )
+    assert summary(record(([9], 1), ([9], 1), ([2], 0), ([4], 0)), 3, 9) == (
+        "Asked for 3 of 9 layers a token. Prompt: no routed token (1 sink token at 9); "
+        "3 decode steps: 2 / 3.0 / 4 layers (min / mean / max) (1 sink token at 9), 2 distinct plans."
+    )
+    assert summary(record(([9], 1), ([9], 1)), 3, 9) == (
+        "Asked for 3 of 9 layers a token. Prompt: no routed token (1 sink token at 9); "
+        "1 decode step: no routed token (1 sink token at 9)."
+    )
     assert summary(record(([9], 1)), 3, 9) == (
         "Asked for 3 of 9 layers a token. Prompt: no routed token (1 sink token at 9)."
     )

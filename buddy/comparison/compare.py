@@ -32,6 +32,7 @@ from buddy.registry import build
 from buddy.schema import Recipe
 from buddy.training.data import TextData
 from buddy.training.fit import Session, prepare
+from buddy.training.inputs import inputs_of
 
 RUNS = "runs"  # in the folder of a comparison
 FOUND = 0.5  # seconds within which a run that was finished before is passed by
@@ -58,7 +59,8 @@ def compare(asked: Asked) -> int:
         each.label: planned(each.label, recipe, asked.folder / RUNS / each.folder, _seeds(asked, recipe, backbone))
         for each, recipe in recipes.items()
     }
-    check_reuse([run for group in runs.values() for run in group], backbone.fingerprint, data.test.fingerprint)
+    made_of = {recipe.router.name: inputs_of(recipe, backbone, data) for recipe in recipes.values()}
+    check_reuse([run for group in runs.values() for run in group], made_of, data.test.fingerprint)
     with _locked(asked.folder):
         return _compare(asked, base, runs, texts, backbone, data)
 

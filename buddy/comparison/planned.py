@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from buddy.draft import shown
 from buddy.errors import BuddyError, RunError
-from buddy.place import FACTS, RECIPE, RunPlace
+from buddy.place import FACTS, RECIPE, RunPlace, inputs_in
 from buddy.recipe import flatten, load_recipe
 from buddy.runs import check_backbone, read_metrics, read_run
 from buddy.schema import Recipe
@@ -61,11 +61,11 @@ def is_finished(run: Planned) -> bool:
     return (run.folder / FACTS).is_file()
 
 
-def check_reuse(runs: Sequence[Planned], fingerprint: str, windows: str) -> None:
+def check_reuse(runs: Sequence[Planned], made_of: Mapping[str, Mapping[str, str]], windows: str) -> None:
     """Refuse finished and unfinished runs that were not made as these are.
 
     Args:
-        fingerprint: of the backbone.
+        made_of: digests of model, text and code, by router.
         windows: fingerprint of the recipe's test windows.
 
     Raises:
@@ -81,8 +81,15 @@ def check_reuse(runs: Sequence[Planned], fingerprint: str, windows: str) -> None
             f"{_where(first)}{more} made with another recipe ({keys}) and cannot stand in this comparison; give "
             "another --out, or delete that folder."
         )
-    for run in filter(is_finished, runs):
-        check_backbone(read_run(run.folder), fingerprint)
+    for run in filter(is_finished, runs):  # unfinished ones begin anew where something changed
+        here, there = made_of[run.recipe.router.name], inputs_in(run.folder) or {}
+        changed = [name for name, digest in there.items() if here.get(name) != digest]
+        if changed:
+            raise RunError(
+                f"{run.folder} was made before the {' and the '.join(changed)} changed and cannot stand in this "
+                "comparison; give another --out, or delete that folder."
+            )
+        check_backbone(read_run(run.folder), made_of[run.recipe.router.name]["model"])
         if read_metrics(run.folder).get("windows") != windows:
             raise RunError(
                 f"{run.folder} was measured on other test windows, so the text in {run.recipe.data.source} has changed "

@@ -7,7 +7,6 @@ lm-eval finds it through the entry point group `lm_eval.models`, in versions tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,9 +60,9 @@ class Executed:
             self.total, self.tokens = self.total + int(executed.sum()), self.tokens + executed.numel()
 
     @property
-    def mean(self) -> float:
-        """Mean over tokens; not a number before the first."""
-        return self.total / self.tokens if self.tokens else math.nan
+    def mean(self) -> float | None:
+        """Mean over tokens; None before the first."""
+        return self.total / self.tokens if self.tokens else None
 
 
 @dataclass
@@ -251,11 +250,12 @@ class BuddyLM(HFLM):
         with self.routed.at(executed=[self.layers]) as record:
             tokens = super()._model_generate(context, max_length=max_length, stop=stop, **options)
         read = ~record.sinks[0]
-        if options.get("attention_mask") is not None:
-            read &= options["attention_mask"].bool()
+        mask = options.get("attention_mask")
+        if mask is not None:
+            read &= mask.bool().repeat_interleave(len(read) // len(mask), 0)  # rows of one text's beams are neighbours
         self.executed.add(record.executed[0][read])
-        for step in record.executed[1:]:
-            self.executed.add(step.flatten())
+        for step, sinks in zip(record.executed[1:], record.sinks[1:], strict=True):
+            self.executed.add(step[~sinks])
         return tokens
 
     @contextmanager

@@ -37,7 +37,7 @@ def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: P
         task_path: a folder of definitions (YAML) of one's own, beside lm-eval's.
 
     Raises:
-        DataError: an unknown name, or data that cannot be had.
+        DataError: an unknown name, data that cannot be had, or a task that runs code or needs more than text.
     """
     names = list(dict.fromkeys(names))
     if not names:
@@ -49,11 +49,17 @@ def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: P
         tasks = local_tasks(names, task_data, own_manager())
     else:
         tasks = _defined(names, own_manager() if task_path is None else _manager_with(task_path, names))
-    for task in tasks.values():
+    for name, task in tasks.items():
+        _check_kind(name, task)
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
     return tasks
+
+
+def reason_of(error: Exception) -> str:
+    """What lm-eval or a library under it says, short and on one line."""
+    return shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
 
 
 @cache
@@ -80,6 +86,17 @@ def hushed() -> Iterator[None]:
         task.tqdm = bar
 
 
+def _check_kind(name: str, task: Task) -> None:
+    """What lm-eval itself refuses, only later."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise DataError(
+            f"{name} runs code that the model writes, which may do harm; leave it out, or run it where it can do none "
+            "by python -m buddy.evaluation.lm_eval with --confirm_run_unsafe_code."
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise DataError(f"{name} has pictures or sound in it, and Buddy's models read text alone; leave it out.")
+
+
 def _manager_with(folder: Path, names: Sequence[str]) -> TaskManager:
     """An index with a folder's definitions; lm-eval's own are in it where these alone do not do."""
     from lm_eval.tasks import TaskManager
@@ -100,8 +117,7 @@ def _defined(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
     try:
         return manager.load(names)["tasks"]
     except Exception as error:  # data sets and definitions fail in as many ways as there are to write one
-        reason = shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
         advice = "connect to the network if its data are on the hub, mend its definition, or give items by --task-data"
         if is_offline_mode():
             advice = "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by --task-data"
-        raise DataError(f"{' or '.join(names)} cannot be loaded ({reason}); {advice}.") from error
+        raise DataError(f"{' or '.join(names)} cannot be loaded ({reason_of(error)}); {advice}.") from error

@@ -62,7 +62,10 @@ def _add_average(table: Table, entries: Sequence[Entry], budgets: Mapping[float,
 
 
 def _executed(entries: Sequence[Entry], budget: float) -> str:
-    """Over all tasks at a budget; the mean is the tasks' mean."""
+    """Over all tasks at a budget that have routed tokens; the mean is the tasks' mean."""
     counts = [entry["executed"] for entry in entries if entry["budget"] == budget]
+    counts = [each for each in counts if each["min"] is not None]
+    if not counts:
+        return "–"
     least, most = min(each["min"] for each in counts), max(each["max"] for each in counts)
     return f"{least} / {sum(each['mean'] for each in counts) / len(counts):.2f} / {most}"

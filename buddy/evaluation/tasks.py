@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddy.assemble import budgets_of, routed_from
 from buddy.budget import fraction_of
 from buddy.errors import DataError
-from buddy.evaluation.task_source import hushed, load_tasks, require_lm_eval
+from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, reason_of, require_lm_eval
 from buddy.evaluation.task_table import show_tasks
 from buddy.files import check_place, write_json
 from buddy.memory import within_memory
@@ -72,9 +73,10 @@ def task_scores(
 
     Returns:
         {"results": [one entry for each task and budget]}. An entry has "task", "budget", "layers" (K), "executed"
-        ("min", "mean", "max" layers that tokens ran, sinks and padding left out), "metric" (acc_norm where the task has
-        it, else acc, else its first one), "value" and "stderr" (as lm-eval computes them; None for one item), "items",
-        and "correct": 0 or 1 for each item in order, None where the metric is no count of right answers.
+        ("min", "mean", "max" layers that tokens ran, sinks and padding left out, None where nothing else is left),
+        "metric" (acc_norm where the task has it, else acc, else its first one), "value" and "stderr" (as lm-eval
+        computes them; None for one item), "items", and "correct": 0 or 1 for each item in order, None where the metric
+        is no count of right answers.
 
     Raises:
         BuddyError: the run, a budget or a task cannot be used, or lm-eval is not installed.
@@ -96,8 +98,9 @@ def _scored(
     with hushed():
         with status("Reading tasks …"):
             tasks = load_tasks(names, task_data, task_path)
-            for task in tasks.values():
-                task.build_all_requests(limit=limit)
+            for name, task in tasks.items():
+                with _refusals_told(name):
+                    task.build_all_requests(limit=limit)
         with status(f"Loading {run.backbone} …"):
             routed = routed_from(run)
         asked = budgets_of(run.recipe, routed) if budgets is None else budgets
@@ -139,7 +142,9 @@ def _over_budgets(
 def _entry(model: BuddyLM, name: str, task: Task, budget: float, limit: int | None) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
-    outcome = evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=BOOTSTRAPS)
+    task.set_fewshot_seed(FEWSHOT_SEED)  # else its sampler draws on, and each budget gets other examples
+    with _refusals_told(name):
+        outcome = evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=BOOTSTRAPS)
     values = outcome["results"][name]
     metric, filtered = _metric(values)
     samples = [sample[metric] for sample in outcome["samples"][name] if sample["filter"] == filtered]
@@ -155,6 +160,17 @@ def _entry(model: BuddyLM, name: str, task: Task, budget: float, limit: int | No
         "items": len(samples),
         "correct": [int(sample) for sample in samples] if all(sample in (0, 1) for sample in samples) else None,
     }
+
+
+@contextmanager
+def _refusals_told(name: str) -> Iterator[None]:
+    """What lm-eval refuses within this block, by ValueError or an assertion, becomes a DataError."""
+    try:
+        yield
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"{name} cannot be scored ({reason_of(error)}); mend its definition or its items, or leave it out."
+        ) from error
 
 
 def _metric(values: dict[str, Any]) -> tuple[str, str]:

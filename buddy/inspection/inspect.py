@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from buddy.runs import Run, read_run
 
 FOLDER, NUMBERS = "routing", "routing.json"  # in a run folder; in that folder
 WINDOWS = 16
+OWN = re.compile(rf"{re.escape(NUMBERS)}|(tokens|domains)-(\d+(\.\d+)?|\d+layers)\.png")  # files that a call leaves
 USUAL = 0.75  # the budget nearest to this one is printed token by token, where none is asked for
 
 
@@ -109,9 +111,17 @@ def _usual(inspection: Inspection) -> str:
     return min(inspection.asked, key=lambda budget: abs(inspection.asked[budget] / layers - USUAL))
 
 
+def _remove_older(place: Path) -> None:
+    """What an earlier call left: it may have been asked for other budgets or texts."""
+    for path in list(place.iterdir()):
+        if OWN.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
 def _write(inspection: Inspection, place: Path, board: Path, numbers: Path) -> None:
     with status("Drawing …"), writing(place):
         place.mkdir(exist_ok=True)
+        _remove_older(place)
         drawn = draw_all(inspection, place)
         write_tensorboard(inspection, drawn, board)
     write_json(numbers, as_json(inspection))

@@ -44,7 +44,7 @@ def observe(
 
 
 def _ran(output: Output, sinks: int) -> np.ndarray:
-    """(B, T, L) bool, held against what the layers recorded: a picture must not show a plan that did not run."""
+    """(B, T, L) bool, the plans; by the layers' own records each token ran as many layers as its plan has."""
     if not torch.equal(output.runs.sum(-1), output.executed):
         raise RuntimeError("The layers that ran are not those of the plan.")
     if not bool(output.sinks[:, :sinks].all()) or bool(output.sinks[:, sinks:].any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,16 @@ class TextData(LightningDataModule):
             setattr(self, name, spread(documents, self.split[name], self.window, count, random))
         self._ends = documents.lengths[self.split["train"]].cumsum()
         self._documents = documents
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, the same where windows and splits are; of training text the lengths are looked at."""
+        digest = hashlib.sha256(self._documents.lengths.tobytes())
+        for name in ("train", *self._wanted):
+            digest.update(np.asarray(self.split[name]).tobytes())
+        for name in self._wanted:
+            digest.update(getattr(self, name).fingerprint.encode())
+        return digest.hexdigest()[:16]
 
     def train_dataloader(self) -> Batches:
         """The batches of the steps still to come, `steps` of them from the beginning.

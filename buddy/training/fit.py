@@ -28,6 +28,7 @@ from buddy.registry import load
 from buddy.runs import RunPlace, save_router, write_facts
 from buddy.schema import Recipe
 from buddy.training.data import TextData
+from buddy.training.inputs import inputs_of
 from buddy.training.interrupt import quiet
 from buddy.training.stopwatch import Stopwatch
 from buddy.training.train import check_checkpoint, train, trainer_of
@@ -109,7 +110,7 @@ class Session:
     def run(self, recipe: Recipe, recipe_name: str, place: RunPlace) -> list[Scores]:
         """Fit, evaluate and publish one router."""
         with place.lock(), self.routed(recipe) as routed:
-            folder = place.open_partial(recipe)
+            folder = place.open_partial(recipe, inputs_of(recipe, self.backbone, self.data))
             watch, fitted = Stopwatch(folder / WATCH), False
             self._watch = watch
             try:

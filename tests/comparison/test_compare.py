@@ -282,8 +282,19 @@ def test_a_run_that_was_begun_with_another_recipe_is_refused(ask, tmp_path, stop
     stopping += ["stop", "", "", ""]
     with pytest.raises(KeyboardInterrupt):
         compare(ask(tmp_path, routers="buddy"))
-    with pytest.raises(RunError, match=r"buddy/seed-0 was made with another recipe \(optimizer\.lr: 0\.006 there"):
+    with pytest.raises(
+        RunError, match=r"buddy/\.seed-0\.partial was made with another recipe \(optimizer\.lr: 0\.006 there"
+    ):
         compare(ask(tmp_path, "optimizer.lr=0.1", routers="buddy"))
+
+
+def test_runs_of_a_router_whose_code_changed_are_refused(ask, tmp_path, monkeypatch):
+    options = {"routers": "uniform", "domains": None}
+    compare(ask(tmp_path, **options))
+    compare(ask(tmp_path, **options))
+    monkeypatch.setattr("buddy.training.inputs._code", lambda router: "other")
+    with pytest.raises(RunError, match=r"was made before the router's code changed"):
+        compare(ask(tmp_path, **options))
 
 
 def test_runs_of_another_backbone_or_text_are_refused(ask, small, tmp_path):
@@ -294,11 +305,11 @@ def test_runs_of_another_backbone_or_text_are_refused(ask, small, tmp_path):
     options = {"routers": "uniform", "domains": None}
     compare(ask(tmp_path / "out", *places, **options))
     write_text(text, seed=9)
-    with pytest.raises(RunError, match=r"mine\.jsonl has changed since"):
+    with pytest.raises(RunError, match=r"uniform/seed-0 was made before the text changed"):
         compare(ask(tmp_path / "out", *places, **options))
     write_text(text)
     tiny_folder(model, seed=2)
-    with pytest.raises(RunError, match="was made with another backbone"):
+    with pytest.raises(RunError, match="was made before the model changed"):
         compare(ask(tmp_path / "out", *places, **options))
 
 

@@ -194,6 +194,26 @@ def test_generation_spends_the_budget():
     assert lm.executed.tokens >= 2 + 11
 
 
+def test_generation_with_beams():
+    """Rows run once for each beam; padding of each is left out."""
+    lm = BuddyLM(routed_tiny(), 0.5, batch_size=2)
+    asked = {"until": ["\n\n"], "max_gen_toks": 1, "do_sample": False, "num_beams": 2}
+    texts = ("One", "Two and more")
+    lm.generate_until([Instance("generate_until", {}, (text, asked), 0) for text in texts], disable_tqdm=True)
+    assert (lm.executed.least, lm.executed.mean, lm.executed.most) == (3, 3.0, 3)
+    assert lm.executed.tokens == 2 * sum(len(text) - 1 for text in texts)
+
+
+@pytest.mark.parametrize(("sinks", "routed"), [(5, 1), (6, 0)])
+def test_sinks_among_generated_tokens_are_left_out(sinks, routed):
+    """Three tokens are the prompt, then three steps are at positions 3, 4 and 5."""
+    lm = BuddyLM(routed_tiny(sink_tokens=sinks), 0.5, batch_size=1)
+    asked = {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False}
+    lm.generate_until([Instance("generate_until", {}, ("One", asked), 0)], disable_tqdm=True)
+    assert lm.executed.tokens == routed
+    assert (lm.executed.least, lm.executed.most) == ((3, 3) if routed else (None, None))
+
+
 @pytest.mark.parametrize("sinks", [0, 1, 2])
 def test_layers_that_ran_are_counted_on_real_tokens(sinks):
     lm = BuddyLM(routed_tiny(sink_tokens=sinks), "4layers", batch_size=8)
@@ -204,7 +224,7 @@ def test_layers_that_ran_are_counted_on_real_tokens(sinks):
     assert lm.executed.tokens == sum(length - sinks for length in rows)
     lm.ask(0.5)
     assert lm.executed.tokens == 0
-    assert lm.executed.mean != lm.executed.mean
+    assert lm.executed.mean is None
 
 
 def test_batches_by_tokens():

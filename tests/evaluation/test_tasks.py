@@ -3,10 +3,13 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
+from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
+from buddy.assemble import routed_from
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.harness import BuddyLM
@@ -105,6 +108,29 @@ def test_one_item_and_a_task_without_right_answers(capsys):
     assert "Sink" not in out
 
 
+def test_tasks_without_a_routed_token(capsys):
+    """Sinks alone: the task is left out of the layers that ran, or nothing is left of them."""
+    entry = {"budget": 0.5, "layers": 3, "items": 1, "stderr": None, "metric": "acc", "value": 1.0, "correct": [1]}
+    nothing = {"task": "sinks", "executed": {"min": None, "mean": None, "max": None}, **entry}
+    some = {"task": "piqa", "executed": {"min": 3, "mean": 3.5, "max": 4}, **entry}
+    show_tasks([nothing, some], "buddy", 1)
+    assert re.search(r"min / mean / max +│ +│ 3 / 3\.50 / 4 │", capsys.readouterr().out)
+    show_tasks([nothing], "buddy", 1)
+    assert re.search(r"min / mean / max +│ +│ +– │", capsys.readouterr().out)
+
+
+def test_a_run_whose_sinks_are_every_token(finished, items, tmp_path, monkeypatch):
+    def with_sinks(run):
+        routing = replace(run.recipe.routing, sink_tokens=400)
+        return routed_from(replace(run, recipe=replace(run.recipe, routing=routing)))
+
+    monkeypatch.setattr("buddy.evaluation.tasks.routed_from", with_sinks)
+    options = {"tasks": ["boolq"], "budgets": ["0.5"], "task_data": items}
+    evaluate_tasks(finished / "buddy", **options, json_file=tmp_path / "scores.json")
+    (entry,) = json.loads((tmp_path / "scores.json").read_text())["results"]
+    assert entry["executed"] == {"min": None, "mean": None, "max": None}
+
+
 # Definitions of one's own
 
 DEFINITION = """
@@ -132,7 +158,60 @@ def test_other_kinds_of_task(finished, items, tmp_path, kind):
     assert (entry["correct"] is None) == (kind == "loglikelihood_rolling")
 
 
+CHOICE = DEFINITION.replace("choices[label]", "label") + "doc_to_choice: choices\n"
+EXAMPLES = "fewshot_split: test\nnum_fewshot: {}\n"
+
+
+def test_examples_are_lm_evals_own_at_every_budget(finished, items, tmp_path, monkeypatch):
+    definition = CHOICE.format(kind="multiple_choice", items=items / "arc_easy.jsonl") + EXAMPLES.format(2)
+    (tmp_path / "mine.yaml").write_text(definition)
+    asked, inner = [], BuddyLM.loglikelihood
+
+    def spy(self, requests, **options):
+        asked.append([request.args for request in requests])
+        return inner(self, requests, **options)
+
+    monkeypatch.setattr(BuddyLM, "loglikelihood", spy)
+    task_scores(finished / "buddy", ["my_multiple_choice"], [1.0, 0.5], limit=4, task_path=tmp_path)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    own = manager.load(["my_multiple_choice"])["tasks"]["my_multiple_choice"]
+    own.set_fewshot_seed(1234)  # the default of lm-eval's command
+    own.build_all_requests(limit=4)
+    assert asked == 2 * [[request.args for request in own.instances]]
+    assert asked[0][0][0].count("Which is number") == 3
+
+
 # What cannot be used
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("unsafe_code: true\n", "my_multiple_choice runs code that the model writes, which may do harm; leave it out"),
+        ("doc_to_image: [question]\n", "has pictures or sound in it, and Buddy's models read text alone; leave it"),
+        (EXAMPLES.format(9), "my_multiple_choice cannot be scored (Sample larger than population"),
+    ],
+)
+def test_what_lm_eval_refuses_is_one_sentence(finished, items, tmp_path, more, said):
+    definition = CHOICE.format(kind="multiple_choice", items=items / "arc_easy.jsonl") + more
+    (tmp_path / "mine.yaml").write_text(definition)
+    words = ["evaluate", "--run", finished / "buddy", "--tasks", "my_multiple_choice", "--task-path", tmp_path]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert (result.exit_code, result.stdout) == (2, ""), result.exception
+    assert result.stderr.startswith("Error: ")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("no\n good."), AssertionError()])
+def test_what_lm_eval_refuses_while_it_scores(finished, items, monkeypatch, error):
+    def evaluate(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", evaluate)
+    said = r"boolq cannot be scored \((no good|AssertionError)\); mend its definition or its items, or leave it out\.$"
+    with pytest.raises(DataError, match=said):
+        task_scores(finished / "buddy", ["boolq"], [0.5], task_data=items)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,20 @@ def test_json_goes_where_it_is_told(finished, out, tmp_path):
     assert names(out) == {"budgets.png", "tokens-4layers.png"}
 
 
+def test_another_call_leaves_nothing_of_the_first(finished, out, tmp_path, small):
+    others = {"tokens-of-mine.png", "domains-0.5.jpg", "my-tokens-0.5.png", "notes.json"}
+    out.mkdir()
+    for name in others:
+        (out / name).touch()
+    other = write_text(tmp_path / "other.jsonl", seed=5)
+    asked = f"{small.text},a={other}"
+    inspect_run(finished / "uniform", out=out, windows=1, domains=asked, budgets=["0.75", "3layers"])
+    drawn = {f"{kind}-{budget}.png" for kind in ("tokens", "domains") for budget in ("0.75", "3layers")}
+    assert names(out) == {"budgets.png", "routing.json", *drawn, *others}
+    inspect_run(finished / "uniform", out=out, windows=1, budgets=["0.5"], json_file=tmp_path / "n.json")
+    assert names(out) == {"budgets.png", "tokens-0.5.png", *others}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

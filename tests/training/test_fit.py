@@ -21,7 +21,7 @@ from tests.small import start_buddy
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
 BESIDE = {"comparison.json", "comparison.png"}  # in the folder of the recipe's own router
-FILES = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "loss.png"}
+FILES = {"recipe.yaml", "inputs.json", "run.json", "router.safetensors", "metrics.json", "loss.png"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
