@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,16 +14,26 @@ from transformers import DynamicCache
 from buddy.backbone import Backbone
 from buddy.budget import executed_layers
 from buddy.engine.cache import RoutedCache, adopt
-from buddy.engine.forward import Pass, Request, Settings, held_scores, plan_tokens
+from buddy.engine.forward import Pass
 from buddy.engine.gated import GatedPass
 from buddy.engine.kv import probes
 from buddy.engine.layers import Seat, attach, detach
 from buddy.engine.policies import policy_named
 from buddy.engine.pool import Pool
-from buddy.engine.record import Record
+from buddy.engine.record import Output, Record
+from buddy.engine.request import (
+    Request,
+    Settings,
+    checked_mask,
+    for_rows,
+    held_scores,
+    plan_tokens,
+    wants_cache,
+    within_scope,
+)
 from buddy.engine.sinks import SinkMemory, SinkStates
 from buddy.errors import BuddyError, BudgetError
-from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
+from buddy.router import AnyRouter, Geometry, LayerwiseRouter
 
 PoolKind = Literal["value", "key", "both"]
 
@@ -34,29 +44,6 @@ def geometry_of(backbone: Backbone, context_layer: int = 1, pool: PoolKind = "va
     return Geometry(
         layers=backbone.num_layers, context_layer=context_layer, hidden=backbone.hidden_size, features=features
     )
-
-
-@dataclass(frozen=True)
-class Output:
-    """Result of a routed forward over whole windows.
-
-    Attributes:
-        logits: (B, T', V) of the positions kept.
-        context: what the router saw, leading dimensions (B, T).
-        scores: (B, T, R), or None where the router was not asked, or is layerwise.
-        runs: (B, T, L) bool, the plan with sinks at full depth.
-        executed: (B, T) long, layers that really ran.
-        sinks: (B, T) bool, positions at full depth whatever the budget.
-        weights: (B, T, R) with gradients, those of the routable layers; of a weighted forward only.
-    """
-
-    logits: Tensor
-    context: Context
-    scores: Tensor | None
-    runs: Tensor
-    executed: Tensor
-    sinks: Tensor
-    weights: Tensor | None = None
 
 
 class RoutedLM(nn.Module):
@@ -106,7 +93,7 @@ class RoutedLM(nn.Module):
             batch_plan=batch_plan,
             reroute_every=reroute_every,
         )
-        self.settings = _within_scope(router, settings)
+        self.settings = within_scope(router, settings)
         self._held = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
         self._seat, self._request, self._record = Seat(self.policy), None, None
         self._sinks = SinkMemory(backbone.base)
@@ -159,7 +146,7 @@ class RoutedLM(nn.Module):
     def changed(self, **settings: Any) -> Iterator[None]:
         """Within this block other `Settings` hold, such as prompt_plan="shared"."""
         before = self.settings
-        self.settings = _within_scope(self.router, replace(before, **settings))
+        self.settings = within_scope(self.router, replace(before, **settings))
         try:
             yield
         finally:
@@ -280,9 +267,9 @@ class RoutedLM(nn.Module):
             kwargs["input_ids"] = args[0]
         tokens = kwargs.get("input_ids")
         shape = tuple((kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2])
-        if cache is None and self._wants_cache(base, kwargs):
+        if cache is None and wants_cache(base.config, kwargs):
             cache = kwargs["cache"] = DynamicCache(config=base.config)
-        mask = _checked_mask(kwargs.get("attention_mask"))
+        mask = checked_mask(kwargs.get("attention_mask"))
         context = self.geometry.context_layer - 1
         past = 0 if cache is None else cache.get_seq_length(context)
         if cache is not None:
@@ -297,7 +284,7 @@ class RoutedLM(nn.Module):
                 valid=valid,
             )
         if request.executed is not None:
-            request = _for_rows(request, shape[0])
+            request = for_rows(request, shape[0])
         pool = Pool(self.pool) if cache is None else cache.pool
         rest = request, shape, past, mask, cache, pool
         if self._layerwise:
@@ -311,12 +298,10 @@ class RoutedLM(nn.Module):
 
     def _sink_states(self, ids: Tensor, positions: Tensor | None) -> SinkStates | None:
         """What the beginnings ids (B, s) become, whatever pass is under way; None at other positions than the first."""
-        if positions is not None and bool((positions[..., : ids.shape[1]] != torch.arange(ids.shape[1]).to(ids)).any()):
-            return None
         current = self._seat.current
         try:
             with self._requested(None):
-                return self._sinks.states(ids)
+                return self._sinks.states(ids, positions)
         finally:
             self._seat.current = current
 
@@ -327,36 +312,3 @@ class RoutedLM(nn.Module):
         if self._record is not None:
             self._record.forwards.append(done.ran())
             self._last = done if self._request.prompt is not None else None
-
-    @staticmethod
-    def _wants_cache(base: nn.Module, kwargs: dict[str, Any]) -> bool:
-        asked = kwargs.get("use_cache")
-        return base.config.use_cache if asked is None else asked
-
-
-def _within_scope(router: AnyRouter, settings: Settings) -> Settings:
-    """The settings that hold for a router: those of one plan an input, where that is its scope."""
-    if router.scope == "token":
-        return settings
-    if router.scope != "prompt":
-        raise BuddyError(f"The scope of {type(router).__name__} is {router.scope!r}; make it 'token' or 'prompt'.")
-    return replace(settings, prompt_plan="shared", reroute_every=None)
-
-
-def _for_rows(request: Request, batch: int) -> Request:
-    """The request for B rows; beams repeat its rows."""
-    given = len(request.executed)
-    if given in (1, batch):
-        return request
-    if batch % given:
-        raise BudgetError(f"{given} budgets were given for {batch} rows; give one, or one per row.")
-    return replace(request, executed=tuple(k for k in request.executed for _ in range(batch // given)))
-
-
-def _checked_mask(mask: Tensor | None) -> Tensor | None:
-    """The mask (B, positions), or None where it hides nothing."""
-    if mask is None:
-        return None
-    if mask.dim() != 2:
-        raise BudgetError("Routing needs the attention mask in two dimensions (rows × tokens); pass that, or none.")
-    return None if bool(mask.all()) else mask

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from buddy.router import Context
+
 
 @dataclass
 class Ran:
@@ -73,3 +75,26 @@ class Record:
     def runs(self) -> list[Tensor]:
         """(B, T, L) bool each: the plans, sinks at full depth."""
         return [ran.runs for ran in self.forwards]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Result of a routed forward over whole windows.
+
+    Attributes:
+        logits: (B, T', V) of the positions kept.
+        context: what the router saw, leading dimensions (B, T).
+        scores: (B, T, R), or None where the router was not asked, or is layerwise.
+        runs: (B, T, L) bool, the plan with sinks at full depth.
+        executed: (B, T) long, layers that really ran.
+        sinks: (B, T) bool, positions at full depth whatever the budget.
+        weights: (B, T, R) with gradients, those of the routable layers; of a weighted forward only.
+    """
+
+    logits: Tensor
+    context: Context
+    scores: Tensor | None
+    runs: Tensor
+    executed: Tensor
+    sinks: Tensor
+    weights: Tensor | None = None

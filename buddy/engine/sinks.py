@@ -67,14 +67,16 @@ class SinkMemory:
         """Let go of all that is remembered."""
         self._held.clear()
 
-    def states(self, ids: Tensor) -> SinkStates | None:
+    def states(self, ids: Tensor, positions: Tensor | None = None) -> SinkStates | None:
         """Of beginnings ids (B, s) long; each not met before is computed by a stock forward of its own.
 
-        None where a beginning's states depend on more than its tokens: under a hook or autocast, or where the rotary
-        embedding of several tokens depends on how many follow.
+        None where a beginning's states depend on more than its tokens: at other `positions` (B or 1, T) than the first,
+        under a hook or autocast, or where the rotary embedding of several tokens depends on how many follow.
         """
-        base = self._base[0]
-        if torch.is_autocast_enabled(ids.device.type) or (ids.shape[1] > 1 and _rotates_by_length(base.config)):
+        base, length = self._base[0], ids.shape[1]
+        if positions is not None and bool((positions[..., :length] != torch.arange(length).to(ids)).any()):
+            return None
+        if torch.is_autocast_enabled(ids.device.type) or (length > 1 and _rotates_by_length(base.config)):
             return None
         modules = list(base.layers.modules())
         if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
