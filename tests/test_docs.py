@@ -29,7 +29,7 @@ from tests.tiny import tiny_folder
 README, ROUTERS, RECIPES, DESIGN = (
     ROOT / name for name in ("README.md", "docs/routers.md", "docs/recipes.md", "docs/design.md")
 )
-FIGURE = "docs/quickstart.png"
+FIGURE = "docs/results-quality-layers.png"
 DATA = "window=48 prompt=12 batch_size=4 calibration_windows=4 validation_windows=2 test_windows=4"
 TRAINER = "trainer.max_steps=2 trainer.accelerator=cpu"
 WORDS = {
@@ -122,7 +122,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def test_the_results_are_there():
-    """Fails until the table and the figure of a real `make fit` are in the README."""
+    """Fails until the table and the figure of a real comparison are in the README."""
     text = README.read_text("utf-8")
     results = text.partition("<!-- results:start -->")[2].partition("<!-- results:end -->")[0]
     recipe = load_recipe("quickstart")
