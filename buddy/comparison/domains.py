@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from buddy.errors import DataError
-from buddy.inspection.domains import sources_of
+from buddy.inspection.domains import same_source, sources_of
 from buddy.schema import Recipe
 from buddy.training.data import TextData
 from buddy.training.windows import Windows, windows_of
@@ -31,7 +30,7 @@ def domains_of(text: str | None, recipe: Recipe) -> list[Domain]:
     source = recipe.data.source
     (own,) = sources_of(None, source)
     others = {} if text is None else sources_of(text, source)
-    for label in [label for label, other in others.items() if _same(other, source)]:
+    for label in [label for label, other in others.items() if same_source(other, source)]:
         own = label
         del others[label]
     if own in others:
@@ -73,8 +72,3 @@ def read_domain(domain: Domain, recipe: Recipe, data: TextData) -> Windows:
             f"{len(windows)}."
         )
     return windows
-
-
-def _same(one: str, other: str) -> bool:
-    paths = Path(one).expanduser(), Path(other).expanduser()
-    return one == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))

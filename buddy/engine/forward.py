@@ -147,8 +147,8 @@ class Pass:
 
     def sink_states(self, count: int) -> SinkStates | None:
         """What the first `count` tokens become in each layer; None where that depends on more than their ids."""
-        if self._sink_states is None and self.remember is not None and not self.past and self.valid is None:
-            self._sink_states = self.remember(count)
+        if self.remember is not None and not self.past and self.valid is None:
+            self._sink_states, self.remember = self.remember(count), None  # asked once, whatever the answer
         return self._sink_states
 
     def may_wait(self, layer: int) -> bool:

@@ -139,3 +139,10 @@ def test_memory_is_bounded(monkeypatch):
     routed = routed_tiny()
     prompt_and_step(routed, IDS)
     assert list(routed._sinks._held) == [(int(row[0]),) for row in IDS[1:]]
+
+
+def test_the_memory_is_asked_once_a_prompt_even_where_it_has_no_answer():
+    routed, asked = routed_tiny(), []
+    routed._sinks.states = lambda ids, positions: asked.append(ids.shape)  # None: not known
+    prompt_and_step(routed, IDS)
+    assert asked == [(3, 1)]
