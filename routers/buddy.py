@@ -14,7 +14,7 @@ from buddy import Context, Geometry, Router
 if TYPE_CHECKING:
     from buddy import Probe
 
-PRIORS = ("block-influence", "taylor", "loss", "none")
+PRIORS = ("greedy", "block-influence", "taylor", "loss", "none")
 PARTS = ("pooled", "newest", "hidden")
 
 
@@ -30,7 +30,10 @@ class BuddyRouter(Router):
     Args:
         geometry: sizes of the backbone.
         hidden: r, width of the network; the paper's overhead example has 32.
-        prior: "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the perplexity), or "none".
+        prior: "greedy" (the order in which layers go when each time the one goes whose loss raises KL to the dense
+            model least), or one of the paper's: "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the
+            perplexity), or "none".
+        prior_windows: calibration windows that the greedy search looks at, the first ones.
         prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
         bound: A, or null for none, as in the paper.
         context: which parts the network sees, of "pooled", "newest" and "hidden". The paper has "pooled".
@@ -48,16 +51,18 @@ class BuddyRouter(Router):
         geometry: Geometry,
         *,
         hidden: int = 128,
-        prior: str = "block-influence",
+        prior: str = "greedy",
+        prior_windows: int = 8,
         prior_weight: float = 0.3,
         bound: float | None = 2.0,
         context: Sequence[str] = PARTS,
         budget_aware: bool = False,
     ) -> None:
         super().__init__(geometry)
-        _check(hidden, prior, prior_weight, bound, context)
+        _check(hidden, prior, prior_windows, prior_weight, bound, context)
         sizes = {"pooled": geometry.features, "newest": geometry.features, "hidden": geometry.hidden}
-        self.prior_name, self.prior_weight, self.bound = prior, float(prior_weight), bound
+        self.prior_name, self.prior_windows = prior, prior_windows
+        self.prior_weight, self.bound = float(prior_weight), bound
         self.parts, self.budget_aware = tuple(context), budget_aware
         self.input = nn.Linear(sum(sizes[part] for part in self.parts) + int(budget_aware), hidden)
         self.output = nn.Linear(hidden, geometry.routable)
@@ -69,7 +74,9 @@ class BuddyRouter(Router):
         """Measure the prior's indicator and turn it into standardised ranks (section 3, prior pipeline)."""
         if self.prior_name == "none":
             return
-        if self.prior_name == "block-influence":
+        if self.prior_name == "greedy":
+            indicator = self._removal(probe)
+        elif self.prior_name == "block-influence":
             indicator = probe.block_influence
         else:
             raw = probe.taylor if self.prior_name == "taylor" else probe.loss_increase
@@ -77,6 +84,20 @@ class BuddyRouter(Router):
         rank = (1 + indicator.argsort(stable=True).argsort().float()) / (len(indicator) + 1)
         if len(rank) > 1:  # a single layer has no order
             self.prior.copy_((rank - rank.mean()) / rank.std())
+
+    def _removal(self, probe: Probe) -> Tensor:
+        """(R,): the round in which a layer goes, down to the smallest K asked for; then by its KL in the last round."""
+        windows = min(self.prior_windows, probe.count)
+        removed, left, losses = [], list(range(self.geometry.routable)), []
+        smallest = min(probe.asked, default=self.geometry.always_on)
+        for _ in probe.track(range(self.geometry.layers - smallest), "removing layers"):
+            plans = torch.stack([probe.plan_without([*removed, layer]) for layer in left])
+            losses = probe.losses(plans, "kl", windows).mean(1).tolist()
+            least = losses.index(min(losses))
+            removed.append(left.pop(least))
+            losses.pop(least)
+        order = removed + [layer for _, layer in sorted(zip(losses, left, strict=True))]
+        return torch.tensor(order).argsort().float()
 
     def score(self, context: Context) -> Tensor:
         """(..., R) float32: the network's word plus ω times the prior."""
@@ -101,11 +122,15 @@ def _unit(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-def _check(hidden: int, prior: str, prior_weight: float, bound: float | None, context: Sequence[str]) -> None:
+def _check(
+    hidden: int, prior: str, windows: int, prior_weight: float, bound: float | None, context: Sequence[str]
+) -> None:
     if hidden < 1:
         raise ValueError(f"hidden is {hidden}; give a width of at least 1")
     if prior not in PRIORS:
         raise ValueError(f"prior is {prior!r}; choose one of {', '.join(PRIORS)}")
+    if windows < 1:
+        raise ValueError(f"prior_windows is {windows}; give 1 or more")
     if prior_weight < 0:
         raise ValueError(f"prior_weight is {prior_weight}; give 0 or more")
     if bound is not None and bound <= 0:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from buddy.assemble import heals
 from buddy.backbone import Backbone
 from buddy.comparison.asked import Asked, check
 from buddy.comparison.contestants import contestants
@@ -56,7 +57,7 @@ def compare(asked: Asked) -> int:
     with status("Reading text …"):
         texts = {domain: read_domain(domain, base, data) for domain in domains}
     runs = {
-        each.label: planned(each.label, recipe, asked.folder / RUNS / each.folder, _seeds(asked, recipe, backbone))
+        each.label: planned(each.label, recipe, asked.folder / RUNS / each.folder, *_repeats(asked, recipe, backbone))
         for each, recipe in recipes.items()
     }
     made_of = {recipe.router.name: inputs_of(recipe, backbone, data) for recipe in recipes.values()}
@@ -116,12 +117,16 @@ def _compare(
     return len(failures) + bool(problem)
 
 
-def _seeds(asked: Asked, recipe: Recipe, backbone: Backbone) -> int:
-    """All the seeds where they matter: not for what is measured alone, nor where an option fixes the draws."""
+def _repeats(asked: Asked, recipe: Recipe, backbone: Backbone) -> tuple[int, bool]:
+    """How many seeds, and whether the recipe's training has a part: in the router, or in its adapter.
+
+    All the seeds where they matter: not for what is measured alone, nor where an option fixes the draws.
+    """
     routing, section = recipe.routing, recipe.router
     router = build(section.name, geometry_of(backbone, routing.context_layer, routing.pool), section.options)
     fixed = section.options.get("seed") is not None
-    return asked.seeds if router.trainable or (router.seeded and not fixed) else 1
+    trained = router.trainable or heals(recipe, router)
+    return asked.seeds if trained or (router.seeded and not fixed) else 1, trained
 
 
 @contextmanager

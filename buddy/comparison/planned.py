@@ -14,15 +14,21 @@ from buddy.runs import check_backbone, read_metrics, read_run
 from buddy.schema import Recipe
 
 FREE = ("output", "rivals", "trainer.ckpt_path")  # keys that change nothing in the run
+TRAINING = ("trainer.", "objective.", "optimizer.")  # sections that change nothing in one that is not trained
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run to be made or reused: a router under the recipe with one seed."""
+    """One run to be made or reused: a router under the recipe with one seed.
+
+    Attributes:
+        trained: whether the recipe's training has a part in it.
+    """
 
     label: str
     recipe: Recipe
     folder: Path
+    trained: bool = True
 
     @property
     def seed(self) -> int:
@@ -50,10 +56,10 @@ def base_of(recipe: Recipe) -> Recipe:
     )
 
 
-def planned(label: str, recipe: Recipe, folder: Path, seeds: int) -> list[Planned]:
+def planned(label: str, recipe: Recipe, folder: Path, seeds: int, trained: bool = True) -> list[Planned]:
     """A run for each of `seeds` seeds from the recipe's on."""
     runs = (replace(recipe, seed=recipe.seed + number) for number in range(seeds))
-    return [Planned(label, each, folder / f"seed-{each.seed}") for each in runs]
+    return [Planned(label, each, folder / f"seed-{each.seed}", trained) for each in runs]
 
 
 def is_finished(run: Planned) -> bool:
@@ -112,8 +118,9 @@ def _differing(run: Planned) -> Iterator[str]:
         except BuddyError:  # none, or one that was cut: it starts anew
             return
     one, other = flatten(there), flatten(run.recipe)
+    free = FREE if run.trained else (*FREE, *TRAINING)
     for key in dict.fromkeys([*one, *other]):
-        if key not in FREE and one.get(key) != other.get(key):
+        if not key.startswith(free) and one.get(key) != other.get(key):
             yield f"{key}: {_spelt(one, key)} there, {_spelt(other, key)} here"
 
 

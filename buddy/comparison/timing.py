@@ -33,7 +33,8 @@ def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, f
     """Milliseconds of each router below full depth, of the engine at full depth and of the stock model.
 
     Every round gives each its turn, so that a drift of the machine's speed meets all of them. What was measured for
-    the same routers is read from the folder instead.
+    the same routers is read from the folder instead. Healed runs are timed without their adapters, since a model that
+    serves has them in its weights.
 
     Args:
         runs: a finished run of each router, by label.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy import progress
-from buddy.assemble import budgets_of
+from buddy.assemble import budgets_of, restore
 from buddy.comparison.asked import Tasks
 from buddy.comparison.domains import Domain, read_domain
 from buddy.comparison.planned import Planned, is_finished
@@ -19,10 +19,10 @@ from buddy.evaluation.perplexity import evaluate
 from buddy.evaluation.reference import Reference
 from buddy.evaluation.saved import with_documents
 from buddy.files import checksum, read_json, write_json, write_text
+from buddy.healing.adapter import WEIGHTS
 from buddy.memory import within_memory
-from buddy.place import METRICS, ROUTER
+from buddy.place import ADAPTER, METRICS, ROUTER
 from buddy.progress import tracker
-from buddy.runs import load_router
 from buddy.schema import Recipe
 from buddy.training.fit import Session, prepare
 from buddy.training.windows import Windows
@@ -100,8 +100,7 @@ class Worker:
         missing = [domain for domain in self._texts if not domain.own and not self._is_measured(run, domain)]
         if missing:
             with self.session.routed(run.recipe) as routed:
-                routed.router.load_state_dict(load_router(run.folder))
-                routed.router.eval().requires_grad_(False)
+                restore(routed, run.recipe, run.folder)
                 for domain in missing:
                     self._measure(run, domain, routed)
         for name in self._tasks.names:
@@ -127,18 +126,24 @@ class Worker:
 
     def _asked(self, run: Planned, domain: Domain) -> dict[str, Any]:
         """What an evaluation is of: where this is the same, the result is."""
-        return {"windows": self._texts[domain].fingerprint, "router": checksum(run.folder / ROUTER)}
+        return {"windows": self._texts[domain].fingerprint, **_made(run)}
 
     def _score(self, run: Planned, name: str) -> None:
         from buddy.evaluation.tasks import task_scores
 
         tasks = self._tasks
         places = {name: place and str(place) for name, place in (("data", tasks.data), ("path", tasks.path))}
-        asked = {"limit": tasks.limit, "router": checksum(run.folder / ROUTER), **places, **_content(name, tasks)}
+        asked = {"limit": tasks.limit, **_made(run), **places, **_content(name, tasks)}
         if _is_kept(task_file(run, name), asked):
             return
         found = task_scores(run.folder, [name], limit=tasks.limit, task_data=tasks.data, task_path=tasks.path)
         write_json(task_file(run, name), asked | found)
+
+
+def _made(run: Planned) -> dict[str, str]:
+    """Digests of what was fitted: the router, and the adapter where the run was healed."""
+    weights = run.folder / ADAPTER / WEIGHTS
+    return {"router": checksum(run.folder / ROUTER)} | ({"adapter": checksum(weights)} if weights.exists() else {})
 
 
 def _content(name: str, tasks: Tasks) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class RoutingModule(LightningModule):
     Args:
         routed: backbone and calibrated router.
         estimator: turns windows and budgets into a loss for the router.
-        grid: executed layers of the recipe's budgets.
+        grid: executed layers of the recipe's budgets. Full depth is not drawn where there is another: all plans are
+            the same there, and nothing could be learned.
         prompt: tokens of each window that are read, not scored, where the prompt shares a plan.
         lr, warmup_steps, weight_decay, clip: AdamW with linear warm-up, then cosine to a tenth; largest gradient.
         seed: of budgets and perturbations.
@@ -56,9 +57,9 @@ class RoutingModule(LightningModule):
         self._routed = (routed,)  # in a tuple, so that the backbone stays out of this module's state and modes
         self.router = routed.router
         self.start = copy.deepcopy(routed.router).requires_grad_(False)
-        self.estimator, self.grid, self.prompt, self.seed = estimator, grid, prompt, seed
-        self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip": clip}
         below = sorted({k for k in grid if k < routed.geometry.layers})
+        self.estimator, self.grid, self.prompt, self.seed = estimator, below or grid, prompt, seed
+        self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip": clip}
         self.means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error", sync_on_compute=False) for k in below})
 
     @property

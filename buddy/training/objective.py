@@ -71,10 +71,7 @@ class Objective:
 
 
 def draw_budgets(grid: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
-    """K for each of `rows` examples, (rows,) long, drawn from the grid without repeats as long as it lasts.
-
-    Full depth is among the draws wherever it is in the grid (2606.09514, section 4).
-    """
+    """K for each of `rows` examples, (rows,) long, drawn from the grid without repeats as long as it lasts."""
     drawn: list[int] = []
     while len(drawn) < rows:
         drawn += [grid[i] for i in torch.randperm(len(grid), generator=generator)]

@@ -276,6 +276,7 @@ def test_runs_of_another_recipe_are_refused_with_the_keys(ask, tmp_path):
         compare(ask(tmp_path, "data.seed=1", **options))
     assert stamps(tmp_path) == before
     assert compare(ask(tmp_path, "output=elsewhere", "rivals=[uniform]", **options)) == 0, "these change nothing"
+    assert compare(ask(tmp_path, "optimizer.lr=0.1", "trainer.max_steps=9", **options)) == 0, "nothing was trained"
 
 
 def test_a_run_that_was_begun_with_another_recipe_is_refused(ask, tmp_path, stopping):

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from buddy import Geometry
 from buddy.calibration import Probe
@@ -11,6 +13,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RegistryError
 from buddy.registry import build
 from routers.buddy import BuddyRouter
+from tests.routers.landscape import Landscape, left_out, rugged
 from tests.routers.test_contract import WINDOWS, context
 from tests.tiny import tiny_backbone
 
@@ -35,6 +38,20 @@ def test_it_starts_at_the_order_of_its_prior(prior, measure):
     assert torch.equal(scores.argsort(stable=True), expected.expand(2, 3, -1))
     assert router.prior.mean().item() == pytest.approx(0, abs=1e-6)
     assert router.prior.std().item() == pytest.approx(1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), least=st.integers(2, 5), count=st.integers(1, 9))
+def test_greedy_starts_at_the_sets_of_a_greedy_removal(seed, least, count):
+    probe = Landscape(SIZES, rugged(SIZES.routable, seed), [least], count=count)
+    router = BuddyRouter(SIZES, prior_windows=4)
+    router.calibrate(probe)
+    removed: list[int] = []
+    for executed in range(5, least - 1, -1):
+        left = [i for i in range(SIZES.routable) if i not in removed]
+        removed.append(min(left, key=lambda i: probe.loss(frozenset([*removed, i]))))
+        assert left_out(router, executed) == frozenset(removed)
+    assert {(criterion, windows) for _, criterion, windows in probe.calls} == {("kl", min(4, count))}
 
 
 def test_without_a_prior_it_starts_at_nought():
@@ -88,7 +105,8 @@ def test_the_prior_is_blended_in_by_its_weight():
     ("options", "message"),
     [
         ({"hidden": 0}, "hidden is 0; give a width of at least 1"),
-        ({"prior": "zeno"}, "prior is 'zeno'; choose one of block-influence, taylor, loss, none"),
+        ({"prior": "zeno"}, "prior is 'zeno'; choose one of greedy, block-influence, taylor, loss, none"),
+        ({"prior_windows": 0}, "prior_windows is 0; give 1 or more"),
         ({"prior_weight": -1.0}, "prior_weight is -1.0; give 0 or more"),
         ({"bound": 0.0}, "bound is 0.0; give a number above 0, or null for none"),
         ({"context": ["pooled", "later"]}, "choose from pooled, newest, hidden"),

@@ -1,0 +1,44 @@
+"""The command line: parse, call, print. A verb a file; everything heavy is imported inside the verb that needs it."""
+
+from typing import Annotated
+
+import typer
+
+from buddy import __version__
+from buddy.cli import (  # noqa: F401
+    bench,
+    compare,
+    evaluate,
+    export,
+    fit,
+    generate,
+    inspect,
+    plan,
+    pull,
+    push,
+    recipes,
+    routers,
+)
+from buddy.cli.app import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """The `buddy` command."""
+    app()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"buddy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _buddy(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Dynamic depth for language models: one router, every compute budget."""

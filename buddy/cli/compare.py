@@ -1,0 +1,91 @@
+"""`buddy compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from buddy.cli.app import FAILED, Overrides, RecipeOption, app
+from buddy.cli.words import refuse, words
+from buddy.errors import BuddyError
+
+
+@app.command(
+    epilog="\b\nExample: buddy compare --recipe quickstart --routers 'shortgpt,random[per=input]' --domains my_text.txt"
+)
+def compare(
+    recipe: Annotated[str | None, RecipeOption] = None,
+    overrides: Overrides = None,
+    routers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B[KEY=VALUE;…],…",
+            help="Names, with options in brackets, or `all`; by default the recipe's router and its rivals.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="For each router that depends on one.", show_default="3")
+    ] = None,
+    domains: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE,…", help="Texts beside the recipe's own; label=SOURCE gives one a name."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Processes at once.", show_default="1")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for everything.", show_default="OUTPUT/RECIPE-compare")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="TASK,…", help="Score tasks of lm-eval too.")] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N items of each task.")] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with TASK.jsonl, in place of the hub.")
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of your own task definitions (YAML).")
+    ] = None,
+    speed: Annotated[
+        bool | None, typer.Option("--speed/--no-speed", help="Measure tokens a second.", show_default="speed")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there too.")] = None,
+    made: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Show a comparison.json, and write --markdown, without any work."),
+    ] = None,
+) -> None:
+    """Hold routers against each other under one recipe, with seeds, on several texts."""
+    if (recipe is None) == (made is None):
+        raise BuddyError("Give either --recipe, to compare routers, or --from, to show a comparison that was made.")
+    options = {"task_limit": task_limit, "task_data": task_data, "task_path": task_path}
+    if made is not None:
+        given = {"routers": routers, "seeds": seeds, "domains": domains, "jobs": jobs, "out": out, "tasks": tasks}
+        given |= options | {"no_speed" if speed is False else "speed": speed}
+        why = "belongs to a new comparison; leave it out, or give --recipe in place of --from"
+        if overrides:
+            raise BuddyError(f"{overrides[0]} {why}.")
+        refuse(given, why)
+        from buddy.comparison.compare import rewrite
+
+        return rewrite(made, markdown)
+    if tasks is None:
+        refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
+    from buddy.recipe import load_recipe, recipe_name
+
+    resolved = load_recipe(recipe, overrides or [])
+    from buddy.comparison.asked import SEEDS, Asked, Tasks
+    from buddy.comparison.compare import compare as run_compare
+
+    asked = Asked(
+        resolved,
+        recipe,
+        recipe_name(recipe),
+        overrides=tuple(overrides or ()),
+        routers=routers,
+        seeds=SEEDS if seeds is None else seeds,
+        domains=domains,
+        tasks=Tasks(tuple(words(tasks or "")), task_limit, task_data, task_path),
+        jobs=1 if jobs is None else jobs,
+        out=out,
+        speed=speed is not False,
+        markdown=markdown,
+    )
+    if run_compare(asked):
+        raise typer.Exit(FAILED)

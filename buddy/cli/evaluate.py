@@ -1,0 +1,47 @@
+"""`buddy evaluate`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from buddy.cli.app import JsonOption, RunOption, app
+from buddy.cli.words import budgets_of, refuse, words
+
+Split = Literal["test", "validation"]
+
+
+@app.command(epilog="\b\nExample: buddy evaluate --run runs/quickstart/buddy --budgets 0.75,22layers --json curve.json")
+def evaluate(
+    run: RunOption,
+    json: JsonOption = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="B,B…", help="Budgets instead of the recipe's: 0.75, 22layers, 15ms or auto."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Text instead of the recipe's.")] = None,
+    split: Annotated[Split, typer.Option(help="Which part of the recipe's text; tune on validation only.")] = "test",
+    tasks: Annotated[
+        str | None, typer.Option(metavar="TASK,…", help="Score tasks of lm-eval instead: piqa,arc_easy.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of tasks: the first N items of each.")] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of tasks: a folder with TASK.jsonl, in place of the hub.")
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of tasks: a folder of your own definitions (YAML).")
+    ] = None,
+) -> None:
+    """Measure a run on held-out text, or on tasks, at every budget."""
+    asked = budgets_of(budgets)
+    options = {"limit": limit, "task_data": task_data, "task_path": task_path}
+    if tasks is None:
+        refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
+        from buddy.evaluation.evaluate import evaluate_run
+
+        evaluate_run(run, json_file=json, budgets=asked, data=data, split=split)
+        return
+    refuse({"data": data, "split": None if split == "test" else split}, "is for text; leave it out, or --tasks")
+    from buddy.evaluation.tasks import evaluate_tasks
+
+    evaluate_tasks(run, tasks=words(tasks), budgets=asked, json_file=json, **options)

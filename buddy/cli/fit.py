@@ -1,0 +1,19 @@
+"""`buddy fit`."""
+
+from typing import Annotated
+
+from buddy.cli.app import Overrides, RecipeOption, app
+
+
+@app.command(epilog="\b\nExample: buddy fit --recipe quickstart router=uniform 'rivals=[]'")
+def fit(
+    recipe: Annotated[str, RecipeOption],
+    overrides: Overrides = None,
+) -> None:
+    """Train or calibrate a router and evaluate it."""
+    from buddy.recipe import load_recipe, recipe_name
+
+    resolved = load_recipe(recipe, overrides or [])
+    from buddy.training.fit import fit as run_fit
+
+    run_fit(resolved, recipe_name(recipe))

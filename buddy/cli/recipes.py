@@ -1,0 +1,47 @@
+"""`buddy recipes`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from buddy.cli.app import HELP, PLAIN, app
+from buddy.cli.words import print_table
+
+recipes_app = typer.Typer(invoke_without_command=True, context_settings=HELP, **PLAIN)
+app.add_typer(recipes_app, name="recipes", epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
+
+
+@recipes_app.callback()
+def _recipes(ctx: typer.Context) -> None:
+    """List, show or copy the recipes that come with Buddy."""
+    if ctx.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes_app.command("list", epilog="\b\nExample: buddy recipes list")
+def list_recipes() -> None:
+    """List the recipes (as `buddy recipes` alone does)."""
+    from buddy.recipe import list_recipes as listed
+
+    print_table(("name", "what it is"), [(recipe.name, recipe.summary) for recipe in listed()])
+
+
+@recipes_app.command(epilog="\b\nExample: buddy recipes show quickstart")
+def show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a recipe with its comments."""
+    from buddy.recipe import recipe_path
+
+    typer.echo(recipe_path(name).read_text("utf-8"), nl=False)
+
+
+@recipes_app.command(epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    destination: Annotated[Path | None, typer.Argument(metavar="DEST", help="File or folder.")] = None,
+) -> None:
+    """Copy a recipe to a new file of your own."""
+    from buddy.recipe import copy_recipe
+
+    target = copy_recipe(name, destination or Path())
+    typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {target}")
