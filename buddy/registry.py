@@ -72,7 +72,12 @@ def build(name: str, geometry: "Geometry", options: Mapping[str, Any]) -> "AnyRo
         RegistryError: `load` fails, an option is unknown, missing or of the wrong type (all named at once), or the
             class refuses a value.
     """
-    cls = load(name)
+    return make(load(name), name, geometry, options)
+
+
+def make(cls: "type[AnyRouter]", name: str, geometry: "Geometry", options: Mapping[str, Any]) -> "AnyRouter":
+    """`build` for a class that is loaded already; `name` is what it is called in errors."""
+    _checked(cls, f"The router {name!r}")
     mistakes = _option_mistakes(cls, options)
     if mistakes:
         raise RegistryError(f"The options of router {name!r} do not fit: {' '.join(mistakes)}")

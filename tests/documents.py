@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from buddy.cli import app
 from buddy.recipe import load_recipe
 from buddy.registry import load
+from tests.plugin.installing import pip_install
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MOST_STEPS = 4  # trainer.max_steps of a command is cut to this
+MOST_STEPS = 4  # trainer.max_steps and adapter.steps of a command are cut to this
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _ini(block: Block) -> None:
 
 
 def _buddy(words: list[str], place: str) -> None:
-    words = [re.sub(r"^(trainer.max_steps=)(\d+)$", _cut, word) for word in words]
+    words = [re.sub(r"^((?:trainer\.max_steps|adapter\.steps)=)(\d+)$", _cut, word) for word in words]
     if "--rounds" in words:
         words[words.index("--rounds") + 1] = "1"
     result = CliRunner().invoke(app, words[1:])
@@ -119,11 +120,26 @@ def _tags(folder: Path) -> set[str]:
 def _pip(words: list[str], place: str) -> None:
     assert words[1] == "install", place
     for word in words[2:]:
-        if word.startswith("."):
+        if word.startswith("./"):
+            _install(Path(word))
+        elif word.startswith("."):
             extras = re.findall(r"[\w-]+", word)
             assert set(extras) <= set(setup_cfg()["options.extras_require"]), place
         elif not word.startswith("-"):
             Requirement(word)
+
+
+def _install(package: Path) -> None:
+    site = Path("site-packages").resolve()
+    pip_install(package, site=site, work=Path("build").resolve())
+    sys.path.insert(0, str(site))
+
+
+def _pytest(words: list[str], place: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-q", *words[1:]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{place}\n{done.stdout}"
 
 
 def _source(words: list[str], place: str) -> None:
@@ -131,5 +147,12 @@ def _source(words: list[str], place: str) -> None:
     assert Path(sys.executable).name.startswith("python")
 
 
-COMMANDS = {"buddy": _buddy, "make": _make, "tensorboard": _tensorboard, "pip": _pip, "source": _source}
+COMMANDS = {
+    "buddy": _buddy,
+    "make": _make,
+    "tensorboard": _tensorboard,
+    "pip": _pip,
+    "pytest": _pytest,
+    "source": _source,
+}
 RUNNERS = {"bash": _bash, "python": _python, "yaml": _yaml, "ini": _ini}

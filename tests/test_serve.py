@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from buddy.assemble import routed_from
 from buddy.errors import BudgetError, DataError
-from buddy.serve import generate, summary
+from buddy.handover.model import summary
+from buddy.serve import generate
 
 PROMPT = "budget depth layer router"
 NEW = 12
@@ -57,8 +58,8 @@ def test_sampling_follows_the_seed(finished, tiny_llama_folder, capsys):
 
 
 def test_a_chat_template_is_used_where_there_is_one(finished, tiny_llama_folder, capsys, monkeypatch):
-    def with_template(run):
-        routed = routed_from(run)
+    def with_template(run, **options):
+        routed = routed_from(run, **options)
         routed.backbone.tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
         return routed
 
@@ -70,7 +71,7 @@ def test_a_chat_template_is_used_where_there_is_one(finished, tiny_llama_folder,
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"chat": True}, DataError, r"has no chat template; leave --chat out\."),
+        ({"chat": True}, DataError, r"has no chat template; give plain text and leave chat out\."),
         ({"prompt": ""}, DataError, r"The prompt is empty; give some text to continue\."),
         ({"prompt": " \n"}, DataError, "The prompt is empty"),
         ({"temperature": -1.0}, DataError, r"The temperature is -1\.0; give 0 or more"),

@@ -2,15 +2,11 @@
 
 from pathlib import Path
 
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from buddy.backbone import ATTENTION, Backbone, fingerprint
-
-SPECIALS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
-VOCABULARY = len(SPECIALS) + 256  # then one token for each byte
-CONTEXT = 512
+from buddy.testing.model import CONTEXT, VOCABULARY, random_model
+from buddy.testing.model import byte_tokenizer as tiny_tokenizer
 
 # family -> (model_type, what its configuration needs beyond the common sizes)
 FAMILIES = {
@@ -36,28 +32,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **config) -> PreTrainedMode
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     settings = CONFIG_MAPPING[model_type](**{**sizes, **heads, **tokens, **extra, **config})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        attention = ATTENTION.get(model_type, "sdpa")
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=attention)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-                elif parameter.ndim == 2 and "embed" not in name:
-                    parameter.mul_(4)
-    return model.eval().requires_grad_(False)
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: any text is its UTF-8 bytes, decoded back exactly; adds no special tokens."""
-    tokens = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
-    names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIALS, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **names)
+    return random_model(settings, seed, ATTENTION.get(model_type, "sdpa"))
 
 
 def tiny_backbone(family: str = "llama", seed: int = 0, **config) -> Backbone:

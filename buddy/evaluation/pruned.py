@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from buddy.engine.kv import stock_class
 
+PER_LAYER = ("layer_types", "no_rope_layers")  # what a configuration says of each layer
+
 
 def pruned_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A stock model of the kept layers, in their order; it shares the weights of `model` and copies none.
@@ -21,8 +23,9 @@ def pruned_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
     """
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in kept]
+    for name in PER_LAYER:
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[index] for index in kept])
     with torch.device("meta"):
         small = type(model)(config)
     small.model.layers = nn.ModuleList(_renumbered(model.model.layers[old], new) for new, old in enumerate(kept))

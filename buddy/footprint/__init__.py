@@ -1,0 +1,1 @@
+"""How much memory training and serving need, from a configuration alone."""

@@ -1,0 +1,1 @@
+"""What was learned, handed over: pruned checkpoints, runs on the hub, models in Python."""

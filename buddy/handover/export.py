@@ -1,0 +1,188 @@
+"""`buddy export`: the plan of a run at one budget as a checkpoint that stock transformers loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from buddy.assemble import data_of, routed_from
+from buddy.budget import fraction_of
+from buddy.engine.model import RoutedLM
+from buddy.errors import DataError
+from buddy.evaluation.perplexity import Scores, evaluate
+from buddy.evaluation.reference import Reference
+from buddy.files import write_json, write_text
+from buddy.handover.card import cautions, export_card
+from buddy.handover.checkpoint import largest_difference, mixed, write_checkpoint
+from buddy.handover.choice import Choice, OnePlan, most_frequent
+from buddy.handover.folder import whole_folder
+from buddy.handover.layout import CARD, finished
+from buddy.memory import within_memory
+from buddy.progress import results, status, tracker
+from buddy.runs import Run
+from buddy.training.windows import Windows, windows_of
+
+RECORD = "buddy_export.json"
+CHECKED = 2  # windows whose logits are held against the engine's
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows that the plan is chosen on, and others that run and checkpoint are measured on."""
+
+    choosing: Windows
+    measuring: Windows
+
+
+def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None, check: bool = True) -> None:
+    """Write the checkpoint into a new folder and say what it is and is not.
+
+    Args:
+        folder: a finished run.
+        budget: a fraction or a count such as "22layers".
+        out: the folder to make.
+        data: a text to choose the plan on, instead of the recipe's calibration windows.
+        check: load what was written and hold its logits against the engine's, both in float32.
+
+    Raises:
+        BuddyError: the run, the budget, the text or the place cannot be used. Nothing is left at `out` then.
+    """
+    run = finished(folder)
+    if data is not None and not data.strip():
+        raise DataError("The text to choose the plan on has no name; name one, or leave --data out.")
+    with whole_folder(out) as made:
+        with status(f"Loading {run.backbone} …"):
+            routed = routed_from(run)
+        executed = routed.executed_layers(budget)
+        with status("Reading text …"):
+            texts = _texts(run, routed, data)
+        sizes = f"a batch of {run.recipe.data.batch_size} × {texts.choosing.input_ids.shape[1]} tokens"
+        with within_memory(sizes, "free some, or set data.batch_size smaller in the run's recipe"):
+            choice = _choose(run, routed, texts.choosing, executed)
+            scores, cut = _measure(run, routed, texts.measuring, choice, budget)
+        with status(f"Writing {out} …"):
+            if cut.adapter is not None:
+                cut.merge()
+            write_checkpoint(made, cut.backbone, choice.kept)
+        checked = _check(made, cut, choice, texts) if check else None
+        mind = cautions(run, choice, mixed(cut.backbone.model.config, choice.kept))
+        write_json(made / RECORD, _record(run, choice, budget, scores, checked))
+        write_text(made / CARD, export_card(run, choice, budget, scores, mind, checked).replace("FOLDER", out.name))
+    _show(run, choice, scores, mind, checked, out)
+
+
+def _texts(run: Run, routed: RoutedLM, data: str | None) -> Texts:
+    section = run.recipe.data
+    if data is None:
+        text = data_of(run.recipe, routed.backbone)
+        text.prepare_data()
+        text.setup()
+        return Texts(text.calibration, text.validation)
+    count = section.calibration_windows + section.validation_windows
+    found = windows_of(
+        data,
+        routed.backbone.tokenizer,
+        window=section.window,
+        count=count,
+        seed=run.recipe.data_seed,
+        text_field=section.text_field,
+    )
+    if len(found) < 2:
+        raise DataError(
+            f"The text in {data} gives one window of {section.window} tokens, and two are needed, one to choose the "
+            "plan on and one to measure it on; give more text."
+        )
+    first = max(1, len(found) * section.calibration_windows // count)
+    return Texts(
+        Windows(found.input_ids[:first], found.documents[:first]),
+        Windows(found.input_ids[first:], found.documents[first:]),
+    )
+
+
+def _choose(run: Run, routed: RoutedLM, windows: Windows, executed: int) -> Choice:
+    section = run.recipe.data
+    return most_frequent(
+        routed,
+        windows,
+        executed,
+        prompt=section.prompt,
+        batch_size=section.batch_size,
+        track=tracker(f"Looking at the plans of {run.router_name}"),
+    )
+
+
+def _measure(
+    run: Run, routed: RoutedLM, windows: Windows, choice: Choice, budget: str
+) -> tuple[list[Scores], RoutedLM]:
+    """Scores of the run and of the plan for every token, sinks included; and the model that runs it so."""
+    backbone, layers = routed.backbone, routed.geometry.layers
+    asked = fraction_of(budget, len(choice.kept), layers)
+    how = {"prompt": run.recipe.data.prompt, "batch_size": run.recipe.data.batch_size, "reference": Reference()}
+    (ours,) = evaluate(routed, windows, [asked], track=tracker("Measuring the run"), **how)
+    adapter, routed.adapter = routed.adapter, None  # so that it stays on the backbone
+    routed.detach()
+    cut = RoutedLM(backbone, OnePlan(routed.geometry, choice.kept), sink_tokens=0)
+    if adapter is not None:
+        cut.adapt(adapter)
+    (theirs,) = evaluate(cut, windows, [asked], track=tracker("Measuring the checkpoint's plan"), **how)
+    return [ours, theirs], cut
+
+
+def _check(made: Path, cut: RoutedLM, choice: Choice, texts: Texts) -> float:
+    sizes = f"two copies of {cut.backbone.name} in float32"
+    with status("Holding its logits against the engine's …"), within_memory(sizes, "free some, or give --no-check"):
+        ids = texts.measuring.input_ids[:CHECKED].to(cut.backbone.device)
+        return largest_difference(made, cut, choice.kept, ids)
+
+
+def _record(run: Run, choice: Choice, budget: str, scores: Sequence[Scores], checked: float | None) -> dict[str, Any]:
+    return {
+        "router": run.router_name,
+        "backbone": run.backbone,
+        "fingerprint": run.fingerprint,
+        "budget": budget,
+        "layers": choice.layers,
+        "kept": list(choice.kept),
+        "tokens": choice.tokens,
+        "plans": choice.plans,
+        "share": choice.share,
+        "overlap": choice.overlap,
+        "sink_tokens": run.recipe.routing.sink_tokens,
+        "perplexity": {"run": scores[0].perplexity, "checkpoint": scores[1].perplexity},
+        "largest_logit_difference": checked,
+    }
+
+
+def _show(
+    run: Run, choice: Choice, scores: Sequence[Scores], mind: Sequence[str], checked: float | None, out: Path
+) -> None:
+    kept, layers = len(choice.kept), choice.layers
+    table = Table(title=f"{run.backbone} cut to {kept} of {layers} layers, on held-out text")
+    for heading in ("", "perplexity", "95 % interval", "KL to dense"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for label, each in zip(("the run, as it routes", "the checkpoint"), scores, strict=True):
+        low, high = each.interval()
+        table.add_row(label, f"{each.perplexity:.2f}", f"{low:.2f} – {high:.2f}", f"{max(each.mean_kl, 0.0):.4f}")
+    results.print(table)
+    lines = [f"Layers:     {_ranges(choice.kept)}; removed: {_ranges(choice.removed) or 'none'}"]
+    lines += [f"Mind:       {sentence}" for sentence in mind]
+    if checked is not None:
+        lines.append(f"Checked:    logits are at most {checked:.2g} from the engine's, in float32")
+    lines.append(f'Checkpoint: {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")')
+    for line in lines:
+        results.print(line, soft_wrap=True)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """ "0–3, 5" for 0, 1, 2, 3 and 5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

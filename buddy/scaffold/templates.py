@@ -1,0 +1,137 @@
+"""The files of a new router's package; $name, $module, $class and $title are filled in."""
+
+from string import Template
+
+PROJECT = """\
+[build-system]
+requires = ["setuptools>=70.1"]
+build-backend = "setuptools.build_meta"
+"""
+
+SETUP = """\
+[metadata]
+name = buddy-router-$name
+version = 0.1.0
+description = The router $name for Buddy
+long_description = file: README.md
+long_description_content_type = text/markdown
+
+[options]
+python_requires = >=3.11
+py_modules = $module
+install_requires =
+    buddy-depth
+
+[options.extras_require]
+test =
+    pytest
+
+[options.entry_points]
+buddy.routers =
+    $name = $module:$class
+
+[tool:pytest]
+testpaths = tests
+"""
+
+MODULE = '''\
+"""The router $name for Buddy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from buddy import Context, Geometry, Router
+
+if TYPE_CHECKING:
+    from buddy import Probe
+
+
+class $class(Router):
+    """Learned: one linear map of the token's hidden state, added to what each layer changes on average.
+
+    Args:
+        geometry: sizes of the backbone.
+        prior_weight: how much the average counts beside the token.
+
+    Raises:
+        ValueError: a negative weight.
+    """
+
+    kind = "learned"
+
+    def __init__(self, geometry: Geometry, *, prior_weight: float = 0.3) -> None:
+        super().__init__(geometry)
+        if prior_weight < 0:
+            raise ValueError(f"prior_weight is {prior_weight}; give 0 or more")
+        self.prior_weight = prior_weight
+        self.read = nn.Linear(geometry.hidden, geometry.routable)
+        nn.init.zeros_(self.read.weight)  # so training starts from the order of the prior
+        nn.init.zeros_(self.read.bias)
+        self.register_buffer("prior", torch.zeros(geometry.routable))
+
+    def calibrate(self, probe: Probe) -> None:
+        """Measure once how much each layer changes the hidden state (Block Influence), standardised."""
+        influence = probe.block_influence
+        self.prior.copy_(F.layer_norm(influence, influence.shape))
+
+    def score(self, context: Context) -> Tensor:
+        """(..., R) float32: larger is more worth running; the engine runs the best of them."""
+        hidden = F.layer_norm(context.hidden, context.hidden.shape[-1:])
+        return self.read(hidden) + self.prior_weight * self.prior
+'''
+
+TEST = '''\
+"""The router $name keeps what all routers promise; run `pytest` in the folder above."""
+
+import pytest
+
+from buddy.testing import CHECKS, Check, Subject
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    """The router as it is installed, on a tiny random model."""
+    return Subject("$name")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_it_keeps_its_promises(check: Check, subject: Subject) -> None:
+    check(subject)
+'''
+
+README = """\
+# buddy-router-$name
+
+The router `$name` for Buddy (`buddy-depth`): how much is each layer of a language model worth
+for a token? The class is `$class` in `$module.py`.
+
+```bash
+pip install -e '.[test]'
+buddy routers
+buddy routers check $name
+pytest
+```
+
+`buddy routers` lists it, and `check` and the test hold it to what all routers promise, in seconds. Then fit it, and
+hold it against another:
+
+```bash
+buddy fit --recipe quickstart router=$name 'rivals=[uniform]'
+buddy compare --recipe quickstart --routers $name,buddy,shortgpt
+```
+
+The keyword arguments of the class are its options: `router.options.prior_weight=0.5`.
+"""
+
+FILES = {
+    "pyproject.toml": Template(PROJECT),
+    "setup.cfg": Template(SETUP),
+    "README.md": Template(README),
+    "{module}.py": Template(MODULE),
+    "tests/test_{module}.py": Template(TEST),
+}

@@ -1,0 +1,98 @@
+"""Checks of a router that asks to be trained."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from buddy.router import AnyRouter, LayerwiseRouter
+from buddy.testing.answers import alone
+from buddy.testing.check import Failed, LeftOut, check, raised
+from buddy.testing.sight import outputs
+from buddy.testing.subject import PROMPT, ROWS, Subject
+
+
+@check("every parameter is trained once", alone)
+def groups(subject: Subject) -> str:
+    """By `parameter_groups`, each with a factor on the recipe's learning rate."""
+    router = _trainable(subject)
+    parts = router.parameter_groups()
+    for part in parts:
+        if not {"params", "scale"} <= {*part} or not part["scale"] > 0:
+            raise Failed('parameter_groups holds a group without "params" or with no "scale" above 0; give both.')
+    given = [id(parameter) for parameter in chain.from_iterable(part["params"] for part in parts)]
+    for name, parameter in router.named_parameters():
+        times = given.count(id(parameter))
+        if parameter.requires_grad and times != 1:
+            raise Failed(f"parameter_groups names {name} {times} times; name each parameter that is trained once.")
+    return f"{sum(p.numel() for p in router.parameters() if p.requires_grad)} numbers"
+
+
+@check("gates weigh between 0 and 1, and a row has one penalty", alone)
+def weights(subject: Subject) -> str:
+    """`weigh` and `penalty` of a layerwise router, which alone has them."""
+    router = _trainable(subject)
+    if not isinstance(router, LayerwiseRouter):
+        raise LeftOut("for layerwise routers")
+    logits = torch.linspace(-9, 9, 7, device=subject.backbone.device).expand(ROWS, -1)
+    given = router.weigh(logits)
+    if given.shape != logits.shape or not bool(((given >= -1e-6) & (given <= 1 + 1e-6)).all()):
+        raise Failed("weigh leaves [0, 1] or the shape of its logits; give each logit one weight, as sigmoid does.")
+    shares = torch.rand(ROWS, PROMPT, subject.geometry.routable, device=logits.device)
+    penalty = router.penalty(shares, torch.full((ROWS,), subject.middle, device=logits.device))
+    if penalty.shape != (ROWS,) or not penalty.isfinite().all():
+        raise Failed(f"penalty gives {tuple(penalty.shape)} for {ROWS} rows, or is not finite; give one number a row.")
+    return "one weight a gate, one penalty a row"
+
+
+@check("gradients reach every parameter", weights, groups)
+def gradients(subject: Subject) -> str:
+    """Through scores, or through the weights of gates in the engine."""
+    router = _trainable(subject)
+    try:
+        copy.deepcopy(router)  # as training does, to keep the start
+    except Exception as error:
+        raise Failed(f"{raised(error, subject.cls)} when copied; keep no files, locks or lambdas in it.") from error
+    loss = _of_gates(subject, router) if isinstance(router, LayerwiseRouter) else _of_scores(subject, router)
+    if not loss.requires_grad:
+        raise Failed(f"The answer hangs on no parameter; {_cut(subject)}.")
+    loss.backward()
+    for name, parameter in router.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None or not parameter.grad.any():
+            raise Failed(f"No gradient reaches {name}; {_cut(subject)}, or freeze it (requires_grad_(False)).")
+        if not parameter.grad.isfinite().all():
+            raise Failed(f"The gradient of {name} is not finite; guard roots, logarithms and divisions.")
+    return f"{sum(p.requires_grad for p in router.parameters())} tensors"
+
+
+def _trainable(subject: Subject) -> AnyRouter:
+    router = subject.router()
+    if not router.trainable:
+        raise LeftOut("nothing to train")
+    return router.train()
+
+
+def _of_scores(subject: Subject, router: AnyRouter) -> Tensor:
+    (scores,) = outputs(router, subject.seen.copy())
+    return (scores * _noise(scores)).sum()
+
+
+def _of_gates(subject: Subject, router: LayerwiseRouter) -> Tensor:
+    executed = torch.full((ROWS,), subject.middle, device=subject.backbone.device)
+    with subject.attached(router) as routed:
+        output = routed(subject.windows, executed=executed, prompt=PROMPT, weighted=True)
+    return (output.logits * _noise(output.logits)).mean() + router.penalty(output.weights, executed).mean()
+
+
+def _noise(like: Tensor) -> Tensor:
+    """Numbers that no symmetry of the scores can cancel."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _cut(subject: Subject) -> str:
+    return f"use no detach, no_grad, sign, argmax or item on its way through {subject.asked}"

@@ -1,0 +1,147 @@
+"""Each number against what a real model, a real cache, a real optimizer and a real step hold."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.footprint import memory
+from buddy.footprint.memory import cache_bytes, router_bytes, shape_of, step_bytes, weight_bytes
+from buddy.registry import build
+from buddy.training.estimator import Batch, Perturbed
+from buddy.training.objective import Objective
+from tests.engine.reference import Fickle
+from tests.footprint.live import peak_bytes
+from tests.tiny import FAMILIES, tiny_backbone, tiny_model
+
+TOKENS = 40
+IDS = torch.randint(3, 259, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+WHOLE = [name for name in FAMILIES if name not in ("mistral-sliding", "gemma2", "gemma3")]  # no layer slides
+SHAPE = shape_of(tiny_model())
+
+
+def bytes_of(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights(family, dtype):
+    model = tiny_model(family).to(dtype)
+    shape = shape_of(model)
+    assert shape.weight_bytes == bytes_of(model.parameters())
+    assert shape.layer_bytes == tuple(bytes_of(layer.parameters()) for layer in model.model.layers)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.element == dtype.itemsize
+
+
+def test_weights_that_are_shared_count_once():
+    tied, own = (shape_of(tiny_model(tie_word_embeddings=tie)) for tie in (True, False))
+    assert own.weight_bytes - tied.weight_bytes == 259 * 64 * 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sizes_a_router_needs(family):
+    backbone = tiny_backbone(family)
+    assert memory.geometry_of(shape_of(backbone.model)) == geometry_of(backbone)
+
+
+def prefilled(family: str, policy: str, executed: int) -> tuple[RoutedLM, DynamicCache]:
+    backbone = tiny_backbone(family)
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)), policy=policy)
+    with torch.no_grad(), routed.at(executed=[executed]):
+        cache = backbone.model(IDS, use_cache=True).cache
+        for layer in backbone.layers:
+            routed.policy.settle(layer, cache)
+    return routed, cache
+
+
+@pytest.mark.parametrize("executed", [3, 6])
+@pytest.mark.parametrize("policy", ["fill", "zero"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_filled_cache(family, policy, executed):
+    routed, cache = prefilled(family, policy, executed)
+    held = bytes_of(part for layer in cache.layers for part in (layer.keys, layer.values))
+    assert cache_bytes(shape_of(routed.backbone.model), TOKENS, policy, executed) == held
+
+
+@pytest.mark.parametrize("executed", [3, 4, 6])
+@pytest.mark.parametrize("family", WHOLE)
+def test_a_cache_with_holes(family, executed):
+    routed, cache = prefilled(family, "hole", executed)
+    stored = [layer for layer in cache.layers if layer.slots is not None]
+    held = bytes_of(part for layer in stored for part in (layer.keys, layer.values, layer.slots, layer.valid))
+    assert cache_bytes(shape_of(routed.backbone.model), TOKENS, "hole", executed, sinks=1) == held
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(2, 6), st.integers(0, 4), st.booleans())
+def test_caches_grow_with_text_and_layers(tokens, executed, sinks, sliding):
+    shape = replace(SHAPE, windows=(8, None) * 3) if sliding else SHAPE
+    fill, hole = (cache_bytes(shape, tokens, policy, executed, sinks) for policy in ("fill", "hole"))
+    assert fill == cache_bytes(shape, tokens, "fill", 2, sinks)
+    assert cache_bytes(shape, tokens + 1, "fill", executed) > fill
+    assert hole <= cache_bytes(shape, tokens, "hole", 6, sinks)
+    assert hole <= fill * (1 + 9 / (2 * SHAPE.kv * SHAPE.element)) + 6 * sinks * (2 * SHAPE.kv * SHAPE.element + 9)
+
+
+def test_fsdp_shares_the_weights_out():
+    whole = SHAPE.weight_bytes
+    assert [weight_bytes(SHAPE, devices, "auto") for devices in (1, 2, 8)] == [whole] * 3
+    assert weight_bytes(SHAPE, 1, "fsdp") == whole
+    gathered = SHAPE.rest_bytes + 2 * SHAPE.layer_bytes[0]
+    assert weight_bytes(SHAPE, 4, "fsdp") == -(-whole // 4) + gathered
+    assert weight_bytes(SHAPE, 10**9, "fsdp") == gathered + 1
+
+
+def test_a_router_with_its_optimizer():
+    backbone = tiny_backbone()
+    router = build("buddy", geometry_of(backbone), {})
+    start = copy.deepcopy(router)
+    optimizer = torch.optim.AdamW(router.parameters())
+    sum(parameter.sum() for parameter in router.parameters()).backward()
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    gradients = [parameter.grad for parameter in router.parameters()]
+    held = [*router.parameters(), *router.buffers(), *start.parameters(), *start.buffers()]
+    assert router_bytes(router, training=True) == bytes_of([*held, *moments, *gradients])
+    assert router_bytes(router, training=True, devices=2) == bytes_of([*held, *moments, *gradients, *gradients])
+    assert router_bytes(router, training=False) == bytes_of([*router.parameters(), *router.buffers()])
+
+
+def test_a_router_without_parameters_has_no_optimizer():
+    router = build("uniform", memory.geometry_of(SHAPE), {})
+    assert router_bytes(router, training=True) == router_bytes(router, training=False) == bytes_of(router.buffers())
+
+
+STEPS = {
+    "the head": (4, 256, 4, torch.float32, {"vocab_size": 8192}),
+    "the head in bfloat16": (4, 256, 4, torch.bfloat16, {"vocab_size": 8192}),
+    "the layers": (2, 512, 4, torch.float32, {"hidden_size": 256, "intermediate_size": 1024}),
+    "one long window": (1, 512, 4, torch.bfloat16, {"hidden_size": 256, "intermediate_size": 1024}),
+    "two plans": (8, 64, 2, torch.float32, {"vocab_size": 8192, "hidden_size": 128}),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_training_step_is_estimated_within_a_sixth(case, tmp_path):
+    rows, window, plans, dtype, config = STEPS[case]
+    backbone = tiny_backbone(**config)
+    backbone.model.to(dtype)
+    router = build("buddy", geometry_of(backbone), {})
+    torch.nn.init.normal_(router.output.weight, generator=torch.Generator().manual_seed(0))
+    routed, estimator = RoutedLM(backbone, router), Perturbed(Objective(), plans=plans)
+    ids = torch.randint(3, 259, (rows, window), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.full((rows,), 4), torch.arange(16, window - 1), 64)
+
+    def step() -> None:
+        estimator(routed, batch, torch.Generator().manual_seed(0)).loss.backward()
+
+    held = peak_bytes(step, tmp_path)
+    said = step_bytes(shape_of(backbone.model), router.geometry, rows, window, plans, chunk=8)
+    assert held / 1.17 < said < held * 1.17
