@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from buddy.backbone import Backbone, load_backbone
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
+from buddy.healing.adapter import Adapter
+from buddy.latency import Latencies, cache_folder
+from buddy.place import ADAPTER
+from buddy.predictor.features import Predictor
+from buddy.predictor.saved import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter
 from buddy.runs import Run, check_backbone, load_router
@@ -42,7 +49,7 @@ def routed_of(recipe: Recipe, backbone: Backbone) -> RoutedLM:
 def attached(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> RoutedLM:
     """The backbone with a router attached in the way that the recipe's routing says."""
     routing = recipe.routing
-    return RoutedLM(
+    routed = RoutedLM(
         backbone,
         router,
         pool=routing.pool,
@@ -51,6 +58,37 @@ def attached(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> RoutedLM:
         policy=routing.policy,
         reroute_every=routing.reroute_every,
         batch_plan=routing.batch_plan,
+    )
+    routed.table = Latencies(cache_folder())
+    return routed
+
+
+def choose_by(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
+    """Attach a budget predictor, which never passes the recipe's cap; `--budget auto` asks it from now on."""
+    cap = routed.executed_layers(recipe.predictor.cap)
+    routed.chooser = lambda most: predictor.under(min(most, cap))
+
+
+def heals(recipe: Recipe, router: AnyRouter) -> bool:
+    """Whether an adapter belongs to a router: where the recipe has one, to all that skip layers at all."""
+    return recipe.adapter is not None and not router.full_depth
+
+
+def adapter_of(recipe: Recipe, backbone: Backbone, context_layer: int) -> Adapter:
+    """A new adapter as the recipe's section says, on the backbone's layers after the context layers.
+
+    Raises:
+        TrainingError: target modules that the layers do not have.
+    """
+    section = recipe.adapter
+    return Adapter.new(
+        backbone,
+        rank=section.rank,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        targets=section.targets,
+        first=context_layer,
+        seed=recipe.seed,
     )
 
 
@@ -83,23 +121,44 @@ def data_of(recipe: Recipe, backbone: Backbone) -> TextData:
         validation_windows=data.validation_windows,
         test_windows=data.test_windows,
         text_field=data.text_field,
+        train_sources=data.train_sources,
     )
 
 
-def routed_from(run: Run) -> RoutedLM:
+def routed_from(run: Run, merged: bool = False) -> RoutedLM:
     """The model of a finished run, ready to serve.
 
+    Args:
+        merged: add a healed run's adapter to the weights, so that it costs nothing; nothing stands for the stock model
+            then. Without it the adapter stays beside the weights and can be switched off.
+
     Raises:
-        RunError: the backbone is another one now, or the saved router does not fit its class.
+        RunError: the backbone is another one now, or the saved router, adapter or budget predictor does not fit.
     """
     backbone = backbone_of(run.recipe)
     check_backbone(run, backbone.fingerprint)
     routed = routed_of(run.recipe, backbone)
+    restore(routed, run.recipe, run.folder)
+    if merged and routed.adapter is not None:
+        routed.merge()
+    predictor = load_predictor(run.folder, routed.geometry)
+    if predictor is not None:
+        choose_by(run.recipe, routed, predictor.to(backbone.device))
+    return routed
+
+
+def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
+    """Bring a model to the state of the finished run in a folder: its router's, and its adapter.
+
+    Raises:
+        RunError: the saved router does not fit its class, or the adapter is damaged or for another backbone.
+    """
     try:
-        routed.router.load_state_dict(load_router(run.folder))
+        routed.router.load_state_dict(load_router(folder))
     except RuntimeError as error:
         raise RunError(
-            f"The router saved in {run.folder} does not fit its class any more; make the run again with `buddy fit`."
+            f"The router saved in {folder} does not fit its class any more; make the run again with `buddy fit`."
         ) from error
     routed.router.eval().requires_grad_(False)
-    return routed
+    if heals(recipe, routed.router):
+        routed.adapt(Adapter.load(routed.backbone, folder / ADAPTER))

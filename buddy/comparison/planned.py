@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from buddy.draft import shown
 from buddy.errors import BuddyError, RunError
-from buddy.place import FACTS, RECIPE, RunPlace, inputs_in
+from buddy.evaluation.saved import scores_of
+from buddy.files import damaged
+from buddy.place import FACTS, METRICS, RECIPE, RunPlace, inputs_in
 from buddy.recipe import flatten, load_recipe
 from buddy.runs import check_backbone, read_metrics, read_run
 from buddy.schema import Recipe
 
 FREE = ("output", "rivals", "trainer.ckpt_path")  # keys that change nothing in the run
-TRAINING = ("trainer.", "objective.", "optimizer.")  # sections that change nothing in one that is not trained
+TRAINING = (
+    "trainer.",
+    "objective.",
+    "optimizer.",
+    "data.train_sources",
+)  # sections that change nothing in one that is not trained
 
 
 @dataclass(frozen=True)
@@ -96,11 +105,23 @@ def check_reuse(runs: Sequence[Planned], made_of: Mapping[str, Mapping[str, str]
                 "comparison; give another --out, or delete that folder."
             )
         check_backbone(read_run(run.folder), made_of[run.recipe.router.name]["model"])
-        if read_metrics(run.folder).get("windows") != windows:
+        metrics = read_metrics(run.folder)
+        if not _is_complete(metrics):
+            raise damaged(run.folder / METRICS, "something is missing or wrong in it")
+        if metrics.get("windows") != windows:
             raise RunError(
                 f"{run.folder} was measured on other test windows, so the text in {run.recipe.data.source} has changed "
                 "since; give another --out, or delete that folder."
             )
+
+
+def _is_complete(metrics: Mapping[str, Any]) -> bool:
+    """Whether all that a comparison reads of a run is in its metrics.json."""
+    try:
+        scores_of(metrics)
+        return all(math.isfinite(metrics["fit"][name]) for name in ("seconds", "parameters"))
+    except (LookupError, TypeError, ValueError):
+        return False
 
 
 def _where(run: Planned) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class TextData(LightningDataModule):
         test_windows: int = 64,
         text_field: str = "text",
         train_seed: int | None = None,
+        train_sources: Sequence[str] = (),
     ) -> None:
         """Describe the data; nothing is read before `prepare_data` or `setup`.
 
@@ -58,17 +59,21 @@ class TextData(LightningDataModule):
             steps: batches in an epoch, which is the whole training.
             text_field: the field of the source that holds the text.
             train_seed: of the draws of training windows; `seed` where it is not given.
+            train_sources: more texts to train on; training windows come from `source` and from these in turn. Nothing
+                of them is held out.
         """
         super().__init__()
         self.tokenizer, self.source, self.text_field = tokenizer, source, text_field
         self.window, self.batch_size, self.steps, self.seed = window, batch_size, steps, seed
         self.train_seed = seed if train_seed is None else train_seed
+        self.train_sources = tuple(train_sources)
         self._wanted = {"test": test_windows, "calibration": calibration_windows, "validation": validation_windows}
         self._documents: Documents | None = None
 
     def prepare_data(self) -> None:
-        """Tokenise the text once, in one process, into the cache of `datasets`."""
-        self._read()
+        """Tokenise the texts once, in one process, into the cache of `datasets`."""
+        for source in (self.source, *self.train_sources):
+            self._read(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tokenised text and split it; a second call does nothing.
@@ -78,12 +83,13 @@ class TextData(LightningDataModule):
         """
         if self._documents is not None:
             return
-        documents = self._read()
+        documents = self._read(self.source)
         self.split = split(documents, self._wanted, self.window, self.seed)
         random = generator(self.seed, Stream.WINDOWS)
         for name, count in self._wanted.items():
             setattr(self, name, spread(documents, self.split[name], self.window, count, random))
-        self._ends = documents.lengths[self.split["train"]].cumsum()
+        others = [self._read(source) for source in self.train_sources]
+        self._pools = [Pool(documents, self.split["train"]), *(Pool(each, np.arange(len(each))) for each in others)]
         self._documents = documents
 
     @property
@@ -95,6 +101,14 @@ class TextData(LightningDataModule):
         for name in self._wanted:
             digest.update(getattr(self, name).fingerprint.encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def train_fingerprint(self) -> str | None:
+        """The same where `train_sources` hold documents of the same lengths; None where there are none."""
+        if not self.train_sources:
+            return None
+        lengths = b"".join(pool.documents.lengths.tobytes() + b"|" for pool in self._pools[1:])
+        return hashlib.sha256(lengths).hexdigest()[:16]
 
     def train_dataloader(self) -> Batches:
         """The batches of the steps still to come, `steps` of them from the beginning.
@@ -113,28 +127,46 @@ class TextData(LightningDataModule):
     def batch(self, step: int) -> Tensor:
         """(batch_size, W) long, the windows of a step: they depend on the split, `train_seed` and the step alone.
 
-        A window begins anywhere in a training document; documents are drawn in proportion to their lengths.
+        Sources take turns, window by window; within one, documents are drawn in proportion to their lengths, and a
+        window begins anywhere in its document.
         """
         random = generator(self.train_seed, Stream.TRAIN, step)
-        positions = random.integers(self._ends[-1], size=self.batch_size)
-        chosen = self.split["train"][np.searchsorted(self._ends, positions, side="right")]
-        starts = random.integers(self._documents.lengths[chosen] - self.window, endpoint=True)
-        read, window = self._documents.read, self.window
-        rows = [read(document)[at : at + window] for document, at in zip(chosen, starts, strict=True)]
-        return torch.from_numpy(np.stack(rows))
+        first = step * self.batch_size
+        pools = [self._pools[(first + row) % len(self._pools)] for row in range(self.batch_size)]
+        return torch.from_numpy(np.stack([pool.draw(self.window, random) for pool in pools]))
 
-    def _read(self) -> Documents:
-        documents = read_documents(self.source, self.tokenizer, self.window, self.text_field)
-        if len(documents) < FEWEST_DOCUMENTS:
+    def _read(self, source: str) -> Documents:
+        documents = read_documents(source, self.tokenizer, self.window, self.text_field)
+        needed = FEWEST_DOCUMENTS if source == self.source else 1
+        if len(documents) < needed:
             windows = int((documents.lengths // self.window).sum())
-            smaller = documents.tokens // (2 * FEWEST_DOCUMENTS)
+            smaller = documents.tokens // (2 * needed)
             advice = f" or set data.window={smaller} or smaller" if smaller >= 16 else ""
+            why = f"{needed} documents are needed, one for each split" if needed > 1 else "one is needed to train on"
             raise DataError(
-                f"The text in {self.source} gives {windows} windows of {self.window} tokens in {len(documents)} "
-                f"documents and {FEWEST_DOCUMENTS} documents are needed, one for each split; give more text"
-                f"{advice}."
+                f"The text in {source} gives {windows} windows of {self.window} tokens in {len(documents)} "
+                f"documents and {why}; give more text{advice}."
             )
         return documents
+
+
+class Pool:
+    """Documents that training windows are drawn from.
+
+    Args:
+        documents: of one source.
+        chosen: the numbers of those to draw from.
+    """
+
+    def __init__(self, documents: Documents, chosen: np.ndarray) -> None:
+        self.documents, self._chosen = documents, chosen
+        self._ends = documents.lengths[chosen].cumsum()
+
+    def draw(self, window: int, random: np.random.Generator) -> np.ndarray:
+        """(window,) int64."""
+        document = self._chosen[np.searchsorted(self._ends, random.integers(self._ends[-1]), side="right")]
+        start = random.integers(self.documents.lengths[document] - window, endpoint=True)
+        return self.documents.read(document)[start : start + window]
 
 
 class Batches:

@@ -77,14 +77,18 @@ class Perturbed:
     `TOLD` · (m − mean m): a layer that ran in every plan tried, or in none, is told nothing. Gates stay hard, and the
     pull "more compute is better", common to all layers, is nought because the count is fixed.
 
+    A part of the noise is shared by all tokens of a window: a token then reads keys and values of tokens whose plans
+    moved as its own did, so that its credit holds what such a move does through them, and not their own wanderings.
+
     Args:
         objective: what a plan is judged by.
         plans: M, plans tried per window; an even number.
         sigma: σ, in units of scores.
+        shared: ρ in [0, 1], share of the noise's variance that is common to a window.
     """
 
-    def __init__(self, objective: Objective, plans: int = 4, sigma: float = 0.15) -> None:
-        self.objective, self.plans, self.sigma = objective, plans, sigma
+    def __init__(self, objective: Objective, plans: int = 4, sigma: float = 0.15, shared: float = 0.75) -> None:
+        self.objective, self.plans, self.sigma, self.shared = objective, plans, sigma, shared
 
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
         context, dense, targets = _dense_pass(routed, batch)
@@ -113,13 +117,20 @@ class Perturbed:
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Objectives (M, B, S) of M plans and the plans themselves (M, B, S, L) bool; all in one forward."""
-        half = torch.randn(self.plans // 2, *scores.shape, generator=generator).to(scores)
-        noise = torch.stack([half, -half], 1).flatten(0, 1)
+        noise = self._noise(scores, generator)
         rows, executed = (x.repeat(self.plans, *[1] * (x.dim() - 1)) for x in (batch.input_ids, batch.executed))
         runs = routed.plan((scores + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
         logits = routed(rows, runs=runs, keep=batch.scored).logits.unflatten(0, (self.plans, -1))
         values = torch.stack([self.objective(dense, plan, targets) for plan in logits])
         return values, runs.unflatten(0, (self.plans, -1))[:, :, batch.scored]
+
+    def _noise(self, scores: Tensor, generator: torch.Generator) -> Tensor:
+        """(M, B, T, R) of unit variance, in antithetic pairs."""
+        rows, tokens, routable = scores.shape
+        own = torch.randn(self.plans // 2, rows, tokens, routable, generator=generator)
+        common = torch.randn(self.plans // 2, rows, 1, routable, generator=generator)
+        half = (math.sqrt(1 - self.shared) * own + math.sqrt(self.shared) * common).to(scores)
+        return torch.stack([half, -half], 1).flatten(0, 1)
 
 
 def _direction(values: Tensor, runs: Tensor, sigma: float) -> Tensor:

@@ -13,7 +13,9 @@ from buddy.training.data import TextData
 
 def inputs_of(recipe: Recipe, backbone: Backbone, data: TextData) -> dict[str, str]:
     """Digests of the weights, the text and the file that the router's class is in, by what they are of."""
-    return {"model": backbone.fingerprint, "text": data.fingerprint, "router's code": _code(load(recipe.router.name))}
+    code, more = _code(load(recipe.router.name)), data.train_fingerprint
+    made_of = {"model": backbone.fingerprint, "text": data.fingerprint, "router's code": code}
+    return made_of | ({"training text": more} if more else {})
 
 
 def _code(router: type) -> str:

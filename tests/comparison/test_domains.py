@@ -1,5 +1,7 @@
 """Which texts take part, and what is too short."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -78,3 +80,9 @@ def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
     short = write_text(tmp_path / "short.jsonl", 1)
     with pytest.raises(DataError, match=r"short\.jsonl gives (\d) windows of 48 .* asks for 6; .*test_windows=\1\."):
         read_domain(Domain("short", str(short)), recipe, data)
+
+
+def test_a_text_that_was_trained_on_is_no_domain(recipe):
+    trained = replace(recipe, data=replace(recipe.data, train_sources=["web/c4.jsonl"]))
+    with pytest.raises(DataError, match=r"The domain c4 is trained on \(data\.train_sources\)"):
+        domains_of("web/c4.jsonl", trained)

@@ -87,6 +87,29 @@ def test_windows_begin_anywhere_and_long_documents_come_oftener(make):
     assert np.abs(drawn / drawn.sum() - expected / expected.sum()).max() < 0.01
 
 
+def test_other_sources_take_turns_and_leave_the_split_alone(make, source, tmp_path):
+    path = tmp_path / "more.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(["7"] * 40)}) + "\n" for _ in range(3)))
+    alone, both = make(), make(train_sources=[str(path)])
+    for name in ("test", "calibration", "validation"):
+        assert torch.equal(getattr(alone, name).input_ids, getattr(both, name).input_ids)
+    assert both.fingerprint == alone.fingerprint
+    assert (alone.train_fingerprint, both.train_fingerprint is None) == (None, False)
+    rows = torch.cat([both.batch(step) for step in range(3)])
+    assert (rows[1::2] == rows[1, 0]).all(), "every second window is of the other source"
+    trained = set(both.split["train"].tolist())
+    assert all(numbers(row) <= trained and len(row.unique()) > 1 for row in rows[::2])
+
+
+def test_another_source_without_a_window_is_refused(make, tmp_path):
+    path = tmp_path / "few.txt"
+    path.write_text("7 7 7")
+    with pytest.raises(
+        DataError, match=r"few\.txt gives 0 windows of 16 tokens in 0 documents and one is needed to train"
+    ):
+        make(train_sources=[str(path)])
+
+
 class Stopped(Exception):
     """A run that is stopped inside a step."""
 

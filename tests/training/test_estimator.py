@@ -80,12 +80,15 @@ def test_full_depth_alone_teaches_nothing(name):
         assert routed.router.bias.grad.abs().sum() == 0
 
 
-def test_perturbed_equals_its_formula():
-    routed, estimator = tiny(), Perturbed(Objective(), plans=2, sigma=0.7)
+@pytest.mark.parametrize("shared", [0.0, 0.3, 1.0])
+def test_perturbed_equals_its_formula(shared):
+    routed, estimator = tiny(), Perturbed(Objective(), plans=2, sigma=0.7, shared=shared)
     given = batch(3, 4)
     estimate = estimator(routed, given, generator(5))
     estimate.loss.backward()
-    noise = torch.randn(1, 2, 24, 4, generator=generator(5))[0]
+    draws = generator(5)
+    own, common = torch.randn(1, 2, 24, 4, generator=draws)[0], torch.randn(1, 2, 1, 4, generator=draws)[0]
+    noise = (1 - shared) ** 0.5 * own + shared**0.5 * common
     dense = routed.dense(given.input_ids).log_softmax(-1)[:, given.scored]
     values, plans = [], []
     for sign in (1, -1):
@@ -116,17 +119,19 @@ def test_plans_tell_what_the_noise_did_with_less_spread():
     assert told.sum(-1).abs().max() < 1e-4
 
 
-def test_perturbed_points_downhill():
-    """The averaged estimate finds the layer that a token misses least, by brute force over tokens and layers."""
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_perturbed_points_downhill(shared):
+    """The averaged estimate finds the layer that is missed least, by brute force over layers and tokens or windows."""
     routed = tiny()
     for seed in range(40):
-        Perturbed(Objective(), plans=4, sigma=1.0)(routed, batch(5, 5, 5, 5), generator(seed)).loss.backward()
+        estimator = Perturbed(Objective(), plans=4, sigma=1.0, shared=shared)
+        estimator(routed, batch(5, 5, 5, 5), generator(seed)).loss.backward()
     dense = routed.dense(IDS).log_softmax(-1)
     harm = torch.zeros(4)
     for skipped in range(4):
-        for at in range(4, 23):
+        for at in [slice(4, 23)] if shared else range(4, 23):
             runs = torch.ones(4, 24, 6, dtype=torch.bool)
-            runs[:, at, 1 + skipped] = False
+            runs[:, slice(None) if shared else at, 1 + skipped] = False
             logits = routed(IDS, runs=runs).logits.log_softmax(-1)[:, at]
             harm[skipped] += (dense[:, at].exp() * (dense[:, at] - logits)).sum(-1).mean()
     assert (-routed.router.bias.grad).argsort().tolist() == harm.argsort().tolist()
