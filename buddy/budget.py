@@ -1,22 +1,58 @@
-"""What a person asks for → the number of executed layers K."""
+"""What a person asks for → the number of executed layers K.
 
+A fraction or a count says it at once. A latency needs a table of what a token takes, and "auto" a budget predictor,
+which chooses when the request is there; who has these hands them in.
+"""
+
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from buddy.errors import BudgetError
 
+Budget = float | int | str
+Table = Mapping[int, float]  # executed layers K → milliseconds a generated token
 
-def executed_layers(budget: float | int | str, layers: int, always_on: int) -> int:
-    """K = round(b · L) for a fraction b in (0, 1], or n for the text "n layers" (2606.09514, section 3).
+KINDS = "a fraction such as 0.75 nor a count such as 22layers, nor a latency such as 15ms, nor auto"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A budget that a predictor chooses for each request.
+
+    Attributes:
+        cap: the most that it may choose, as a budget; None for no bound of its own.
+    """
+
+    cap: str | None = None
+
+
+def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable[[], Table] | None = None) -> int:
+    """K = round(b · L) for a fraction b in (0, 1] (2606.09514, section 3), n for "n layers", what fits into "n ms".
 
     Args:
-        budget: a fraction (0.75, "0.75") or a count in words ("22layers", "22 layers").
+        budget: a fraction (0.75, "0.75"), a count in words ("22layers", "22 layers"), or milliseconds for each
+            generated token ("15ms").
         layers: L, the depth of the backbone.
         always_on: layers that run whatever the plan says, the least that can be asked for.
+        table: gives the milliseconds that a token takes at each K that can be asked for; called for a latency only.
 
     Raises:
-        BudgetError: not a budget, above full depth, or below the always-on layers.
+        BudgetError: not a budget, above full depth, below the always-on layers, a latency that no plan can reach or
+            that there is no table for, or "auto", which is no number of layers before the request is there.
     """
+    if auto_of(budget):
+        raise BudgetError(
+            f"The budget {budget} is chosen for each request, by `buddy generate` and `buddy evaluate`; ask for a "
+            "fraction such as 0.75 here."
+        )
+    latency = latency_of(budget)
+    if latency is not None:
+        if table is None:
+            raise BudgetError(f"Nobody has measured what {budget} are enough for; ask for a fraction such as 0.75.")
+        return _within(latency, table())
     least = f"{always_on}layers (a fraction of {always_on / layers:.3g})"
     count = _layer_count(budget)
     if count is None:
@@ -38,20 +74,79 @@ def executed_grid(budgets: Sequence[float], layers: int, always_on: int) -> list
     return [executed_layers(budget, layers, always_on) for budget in budgets]
 
 
-def _layer_count(budget: float | int | str) -> int | None:
+def latency_of(budget: Budget) -> float | None:
+    """Milliseconds a token of "15ms" or "15 ms", None for another kind of budget.
+
+    Raises:
+        BudgetError: not above 0.
+    """
+    match = re.fullmatch(r"\s*([+-]?(\d+\.?\d*|\.\d+))\s*ms\s*", budget) if isinstance(budget, str) else None
+    if not match:
+        return None
+    milliseconds = float(match[1])
+    if not 0 < milliseconds < math.inf:
+        raise BudgetError(
+            f"The budget {str(budget).strip()} is no time above 0; ask for a latency such as 15ms a token."
+        )
+    return milliseconds
+
+
+def auto_of(budget: Budget) -> Auto | None:
+    """What "auto", or "auto:0.75" with a cap, asks for; None for another kind of budget.
+
+    Raises:
+        BudgetError: the cap is empty or "auto" again.
+    """
+    name, colon, cap = budget.partition(":") if isinstance(budget, str) else ("", "", "")
+    if name.strip() != AUTO:
+        return None
+    if colon and (not cap.strip() or cap.strip().startswith(AUTO)):
+        raise BudgetError(f"The budget {budget} has no cap after its colon; write auto:0.75, say, or auto alone.")
+    return Auto(cap.strip() if colon else None)
+
+
+def fraction_of(budget: Budget, executed: int, layers: int) -> float:
+    """The fraction that a budget stands for: itself where it is one, else executed / layers."""
+    return executed / layers if _has_unit(budget) else float(budget)
+
+
+def shown(budget: Budget) -> str:
+    """A budget on one word, the same for all spellings of it: 0.75, 22layers, 15ms."""
+    if _has_unit(budget):
+        return re.sub(r"layers?$", "layers", "".join(str(budget).split()))
+    return f"{float(budget):g}"
+
+
+def _within(latency: float, table: Table) -> int:
+    """The most layers whose token takes at most so many milliseconds."""
+    met = [count for count, taken in table.items() if taken <= latency]
+    if met:
+        return max(met)
+    least = min(table, key=lambda count: (table[count], count))
+    taken = _rounded_up(table[least])
+    raise BudgetError(
+        f"No plan is as fast as {latency:g} ms a token: {least} layers take {taken} ms a token here; ask for at least "
+        f"{taken}ms."
+    )
+
+
+def _rounded_up(milliseconds: float) -> str:
+    """Three digits, not below the number itself."""
+    decimals = max(0, 2 - math.floor(math.log10(milliseconds)))
+    return f"{math.ceil(milliseconds * 10**decimals) / 10**decimals:.{decimals}f}"
+
+
+def _has_unit(budget: Budget) -> bool:
+    return _layer_count(budget) is not None or latency_of(budget) is not None
+
+
+def _layer_count(budget: Budget) -> int | None:
     match = re.fullmatch(r"\s*(\d+)\s*layers?\s*", budget) if isinstance(budget, str) else None
     return int(match[1]) if match else None
 
 
-def _fraction(budget: float | int | str) -> float:
+def _fraction(budget: Budget) -> float:
     try:
         return float(budget)
     except ValueError:
-        raise BudgetError(
-            f"The budget {budget!r} is neither a fraction such as 0.75 nor a count such as 22layers."
-        ) from None
-
-
-def fraction_of(budget: float | int | str, executed: int, layers: int) -> float:
-    """The fraction that a budget stands for: itself where it is one, else executed / layers."""
-    return executed / layers if _layer_count(budget) is not None else float(budget)
+        raise BudgetError(f"The budget {budget!r} is neither {KINDS}.") from None

@@ -1,10 +1,12 @@
 """What people ask for, and the layers it stands for."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.budget import executed_grid, executed_layers, fraction_of
+from buddy.budget import Auto, auto_of, executed_grid, executed_layers, fraction_of, latency_of, shown
 from buddy.errors import BudgetError
 
 
@@ -45,3 +47,91 @@ def test_a_count_is_told_back_as_a_fraction():
 def test_a_budget_that_cannot_be_met_is_refused(budget, words):
     with pytest.raises(BudgetError, match=words):
         executed_layers(budget, 30, 4)
+
+
+# Latencies
+
+TABLE = {2: 4.06, 3: 5.0, 4: 6.0, 5: 7.0}
+
+
+@pytest.mark.parametrize(
+    ("budget", "layers"), [("4.06ms", 2), ("5.99 ms", 3), (" 6ms", 4), ("6.0ms", 4), ("7ms", 5), ("1000ms", 5)]
+)
+def test_a_latency_is_the_most_layers_that_it_leaves_time_for(budget, layers):
+    assert executed_layers(budget, 5, 2, lambda: TABLE) == layers
+
+
+@given(st.floats(4.06, 100))
+def test_no_latency_is_passed_and_none_is_wasted(milliseconds):
+    layers = executed_layers(f"{milliseconds:f}ms", 5, 2, lambda: TABLE)
+    assert TABLE[layers] <= float(f"{milliseconds:f}")
+    assert layers == 5 or TABLE[layers + 1] > float(f"{milliseconds:f}")
+
+
+@given(st.floats(0.001, 5000))
+def test_what_is_asked_for_in_place_of_too_little_suffices(fastest):
+    table = {2: fastest, 3: fastest + 1}
+    with pytest.raises(BudgetError, match="ask for at least") as refused:
+        executed_layers(f"{fastest * 0.9:.9f}ms", 3, 2, lambda: table)
+    advice = str(refused.value).rpartition("at least ")[2].rstrip(".")
+    assert executed_layers(advice, 3, 2, lambda: table) >= 2
+    assert latency_of(advice) < fastest * 1.011 + 0.01
+
+
+def test_the_table_is_not_asked_for_other_budgets():
+    assert executed_layers("0.5", 30, 2, lambda: 1 / 0) == 15
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ("0ms", "no time above 0"),
+        ("-3ms", "The budget -3ms is no time above 0; ask for a latency such as 15ms a token"),
+        ("15parsecs", "The budget '15parsecs' is neither a fraction such as 0.75 nor a count"),
+        ("nanms", "is neither"),
+        ("ms", "is neither"),
+        ("1,5ms", "is neither"),
+        ("4ms", "No plan is as fast as 4 ms a token: 2 layers take 4.06 ms a token here; ask for at least 4.06ms"),
+        ("auto", "is chosen for each request"),
+    ],
+)
+def test_a_latency_that_cannot_be_met_is_refused(budget, words):
+    with pytest.raises(BudgetError, match=re.escape(words)):
+        executed_layers(budget, 5, 2, lambda: TABLE)
+
+
+def test_a_latency_needs_a_table():
+    with pytest.raises(BudgetError, match="Nobody has measured what 15ms are enough for"):
+        executed_layers("15ms", 30, 2)
+
+
+# The predictor's choice
+
+
+def test_auto_and_its_cap():
+    assert auto_of("auto") == Auto(None)
+    assert auto_of(" auto : 0.75 ") == Auto("0.75")
+    assert auto_of("auto:22layers") == Auto("22layers")
+    assert auto_of("automatic") is auto_of("0.75") is auto_of(0.75) is None
+    for budget in ("auto:", "auto:auto"):
+        with pytest.raises(BudgetError, match=r"has no cap after its colon; write auto:0\.75"):
+            auto_of(budget)
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (0.75, "0.75"),
+        ("0.750", "0.75"),
+        (1.0, "1"),
+        ("22 layers", "22layers"),
+        ("1layer", "1layers"),
+        ("15 ms", "15ms"),
+    ],
+)
+def test_budgets_are_shown_in_one_way(budget, words):
+    assert shown(budget) == words
+
+
+def test_a_latency_is_told_back_as_a_fraction():
+    assert fraction_of("15ms", 15, 30) == 0.5

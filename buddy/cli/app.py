@@ -36,7 +36,7 @@ class Verbs(TyperGroup):
             raise typer.Exit(INTERRUPTED) from error
 
 
-PLAIN = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
+PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     cls=Verbs,

@@ -1,7 +1,7 @@
 """`buddy evaluate`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -34,7 +34,7 @@ def evaluate(
 ) -> None:
     """Measure a run on held-out text, or on tasks, at every budget."""
     asked = budgets_of(budgets)
-    options = {"limit": limit, "task_data": task_data, "task_path": task_path}
+    options: dict[str, Any] = {"limit": limit, "task_data": task_data, "task_path": task_path}
     if tasks is None:
         refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
         from buddy.evaluation.evaluate import evaluate_run

@@ -16,5 +16,5 @@ def shown_command(words: Sequence[str]) -> str:
 
 def shown_path(text: str) -> str:
     """The last part of a path; any other text, names on the hub among them, as it is."""
-    is_path = os.sep in text and (text.startswith((os.sep, ".", "~")) or Path(text).exists())
+    is_path = os.sep in text and (text.startswith((os.sep, ".", "~")) or os.path.exists(text))
     return Path(text).name if is_path else text

@@ -73,16 +73,17 @@ def rewrite(json_file: Path, markdown: Path | None) -> None:
         RunError: the file is no comparison, or the place cannot be written.
     """
     record = read_record(json_file)
-    try:
-        comparison = Comparison(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{json_file} is damaged; make it again with the `buddy compare` that made it.") from error
     if markdown:
         check_place(markdown)
-    for grid in all_grids(comparison):
+    try:
+        comparison = Comparison(record)
+        grids = list(all_grids(comparison))
+        if markdown:
+            write_markdown(comparison, markdown, f"{markdown.stem}-")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # wherever it is read
+        raise RunError(f"{json_file} is damaged; make it again with the `buddy compare` that made it.") from error
+    for grid in grids:
         show(grid)
-    if markdown:
-        write_markdown(comparison, markdown, f"{markdown.stem}-")
 
 
 def _compare(
@@ -123,7 +124,8 @@ def _repeats(asked: Asked, recipe: Recipe, backbone: Backbone) -> tuple[int, boo
     All the seeds where they matter: not for what is measured alone, nor where an option fixes the draws.
     """
     routing, section = recipe.routing, recipe.router
-    router = build(section.name, geometry_of(backbone, routing.context_layer, routing.pool), section.options)
+    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # checked by the schema
+    router = build(section.name, geometry, section.options)
     fixed = section.options.get("seed") is not None
     trained = router.trainable or heals(recipe, router)
     return asked.seeds if trained or (router.seeded and not fixed) else 1, trained
@@ -169,7 +171,8 @@ def _work(
 
 def _one_by_one(worker: Worker, todo: Sequence[Planned]) -> list[tuple[Planned, str]]:
     """All runs in this process, each announced with the time that is left."""
-    failures, spent = [], []
+    failures = []
+    spent: list[float] = []
     for number, run in enumerate(todo):
         words = f"Run {number + 1} of {len(todo)}: {run.words}{_left(spent, len(todo) - number)}"
         errors.print(words, soft_wrap=True)

@@ -14,7 +14,7 @@ from buddy.evaluation.figure import band, figure_at
 LAYERS, TIME = "quality-layers", "quality-time"
 ACROSS = 2  # panels beside each other
 # Told apart by people who see few colours (Paul Tol's "muted" and "bright"); lines of one colour differ in their marks.
-COLOURS = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee", "#882255")
+COLOURS: tuple[str, ...] = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee", "#882255")
 COLOURS += ("#44aa99", "#999933", "#aa4499", "#555555", "#e6550d", "#000000")
 MARKS = "osD^vPX*<>hd"
 STROKES = {"learned": "-", "static": "--", "random": ":"}

@@ -75,9 +75,9 @@ def _protocol(c: Comparison) -> Iterator[str]:
     yield (
         f"{len(c.labels)} routers under one recipe: {recipe['backbone.name']} ({record['layers']} layers, "
         f"{recipe['backbone.dtype']}), calibrated or trained on {_own(c)}, at the budgets (executed layers) {layers}. "
-        f"{_seeds(seeds)} All see the same {recipe['data.calibration_windows']} calibration windows and the same test "
-        f"windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are read and not "
-        f"scored. The first {recipe['routing.sink_tokens']} of each run at full depth, whatever the budget."
+        f"{_more(recipe)}{_seeds(seeds)} All see the same {recipe['data.calibration_windows']} calibration windows and "
+        f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are read "
+        f"and not scored. The first {recipe['routing.sink_tokens']} of each run at full depth, whatever the budget."
     )
     yield ""
     yield "| text | windows | documents | scored tokens |\n|---|---:|---:|---:|"
@@ -99,6 +99,15 @@ def _protocol(c: Comparison) -> Iterator[str]:
 
 def _own(c: Comparison) -> str:
     return next(domain["label"] for domain in c.record["domains"] if domain["own"])
+
+
+def _more(recipe: Mapping[str, str | float]) -> str:
+    """What was trained on beside the recipe's text: only routers that are trained saw it."""
+    sources = str(recipe.get("data.train_sources", "[]")).strip("[]")
+    if not sources:
+        return ""
+    names = " and ".join(source.strip().rpartition("/")[2] for source in sources.split(","))
+    return f"Training, which static routers do not have, took windows of {names} in turn with those of its own text. "
 
 
 def _seeds(seeds: int) -> str:

@@ -145,5 +145,5 @@ def _differing(run: Planned) -> Iterator[str]:
             yield f"{key}: {_spelt(one, key)} there, {_spelt(other, key)} here"
 
 
-def _spelt(flat: dict[str, object], key: str) -> str:
+def _spelt(flat: Mapping[str, object], key: str) -> str:
     return shown(flat[key]) if key in flat else "not set"

@@ -46,7 +46,7 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
             helper.begin(waiting.pop(0))
         while busy := {helper.pipe: helper for helper in helpers if helper.run}:
             for pipe in wait([*busy]):
-                helper = busy[pipe]
+                helper = busy[pipe]  # type: ignore[index]  # wait gives back what it was given
                 run, outcome = helper.run, helper.outcome()
                 on_done(run, outcome)
                 if waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -85,7 +86,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path)
     except BuddyError as error:
-        if not path.exists():
+        if not os.path.exists(path):
             raise RunError(f"There is no file {path}; name the comparison.json that `buddy compare` wrote.") from error
         raise RunError(f"{path} is damaged; make it again with the `buddy compare` that made it.") from error
     made = found.get("format")

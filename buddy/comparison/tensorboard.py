@@ -9,6 +9,7 @@ from pathlib import Path
 from buddy.comparison.view import Comparison
 from buddy.draft import shown
 from buddy.evaluation.curves import Scalar, write_pictures, write_run
+from buddy.files import writing
 
 FOLDER, PICTURES = "tensorboard", "_figures"
 
@@ -30,8 +31,9 @@ def write_tensorboard(comparison: Comparison, folder: Path, pictures: Mapping[st
         run, settings = beside / comparison.routers[label]["folder"], _settings(comparison, label)
         write_run(run, _curves(comparison, label), settings, _metrics(comparison, label), {}, columns)
     write_pictures(beside / PICTURES, pictures)
-    shutil.rmtree(place, ignore_errors=True)
-    beside.rename(place)
+    with writing(place):
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
     return place
 
 

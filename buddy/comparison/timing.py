@@ -18,7 +18,7 @@ from buddy.comparison.planned import Planned
 from buddy.errors import BuddyError
 from buddy.evaluation.pruned import pruned_model
 from buddy.evaluation.speed import PROMPT, STEPS, Contender, Timings, race
-from buddy.files import checksum, read_json, write_json
+from buddy.files import checksum, read_json, write_sealed
 from buddy.memory import within_memory
 from buddy.place import ROUTER
 from buddy.progress import tracker
@@ -47,7 +47,8 @@ def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, f
         each with medians over rounds and the least and most; and how it was measured.
     """
     tokens = windows.shape[1]
-    made = {label: checksum(run.folder / ROUTER) for label, run in runs.items()} | {"backbone": backbone.fingerprint}
+    made: dict[str, Any] = {label: checksum(run.folder / ROUTER) for label, run in runs.items()}
+    made |= {"backbone": backbone.fingerprint}
     made |= {"threads": torch.get_num_threads(), "device": str(backbone.device), "machine": machine(), **versions()}
     try:
         kept = read_json(folder / FILE)
@@ -70,7 +71,7 @@ def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, f
     found = {"made": made, "tokens": tokens, "prompt": PROMPT, "steps": STEPS, "rounds": ROUNDS}
     found |= {"threads": torch.get_num_threads(), "dense": _entry(dense[1]), "full": _entry(full[1])}
     found["results"] = [{"router": name, "layers": layers} | _entry(each) for (name, layers), each in others]
-    write_json(folder / FILE, found)
+    write_sealed(folder / FILE, found)
     return found
 
 

@@ -53,8 +53,10 @@ class Comparison:
             for label in self.labels
             for domain in self.domains
         }
-        found = {s.budget: s.layers for groups in self._scores.values() for group in groups for s in group.values()}
-        self.budgets = dict(sorted(found.items(), reverse=True))
+        found: dict[Any, int] = {
+            s.budget: s.layers for groups in self._scores.values() for group in groups for s in group.values()
+        }
+        self.budgets: dict[float, int] = dict(sorted(found.items(), reverse=True))
 
     @cached_property
     def layers(self) -> int:

@@ -18,7 +18,7 @@ from buddy.errors import BuddyError
 from buddy.evaluation.perplexity import evaluate
 from buddy.evaluation.reference import Reference
 from buddy.evaluation.saved import with_documents
-from buddy.files import checksum, read_json, write_json, write_text
+from buddy.files import checksum, read_json, write_sealed, write_text
 from buddy.healing.adapter import WEIGHTS
 from buddy.memory import within_memory
 from buddy.place import ADAPTER, METRICS, ROUTER
@@ -119,7 +119,7 @@ class Worker:
                 track=tracker(f"Evaluating {run.label} on {domain.label}"),
                 reference=self._references[domain],
             )
-        write_json(evaluation_file(run, domain), self._asked(run, domain) | with_documents(scores))
+        write_sealed(evaluation_file(run, domain), self._asked(run, domain) | with_documents(scores))
 
     def _is_measured(self, run: Planned, domain: Domain) -> bool:
         return _is_kept(evaluation_file(run, domain), self._asked(run, domain))
@@ -137,7 +137,7 @@ class Worker:
         if _is_kept(task_file(run, name), asked):
             return
         found = task_scores(run.folder, [name], limit=tasks.limit, task_data=tasks.data, task_path=tasks.path)
-        write_json(task_file(run, name), asked | found)
+        write_sealed(task_file(run, name), asked | found)
 
 
 def _made(run: Planned) -> dict[str, str]:

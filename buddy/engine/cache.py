@@ -30,6 +30,14 @@ class RoutedCache:
         decision: position of the token that `scores` are of.
     """
 
+    pool: Pool
+    context: int
+    policy: str
+    scores: Tensor | None
+    model: Any
+    decided: int | None
+    decision: int | None
+
     def select_rows(self, rows: Tensor) -> None:
         """Rows of everything that rides on the cache."""
         self.pool.select(rows)
@@ -138,7 +146,7 @@ def _adopted(cache: Any, context: int, kind: str, policy: str, model: str, valid
 
 
 def _adopted_layer(layer: Any, policy: str) -> OwingLayer:
-    kind = HoleLayer if policy == "hole" else _LAYERS[type(layer)]
+    kind: Any = HoleLayer if policy == "hole" else _LAYERS[type(layer)]
     adopted = kind.__new__(kind)
     adopted.__dict__.update(layer.__dict__, owed=[], view=None)
     if kind is HoleLayer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ class Pass:
         self.scores: Tensor | None = None
         self._runs: Tensor | None = None
         self._rows_on: list[list[bool]] | None = None  # (L, B): a plan for one new token, held by the host
-        self._kv_width, self._patient = 0, None
+        self._kv_width = 0
+        self._patient: list[bool] | None = None
         self.remember: Callable[[int], SinkStates] | None = None  # sinks' states, where their tokens are known
         self._sink_states: SinkStates | None = None
         self.whole = 0  # layers that ran on every token
@@ -248,7 +250,7 @@ class Pass:
     def _take_on_host(self, scores: Tensor) -> None:
         """The same for one new token a row, without tensors: top-k of R numbers is quicker in Python."""
         asked, first, rows = self.request.executed, self.context_layer, len(scores)
-        on = [[True] * rows for _ in range(self.settings.layers)]
+        on: list[list[Any]] = [[True] * rows for _ in range(self.settings.layers)]
         for row, values in enumerate(scores[:, 0].tolist()):
             k = asked[row if len(asked) > 1 else 0] - first - 1
             order = sorted(range(len(values)), key=values.__getitem__, reverse=True)  # stable, so ties by index

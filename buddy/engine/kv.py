@@ -8,7 +8,8 @@ Two ways give the same result; `choose` compares them once when routing is attac
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +65,19 @@ def choose(layer: nn.Module, hidden: Tensor, position_embeddings: Any) -> WriteK
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-5) for a, b in zip(ours, truth, strict=True)
     )
     return projected if same else captured
+
+
+@contextmanager
+def whole(layer: nn.Module) -> Iterator[nn.Module]:
+    """The layer with all its weights within this block, where devices share them out (FSDP2): past its own call."""
+    if not hasattr(layer, "unshard"):
+        yield layer
+        return
+    layer.unshard()
+    try:
+        yield layer
+    finally:
+        layer.reshard()
 
 
 class _Reached(Exception):

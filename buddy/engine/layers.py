@@ -16,7 +16,7 @@ from buddy.engine.attention import by_blocks
 from buddy.engine.cache import Capture
 from buddy.engine.cachelayers import each
 from buddy.engine.forward import Pass
-from buddy.engine.kv import captured, choose, stock_class
+from buddy.engine.kv import captured, choose, stock_class, whole
 from buddy.engine.policies import Policy
 from buddy.engine.rectangular import View
 from buddy.engine.select import Group, groups, take, taken
@@ -217,8 +217,12 @@ def attach(layers: nn.ModuleList, seat: Seat, probes: list[tuple[Tensor, Any]]) 
     Raises:
         BackboneError: a layer writes no keys and values.
     """
-    ways = [choose(layer, *probe) for layer, probe in zip(layers, probes, strict=True)]
-    keys, _ = captured(layers[0], *probes[0])
+    ways = []
+    for layer, probe in zip(layers, probes, strict=True):
+        with whole(layer):
+            ways.append(choose(layer, *probe))
+    with whole(layers[0]) as first:
+        keys, _ = captured(first, *probes[0])
     for index, (layer, write) in enumerate(zip(layers, ways, strict=True)):
         layer.__class__ = routed_class(stock_class(layer))
         layer._index, layer._write_kv = index, write

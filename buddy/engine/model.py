@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from buddy.backbone import Backbone
-from buddy.budget import executed_layers
+from buddy.budget import Budget, Table, auto_of, executed_layers
 from buddy.engine.cache import RoutedCache, adopt
 from buddy.engine.forward import Pass
 from buddy.engine.gated import GatedPass
@@ -33,9 +33,10 @@ from buddy.engine.request import (
 )
 from buddy.engine.sinks import SinkMemory, SinkStates
 from buddy.errors import BuddyError, BudgetError
-from buddy.router import AnyRouter, Geometry, LayerwiseRouter
+from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
 PoolKind = Literal["value", "key", "both"]
+Choose = Callable[[Context], Tensor]  # contexts of prompts (B,) → K (B,) long
 
 
 def geometry_of(backbone: Backbone, context_layer: int = 1, pool: PoolKind = "value") -> Geometry:
@@ -64,6 +65,12 @@ class RoutedLM(nn.Module):
     In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan, and
     what follows a kept routed cache holds the plan that made it; where candidates of an assistant come with the prompt,
     a shared plan is the last candidate's, and `reroute_every` other than 1 counts from it.
+
+    Attributes:
+        table: measures, or reads, what a token takes at each K; without it no latency can be asked for.
+        chooser: for the most layers that "auto" may choose, a function that chooses; None: no budget predictor.
+        adapter: a `buddy.healing` adapter on the backbone. It is part of the model at every budget, full depth
+            included; only what stands for the stock model leaves it out: `dense`, `stock`, a forward without a plan.
 
     Raises:
         BuddyError: an unknown policy, or a router of an unknown scope.
@@ -95,8 +102,14 @@ class RoutedLM(nn.Module):
         )
         self.settings = within_scope(router, settings)
         self._held = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
-        self._seat, self._request, self._record = Seat(self.policy), None, None
+        self._seat = Seat(self.policy)
+        self._request: Request | None = None
+        self._record: Record | None = None
+        self._last: Any = None  # the last forward's Pass, for `forward` and `context`
         self._sinks = SinkMemory(backbone.base)
+        self.table: Callable[[RoutedLM], Table] | None = None
+        self.chooser: Callable[[int], Choose] | None = None
+        self.adapter: Any | None = None
         attach(backbone.layers, self._seat, probes(backbone))
         base = backbone.base
         self._hooks = [
@@ -120,18 +133,40 @@ class RoutedLM(nn.Module):
         return self.settings.prompt_plan
 
     def detach(self) -> None:
-        """Give the stock model back, class by class and hook by hook."""
+        """Give the stock model back, class by class and hook by hook, without an adapter."""
         for hook in self._hooks:
             hook.remove()
         detach(self.backbone.layers)
+        if self.adapter is not None:
+            self.adapter.remove()
+            self.adapter = None
 
-    def executed_layers(self, budget: float | int | str) -> int:
+    def adapt(self, adapter: Any) -> None:
+        """Take note of an adapter that was put on the backbone; `detach` takes it off."""
+        self.adapter = adapter
+
+    def merge(self) -> None:
+        """Add the adapter to the backbone's weights for good; nothing stands for the stock model then."""
+        self.adapter.merge()
+        self.adapter = None
+        self.forget_sinks()
+
+    @contextmanager
+    def stock(self) -> Iterator[None]:
+        """Within this block the backbone is the stock model: nothing is routed, and an adapter is off."""
+        with self._requested(None), self._unadapted():
+            yield
+
+    def executed_layers(self, budget: Budget) -> int:
         """K for a budget of this model.
 
         Raises:
-            BudgetError: out of range, or less than full depth from a router that runs every layer.
+            BudgetError: out of range, less than full depth from a router that runs every layer, or "auto", which is
+                for `at` and `choosing`.
         """
-        count = executed_layers(budget, self.geometry.layers, self.geometry.always_on)
+        table = self.table
+        measured = None if table is None else (lambda: table(self))
+        count = executed_layers(budget, self.geometry.layers, self.geometry.always_on, measured)
         if self.router.full_depth and count < self.geometry.layers:
             raise BudgetError(
                 f"This router runs every layer; ask for budget 1.0 instead of {budget}, or another router."
@@ -153,21 +188,53 @@ class RoutedLM(nn.Module):
             self.settings = before
 
     @contextmanager
-    def at(self, *budgets: float | int | str, executed: Sequence[int] | None = None) -> Iterator[Record]:
+    def at(self, *budgets: Budget, executed: Sequence[int] | None = None) -> Iterator[Record]:
         """Within this block the backbone's `forward` and `generate` spend the given budget.
 
         Args:
-            budgets: one for the whole batch or one per row.
+            budgets: one for the whole batch or one per row; "auto" alone lets the budget predictor choose for each row,
+                from the tokens of the first forward.
             executed: the same in layers.
 
         Raises:
-            BudgetError: a budget out of range.
+            BudgetError: a budget out of range, or "auto" without a budget predictor.
         """
         asked = budgets if executed is None else [f"{count}layers" for count in executed]
         if not asked:
             raise BudgetError("No budget was given; give one for all rows, or one per row.")
-        with self._requested(Request(executed=tuple(self.executed_layers(each) for each in asked))) as record:
+        with self._requested(self._asked(asked)) as record:
             yield record
+
+    def choosing(self, budget: str) -> Choose:
+        """What chooses K (B,) for the contexts (B,) of prompts under "auto", or "auto:0.75" with a cap.
+
+        Raises:
+            BudgetError: no budget predictor, or a cap below all that it can choose.
+        """
+        cap = auto_of(budget).cap
+        most = self.geometry.layers if cap is None else self.executed_layers(cap)
+        if self.chooser is None:
+            raise BudgetError(
+                "This run has no budget predictor; fit one with `buddy fit … predictor.name=regress`, or ask for a "
+                "fraction such as 0.75."
+            )
+        return self.chooser(most)
+
+    @torch.no_grad()
+    def context(self, input_ids: Tensor, attention_mask: Tensor | None = None, **places: Tensor) -> Context:
+        """What a router sees at the last token of each row, (B,); only the layers that always run are computed.
+
+        Args:
+            input_ids: (B, T) long, padded on the left where rows differ.
+            attention_mask: (B, T), 0 for padding.
+            places: `position_ids`, as the backbone takes them.
+        """
+        runs = torch.ones(*input_ids.shape, self.geometry.layers, dtype=torch.bool, device=input_ids.device)
+        runs[..., self.geometry.context_layer : -1] = False
+        with self._requested(Request(runs=runs, prompt=0)):
+            self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places)
+            seen, self._last = self._last.context, None
+        return Context(seen.pooled[:, -1], seen.newest[:, -1], seen.hidden[:, -1], seen.executed[:, -1])
 
     def forward(
         self,
@@ -187,7 +254,7 @@ class RoutedLM(nn.Module):
         Args:
             input_ids: (B, T) long.
             attention_mask: (B, T), 0 for padding.
-            executed: (B,) long, K per row; None with `runs` None means full depth.
+            executed: (B,) long, K per row; None with `runs` None means the stock model: full depth, an adapter off.
             runs: (B, T, L) bool, a plan to run instead of the router's.
             gates: (B, T, L) with gradients for straight-through training, beside `runs`.
             prompt: tokens at the start that share one plan where `prompt_plan` is "shared".
@@ -209,12 +276,13 @@ class RoutedLM(nn.Module):
             raise BuddyError(f"{type(self.router).__name__} has no gates to weigh layers by; a LayerwiseRouter has.")
         model = self.backbone.model
         checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers)
-        if (weighted or gates is not None) and model.training and checkpointing:
-            raise BuddyError(
-                "Gates do not go through gradient checkpointing; turn it off, or train with perturbed plans."
-            )
+        healed = self.adapter is not None and torch.is_grad_enabled()
+        if (weighted or gates is not None or healed) and model.training and checkpointing:
+            what, otherwise = ("Plans", "") if healed else ("Gates", ", or train with perturbed plans")
+            raise BuddyError(f"{what} do not go through gradient checkpointing; turn it off{otherwise}.")
         asked = None if executed is None else tuple(executed.tolist())
-        with self._requested(Request(asked, runs, gates, prompt, everything, weighted)):
+        adapted = nullcontext() if executed is not None or runs is not None else self._unadapted()
+        with adapted, self._requested(Request(asked, runs, gates, prompt, everything, weighted)):
             logits = self.backbone.model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
             ).logits
@@ -236,11 +304,23 @@ class RoutedLM(nn.Module):
 
     @torch.no_grad()
     def dense(self, input_ids: Tensor, attention_mask: Tensor | None = None, keep: Tensor | int = 0) -> Tensor:
-        """Logits (B, T', V) of the stock model, routing left out."""
-        with self._requested(None):
+        """Logits (B, T', V) of the stock model, routing and adapter left out."""
+        with self.stock():
             return self.backbone.model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
             ).logits
+
+    def _unadapted(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.adapter is None else self.adapter.off()
+
+    def _asked(self, budgets: Sequence[Budget]) -> Request:
+        """The request that budgets stand for."""
+        auto = [budget for budget in budgets if auto_of(budget)]
+        if not auto:
+            return Request(executed=tuple(self.executed_layers(each) for each in budgets))
+        if len(budgets) > 1:
+            raise BudgetError("The budget auto chooses for each row; give it alone, or one number for each row.")
+        return Request(choose=self.choosing(str(auto[0])))
 
     @contextmanager
     def _requested(self, request: Request | None) -> Iterator[Record]:
@@ -283,18 +363,30 @@ class RoutedLM(nn.Module):
                 model=self.backbone.fingerprint,
                 valid=valid,
             )
+        if request.choose is not None and (request.executed is None or not past):
+            request = self._chosen(request, kwargs)
         if request.executed is not None:
             request = for_rows(request, shape[0])
         pool = Pool(self.pool) if cache is None else cache.pool
         rest = request, shape, past, mask, cache, pool
         if self._layerwise:
-            current = GatedPass(self.settings, self.router, *rest)
+            current: Pass = GatedPass(self.settings, self.router, *rest)
         else:
             current = Pass(self.settings, self.router.score, *rest)
         if tokens is not None:
             current.remember = lambda count: self._sink_states(tokens[:, :count], kwargs.get("position_ids"))
         self._seat.current = current
         return (), kwargs
+
+    def _chosen(self, request: Request, kwargs: dict[str, Any]) -> Request:
+        """The request with K for each row as the budget predictor chooses; it holds for the forwards that follow."""
+        if kwargs.get("input_ids") is None:
+            raise BudgetError("The budget auto needs tokens, not embeddings; ask for a fraction such as 0.75.")
+        places = {name: kwargs[name] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
+        executed = tuple(request.choose(self.context(kwargs["input_ids"], **places)).tolist())
+        self._request = replace(request, executed=executed)
+        self._record.asked = executed
+        return self._request
 
     def _sink_states(self, ids: Tensor, positions: Tensor | None) -> SinkStates | None:
         """What the beginnings ids (B, s) become, whatever pass is under way; None at other positions than the first."""

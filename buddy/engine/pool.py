@@ -53,7 +53,7 @@ class Pool:
             return
         self.total = self.total[rows]
         if self.valid is not None:
-            self.valid, self.count = self.valid[rows], self.count[rows]
+            self.valid, self.count = self.valid[rows], self.count[rows]  # type: ignore[index]  # a tensor with valid
 
     def crop(self, removed: int, keys: Tensor, values: Tensor) -> None:
         """Take back the last `removed` positions; their keys and values (B, heads, removed, size) are given."""

@@ -62,13 +62,11 @@ class RaggedView:
         slots = writer.slot_of[self._positions()]
         for whole, part in zip(writer.new, (keys, values), strict=True):
             whole[rows[:, None], :, slots] = part.transpose(1, 2)
-        new = [part[rows][:, :, :-1] for part in writer.new]
+        keys, values = (part[rows][:, :, :-1] for part in writer.new)
         held = writer.held()
         if held is None:
-            return tuple(new)
-        return tuple(
-            torch.cat([past[rows], part], -2) for past, part in zip((held.keys, held.values), new, strict=True)
-        )
+            return keys, values
+        return torch.cat([held.keys[rows], keys], -2), torch.cat([held.values[rows], values], -2)
 
     def mask(self, mask: Tensor | None) -> Tensor:
         """(G, 1, n, S) of the stored positions: causal, of the layer's window, and run by the row."""

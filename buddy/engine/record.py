@@ -57,9 +57,14 @@ class Ran:
 
 @dataclass
 class Record:
-    """What ran while a request held, one entry a forward."""
+    """What ran while a request held, one entry a forward.
+
+    Attributes:
+        asked: K for each row, where a budget predictor chose it last.
+    """
 
     forwards: list[Ran] = field(default_factory=list)
+    asked: tuple[int, ...] = ()
 
     @property
     def executed(self) -> list[Tensor]:

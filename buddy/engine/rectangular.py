@@ -59,7 +59,8 @@ class Rectangular:
             return
         self.idle -= set(rows.tolist())
         if self.new is None:
-            self.new = tuple(part.new_empty(len(self.hidden), *part.shape[1:]) for part in view.new)
+            keys, values = (part.new_empty(len(self.hidden), *part.shape[1:]) for part in view.new)
+            self.new = (keys, values)
         for whole, part in zip(self.new, view.new, strict=True):
             whole[rows] = part
 
@@ -111,10 +112,12 @@ class RectangularView:
         else:
             where = self.group.flat(self.length, self._rows)
             laid = [self._lay(to, part, *where) for to, part in zip(self._laid, (keys, values), strict=True)]
-            self.new = tuple(part.transpose(1, 2) for part in laid)
+            keys, values = (part.transpose(1, 2) for part in laid)
+            self.new = (keys, values)
         if self.past is None:
             return self.new
-        return tuple(torch.cat(both, -2) for both in zip(self.past, self.new, strict=True))
+        keys, values = (torch.cat(both, -2) for both in zip(self.past, self.new, strict=True))
+        return keys, values
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """That of the queries."""

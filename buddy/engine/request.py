@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import Plan
-from buddy.router import AnyRouter
+from buddy.router import AnyRouter, Context
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Request:
         prompt: length of the prompt in these tokens; None in generation, where the first forward is the prompt.
         everything: compute each layer on every token and choose afterwards.
         weighted: multiply what each layer adds by a layerwise router's weight, with gradients.
+        choose: K (B,) for the contexts (B,) of prompts, where a predictor chooses it.
     """
 
     executed: tuple[int, ...] | None = None
@@ -33,6 +35,7 @@ class Request:
     prompt: int | None = None
     everything: bool = False
     weighted: bool = False
+    choose: Callable[[Context], Tensor] | None = None
 
 
 @dataclass(frozen=True)

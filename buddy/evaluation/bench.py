@@ -17,6 +17,7 @@ from buddy.errors import BudgetError
 from buddy.evaluation.figure import figure_at
 from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
 from buddy.files import check_place, write_json
+from buddy.latency import PROMPT as CONTEXT
 from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
 from buddy.runs import Run, read_run
@@ -46,9 +47,9 @@ def bench_run(
     if json_file:
         check_place(json_file)
     with status(f"Loading {run.backbone} …"):
-        routed = routed_from(run)
-    budgets = budgets or budgets_of(run.recipe, routed)
-    asked = {str(budget): routed.executed_layers(budget) for budget in budgets}
+        routed = routed_from(run, merged=True)
+    wanted: Sequence[float | str] = budgets or budgets_of(run.recipe, routed)
+    asked = {str(budget): routed.executed_layers(budget) for budget in wanted}
     below = sorted({count for count in asked.values() if count < routed.geometry.layers}, reverse=True)
     if routed.router.full_depth:
         raise BudgetError("This run's router runs every layer, so there is nothing to bench; name another run.")
@@ -65,7 +66,7 @@ def bench_run(
         mixed = mixed_prefill(routed, field, ids[:, :LONG])
     report = as_json(asked, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
     report |= {"peak_memory_mib": _peak_mib(), "threads": torch.get_num_threads(), "rounds": rounds}
-    report |= {"late_context": late.shape[1] - STEPS}
+    report |= {"late_context": late.shape[1] - STEPS, "latency_ms": _remeasured(routed, rounds)}
     _show(report, run)
     draw(report, folder / FIGURE)
     results.print(f"Figure: {folder / FIGURE}")
@@ -166,6 +167,8 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
     )
     ratio, peak = report["mixed_prefill_vs_pruned"], report["peak_memory_mib"]
     results.print(f"Batch {BATCH}, a budget for each row: prefill at {ratio:.3f} × the pruned cost of its layers.")
+    taken = ", ".join(f"{spent:.3g} at {count}" for count, spent in report["latency_ms"].items())
+    results.print(f"Kept for budgets such as 15ms, milliseconds a token after {CONTEXT} at so many layers: {taken}.")
     results.print(f"Peak memory of the process: {peak:.0f} MiB.")
 
 
@@ -174,6 +177,11 @@ def _cell(entry: Mapping[str, Any], key: str) -> str:
         return "–"
     ratios = [f"{entry[name]:.3f}" for name in (f"vs_dense_{key}", f"vs_pruned_{key}") if name in entry]
     return f"{entry[f'{key}_ms']:.2f}" + (f" ({', '.join(ratios)})" if ratios else "")
+
+
+def _remeasured(routed: RoutedLM, rounds: int) -> dict[int, float]:
+    """Milliseconds a token at a few K, measured anew; budgets such as 15ms go by them from now on."""
+    return {} if routed.table is None else routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]
 
 
 def _text(run: Run, routed: RoutedLM) -> torch.Tensor:

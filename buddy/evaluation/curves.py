@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from buddy.files import on_disk
+
 Scalar = bool | int | float | str
 TABLE = "hparams"  # prefix of the tags that are columns of the table and points of no curve
 
@@ -29,13 +31,16 @@ def write_run(
         metrics: results in that table.
         texts: Markdown by tag.
         columns: results that other runs may have and this one lacks.
+
+    Raises:
+        RunError: the folder cannot be written.
     """
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
     values = {f"{TABLE}/{name}": value for name, value in metrics.items()}
     tags = {f"{TABLE}/{name}": 0.0 for name in (*metrics, *columns)}  # only the names of these are written
-    with SummaryWriter(str(folder)) as writer:
+    with on_disk(folder), SummaryWriter(str(folder)) as writer:
         for tag, points in curves.items():
             for step, value in points:
                 writer.add_scalar(tag, value, step)
@@ -53,10 +58,13 @@ def write_pictures(folder: Path, pictures: Mapping[str, Path]) -> None:
     Args:
         folder: made where it is missing.
         pictures: files by tag.
+
+    Raises:
+        RunError: the folder cannot be written.
     """
     from matplotlib.image import imread
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder)) as writer:
+    with on_disk(folder), SummaryWriter(str(folder)) as writer:
         for tag, path in pictures.items():
             writer.add_image(tag, imread(path)[..., :3], dataformats="HWC")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from buddy.assemble import budgets_of, data_of, routed_from
-from buddy.budget import fraction_of
+from buddy.budget import auto_of, fraction_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
 from buddy.evaluation.perplexity import Scores, evaluate
@@ -58,7 +58,7 @@ def evaluate_run(
         results.print(f"JSON: {json_file}", soft_wrap=True)
 
 
-def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float]) -> list[Scores]:
+def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float | str]) -> list[Scores]:
     return evaluate(
         routed,
         windows,
@@ -69,11 +69,18 @@ def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float]
     )
 
 
-def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float]:
-    """Budgets as fractions, each checked against the model."""
+def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float | str]:
+    """Budgets as fractions, "auto" as it is; each checked against the model."""
     if budgets is None:
-        return budgets_of(run.recipe, routed)
-    return [fraction_of(budget, routed.executed_layers(budget), routed.geometry.layers) for budget in budgets]
+        return list(budgets_of(run.recipe, routed))
+    found: list[float | str] = []
+    for budget in budgets:
+        if auto_of(budget):
+            routed.choosing(budget)
+            found.append(budget)
+        else:
+            found.append(fraction_of(budget, routed.executed_layers(budget), routed.geometry.layers))
+    return found
 
 
 def _windows(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:

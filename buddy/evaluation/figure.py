@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from buddy.files import write_bytes
 
 
 @contextmanager
@@ -15,6 +18,9 @@ def figure_at(path: Path, **options: Any) -> Iterator[Any]:
     Args:
         path: where the figure goes; an older one there is replaced at once.
         options: of `matplotlib.pyplot.subplots`.
+
+    Raises:
+        RunError: the place cannot be written.
     """
     import matplotlib
 
@@ -24,9 +30,9 @@ def figure_at(path: Path, **options: Any) -> Iterator[Any]:
     figure, axes = pyplot.subplots(layout="constrained", **options)
     try:
         yield axes
-        beside = path.with_name(f".{path.name}")
-        figure.savefig(beside, dpi=150, format="png")
-        beside.replace(path)
+        picture = BytesIO()
+        figure.savefig(picture, dpi=150, format="png")
+        write_bytes(path, picture.getvalue())
     finally:
         pyplot.close(figure)
 

@@ -7,7 +7,8 @@ prefix. Sums are kept per document, so that intervals and paired differences res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from buddy import processes
+from buddy.budget import auto_of
 from buddy.engine.model import RoutedLM
+from buddy.engine.record import Output
 from buddy.evaluation.reference import Reference
 from buddy.training.objective import Dense, cross_entropy, kl_to_dense
 from buddy.training.windows import Windows
@@ -29,22 +33,24 @@ class Scores:
     """What one router did at one budget.
 
     Attributes:
-        budget: as asked.
-        layers: K, executed layers that the budget stands for.
+        budget: as asked; "auto" where a budget predictor chose for each window.
+        layers: K, executed layers that the budget stands for; for "auto" the mean over tokens, rounded.
         executed: least, mean and most layers that tokens really ran, prompts included and sinks left out.
         sinks: tokens per window at full depth whatever the budget.
         loss: (documents,) summed next-token cross-entropy in nats.
         kl: (documents,) summed KL to the dense model in nats.
         tokens: (documents,) scored tokens.
+        chosen: of "auto", K → windows for which it was chosen.
     """
 
-    budget: float
+    budget: float | str
     layers: int
     executed: tuple[int, float, int]
     sinks: int
     loss: np.ndarray
     kl: np.ndarray
     tokens: np.ndarray
+    chosen: Mapping[int, int] | None = None
 
     @property
     def perplexity(self) -> float:
@@ -77,7 +83,7 @@ def paired_difference(ours: Scores, theirs: Scores, level: float = 0.95) -> tupl
 def evaluate(
     routed: RoutedLM,
     windows: Windows,
-    budgets: Sequence[float],
+    budgets: Sequence[float | str],
     *,
     prompt: int,
     batch_size: int = 4,
@@ -86,30 +92,68 @@ def evaluate(
 ) -> list[Scores]:
     """Scores of the model's router at each budget.
 
+    Processes that are together share the batches out and all get all scores: to the last bit those of one alone that
+    computes each batch alike, since sums are taken in the order of the windows, whoever measured them.
+
     Args:
-        routed: model and router.
+        routed: model and router, alike in all processes.
         windows: held-out text.
-        budgets: fractions; each becomes K layers.
+        budgets: fractions, each of which becomes K layers; or "auto", which chooses K for each window from its prompt.
         prompt: tokens of each window that are not scored.
         batch_size: windows per forward.
         track: wraps the list of batches to show progress.
         reference: keeps what all routers share, where several are evaluated on the same windows in the same way.
     """
-    layers = [routed.executed_layers(budget) for budget in budgets]
+    asked: dict[Any, Any] = {each: each if auto_of(each) else routed.executed_layers(each) for each in budgets}
+    choosing = {each: routed.choosing(str(each)) for each in budgets if auto_of(each)}
     reference = Reference(most=0) if reference is None else reference
-    full = {routed.geometry.layers: reference.full} if reference.full else {}
-    tallies = {count: _Tally(windows) for count in layers if count not in full}
+    shared = reference.full if routed.adapter is None else None  # each adapter changes full depth in its own way
+    full = {routed.geometry.layers: shared} if shared else {}
+    tallies = {key: _Tally(windows) for key in asked.values() if key not in full}
+    batches, ours = torch.arange(len(windows)).split(batch_size), {}
     scored = torch.arange(prompt - 1, windows.input_ids.shape[1] - 1, device=routed.backbone.device)
-    for rows in track(torch.arange(len(windows)).split(batch_size)) if tallies else ():
+    for number in track(processes.shared_out(len(batches))) if tallies else ():
+        rows = batches[number]
         ids = windows.input_ids[rows].to(routed.backbone.device)
-        dense = Dense(reference.dense(routed.backbone, int(rows[0]), ids, scored))
-        for count, tally in tallies.items():
-            output = routed(ids, executed=torch.full((len(ids),), count), prompt=prompt, keep=scored)
-            tally.add(rows, cross_entropy(output.logits, ids[:, scored + 1]), kl_to_dense(dense, output.logits))
-            tally.count(output.executed[~output.sinks], int(output.sinks[0].sum()))
-    found = full | {count: tally.scores(count) for count, tally in tallies.items()}
-    reference.full = found.get(routed.geometry.layers)
-    return [replace(found[count], budget=budget) for budget, count in zip(budgets, layers, strict=True)]
+        with routed.stock():
+            dense = Dense(reference.dense(routed.backbone, int(rows[0]), ids, scored))
+        context = routed.context(ids[:, :prompt]) if choosing else None
+        for key in tallies:
+            executed = choosing[key](context) if key in choosing else torch.full((len(ids),), key)
+            output = routed(ids, executed=executed, prompt=prompt, keep=scored)
+            losses = cross_entropy(output.logits, ids[:, scored + 1]), kl_to_dense(dense, output.logits)
+            ours[number, key] = _Measured.of(output, *losses, executed if key in choosing else None)
+    measured = dict(item for part in processes.gather(ours) for item in part.items())
+    for number, rows in enumerate(batches):
+        for key, tally in tallies.items():
+            tally.add(rows, measured[number, key])
+    found = full | {key: tally.scores(key) for key, tally in tallies.items()}
+    if routed.adapter is None:
+        reference.full = found.get(routed.geometry.layers)
+    return [replace(found[asked[budget]], budget=budget) for budget in budgets]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A batch under one budget: sums over the tokens of each window, layers that tokens ran, K chosen for windows."""
+
+    loss: list[float]
+    kl: list[float]
+    tokens: int
+    least: int
+    most: int
+    total: int
+    counted: int
+    sinks: int
+    chosen: list[int]
+
+    @classmethod
+    def of(cls, output: Output, loss: Tensor, kl: Tensor, chosen: Tensor | None) -> _Measured:
+        """From losses (B, S) of a routed forward."""
+        ran = output.executed[~output.sinks]
+        counts = int(ran.min()), int(ran.max()), int(ran.sum()), ran.numel(), int(output.sinks[0].sum())
+        sums = ([row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in (loss, kl))
+        return cls(*sums, loss.shape[1], *counts, [] if chosen is None else chosen.tolist())
 
 
 class _Tally:
@@ -121,21 +165,23 @@ class _Tally:
         self._documents = windows.documents
         self._loss, self._kl, self._tokens = (np.zeros(len(documents)) for _ in range(3))
         self._least, self._most, self._sum, self._n, self._sinks = math.inf, 0, 0, 0, 0
+        self._chosen: Counter[int] = Counter()
 
-    def add(self, rows: Tensor, loss: Tensor, kl: Tensor) -> None:
-        for row, row_loss, row_kl in zip(rows, loss.cpu(), kl.cpu(), strict=True):
+    def add(self, rows: Tensor, batch: _Measured) -> None:
+        for row, loss, kl in zip(rows, batch.loss, batch.kl, strict=True):
             place = self._place[int(self._documents[row])]
-            self._loss[place] += row_loss.sum(dtype=torch.float64).item()
-            self._kl[place] += row_kl.sum(dtype=torch.float64).item()
-            self._tokens[place] += row_loss.numel()
+            self._loss[place] += loss
+            self._kl[place] += kl
+            self._tokens[place] += batch.tokens
+        self._least, self._most = min(self._least, batch.least), max(self._most, batch.most)
+        self._sum, self._n, self._sinks = self._sum + batch.total, self._n + batch.counted, batch.sinks
+        self._chosen.update(batch.chosen)
 
-    def count(self, executed: Tensor, sinks: int) -> None:
-        self._least, self._most = min(self._least, int(executed.min())), max(self._most, int(executed.max()))
-        self._sum, self._n, self._sinks = self._sum + int(executed.sum()), self._n + executed.numel(), sinks
-
-    def scores(self, layers: int) -> Scores:
-        executed = (int(self._least), self._sum / self._n, self._most)
-        return Scores(1.0, layers, executed, self._sinks, self._loss, self._kl, self._tokens)
+    def scores(self, asked: int | str) -> Scores:
+        mean = self._sum / self._n
+        executed = (int(self._least), mean, self._most)
+        layers, chosen = (round(mean), dict(self._chosen)) if isinstance(asked, str) else (asked, None)
+        return Scores(1.0, layers, executed, self._sinks, self._loss, self._kl, self._tokens, chosen)
 
 
 def resamples(documents: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from buddy.evaluation.curves import write_run
 from buddy.evaluation.figure import band, figure_at
+from buddy.evaluation.mixture import mixed
 from buddy.evaluation.perplexity import Scores, paired_difference
 from buddy.evaluation.saved import as_json, with_documents
 from buddy.files import write_json
@@ -33,8 +34,8 @@ def show_run(scores: Sequence[Scores], title: str) -> None:
         low, high = each.interval()
         least, mean, most = each.executed
         table.add_row(
-            f"{each.budget:g}",
-            str(each.layers),
+            f"{each.budget:g}" if each.chosen is None else str(each.budget),
+            str(each.layers) if each.chosen is None else f"{mean:.1f}",
             f"{least} / {mean:.2f} / {most}",
             f"{each.perplexity:.2f}",
             f"{low:.2f} – {high:.2f}",
@@ -42,6 +43,20 @@ def show_run(scores: Sequence[Scores], title: str) -> None:
         )
     results.print(table)
     results.print(_note(scores[0]))
+    for each in scores:
+        if each.chosen is not None:
+            results.print(_chosen(each, scores), soft_wrap=True)
+
+
+def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:
+    """What a budget predictor chose, beside what a coin between two of the fixed budgets would have reached."""
+    counts = ", ".join(f"{layers} layers for {windows}" for layers, windows in sorted(auto.chosen.items()))
+    text = f"{auto.budget} chose, of {sum(auto.chosen.values())} windows, {counts}"
+    fixed: dict[float, float] = {each.layers: math.log(each.perplexity) for each in scores if each.chosen is None}
+    loss = mixed(fixed, auto.executed[1])
+    if loss is not None:
+        text += f"; a coin between fixed budgets that runs as many layers has perplexity {math.exp(loss):.2f}"
+    return f"{text}."
 
 
 def show_comparison(scores: Mapping[str, Sequence[Scores]], folders: Mapping[str, Path], main: str) -> None:
@@ -115,7 +130,7 @@ def draw(scores: Mapping[str, Sequence[Scores]], path: Path) -> None:
         for name, each in scores.items():
             ordered = sorted(each, key=lambda s: s.layers)
             points = [(s.layers, *map(math.log, (s.perplexity, *s.interval()))) for s in ordered]
-            band(axes, points, label=name)
+            band(axes, points, label=name)  # type: ignore[arg-type]  # four numbers each
         axes.set_xlabel("executed layers")
         axes.set_ylabel("cross-entropy on held-out text (nats per token)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -123,13 +138,13 @@ def draw(scores: Mapping[str, Sequence[Scores]], path: Path) -> None:
         axes.legend()
 
 
-def _by_budget(scores: Sequence[Scores]) -> dict[float, Scores]:
+def _by_budget(scores: Sequence[Scores]) -> dict[float | str, Scores]:
     return {each.budget: each for each in scores}
 
 
 def _budgets(scores: Mapping[str, Sequence[Scores]]) -> dict[float, int]:
     """Every budget and its layers, deepest first."""
-    found = {each.budget: each.layers for group in scores.values() for each in group}
+    found: dict[Any, int] = {each.budget: each.layers for group in scores.values() for each in group}
     return dict(sorted(found.items(), reverse=True))
 
 

@@ -51,4 +51,5 @@ def _entry(scores: Scores) -> dict[str, Any]:
         "interval": list(scores.interval()),
         "documents": len(scores.tokens),
         "tokens": int(scores.tokens.sum()),
+        **({} if scores.chosen is None else {"chosen": {str(k): count for k, count in sorted(scores.chosen.items())}}),
     }

@@ -96,8 +96,8 @@ def contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Con
         if count < layers:
             runs = routed(ids[:1], executed=torch.tensor([count])).runs[0].sum(0)
             kept = sorted(runs.argsort(descending=True, stable=True)[:count].tolist())
-            found.append(Contender("routed", count, model, lambda count=count: routed.at(executed=[count])))
-            found.append(Contender("shared", count, model, lambda count=count: _shared(routed, count), decodes=False))
+            found.append(Contender("routed", count, model, lambda count=count: routed.at(executed=[count])))  # type: ignore[misc]
+            found.append(Contender("shared", count, model, lambda count=count: _shared(routed, count), decodes=False))  # type: ignore[misc]
             found.append(Contender("pruned", count, pruned_model(model, kept), nullcontext))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def sources_of(domains: str | None, own: str) -> dict[str, str]:
 
 def same_source(one: str, other: str) -> bool:
     """Whether two sources are one text: one name, or two paths of one file or folder."""
-    paths = Path(one).expanduser(), Path(other).expanduser()
-    return one == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+    paths = [os.path.expanduser(each) for each in (one, other)]
+    return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
 
 
 def read_domains(run: Run, routed: RoutedLM, sources: dict[str, str], count: int) -> list[Domain]:
@@ -111,7 +112,7 @@ def _read(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> Do
 
 
 def _labelled(part: str) -> tuple[str, str]:
-    if "=" not in part or Path(part).expanduser().exists():
+    if "=" not in part or os.path.exists(os.path.expanduser(part)):
         return _label(part), part
     label, _, source = (word.strip() for word in part.partition("="))
     if not label or not source:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from buddy.assemble import budgets_of, routed_from
+from buddy.budget import shown
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
-from buddy.files import check_place, write_json, writing
+from buddy.files import check_place, on_disk, write_json, writing
 from buddy.inspection.domains import Domain, read_domains, sources_of, typed
 from buddy.inspection.labels import labels_of
 from buddy.inspection.observe import observe
@@ -22,7 +23,7 @@ from buddy.runs import Run, read_run
 
 FOLDER, NUMBERS = "routing", "routing.json"  # in a run folder; in that folder
 WINDOWS = 16
-OWN = re.compile(rf"{re.escape(NUMBERS)}|(tokens|domains)-(\d+(\.\d+)?|\d+layers)\.png")  # files that a call leaves
+OWN = re.compile(rf"{re.escape(NUMBERS)}|(tokens|domains)-\d+(\.\d+)?(layers|ms)?\.png")  # files that a call leaves
 USUAL = 0.75  # the budget nearest to this one is printed token by token, where none is asked for
 
 
@@ -89,8 +90,7 @@ def _asked(run: Run, routed: RoutedLM, budgets: Sequence[str] | None) -> dict[st
     found = {}
     for budget in budgets_of(run.recipe, routed) if budgets is None else budgets:
         count = routed.executed_layers(budget)
-        words = isinstance(budget, str) and "layer" in budget
-        found[f"{count}layers" if words else f"{float(budget):g}"] = count
+        found[shown(budget)] = count
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
@@ -119,7 +119,7 @@ def _remove_older(place: Path) -> None:
 
 
 def _write(inspection: Inspection, place: Path, board: Path, numbers: Path) -> None:
-    with status("Drawing …"), writing(place):
+    with status("Drawing …"), writing(place), on_disk(place):
         place.mkdir(exist_ok=True)
         _remove_older(place)
         drawn = draw_all(inspection, place)

@@ -61,7 +61,7 @@ def _draw_budgets(inspection: Inspection, path: Path) -> Path:
     columns = {f"{budget}\n({count})": pooled_share(inspection.at(count)) for budget, count in inspection.asked.items()}
     names = ", ".join(domain.label for domain in inspection.domains)
     title = f"{inspection.router}: tokens that ran each layer\n{names}"
-    draw_shares(path, columns, title=title, label="budget (executed layers)")
+    draw_shares(path, columns, title=title, label="budget (executed layers)")  # type: ignore[arg-type]  # arrays
     return path
 
 

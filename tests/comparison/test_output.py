@@ -277,3 +277,11 @@ def test_curves_overlay_and_the_table_has_a_row_for_each_router(comparison, tmp_
     pictures = EventAccumulator(str(place / "_figures"), size_guidance={"images": 0}).Reload()
     assert set(pictures.Tags()["images"]) == {LAYERS, TIME}
     assert pictures.Images(LAYERS)[0].width == width(figures[LAYERS])
+
+
+def test_the_document_says_what_else_was_trained_on():
+    record = made.record()
+    assert "Training, which" not in render(Comparison(record), {})
+    record["recipe"]["data.train_sources"] = "[web/c4.jsonl, a/fine.jsonl]"
+    words = "took windows of c4.jsonl and fine.jsonl in turn with those of its own text. Those that depend"
+    assert words in render(Comparison(record), {})

@@ -1,0 +1,141 @@
+"""Fitting a recipe's budget predictor, once its router is done."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from buddy.assemble import budgets_of, choose_by
+from buddy.engine.model import RoutedLM
+from buddy.errors import BudgetError
+from buddy.predictor.features import ordered
+from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy, train_policy
+from buddy.predictor.regress import CurvePredictor
+from buddy.predictor.saved import make_predictor, save_predictor
+from buddy.predictor.targets import Targets, digest_of, measure
+from buddy.progress import errors, tracker
+from buddy.schema import Recipe
+from buddy.training.data import TextData
+
+KEPT = "predictor-targets-{}.safetensors"  # in the folder of an unfinished run
+
+
+def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> None:
+    """Measure training windows at every budget, fit the recipe's predictor and save it; nothing where it names none.
+
+    Windows are those of the training steps that would follow the last one, so router and adapter never saw them.
+
+    Args:
+        recipe: the whole run.
+        routed: model and router, as they will serve; the predictor is attached.
+        data: the text, set up.
+        folder: of the run that is being made. What was measured is kept there, so that the same call goes on from it.
+    """
+    section = recipe.predictor
+    if section.name is None:
+        return
+    arms = arms_of(recipe, routed)
+    targets = _targets(recipe, routed, data, folder, arms)
+    options: dict[str, Any] = {"hidden": section.hidden}
+    if section.name == CurvePredictor.name:
+        options = {"pooled": routed.geometry.features, "epsilon": section.epsilon}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        predictor = make_predictor(section.name, routed.geometry, list(arms), options)
+    fitted = _regressed if isinstance(predictor, CurvePredictor) else partial(_taught, recipe, routed.geometry.layers)
+    facts = fitted(predictor, targets, folder)
+    save_predictor(folder, predictor.requires_grad_(False), options, {"windows": len(targets.losses), **facts})
+    choose_by(recipe, routed, predictor.to(routed.backbone.device))
+    for path in folder.glob(KEPT.format("*")):
+        path.unlink()
+
+
+def arms_of(recipe: Recipe, routed: RoutedLM) -> tuple[int, ...]:
+    """Executed layers K that the predictor may choose: the recipe's budgets that do not pass its cap, deepest first.
+
+    Raises:
+        BudgetError: there is nothing to choose between.
+    """
+    most = routed.executed_layers(recipe.predictor.cap) if not routed.router.full_depth else routed.geometry.layers
+    counts = [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)]
+    arms = ordered([count for count in counts if count <= most])
+    if len(arms) < 2:
+        raise BudgetError(
+            f"A budget predictor chooses between budgets, and here are {len(arms)} for it ({recipe.router.name}, at "
+            f"most {most} layers); list more budgets, raise predictor.cap, or set predictor.name=null."
+        )
+    return arms
+
+
+def _targets(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arms: tuple[int, ...]) -> Targets:
+    data.train_seed = recipe.seed
+    first, count = _last_step(recipe), -(-recipe.predictor.windows // data.batch_size)
+    batches = [partial(data.batch, first + number) for number in range(count)]
+    prompt = recipe.data.prompt
+    place = folder / KEPT.format(digest_of(routed, data.fingerprint, recipe.seed, first, count, arms, prompt))
+    words = f"Losses of {count * data.batch_size} windows at {len(arms)} budgets"
+    return measure(routed, batches, arms, prompt=prompt, place=place, track=tracker(words))
+
+
+def _last_step(recipe: Recipe) -> int:
+    """After it neither the router nor an adapter has seen the windows."""
+    return max(recipe.trainer.max_steps, recipe.adapter.steps if recipe.adapter else 0)
+
+
+def _regressed(predictor: CurvePredictor, targets: Targets, folder: Path) -> dict[str, Any]:
+    """Fit; how well the increases are predicted for requests that were left out."""
+    increase = targets.increase(predictor.arms)
+    left_out = predictor.fit(targets.features, increase)
+    error, spread = (left_out - increase).square().mean(0).sqrt(), increase.std(0, correction=0)
+    rows = zip(predictor.arms, increase.mean(0).tolist(), spread.tolist(), error.tolist(), strict=True)
+    curve = [{"layers": k, "increase": mean, "spread": wide, "error": off} for k, mean, wide, off in rows]
+    named = {tag: [(row["layers"], row[tag]) for row in curve[::-1]] for tag in ("increase", "error", "spread")}
+    _write(folder, {f"predictor/{tag}": points for tag, points in named.items()})
+    said = [f"{r['error']:.3f} at {r['layers']} ({r['spread']:.3f})" for r in curve if r["spread"] > 0]
+    errors.print(
+        f"Error of the predicted rise of the loss by layers (and what always saying the mean would err), nats a token: "
+        f"{', '.join(said)}.",
+        soft_wrap=True,
+    )
+    return {"curve": curve}
+
+
+def _taught(recipe: Recipe, layers: int, predictor: BudgetPolicy, targets: Targets, folder: Path) -> dict[str, Any]:
+    """Train; where the policy began and ended."""
+    section = recipe.predictor
+    seen = train_policy(
+        predictor,
+        targets.features,
+        targets.at(predictor.arms),
+        layers,
+        Weights(section.quality, section.cost, section.entropy, section.kl),
+        steps=section.steps,
+        lr=section.lr,
+        samples=section.samples,
+        seed=recipe.seed,
+        track=tracker("Training the budget predictor"),
+    )
+    most = random_entropy(predictor.arms)
+    _write(folder, _curves(seen, most))
+    last = seen[-1]
+    errors.print(f"Policy's entropy {last.entropy:.3f} of {most:.3f} (at random), {last.layers:.1f} layers on average.")
+    return {"entropy": last.entropy, "entropy_at_random": most, "expected_layers": last.layers}
+
+
+def _curves(seen: list[Progress], most: float) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's points: the entropy beside that of a policy at random, reward and layers, over steps."""
+    named = {name: [(each.step, getattr(each, name)) for each in seen] for name in ("entropy", "reward", "layers")}
+    named["entropy_at_random"] = [(each.step, most) for each in seen]
+    return {f"predictor/{name}": points for name, points in named.items()}
+
+
+def _write(folder: Path, curves: dict[str, list[tuple[int, float]]]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for tag, points in curves.items():
+            for step, value in points:
+                writer.add_scalar(tag, value, step)

@@ -1,0 +1,332 @@
+"""The adapter: what it adds, where it is left out, and how it is saved, read, merged and taken off."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import BuddyError, RunError, TrainingError
+from buddy.files import load_tensors, save_tensors
+from buddy.healing.adapter import FILES, WEIGHTS, Adapter, check_targets, linear_modules
+from tests.engine.reference import Fickle, FickleGates, reference_logits
+from tests.healing.made import EXECUTED, IDS, adapted, by_hand, factors, new_adapter, stirred
+from tests.tiny import tiny_backbone, tiny_model
+
+POLICIES = ["fill", "hole", "zero"]
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def is_stock(model) -> bool:
+    plain = tiny_model("llama").state_dict()
+    held = model.state_dict()
+    same = held.keys() == plain.keys() and all(torch.equal(held[name], plain[name]) for name in plain)
+    return same and not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+# What it adds
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "qwen3"])
+def test_routed_execution_equals_brute_force_on_weights_merged_by_hand(family, policy):
+    routed = adapted(family, policy=policy)
+    output = routed(IDS, executed=EXECUTED)
+    expected = reference_logits(by_hand(routed.adapter, family), IDS, output.runs, policy=policy)
+    torch.testing.assert_close(output.logits, expected, **CLOSE)
+    unhealed = reference_logits(tiny_model(family), IDS, output.runs, policy=policy)
+    assert (output.logits - unhealed).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_prefill_and_decode_write_the_adapters_keys_and_values_too(family, policy):
+    """Skipped layers owe K/V (`fill`) that later tokens read: they come from the adapted projections."""
+    routed = adapted(family, policy=policy)
+    model, cut = routed.backbone.model, 8
+    with routed.at(executed=EXECUTED.tolist()) as record:
+        step = model(IDS[:, :cut], use_cache=True)
+        logits = [step.logits]
+        for t in range(cut, IDS.shape[1]):
+            step = model(IDS[:, t : t + 1], cache=step.cache, use_cache=True)
+            logits.append(step.logits)
+    runs = torch.cat(record.runs, 1)
+    assert (~runs[:2, cut:]).any((0, 1))[1:-1].all(), "every routable layer should be skipped by some new token"
+    expected = reference_logits(by_hand(routed.adapter, family), IDS, runs, policy=policy)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_remembered_sinks_are_the_adapted_ones(count):
+    """A prompt whose other tokens all skip a layer takes the sink's states from memory."""
+    routed = adapted(sink_tokens=1, prompt_plan="shared")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with routed.stock():
+        routed.backbone.model.generate(IDS, **options)
+    for _ in range(2):  # the second time from memory
+        with routed.at(executed=[count]) as record:
+            sequences = routed.backbone.model.generate(IDS, **options)
+        runs = torch.cat(record.runs, 1)
+        logits = reference_logits(by_hand(routed.adapter), sequences[:, :-1], runs)
+        assert torch.equal(logits[:, IDS.shape[1] - 1 :].argmax(-1), sequences[:, IDS.shape[1] :])
+
+
+def test_a_new_adapter_changes_nothing_and_a_layerwise_router_takes_one_too():
+    backbone = tiny_backbone("llama")
+    for router in (Fickle, FickleGates):
+        routed = RoutedLM(backbone, router(geometry_of(backbone)))
+        before = routed(IDS, executed=EXECUTED)
+        routed.adapt(new_adapter(backbone))
+        after = routed(IDS, executed=EXECUTED)
+        assert torch.equal(before.logits, after.logits)
+        stirred(routed.adapter)
+        assert not torch.equal(before.logits, routed(IDS, executed=EXECUTED).logits)
+        routed.detach()
+
+
+def test_scores_see_the_same_with_and_without_it_so_plans_stay():
+    backbone = tiny_backbone("llama")
+    for context_layer in (1, 3):
+        routed = RoutedLM(backbone, Fickle(geometry_of(backbone, context_layer)))
+        before = routed(IDS, executed=torch.tensor([5, 5, 6]))
+        routed.adapt(stirred(new_adapter(backbone, first=context_layer)))
+        after = routed(IDS, executed=torch.tensor([5, 5, 6]))
+        assert torch.equal(before.runs, after.runs)
+        for name in ("pooled", "newest", "hidden"):
+            assert torch.equal(getattr(before.context, name), getattr(after.context, name))
+        routed.detach()
+
+
+def test_first_factors_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    made = [factors(new_adapter(tiny_backbone("llama"), seed)) for seed in (3, 3, 4)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert any(not torch.equal(made[0][name], made[2][name]) for name in made[0])
+
+
+def test_it_counts_the_numbers_that_it_adds():
+    adapter = new_adapter(tiny_backbone("llama"), rank=2, targets=["q_proj", "down_proj"])
+    assert adapter.size == 5 * 2 * ((64 + 64) + (128 + 64))
+
+
+# Where it is left out
+
+
+def test_at_full_depth_it_is_part_of_the_model_and_the_reference_is_stock():
+    routed, full = adapted(), torch.full((3,), 6)
+    stock = tiny_model("llama")(IDS).logits
+    torch.testing.assert_close(routed(IDS, executed=full).logits, by_hand(routed.adapter)(IDS).logits, **CLOSE)
+    with routed.at(1.0):
+        assert torch.equal(routed.backbone.model(IDS).logits, routed(IDS, executed=full).logits)
+    assert torch.equal(routed.dense(IDS), stock)
+    assert torch.equal(routed(IDS).logits, stock), "a forward without a plan"
+    with routed.stock():
+        assert torch.equal(routed.backbone.model(IDS).logits, stock)
+        assert torch.equal(routed.dense(IDS), stock)
+        assert torch.equal(routed.backbone.model(IDS).logits, stock), "off inside off"
+    assert not torch.equal(routed(IDS, executed=full).logits, stock)
+
+
+def test_switching_leaves_what_was_trainable_and_what_was_not():
+    routed = adapted()
+    routed.dense(IDS)
+    assert all(parameter.requires_grad for parameter in routed.adapter.parameters())
+    routed.adapter.freeze()
+    routed.dense(IDS)
+    assert not any(parameter.requires_grad for parameter in routed.backbone.model.parameters())
+
+
+def test_detach_gives_the_stock_model_back():
+    routed = adapted()
+    model = routed.backbone.model
+    assert not is_stock(model)
+    routed.detach()
+    assert routed.adapter is None
+    assert is_stock(model)
+    new_adapter(routed.backbone)  # another one can come: warnings are errors here
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_gradients_through_chosen_layers_equal_those_of_the_masked_whole(policy, sinks):
+    routed = adapted(policy=policy, sink_tokens=sinks, size=0.05)
+    weight = torch.randn(IDS.shape[0], IDS.shape[1], 259, generator=torch.Generator().manual_seed(2))
+
+    def gradients(logits: torch.Tensor) -> list[torch.Tensor]:
+        for parameter in routed.adapter.parameters():
+            parameter.grad = None
+        (logits.log_softmax(-1) * weight).sum().backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in routed.adapter.parameters()]
+
+    output = routed(IDS, executed=EXECUTED)
+    ours = gradients(output.logits)
+    with routed._requested(None):
+        whole = reference_logits.__wrapped__(routed.backbone.model, IDS, output.runs, None, policy)
+    torch.testing.assert_close(output.logits, whole, **CLOSE)
+    theirs = gradients(whole)
+    assert sum(bool(gradient.any()) for gradient in theirs) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5 * float(other.abs().max()) + 1e-5, rtol=1e-3)
+
+
+def test_layers_that_nobody_runs_cost_nothing_in_training():
+    routed = adapted(sink_tokens=0)
+    runs = torch.ones(*IDS.shape, 6, dtype=torch.bool)
+    runs[..., 3] = False
+    calls = []
+    for index, layer in enumerate(routed.backbone.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+    routed(IDS, runs=runs).logits.sum().backward()
+    assert sorted(set(calls)) == [0, 1, 2, 4, 5]
+    idle = [part for name, part in routed.adapter.parts.items() if "-3-" in name]
+    assert all(parameter.grad is None for part in idle for parameter in part.parameters())
+
+
+def test_plans_do_not_go_through_gradient_checkpointing():
+    routed = adapted()
+    routed.backbone.model.activation_checkpointing_enable()
+    routed.backbone.model.train()
+    with pytest.raises(BuddyError, match="Plans do not go through gradient checkpointing; turn it off"):
+        routed(IDS, executed=EXECUTED)
+    with torch.no_grad():
+        routed(IDS, executed=EXECUTED)
+
+
+# Merged
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_merged_it_is_the_same_model_of_stock_modules(policy):
+    routed = adapted(policy=policy)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected, hand = routed(IDS, executed=EXECUTED), by_hand(routed.adapter)
+    with routed.at(executed=[3]):
+        text = routed.backbone.model.generate(IDS, **options)
+    routed.merge()
+    assert routed.adapter is None
+    assert routed.backbone.model.state_dict().keys() == hand.state_dict().keys()
+    for name, weight in hand.state_dict().items():
+        torch.testing.assert_close(routed.backbone.model.state_dict()[name], weight)
+    output = routed(IDS, executed=EXECUTED)
+    assert torch.equal(output.runs, expected.runs)
+    torch.testing.assert_close(output.logits, expected.logits, **CLOSE)
+    with routed.at(executed=[3]):
+        assert torch.equal(routed.backbone.model.generate(IDS, **options), text)
+
+
+def test_weights_that_are_no_numbers_are_not_merged():
+    routed = adapted()
+    next(iter(routed.adapter.parts.values()))["B"].weight.data[0, 0] = float("nan")
+    with pytest.raises(RunError, match="The adapter holds weights that are no numbers; heal the run again"):
+        routed.merge()
+
+
+# Saved
+
+
+@pytest.fixture
+def saved(tmp_path):
+    routed = adapted()
+    routed.adapter.save(tmp_path / "adapter")
+    return routed, tmp_path / "adapter"
+
+
+def test_it_is_read_back_bit_for_bit_and_frozen(saved):
+    routed, folder = saved
+    assert {path.name for path in folder.iterdir()} == {*FILES}
+    other = tiny_backbone("llama")
+    adapter = Adapter.load(other, folder)
+    assert all(torch.equal(value, factors(routed.adapter)[name]) for name, value in factors(adapter).items())
+    assert not any(parameter.requires_grad for parameter in other.model.parameters())
+    assert json.loads((folder / "adapter_config.json").read_text())["layers_to_transform"] == [1, 2, 3, 4, 5]
+
+
+def test_peft_reads_it_on_a_stock_model(saved):
+    routed, folder = saved
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        model = PeftModel.from_pretrained(tiny_model("llama"), str(folder))
+    full = routed(IDS, executed=torch.full((3,), 6)).logits
+    torch.testing.assert_close(model(IDS).logits, full, **CLOSE)
+
+
+def refused(folder, match: str) -> None:
+    backbone = tiny_backbone("llama")
+    with pytest.raises(RunError, match=match):
+        Adapter.load(backbone, folder)
+    assert is_stock(backbone.model)
+
+
+def test_one_for_another_backbone_is_refused(saved):
+    backbone = tiny_backbone("llama", seed=1)
+    held = re.escape(tiny_backbone("llama").fingerprint)
+    with pytest.raises(RunError, match=f"made for another backbone .tiny-llama, fingerprint {held}, not .*load that"):
+        Adapter.load(backbone, saved[1])
+    assert not any(isinstance(module, BaseTunerLayer) for module in backbone.model.modules())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_missing_or_cut_is_named(saved, name):
+    path = saved[1] / name
+    path.write_bytes(path.read_bytes()[:20])
+    refused(saved[1], f"{name} is damaged .*; make the run again")
+    path.unlink()
+    refused(saved[1], f"{name} is damaged .No such file")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"r": 3},
+            "adapter_model.safetensors is damaged .it differs from its configuration in base_model.model.model.la",
+        ),
+        ({"target_modules": ["q_proj"]}, "adapter_model.safetensors is damaged .it differs from its configuration in"),
+        ({"target_modules": ["elsewhere"]}, "adapter_config.json is damaged .Target modules .'elsewhere'. not found"),
+        ({"peft_type": "IA3"}, "adapter_config.json is damaged .it describes no LoRA adapter"),
+        ({"r": -1}, "adapter_config.json is damaged"),
+    ],
+)
+def test_a_configuration_of_other_modules_is_refused(saved, change, words):
+    path = saved[1] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(saved[1], words)
+
+
+def test_tensors_that_are_missing_are_named(saved):
+    tensors = load_tensors(saved[1] / WEIGHTS)
+    gone = sorted(tensors)[3]
+    save_tensors(saved[1] / WEIGHTS, {name: value for name, value in tensors.items() if name != gone}, {})
+    refused(saved[1], f"it differs from its configuration in {re.escape(gone)}")
+
+
+# Targets
+
+
+def test_targets_are_the_linear_modules_of_a_layer():
+    backbone = tiny_backbone("phi3")
+    assert linear_modules(backbone) == ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"]
+    assert check_targets(["all-linear"], backbone) == linear_modules(backbone)
+    assert check_targets(["qkv_proj"], backbone) == ["qkv_proj"]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("q_porj", "did you mean 'q_proj'"),
+        ("lm_head", "choose from these"),
+        ("layers.1.q_proj", "'q_proj'"),
+    ],
+)
+def test_unknown_targets_are_refused(target, words):
+    backbone = tiny_backbone("llama")
+    with pytest.raises(TrainingError, match=f"adapter.targets holds '{re.escape(target)}', but the linear .*{words}"):
+        new_adapter(backbone, targets=["v_proj", target])
+    assert is_stock(backbone.model)

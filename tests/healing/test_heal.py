@@ -1,0 +1,297 @@
+"""Healing as a part of `fit` and `compare`: what is left, what is read back, what goes on, what is refused."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
+
+from buddy.assemble import budgets_of, data_of, routed_from
+from buddy.cli import app
+from buddy.comparison.asked import Asked
+from buddy.comparison.compare import compare
+from buddy.errors import RunError, TrainingError
+from buddy.evaluation.perplexity import evaluate
+from buddy.files import load_tensors, save_tensors
+from buddy.healing.module import HealingModule
+from buddy.runs import read_run
+from buddy.training.fit import fit
+from tests.healing.made import IDS
+from tests.small import write_text
+
+STEPS = 7
+HEALED = [f"adapter.steps={STEPS}", "adapter.lr=0.02", "adapter.rank=2"]
+NAMES = ("buddy", "shortgpt", "full")
+SIZE = 5 * 2 * (4 * (64 + 64) - 2 * 32 + 3 * (64 + 128))  # of an adapter of rank 2
+
+
+@pytest.fixture(scope="module")
+def healed(small, tmp_path_factory) -> Path:
+    """Runs of two routers, healed, and of one that there is nothing to heal of; read them, never write into them."""
+    output = tmp_path_factory.mktemp("healed")
+    fit(small(output, "rivals=[shortgpt,full]", *HEALED), "small")
+    return output / "small"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# Whole
+
+
+def test_every_router_that_skips_layers_has_an_adapter(healed, finished):
+    for name in NAMES:
+        found = {path.name for path in (healed / name).iterdir()}
+        assert ("adapter" in found) == (name != "full")
+        assert ("checkpoints" in found) == (name == "buddy"), "the checkpoint of a finished healing is not kept"
+        sums = json.loads((healed / name / "run.json").read_text())["checksums"]
+        assert sum(key.startswith("adapter/") for key in sums) == (0 if name == "full" else 3)
+        before = metrics(finished / name)["fit"]["parameters"]
+        assert metrics(healed / name)["fit"]["parameters"] == before + (0 if name == "full" else SIZE)
+    assert [path.name for path in (healed / "buddy" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_the_router_is_the_unhealed_one(healed, finished):
+    assert_same(*(load_tensors(runs / "buddy" / "router.safetensors") for runs in (healed, finished)))
+
+
+def test_healing_helps_and_full_depth_of_each_run_is_its_own(healed, finished):
+    for name in ("buddy", "shortgpt"):
+        ours, theirs = (metrics(runs / name)["results"] for runs in (healed, finished))
+        assert all(mine["perplexity"] < other["perplexity"] for mine, other in zip(ours, theirs, strict=True))
+        assert ours[0]["layers"] == 6
+        assert ours[0]["kl"] > 1e-4, "against the stock model, which it no longer is"
+        assert theirs[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert metrics(healed / "full")["results"][0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_tensorboard_has_its_curves(healed):
+    for name in ("buddy", "shortgpt"):
+        events = EventAccumulator(str(healed / name)).Reload()
+        tags = set(events.Tags()["scalars"])
+        assert {"heal/objective", "heal/lr", "heal/gradient_norm", "heal/objective_3_layers"} <= tags
+        assert [point.step for point in events.Scalars("heal/lr")] == [1, 3, 5]
+
+
+def test_joint_training_moves_both(small, healed, tmp_path):
+    fit(small(tmp_path, "rivals=[shortgpt]", "adapter.joint=true", *HEALED), "small")
+    first, joint = (load_tensors(runs / "buddy" / "router.safetensors") for runs in (healed, tmp_path / "small"))
+    assert not torch.equal(first["output.weight"], joint["output.weight"])
+    assert {path.name for path in (tmp_path / "small" / "buddy").iterdir()}.isdisjoint({"checkpoints"})
+    assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt"))
+
+
+# Read back
+
+
+@pytest.mark.parametrize("name", ["buddy", "shortgpt"])
+def test_a_run_is_read_as_it_was_measured(healed, name):
+    run = read_run(healed / name)
+    routed = routed_from(run)
+    data = data_of(run.recipe, routed.backbone)
+    data.prepare_data()
+    data.setup()
+    scores = evaluate(routed, data.test, budgets_of(run.recipe, routed), prompt=12)
+    for found, saved in zip(scores, metrics(healed / name)["results"], strict=True):
+        assert found.perplexity == pytest.approx(saved["perplexity"], rel=1e-6)
+        assert found.mean_kl == pytest.approx(saved["kl"], abs=1e-6)
+    merged = routed_from(run, merged=True)
+    assert merged.adapter is None
+    executed = torch.tensor([3, 4, 6])
+    torch.testing.assert_close(merged(IDS, executed=executed).logits, routed(IDS, executed=executed).logits)
+
+
+def test_commands_take_a_healed_run(healed, tmp_path):
+    run = ["--run", str(shutil.copytree(healed / "shortgpt", tmp_path / "run"))]
+    for words in (
+        ["evaluate", *run, "--budgets", "0.5", "--json", str(tmp_path / "one.json")],
+        ["generate", *run, "--budget", "0.5", "--max-new-tokens", "3", "budget layer"],
+        ["inspect", *run, "--budgets", "0.5", "--windows", "1"],
+    ):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, (words, result.output, result.exception)
+    found = json.loads((tmp_path / "one.json").read_text())["results"][0]
+    saved = metrics(healed / "shortgpt")["results"][-1]
+    assert (found["layers"], found["perplexity"]) == (saved["layers"], pytest.approx(saved["perplexity"]))
+
+
+def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
+    recipe = small(tmp_path, *HEALED)
+    asked = Asked(recipe, str(small.file), "small", routers="shortgpt,full", seeds=2, out=tmp_path / "out", speed=False)
+    text = write_text(tmp_path / "other.jsonl", 40, seed=5)
+    other = Asked(**{**vars(asked), "domains": str(text)})
+    assert compare(asked) == compare(other) == 0  # the second finds the runs finished and reads them
+    runs = tmp_path / "out" / "runs"
+    assert_same(weights(healed / "shortgpt"), weights(runs / "shortgpt" / "seed-0"))
+    assert (runs / "shortgpt" / "seed-1" / "run.json").exists()
+    assert not (runs / "full" / "seed-1").exists()
+    kept = json.loads((runs / "shortgpt" / "seed-0" / "evaluations" / "other.json").read_text())
+    assert len(kept["adapter"]) == 64
+    with pytest.raises(RunError, match=r"another recipe \(adapter.rank: 2 there, 3 here\)"):
+        compare(Asked(**{**vars(asked), "recipe": small(tmp_path, *HEALED, "adapter.rank=3")}))
+
+
+# Stopped
+
+
+class Killed(Exception):
+    pass
+
+
+def kill() -> None:
+    raise Killed
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def at_step(monkeypatch, step: int, act) -> None:
+    """`act` is called in the middle of a step of healing, once."""
+    calls, healing = [], HealingModule._healing
+
+    def counted(self, *args):
+        calls.append(None)
+        if len(calls) == step:
+            act()
+        return healing(self, *args)
+
+    monkeypatch.setattr(HealingModule, "_healing", counted)
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "raised", "kept"), [("buddy", interrupt, KeyboardInterrupt, 5), ("shortgpt", kill, Killed, 3)]
+)
+def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypatch, capsys, name, act, raised, kept):
+    partial = tmp_path / "small" / f".{name}.partial" / "checkpoints"
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, act)
+        with pytest.raises(raised):
+            fit(small(tmp_path, f"router={name}", *HEALED), "small")
+    assert torch.load(partial / "healing.ckpt", weights_only=True)["global_step"] == kept
+    capsys.readouterr()
+    fit(small(tmp_path, f"router={name}", *HEALED), "small")
+    said = capsys.readouterr().err
+    assert f"Going on from {partial / 'healing.ckpt'}" in said
+    assert f"Healing {name}: {STEPS} of {STEPS}" in said
+    assert "Training buddy" not in said
+    assert_same(weights(healed / name), weights(tmp_path / "small" / name))
+    assert metrics(tmp_path / "small" / name)["results"] == metrics(healed / name)["results"]
+
+
+def test_a_kill_in_the_evaluation_costs_no_healing(small, healed, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("buddy.training.fit.evaluate", lambda *_, **__: kill())
+        with pytest.raises(Killed):
+            fit(small(tmp_path, "router=shortgpt", *HEALED), "small")
+    capsys.readouterr()
+    fit(small(tmp_path, "router=shortgpt", *HEALED), "small")
+    assert "Healing shortgpt" not in capsys.readouterr().err
+    assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt"))
+
+
+def test_a_trained_router_is_healed_without_training_it_again(small, finished, healed, tmp_path, capsys):
+    checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
+    fit(small(tmp_path, f"trainer.ckpt_path={checkpoint}", *HEALED), "small")
+    assert "Training buddy" not in capsys.readouterr().err
+    assert_same(weights(healed / "buddy"), weights(tmp_path / "small" / "buddy"))
+
+
+# Wrong
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["adapter.targets=[q_porj]"], "adapter.targets holds 'q_porj', but the linear modules in a layer of"),
+        (["adapter.targets=lm_head"], "down_proj; choose from these, or all-linear"),
+        (["adapter.targets=[]"], "adapter.targets is empty; list modules such as [q_proj, v_proj]"),
+        (["adapter.rank=0"], "adapter.rank is 0, but must be at least 1"),
+        (["adapter.rang=4"], "The key 'adapter.rang' is unknown; did you mean 'rank'"),
+        (["adapter.dropout=1.0"], "adapter.dropout is 1.0, but must be at most 0.9"),
+        (["adapter.kind=prefix"], "adapter.kind cannot be 'prefix' (accepted: lora)"),
+        (["adapter=lora"], "adapter is a section with the keys kind, rank, alpha, dropout, targets, steps, lr, joint"),
+        (["adapter.lr=0"], "adapter.lr is 0.0, but must be above 0"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(small, tmp_path, overrides, said):
+    words = ["fit", "--recipe", str(small.file), f"output={tmp_path / 'runs'}", "router=shortgpt", *overrides]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_healing_of_other_modules_is_not_gone_on_from(small, tmp_path, monkeypatch):
+    """A named checkpoint keeps an unfinished folder whatever else of the recipe changed."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, kill)
+        with pytest.raises(Killed):
+            fit(small(tmp_path, *HEALED), "small")
+    checkpoints = tmp_path / "small" / ".buddy.partial" / "checkpoints"
+    before = (checkpoints / "healing.ckpt").read_bytes()
+    named = f"trainer.ckpt_path={checkpoints / 'last.ckpt'}"
+    with pytest.raises(
+        TrainingError, match=r"healing.ckpt is of another healing .it differs in adapter.rank.; delete it"
+    ):
+        fit(small(tmp_path, *HEALED, named, "adapter.rank=3"), "small")
+    assert (checkpoints / "healing.ckpt").read_bytes() == before
+    fit(small(tmp_path, *HEALED, named, "adapter.lr=0.01"), "small")  # rates may change
+
+
+def test_a_step_that_is_not_finite_says_what_to_do(small, tmp_path, monkeypatch):
+    healing = HealingModule._healing
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingModule, "_healing", lambda *args: [part * float("nan") for part in healing(*args)])
+        with pytest.raises(
+            TrainingError, match=r"step 1 because the loss is not finite; lower adapter.lr, and give trai"
+        ):
+            fit(small(tmp_path, *HEALED), "small")
+
+
+@pytest.fixture
+def copied(healed, tmp_path) -> Path:
+    """A healed run whose files may be changed: its checksums are left out."""
+    folder = shutil.copytree(healed / "shortgpt", tmp_path / "run")
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**facts, "checksums": {}}))
+    return folder
+
+
+def test_a_changed_adapter_is_a_damaged_run(healed, tmp_path):
+    folder = shutil.copytree(healed / "shortgpt", tmp_path / "run")
+    path = folder / "adapter" / "adapter_model.safetensors"
+    save_tensors(path, {name: 2 * value for name, value in load_tensors(path).items()}, {})
+    with pytest.raises(RunError, match=r"adapter/adapter_model.safetensors is damaged \(it is not what was written\)"):
+        read_run(folder)
+
+
+def test_a_run_without_its_adapter_is_refused(copied):
+    shutil.rmtree(copied / "adapter")
+    with pytest.raises(RunError, match=r"adapter/backbone.json is damaged \(No such file"):
+        routed_from(read_run(copied))
+
+
+def test_an_adapter_of_another_backbone_is_refused(copied):
+    path = copied / "adapter" / "backbone.json"
+    path.write_text(json.dumps({"name": "other", "fingerprint": "f00d"}))
+    with pytest.raises(
+        RunError, match=r"was made for another backbone .other, fingerprint f00d, not .*; load that one"
+    ):
+        routed_from(read_run(copied))

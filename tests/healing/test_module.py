@@ -1,0 +1,238 @@
+"""The LightningModule of healing: what it trains, draws, saves and refuses."""
+
+import copy
+
+import lightning
+import pytest
+import torch
+from torch.nn import functional as F
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import TrainingError
+from buddy.healing.module import HealingModule, Together
+from buddy.training.data import TextData
+from buddy.training.estimator import Batch, Perturbed, StraightThrough, Weighted
+from buddy.training.interrupt import quiet
+from buddy.training.module import NotFinite
+from buddy.training.objective import Objective
+from routers.buddy import BuddyRouter
+from routers.first import FiRST
+from tests.engine.reference import Fickle, FickleGates
+from tests.healing.made import IDS, factors, new_adapter, stirred
+from tests.tiny import tiny_backbone, tiny_tokenizer
+
+GRID = [6, 4, 3]
+SETTINGS = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.0, "clip": 10.0, "seed": 0}
+
+
+def make(router=Fickle, objective=None, together=None, identity=None, policy="fill", adapter=None, **settings):
+    backbone = tiny_backbone("llama")
+    torch.manual_seed(0)
+    routed = RoutedLM(backbone, router(geometry_of(backbone)), policy=policy)
+    routed.adapt(new_adapter(backbone, **(adapter or {})))
+    routed.adapter.parts.train()
+    if together is None:
+        routed.router.requires_grad_(False)
+    return HealingModule(
+        routed,
+        objective or Objective(),
+        GRID,
+        identity=identity or {"the router": "one"},
+        together=together,
+        **{**SETTINGS, **settings},
+    )
+
+
+@pytest.fixture
+def run(small, tmp_path):
+    """Fits a module for so many steps and gives back its trainer."""
+
+    def run(module: HealingModule, steps: int, ckpt_path=None, **options) -> lightning.Trainer:
+        with quiet():
+            trainer = lightning.Trainer(
+                max_steps=steps,
+                max_epochs=-1,
+                accelerator="cpu",
+                default_root_dir=tmp_path,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                **options,
+            )
+            data = TextData(tiny_tokenizer(), str(small.text), window=32, steps=steps)
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    return run
+
+
+def batch(*executed: int) -> Batch:
+    return Batch(IDS[: len(executed)], torch.tensor(executed), torch.arange(7, 19), prompt=8)
+
+
+def test_the_loss_is_the_objective_against_the_stock_model():
+    module = make(objective=Objective(0.7, 0.3))
+    stirred(module.adapter)
+    loss, value = module._healing(batch(3, 6))
+    routed = module.routed
+    logits = routed(IDS[:2], executed=torch.tensor([3, 6])).logits[:, 7:19]
+    stock = tiny_backbone("llama").model(IDS[:2]).logits[:, 7:19].log_softmax(-1)
+    kl = (stock.exp() * (stock - logits.log_softmax(-1))).sum(-1)
+    ce = F.cross_entropy(logits.flatten(0, 1), IDS[:2, 8:20].flatten(), reduction="none").view(2, -1)
+    torch.testing.assert_close(value, (0.7 * kl + 0.3 * ce).mean(1).detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, value.mean())
+
+
+@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
+@pytest.mark.parametrize("router", [Fickle, FickleGates])
+def test_steps_on_a_batch_bring_its_routed_outputs_near_to_the_stock_model(router, policy):
+    module, asked = make(router, policy=policy), batch(3, 4, 3)
+    optimizer, losses = torch.optim.AdamW(module.adapter.parameters(), lr=1e-2), []
+    for _ in range(12):
+        loss, _ = module._healing(asked)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("router", [BuddyRouter, FickleGates])
+def test_only_the_adapter_is_trained(run, router):
+    module = make(router)
+    before = copy.deepcopy(module.routed.router.state_dict()), factors(module.adapter)
+    run(module, 2)
+    assert all(torch.equal(before[0][name], value) for name, value in module.routed.router.state_dict().items())
+    assert all(not torch.equal(before[1][name], value) for name, value in factors(module.adapter).items())
+    assert not any(parameter.grad is not None for parameter in module.routed.router.parameters())
+    module.routed.detach()
+    stock = tiny_backbone("llama").model.state_dict()
+    assert all(torch.equal(stock[name], value) for name, value in module.routed.backbone.model.state_dict().items())
+
+
+class Seen(Objective):
+    """Remembers what each step was judged on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets = []
+
+    def __call__(self, dense, logits, targets):
+        self.targets.append(targets)
+        return super().__call__(dense, logits, targets)
+
+
+def test_all_routers_get_the_same_windows_budgets_and_first_factors(run, monkeypatch):
+    forward, seen, asked = RoutedLM.forward, [], []
+
+    def spied(self, *args, **options):
+        asked.append(options["executed"])
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(RoutedLM, "forward", spied)
+    for router in (FickleGates, BuddyRouter):
+        module = make(router, Seen())
+        start = factors(module.adapter)
+        asked.clear()
+        run(module, 3)
+        seen.append([torch.stack(module.objective.targets), torch.stack(asked), *start.values()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*seen, strict=True))
+    assert {*seen[0][1].flatten().tolist()} == {*GRID}, "every budget of the grid, full depth too"
+
+
+def test_dropout_acts_in_training_alone_and_is_drawn_from_the_seed(run):
+    module = make(adapter={"dropout": 0.5})
+    stirred(module.adapter)
+    values = [module._healing(batch(3, 4))[1] for _ in range(2)]
+    assert not torch.equal(*values)
+    module.adapter.freeze()
+    values = [module._healing(batch(3, 4))[1] for _ in range(2)]
+    assert torch.equal(*values)
+    trained = []
+    for salt in range(2):
+        module = make(adapter={"dropout": 0.5})
+        torch.manual_seed(salt)
+        run(module, 3)
+        trained.append(factors(module.adapter))
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+ESTIMATORS = [(BuddyRouter, Perturbed), (BuddyRouter, StraightThrough), (FiRST, Weighted)]
+
+
+@pytest.mark.parametrize(("router", "estimator"), ESTIMATORS)
+def test_together_router_and_adapter_both_learn(run, router, estimator):
+    module = make(router, together=Together(estimator(Objective()), lr=1e-2))
+    before = copy.deepcopy(module.router.state_dict()), factors(module.adapter)
+    run(module, 3)
+    changed = [name for name, value in module.router.state_dict().items() if not torch.equal(before[0][name], value)]
+    assert {name for name, _ in module.router.named_parameters()} == {*changed}
+    assert all(not torch.equal(before[1][name], value) for name, value in factors(module.adapter).items())
+    rates = [group["initial_lr"] for group in module.trainer.optimizers[0].param_groups]
+    assert rates == [1e-2, *(1e-2 * group["scale"] for group in module.router.parameter_groups())]
+
+
+def test_together_the_dense_reference_is_the_stock_model():
+    module = make(BuddyRouter, together=Together(Perturbed(Objective()), lr=1e-2))
+    seen = []
+
+    class Reference(Objective):
+        def __call__(self, dense, logits, targets):
+            seen.append(dense.probability)
+            return super().__call__(dense, logits, targets)
+
+    module.objective = module.together.estimator.objective = Reference()
+    stirred(module.adapter)
+    module._together(batch(3, 4), torch.Generator().manual_seed(0))
+    stock = tiny_backbone("llama").model(IDS[:2]).logits[:, 7:19].softmax(-1)
+    assert len(seen) == 5
+    for probability in seen:
+        torch.testing.assert_close(probability, stock)
+
+
+def test_a_checkpoint_has_the_adapter_alone(run, tmp_path):
+    module = make()
+    run(module, 1).save_checkpoint(tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert {*saved["state_dict"]} == {f"parts.{name}" for name in factors(module.adapter)}
+
+
+def test_the_recipes_rate_holds_over_the_checkpoints(run, tmp_path):
+    run(make(), 2).save_checkpoint(tmp_path / "two.ckpt")
+    module = make(lr=3e-3)
+    run(module, 4, ckpt_path=tmp_path / "two.ckpt")
+    assert module.trainer.optimizers[0].param_groups[0]["initial_lr"] == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"adapter": {"rank": 2}}, "parts.model-layers-1-mlp-down_proj.A.weight"),
+        ({"adapter": {"targets": ["q_proj"]}}, "parts.model-layers-1-mlp-down_proj.A.weight"),
+        ({"identity": {"the router": "two"}}, "the router"),
+    ],
+)
+def test_a_checkpoint_of_another_healing_is_refused(run, tmp_path, other, words):
+    run(make(**other), 1).save_checkpoint(tmp_path / "one.ckpt")
+    module = make()
+    before = factors(module.adapter)
+    with pytest.raises(TrainingError, match=f"healing.ckpt is of another healing .it differs in {words}.*; delete it"):
+        run(module, 2, ckpt_path=tmp_path / "one.ckpt")
+    assert all(torch.equal(before[name], value) for name, value in factors(module.adapter).items())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(run):
+    module = make()
+    next(iter(module.adapter.parts.values()))["A"].weight.data[0, 0] = float("inf")
+    before = factors(module.adapter)
+    with pytest.raises(NotFinite, match="Healing stopped at step 1 because the loss is not finite"):
+        run(module, 2)
+    assert all(torch.equal(before[name], value) for name, value in factors(module.adapter).items())
+
+
+def test_cross_entropy_alone_needs_no_dense_pass(monkeypatch):
+    module = make(objective=Objective(0.0, 1.0))
+    monkeypatch.setattr(RoutedLM, "dense", lambda *_, **__: pytest.fail("the dense model ran"))
+    module._healing(batch(3, 4))[0].backward()
+    assert all(parameter.grad is not None for parameter in module.adapter.parameters())

@@ -1,0 +1,225 @@
+"""`--budget auto` where it is asked for: in the engine, in generate, in evaluate, through the command."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import buddy
+from buddy.assemble import routed_from
+from buddy.cli import app
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import BudgetError
+from buddy.evaluation.evaluate import evaluate_run
+from buddy.evaluation.perplexity import evaluate
+from buddy.runs import read_run
+from buddy.training.windows import Windows
+from tests.engine.reference import Fickle
+from tests.tiny import tiny_backbone
+
+PROMPTS = ("budget depth layer router", "measure", "token plan text model order learn skip")
+
+
+@pytest.fixture
+def routed():
+    """A model whose predictor takes 5 layers where the newest token's hidden state begins positive, else 3."""
+    backbone = tiny_backbone("llama")
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    routed.chooser = lambda most: lambda context: torch.where(context.hidden[:, 0] > 0, min(5, most), 3)
+    return routed
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 259, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# The engine
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_the_context_is_what_the_whole_model_sees(family):
+    backbone = tiny_backbone(family)
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    ids = tokens(3, 15)
+    found, seen = routed.context(ids), routed(ids).context
+    for name in ("pooled", "newest", "hidden"):
+        assert torch.equal(getattr(found, name), getattr(seen, name)[:, -1])
+
+
+def test_padding_on_the_left_changes_no_choice(routed):
+    ids = tokens(1, 9)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    mask = (torch.arange(13) >= 4).long()[None]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    alone, within = routed.context(ids), routed.context(padded, mask, position_ids=positions)
+    for name in ("pooled", "newest", "hidden"):
+        torch.testing.assert_close(getattr(within, name), getattr(alone, name), atol=1e-5, rtol=1e-5)
+
+
+def test_generation_holds_what_was_chosen_for_each_row(routed):
+    ids = tokens(6, 10)
+    wanted = routed.choosing("auto")(routed.context(ids)).tolist()
+    assert set(wanted) == {3, 5}
+    with routed.at("auto") as record:
+        routed.backbone.model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert list(record.asked) == wanted
+    for executed, sinks in zip(record.executed, record.sinks, strict=True):
+        for row, count in enumerate(wanted):
+            assert set(executed[row][~sinks[row]].tolist()) == {count}
+
+
+def test_what_is_written_is_what_the_chosen_budget_writes(routed):
+    for seed in range(4):
+        ids = tokens(1, 10, seed)
+        with routed.at("auto") as record:
+            written = routed.backbone.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        with routed.at(f"{record.asked[0]}layers"):
+            again = routed.backbone.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert torch.equal(written, again)
+
+
+def test_each_prompt_in_a_block_is_chosen_for_anew(routed):
+    asked = []
+    with routed.at("auto") as record, torch.no_grad():
+        for seed in range(8):
+            routed.backbone.model(tokens(1, 6, seed))
+            asked.append(record.asked[0])
+    assert set(asked) == {3, 5}
+
+
+def test_beams_follow_their_row(routed):
+    ids = tokens(2, 8)
+    with routed.at("auto") as record:
+        routed.backbone.model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
+    wanted = routed.choosing("auto")(routed.context(ids)).repeat_interleave(2).tolist()
+    assert list(record.asked) == wanted
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        (("auto", 0.5), "The budget auto chooses for each row; give it alone"),
+        (("auto:7layers",), "The budget 7layers is more than the backbone's 6 layers"),
+        (("auto:much",), "The budget 'much' is neither a fraction"),
+        (("auto:",), "has no cap after its colon"),
+    ],
+)
+def test_what_the_engine_refuses(routed, budgets, message):
+    with pytest.raises(BudgetError, match=message), routed.at(*budgets):
+        pass
+
+
+def test_without_a_predictor(routed):
+    routed.chooser = None
+    with (
+        pytest.raises(BudgetError, match="This run has no budget predictor; fit one with `buddy fit"),
+        routed.at("auto"),
+    ):
+        pass
+
+
+def test_embeddings_are_refused(routed):
+    embedded = routed.backbone.base.embed_tokens(tokens(1, 5))
+    with pytest.raises(BudgetError, match="needs tokens, not embeddings"), routed.at("auto"), torch.no_grad():
+        routed.backbone.model(inputs_embeds=embedded)
+
+
+# Evaluation
+
+
+def test_evaluation_of_auto_is_that_of_the_budgets_it_chose(routed):
+    windows = Windows(tokens(6, 24), torch.arange(6))
+    auto, three, five = evaluate(routed, windows, ["auto", 0.5, "5layers"], prompt=8, batch_size=4)
+    chosen = routed.choosing("auto")(routed.context(windows.input_ids[:, :8])).tolist()
+    assert set(chosen) == {3, 5}
+    for row, count in enumerate(chosen):
+        fixed = three if count == 3 else five
+        assert auto.loss[row] == pytest.approx(fixed.loss[row], rel=1e-4)
+    assert auto.chosen == {3: chosen.count(3), 5: chosen.count(5)}
+    assert auto.executed == (3, pytest.approx(sum(chosen) / 6), 5)
+    assert three.chosen is None
+
+
+def test_evaluate_prints_what_was_chosen_and_the_coin(predicting, tmp_path, capsys):
+    folder = predicting["regress"]
+    evaluate_run(folder, budgets=["1.0", "0.5", "auto", "auto:0.75"], json_file=tmp_path / "curve.json")
+    entries = json.loads((tmp_path / "curve.json").read_text())["results"]
+    assert [entry["budget"] for entry in entries] == [1.0, 0.5, "auto", "auto:0.75"]
+    assert sum(entries[2]["chosen"].values()) == 6
+    assert max(map(int, entries[3]["chosen"])) <= 4
+    assert entries[3]["executed"]["max"] <= 4
+    out = " ".join(capsys.readouterr().out.split())
+    assert "auto chose, of 6 windows, " in out
+    assert "a coin between fixed budgets that runs as many layers has perplexity" in out
+
+
+# The command
+
+
+def call(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("name", ["regress", "grpo"])
+def test_generate_says_what_was_chosen(predicting, name):
+    words = ["generate", "--run", predicting[name], "--max-new-tokens", 3]
+    result = call(*words, "--budget", "auto", PROMPTS[0])
+    assert result.exit_code == 0
+    routed = routed_from(read_run(predicting[name]))
+    ids = routed.backbone.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    count = int(routed.choosing("auto")(routed.context(ids)))
+    assert (
+        f"The budget auto chose {count} of 6 layers a token. Prompt: {count} / {count}.0 / {count} layers"
+        in result.stderr
+    )
+    capped = call(*words, "--budget", "auto:3layers", PROMPTS[0])
+    assert "The budget auto:3layers chose 3 of 6 layers a token." in capped.stderr
+    fixed = call(*words, "--budget", "3layers", PROMPTS[0])
+    assert capped.stdout == fixed.stdout
+
+
+def test_buddy_load_takes_it_too(predicting):
+    model = buddy.load(predicting["regress"])
+    model.generate(PROMPTS[1], "auto", max_new_tokens=2)
+    assert model.ran.startswith("The budget auto chose ")
+
+
+def test_a_latency_is_said_in_layers(finished):
+    result = call("generate", "--run", finished / "buddy", "--budget", "10000ms", "--max-new-tokens", 2, "text")
+    assert result.exit_code == 0
+    assert "Asked for 10000 ms, which here are 6 of 6 layers a token." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "--budget", "auto", "text"], "This run has no budget predictor; fit one with `buddy fit"),
+        (["generate", "--budget", "auto:2", "text"], "is not above 0 and at most 1"),
+        (["generate", "--budget", "0.0001ms", "text"], "2 layers take "),
+        (["generate", "--budget", "15parsecs", "text"], "The budget '15parsecs' is neither a fraction"),
+        (["generate", "--budget", "0ms", "text"], "The budget 0ms is no time above 0"),
+        (["generate", "--budget=-3ms", "text"], "The budget -3ms is no time above 0"),
+        (["evaluate", "--budgets", "0.5,auto"], "This run has no budget predictor"),
+        (["evaluate", "--budgets", "0ms"], "The budget 0ms is no time above 0"),
+        (["bench", "--budgets", "auto"], "is chosen for each request, by `buddy generate` and `buddy evaluate`"),
+        (["inspect", "--budgets", "auto"], "is chosen for each request"),
+    ],
+)
+def test_what_the_command_refuses(finished, tmp_path, words, said):
+    before = sorted(path.name for path in (finished / "buddy").iterdir())
+    result = call(words[0], "--run", finished / "buddy", *words[1:])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.rpartition("Error: ")[2].count("\n") == 1
+    assert said in result.stderr
+    assert sorted(path.name for path in (finished / "buddy").iterdir()) == before
+
+
+def test_latencies_and_counts_go_together(finished, tmp_path):
+    from buddy.inspection.inspect import inspect_run
+
+    evaluate_run(finished / "buddy", budgets=["9999ms", "3layers"], json_file=tmp_path / "curve.json")
+    entries = json.loads((tmp_path / "curve.json").read_text())["results"]
+    assert [(entry["budget"], entry["layers"]) for entry in entries] == [(1.0, 6), (0.5, 3)]
+    inspect_run(finished / "buddy", budgets=["9999ms"], text=PROMPTS[2], out=tmp_path / "looked")
+    assert (tmp_path / "looked" / "tokens-9999ms.png").exists()

@@ -1,0 +1,132 @@
+"""Regression of loss curves, and the budget that they ask for."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from buddy.errors import BudgetError
+from buddy.predictor.features import features_of, size_of
+from buddy.predictor.regress import CurvePredictor, within
+from buddy.predictor.ridge import STRENGTHS, ridge
+from buddy.router import Context, Geometry
+
+ARMS = (6, 4, 3)
+GEOMETRY = Geometry(layers=6, context_layer=1, hidden=8, features=4)
+
+
+def contexts(rows: int, seed: int = 0) -> Context:
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda width: torch.randn(rows, width, generator=random)  # noqa: E731
+    return Context(draw(4), draw(4), draw(8), torch.full((rows,), 6))
+
+
+def linear(rows: int, seed: int = 0) -> tuple[Context, torch.Tensor]:
+    """Contexts, and increases that are linear in them, the more the shallower."""
+    context = contexts(rows, seed)
+    features = features_of(context).double()
+    slope = torch.randn(size_of(GEOMETRY), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    hardness = 1 + 0.2 * features @ slope / len(slope) ** 0.5
+    return context, torch.stack([0 * hardness, hardness, 2 * hardness], 1)
+
+
+def test_what_is_linear_is_learned():
+    predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=1.0)
+    context, increase = linear(200)
+    predictor.fit(features_of(context), increase)
+    other, truth = linear(50, seed=1)
+    torch.testing.assert_close(predictor.increase(other).double(), truth, atol=0.02, rtol=0)
+
+
+def test_where_prompts_tell_nothing_the_mean_serves_all():
+    off = []
+    for seed in range(5):
+        predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=1.0)
+        noise = torch.randn(60, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        predictor.fit(features_of(contexts(60, seed=50 + seed)), noise)
+        off.append((predictor.increase(contexts(40, seed=90 + seed)) - noise.mean(0)).square().mean().sqrt())
+    assert torch.stack(off).mean() < 0.2  # the noise itself has a spread of 1
+
+
+def test_only_what_helps_is_seen():
+    """Where the pooled states say it all, the other features' noise is left out; where they say nothing, it is not."""
+    for place, told in ((0, slice(0, 4)), (9, slice(0, 16))):
+        predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=1.0)
+        features = features_of(contexts(60))
+        predictor.fit(features, features[:, place : place + 1].double() * torch.tensor([0.0, 1.0, 2.0]))
+        assert bool((predictor.slope[:, told] != 0).any())
+        assert bool((predictor.slope[1, 4:] != 0).any()) == (place == 9)
+
+
+def test_leaving_out_is_what_it_says():
+    """Every row's prediction is that of a regression which was fitted without it, at the ridge that was chosen."""
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 5, generator=random, dtype=torch.float64)
+    features = features - features.mean(0)
+    targets = features[:, :2] * 2 + 0.3 * torch.randn(12, 2, generator=random, dtype=torch.float64)
+    slope, level, left_out = ridge(features, targets)
+    errors = []
+    for strength in STRENGTHS * features.square().sum() / 12:
+        rows = []
+        for row in range(12):
+            keep = [other for other in range(12) if other != row]
+            rows.append(_ridge_with_level(features[keep], targets[keep], strength, features[row]))
+        errors.append((torch.stack(rows) - targets).square().mean(0))
+    unit = targets.var(0, correction=0)
+    best = min(errors, key=lambda error: (error / unit).sum())
+    assert torch.allclose((left_out - targets).square().mean(0), best, rtol=1e-6)
+    assert torch.allclose(level, targets.mean(0))
+    assert slope.shape == (2, 5)
+
+
+def _ridge_with_level(features, targets, strength, wanted):
+    """By solving the normal equations of a regression whose level is not shrunk."""
+    wide = torch.cat([features, torch.ones(len(features), 1, dtype=features.dtype)], 1)
+    shrink = strength * torch.eye(wide.shape[1], dtype=features.dtype)
+    shrink[-1, -1] = 0
+    weights = torch.linalg.solve(wide.T @ wide + shrink, wide.T @ targets)
+    return torch.cat([wanted, torch.ones(1, dtype=features.dtype)]) @ weights
+
+
+def test_the_smallest_budget_within_epsilon():
+    arms = torch.tensor(ARMS)
+    increase = torch.tensor([[0.0, 0.04, 0.2], [0.0, 0.01, 0.05], [0.0, 0.3, 0.4], [0.1, 0.2, 0.3]])
+    assert within(increase, arms, 0.05).tolist() == [4, 3, 6, 6]
+    assert within(increase[:, 1:], arms[1:], 0.05).tolist() == [4, 3, 4, 4]
+
+
+@given(
+    st.lists(st.lists(st.floats(-1, 3), min_size=4, max_size=4), min_size=1, max_size=6),
+    st.floats(0, 2),
+    st.floats(0, 2),
+)
+def test_a_larger_epsilon_never_chooses_more(increase, one, other):
+    arms = torch.tensor([9, 7, 5, 2])
+    small, large = (within(torch.tensor(increase), arms, epsilon) for epsilon in sorted((one, other)))
+    assert bool((large <= small).all())
+
+
+@given(st.integers(3, 8), st.integers(0, 1000))
+def test_a_cap_is_never_passed(most, seed):
+    predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=0.0)
+    predictor.level.copy_(torch.tensor([0.0, 1.0, 2.0]))
+    chosen = predictor.under(most)(contexts(5, seed))
+    assert chosen.dtype == torch.long
+    assert chosen.tolist() == [max(arm for arm in ARMS if arm <= most)] * 5
+
+
+def test_a_cap_below_all_budgets():
+    predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=0.0)
+    with pytest.raises(BudgetError, match="leaves 2 layers, but this run's predictor chooses from 3 on; raise the cap"):
+        predictor.under(2)
+
+
+def test_the_rule_of_the_study_is_that_of_serving():
+    from buddy.predictor.rules import by_epsilon
+
+    arms = np.array([9, 7, 5, 2])
+    increase = np.random.default_rng(0).normal(0.5, 0.5, (50, 4))
+    for epsilon in (0.0, 0.3, 1.0):
+        served = within(torch.from_numpy(increase), torch.from_numpy(arms), epsilon)
+        assert arms[by_epsilon(increase, arms, epsilon)].tolist() == served.tolist()

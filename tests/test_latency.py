@@ -1,0 +1,169 @@
+"""What a token takes: measured once, kept, read again, and what happens where that cannot be."""
+
+import json
+import os
+import stat
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from buddy import latency
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import BudgetError
+from buddy.latency import Latencies, cache_folder, interpolated, measure, points_of, setting_of
+from tests.engine.reference import Fickle
+from tests.tiny import tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def routed():
+    backbone = tiny_backbone("llama")
+    return RoutedLM(backbone, Fickle(geometry_of(backbone)))
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Stands in for the clock: 1 ms a layer and 2 ms besides; counts how often the whole was measured."""
+    calls = []
+
+    def stand_in(routed, rounds, track):
+        calls.append(rounds)
+        return {count: 2.0 + count for count in points_of(routed)}
+
+    monkeypatch.setattr(latency, "measure", stand_in)
+    return calls
+
+
+def test_every_count_is_timed_in_every_round(routed, monkeypatch):
+    asked = []
+
+    class Timed(latency.Contender):
+        def decode(self, ids, prompt):
+            assert (ids.shape, prompt) == ((1, 80), 64)
+            asked.append(self.layers)
+            return float(self.layers + len(asked))
+
+    monkeypatch.setattr(latency, "Contender", Timed)
+    found = measure(routed, rounds=2)
+    assert asked == [2, 3, 4, 5, 6] * 3  # in turns; the first round is not counted
+    assert found == {k: k + (place + 6 + place + 11) / 2 for place, k in enumerate((2, 3, 4, 5, 6))}
+
+
+def test_real_tokens_are_timed(routed):
+    found = measure(routed, rounds=1)
+    assert list(found) == [2, 3, 4, 5, 6]
+    assert all(0 < taken < 1000 for taken in found.values())
+
+
+@given(st.dictionaries(st.integers(2, 40), st.floats(0.1, 100), min_size=1))
+def test_between_points_lies_a_line_that_never_falls(points):
+    table = interpolated(points)
+    counts = sorted(points)
+    assert list(table) == list(range(counts[0], counts[-1] + 1))
+    values = list(table.values())
+    assert all(one <= other + 1e-9 for one, other in pairwise(values))
+    assert table[counts[0]] == pytest.approx(points[counts[0]])
+    assert max(values) == pytest.approx(max(points.values()))
+
+
+def test_a_line_is_a_line():
+    assert interpolated({2: 4.0, 6: 8.0, 10: 12.0})[9] == pytest.approx(11.0)
+
+
+def test_measured_on_first_use_and_read_by_the_next_process(routed, timed, tmp_path):
+    assert Latencies(tmp_path)(routed) == {2: 4.0, 3: 5.0, 4: 6.0, 5: 7.0, 6: 8.0}
+    assert Latencies(tmp_path)(routed)[6] == 8.0
+    assert len(timed) == 1
+    (path,) = tmp_path.glob("*.json")
+    saved = json.loads(path.read_text())
+    assert saved["milliseconds"] == {"2": 4.0, "3": 5.0, "4": 6.0, "5": 7.0, "6": 8.0}
+    assert (saved["setting"]["backbone"], saved["context"]) == (routed.backbone.fingerprint, 64)
+
+
+def test_one_measurement_serves_all_questions_of_a_model(routed, timed):
+    table = Latencies(None)
+    assert table(routed) is table(routed)
+    assert len(timed) == 1
+
+
+def test_remeasured_on_demand(routed, timed, tmp_path, monkeypatch):
+    table = Latencies(tmp_path)
+    table(routed)
+    monkeypatch.setattr(latency, "measure", lambda *_: {2: 1.0, 6: 5.0})
+    assert table.remeasure(routed, 3) == {2: 1.0, 6: 5.0}
+    assert table(routed)[4] == Latencies(tmp_path)(routed)[4] == 3.0
+
+
+@pytest.mark.parametrize("change", ["threads", "dtype", "router", "routing", "backbone"])
+def test_another_setting_has_another_table(routed, monkeypatch, change):
+    before = setting_of(routed)
+    if change == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+        assert setting_of(routed) != before
+        return
+    if change == "routing":
+        with routed.changed(reroute_every=4):
+            assert setting_of(routed) != before
+        return
+    backbone = tiny_backbone("llama", seed=int(change == "backbone"))
+    other = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    if change == "dtype":
+        backbone.model.bfloat16()
+    if change == "router":
+        other.router.weight = torch.nn.Parameter(torch.zeros(3))
+    assert setting_of(other) != before
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"setting": {}, "milliseconds": {"2": 1}}', "\x00"])
+def test_a_damaged_table_is_measured_anew(routed, timed, tmp_path, capsys, text):
+    Latencies(tmp_path)(routed)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(text)
+    assert Latencies(tmp_path)(routed)[6] == 8.0
+    assert len(timed) == 2
+    assert json.loads(path.read_text())["milliseconds"]["6"] == 8.0
+    assert "cannot be used; measuring anew" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(routed, timed, tmp_path, capsys):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert Latencies(tmp_path / "latency")(routed)[6] == 8.0
+    assert "Latencies cannot be kept" in capsys.readouterr().err
+
+
+def test_a_file_in_the_way(routed, timed, tmp_path, capsys):
+    (tmp_path / "latency").write_text("")
+    assert Latencies(tmp_path / "latency")(routed)[6] == 8.0
+    assert "Latencies cannot be kept" in capsys.readouterr().err
+
+
+def test_where_tables_are_kept(monkeypatch, tmp_path):
+    assert cache_folder() is None  # of tests
+    monkeypatch.setenv("BUDDY_LATENCY_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("BUDDY_LATENCY_CACHE")
+    monkeypatch.setenv("BUDDY_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path / "latency"
+
+
+def test_a_model_resolves_latencies_by_its_table(routed, timed):
+    routed.table = Latencies(None)
+    try:
+        assert [routed.executed_layers(budget) for budget in ("4ms", "6.9 ms", "8ms", "1000ms")] == [2, 4, 6, 6]
+        with pytest.raises(BudgetError, match=r"2 layers take 4\.00 ms a token here; ask for at least 4\.00ms"):
+            routed.executed_layers("3.9ms")
+        with routed.at("5ms") as record, torch.no_grad():
+            routed.backbone.model(torch.randint(3, 259, (1, 9)))
+        assert record.executed[0][0, 1:].tolist() == [3] * 8
+    finally:
+        routed.table = None
+
+
+def test_a_router_of_full_depth_has_one_point(routed):
+    full = SimpleNamespace(geometry=routed.geometry, router=SimpleNamespace(full_depth=True))
+    assert points_of(full) == [6]
