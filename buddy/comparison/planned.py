@@ -15,7 +15,7 @@ from buddy.files import damaged
 from buddy.place import FACTS, METRICS, RECIPE, RunPlace, inputs_in
 from buddy.recipe import flatten, load_recipe
 from buddy.runs import check_backbone, read_metrics, read_run
-from buddy.schema import Recipe
+from buddy.schema import PredictorSection, Recipe
 
 FREE = ("output", "rivals", "trainer.ckpt_path")  # keys that change nothing in the run
 TRAINING = (
@@ -56,11 +56,15 @@ class Planned:
 
 
 def base_of(recipe: Recipe) -> Recipe:
-    """What the recipes of all runs have in common: the seed of the data is fixed, so that seeds are routers' alone."""
+    """What the recipes of all runs have in common: the seed of the data is fixed, so that seeds are routers' alone.
+
+    A budget predictor is left out: budgets are the same for all.
+    """
     return replace(
         recipe,
         data=replace(recipe.data, seed=recipe.data_seed),
         rivals=[],
+        predictor=PredictorSection(),
         trainer=replace(recipe.trainer, ckpt_path=None),
     )
 
