@@ -112,6 +112,18 @@ def test_nothing_is_overwritten(tmp_path):
     assert not list((tmp_path / "buddy-router-mine").iterdir())
 
 
+def test_a_place_with_a_space_is_quoted_in_what_to_type(tmp_path):
+    (tmp_path / "my routers").mkdir()
+    result = new("mine", "--out", tmp_path / "my routers")
+    assert f"pip install -e '{tmp_path}/my routers/buddy-router-mine'\n" in result.stdout
+
+
+def test_a_place_of_a_name_too_long_is_a_sentence(tmp_path):
+    result = new("mine", "--out", tmp_path / ("x" * 300))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "xx is not there; name a folder that is, with --out" in result.stderr
+
+
 @pytest.mark.parametrize(("made", "said"), [(False, "is not there"), (True, "is a file")])
 def test_a_place_that_is_no_folder(made, said, tmp_path):
     place = tmp_path / "place"

@@ -1,6 +1,7 @@
 """`buddy routers`."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -37,7 +38,7 @@ def new(
     from buddy.scaffold import new_router
 
     folder = new_router(name, out)
-    place = folder if folder.is_absolute() else f"./{folder}"
+    place = quote(str(folder) if folder.is_absolute() else f"./{folder}")
     typer.echo(
         f"Wrote {folder}; install it with: pip install -e {place}\nThen check it with: buddy routers check {name}"
     )

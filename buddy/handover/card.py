@@ -55,7 +55,13 @@ def run_card(run: Run, metrics: Mapping[str, Any] | None, name: str, licence: st
 
 
 def export_card(
-    run: Run, choice: Choice, budget: str, scores: Sequence[Scores], mind: Sequence[str], checked: float | None
+    run: Run,
+    choice: Choice,
+    budget: str,
+    name: str,
+    scores: Sequence[Scores],
+    mind: Sequence[str],
+    checked: float | None,
 ) -> str:
     """The card of an exported checkpoint.
 
@@ -63,6 +69,7 @@ def export_card(
         run: of the router that chose the plan.
         choice: the plan.
         budget: as asked.
+        name: of the folder.
         scores: of the run as it routes, and of the checkpoint, on held-out windows.
         mind: what whoever uses it should know.
         checked: largest difference of a logit to the engine's; None where that was not looked at.
@@ -76,8 +83,8 @@ def export_card(
         f"The layers {kept} of {title(run.backbone)} (counted from 0), as the router `{run.router_name}` chose them at "
         f"budget {budget}. An ordinary checkpoint: it needs transformers and nothing of Buddy.{proof}\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n',
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n',
         "## What it is not\n",
         *(f"- {sentence}\n" for sentence in mind),
         "## Results\n",

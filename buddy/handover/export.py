@@ -71,7 +71,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         checked = _check(made, cut, choice, texts) if check else None
         mind = cautions(run, choice, mixed(cut.backbone.model.config, choice.kept))
         write_json(made / RECORD, _record(run, choice, budget, scores, checked))
-        write_text(made / CARD, export_card(run, choice, budget, scores, mind, checked).replace("FOLDER", out.name))
+        write_text(made / CARD, export_card(run, choice, budget, out.name, scores, mind, checked))
     _show(run, choice, scores, mind, checked, out)
 
 
@@ -121,7 +121,11 @@ def _measure(
     """Scores of the run and of the plan for every token, sinks included; and the model that runs it so."""
     backbone, layers = routed.backbone, routed.geometry.layers
     asked = fraction_of(budget, len(choice.kept), layers)
-    how = {"prompt": run.recipe.data.prompt, "batch_size": run.recipe.data.batch_size, "reference": Reference()}
+    how: dict[str, Any] = {
+        "prompt": run.recipe.data.prompt,
+        "batch_size": run.recipe.data.batch_size,
+        "reference": Reference(),
+    }
     (ours,) = evaluate(routed, windows, [asked], track=tracker("Measuring the run"), **how)
     adapter, routed.adapter = routed.adapter, None  # so that it stays on the backbone
     routed.detach()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from buddy.errors import RunError
-from buddy.files import writing
+from buddy.files import alive, writing
 
 
 def check_new(out: Path) -> None:
@@ -49,14 +49,4 @@ def _leftovers(out: Path) -> list[Path]:
     """Folders of processes that are gone, and of this one's earlier calls."""
     name = re.compile(rf"\.{re.escape(out.name)}\.partial-(\d+)")
     found = [(path, name.fullmatch(path.name)) for path in out.parent.iterdir()]
-    return [path for path, match in found if match and (int(match[1]) == os.getpid() or not _alive(int(match[1])))]
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # someone else's
-        return True
-    return True
+    return [path for path, match in found if match and (int(match[1]) == os.getpid() or not alive(int(match[1])))]

@@ -12,6 +12,8 @@ from buddy.handover.layout import FILES
 def upload(folder: Path, name: str, *, private: bool = False) -> str:
     """Put a folder's files into the hub's repository `owner/name`, made where it is missing; its address.
 
+    Files of an earlier run that this one lacks, an adapter say, go away there; what is no file of a run stays.
+
     Raises:
         RunError: no token, no network, or no right to write there.
     """
@@ -20,7 +22,9 @@ def upload(folder: Path, name: str, *, private: bool = False) -> str:
     client = HfApi()
     try:
         client.create_repo(name, private=private or None, exist_ok=True)
-        client.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Upload with Buddy")
+        client.upload_folder(
+            repo_id=name, folder_path=str(folder), commit_message="Upload with Buddy", delete_patterns=list(FILES)
+        )
     except Exception as error:  # no network, no token, no such owner, … each has its own error, all the user's
         raise _refused(f"{name} cannot be written on the hub", error, "log in with `hf auth login`") from error
     return f"https://huggingface.co/{name}"

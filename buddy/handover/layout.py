@@ -6,14 +6,14 @@ A folder of them is a run folder, so every command takes it as it is.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from buddy.errors import RunError
-from buddy.files import checksum, damaged, read_json, write_json, writing
+from buddy.files import checksum, damaged, load_tensors, read_json, write_json, writing
 from buddy.healing.adapter import FILES as ADAPTER_FILES
 from buddy.place import ADAPTER, FACTS, INPUTS, METRICS, PREDICTOR, PREDICTOR_FACTS, RECIPE, ROUTER
-from buddy.runs import Run, load_router, read_metrics, read_run
+from buddy.runs import Run, read_run
 
 CARD, CONFIG = "README.md", "config.json"
 NEEDED = (RECIPE, FACTS, ROUTER)
@@ -73,16 +73,30 @@ def write_config(folder: Path, run: Run) -> None:
     write_json(folder / CONFIG, value)
 
 
-def check_files(folder: Path, *, trust_remote_code: bool = False) -> Run:
+def with_backbone(run: Run, backbone: str) -> Run:
+    """The run with its backbone under another name."""
+    section = replace(run.recipe.backbone, name=backbone, revision=None)
+    return replace(run, recipe=replace(run.recipe, backbone=section), backbone=backbone)
+
+
+def check_files(folder: Path, *, called: str | None = None, trust_remote_code: bool = False) -> Run:
     """The run in a folder that somebody else made, every file of it read.
 
     Args:
         folder: where it lies.
+        called: what people know the folder as, for errors.
         trust_remote_code: let its recipe ask for the Python of its backbone's repository.
 
     Raises:
         RunError: a file is missing, damaged, or names what lies outside; or the recipe asks for code.
     """
+    try:
+        return _checked(folder, trust_remote_code)
+    except RunError as error:
+        raise RunError(str(error).replace(str(folder), called or str(folder))) from error
+
+
+def _checked(folder: Path, trust_remote_code: bool) -> Run:
     for name in NEEDED:
         if not (folder / name).is_file():
             raise RunError(f"{folder} holds no run: {name} is missing; name what `buddy push` made, or a run folder.")
@@ -93,9 +107,11 @@ def check_files(folder: Path, *, trust_remote_code: bool = False) -> Run:
         if checksum(folder / name) != sums[name]:
             raise damaged(folder / name, "it is not what was written")
     run = finished(folder)
-    load_router(folder)
-    if (folder / METRICS).is_file():
-        read_metrics(folder)
+    for path in (folder / name for name in FILES):
+        if path.is_file() and path.suffix == ".safetensors":
+            load_tensors(path)
+        elif path.is_file() and path.suffix == ".json":
+            read_json(path)
     if run.recipe.backbone.trust_remote_code and not trust_remote_code:
         raise RunError(
             f"The run {folder} asks to run the Python in its backbone's repository ({run.backbone}); read that code, "

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from buddy.assemble import routed_from
 from buddy.errors import RunError
 from buddy.handover.hub import download
-from buddy.handover.layout import check_files
+from buddy.handover.layout import check_files, with_backbone
 from buddy.handover.model import Model
 from buddy.handover.sources import folder_of, hub_name
-from buddy.runs import Run, read_run
+from buddy.runs import read_run
 
 
 def load(
@@ -33,18 +32,8 @@ def load(
     name = None if isinstance(run, Path) or os.path.isdir(folder) else hub_name(run)
     if name is None and revision is not None:
         raise RunError(f"{run} is a folder and has no revisions; leave out revision {revision!r}.")
-    found = read_run(folder) if name is None else _from_hub(name, revision, trust_remote_code)
-    return Model(routed_from(found if backbone is None else _with_backbone(found, backbone), merged=True))
-
-
-def _from_hub(name: str, revision: str | None, trust_remote_code: bool) -> Run:
-    folder = download(name, revision)
-    try:
-        return check_files(folder, trust_remote_code=trust_remote_code)
-    except RunError as error:
-        raise RunError(str(error).replace(str(folder), name)) from error
-
-
-def _with_backbone(run: Run, backbone: str) -> Run:
-    section = replace(run.recipe.backbone, name=backbone, revision=None)
-    return replace(run, recipe=replace(run.recipe, backbone=section), backbone=backbone)
+    if name is None:
+        found = read_run(folder)
+    else:
+        found = check_files(download(name, revision), called=name, trust_remote_code=trust_remote_code)
+    return Model(routed_from(found if backbone is None else with_backbone(found, backbone), merged=True))

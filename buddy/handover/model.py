@@ -13,10 +13,11 @@ from transformers.generation.streamers import BaseStreamer
 from buddy.budget import Budget, auto_of, latency_of
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import Record
-from buddy.errors import DataError
+from buddy.errors import DataError, check_text
 from buddy.memory import within_memory
 
 Prompt = str | Sequence[Mapping[str, str]]
+COLDEST = 1e-6  # a temperature below it makes logits infinite
 
 
 class Model:
@@ -107,12 +108,12 @@ class Model:
             BuddyError: the prompt, the budget or an option cannot be used.
         """
         routed, device = self.routed, self.routed.backbone.device
-        check_options(prompt, max_new_tokens, temperature)
+        check_options(prompt, max_new_tokens, temperature, seed)
         depth, auto = routed.geometry.layers, auto_of(budget) is not None
-        layers = depth if auto else routed.executed_layers(budget)
         inputs = _encoded(routed, prompt, chat)
         held = inputs["input_ids"].shape[1]
         _check_length(routed, held, max_new_tokens)
+        layers = depth if auto else routed.executed_layers(budget)  # a latency may have to be measured first
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         sizes = f"{held} + {max_new_tokens} tokens through {layers} of {depth} layers"
         with (
@@ -152,14 +153,18 @@ def _said(budget: Budget | None) -> str:
     return "Asked for" if latency is None else f"Asked for {latency:g} ms, which here are"
 
 
-def check_options(prompt: Prompt, max_new_tokens: int, temperature: float) -> None:
+def check_options(prompt: Prompt, max_new_tokens: int, temperature: float, seed: int = 0) -> None:
     """Raises DataError for what no model can do."""
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         raise DataError("The prompt is empty; give some text to continue.")
     if max_new_tokens < 1:
         raise DataError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
+    if not 0 <= seed < 2**64:
+        raise DataError(f"The seed is {seed}; give one from 0 to 2⁶⁴ − 1.")
     if not temperature >= 0:
         raise DataError(f"The temperature is {temperature}; give 0 or more.")
+    if 0 < temperature < COLDEST:
+        raise DataError(f"The temperature is {temperature}; give 0 for the likeliest token, or {COLDEST:g} or more.")
 
 
 class Stop(StoppingCriteria):
@@ -200,7 +205,21 @@ def _encoded(routed: RoutedLM, prompt: Prompt, chat: bool) -> dict[str, torch.Te
     if chat:
         if not tokenizer.chat_template:
             raise DataError(f"{routed.backbone.name} has no chat template; give plain text and leave chat out.")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = _from_messages(routed, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    check_text(str(prompt), "The prompt")
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(routed.backbone.device)
     return {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+
+
+def _from_messages(routed: RoutedLM, messages: Sequence[Mapping[str, str]]) -> str:
+    try:
+        text: str = routed.backbone.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program of the model's makers, and may raise anything
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"The chat template of {routed.backbone.name} does not take these messages ({reason}); give a list of "
+            '{"role": …, "content": …}, with texts for both.'
+        ) from error
+    return text

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from buddy.errors import RunError
 from buddy.files import checksum, read_json, write_json, write_text
 from buddy.handover.folder import whole_folder
 from buddy.handover.hub import download
-from buddy.handover.layout import check_files, copy_files, plain_files
+from buddy.handover.layout import CONFIG, check_files, copy_files, with_backbone, write_config
 from buddy.handover.sources import folder_of, hub_name
 from buddy.place import FACTS, RECIPE
 from buddy.progress import results, status
@@ -47,8 +47,11 @@ def pull(
         run = fetch(source, made, revision=revision, trust_remote_code=trust_remote_code)
         if backbone is not None:
             _rename_backbone(made, run, backbone)
+    place = quote(str(out))
     results.print(f"Pulled {run.router_name} for {backbone or run.backbone} into {out}", soft_wrap=True)
-    results.print(f'Use: buddy generate --run {out} --budget 0.75 "…", or buddy evaluate --run {out}', soft_wrap=True)
+    results.print(
+        f'Use: buddy generate --run {place} --budget 0.75 "…", or buddy evaluate --run {place}', soft_wrap=True
+    )
 
 
 def fetch(source: str, made: Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Run:
@@ -59,17 +62,11 @@ def fetch(source: str, made: Path, *, revision: str | None = None, trust_remote_
     """
     name = existing(source, revision)
     if name is None:
-        folder = folder_of(source)
-        plain_files(folder)
-        check_files(folder, trust_remote_code=trust_remote_code)
-        copy_files(folder, made)
-        return check_files(made, trust_remote_code=trust_remote_code)
-    with tempfile.TemporaryDirectory(prefix="buddy-pull-") as scratch, status(f"Downloading {name} …"):
-        copy_files(download(name, revision, Path(scratch)), made)
-    try:
-        return check_files(made, trust_remote_code=trust_remote_code)
-    except RunError as error:
-        raise RunError(str(error).replace(str(made), name)) from error
+        copy_files(folder_of(source), made)
+    else:
+        with tempfile.TemporaryDirectory(prefix="buddy-pull-") as scratch, status(f"Downloading {name} …"):
+            copy_files(download(name, revision, Path(scratch)), made)
+    return check_files(made, called=name or source.rstrip("/"), trust_remote_code=trust_remote_code)
 
 
 def existing(source: str, revision: str | None = None) -> str | None:
@@ -88,8 +85,10 @@ def existing(source: str, revision: str | None = None) -> str | None:
 
 
 def _rename_backbone(made: Path, run: Run, backbone: str) -> None:
-    section = replace(run.recipe.backbone, name=backbone, revision=None)
-    write_text(made / RECIPE, to_yaml(replace(run.recipe, backbone=section)))
+    renamed = with_backbone(run, backbone)
+    write_text(made / RECIPE, to_yaml(renamed.recipe))
+    if (made / CONFIG).is_file():
+        write_config(made, renamed)
     facts = read_json(made / FACTS)
     sums = facts.get("checksums", {}) | {RECIPE: checksum(made / RECIPE)}
     write_json(made / FACTS, facts | {"backbone": backbone, "checksums": sums})

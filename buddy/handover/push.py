@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from shlex import quote
 
 from buddy.errors import RunError
 from buddy.files import write_text
 from buddy.handover.card import is_local, run_card
 from buddy.handover.folder import whole_folder
 from buddy.handover.hub import upload
-from buddy.handover.layout import CARD, CONFIG, METRICS, copy_files, finished, plain_files, write_config
+from buddy.handover.layout import CARD, CONFIG, METRICS, check_files, copy_files, finished, plain_files, write_config
 from buddy.handover.sources import folder_of, hub_name
 from buddy.progress import results, status
 from buddy.runs import Run, read_metrics
@@ -30,6 +31,7 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
     """
     name = hub_name(to)
     run = finished(folder)
+    check_files(folder, trust_remote_code=True)  # so that whoever pulls it is not the first to find a file missing
     if name is None:
         if private:
             raise RunError(f"--private is for the hub, and {to} is a folder; leave it out.")
@@ -58,7 +60,7 @@ def _show(run: Run, where: str, name: str, files: list[str]) -> None:
     results.print(f"Pushed {run.router_name} for {run.backbone} to {where}: {', '.join(files)}", soft_wrap=True)
     if local := _folders(run):
         results.print(f"Mind: its recipe names folders of this machine, which others see: {local}", soft_wrap=True)
-    results.print(f"Use:  buddy pull {name} --out DIR, or in Python buddy.load({name!r})", soft_wrap=True)
+    results.print(f"Use:  buddy pull {quote(name)} --out DIR, or in Python buddy.load({name!r})", soft_wrap=True)
 
 
 def _folders(run: Run) -> str:

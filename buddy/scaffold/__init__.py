@@ -2,13 +2,13 @@
 
 import os
 import re
-import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
 from buddy.errors import RegistryError
 from buddy.files import writing
+from buddy.handover.folder import whole_folder
 from buddy.registry import installed
 from buddy.scaffold.templates import FILES
 
@@ -27,16 +27,10 @@ def new_router(name: str, out: Path) -> Path:
     check_name(name)
     folder = out / f"buddy-router-{name}"
     _check_place(out, folder)
-    beside = out / f".{folder.name}.{os.getpid()}"
-    with writing(folder):
-        try:
-            for path, text in package(name).items():
-                (beside / path).parent.mkdir(parents=True, exist_ok=True)
-                (beside / path).write_text(text, "utf-8")
-            beside.rename(folder)
-        except BaseException:  # Ctrl-C too leaves nothing behind
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+    with whole_folder(folder) as made, writing(folder):
+        for path, text in package(name).items():
+            (made / path).parent.mkdir(exist_ok=True)
+            (made / path).write_text(text, "utf-8")
     return folder
 
 
@@ -79,8 +73,8 @@ def _is_installed(name: str) -> bool:
 
 
 def _check_place(out: Path, folder: Path) -> None:
-    if not out.is_dir():
-        trouble = "is a file" if out.exists() else "is not there"
+    if not os.path.isdir(out):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
+        trouble = "is a file" if os.path.exists(out) else "is not there"
         raise RegistryError(f"The folder {out} {trouble}; name a folder that is, with --out.")
-    if folder.exists() or folder.is_symlink():
+    if os.path.lexists(folder):
         raise RegistryError(f"{folder} exists and is not overwritten; choose another name, or another --out.")

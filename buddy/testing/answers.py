@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -143,32 +144,33 @@ def stable(subject: Subject) -> str:
 @check("nothing from later tokens", stable)
 def causal(subject: Subject) -> str:
     """Other tokens from some position on leave every answer before it as it was."""
-    router, position = subject.router(), torch.arange(LENGTH, device=subject.windows.device)
-    seen = answer(router, subject.seen)
-    for cut in range(1, LENGTH):
-        later = answer(router, subject.seen.blend(subject.unlike, (position >= cut).expand(ROWS, -1)))
-        if not alike(seen[:, :cut], later[:, :cut]).all():
-            raise Failed(
-                f"The answer for a token changes with the tokens after it; {subject.asked} may combine nothing "
-                "along the dimension of tokens (no mean, softmax or norm over it): pooled holds the prefix."
-            )
+    position = torch.arange(LENGTH, device=subject.windows.device)
+    for answers in _ways(subject.router()):
+        seen = answers(subject.seen)
+        for cut in range(1, LENGTH):
+            later = answers(subject.seen.blend(subject.unlike, (position >= cut).expand(ROWS, -1)))
+            if not alike(seen[:, :cut], later[:, :cut]).all():
+                raise Failed(
+                    f"The answer for a token changes with the tokens after it; {subject.asked} may combine nothing "
+                    "along the dimension of tokens (no mean, softmax or norm over it): pooled holds the prefix."
+                )
     return "unchanged before each cut"
 
 
 @check("nothing from other rows of a batch", causal)
 def rows(subject: Subject) -> str:
     """Other tokens in one row leave the answers for the others as they were."""
-    router, row = subject.router(), torch.arange(ROWS, device=subject.windows.device)
-    seen = answer(router, subject.seen)
-    for changed in range(ROWS):
-        here = (row == changed)[:, None].expand(-1, LENGTH)
-        others = answer(router, subject.seen.blend(subject.unlike, here))
-        if alike(seen, others)[~here].all():
-            continue
-        raise Failed(
-            f"The answer for a row changes with other rows of the batch; {subject.asked} may combine nothing "
-            "along the dimension of rows (no mean, batch norm or softmax over it)."
-        )
+    row = torch.arange(ROWS, device=subject.windows.device)
+    for answers in _ways(subject.router()):
+        seen = answers(subject.seen)
+        for changed in range(ROWS):
+            here = (row == changed)[:, None].expand(-1, LENGTH)
+            others = answers(subject.seen.blend(subject.unlike, here))
+            if not alike(seen, others)[~here].all():
+                raise Failed(
+                    f"The answer for a row changes with other rows of the batch; {subject.asked} may combine nothing "
+                    "along the dimension of rows (no mean, batch norm or softmax over it)."
+                )
     return "unchanged"
 
 
@@ -201,6 +203,20 @@ def kind(subject: Subject) -> str:
 @torch.no_grad()
 def _asked(router: AnyRouter, sight: Sight) -> list[Any]:
     return outputs(router, sight.copy())
+
+
+def _ways(router: AnyRouter) -> Iterator[Callable[[Sight], Tensor]]:
+    """Its answer as it serves and, where it is trained, as in training: batch norm mixes tokens only there."""
+    yield lambda sight: answer(router, sight)
+    if not router.trainable:
+        return
+    router.train()
+
+    def drawn_alike(sight: Sight) -> Tensor:
+        with seeded(0):  # so that dropout leaves out the same
+            return answer(router, sight)
+
+    yield drawn_alike
 
 
 def _form(router: nn.Module) -> str:

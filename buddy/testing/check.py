@@ -95,7 +95,7 @@ class Check:
             return self._ends("left out", str(error))
         except Failed as error:
             return self._ends("failed", str(error), error.__cause__ or error)
-        except Exception as error:  # strangers' code may raise anything
+        except (Exception, SystemExit) as error:  # strangers' code may raise anything
             return self._ends("failed", f"{raised(error, subject.cls)}; mend it there.", error)
 
     def _ends(self, state: State, words: str, error: BaseException | None = None) -> Result:

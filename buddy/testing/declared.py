@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import nn
 
@@ -43,7 +45,7 @@ def calibration(subject: Subject) -> str:
         raise Failed(f"{raised(error, subject.cls)} in calibrate; mend it there.") from error
     after = _sums(model)
     if changed := [name for name in before if after.get(name) != before[name]]:
-        raise Failed(f"calibrate changes the model's weights ({changed[0]}); work on copies of them.")
+        raise Failed(f"calibrate changes the model ({changed[0]}); work on copies of its weights and buffers.")
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise Failed("calibrate leaves model parameters that ask for gradients; freeze them again.")
     return "the model is unchanged"
@@ -51,5 +53,6 @@ def calibration(subject: Subject) -> str:
 
 @torch.no_grad()
 def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Two sums of each parameter: a copy of a large model would take its memory again."""
-    return {name: (float(weight.sum()), float(weight.norm())) for name, weight in model.named_parameters()}
+    """Two sums of each parameter and buffer: a copy of a large model would take its memory again."""
+    held = chain(model.named_parameters(), model.named_buffers())
+    return {name: (float(tensor.sum()), float(tensor.float().norm())) for name, tensor in held}

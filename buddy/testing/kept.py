@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from buddy.engine.model import PoolKind
 from buddy.errors import BuddyError
 from buddy.files import load_tensors, save_tensors
 from buddy.testing.answers import finite, repeatable
@@ -14,7 +15,7 @@ from buddy.testing.check import Failed, check, raised
 from buddy.testing.sight import answer
 from buddy.testing.subject import Subject
 
-SIZES = ((5, 2, "value"), (7, 1, "both"))  # layers, context layer, pool
+SIZES: tuple[tuple[int, int, PoolKind], ...] = ((5, 2, "value"), (7, 1, "both"))  # layers, context layer, pool
 
 
 @check("two fits with one seed are one router", repeatable)

@@ -45,7 +45,7 @@ class _Watch(TorchFunctionMode):
 def device(subject: Subject) -> str:
     """A real one where there is one, else torch's device `meta`, which computes shapes and places alone."""
     real = torch.accelerator.is_available()
-    place = torch.accelerator.current_accelerator() if real else torch.device("meta")
+    place: Any = torch.accelerator.current_accelerator() if real else torch.device("meta")
     router, seen = (subject.router() if real else subject.made()).to(place), subject.seen.to(place)
     try:
         with _Watch():

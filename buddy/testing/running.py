@@ -61,7 +61,8 @@ def decoding(subject: Subject) -> str:
 def speed(subject: Subject) -> str:
     """The time for one token, as decoding asks; shown, and refused only where it is absurd."""
     router, sight = subject.router(), subject.seen[:1, :1].copy()
-    seconds, end = [], time.perf_counter() + LONGEST
+    seconds: list[float] = []
+    end = time.perf_counter() + LONGEST
     while len(seconds) < TURNS and (not seconds or time.perf_counter() < end):
         start = time.perf_counter()
         _settled(outputs(router, sight))

@@ -51,7 +51,8 @@ class Sight:
         """`other` in the place of the tokens where `where` (...) says so."""
         pairs = [(getattr(self.context, name), getattr(other.context, name)) for name in PARTS[:3]]
         parts = [torch.where(where[..., None], two, one) for one, two in [*pairs, (self.arriving, other.arriving)]]
-        return Sight(Context(*parts[:3], self.context.executed), parts[3])
+        pooled, newest, hidden, arriving = parts
+        return Sight(Context(pooled, newest, hidden, self.context.executed), arriving)
 
     def to(self, device: str | torch.device) -> Sight:
         """A copy on a device."""

@@ -35,7 +35,8 @@ class Subject:
         options: keyword arguments of the class, as in `router.options` of a recipe.
         backbone: not routed by anybody else; by default a tiny random model, so that a check takes a fraction of a
             second. In float32: in 16 bits rounding alone changes plans.
-        context_layer, pool: as in `routing` of a recipe.
+        context_layer: as in `routing` of a recipe.
+        pool: likewise.
 
     Attributes:
         geometry: sizes of the backbone.
@@ -87,7 +88,9 @@ class Subject:
     def made(self, seed: int = 0) -> AnyRouter:
         """A router as its class makes it, in evaluation mode."""
         with seeded(seed):
-            return make(self.cls, self.name, self.geometry, self.options).eval()
+            router = make(self.cls, self.name, self.geometry, self.options)
+            router.eval()
+            return router
 
     def calibrated(self, seed: int = 0) -> AnyRouter:
         """A router that `buddy fit` with this seed would go on to train."""
@@ -97,7 +100,8 @@ class Subject:
                 probe = self._serving(routed, seed)
                 router.calibrate(probe)
                 probe.release()
-        return router.eval()
+        router.eval()
+        return router
 
     def router(self, seed: int = 0) -> AnyRouter:
         """A calibrated router whose parameters are no longer at their start, as training would leave it."""
@@ -141,7 +145,7 @@ class Subject:
             self.made()
         except BuddyError:
             raise
-        except Exception as error:  # strangers' code may raise anything
+        except (Exception, SystemExit) as error:  # strangers' code may raise anything
             raise RegistryError(f"The router {self.name!r} cannot be made: {raised(error, self.cls)}.") from error
 
     def _serving(self, routed: RoutedLM, seed: int) -> Probe:

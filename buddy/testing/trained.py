@@ -41,7 +41,8 @@ def weights(subject: Subject) -> str:
     given = router.weigh(logits)
     if given.shape != logits.shape or not bool(((given >= -1e-6) & (given <= 1 + 1e-6)).all()):
         raise Failed("weigh leaves [0, 1] or the shape of its logits; give each logit one weight, as sigmoid does.")
-    shares = torch.rand(ROWS, PROMPT, subject.geometry.routable, device=logits.device)
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(ROWS, PROMPT, subject.geometry.routable, generator=generator).to(logits.device)
     penalty = router.penalty(shares, torch.full((ROWS,), subject.middle, device=logits.device))
     if penalty.shape != (ROWS,) or not penalty.isfinite().all():
         raise Failed(f"penalty gives {tuple(penalty.shape)} for {ROWS} rows, or is not finite; give one number a row.")
@@ -59,7 +60,7 @@ def gradients(subject: Subject) -> str:
     loss = _of_gates(subject, router) if isinstance(router, LayerwiseRouter) else _of_scores(subject, router)
     if not loss.requires_grad:
         raise Failed(f"The answer hangs on no parameter; {_cut(subject)}.")
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's own
     for name, parameter in router.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -74,11 +75,12 @@ def _trainable(subject: Subject) -> AnyRouter:
     router = subject.router()
     if not router.trainable:
         raise LeftOut("nothing to train")
-    return router.train()
+    router.train()
+    return router
 
 
 def _of_scores(subject: Subject, router: AnyRouter) -> Tensor:
-    (scores,) = outputs(router, subject.seen.copy())
+    scores: Tensor = outputs(router, subject.seen.copy())[0]
     return (scores * _noise(scores)).sum()
 
 
@@ -86,7 +88,8 @@ def _of_gates(subject: Subject, router: LayerwiseRouter) -> Tensor:
     executed = torch.full((ROWS,), subject.middle, device=subject.backbone.device)
     with subject.attached(router) as routed:
         output = routed(subject.windows, executed=executed, prompt=PROMPT, weighted=True)
-    return (output.logits * _noise(output.logits)).mean() + router.penalty(output.weights, executed).mean()
+    logits: Tensor = output.logits
+    return (logits * _noise(logits)).mean() + router.penalty(output.weights, executed).mean()
 
 
 def _noise(like: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def test_the_checkpoint_is_the_plan_and_says_so(finished, tmp_path, capsys, name
         assert "routed tokens" in text
     assert f'from_pretrained("{out}")' in said
     assert card.startswith("---\nlibrary_name: transformers\n")
+    assert 'AutoModelForCausalLM.from_pretrained("out")' in card
 
 
 def test_its_perplexity_is_that_of_the_plan_without_sinks(finished, tmp_path):

@@ -52,6 +52,7 @@ def test_what_a_killed_process_left_is_removed_and_what_another_makes_is_not(tmp
     (tmp_path / f".out.partial-{gone.pid}").mkdir()
     (tmp_path / f".out.partial-{os.getppid()}").mkdir()
     (tmp_path / ".other.partial-1").mkdir()
+    (tmp_path / f".out.partial-{10**20}").mkdir()  # more than any process can have
     with whole_folder(tmp_path / "out"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -87,13 +87,23 @@ def test_chat_and_messages(finished):
     assert "".join(model.stream(messages, 0.5, max_new_tokens=6)) == expected
 
 
+@pytest.mark.parametrize("messages", [[{"role": "user"}], ["plan"], {"role": "user", "content": "plan"}, b"plan"])
+def test_messages_of_another_form_are_refused(finished, messages):
+    model = buddy.load(finished / "buddy")
+    model.routed.backbone.tokenizer.chat_template = "{% for m in messages %}{{ '[' + m['content'] }}{% endfor %}>"
+    with pytest.raises(DataError, match=r"does not take these messages \(.*\); give a list of \{\"role\": …, "):
+        model.generate(messages, 0.5)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "message"),
     [
         ("", {}, DataError, "The prompt is empty"),
         ([], {}, DataError, "The prompt is empty"),
         (PROMPT, {"temperature": -1.0}, DataError, r"The temperature is -1\.0; give 0 or more"),
+        (PROMPT, {"temperature": 1e-300}, DataError, "give 0 for the likeliest token, or 1e-06 or more"),
         (PROMPT, {"temperature": float("nan")}, DataError, "The temperature is nan"),
+        (PROMPT, {"seed": 2**64}, DataError, "The seed is 18446744073709551616; give one from 0 to 2"),
         (PROMPT, {"max_new_tokens": 0}, DataError, "max_new_tokens is 0; give 1 or more"),
         (PROMPT, {"max_new_tokens": 600}, DataError, "set a smaller max_new_tokens"),
         (PROMPT, {"chat": True}, DataError, "has no chat template"),

@@ -43,8 +43,10 @@ class Hub:
         assert exist_ok
         self.made.append((repo_id, private))
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
         assert commit_message
+        for name in contents(self.root / repo_id).keys() & {*delete_patterns}:
+            (self.root / repo_id / name).unlink()
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
 
     def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, local_dir=None):
@@ -131,6 +133,16 @@ def test_a_round_trip_over_the_hub(finished, hub, tmp_path, capsys):
     }
 
 
+def test_nothing_of_an_earlier_run_is_left_on_the_hub(finished, hub, tmp_path):
+    repository = hub.root / "someone" / "router"
+    (repository / "adapter").mkdir(parents=True)
+    (repository / "adapter" / "backbone.json").write_text("{}")
+    (repository / "predictor.json").write_text("{}")
+    (repository / "NOTES.md").write_text("mine")
+    push(finished / "buddy", to="someone/router")
+    assert contents(repository).keys() == KEPT | {"README.md", "config.json", "NOTES.md"}
+
+
 def test_what_the_hub_refuses_is_a_sentence(finished, hub, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"someone/else cannot be read from the hub \(404 Client Error\. Repository Not"):
         pull("someone/else", out=tmp_path / "pulled")
@@ -152,6 +164,8 @@ def test_a_backbone_that_lies_elsewhere(pushed, small, tmp_path, capsys):
     pull(str(pushed), out=tmp_path / "pulled", backbone=str(tmp_path / "model"))
     run = read_run(tmp_path / "pulled")
     assert run.recipe.backbone.name == run.backbone == str(tmp_path / "model")
+    config = json.loads((tmp_path / "pulled" / "config.json").read_text())
+    assert (config["backbone"], config["recipe"]) == (run.backbone, json.loads(json.dumps(asdict(run.recipe))))
     generate(tmp_path / "pulled", prompt="budget", budget="0.5", max_new_tokens=4)
 
 
@@ -207,6 +221,25 @@ def test_damage_is_found(pushed, tmp_path, name):
     assert not (tmp_path / "pulled").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["predictor.json", "predictor.safetensors", "adapter/adapter_model.safetensors", "adapter/backbone.json"]
+)
+def test_damage_is_found_without_a_checksum(pushed, tmp_path, name):
+    (pushed / name).parent.mkdir(exist_ok=True)
+    (pushed / name).write_bytes(b"[1")
+    with pytest.raises(RunError, match=rf"{pushed}/{name} is damaged"):
+        pull(str(pushed), out=tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_a_run_that_lacks_a_file_is_not_pushed(finished, tmp_path):
+    shutil.copytree(finished / "buddy", tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    with pytest.raises(RunError, match=r"run/metrics\.json is damaged \(No such file or directory\)"):
+        push(tmp_path / "run", to=str(tmp_path / "pushed"))
+    assert not (tmp_path / "pushed").exists()
+
+
 @pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "router.safetensors"])
 def test_what_is_missing_is_named(pushed, tmp_path, name):
     (pushed / name).unlink()
@@ -242,6 +275,14 @@ def refused(*words: object) -> str:
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     return result.stderr
+
+
+def test_a_place_with_a_space_is_quoted_in_what_to_type(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["push", "--run", str(finished / "full"), "--to", "./to share"])
+    assert "buddy pull './to share' --out DIR" in done.output
+    done = CliRunner().invoke(app, ["pull", "./to share", "--out", "as pulled"])
+    assert "buddy generate --run 'as pulled' --budget 0.75" in done.output
 
 
 def test_the_commands(finished, tmp_path, monkeypatch):

@@ -45,6 +45,15 @@ class SoundGates(LayerwiseRouter):
         return nn.functional.layer_norm(hidden, hidden.shape[-1:]) @ self.read[index]
 
 
+class DropsOut(Sound):
+    """Learned: leaves out some of what it reads in training; nothing is wrong with it."""
+
+    kind = "learned"
+
+    def score(self, context: Context) -> Tensor:
+        return super().score(context) + self.read(nn.functional.dropout(context.hidden, training=self.training))
+
+
 def read(router: Router, context: Context) -> Tensor:
     return Sound.score(router, context)
 
@@ -111,7 +120,18 @@ class CannotMeasure(_Linear):
         return read(self, context)
 
 
-@fails("calibration", "calibrate changes the model's weights (model.layers.0.")
+@fails("calibration", "calibrate changes the model (model.rotary_emb.inv_freq)")
+class BufferMeddler(_Linear):
+    """Writes into what the frozen model keeps beside its weights."""
+
+    def calibrate(self, probe: Probe):
+        probe.routed.backbone.model.model.rotary_emb.inv_freq.mul_(2)
+
+    def score(self, context):
+        return read(self, context)
+
+
+@fails("calibration", "calibrate changes the model (model.layers.0.")
 class Meddler(_Linear):
     """Writes into the frozen model."""
 
@@ -156,6 +176,14 @@ class NeedsWindows(_Linear):
 
     def score(self, context):
         return read(self, context) + 0 * context.executed[0, 0]
+
+
+@fails("shape", "Leaves raises SystemExit: 0 (line ")
+class Leaves(_Linear):
+    """Ends the process, which would look like success."""
+
+    def score(self, context):
+        raise SystemExit(0)
 
 
 @fails("dtype", "score gives torch.int64; end it with .float()")
@@ -285,6 +313,19 @@ class GatePeeksAhead(SoundGates):
     def gate(self, index, hidden, executed):
         logits = super().gate(index, hidden, executed)
         return logits - logits.mean(-1, keepdim=True) if logits.dim() else logits
+
+
+@fails("causal", "no mean, softmax or norm over it")
+class BatchNorm(_Linear):
+    """Normalises over the batch, which shows in training alone."""
+
+    def __init__(self, geometry):
+        super().__init__(geometry)
+        self.norm = nn.BatchNorm1d(geometry.hidden)
+
+    def score(self, context):
+        states = context.hidden.reshape(-1, context.hidden.shape[-1])
+        return self.read(self.norm(states)).reshape(*context.executed.shape, -1)
 
 
 @fails("rows", "combine nothing along the dimension of rows")

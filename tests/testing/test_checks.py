@@ -8,7 +8,7 @@ import torch
 from buddy import plan, testing
 from buddy.registry import installed
 from buddy.testing import CHECKS, Subject, answers, check_router, running
-from tests.testing.bad import FAULTS, Meddler, PeeksAhead, Sound, SoundGates, Whole
+from tests.testing.bad import FAULTS, BufferMeddler, DropsOut, Meddler, PeeksAhead, Sound, SoundGates, Whole
 
 NAMES = [entry.name for entry in installed() if entry.distribution == "buddy-depth"]
 
@@ -18,7 +18,7 @@ def backbone():
     return testing.tiny_backbone()
 
 
-@pytest.mark.parametrize("router", [*NAMES, Sound, SoundGates])
+@pytest.mark.parametrize("router", [*NAMES, Sound, SoundGates, DropsOut])
 def test_a_sound_router_passes(router, backbone):
     results = {result.check: result for result in check_router(router, backbone=backbone)}
     assert len(results) == len(CHECKS)
@@ -35,7 +35,8 @@ def test_options_are_handed_on(options, backbone):
 @pytest.mark.parametrize("router", FAULTS, ids=lambda router: router.__name__)
 def test_a_fault_fails_the_check_that_names_it(router, backbone):
     check, words = FAULTS[router]
-    subject = Subject(router, backbone=None if router is Meddler else backbone)  # which spoils it
+    spoils = router in (Meddler, BufferMeddler)
+    subject = Subject(router, backbone=None if spoils else backbone)
     results = [each.examine(subject) for each in CHECKS]
     failed = {result.check: result.words for result in results if result.state == "failed"}
     assert [*failed] == [check], failed
@@ -72,9 +73,10 @@ def test_a_failed_check_leaves_gradients_on(backbone):
     assert torch.is_grad_enabled()
 
 
-def test_random_numbers_go_on_as_if_nothing_had_been_checked(backbone):
+@pytest.mark.parametrize("router", ["random", SoundGates])
+def test_random_numbers_go_on_as_if_nothing_had_been_checked(router, backbone):
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    check_router("random", backbone=backbone)
+    check_router(router, backbone=backbone)
     assert torch.equal(torch.rand(3), expected)

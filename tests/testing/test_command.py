@@ -56,6 +56,7 @@ def test_another_backbone(tiny_llama_folder):
         (["nowhere:Router"], "cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
         (["tests.testing.bad:Nothing"], "has no attribute 'Nothing'"),
         (["tests.testing.unmade:KeyMissing"], "cannot be made: KeyMissing raises KeyError: 'x' (line 13 of unmade.py)"),
+        (["tests.testing.unmade:Leaving"], "cannot be made: Leaving raises SystemExit: 0 (line 25 of unmade.py)"),
         (["sleb", "--options", "windows"], "'windows' is no option; write --options KEY=VALUE, as in"),
         (["sleb", "--options", "window=3"], "router.options.window is unknown; did you mean 'windows'?"),
         (["sleb", "--options", "windows=many"], "router.options.windows must be a whole number or null, not 'many'"),

@@ -15,3 +15,15 @@ class KeyMissing(Router):
     def score(self, context: Context) -> Tensor:
         """Never asked."""
         return context.hidden
+
+
+class Leaving(Router):
+    """Ends the process."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        raise SystemExit(0)
+
+    def score(self, context: Context) -> Tensor:
+        """Never asked."""
+        return context.hidden
