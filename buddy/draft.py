@@ -1,8 +1,10 @@
 """A recipe in the making: file and overrides laid over the schema, with everything wrong noted on the way."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
+from textwrap import shorten
 from typing import Any
 
 import yaml
@@ -10,10 +12,12 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from buddy.errors import RecipeError, nearest
-from buddy.schema import Recipe, impossible_values, leaves
+from buddy.schema import AdapterSection, Recipe, impossible_values, leaves, section_of, storable
 
 NOT_PLAIN = "holds ${…}, but a recipe takes plain values only; write the value itself."
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError)
+DIGITS = 1000  # of a whole number
+MOST = 10_000  # values in a file or an override, those that an alias repeats counted as often as they stand there
 _MISFITS = (OmegaConfBaseException, TypeError, ValueError, OverflowError)
 _WORDS = {
     int: "a whole number",
@@ -38,15 +42,14 @@ class Draft:
 
     def merge(self, part: Mapping[Any, Any]) -> None:
         """Lay a nested mapping over the draft; what does not fit is noted and left out."""
-        if isinstance(part.get("router"), str):
-            part = {**part, "router": {"name": part["router"]}}
-        self._merge(part, Recipe, self.config, "")
+        self._merge(_spelt_out(part), Recipe, self.config, "")
 
     def override(self, overrides: Sequence[str]) -> None:
         """Lay `key=value` texts over the draft, each after the one before it."""
         parts = list(self._parts(overrides))
         names = [name for part in parts if (name := _router_name(part)) is not None]
-        if names and names[-1] != self.config.router.name:
+        before = None if OmegaConf.is_missing(self.config.router, "name") else self.config.router.name
+        if names and names[-1] != before:
             with read_write(self.config.router):
                 self.config.router.options = {}
         for part in parts:
@@ -55,7 +58,7 @@ class Draft:
     def finish(self, what: str) -> Recipe:
         """The finished recipe, or all mistakes of `what` in one RecipeError."""
         try:
-            recipe = OmegaConf.to_object(self.config)
+            recipe: Recipe = OmegaConf.to_object(self.config)
         except MissingMandatoryValue as error:
             self.mistakes.append(f"{error.full_key} holds ???; write its value.")
         else:
@@ -71,22 +74,33 @@ class Draft:
         hints = {item.name: item.type for item in fields(schema)}
         for key, value in part.items():
             name, hint = f"{prefix}{key}", hints.get(key)
+            section = section_of(hint)
             if hint is None:
                 self.mistakes.append(_unknown_key(name, key, list(hints)))
-            elif not is_dataclass(hint):
+            elif section is None or (value is None and hint is not section):
                 self._set(node, key, name, value, hint)
             elif isinstance(value, Mapping):
-                self._merge(value, hint, node[key], f"{name}.")
+                if node[key] is None:  # one that may be left out begins with its defaults
+                    self._set_section(node, key, section)
+                self._merge(value, section, node[key], f"{name}.")
             else:
-                inner = ", ".join(item.name for item in fields(hint))
+                inner = ", ".join(item.name for item in fields(section))
                 self._note(name, f"{name} is a section with the keys {inner}, not {shown(value)}.")
+
+    @staticmethod
+    def _set_section(node: DictConfig, key: str, section: type) -> None:
+        with read_write(node):
+            node[key] = OmegaConf.structured(section)
 
     def _set(self, node: DictConfig, key: str, name: str, value: Any, hint: Any) -> None:
         if "${" in str(value):
             return self._note(name, f"{name} {NOT_PLAIN}")
+        if not storable(value):
+            return self._note(name, f"{name} is {shown(value)}, which holds a sign that no file can; write it without.")
         if hint is int and isinstance(value, float) and value.is_integer():
             value = int(value)  # YAML reads 1e3 as a float
         try:
+            _refuse_objects(value)
             _refuse_lost_spelling(value, hint)
             with read_write(node):
                 OmegaConf.update(node, key, value, merge=True)
@@ -109,7 +123,10 @@ class Draft:
 
 def shown(value: Any) -> str:
     """A value as a recipe spells it, on one line and not too long."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    except yaml.YAMLError:  # of a kind that no recipe can hold
+        text = str(value)
     text = " ".join(text.removesuffix("\n...\n").split())
     return text if len(text) <= 60 else f"{text[:57]}…"
 
@@ -119,6 +136,20 @@ def yaml_reason(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     reason = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
     return f"line {mark.line + 1}: {reason}" if mark else reason
+
+
+def refuse_repeats(root: yaml.Node | None) -> None:
+    """Raises ValueError where aliases (`&a`, `*a`) make a small text stand for very many values or endless ones."""
+    if root is not None and _size(root, {}) > MOST:
+        raise ValueError(f"its aliases stand for more than {MOST} values")
+
+
+def plain(value: Any) -> Any:
+    """A value as OmegaConf read it, in lists and mappings; ValueError for a number too long to be shown to anybody."""
+    value = OmegaConf.to_container(value)
+    if _longest(value) > DIGITS:
+        raise ValueError(f"a number has more than {DIGITS} digits")
+    return value
 
 
 def _parse(text: str) -> Mapping[Any, Any]:
@@ -133,18 +164,65 @@ def _parse(text: str) -> Mapping[Any, Any]:
     if "${" in value:
         raise RecipeError(f"{key} {NOT_PLAIN}")
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([text]))  # type: ignore[return-value]
+        refuse_repeats(yaml.compose(value, yaml.SafeLoader))
+        parsed: Mapping[Any, Any] = plain(OmegaConf.from_dotlist([text]))
+        return parsed
     except UNREADABLE as error:
         reason = yaml_reason(error)
         raise RecipeError(f"The value of {key} cannot be read ({reason}); check its quotes and brackets.") from error
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values that a node stands for, with all aliases written out."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError("an alias stands in what it refers to")
+        return known[id(node)]
+    known[id(node)] = 0
+    children = [] if isinstance(node, yaml.ScalarNode) else node.value
+    parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+    known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _longest(value: Any) -> float:
+    """Digits of the longest whole number in a value."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return max(map(_longest, value), default=0)
+    return value.bit_length() * math.log10(2) if isinstance(value, int) else 0
+
+
+def _refuse_objects(value: Any) -> None:
+    """Tags such as `!!binary` make values that are neither text nor numbers."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            _refuse_objects(item)
+    elif not isinstance(value, bool | int | float | str | None):
+        raise TypeError
 
 
 def _refuse_lost_spelling(value: Any, hint: Any) -> None:
     """OmegaConf turns any scalar into text, but YAML has already read `1e5` as a number and `on` as true."""
     if hint == list[str] and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
         raise TypeError
+    if hint == list[float] and isinstance(value, list) and any(isinstance(item, list | Mapping) for item in value):
+        raise TypeError  # which OmegaConf lets pass
     if hint in (str, str | None) and value is not None and not isinstance(value, str):
         raise TypeError
+
+
+def _spelt_out(part: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The long form of what may be said in one word: a router by its name alone, one target of an adapter."""
+    if isinstance(part.get("router"), str):
+        part = {**part, "router": {"name": part["router"]}}
+    adapter = part.get("adapter")
+    if isinstance(adapter, Mapping) and isinstance(adapter.get("targets"), str):
+        part = {**part, "adapter": {**adapter, "targets": [adapter["targets"]]}}
+    return part
 
 
 def _router_name(part: Mapping[Any, Any]) -> Any:
@@ -153,9 +231,10 @@ def _router_name(part: Mapping[Any, Any]) -> Any:
 
 
 def _unknown_key(name: str, key: Any, accepted: list[str]) -> str:
-    paths = [path for path, *_ in leaves(Recipe())]
+    paths = [path for path, *_ in leaves(Recipe(adapter=AdapterSection()))]
     elsewhere = " or ".join(repr(path) for path in paths if path.endswith(f".{key}"))
     if elsewhere:
         return f"The key '{name}' is unknown; did you mean {elsewhere}?"
     hint = nearest(str(key), accepted) or nearest(name, paths)
+    name = shorten(name, 60, placeholder="…")
     return f"The key '{name}' is unknown{hint or '; accepted here are ' + ', '.join(accepted) + '.'}"

@@ -22,10 +22,11 @@ import struct
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from buddy.errors import BackboneError
 
@@ -52,6 +53,8 @@ def smollm2_folder() -> Path:
     try:
         if fault(folder) is not None:
             _convert_once(_wheel_file(), folder)
+        elif _leftovers(folder):
+            _clear_once(folder)
     except OSError as error:
         trouble = f"The model cache {folder.parent} cannot be written ({error.strerror or error})"
         raise BackboneError(f"{trouble}; set BUDDY_CACHE to a folder with 300 MB free.") from error
@@ -160,10 +163,28 @@ def _convert_once(source: Path, folder: Path) -> None:
         _build(source, folder)
 
 
+def _leftovers(folder: Path) -> list[Path]:
+    """What a process that was killed left beside the folder, or what one that converts now is writing."""
+    return list(folder.parent.glob(f".{NAME}-*"))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed processes left; the lock makes this safe."""
+    for leftover in _leftovers(folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _clear_once(folder: Path) -> None:
+    """`_clear`, unless another process holds the lock, which then does so."""
+    from filelock import FileLock, Timeout
+
+    with suppress(Timeout, OSError), FileLock(folder.with_name(f"{NAME}.lock"), timeout=0):
+        _clear(folder)
+
+
 def _build(source: Path, folder: Path) -> None:
     """Write the model beside `folder`, then rename it into place; a kill at any point leaves no half of it."""
-    for leftover in folder.parent.glob(f".{NAME}-*"):  # of a process that was killed; the lock makes this safe
-        shutil.rmtree(leftover, ignore_errors=True)
+    _clear(folder)
     work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))
     try:
         new = work / "new"
@@ -181,7 +202,6 @@ def _build(source: Path, folder: Path) -> None:
 def _write_model(source: Path, folder: Path) -> None:
     """Dequantise the GGUF file's weights and save them with its tokenizer in the hub's layout."""
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     origin = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
@@ -196,11 +216,13 @@ def _write_model(source: Path, folder: Path) -> None:
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        except SafetensorError as error:  # how a full disk shows
+        except OSError:
+            raise
+        except Exception as error:  # a full disk shows as SafetensorError, or as a bare Exception of the tokenizer
             raise OSError(str(error)) from error
 
 
-def _mend(tokenizer, context_length: int) -> None:
+def _mend(tokenizer: Any, context_length: int) -> None:
     """Restore what a GGUF file does not carry: the context length, and that every digit is a token of its own.
 
     Padding stays the end-of-turn token, as the model was published: whoever pads must pass the attention mask.
@@ -238,13 +260,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _stamp(folder: Path, names) -> dict[str, list[int]]:
+def _stamp(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
     """Size (bytes) and time (ns) of each file: what a later check compares before it trusts an earlier sum."""
     stats = {name: (folder / name).stat() for name in names}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _write_stamp(folder: Path, names) -> None:
+def _write_stamp(folder: Path, names: Iterable[str]) -> None:
     """Remember what was verified; a cache that cannot be written is only verified again next time."""
     with suppress(OSError):
         (folder / STAMP).write_text(json.dumps(_stamp(folder, names)))

@@ -44,3 +44,12 @@ def nearest(word: str, accepted: Iterable[str], limit: int = 3) -> str:
     """ "; did you mean 'x'?" for a mistyped `word`, or an empty string where nothing accepted is near."""
     close = get_close_matches(word, list(accepted), n=limit, cutoff=0.55)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises DataError for text that was typed in another encoding than UTF-8, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = error.start + 1
+        raise DataError(f"{what} has a sign that is no text in UTF-8, number {where}; type it anew.") from error

@@ -1,10 +1,13 @@
 """Files that are written whole or not at all, and read with plain words for what is wrong with them."""
 
+import errno
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,14 @@ from buddy.errors import RunError
 if TYPE_CHECKING:
     from torch import Tensor
 
+PART = ".part"  # ends the name of a file that is being written
+SUM = "checksum"  # in a file of `write_sealed`
+REFUSALS = {  # what a disk says: it is full, read-only, somebody else's, or failing
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
+    if hasattr(errno, name)
+}
+
 
 def write_text(path: Path, text: str) -> None:
     """Write beside `path` and rename over it, so that a kill leaves the old text or the new one.
@@ -20,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunError: the place cannot be written.
     """
-    _write(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,20 +39,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON with a sum of its content, by which `read_json` knows whether it is still what was written."""
+    write_json(path, {**value, SUM: _sum(value)})
+
+
 def check_place(path: Path) -> None:
     """Raises RunError when no file can be written to `path`, before the work whose result it is to hold."""
     path = path.absolute()
-    if path.is_dir():
+    if os.path.isdir(path):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
         raise RunError(f"{path} is a folder; name a file in it.")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise RunError(f"{path} cannot be written (the folder is read-only); choose another place.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file.
+    """The mapping in a JSON file, without the sum of `write_sealed`.
 
     Raises:
-        RunError: missing, not JSON, or not a mapping.
+        RunError: missing, not JSON, not a mapping, or not what the sum was made of.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -49,6 +67,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise damaged(path, getattr(error, "strerror", None) or str(error)) from error
     if not isinstance(value, dict):
         raise damaged(path, "it is not a mapping")
+    written = value.pop(SUM, None)
+    if written is not None and written != _sum(value):
+        raise damaged(path, "it is not what was written")
     return value
 
 
@@ -57,7 +78,7 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    _write(path, save(plain, dict(metadata)))
+    write_bytes(path, save(plain, dict(metadata)))
 
 
 def load_tensors(path: Path) -> dict[str, "Tensor"]:
@@ -85,7 +106,7 @@ def checksum(path: Path) -> str:
 
 def damaged(path: Path, reason: str) -> RunError:
     """The error for a file of a run that cannot be used."""
-    return RunError(f"{path} is damaged ({reason}); make the run again with `buddy fit`.")
+    return RunError(f"{path} is damaged ({' '.join(reason.split())}); make the run again with `buddy fit`.")
 
 
 @contextmanager
@@ -98,12 +119,73 @@ def writing(path: Path) -> Iterator[None]:
         raise RunError(f"{path} cannot be written ({reason}); free that place or choose another.") from error
 
 
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """As `writing`, around long work that writes now and then: only what a disk refuses becomes a RunError.
+
+    TensorBoard writes in a thread of its own, and raises what stopped it where it is next asked to; so the thread's own
+    traceback is not printed.
+    """
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if _refused(args.exc_value) else before(args)
+    try:
+        yield
+    except OSError as error:
+        if not _refused(error):
+            raise
+        with writing(path):
+            raise
+    finally:
+        threading.excepthook = before
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write as `write_text` does, through to the disk, so that a power cut too leaves the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     with writing(path):
+        _forget_killed(path)
         try:
-            beside.write_bytes(content)
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(beside, path)
         except BaseException:  # Ctrl-C too leaves nothing behind
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
             raise
+
+
+def alive(pid: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder and below; call it with the folder's lock held."""
+    for part in list(folder.rglob(f".*{PART}")):
+        part.unlink(missing_ok=True)
+
+
+def _refused(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in REFUSALS
+
+
+def _sum(value: Mapping[str, Any]) -> str:
+    """Of the values as JSON gives them back: tuples are lists, and keys are texts."""
+    plain = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _forget_killed(path: Path) -> None:
+    """Remove what a process that was killed left of this file."""
+    for part in path.parent.glob(f".{escape(path.name)}.*{PART}"):
+        number = part.name.removesuffix(PART).rpartition(".")[2]
+        if number.isdigit() and not alive(int(number)):
+            part.unlink(missing_ok=True)

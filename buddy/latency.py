@@ -30,7 +30,7 @@ from buddy.evaluation.speed import Contender
 from buddy.files import read_json, write_json
 from buddy.progress import errors, tracker
 
-PLACE = "BUDDY_LATENCY_CACHE"
+PLACE, LOCK = "BUDDY_LATENCY_CACHE", "measuring.lock"
 LAYOUT = 1  # raise it when tokens are timed in another way: older tables are then not found
 POINTS, ROUNDS = 5, 5
 PROMPT, STEPS = 64, 16  # tokens before those that are timed, and their number
@@ -68,32 +68,37 @@ class Latencies:
 
     def _points(self, routed: RoutedLM, rounds: int, fresh: bool) -> dict[int, float]:
         setting = setting_of(routed)
-        with self._held(setting) as path:
-            found = None if fresh or path is None else _read(path, setting)
+        path = None if self._folder is None else self._folder / f"{_digest(setting)}.json"
+        found = None if fresh else _read(path, setting)  # without waiting for somebody who measures another model
+        if found is not None:
+            return found
+        with self._locked() as kept:
+            found = None if fresh else _read(path, setting)  # another process may just have done it
             if found is not None:
                 return found
+            if path is not None and not fresh and os.path.exists(path):
+                errors.print(f"The table of latencies {path} cannot be used; measuring anew.", soft_wrap=True)
             found = measure(routed, rounds, tracker(f"Timing tokens at {_span(routed)} layers"))
-            if path is not None:
+            if kept:
                 _write(path, setting, found, rounds)
         return found
 
     @contextmanager
-    def _held(self, setting: Mapping[str, Any]) -> Iterator[Path | None]:
-        """The table's file, locked: two processes that measure at once would slow each other down."""
+    def _locked(self) -> Iterator[bool]:
+        """While nobody else measures, whatever the model: they would slow each other down. Whether tables are kept."""
         if self._folder is None:
-            yield None
+            yield False
             return
-        path = self._folder / f"{_digest(setting)}.json"
-        lock = FileLock(path.with_suffix(".lock"))
+        lock = FileLock(self._folder / LOCK)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except OSError as error:
             errors.print(f"Latencies cannot be kept in {self._folder} ({error.strerror or error}).", soft_wrap=True)
-            yield None
+            yield False
             return
         try:
-            yield path
+            yield True
         finally:
             lock.release()
 
@@ -182,9 +187,9 @@ def _digest(setting: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _read(path: Path, setting: Mapping[str, Any]) -> dict[int, float] | None:
+def _read(path: Path | None, setting: Mapping[str, Any]) -> dict[int, float] | None:
     """The points in a file, or None where there is none that can be used."""
-    if not path.exists():
+    if path is None or not os.path.exists(path):
         return None
     try:
         saved = read_json(path)
@@ -193,7 +198,6 @@ def _read(path: Path, setting: Mapping[str, Any]) -> dict[int, float] | None:
             return points
     except (RunError, KeyError, TypeError, ValueError, AttributeError):
         pass
-    errors.print(f"The table of latencies {path} cannot be used; measuring anew.", soft_wrap=True)
     return None
 
 

@@ -6,20 +6,24 @@ While a run is made it lives in `<output>/<recipe>/.<router>.partial/`; an inter
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from buddy.errors import BuddyError, RunError
-from buddy.files import checksum, read_json, write_json, write_text, writing
+from buddy.files import checksum, read_json, remove_parts, write_json, write_text, writing
 from buddy.recipe import load_recipe, to_yaml
 from buddy.schema import Recipe
 
 RECIPE, FACTS, ROUTER, METRICS = "recipe.yaml", "run.json", "router.safetensors", "metrics.json"
 INPUTS = "inputs.json"
+ADAPTER = "adapter"  # the folder of a healed run's adapter
+PREDICTOR, PREDICTOR_FACTS = "predictor.safetensors", "predictor.json"  # of the budget predictor, where there is one
+PATIENCE = 1.0  # seconds for a process that has just taken a lock to say who it is
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class RunPlace:
         """The old run, for the moment in which the new one takes its place."""
         return self._beside("old")
 
+    @property
+    def discarded(self) -> Path:
+        """What was begun and is not gone on with, for the moment in which it is deleted."""
+        return self._beside("discarded")
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Held while a run is made, so that two processes never write the same one; a kill frees it.
@@ -56,49 +65,72 @@ class RunPlace:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                pid = pid_file.read_text() if pid_file.exists() else "unknown"
-                raise RunError(f"Process {pid} is making {self.final}; wait for it or stop it first.") from None
-            pid_file.write_text(str(os.getpid()))
+                raise RunError(
+                    f"Process {_holder(pid_file)} is making {self.final}; wait for it or stop it first."
+                ) from None
         try:
+            with writing(self.final):
+                pid_file.write_text(str(os.getpid()))
             yield
         finally:
-            pid_file.unlink(missing_ok=True)
+            with suppress(OSError):
+                pid_file.unlink(missing_ok=True)
             lock.release()
 
     def open_partial(self, recipe: Recipe, inputs: Mapping[str, str] | None = None) -> Path:
         """The partial folder with recipe.yaml and inputs.json in it; call it with the lock held.
 
         What an interrupted run left there is kept when it was made of the same inputs and its recipe is the same but
-        for `trainer.ckpt_path`, or that path points into it; otherwise the folder starts empty.
+        for `trainer.ckpt_path`, or that path points into it; otherwise the folder starts empty. What a killed process
+        was writing there is removed.
 
         Args:
             recipe: of the run.
             inputs: digests of what it is made of beside the recipe, by what they are of.
 
         Raises:
-            RunError: something that is not a run stands in the way, or the place cannot be written.
+            RunError: something that is not a run stands in the way, a checkpoint is there and nobody can read what it
+                is of, or the place cannot be written.
         """
         self.recover()
         if self.final.exists() and not (self.final / FACTS).is_file():
             raise RunError(f"{self.final} is in the way and is not a run folder; move it or choose another output.")
+        if self.partial.exists() and not self.partial.is_dir():
+            raise RunError(f"{self.partial} is in the way and is not a folder; move it or choose another output.")
         with writing(self.partial):
-            same = inputs_in(self.partial) in (None, inputs)
-            if self.partial.exists() and not (same and self._goes_on(recipe)):
-                shutil.rmtree(self.partial)
+            if self.partial.exists() and not self._goes_on(recipe, inputs):
+                self.partial.rename(self.discarded)  # at once, so that a kill cannot leave half of it to go on from
+                self._discard()
             self.partial.mkdir(exist_ok=True)
+            remove_parts(self.partial)
         write_text(self.partial / RECIPE, to_yaml(recipe))
         if inputs is not None:
             write_json(self.partial / INPUTS, dict(inputs))
         return self.partial
 
-    def publish(self) -> Path:
-        """Put the partial folder in the final place; a kill at any point leaves the old run or the new one.
-
-        run.json takes note of the finish and of checksums, by which `read_run` knows a cut or changed file.
-        """
-        sums = {name: checksum(self.partial / name) for name in (RECIPE, ROUTER)}
+    def seal(self) -> None:
+        """Note in run.json that nothing is missing, and checksums by which `read_run` knows a cut or changed file."""
+        others = (METRICS, INPUTS, PREDICTOR, PREDICTOR_FACTS)
+        adapter = sorted(f"{ADAPTER}/{path.name}" for path in (self.partial / ADAPTER).glob("[!.]*"))
+        written = (RECIPE, ROUTER, *(name for name in others if (self.partial / name).exists()), *adapter)
+        sums = {name: checksum(self.partial / name) for name in written}
         facts = read_json(self.partial / FACTS)
         write_json(self.partial / FACTS, {**facts, "status": "finished", "checksums": sums})
+
+    def sealed(self, recipe: Recipe, inputs: Mapping[str, str]) -> bool:
+        """Whether the partial folder holds the whole run of a recipe, which a kill kept from its place."""
+        try:
+            facts = read_json(self.partial / FACTS)
+            begun = load_recipe(self.partial / RECIPE)
+            sums = facts["checksums"] if facts["status"] == "finished" else {}
+            whole = all(checksum(self.partial / name) == sums[name] for name in (RECIPE, ROUTER, METRICS))
+        except (BuddyError, LookupError, TypeError):
+            return False
+        return whole and begun == recipe and inputs_in(self.partial) == inputs
+
+    def publish(self) -> Path:
+        """Put the partial folder in the final place; a kill at any point leaves the old run or the new one."""
+        self.seal()
         self.recover()
         with writing(self.final):
             if self.final.exists():
@@ -108,21 +140,47 @@ class RunPlace:
         return self.final
 
     def recover(self) -> None:
-        """Finish or take back what a kill inside `publish` left undone; call it with the lock held."""
+        """Finish or take back what a kill left undone in `publish` or `open_partial`; call it with the lock held."""
+        self._discard()
         if self.final.exists():
             shutil.rmtree(self.aside, ignore_errors=True)
         elif self.aside.exists():
             with writing(self.final):
                 self.aside.rename(self.final)
 
-    def _goes_on(self, recipe: Recipe) -> bool:
+    def settle(self) -> None:
+        """`recover`, where a kill inside `publish` left no run in the final place."""
+        if os.path.isdir(self.aside) and not os.path.exists(self.final):  # os.path answers for names that are too long
+            with self.lock():
+                self.recover()
+
+    def _goes_on(self, recipe: Recipe, inputs: Mapping[str, str] | None) -> bool:
         checkpoint = recipe.trainer.ckpt_path
-        if checkpoint and Path(checkpoint).resolve().is_relative_to(self.partial.resolve()):
+        if checkpoint and Path(os.path.realpath(checkpoint)).is_relative_to(os.path.realpath(self.partial)):
             return True
         try:
-            return _without_checkpoint(load_recipe(self.partial / RECIPE)) == _without_checkpoint(recipe)
-        except BuddyError:
+            begun = load_recipe(self.partial / RECIPE)
+            made_of = read_json(self.partial / INPUTS) if (self.partial / INPUTS).exists() else None
+        except BuddyError as error:
+            self._require_no_checkpoint(" ".join(str(error).split()).rstrip("."))
             return False
+        same = made_of in (None, inputs) and _without_checkpoint(begun) == _without_checkpoint(recipe)
+        if not same and (self.partial / RECIPE).read_text("utf-8") != to_yaml(begun):
+            self._require_no_checkpoint(f"{RECIPE} is cut, or of another version")
+        return same
+
+    def _require_no_checkpoint(self, reason: str) -> None:
+        """Nobody knows what was begun here, so it is not deleted as something else than what is asked for."""
+        if any(self.partial.glob("checkpoints/*.ckpt")):
+            raise RunError(
+                f"{self.partial} holds a checkpoint, and what it was made by cannot be read ({reason}); delete that "
+                "folder to begin anew, or go on from the checkpoint by its name as trainer.ckpt_path."
+            )
+
+    def _discard(self) -> None:
+        with writing(self.discarded):
+            if self.discarded.exists():
+                shutil.rmtree(self.discarded)
 
     def _beside(self, ending: str) -> Path:
         return self.final.with_name(f".{self.final.name}.{ending}")
@@ -134,6 +192,17 @@ def inputs_in(folder: Path) -> dict[str, str] | None:
         return read_json(folder / INPUTS)
     except BuddyError:  # none, or cut
         return None
+
+
+def _holder(pid_file: Path) -> str:
+    """The number of the process that holds a lock, which it writes down right after it has taken it."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        with suppress(OSError, ValueError):
+            if number := pid_file.read_text().strip():
+                return number
+        time.sleep(0.02)
+    return "unknown"
 
 
 def _without_checkpoint(recipe: Recipe) -> Recipe:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
-from buddy.draft import NOT_PLAIN, UNREADABLE, Draft, shown, yaml_reason
+from buddy.draft import NOT_PLAIN, UNREADABLE, Draft, plain, refuse_repeats, shown, yaml_reason
 from buddy.errors import RecipeError, nearest
 from buddy.schema import Recipe, RouterSection, leaves
 
 FOLDER = Path(__file__).parent / "recipes"
+LARGEST = 2**20  # bytes of a file that may be a recipe
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def copy_recipe(source: str | Path, destination: Path) -> Path:
         RecipeError: no such recipe, the file exists, or it cannot be written.
     """
     path = recipe_path(source)
-    target = destination / path.name if destination.is_dir() else destination
+    target = destination / path.name if os.path.isdir(destination) else destination
     text = path.read_text("utf-8")
     try:
         with target.open("x", encoding="utf-8") as file:
@@ -85,13 +86,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: no such recipe, not YAML, or mistakes in it; all mistakes are named, one a line.
     """
     path = recipe_path(source)
-    try:
-        draft = Draft()
-        draft.merge(_read(path))
-        draft.override(overrides)
-        return draft.finish(f"The recipe {source}")
-    except RecursionError as error:
-        raise RecipeError(f"The recipe {source} is nested too deeply; write it with fewer brackets.") from error
+    return _finished(lambda: _read(path), overrides, f"The recipe {source}")
 
 
 def override(recipe: Recipe, overrides: Sequence[str], what: str) -> Recipe:
@@ -103,15 +98,13 @@ def override(recipe: Recipe, overrides: Sequence[str], what: str) -> Recipe:
     Raises:
         RecipeError: mistakes in them; all are named, one a line.
     """
-    draft = Draft()
-    draft.merge(asdict(recipe))
-    draft.override(overrides)
-    return draft.finish(what)
+    return _finished(lambda: asdict(recipe), overrides, what)
 
 
 def to_yaml(recipe: Recipe) -> str:
     """YAML text that `load_recipe` reads back to an equal recipe."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+    text: str = OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+    return text
 
 
 def flatten(recipe: Recipe) -> dict[str, bool | int | float | str]:
@@ -127,8 +120,20 @@ def with_router(recipe: Recipe, name: str) -> Recipe:
     return recipe if name == recipe.router.name else replace(recipe, router=RouterSection(name))
 
 
+def _finished(read: Callable[[], Mapping[Any, Any]], overrides: Sequence[str], what: str) -> Recipe:
+    try:
+        draft = Draft()
+        draft.merge(read())
+        draft.override(overrides)
+        return draft.finish(what)
+    except RecursionError as error:
+        raise RecipeError(f"{what} is nested too deeply; write it with fewer brackets.") from error
+
+
 def _read(path: Path) -> Mapping[Any, Any]:
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise RecipeError(f"The recipe {path} has {size} bytes, which no recipe has; give a YAML file.")
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {path} cannot be read as text ({error}); give a YAML file.") from error
@@ -138,7 +143,9 @@ def _read(path: Path) -> Mapping[Any, Any]:
             raise RecipeError(f"The recipe {path} is empty; start from `buddy recipes copy quickstart`.")
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"The recipe {path} is not a mapping; write one `key: value` a line.")
-        return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+        refuse_repeats(root)
+        values: Mapping[Any, Any] = plain(OmegaConf.create(text))
+        return values
     except GrammarParseError as error:
         raise RecipeError(f"The recipe {path} {NOT_PLAIN}") from error
     except UNREADABLE as error:

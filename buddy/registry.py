@@ -5,6 +5,7 @@ Reading the list imports nothing; loading a name imports one module. Built-in ro
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def load(name: str) -> "type[AnyRouter]":
         names = sorted({entry.name for entry in entries})
         hint = nearest(name, names) or "."
         raise RegistryError(f"No router is named {name!r}{hint} Installed: {', '.join(names) or 'none'}.")
+    if not matches and not re.fullmatch(r"[\w.]+:[\w.]+", name):
+        raise RegistryError(f"No router can be named {name!r}; write module:Class, as in my_module:MyRouter.")
     if len(matches) > 1:
         owners = " and ".join(repr(entry.distribution) for entry in matches)
         raise RegistryError(f"Two routers are named {name!r}, from {owners}; uninstall one of these distributions.")
@@ -149,7 +152,7 @@ def _option_mistakes(cls: type, options: Mapping[str, Any]) -> list[str]:
 
 def _hints(cls: type) -> dict[str, Any]:
     try:
-        return get_type_hints(cls.__init__)
+        return get_type_hints(cls.__init__)  # type: ignore[misc]  # of this very class
     except Exception:  # annotations may name what only a type checker imports
         return {}
 

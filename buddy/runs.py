@@ -6,12 +6,13 @@ has the router's parameters and buffers (never pickle); metrics.json has the res
 TensorBoard lie beside them.
 """
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import buddy
@@ -19,7 +20,7 @@ from buddy.errors import BuddyError, RunError, nearest
 from buddy.files import checksum, damaged, load_tensors, read_json, save_tensors, write_json
 from buddy.place import FACTS, METRICS, RECIPE, ROUTER, RunPlace
 from buddy.recipe import load_recipe
-from buddy.schema import Recipe
+from buddy.schema import Recipe, storable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,12 @@ def read_run(folder: str | Path) -> Run:
         RunError: the folder is missing, a file of it is missing or damaged, or a newer Buddy made it.
     """
     folder = Path(folder)
-    _require_folder(folder)
+    try:
+        _require_folder(folder)
+    except OSError as error:  # a name that is too long, a folder that nobody may look into
+        raise RunError(
+            f"The run folder {folder} cannot be read ({error.strerror or error}); check the path."
+        ) from error
     facts = _read_facts(folder)
     try:
         recipe = load_recipe(folder / RECIPE)
@@ -116,19 +122,28 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder} was made by a newer Buddy (run format {made}); upgrade Buddy to read it.")
     kinds = {"format": int, **dict.fromkeys(_TEXTS, str), **dict.fromkeys(_MAPPINGS, dict)}
     for name, kind in kinds.items():
-        if not isinstance(facts.get(name), kind):
+        if not isinstance(facts.get(name), kind) or not storable(facts[name]):
             raise damaged(path, f"{name} is missing or wrong")
-    for name, written in facts.get("checksums", {}).items():
-        if checksum(folder / name) != written:
+    sums = facts.get("checksums", {})
+    if not isinstance(sums, dict) or not all(map(_lies_within, sums)):
+        raise damaged(path, "checksums is wrong")
+    for name, written in sums.items():
+        there = name in (RECIPE, ROUTER) or os.path.lexists(folder / name)  # the others need not be handed on
+        if there and checksum(folder / name) != written:
             raise damaged(folder / name, "it is not what was written")
     return {name: facts[name] for name in (*_TEXTS, *_MAPPINGS)}
 
 
+def _lies_within(name: str) -> bool:
+    """Whether the name of a file leads nowhere out of its folder."""
+    path = PurePath(name)
+    return storable(name) and not path.is_absolute() and ".." not in path.parts
+
+
 def _require_folder(folder: Path) -> None:
-    place = RunPlace(folder.resolve())
-    if not folder.exists() and place.aside.exists():
-        with place.lock():
-            place.recover()
+    place = RunPlace(Path(os.path.realpath(folder)))
+    if not folder.exists():
+        place.settle()
     if not folder.is_dir():
         if place.partial.is_dir():
             raise RunError(f"The run {folder} is unfinished; go on with the same `buddy fit` that began it.")

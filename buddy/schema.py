@@ -106,7 +106,8 @@ class PredictorSection:
 class TrainerSection:
     max_steps: int = _bounded(200, least=1)
     accelerator: str = _choice("auto", "cpu", "gpu", "cuda", "mps", "tpu")
-    devices: int = _bounded(1, least=1)
+    devices: int = _bounded(1, least=1)  # on each node
+    nodes: int = _bounded(1, least=1)
     strategy: str = "auto"
     checkpoint_every: int = _bounded(50, least=1)  # steps
     log_every: int = _bounded(10, least=1)  # steps
@@ -139,7 +140,7 @@ class Recipe:
 
 def section_of(hint: Any) -> type | None:
     """The section that a field holds, whether it is always there or may be left out as null; None for a plain value."""
-    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+    return next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
 
 
 def leaves(section: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
@@ -196,8 +197,9 @@ def _list_mistakes(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
     for budget in dict.fromkeys(recipe.budgets):
         if not 0 < budget <= 1:
             yield {"budgets"}, f"budgets holds {budget}, but each must be above 0 and at most 1."
-    named = (("budgets", recipe.budgets), ("rivals", recipe.rivals), ("data.train_sources", recipe.data.train_sources))
-    for key, values in named:
+    named: dict[str, list[Any]] = {"budgets": recipe.budgets, "rivals": recipe.rivals}
+    named["data.train_sources"] = recipe.data.train_sources
+    for key, values in named.items():
         for value in dict.fromkeys(value for value in values if values.count(value) > 1):
             yield {key}, f"{key} holds {value} more than once; name it once."
     if recipe.adapter is not None and not recipe.adapter.targets:

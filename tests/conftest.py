@@ -3,7 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client, which reads it once
-os.environ["BUDDY_CALIBRATION_CACHE"] = ""  # nothing that tests measure is kept
+os.environ["BUDDY_CALIBRATION_CACHE"] = os.environ["BUDDY_LATENCY_CACHE"] = ""  # nothing that tests measure is kept
 
 import pytest
 import torch

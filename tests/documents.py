@@ -20,7 +20,7 @@ from buddy.registry import load
 from tests.plugin.installing import pip_install
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_STEPS = 4  # trainer.max_steps and adapter.steps of a command are cut to this
 
 
@@ -84,8 +84,13 @@ def _ini(block: Block) -> None:
 
 def _buddy(words: list[str], place: str) -> None:
     words = [re.sub(r"^((?:trainer\.max_steps|adapter\.steps)=)(\d+)$", _cut, word) for word in words]
+    words = [re.sub(r"^(trainer\.(?:devices|nodes)=)\d+$", r"\g<1>1", word) for word in words]  # one does it all here
+    if words[1] == "evaluate" and "--devices" in words:
+        words[words.index("--devices") + 1] = "1"
     if "--rounds" in words:
         words[words.index("--rounds") + 1] = "1"
+    elif words[1] == "bench":
+        words += ["--rounds", "1"]
     result = CliRunner().invoke(app, words[1:])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -147,8 +152,18 @@ def _source(words: list[str], place: str) -> None:
     assert Path(sys.executable).name.startswith("python")
 
 
+def _torchrun(words: list[str], place: str) -> None:
+    """What several processes do is done by one; `tests/scale` has torchrun itself."""
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words[1:])
+    assert (given.module, given.training_script) == (True, "buddy"), place
+    _buddy(["buddy", *given.training_script_args], place)
+
+
 COMMANDS = {
     "buddy": _buddy,
+    "torchrun": _torchrun,
     "make": _make,
     "tensorboard": _tensorboard,
     "pip": _pip,

@@ -14,7 +14,24 @@ from buddy.cli import app
 from buddy.errors import TrainingError
 from buddy.recipe import load_recipe, recipe_path
 
-VERBS = ["fit", "compare", "evaluate", "generate", "routers", "recipes", "recipes list", "recipes show", "recipes copy"]
+VERBS = [
+    "fit",
+    "compare",
+    "evaluate",
+    "generate",
+    "export",
+    "push",
+    "pull",
+    "plan",
+    "routers",
+    "routers list",
+    "routers new",
+    "routers check",
+    "recipes",
+    "recipes list",
+    "recipes show",
+    "recipes copy",
+]
 BUDDY = [sys.executable, "-c", "from buddy.cli import main; main()"]
 
 

@@ -9,9 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +19,6 @@ from buddy.draft import shown
 from buddy.errors import BuddyError
 from buddy.recipe import list_recipes, load_recipe, to_yaml
 from buddy.registry import installed, load
-from buddy.schema import Recipe
 from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg
 from tests.small import write_text
 from tests.tiny import tiny_folder
@@ -32,17 +29,6 @@ README, ROUTERS, RECIPES, DESIGN = (
 FIGURE = "docs/results-quality-layers.png"
 DATA = "window=48 prompt=12 batch_size=4 calibration_windows=4 validation_windows=2 test_windows=4"
 TRAINER = "trainer.max_steps=2 trainer.accelerator=cpu"
-WORDS = {
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-    int | None: "whole number or null",
-    str: "text",
-    str | None: "text or null",
-    list[float]: "list of numbers",
-    list[str]: "list of names",
-    dict[str, Any]: "mapping",
-}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +50,7 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         patch.setattr("buddy.recipe.FOLDER", recipes)
         patch.setattr("buddy.evaluation.bench.LONG", 96)
         patch.setattr("buddy.evaluation.bench.BATCH", 2)
+        patch.setattr("buddy.latency.ROUNDS", 1)
         patch.chdir(home)
         run(Block("the fixture", "bash", "buddy fit --recipe quickstart"))
         yield home
@@ -143,23 +130,6 @@ def rows(document: Path, heading: str, columns: int) -> list[tuple[str, ...]]:
     text = re.split(rf"^#{{1,{len(level)}}} ", text, maxsplit=1, flags=re.MULTILINE)[0]
     table = re.findall(r"^\| .*$(?!\n\|-)", text, re.MULTILINE)
     return [tuple(cell.strip() for cell in row.split("|")[1 : columns + 1]) for row in table]
-
-
-def keys(section: object, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Key, type and default of everything that a recipe may say, as docs/recipes.md spells them."""
-    for item in fields(section):
-        key, value, bounds = prefix + item.name, getattr(section, item.name), item.metadata
-        if is_dataclass(value):
-            yield from keys(value, f"{key}.")
-            continue
-        kind = ", ".join(f"`{name}`" for name in bounds["accepted"]) if "accepted" in bounds else WORDS[item.type]
-        for bound, sign in (("least", "≥"), ("above", ">"), ("most", "≤")):
-            kind += f" {sign} {bounds[bound]}" if bound in bounds else ""
-        yield f"`{key}`", kind, f"`{shown(value)}`"
-
-
-def test_every_key_of_a_recipe_is_listed():
-    assert rows(RECIPES, "## Keys", 3) == list(keys(Recipe()))
 
 
 def test_the_recipes_are_listed():

@@ -10,6 +10,7 @@ from buddy import recipe as module
 from buddy.errors import RecipeError
 from buddy.recipe import copy_recipe, flatten, list_recipes, load_recipe, recipe_name, to_yaml, with_router
 from buddy.schema import (
+    AdapterSection,
     BackboneSection,
     DataSection,
     ObjectiveSection,
@@ -267,7 +268,9 @@ def test_flatten_gives_scalars_under_dotted_keys():
     assert all(isinstance(value, bool | int | float | str) for value in flat.values())
 
 
-WORD = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() and "${" not in text and text != "???")
+WORD = st.text(min_size=1, max_size=12).filter(
+    lambda text: text.strip() and "${" not in text and text != "???" and "\0" not in text
+)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | WORD
 OPTIONS = st.dictionaries(
     WORD, st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORD, inner, max_size=3))
@@ -288,6 +291,8 @@ def values_of(item) -> st.SearchStrategy:
         return st.floats(**{"max_value": 1e300, **limits}, exclude_min="above" in bounds)
     if item.name == "options":
         return OPTIONS
+    if kind == list[str]:
+        return st.lists(WORD, max_size=3, unique=True)
     return {bool: st.booleans(), str: WORD}.get(kind, st.none() | WORD)
 
 
@@ -307,6 +312,7 @@ RECIPES = st.builds(
     rivals=st.lists(WORD, max_size=3, unique=True),
     objective=section(ObjectiveSection).map(lambda o: replace(o, kl=o.kl + 0.5, plans=2 * o.plans)),
     optimizer=section(OptimizerSection),
+    adapter=st.none() | section(AdapterSection).map(lambda a: replace(a, targets=a.targets or ["all-linear"])),
     trainer=section(TrainerSection),
     seed=st.integers(0, 2**32 - 1),
     output=WORD,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,11 +31,12 @@ def judge(criterion: Criterion, shell: Shell, input_ids: Tensor, walk: Walk) -> 
         walk: over these tokens, for the states of the dense model.
     """
     if criterion == "ce":
-        facts, measure = _parts(input_ids[:, 1:]), cross_entropy
+        facts: Sequence[Any] = _parts(input_ids[:, 1:])
+        measure: Callable[[Tensor, Any], Tensor] = cross_entropy
     else:
         facts = [Dense(shell.leave(part)) for part in _parts(walk.dense()[:, :-1])]
 
-        def measure(logits: Tensor, fact: Dense) -> Tensor:
+        def measure(logits: Tensor, fact: Any) -> Tensor:
             return kl_to_dense(fact, logits)
 
     @torch.no_grad()

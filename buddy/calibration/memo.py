@@ -20,7 +20,8 @@ class Memo:
     """
 
     def __init__(self, store: Callable[[], Store] | None = None) -> None:
-        self._make, self._store = store, None
+        self._make = store
+        self._store: Store | None = None
         self._values: dict[str, Tensor] = {}
         self._unsaved: dict[str, Tensor] = {}
         self._saved_at = time.monotonic()

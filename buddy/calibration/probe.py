@@ -70,7 +70,8 @@ class Probe:
         self.seed, self.count = seed, len(windows)
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt
         self._batches, self._size = windows.split(batch_size), batch_size
-        self._memo = Memo(store and (lambda: Store(store, setting_of(self.routed, windows, batch_size))))
+        make = None if store is None else (lambda: Store(store, setting_of(self.routed, windows, batch_size)))
+        self._memo = Memo(make)
         self._track, self._tracking = track, False
 
     def serve(self, routed: RoutedLM, asked: Iterable[int]) -> None:
@@ -136,7 +137,7 @@ class Probe:
             self._measure(missing, criterion, what or f"losses of {count} plan{'s' if count > 1 else ''}")
         wide = windows if isinstance(windows, int) else None  # the last of the first windows may lie within a batch
         rows = [torch.cat([self._memo[_key(criterion, b, plan)] for b in batches])[:wide] for plan in plans]
-        count = self.count if windows is None else wide or len(windows)
+        count = self.count if windows is None else wide or len(windows)  # type: ignore[arg-type]  # 0 is refused
         return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
 
     def loss(self, runs: Tensor) -> float:

@@ -66,7 +66,9 @@ class _StandIn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hidden = self.inputs = self.given = None
+        self.hidden: Any = None
+        self.inputs: Any = None
+        self.given: Any = None
 
     def forward(self, hidden_states: Tensor, **inputs: Any) -> Tensor:
         self.hidden, self.inputs = hidden_states, inputs

@@ -25,8 +25,13 @@ def importance(backbone: Backbone, batches: Iterable[Tensor], layers: range, win
     with _with_gradients([parameter for group in weights for parameter in group]), torch.enable_grad():
         for batch in batches:
             (_cross_entropy(backbone.model, batch.to(backbone.device)) * (len(batch) / windows)).backward()
-        sums = [sum((p * p.grad).abs().sum(dtype=torch.float32) for p in group) for group in weights]
+        sums = [_of_all(sum((p * p.grad).abs().sum(dtype=torch.float32) for p in group)) for group in weights]
         return torch.stack(sums).detach().cpu()
+
+
+def _of_all(total: Tensor) -> Tensor:
+    """The sum over all devices, where they share the weights out."""
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
 
 
 def _cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:

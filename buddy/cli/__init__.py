@@ -19,7 +19,8 @@ from buddy.cli import (  # noqa: F401
     recipes,
     routers,
 )
-from buddy.cli.app import app
+from buddy.cli.app import TOGETHER, app
+from buddy.cli.words import alone
 
 __all__ = ["app", "main"]
 
@@ -37,8 +38,11 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _buddy(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Dynamic depth for language models: one router, every compute budget."""
+    if ctx.invoked_subcommand not in TOGETHER:
+        alone(f"`buddy {ctx.invoked_subcommand}` is done")

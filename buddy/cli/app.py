@@ -6,12 +6,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from buddy import processes
 from buddy.errors import BuddyError
 
 ORDER = (  # in --help
     *("fit", "compare", "evaluate", "bench", "inspect", "generate"),
     *("export", "push", "pull", "plan", "routers", "recipes"),
 )
+TOGETHER = ("fit", "evaluate")  # what several processes do
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 ONWARD = {
     "fit": " Repeat the command to go on from the last checkpoint.",
@@ -29,10 +31,12 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except BuddyError as error:
-            typer.echo(f"Error: {error}", err=True)
+            if processes.speaks():
+                typer.echo(f"Error{processes.whose()}: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
         except KeyboardInterrupt as error:
-            typer.echo(f"\nStopped.{ONWARD.get(ctx.invoked_subcommand, '')}", err=True)
+            if processes.leads():
+                typer.echo(f"\nStopped.{ONWARD.get(ctx.invoked_subcommand, '')}", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from buddy.cli.app import JsonOption, RunOption, app
-from buddy.cli.words import budgets_of, refuse, words
+from buddy.cli.words import alone, budgets_of, refuse, words
 
 Split = Literal["test", "validation"]
 
@@ -21,6 +21,7 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Text instead of the recipe's.")] = None,
     split: Annotated[Split, typer.Option(help="Which part of the recipe's text; tune on validation only.")] = "test",
+    devices: Annotated[int, typer.Option(min=1, metavar="N", help="Devices that share the windows of text.")] = 1,
     tasks: Annotated[
         str | None, typer.Option(metavar="TASK,…", help="Score tasks of lm-eval instead: piqa,arc_easy.")
     ] = None,
@@ -39,9 +40,11 @@ def evaluate(
         refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
         from buddy.evaluation.evaluate import evaluate_run
 
-        evaluate_run(run, json_file=json, budgets=asked, data=data, split=split)
+        evaluate_run(run, json_file=json, budgets=asked, data=data, split=split, devices=devices)
         return
-    refuse({"data": data, "split": None if split == "test" else split}, "is for text; leave it out, or --tasks")
+    texts = {"data": data, "split": None if split == "test" else split, "devices": None if devices == 1 else devices}
+    refuse(texts, "is for text; leave it out, or --tasks")
+    alone("Tasks are scored")
     from buddy.evaluation.tasks import evaluate_tasks
 
     evaluate_tasks(run, tasks=words(tasks), budgets=asked, json_file=json, **options)

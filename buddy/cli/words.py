@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from buddy import processes
 from buddy.errors import BuddyError, BudgetError
 
 
@@ -16,6 +17,15 @@ def refuse(options: dict[str, Any], why: str) -> None:
     for name, value in options.items():
         if value is not None:
             raise BuddyError(f"--{name.replace('_', '-')} {why}.")
+
+
+def alone(what: str) -> None:
+    """Raise `BuddyError` where torchrun began several processes for what is done by one."""
+    if processes.from_torchrun() > 1:
+        raise BuddyError(
+            f"{what} by one process, not by {processes.from_torchrun()}; give the command without torchrun (fit and "
+            "evaluate go with it, and compare has --jobs)."
+        )
 
 
 def budgets_of(budgets: str | None) -> list[str] | None:

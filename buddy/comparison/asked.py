@@ -82,9 +82,10 @@ def check(asked: Asked) -> None:
         raise RecipeError(f"seed is {asked.recipe.seed}, too large for {asked.seeds} seeds from it on; set it smaller.")
     if asked.jobs < 1:
         raise RecipeError(f"--jobs is {asked.jobs}; give 1 or more.")
-    if asked.recipe.trainer.devices > 1:
+    if asked.recipe.trainer.devices * asked.recipe.trainer.nodes > 1:
         raise RecipeError(
-            "buddy compare trains each router on one device; set trainer.devices=1, and --jobs for several at once."
+            "buddy compare trains each router on one device; set trainer.devices=1 and trainer.nodes=1, and --jobs for "
+            "several at once."
         )
     if asked.recipe.trainer.ckpt_path:
         raise RecipeError("buddy compare goes on by itself from what it left; leave trainer.ckpt_path out.")

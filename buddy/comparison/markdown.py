@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def _table(grid: Grid) -> Iterator[str]:
     if grid.rows:
         yield from (f"**{grid.title}**", "", tables.markdown(grid))
         if grid.note:
-            yield from (grid.note, "")
+            yield from (re.sub(r"^\*", r"\\*", grid.note), "")  # or it were a list
 
 
 def _protocol(c: Comparison) -> Iterator[str]:

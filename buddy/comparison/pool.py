@@ -17,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING
 
+from buddy import processes
+
 if TYPE_CHECKING:
     from buddy.comparison.planned import Planned
     from buddy.comparison.work import Start
@@ -40,7 +42,7 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
         KeyboardInterrupt: all processes were told to stop in good order, and did.
     """
     waiting = list(runs)
-    helpers = [_Helper(start) for _ in range(min(jobs, len(waiting)))]
+    helpers = [_Helper(start, place) for place in range(min(jobs, len(waiting)))]
     try:
         for helper in helpers:
             helper.begin(waiting.pop(0))
@@ -66,10 +68,10 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
 
 
 class _Helper:
-    """One process that works; another takes its place where it dies."""
+    """One process that works, on a GPU of its own where there are several; another takes its place where it dies."""
 
-    def __init__(self, start: Start) -> None:
-        self._start, self._context = start, get_context("spawn")
+    def __init__(self, start: Start, place: int) -> None:
+        self._start, self._place, self._context = start, place, get_context("spawn")
         self._stopped = self._context.Event()
         self.run: Planned | None = None
         self.pipe: Connection | None = None
@@ -121,7 +123,7 @@ class _Helper:
             self.pipe.close()
         self.pipe, theirs = self._context.Pipe()
         self.process = self._context.Process(target=_work, args=(theirs, self._stopped, self._start), daemon=True)
-        with _deaf():  # what is begun so is deaf to interrupts until it can take them without a traceback
+        with _deaf(), processes.one_gpu(self._place):  # deaf to interrupts until it can take them without a traceback
             self.process.start()
         theirs.close()  # so that the pipe ends when the process does
 

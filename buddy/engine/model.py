@@ -9,29 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from buddy.backbone import Backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
-from buddy.engine.cache import RoutedCache, adopt
-from buddy.engine.forward import Pass
-from buddy.engine.gated import GatedPass
-from buddy.engine.kv import probes
-from buddy.engine.layers import Seat, attach, detach
+from buddy.engine.host import Host
 from buddy.engine.policies import policy_named
-from buddy.engine.pool import Pool
 from buddy.engine.record import Output, Record
-from buddy.engine.request import (
-    Request,
-    Settings,
-    checked_mask,
-    for_rows,
-    held_scores,
-    plan_tokens,
-    wants_cache,
-    within_scope,
-)
-from buddy.engine.sinks import SinkMemory, SinkStates
+from buddy.engine.request import Request, Settings, held_scores, plan_tokens, within_scope
 from buddy.errors import BuddyError, BudgetError
 from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
@@ -89,8 +73,7 @@ class RoutedLM(nn.Module):
         batch_plan: Literal["row", "shared"] = "row",
     ) -> None:
         super().__init__()
-        self.router = router.to(backbone.device)
-        self.geometry, self._layerwise = router.geometry, isinstance(router, LayerwiseRouter)
+        self.router, self.geometry = router.to(backbone.device), router.geometry
         self.pool, self.policy = pool, policy_named(policy)
         settings = Settings(
             layers=self.geometry.layers,
@@ -102,20 +85,10 @@ class RoutedLM(nn.Module):
         )
         self.settings = within_scope(router, settings)
         self._held = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
-        self._seat = Seat(self.policy)
-        self._request: Request | None = None
-        self._record: Record | None = None
-        self._last: Any = None  # the last forward's Pass, for `forward` and `context`
-        self._sinks = SinkMemory(backbone.base)
+        self._host = Host(self)
         self.table: Callable[[RoutedLM], Table] | None = None
         self.chooser: Callable[[int], Choose] | None = None
         self.adapter: Any | None = None
-        attach(backbone.layers, self._seat, probes(backbone))
-        base = backbone.base
-        self._hooks = [
-            base.register_forward_pre_hook(self._begin, with_kwargs=True),
-            base.register_forward_hook(self._end, always_call=True),
-        ]
 
     @property
     def backbone(self) -> Backbone:
@@ -134,9 +107,7 @@ class RoutedLM(nn.Module):
 
     def detach(self) -> None:
         """Give the stock model back, class by class and hook by hook, without an adapter."""
-        for hook in self._hooks:
-            hook.remove()
-        detach(self.backbone.layers)
+        self._host.leave()
         if self.adapter is not None:
             self.adapter.remove()
             self.adapter = None
@@ -154,7 +125,7 @@ class RoutedLM(nn.Module):
     @contextmanager
     def stock(self) -> Iterator[None]:
         """Within this block the backbone is the stock model: nothing is routed, and an adapter is off."""
-        with self._requested(None), self._unadapted():
+        with self._host.requested(None), self._unadapted():
             yield
 
     def executed_layers(self, budget: Budget) -> int:
@@ -175,7 +146,7 @@ class RoutedLM(nn.Module):
 
     def forget_sinks(self) -> None:
         """Let go of remembered attention sinks; needed only after a weight was written through `.data`."""
-        self._sinks.forget()
+        self._host.sinks.forget()
 
     @contextmanager
     def changed(self, **settings: Any) -> Iterator[None]:
@@ -193,7 +164,7 @@ class RoutedLM(nn.Module):
 
         Args:
             budgets: one for the whole batch or one per row; "auto" alone lets the budget predictor choose for each row,
-                from the tokens of the first forward.
+                at the last token of the first forward.
             executed: the same in layers.
 
         Raises:
@@ -202,7 +173,7 @@ class RoutedLM(nn.Module):
         asked = budgets if executed is None else [f"{count}layers" for count in executed]
         if not asked:
             raise BudgetError("No budget was given; give one for all rows, or one per row.")
-        with self._requested(self._asked(asked)) as record:
+        with self._host.requested(self._asked(asked)) as record:
             yield record
 
     def choosing(self, budget: str) -> Choose:
@@ -212,28 +183,31 @@ class RoutedLM(nn.Module):
             BudgetError: no budget predictor, or a cap below all that it can choose.
         """
         cap = auto_of(budget).cap
-        most = self.geometry.layers if cap is None else self.executed_layers(cap)
         if self.chooser is None:
             raise BudgetError(
                 "This run has no budget predictor; fit one with `buddy fit … predictor.name=regress`, or ask for a "
                 "fraction such as 0.75."
             )
-        return self.chooser(most)
+        return self.chooser(self.geometry.layers if cap is None else self.executed_layers(cap))
 
     @torch.no_grad()
-    def context(self, input_ids: Tensor, attention_mask: Tensor | None = None, **places: Tensor) -> Context:
+    def context(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, **places: Tensor
+    ) -> Context:
         """What a router sees at the last token of each row, (B,); only the layers that always run are computed.
 
         Args:
             input_ids: (B, T) long, padded on the left where rows differ.
-            attention_mask: (B, T), 0 for padding.
+            attention_mask: (B, past + T), 0 for padding.
+            cache: a routed cache of the tokens before these; it is filled on, so give a copy of one that is needed.
             places: `position_ids`, as the backbone takes them.
         """
         runs = torch.ones(*input_ids.shape, self.geometry.layers, dtype=torch.bool, device=input_ids.device)
         runs[..., self.geometry.context_layer : -1] = False
-        with self._requested(Request(runs=runs, prompt=0)):
-            self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places)
-            seen, self._last = self._last.context, None
+        with self._host.requested(Request(runs=runs, prompt=0)):
+            kept = {"use_cache": False} if cache is None else {"use_cache": True, "cache": cache}
+            self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, **kept, **places)
+            seen = self._host.taken().context
         return Context(seen.pooled[:, -1], seen.newest[:, -1], seen.hidden[:, -1], seen.executed[:, -1])
 
     def forward(
@@ -282,11 +256,11 @@ class RoutedLM(nn.Module):
             raise BuddyError(f"{what} do not go through gradient checkpointing; turn it off{otherwise}.")
         asked = None if executed is None else tuple(executed.tolist())
         adapted = nullcontext() if executed is not None or runs is not None else self._unadapted()
-        with adapted, self._requested(Request(asked, runs, gates, prompt, everything, weighted)):
+        with adapted, self._host.requested(Request(asked, runs, gates, prompt, everything, weighted)):
             logits = self.backbone.model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
             ).logits
-            done, self._last = self._last, None
+            done = self._host.taken()
         ran = done.ran()
         weights = torch.stack(done.weights, -1) if weighted and done.weights else None
         return Output(logits, done.context, done.scores, ran.runs, ran.executed, ran.sinks, weights)
@@ -321,86 +295,3 @@ class RoutedLM(nn.Module):
         if len(budgets) > 1:
             raise BudgetError("The budget auto chooses for each row; give it alone, or one number for each row.")
         return Request(choose=self.choosing(str(auto[0])))
-
-    @contextmanager
-    def _requested(self, request: Request | None) -> Iterator[Record]:
-        before = self._request, self._record
-        self._request, self._record = request, Record()
-        try:
-            yield self._record
-        finally:
-            self._request, self._record = before
-
-    def _begin(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Before the decoder runs: a fresh pass for the request that holds, or none."""
-        self._seat.current = None
-        cache, request = kwargs.get("cache"), self._request
-        if request is None:
-            if not isinstance(cache, RoutedCache):
-                return None
-            request = Request()  # a cache that was routed before goes on as one, at full depth
-        if self.backbone.layers[0]._seat[0] is not self._seat:
-            raise BuddyError(
-                "Another router was attached to this backbone since; detach that one, and attach this anew."
-            )
-        if args:
-            kwargs["input_ids"] = args[0]
-        tokens = kwargs.get("input_ids")
-        shape = tuple((kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2])
-        if cache is None and wants_cache(base.config, kwargs):
-            cache = kwargs["cache"] = DynamicCache(config=base.config)
-        mask = checked_mask(kwargs.get("attention_mask"))
-        context = self.geometry.context_layer - 1
-        past = 0 if cache is None else cache.get_seq_length(context)
-        if cache is not None:
-            valid = None if mask is None or not past else mask[:, :past].bool()
-            adopt(
-                cache,
-                layers=self.geometry.layers,
-                context=context,
-                kind=self.pool,
-                policy=self.policy.name,
-                model=self.backbone.fingerprint,
-                valid=valid,
-            )
-        if request.choose is not None and (request.executed is None or not past):
-            request = self._chosen(request, kwargs)
-        if request.executed is not None:
-            request = for_rows(request, shape[0])
-        pool = Pool(self.pool) if cache is None else cache.pool
-        rest = request, shape, past, mask, cache, pool
-        if self._layerwise:
-            current: Pass = GatedPass(self.settings, self.router, *rest)
-        else:
-            current = Pass(self.settings, self.router.score, *rest)
-        if tokens is not None:
-            current.remember = lambda count: self._sink_states(tokens[:, :count], kwargs.get("position_ids"))
-        self._seat.current = current
-        return (), kwargs
-
-    def _chosen(self, request: Request, kwargs: dict[str, Any]) -> Request:
-        """The request with K for each row as the budget predictor chooses; it holds for the forwards that follow."""
-        if kwargs.get("input_ids") is None:
-            raise BudgetError("The budget auto needs tokens, not embeddings; ask for a fraction such as 0.75.")
-        places = {name: kwargs[name] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
-        executed = tuple(request.choose(self.context(kwargs["input_ids"], **places)).tolist())
-        self._request = replace(request, executed=executed)
-        self._record.asked = executed
-        return self._request
-
-    def _sink_states(self, ids: Tensor, positions: Tensor | None) -> SinkStates | None:
-        """What the beginnings ids (B, s) become, whatever pass is under way; None at other positions than the first."""
-        current = self._seat.current
-        try:
-            with self._requested(None):
-                return self._sinks.states(ids, positions)
-        finally:
-            self._seat.current = current
-
-    def _end(self, *_: Any) -> None:
-        done, self._seat.current = self._seat.current, None
-        if done is None or done.context is None:
-            return
-        if self._record is not None:
-            self._record.forwards.append(done.ran())
-            self._last = done if self._request.prompt is not None else None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from buddy import processes, progress
 from buddy.assemble import budgets_of, data_of, routed_from
-from buddy.budget import auto_of, fraction_of
+from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.engine.model import RoutedLM
-from buddy.errors import DataError
+from buddy.errors import BudgetError, DataError
 from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.report import show_run
 from buddy.evaluation.saved import as_json
@@ -16,6 +19,7 @@ from buddy.files import check_place, write_json
 from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
 from buddy.runs import Run, read_run
+from buddy.sharding import join
 from buddy.training.data import Windows, windows_of
 
 
@@ -26,8 +30,9 @@ def evaluate_run(
     budgets: Sequence[str] | None = None,
     data: str | None = None,
     split: str = "test",
+    devices: int = 1,
 ) -> None:
-    """Evaluate a run and print the table.
+    """Evaluate a run and print the table, by as many processes as there are devices; the first of them speaks.
 
     Args:
         folder: the run.
@@ -35,27 +40,48 @@ def evaluate_run(
         budgets: asked instead of the recipe's.
         data: a text instead of the recipe's.
         split: "test" or "validation" of the recipe's text.
+        devices: of this machine that share the windows; torchrun's number of processes holds where it began them.
 
     Raises:
         BuddyError: the run, a budget or the text cannot be used.
     """
-    run = read_run(folder)
-    if json_file:
+    progress.errors.quiet = progress.results.quiet = not processes.leads()
+    run = _spread(read_run(folder), devices)
+    if json_file and processes.leads():
         check_place(json_file)
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
+    _refuse_times(budgets, math.prod(processes.shape(run.recipe.trainer)))
+    join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
         routed = routed_from(run)
     asked = _asked(routed, run, budgets)
-    with status("Reading text …"):
+    with status("Reading text …"), processes.leader_first():
         windows = _windows(run, routed, data, split)
     sizes = f"a batch of {run.recipe.data.batch_size} × {windows.input_ids.shape[1]} tokens"
     with within_memory(sizes, "free some, or set data.batch_size smaller in the run's recipe"):
         scores = _scores(run, routed, windows, asked)
+    if not processes.leads():
+        return
     show_run(scores, f"{run.router_name} on {data or run.recipe.data.source}")
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)
+
+
+def _spread(run: Run, devices: int) -> Run:
+    """The run on so many devices of this machine, whatever it was made on."""
+    trainer = replace(run.recipe.trainer, devices=devices, nodes=1)
+    return replace(run, recipe=replace(run.recipe, trainer=trainer))
+
+
+def _refuse_times(budgets: Sequence[str] | None, devices: int) -> None:
+    for budget in budgets or () if devices > 1 else ():
+        if latency_of(budget) is not None:
+            raise BudgetError(
+                f"{budget} is a time on one device, and {devices} disturb one another; ask for it without --devices, "
+                "or for a fraction such as 0.75."
+            )
 
 
 def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float | str]) -> list[Scores]:

@@ -152,8 +152,8 @@ class _Measured:
         """From losses (B, S) of a routed forward."""
         ran = output.executed[~output.sinks]
         counts = int(ran.min()), int(ran.max()), int(ran.sum()), ran.numel(), int(output.sinks[0].sum())
-        sums = ([row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in (loss, kl))
-        return cls(*sums, loss.shape[1], *counts, [] if chosen is None else chosen.tolist())
+        losses, kls = ([row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in (loss, kl))
+        return cls(losses, kls, loss.shape[1], *counts, [] if chosen is None else chosen.tolist())
 
 
 class _Tally:

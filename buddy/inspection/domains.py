@@ -10,7 +10,7 @@ import torch
 
 from buddy.assemble import data_of
 from buddy.engine.model import RoutedLM
-from buddy.errors import DataError
+from buddy.errors import DataError, check_text
 from buddy.runs import Run
 from buddy.training.windows import Windows, windows_of
 
@@ -80,6 +80,7 @@ def typed(routed: RoutedLM, text: str) -> Domain:
     """
     if not text.strip():
         raise DataError("The text to look at is empty; give some words.")
+    check_text(text, "The text to look at")
     ids = routed.backbone.tokenizer(text, return_tensors="pt").input_ids
     tokens, most = ids.shape[1], routed.backbone.context_length
     if tokens <= routed.sink_tokens:

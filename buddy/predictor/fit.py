@@ -11,6 +11,7 @@ import torch
 from buddy.assemble import budgets_of, choose_by
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError
+from buddy.place import PREDICTOR, PREDICTOR_FACTS
 from buddy.predictor.features import ordered
 from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy, train_policy
 from buddy.predictor.regress import CurvePredictor
@@ -26,15 +27,20 @@ KEPT = "predictor-targets-{}.safetensors"  # in the folder of an unfinished run
 def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> None:
     """Measure training windows at every budget, fit the recipe's predictor and save it; nothing where it names none.
 
-    Windows are those of the training steps that would follow the last one, so router and adapter never saw them.
+    Windows are those of the training steps that would follow the last one: drawn from the training split as router and
+    adapter were given theirs, and others than those, though they may overlap. In a distributed run the first process
+    does this, while the others wait to evaluate.
 
     Args:
         recipe: the whole run.
         routed: model and router, as they will serve; the predictor is attached.
         data: the text, set up.
-        folder: of the run that is being made. What was measured is kept there, so that the same call goes on from it.
+        folder: of the run that is being made. What was measured stays there until `forget_targets`, so that the same
+            call goes on from it.
     """
     section = recipe.predictor
+    for name in (PREDICTOR, PREDICTOR_FACTS):  # of an earlier beginning, perhaps by another recipe
+        (folder / name).unlink(missing_ok=True)
     if section.name is None:
         return
     arms = arms_of(recipe, routed)
@@ -49,6 +55,10 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
     facts = fitted(predictor, targets, folder)
     save_predictor(folder, predictor.requires_grad_(False), options, {"windows": len(targets.losses), **facts})
     choose_by(recipe, routed, predictor.to(routed.backbone.device))
+
+
+def forget_targets(folder: Path) -> None:
+    """Remove what was measured; the run is whole."""
     for path in folder.glob(KEPT.format("*")):
         path.unlink()
 
@@ -75,13 +85,14 @@ def _targets(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arm
     first, count = _last_step(recipe), -(-recipe.predictor.windows // data.batch_size)
     batches = [partial(data.batch, first + number) for number in range(count)]
     prompt = recipe.data.prompt
-    place = folder / KEPT.format(digest_of(routed, data.fingerprint, recipe.seed, first, count, arms, prompt))
+    texts = data.fingerprint, data.train_fingerprint, recipe.seed
+    place = folder / KEPT.format(digest_of(routed, texts, first, count, data.batch_size, arms, prompt))
     words = f"Losses of {count * data.batch_size} windows at {len(arms)} budgets"
     return measure(routed, batches, arms, prompt=prompt, place=place, track=tracker(words))
 
 
 def _last_step(recipe: Recipe) -> int:
-    """After it neither the router nor an adapter has seen the windows."""
+    """After it neither the router nor an adapter was given the windows."""
     return max(recipe.trainer.max_steps, recipe.adapter.steps if recipe.adapter else 0)
 
 

@@ -109,7 +109,7 @@ def train_policy(
         track: wraps the steps to show progress.
     """
     random = torch.Generator().manual_seed(seed)
-    rewards = rewards_of(losses.float(), policy.arms, layers, weights)
+    rewards = rewards_of(losses.double(), policy.arms, layers, weights)
     start = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
     every, seen = max(1, steps // points), [_progress(policy, features, rewards, 0)]
@@ -125,7 +125,10 @@ def train_policy(
 
 
 def rewards_of(losses: Tensor, arms: Sequence[int], layers: int, weights: Weights) -> Tensor:
-    """(N, arms): what each request earns under each arm."""
+    """(N, arms): what each request earns under each arm; in double precision, if the losses are.
+
+    Alike rewards then have no spread: in single precision the mean of three may be off by more than `TINY`.
+    """
     return -weights.quality * losses - weights.cost * torch.tensor(arms) / layers
 
 
@@ -144,7 +147,8 @@ def _loss(
     spread = earned.std(1, keepdim=True, correction=0)
     advantage = (earned - earned.mean(1, keepdim=True)) / (spread + TINY)
     held = (log.exp() * (log - start(features).log_softmax(-1))).sum(-1)
-    return (-(advantage * log.gather(1, drawn)).mean(1) - weights.entropy * _entropy(log) + weights.kl * held).mean()
+    gain = (advantage.to(log) * log.gather(1, drawn)).mean(1)
+    return (weights.kl * held - gain - weights.entropy * _entropy(log)).mean()
 
 
 def _entropy(log: Tensor) -> Tensor:

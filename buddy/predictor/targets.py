@@ -86,7 +86,8 @@ def digest_of(routed: RoutedLM, *others: object) -> str:
     model = fingerprint(routed.backbone.model)  # as it is now, with an adapter where it has one
     digest = hashlib.sha256(repr((model, routed.settings, routed.pool, routed.policy.name, others)).encode())
     for name, tensor in sorted(routed.router.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = tensor.detach().cpu().flatten()  # a single number too has a dimension then
+        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:20]
 
 

@@ -15,17 +15,19 @@ class TrainingBar(Callback):
 
     Args:
         words: what is trained.
+        metric: under which the objective is logged.
     """
 
-    def __init__(self, words: str) -> None:
-        self._words, self._bar, self._note = words, None, ""
+    def __init__(self, words: str, metric: str = "train/objective") -> None:
+        self._words, self._metric, self._note = words, metric, ""
+        self._bar: Bar | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self._bar = Bar(self._words, trainer.max_steps, trainer.global_step).__enter__()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        objective = trainer.callback_metrics.get("train/objective")
+        objective = trainer.callback_metrics.get(self._metric)
         if objective is not None:
             self._note = f"objective {objective:.3f}"
         if self._bar:

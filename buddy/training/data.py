@@ -116,13 +116,16 @@ class TextData(LightningDataModule):
         Raises:
             DataError: the batch cannot be shared equally by the trainer's devices.
         """
-        devices = self.trainer.world_size if self.trainer else 1
+        self.check_shares(self.trainer.world_size if self.trainer else 1)
+        return Batches(self)
+
+    def check_shares(self, devices: int) -> None:
+        """Raises DataError where a batch cannot be shared equally by so many devices."""
         if self.batch_size % devices:
             raise DataError(
                 f"A batch of {self.batch_size} windows cannot be shared by {devices} devices; set data.batch_size "
                 f"to a multiple of {devices}."
             )
-        return Batches(self)
 
     def batch(self, step: int) -> Tensor:
         """(batch_size, W) long, the windows of a step: they depend on the split, `train_seed` and the step alone.

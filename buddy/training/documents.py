@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from buddy.training.sources import load_texts, quiet
+from buddy.training.sources import keeping, load_texts, quiet
 from buddy.training.wikitext import undone
 
 if TYPE_CHECKING:
@@ -65,13 +65,13 @@ def read_documents(source: str, tokenizer: PreTrainedTokenizerBase, window: int,
     `datasets`, so that the same text with the same tokenizer is tokenised once.
 
     Raises:
-        DataError: the source cannot be read (`load_texts`).
+        DataError: the source cannot be read (`load_texts`), or the cache cannot be used.
     """
     texts = load_texts(source, text_field)
-    with quiet(texts.data.nbytes):
+    with keeping(source), quiet(texts.data.nbytes):
         tokens = tokenise(cut_long(undone(texts), tokenizer, window), tokenizer)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Documents(tokens, pack(list_lengths(tokens), window, len(separator)), separator)
+    return Documents(tokens, pack(list_lengths(tokens), window, len(separator)), separator)  # type: ignore[arg-type]
 
 
 def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:

@@ -28,19 +28,36 @@ TOLD = 2 * math.sqrt(
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows to learn from.
+    """Windows to learn from: a whole batch, or the share of one process.
 
     Attributes:
         input_ids: (B, T) long.
         executed: (B,) long, K per row.
         scored: (S,) long, positions whose next-token prediction counts.
         prompt: tokens at the start that share a plan where the model's `prompt_plan` is "shared".
+        everyone: (B · n,) long, K of the whole batch, which n processes share; None where these rows are all of it.
+        rank: which of the n: these rows are numbers rank, rank + n, rank + 2n, … of the batch.
     """
 
     input_ids: Tensor
     executed: Tensor
     scored: Tensor
     prompt: int = 0
+    everyone: Tensor | None = None
+    rank: int = 0
+
+    def places(self, layers: int) -> tuple[Tensor, int]:
+        """Of the whole batch's rows below full depth L, the numbers of those that are here; and how many there are."""
+        free = (self.executed if self.everyone is None else self.everyone).cpu() < layers
+        here = slice(self.rank, None, len(free) // len(self.executed))
+        return (free.cumsum(0) - 1)[here][free[here]], int(free.sum())
+
+    def weight(self, layers: int) -> float:
+        """What a mean over the rows below full depth counts, so that the mean over processes is that of the batch."""
+        here, all_of_them = self.places(layers)
+        if self.everyone is None or not all_of_them:
+            return 1.0
+        return len(here) * len(self.everyone) / (len(self.executed) * all_of_them)
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,10 @@ class Estimator(Protocol):
     """The interface of all."""
 
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
-        """One step; `generator` is the only source of randomness."""
+        """One step; `generator` is the only source of randomness, the same in each process of a batch.
+
+        What is drawn belongs to the window's place in the whole batch, so that shares of it draw what the whole does.
+        """
 
 
 class Perturbed:
@@ -99,12 +119,14 @@ class Perturbed:
         if not len(free):
             return Estimate(scores.sum() * 0.0, value, runs, context)
         part = replace(batch, input_ids=batch.input_ids[free], executed=batch.executed[free])
-        tried, plans = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator)
+        places = batch.places(routed.geometry.layers)
+        tried, plans = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator, places)
         value[free] = tried.mean((0, 2))
         first, routable = routed.geometry.context_layer, routed.geometry.routable
         direction = _direction(tried, plans[..., first : first + routable], self.sigma)
         credited = routed.held(scores, batch.prompt)[free][:, batch.scored]  # who follows a decision credits its maker
-        return Estimate((direction * credited).sum(-1).mean(), value, runs, context)
+        loss = (direction * credited).sum(-1).mean() * batch.weight(routed.geometry.layers)
+        return Estimate(loss, value, runs, context)
 
     @torch.no_grad()
     def _try(
@@ -115,20 +137,21 @@ class Perturbed:
         dense: Dense,
         targets: Tensor,
         generator: torch.Generator,
+        places: tuple[Tensor, int],
     ) -> tuple[Tensor, Tensor]:
         """Objectives (M, B, S) of M plans and the plans themselves (M, B, S, L) bool; all in one forward."""
-        noise = self._noise(scores, generator)
+        noise = self._noise(scores, generator, *places)
         rows, executed = (x.repeat(self.plans, *[1] * (x.dim() - 1)) for x in (batch.input_ids, batch.executed))
         runs = routed.plan((scores + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
         logits = routed(rows, runs=runs, keep=batch.scored).logits.unflatten(0, (self.plans, -1))
         values = torch.stack([self.objective(dense, plan, targets) for plan in logits])
         return values, runs.unflatten(0, (self.plans, -1))[:, :, batch.scored]
 
-    def _noise(self, scores: Tensor, generator: torch.Generator) -> Tensor:
-        """(M, B, T, R) of unit variance, in antithetic pairs."""
-        rows, tokens, routable = scores.shape
-        own = torch.randn(self.plans // 2, rows, tokens, routable, generator=generator)
-        common = torch.randn(self.plans // 2, rows, 1, routable, generator=generator)
+    def _noise(self, scores: Tensor, generator: torch.Generator, here: Tensor, rows: int) -> Tensor:
+        """(M, B, T, R) of unit variance, in antithetic pairs: the rows that are `here` of those of the whole batch."""
+        _, tokens, routable = scores.shape
+        own = torch.randn(self.plans // 2, rows, tokens, routable, generator=generator)[:, here]
+        common = torch.randn(self.plans // 2, rows, 1, routable, generator=generator)[:, here]
         half = (math.sqrt(1 - self.shared) * own + math.sqrt(self.shared) * common).to(scores)
         return torch.stack([half, -half], 1).flatten(0, 1)
 
@@ -205,7 +228,8 @@ class Weighted:
         objective = self.objective(dense, output.logits, ids[:, batch.scored + 1]).mean(1)
         value[free] = objective.detach()
         runs[free] = routed.plan(gate_order(output.weights.detach() > 0.5), executed, batch.prompt)
-        return Estimate((objective + router.penalty(output.weights, executed)).mean(), value, runs, None)
+        loss = (objective + router.penalty(output.weights, executed)).mean() * batch.weight(layers)
+        return Estimate(loss, value, runs, None)
 
 
 def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]:

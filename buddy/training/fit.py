@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from buddy import progress
-from buddy.assemble import backbone_of, budgets_of, data_of, routed_of
+from buddy import processes, progress
+from buddy.assemble import backbone_of, budgets_of, data_of, heals, routed_of
 from buddy.backbone import Backbone
 from buddy.calibration import Probe, cache_folder
 from buddy.engine.model import RoutedLM
-from buddy.errors import TrainingError
+from buddy.errors import BuddyError, TrainingError
 from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.reference import Reference
 from buddy.evaluation.report import show_comparison, write_results
+from buddy.evaluation.saved import scores_of
+from buddy.files import on_disk
+from buddy.healing.adapter import check_targets
+from buddy.healing.heal import forget, heal, trains_both
 from buddy.memory import within_memory
+from buddy.place import ADAPTER
+from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
 from buddy.progress import status, track, tracker
 from buddy.recipe import with_router
 from buddy.registry import load
-from buddy.runs import RunPlace, save_router, write_facts
-from buddy.schema import Recipe
+from buddy.runs import RunPlace, read_metrics, save_router, write_facts
+from buddy.schema import PredictorSection, Recipe
+from buddy.sharding import check, join, settle, shard, shards
 from buddy.training.data import TextData
 from buddy.training.inputs import inputs_of
 from buddy.training.interrupt import quiet
+from buddy.training.ledger import Ledger
 from buddy.training.stopwatch import Stopwatch
 from buddy.training.train import check_checkpoint, train, trainer_of
 
@@ -49,24 +57,42 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
         BuddyError: anything that a person can mend; what was finished before stays.
         KeyboardInterrupt: stopped in good order; the same call goes on from a checkpoint.
     """
-    leads = rank_zero_only.rank == 0  # Lightning starts the other processes of a distributed run by the same command
+    leads = processes.leads()  # the others of a distributed run are begun by the same command
     progress.errors.quiet = progress.results.quiet = not leads
     recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), recipe]
-    session = Session(*prepare(recipes))
     places = [RunPlace.of(each, recipe_name) for each in recipes]
+    for place in places if leads else ():
+        place.settle()
+    if not leads or processes.from_torchrun() > 1:
+        join(recipe.trainer)  # all are there already
+    with processes.one_by_one(recipe.trainer) if shards(recipe.trainer) else processes.leader_first():
+        session = Session(*prepare(recipes))
+        for place in places if leads else ():
+            with place.lock():  # a second fit is refused here, before it does anything
+                pass
+        join(recipe.trainer)
+        if shards(recipe.trainer):
+            shard(session.backbone, recipe.trainer.accelerator)
+    if shards(recipe.trainer):
+        settle(session.backbone)
     if not leads:
         return session.follow(recipes, places)
-    scores = {
-        each.router.name: session.run(each, recipe_name, place) for each, place in zip(recipes, places, strict=True)
-    }
+    ledger, scores = Ledger(places[-1]), {}
+    for each, place in zip(recipes, places, strict=True):
+        kept = session.kept(each, place, ledger)
+        processes.tell(kept is not None)
+        scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
+        ledger.note(each.router.name)
     ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
     folders = {each.router.name: place.final for each, place in zip(recipes, places, strict=True)}
     show_comparison(ordered, folders, recipe.router.name)
+    ledger.close()
 
 
 def _rival(recipe: Recipe, name: str) -> Recipe:
-    """The recipe for another router; a checkpoint is the recipe's own router's."""
-    return replace(with_router(recipe, name), trainer=replace(recipe.trainer, ckpt_path=None))
+    """The recipe for another router; a checkpoint and the budget predictor are the recipe's own router's."""
+    trainer = replace(recipe.trainer, ckpt_path=None)
+    return replace(with_router(recipe, name), trainer=trainer, predictor=PredictorSection())
 
 
 def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
@@ -80,13 +106,20 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         load(each.router.name)
     with quiet():
         trainer_of(recipe, logger=False)
+    check(recipe)
     if recipe.trainer.ckpt_path:
         check_checkpoint(recipe.trainer.ckpt_path)
     with status(f"Loading {recipe.backbone.name} …"):
-        backbone = backbone_of(recipe)
+        backbone = backbone_of(recipe, stays=shards(recipe.trainer))
         for each in recipes:
-            routed_of(each, backbone).detach()
+            routed = routed_of(each, backbone)
+            if each.predictor.name is not None:
+                arms_of(each, routed)
+            routed.detach()
+        if recipe.adapter is not None:
+            check_targets(recipe.adapter.targets, backbone)
     data = data_of(recipe, backbone)
+    data.check_shares(math.prod(processes.shape(recipe.trainer)))
     with status(f"Reading {recipe.data.source} …"):
         data.prepare_data()
         data.setup()
@@ -107,10 +140,17 @@ class Session:
         self._watch: Stopwatch | None = None
         self._reference = Reference()
 
+    def kept(self, recipe: Recipe, place: RunPlace, ledger: Ledger) -> list[Scores] | None:
+        """The results of a router that an earlier beginning of the same fit finished; None where none did."""
+        return ledger.scores(recipe, place, inputs_of(recipe, self.backbone, self.data))
+
     def run(self, recipe: Recipe, recipe_name: str, place: RunPlace) -> list[Scores]:
         """Fit, evaluate and publish one router."""
-        with place.lock(), self.routed(recipe) as routed:
-            folder = place.open_partial(recipe, inputs_of(recipe, self.backbone, self.data))
+        with on_disk(place.final), place.lock(), self.routed(recipe) as routed:
+            inputs = inputs_of(recipe, self.backbone, self.data)
+            if processes.count() == 1 and place.sealed(recipe, inputs):
+                return scores_of(read_metrics(place.publish()))
+            folder = place.open_partial(recipe, inputs)
             watch, fitted = Stopwatch(folder / WATCH), False
             self._watch = watch
             try:
@@ -122,35 +162,46 @@ class Session:
                     fingerprint=self.backbone.fingerprint,
                     geometry=routed.geometry,
                 )
+                processes.wait()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
                     self._fit(recipe, routed, folder)
                     spent = {"seconds": watch.seconds, "parameters": _parameters(routed)}
                     watch.save()
                     fitted = True
+                    fit_predictor(recipe, routed, self.data, folder)
                     scores = self._evaluate(recipe, routed)
                 save_router(folder, routed.router.state_dict())
+                if routed.adapter is not None:
+                    routed.adapter.save(folder / ADAPTER)
                 write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint)
+                place.seal()
                 watch.forget()
+                forget(folder)
+                forget_targets(folder)
             except BaseException as error:
                 goes_on = isinstance(error, KeyboardInterrupt) or any(folder.glob("checkpoints/*.ckpt"))
                 if not goes_on:
                     shutil.rmtree(folder, ignore_errors=True)
                 elif not fitted:  # evaluation's time is not saved as fitting's
-                    watch.save()  # there is something to go on from, if only the time that was spent
+                    with suppress(BuddyError):  # on a full disk, say
+                        watch.save()  # there is something to go on from, if only the time that was spent
                 raise
             place.publish()
         return scores
 
     def follow(self, recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> None:
-        """Take part in the training of all routers beside the process that leads, which alone writes and speaks."""
+        """Take part in the training and evaluation of all routers beside the process that leads."""
         for recipe, place in zip(recipes, places, strict=True):
+            if processes.tell():  # it is finished
+                continue
             with self.routed(recipe) as routed:
-                if routed.router.trainable:
-                    try:
-                        self._fit(recipe, routed, place.partial)
-                    except (TrainingError, KeyboardInterrupt) as error:
-                        raise SystemExit(2) from error
+                processes.wait()
+                try:
+                    self._fit(recipe, routed, place.partial)
+                    self._evaluate(recipe, routed)
+                except (TrainingError, KeyboardInterrupt) as error:
+                    raise SystemExit(2) from error
 
     @contextmanager
     def routed(self, recipe: Recipe) -> Iterator[RoutedLM]:
@@ -163,19 +214,35 @@ class Session:
             routed.detach()
 
     def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path) -> None:
-        probe = self._calibration(recipe, routed)
-        routed.router.calibrate(probe)
-        probe.release()
-        if routed.router.trainable:
-            self.data.train_seed = recipe.seed
-            train(recipe, routed, self.data, folder, [self._watch] if self._watch else [])
-        routed.router.eval().requires_grad_(False)
+        self._calibrate(recipe, routed)
+        self.data.train_seed = recipe.seed
+        callbacks = [self._watch] if self._watch else []
+        both = trains_both(recipe, routed.router)
+        if routed.router.trainable and not both:
+            train(recipe, routed, self.data, folder, callbacks)
+        if not both:
+            routed.router.eval().requires_grad_(False)
+        if heals(recipe, routed.router):
+            heal(recipe, routed, self.data, folder, callbacks)
+
+    def _calibrate(self, recipe: Recipe, routed: RoutedLM) -> None:
+        """Let the router measure: by all together where weights are shared out, else by the first process.
+
+        Others follow where something may be left for training that is in no state; they find what it kept on disk.
+        """
+        with nullcontext() if shards(recipe.trainer) else processes.leader_first():
+            if processes.leads() or shards(recipe.trainer) or routed.router.trainable:
+                probe = self._calibration(recipe, routed)
+                routed.router.calibrate(probe)
+                probe.release()
+        processes.alike(routed.router)
 
     def _calibration(self, recipe: Recipe, routed: RoutedLM) -> Probe:
         """One probe for all routers: what one measured, the next need not."""
         if self._probe is None:
             windows, data = self.data.calibration.input_ids, recipe.data
-            options = {"prompt": data.prompt, "store": cache_folder()}
+            store = None if shards(recipe.trainer) else cache_folder()  # all together: none may know more than another
+            options: dict[str, Any] = {"prompt": data.prompt, "store": store}
             # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
             size = 1 if self.backbone.device.type == "cpu" else data.batch_size
             self._probe = Probe(routed, windows, size, self._track, **options)
@@ -184,6 +251,9 @@ class Session:
         return self._probe
 
     def _evaluate(self, recipe: Recipe, routed: RoutedLM) -> list[Scores]:
+        """By all processes, with one and the same router and adapter."""
+        for part in (routed.router, *([] if routed.adapter is None else [routed.adapter.parts])):
+            processes.alike(part)
         return evaluate(
             routed,
             self.data.test,
@@ -203,5 +273,6 @@ class Session:
 
 
 def _parameters(routed: RoutedLM) -> int:
-    """Numbers that the router adds to the model for training; what it only measured is not among them."""
-    return sum(parameter.numel() for parameter in routed.router.parameters())
+    """Numbers that router and adapter add to the model for training; what was only measured is not among them."""
+    adapter = 0 if routed.adapter is None else routed.adapter.size
+    return sum(parameter.numel() for parameter in routed.router.parameters()) + adapter

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import signal
 import threading
 import warnings
@@ -13,10 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from buddy.files import write_bytes, writing
 from buddy.progress import errors
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -33,7 +35,7 @@ class Keeper(Callback):
     """
 
     def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every, self.asked = path, every, False
+        self.path, self.every, self.asked, self.began = path, every, False, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -54,6 +56,7 @@ class Keeper(Callback):
                     signal.signal(number, handler)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = True
         self._listen()  # again, since Lightning has put a handler of its own for SIGTERM in place
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -80,14 +83,17 @@ class Keeper(Callback):
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it, so that a kill leaves the old one or the new one.
 
-    Lightning's own writes to the system's temporary folder first; from another disk that is a copy, which can be cut.
+    Lightning's own writes to the system's temporary folder first; from another disk that is a copy, which can be cut,
+    and a kill leaves it there.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.part")
-        super().save_checkpoint(checkpoint, beside, storage_options)
-        os.replace(beside, path)
+        """Raises RunError where the place cannot be written."""
+        path, content = Path(path), io.BytesIO()
+        torch.save(checkpoint, content)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content.getbuffer())
 
 
 @contextmanager
@@ -101,6 +107,7 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
         warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped .* view")  # true, and nobody writes into it
         try:
             yield
         finally:

@@ -27,7 +27,8 @@ class NotFinite(TrainingError):
 class RoutingModule(LightningModule):
     """Trains the router of a `RoutedLM`; the backbone is hosted, frozen, and never saved.
 
-    Everything random comes from the seed and the step, so a resumed run repeats an uninterrupted one bit for bit.
+    Everything random comes from the seed, the step and a window's place in the batch: a resumed run repeats an
+    uninterrupted one bit for bit, and processes that share a batch draw what one alone would draw for it.
 
     Args:
         routed: backbone and calibrated router.
@@ -60,7 +61,7 @@ class RoutingModule(LightningModule):
         below = sorted({k for k in grid if k < routed.geometry.layers})
         self.estimator, self.grid, self.prompt, self.seed = estimator, below or grid, prompt, seed
         self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip": clip}
-        self.means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error", sync_on_compute=False) for k in below})
+        self.means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in below})
 
     @property
     def routed(self) -> RoutedLM:
@@ -73,9 +74,11 @@ class RoutingModule(LightningModule):
 
     def training_step(self, input_ids: Tensor, _: int) -> Tensor:
         """One step on windows (B, T)."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step * 1_009 + self.global_rank)
-        executed = draw_budgets(self.grid, len(input_ids), generator).to(input_ids.device)
-        estimate = self.estimator(self.routed, self._batch(input_ids, executed), generator)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step * 1_009)
+        rank, processes = self.global_rank, self.trainer.world_size
+        everyone = draw_budgets(self.grid, len(input_ids) * processes, generator)
+        executed = everyone[rank::processes].to(input_ids.device)
+        estimate = self.estimator(self.routed, self._batch(input_ids, executed, everyone, rank), generator)
         self._require_finite("loss", estimate.loss.detach(), estimate.objective)
         self._log(estimate, executed)
         return estimate.loss
@@ -116,10 +119,10 @@ class RoutingModule(LightningModule):
         for group, rate in zip(groups, scheduler["base_lrs"], strict=True):
             group |= {"initial_lr": rate, "lr": rate * factor, "weight_decay": self.settings["weight_decay"]}
 
-    def _batch(self, input_ids: Tensor, executed: Tensor) -> Batch:
+    def _batch(self, input_ids: Tensor, executed: Tensor, everyone: Tensor, rank: int) -> Batch:
         first = self.prompt - 1 if self.routed.prompt_plan == "shared" else min(self.prompt - 1, WARM)
         scored = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device)
-        return Batch(input_ids, executed, scored, self.prompt)
+        return Batch(input_ids, executed, scored, self.prompt, everyone, rank)
 
     def _factor(self, step: int) -> float:
         warmup, total = self.settings["warmup_steps"], max(self.trainer.max_steps, 1)
@@ -127,24 +130,31 @@ class RoutingModule(LightningModule):
 
     @torch.no_grad()
     def _log(self, estimate: Estimate, executed: Tensor) -> None:
-        """Objective, its mean per budget since the last log, and how far plans moved: from the start and by token."""
+        """Objective, its mean per budget since the last log, and how far plans moved: from the start and by token.
+
+        All of it over all processes, which are together here: either every row has a budget below full depth, or none.
+        """
         free = executed < self.routed.geometry.layers
-        for k, value in zip(executed[free].tolist(), estimate.objective[free], strict=True):
-            self.means[str(k)].update(value)
+        for k, mean in self.means.items():
+            mean.update(estimate.objective, (executed == int(k)).float())
         if free.any():
-            self.log("train/objective", estimate.objective[free].mean())
+            self.log("train/objective", estimate.objective[free].mean(), sync_dist=True)
         if (self.global_step + 1) % self.trainer.log_every_n_steps:
             return
         for k, mean in self.means.items():
-            if mean.update_called:
-                self.log(f"train/objective_{k}_layers", mean.compute())
-                mean.reset()
+            value = mean.compute()
+            if not value.isnan():  # drawn for no row
+                self.log(f"train/objective_{k}_layers", value)
+            mean.reset()
         if free.any():
             runs = estimate.runs[free]
-            self.log("train/changed_plans", (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean())
+            changed = (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean()
+            self.log("train/changed_plans", changed, sync_dist=True)
             if estimate.context is not None:  # the plans of a layerwise router need a forward of their own
                 start = self._start_runs(estimate.context, executed)[free]
-                self.log("train/moved_layers", (runs & ~start).sum() / runs.sum())
+                moved = torch.stack([(runs & ~start).sum(), runs.sum()]).float()
+                moved, ran = self.trainer.strategy.reduce(moved, reduce_op="sum")
+                self.log("train/moved_layers", moved / ran)
 
     def _start_runs(self, context: Context, executed: Tensor) -> Tensor:
         """(B, T, L) bool: the plans before training."""

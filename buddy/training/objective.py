@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Objective:
 
     def __call__(self, dense: Dense, logits: Tensor, targets: Tensor) -> Tensor:
         """(B, T) nats."""
-        loss = self.kl * kl_to_dense(dense, logits) if self.kl else 0.0
+        loss: Any = self.kl * kl_to_dense(dense, logits) if self.kl else 0.0
         return loss + self.ce * cross_entropy(logits, targets) if self.ce else loss
 
 

@@ -6,7 +6,9 @@ the text.
 
 from __future__ import annotations
 
+import errno
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +43,8 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
     """
     if source in EMBEDDED:
         return _read(_speeches(), "text", source)
-    path = Path(source).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(source))  # os.path, unlike Path, answers for any text: "~nobody", 300 letters
+    if os.path.exists(path):
         files = _files(path)
         builder = BUILDERS[files[0].suffix.lower()]
         return _text_column(_read(files, builder, source), "text" if builder == "text" else text_field, source)
@@ -72,6 +74,30 @@ def quiet(size: int) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+@contextmanager
+def keeping(source: str) -> Iterator[None]:
+    """What is made of a source within this block lies in the cache of `datasets`.
+
+    Raises:
+        DataError: the cache is full, cannot be written, or damaged.
+    """
+    import pyarrow
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, OSError, pyarrow.ArrowException) as error:
+        raise cannot_keep(source, error) from error
+
+
+def cannot_keep(source: str, error: BaseException) -> DataError:
+    """The error for a cache that cannot be used."""
+    return DataError(
+        f"What is made of the text in {source} cannot be kept or found in {_cache()} ({_reason(error)}); free that "
+        "place, delete what is in it, or set HF_DATASETS_CACHE to another."
+    )
+
+
 def _speeches() -> list[Path]:
     # The package itself is not imported: that would load pandas.
     try:
@@ -93,7 +119,7 @@ def _files(path: Path) -> list[Path]:
         found = [path]
     else:
         visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        found = sorted(file for file in visible if file.is_file() and file.suffix.lower() in BUILDERS)
+        found = sorted(file for file in visible if file.suffix.lower() in BUILDERS and os.path.isfile(file))
         if not found:
             raise DataError(f"The folder {path} holds no text; put files of one kind into it: {accepted}.")
     files = [file.resolve() for file in found if file.stat().st_size]
@@ -112,16 +138,33 @@ def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:
 
     # utf-8-sig reads plain UTF-8 too and drops a byte-order mark.
     options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
+    if builder == "json":
+        _refuse_null(files)
     with quiet(sum(file.stat().st_size for file in files)):
         try:
             # The paths are taken as patterns, so that brackets in them have to be escaped.
             names = [glob.escape(str(file)) for file in files]
             return load_dataset(builder, data_files=names, split="train", **options)
         except (DatasetsError, OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
+            if _is_full(error.__cause__ or error):
+                raise cannot_keep(source, error) from error
             encoding = " in UTF-8" if builder == "text" else ""
             raise DataError(
-                f"{source} cannot be read as {builder}{encoding} ({_reason(error)}); mend or replace it."
+                f"{source} cannot be read as {builder}{encoding} ({_reason(error)}); mend or replace it, or, where it "
+                f"is sound, delete what is kept of it in {_cache()}."
             ) from error
+
+
+def _refuse_null(files: Sequence[Path]) -> None:
+    """Arrow's reader of JSON ends the whole process where a file begins with null."""
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                beginning = stream.read(4096).lstrip()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror}); mend or replace it.") from error
+        if beginning.startswith(b"null"):
+            raise DataError(f"{file} begins with null where a text should be; give it one JSON object a row.")
 
 
 def _from_hub(name: str, config: str | None, source: str) -> Dataset:
@@ -151,6 +194,18 @@ def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
         raise DataError(f"The field {field!r} of {source} is of type {kind}, not text; set data.text_field to another.")
     dataset = dataset.select_columns(field)
     return dataset if field == "text" else dataset.rename_column(field, "text")
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether the disk, and not the text, is in the way."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return isinstance(error, OSError) and (error.errno in full or "disk space" in str(error))
+
+
+def _cache() -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE)
 
 
 def _reason(error: BaseException) -> str:

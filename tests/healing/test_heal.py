@@ -26,8 +26,17 @@ from tests.small import write_text
 
 STEPS = 7
 HEALED = [f"adapter.steps={STEPS}", "adapter.lr=0.02", "adapter.rank=2"]
+BRIEFLY = ["trainer.max_steps=1", "objective.plans=2", "budgets=[1.0,0.5]"]  # where the router does not matter
 NAMES = ("buddy", "shortgpt", "full")
 SIZE = 5 * 2 * (4 * (64 + 64) - 2 * 32 + 3 * (64 + 128))  # of an adapter of rank 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures(finished):
+    """Fits draw none here, once the runs are there that all tests share: others look at pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("buddy.evaluation.report.draw", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -243,16 +252,16 @@ def test_a_healing_of_other_modules_is_not_gone_on_from(small, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         at_step(patch, 5, kill)
         with pytest.raises(Killed):
-            fit(small(tmp_path, *HEALED), "small")
+            fit(small(tmp_path, *HEALED, *BRIEFLY), "small")
     checkpoints = tmp_path / "small" / ".buddy.partial" / "checkpoints"
     before = (checkpoints / "healing.ckpt").read_bytes()
     named = f"trainer.ckpt_path={checkpoints / 'last.ckpt'}"
     with pytest.raises(
         TrainingError, match=r"healing.ckpt is of another healing .it differs in adapter.rank.; delete it"
     ):
-        fit(small(tmp_path, *HEALED, named, "adapter.rank=3"), "small")
+        fit(small(tmp_path, *HEALED, *BRIEFLY, named, "adapter.rank=3"), "small")
     assert (checkpoints / "healing.ckpt").read_bytes() == before
-    fit(small(tmp_path, *HEALED, named, "adapter.lr=0.01"), "small")  # rates may change
+    fit(small(tmp_path, *HEALED, *BRIEFLY, named, "adapter.lr=0.01"), "small")  # rates may change
 
 
 def test_a_step_that_is_not_finite_says_what_to_do(small, tmp_path, monkeypatch):
@@ -262,7 +271,7 @@ def test_a_step_that_is_not_finite_says_what_to_do(small, tmp_path, monkeypatch)
         with pytest.raises(
             TrainingError, match=r"step 1 because the loss is not finite; lower adapter.lr, and give trai"
         ):
-            fit(small(tmp_path, *HEALED), "small")
+            fit(small(tmp_path, *HEALED, *BRIEFLY), "small")
 
 
 @pytest.fixture

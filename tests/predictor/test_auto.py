@@ -21,6 +21,13 @@ from tests.tiny import tiny_backbone
 PROMPTS = ("budget depth layer router", "measure", "token plan text model order learn skip")
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Latencies are measured in earnest, on few tokens; `tests/test_latency.py` looks at how."""
+    monkeypatch.setattr("buddy.latency.ROUNDS", 1)
+    monkeypatch.setattr("buddy.latency.STEPS", 2)
+
+
 @pytest.fixture
 def routed():
     """A model whose predictor takes 5 layers where the newest token's hidden state begins positive, else 3."""
@@ -88,6 +95,30 @@ def test_each_prompt_in_a_block_is_chosen_for_anew(routed):
     assert set(asked) == {3, 5}
 
 
+@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
+@pytest.mark.parametrize("padding", [0, 4])
+def test_what_follows_a_kept_cache_is_chosen_for_by_all_that_was_read(routed, policy, padding):
+    if policy != "fill":
+        chooser = routed.chooser
+        routed.detach()
+        routed = RoutedLM(routed.backbone, Fickle(routed.geometry), policy=policy)
+        routed.chooser = chooser
+    seen, choose = [], routed.chooser(6)
+    routed.chooser = lambda most: lambda context: seen.append(context) or choose(context)
+    ids, mask = tokens(3, 14), torch.ones(3, 14, dtype=torch.long)
+    mask[0, :padding] = 0
+    with torch.no_grad():
+        with routed.at("auto"):
+            cache = routed.backbone.model(ids[:, :9], attention_mask=mask[:, :9], use_cache=True).cache
+        with routed.at("auto") as record:
+            ours = routed.backbone.model(ids[:, 9:], attention_mask=mask, cache=cache, use_cache=True)
+        whole = routed.context(ids, mask)
+    for name in ("pooled", "newest", "hidden"):
+        torch.testing.assert_close(getattr(seen[1], name), getattr(whole, name), atol=1e-5, rtol=1e-5)
+    assert list(record.asked) == choose(whole).tolist()
+    assert ours.cache.get_seq_length() == 14, "it was read once"
+
+
 def test_beams_follow_their_row(routed):
     ids = tokens(2, 8)
     with routed.at("auto") as record:
@@ -101,6 +132,7 @@ def test_beams_follow_their_row(routed):
     [
         (("auto", 0.5), "The budget auto chooses for each row; give it alone"),
         (("auto:7layers",), "The budget 7layers is more than the backbone's 6 layers"),
+        (("auto:2",), "is not above 0 and at most 1"),
         (("auto:much",), "The budget 'much' is neither a fraction"),
         (("auto:",), "has no cap after its colon"),
     ],
@@ -195,7 +227,7 @@ def test_a_latency_is_said_in_layers(finished):
     ("words", "said"),
     [
         (["generate", "--budget", "auto", "text"], "This run has no budget predictor; fit one with `buddy fit"),
-        (["generate", "--budget", "auto:2", "text"], "is not above 0 and at most 1"),
+        (["generate", "--budget", "auto:0.0001ms", "text"], "This run has no budget predictor"),  # nothing is timed
         (["generate", "--budget", "0.0001ms", "text"], "2 layers take "),
         (["generate", "--budget", "15parsecs", "text"], "The budget '15parsecs' is neither a fraction"),
         (["generate", "--budget", "0ms", "text"], "The budget 0ms is no time above 0"),
@@ -213,6 +245,13 @@ def test_what_the_command_refuses(finished, tmp_path, words, said):
     assert result.stderr.rpartition("Error: ")[2].count("\n") == 1
     assert said in result.stderr
     assert sorted(path.name for path in (finished / "buddy").iterdir()) == before
+
+
+def test_a_text_that_is_too_long_is_refused_before_anything_is_timed(finished, monkeypatch):
+    monkeypatch.setattr("buddy.latency.measure", lambda *_: pytest.fail("timed"))
+    result = call("generate", "--run", finished / "buddy", "--budget", "15ms", "--max-new-tokens", 10**6, "text")
+    assert result.exit_code == 2, result.output
+    assert "shorten the prompt or set a smaller max_new_tokens" in result.stderr
 
 
 def test_latencies_and_counts_go_together(finished, tmp_path):

@@ -20,6 +20,14 @@ from buddy.training.fit import _rival, fit
 OPTIONS = ["router=shortgpt", "predictor.name=regress", "predictor.windows=10"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures(predicting):
+    """Fits draw none here, once the runs are there that all tests share: others look at pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("buddy.evaluation.report.draw", lambda *_: None)
+        yield
+
+
 def tags(folder) -> set[str]:
     return set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
 
@@ -112,6 +120,36 @@ def test_what_was_measured_before_a_stop_is_not_measured_again(small, predicting
         for folder in (tmp_path / "small/shortgpt", predicting["regress"])
     )
     assert all(torch.equal(ours[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_kill_in_the_evaluation_costs_no_measuring(small, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("buddy.training.fit.evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(small(tmp_path, *OPTIONS), "small")
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "_losses", lambda *_: pytest.fail("measured again"))
+        fit(small(tmp_path, *OPTIONS), "small")
+    assert not list((tmp_path / "small/shortgpt").glob("predictor-targets*"))
+
+
+def test_what_was_measured_is_of_a_router_and_of_all_that_windows_depend_on(predicting):
+    routed = routed_from(read_run(predicting["regress"]))
+    before = measuring.digest_of(routed, 1)
+    assert before == measuring.digest_of(routed, 1) != measuring.digest_of(routed, 2)
+    routed.router.register_buffer("number", torch.tensor(1.0))  # of no dimension
+    assert measuring.digest_of(routed, 1) != before
+
+
+def test_an_earlier_beginning_s_predictor_does_not_stay(small, predicting, tmp_path):
+    """A named checkpoint keeps an unfinished folder, whatever else of the recipe changed."""
+    for name in ("predictor.json", "predictor.safetensors"):
+        shutil.copy(predicting["regress"] / name, tmp_path)
+    fitting.fit_predictor(small(tmp_path), None, None, tmp_path)  # a recipe without a predictor needs no model
+    assert not list(tmp_path.iterdir())
 
 
 def test_rivals_have_none(small, tmp_path):

@@ -95,13 +95,16 @@ def test_the_loss_is_the_one_written_down():
     assert found.item() == pytest.approx(total / 2, rel=1e-4)
 
 
-def test_a_group_of_one_kind_teaches_nothing():
-    ours = policy()
+@pytest.mark.parametrize("samples", [2, 3, 4, 7])
+def test_a_group_of_one_kind_teaches_nothing(samples):
+    """Whatever the rewards are: the mean of three equal numbers may be off in its last digit."""
     features = features_of(contexts(8))
-    flat = torch.zeros(8, 3)
-    loss = _loss(ours, ours, features, flat, Weights(entropy=0.0), 4, torch.Generator().manual_seed(0))
-    loss.backward()
-    assert all(float(parameter.grad.abs().max()) < 1e-6 for parameter in ours.parameters())
+    flat = torch.linspace(2, 3, 8, dtype=torch.float64)[:, None].expand(8, 3)
+    ours = policy()
+    before = [parameter.clone() for parameter in ours.parameters()]
+    train_policy(ours, features, flat, 6, Weights(cost=0.0, entropy=0.0), steps=20, lr=1e-3, samples=samples)
+    moved = [(one - other).abs().max() for one, other in zip(ours.parameters(), before, strict=True)]
+    assert max(moved) < 1e-3
 
 
 def test_the_same_seed_gives_the_same_policy():

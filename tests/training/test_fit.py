@@ -248,15 +248,3 @@ def test_a_kill_in_the_evaluation_costs_no_training(small, uninterrupted, tmp_pa
     fit(small(tmp_path, *LONG), "small")
     assert "Training buddy" not in capsys.readouterr().err
     assert_same_run(uninterrupted, tmp_path / "small" / "buddy")
-
-
-def test_two_processes_train_one_router(small, tmp_path):
-    words = ("fit", "--recipe", str(small.file), f"output={tmp_path}", "trainer.devices=2", "rivals=[uniform]")
-    process = start_buddy(*words, folder=tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert out.count("Perplexity on held-out text") == 1
-    assert [line.split(":")[0] for line in err.splitlines()].count("Training buddy") == 1
-    assert names(tmp_path / "small") == {"buddy", "uniform"}
-    assert steps(tmp_path / "small" / "buddy") == 8
-    assert read_run(tmp_path / "small" / "buddy").recipe.trainer.devices == 2

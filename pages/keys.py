@@ -1,0 +1,80 @@
+"""The tables of keys in docs/recipes.md: key, type and default come from the schema, meanings from the page."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from buddy.draft import shown
+from buddy.schema import Recipe, section_of
+
+WORDS: dict[Any, str] = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    int | None: "whole number or null",
+    str: "text",
+    str | None: "text or null",
+    list[float]: "list of numbers",
+    list[str]: "list of names",
+    dict[str, Any]: "mapping",
+}
+ROW = re.compile(r"^\| `([\w.]+)` \|.*\| (.*) \|$")
+
+
+class Key(NamedTuple):
+    """What the schema knows of one key, as the page spells it."""
+
+    name: str
+    kind: str
+    default: str
+
+
+def keys(section: object | None = None, prefix: str = "") -> Iterator[Key]:
+    """Everything that a recipe may say, in the order of the schema."""
+    section = Recipe() if section is None else section
+    for item in fields(section):  # type: ignore[arg-type]
+        name, value, bounds = prefix + item.name, getattr(section, item.name), item.metadata
+        inner = section_of(item.type)
+        if inner is not None and value is None:  # a section that may be left out
+            value = inner()
+        if is_dataclass(value):
+            yield from keys(value, f"{name}.")
+        else:
+            yield Key(name, _kind(item.type, bounds), shown(value))
+
+
+def written(page: str) -> str:
+    """The page with its tables of keys made anew: rows of keys that went are gone, new ones stand in their place.
+
+    Raises:
+        ValueError: a key has no row, and so no meaning, yet.
+    """
+    known = {key.name: key for key in keys()}
+    sections = {name.partition(".")[0] for name in known}
+    lines: list[str] = []
+    there: set[str] = set()
+    for ours, group in groupby(page.split("\n"), lambda line: _named(line).partition(".")[0] in sections):
+        rows = list(group)
+        if ours:
+            meanings = {match[1]: match[2] for row in rows if (match := ROW.match(row))}
+            there |= meanings.keys()
+            rows = [
+                f"| `{k.name}` | {k.kind} | `{k.default}` | {meanings[n]} |" for n, k in known.items() if n in meanings
+            ]
+        lines += rows
+    if missing := [name for name in known if name not in there]:
+        raise ValueError(f"docs/recipes.md has no row for {', '.join(missing)}; add | `KEY` | | | meaning | there.")
+    return "\n".join(lines)
+
+
+def _named(line: str) -> str:
+    match = ROW.match(line)
+    return match[1] if match else ""
+
+
+def _kind(hint: Any, bounds: Any) -> str:
+    words = ", ".join(f"`{name}`" for name in bounds["accepted"]) if "accepted" in bounds else WORDS[hint]
+    signs = ((bound, sign) for bound, sign in (("least", "≥"), ("above", ">"), ("most", "≤")) if bound in bounds)
+    return "".join([words, *(f" {sign} {bounds[bound]}" for bound, sign in signs)])

@@ -1,0 +1,253 @@
+"""Files that were made to do harm: what is pickled in them is never run, nor is Python that lies beside a model."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from buddy.backbone import load_backbone
+from buddy.errors import BackboneError, BuddyError, TrainingError
+from buddy.training.fit import fit
+from buddy.training.train import check_checkpoint
+from tests.recovery.asking import ask, refused
+from tests.recovery.damage import copied
+
+TRAINED = ["rivals=[]", "router.options.prior=none", "trainer.max_steps=4", "trainer.checkpoint_every=2"]
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.fixture
+def mark(tmp_path) -> Path:
+    """What would be there if a payload had run."""
+    return tmp_path / "ran"
+
+
+@pytest.fixture
+def pickled(mark, tmp_path) -> Path:
+    """A file as `torch.save` writes it, with a payload; what would run if it were loaded carelessly."""
+    path = tmp_path / "planted.ckpt"
+    torch.save({"state_dict": {}, "global_step": 3, "loops": {}, "payload": Payload(mark)}, path)
+    torch.load(path, weights_only=False)
+    mark.rmdir()  # so it does
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(small, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    fit(small(output, *TRAINED), "small")
+    return output / "small" / "buddy"
+
+
+# Pickles
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_in_a_checkpoint_that_is_asked_for(small, tmp_path, mark, pickled, how):
+    if how == "pickle":
+        pickled.write_bytes(pickle.dumps(Payload(mark)))
+    said = refused("fit", "--recipe", small.file, f"output={tmp_path}/runs", f"trainer.ckpt_path={pickled}", *TRAINED)
+    assert said.startswith(f"The checkpoint {pickled} is damaged or not one of Buddy's (")
+    assert not mark.exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_in_the_checkpoint_of_an_unfinished_run(small, run, tmp_path, mark, pickled):
+    partial = copied(run, tmp_path / "small" / ".buddy.partial")
+    recipe = (partial / "recipe.yaml").read_text().replace(str(run.parent.parent), str(tmp_path))
+    (partial / "recipe.yaml").write_text(recipe)
+    facts = json.loads((partial / "run.json").read_text())
+    (partial / "run.json").write_text(json.dumps({**facts, "status": "running"}))
+    shutil.copy(pickled, partial / "checkpoints" / "last.ckpt")
+    said = refused("fit", "--recipe", small.file, f"output={tmp_path}", *TRAINED)
+    assert said.startswith(f"The checkpoint {partial}/checkpoints/last.ckpt is damaged or not one of Buddy's (")
+    assert not mark.exists()
+
+
+def test_behind_all_that_a_checkpoint_must_have(run, tmp_path, mark):
+    """A real checkpoint with one part more."""
+    real = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({**real, "callbacks": Payload(mark)}, tmp_path / "planted.ckpt")
+    with pytest.raises(TrainingError, match=r"is damaged or not one of Buddy's \(UnpicklingError\)"):
+        check_checkpoint(tmp_path / "planted.ckpt")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_in_the_place_of_the_router(run, tmp_path, mark, pickled, verb, sums):
+    folder = copied(run, tmp_path / "buddy")
+    shutil.copy(pickled, folder / "router.safetensors")
+    if not sums:
+        facts = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**facts, "checksums": {}}))
+    words = {"evaluate": [], "generate": ["--budget", "0.5", "text"]}[verb]
+    assert f"{folder}/router.safetensors is damaged (" in refused(verb, "--run", folder, *words)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "model.ckpt", "training_args.bin"])
+def test_beside_or_in_place_of_a_models_weights(small, tmp_path, mark, pickled, name):
+    folder = copied(small.model, tmp_path / "model")
+    shutil.copy(pickled, folder / name)
+    assert load_backbone(str(folder), "float32").num_layers == 6
+    weights = folder / "model.safetensors"
+    weights.unlink()
+    with pytest.raises(BackboneError, match="has no weights in safetensors format"):
+        load_backbone(str(folder), "float32")
+    shutil.copy(pickled, weights)
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load_backbone(str(folder), "float32")
+    assert not mark.exists()
+
+
+def test_weights_in_parts_whose_index_names_a_pickle(small, tmp_path, mark, pickled):
+    folder = copied(small.model, tmp_path / "model")
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    shutil.copy(pickled, folder / "planted.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "planted.bin")}
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (folder / name).write_text(json.dumps(index))
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load_backbone(str(folder), "float32")
+    assert not mark.exists()
+
+
+def test_an_adapter_that_lies_in_the_folder(small, tmp_path, mark, pickled):
+    """transformers would load one with the model, and the model from where the adapter says."""
+    folder = copied(small.model, tmp_path / "model")
+    shutil.copy(pickled, folder / "adapter_model.bin")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(small.model), "target_modules": ["q_proj"], "r": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    try:
+        loaded = load_backbone(str(folder), "float32")
+    except BackboneError:
+        pass
+    else:
+        assert not [name for name, _ in loaded.model.named_parameters() if "lora" in name]
+    assert not mark.exists()
+
+
+# Python beside a model
+
+CODE = "import os\nos.mkdir({mark!r})\n"
+
+
+def with_code(small, folder: Path, mark: Path) -> Path:
+    """A model whose configurations name classes in files beside it."""
+    copied(small.model, folder)
+    (folder / "custom.py").write_text(
+        CODE.format(mark=str(mark))
+        + "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class Config(LlamaConfig): pass\nclass Model(LlamaForCausalLM): pass\n"
+        "class Words(PreTrainedTokenizerFast): pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(CODE.format(mark=str(mark)) + "def generate(**_): pass\n")
+    return folder
+
+
+def name_tokenizer(folder: Path) -> None:
+    """The tokenizer too is to be made by the code beside the model."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["custom.Words", "custom.Words"]}, "tokenizer_class": "Words"}
+    path.write_text(json.dumps(config))
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path, monkeypatch):
+    """Where transformers copies code to before it runs it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_models_own_code_never_makes_the_model(small, tmp_path, mark, trust):
+    folder = with_code(small, tmp_path / "model", mark)
+    backbone = load_backbone(str(folder), "float32", trust_remote_code=trust)
+    assert type(backbone.model).__module__ == "transformers.models.llama.modeling_llama"
+    assert trust or not mark.exists()  # with the flag, the tokenizer may look into it
+
+
+def test_a_tokenizers_code_runs_by_the_flag_alone(small, tmp_path, mark):
+    folder = with_code(small, tmp_path / "model", mark)
+    name_tokenizer(folder)
+    try:
+        load_backbone(str(folder), "float32")
+    except BuddyError as error:
+        assert "\n" not in str(error)  # noqa: PT017  it may also be made without the code
+    assert not mark.exists()
+    said = ask("fit", "--recipe", small.file, f"backbone.name={folder}", f"output={tmp_path}/runs", *TRAINED)
+    assert said is None or "cannot be loaded" in said
+    assert not mark.exists()
+    load_backbone(str(folder), "float32", trust_remote_code=True)
+    assert mark.exists(), "the flag does nothing"
+
+
+# Names that lead elsewhere
+
+
+@pytest.mark.parametrize("name", ["../x", "../../x", "/etc/x", "..", ".", "a/b", "a\\b", "~", "x\n", "CON", "\u202ex"])
+def test_names_of_recipes_and_routers_are_folders_in_the_output(small, tmp_path, name):
+    from dataclasses import replace
+
+    from buddy.place import RunPlace
+    from buddy.schema import RouterSection
+
+    recipe = replace(small(tmp_path / "runs"), router=RouterSection(name))
+    place = RunPlace.of(recipe, name)
+    assert place.final.parent.parent == tmp_path / "runs"
+    for path in (place.final, place.partial, place.aside, place.discarded):
+        assert Path(os.path.normpath(path)) == path
+        assert path.is_relative_to(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "\0"])
+def test_a_run_names_no_file_outside_of_it(run, tmp_path, name):
+    (tmp_path / "secret").write_text("mine")
+    folder = copied(run, tmp_path / "buddy")
+    facts = json.loads((folder / "run.json").read_text())
+    facts["checksums"][name] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert refused("evaluate", "--run", folder).startswith(f"{folder}/run.json is damaged (checksums is wrong)")
+
+
+@pytest.mark.parametrize("source", ["~nobody-at-all", "x" * 300, "x" * 5000, "a\u202eb"])
+@pytest.mark.parametrize("key", ["backbone.name", "data.source", "trainer.ckpt_path", "router.name"])
+def test_names_that_no_system_has(small, tmp_path, key, source):
+    said = refused("fit", "--recipe", small.file, f"output={tmp_path}/runs", f"{key}={source}")
+    assert not (tmp_path / "runs").exists()
+    assert said
+
+
+@pytest.mark.parametrize("words", [["evaluate", "--run"], ["compare", "--from"], ["recipes", "copy", "quickstart"]])
+@pytest.mark.parametrize("path", ["x" * 300, "x" * 5000, "loop", "loop/x"])
+def test_paths_that_no_system_has(tmp_path, monkeypatch, words, path):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    assert refused(*words, path)
+
+
+@pytest.mark.parametrize("words", [["generate", "--budget", "0.5", "a\udcffb"], ["inspect", "--text", "a\udcffb"]])
+def test_text_in_another_encoding(run, tmp_path, words):
+    """Which a terminal hands over so."""
+    said = refused(*words, "--run", copied(run, tmp_path / "buddy"))
+    assert said.endswith("has a sign that is no text in UTF-8, number 2; type it anew.")

@@ -1,0 +1,70 @@
+"""What is drawn belongs to a window's place in the whole batch: shares of it learn what the whole does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.training.estimator import Batch, Perturbed, StraightThrough, Weighted
+from buddy.training.objective import Objective
+from routers.buddy import BuddyRouter
+from routers.first import FiRST
+from tests.tiny import tiny_backbone
+
+IDS = torch.randint(3, 259, (6, 24), generator=torch.Generator().manual_seed(0))
+
+
+def shares(whole: Batch, processes: int) -> list[Batch]:
+    """What each of so many processes gets of a batch."""
+    places = [slice(rank, None, processes) for rank in range(processes)]
+    return [
+        replace(whole, input_ids=whole.input_ids[at], executed=whole.executed[at], everyone=whole.executed, rank=rank)
+        for rank, at in enumerate(places)
+    ]
+
+
+def gradient(routed: RoutedLM, estimator, batch: Batch) -> torch.Tensor:
+    routed.router.zero_grad()
+    estimator(routed, batch, torch.Generator().manual_seed(3)).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in routed.router.parameters()])
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("executed", [[3, 4, 3, 5, 4, 3], [3, 6, 4, 6, 6, 3], [6, 3, 6, 4, 6, 5]])
+@pytest.mark.parametrize("kind", [Perturbed, StraightThrough, Weighted])
+def test_the_mean_gradient_of_the_shares_is_that_of_the_batch(kind, executed, processes):
+    """Also where some rows are at full depth, which have nothing to learn from, and some shares have no others."""
+    backbone = tiny_backbone("llama")
+    torch.manual_seed(0)
+    routed = RoutedLM(backbone, (FiRST if kind is Weighted else BuddyRouter)(geometry_of(backbone)))
+    with torch.no_grad():
+        for parameter in routed.router.parameters():
+            parameter.normal_()
+    whole, estimator = Batch(IDS, torch.tensor(executed), torch.arange(4, 23), 5), kind(Objective())
+    expected = gradient(routed, estimator, whole)
+    found = torch.stack([gradient(routed, estimator, share) for share in shares(whole, processes)]).mean(0)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    apart = [gradient(routed, estimator, replace(share, everyone=None, rank=0)) for share in shares(whole, processes)]
+    if kind is Perturbed:  # each by itself would draw other noise
+        assert (torch.stack(apart).mean(0) - expected).abs().max() > 1e-3
+
+
+@given(st.lists(st.integers(3, 6), min_size=1, max_size=12), st.integers(1, 6))
+def test_every_row_is_in_one_place(executed, processes):
+    everyone = torch.tensor(executed * processes)
+    rows = torch.arange(len(everyone))[:, None]
+    parts = shares(Batch(rows, everyone, torch.arange(0)), processes)
+    free = rows[everyone < 6, 0]
+    seen = {}
+    for part in parts:
+        here, all_of_them = part.places(6)
+        assert all_of_them == len(free)
+        mine = part.input_ids[part.executed < 6, 0]
+        assert free[here].tolist() == mine.tolist()
+        seen |= dict(zip(here.tolist(), mine.tolist(), strict=True))
+    assert sorted(seen.values()) == free.tolist()
+    assert sum(part.weight(6) for part in parts) == pytest.approx(processes)

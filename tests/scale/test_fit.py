@@ -1,0 +1,86 @@
+"""`fit` by several processes, forked: the curves, weights and results of one with the same batch."""
+
+from contextlib import suppress
+
+import pytest
+
+from buddy import processes
+from buddy.errors import DataError
+from buddy.recipe import load_recipe
+from buddy.training.fit import fit
+from buddy.training.interrupt import Keeper
+from tests.scale.curves import assert_alike, curves
+from tests.scale.forked import side_by_side
+
+HEALED = ("adapter.steps=4", "adapter.rank=2", "trainer.max_steps=3")
+
+
+def words(small, output, *overrides: str) -> list[str]:
+    return [str(small.file), f"output={output}", "trainer.log_every=1", *overrides]
+
+
+def fitted(given: list[str]) -> None:
+    fit(load_recipe(given[0], given[1:]), "small")
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy"), [((), "fsdp"), (("adapter.joint=true",), "ddp")], ids=["healed", "together"]
+)
+def test_healing_follows_the_curve_of_one_process(small, tmp_path, settings, strategy):
+    fitted(words(small, tmp_path / "one", *HEALED, *settings))
+    side_by_side(fitted, words(small, tmp_path / "two", *HEALED, *settings, f"trainer.strategy={strategy}"))
+    one, two = (tmp_path / folder / "small" / "buddy" for folder in ("one", "two"))
+    assert_alike(one, two)
+    assert [step for step, _ in curves(two)["heal/objective"]] == [*range(4)]
+
+
+def stopped(given: list[str]) -> str:
+    """A fit whose first process is asked to stop at the third step."""
+    follow_up = Keeper.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, *rest) -> None:
+        self.asked = self.asked or (processes.leads() and trainer.global_step == 3)
+        follow_up(self, trainer, *rest)
+
+    Keeper.on_train_batch_end = on_train_batch_end
+    try:
+        fitted(given)
+    except (KeyboardInterrupt, SystemExit) as error:
+        return type(error).__name__
+    return "nothing stopped it"
+
+
+def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
+    fitted(words(small, tmp_path / "one"))
+    assert side_by_side(stopped, words(small, tmp_path / "two")) == ["KeyboardInterrupt", "SystemExit"]
+    assert not (tmp_path / "two" / "small" / "buddy").exists()
+    fitted(words(small, tmp_path / "two"))
+    assert_alike(*(tmp_path / folder / "small" / "buddy" for folder in ("one", "two")))
+
+
+def cut_short(given: list[str]) -> None:
+    """A fit that is killed, in effect, once both routers are done and before they are shown."""
+    import buddy.training.fit
+
+    def show_comparison(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    buddy.training.fit.show_comparison = show_comparison
+    with suppress(KeyboardInterrupt, SystemExit):
+        fitted(given)
+
+
+def test_what_is_finished_is_not_done_again(small, tmp_path, capfd):
+    given = words(small, tmp_path, "router=uniform", "rivals=[random]")
+    side_by_side(cut_short, given)
+    assert capfd.readouterr().err.count("Evaluating") == 2
+    side_by_side(fitted, given)
+    out, err = capfd.readouterr()
+    assert "Evaluating" not in err
+    assert out.count("Perplexity on held-out text") == 1
+
+
+def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):
+    with pytest.raises(DataError, match=r"4 windows cannot be shared by 6 devices; .* to a multiple of 6"):
+        fitted(words(small, tmp_path / "out", "trainer.devices=3", "trainer.nodes=2"))
+    assert not (tmp_path / "out").exists()

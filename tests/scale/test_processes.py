@@ -1,0 +1,167 @@
+"""Which process this is, what it takes on, and what the processes tell each other."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from buddy import processes
+from buddy.cli.words import alone
+from buddy.errors import BuddyError, TrainingError
+from buddy.schema import TrainerSection
+from tests.scale.forked import launcher, side_by_side
+from tests.test_cli import call
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Takes the numbers of a launcher, and leaves out all others."""
+
+    def environment(**numbers: int | str) -> None:
+        for name in (*processes.PLACES, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in numbers.items():
+            monkeypatch.setenv(name, str(value))
+
+    environment()
+    return environment
+
+
+def test_one_process_alone(environment):
+    assert processes.leads()
+    assert processes.speaks()
+    assert not processes.together()
+    assert (processes.count(), processes.rank(), processes.from_torchrun()) == (1, 0, 1)
+    processes.join(TrainerSection())
+    assert processes.tell(3) == 3
+    assert processes.gather("x") == ["x"]
+    assert processes.shared_out(3) == [0, 1, 2]
+    assert processes.shape(TrainerSection(devices=2, nodes=3)) == (2, 3)
+    assert not processes.together()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "leads", "speaks", "whose"),
+    [
+        ({"LOCAL_RANK": 0, "NODE_RANK": 0, "WORLD_SIZE": 2}, True, True, ""),
+        ({"LOCAL_RANK": 1, "NODE_RANK": 0, "WORLD_SIZE": 2}, False, True, " in process 1"),
+        ({"NODE_RANK": 1}, False, True, " in process 0"),  # the first of the second node
+        ({"SLURM_PROCID": 3}, False, True, " in process 0"),
+        (launcher(0, 2, 1), True, True, ""),
+        (launcher(1, 2, 1), False, False, " in process 1"),
+        ({**launcher(2, 4, 1), "LOCAL_RANK": 0, "GROUP_RANK": 1}, False, False, " in process 2"),
+    ],
+)
+def test_who_leads_and_who_speaks(environment, numbers, leads, speaks, whose):
+    environment(**numbers)
+    assert (processes.leads(), processes.speaks(), processes.whose()) == (leads, speaks, whose)
+
+
+def test_the_numbers_of_torchrun_hold(environment):
+    environment(**{**launcher(0, 16, 1), "LOCAL_WORLD_SIZE": "8"})
+    assert processes.from_torchrun() == 16
+    assert processes.shape(TrainerSection(devices=1, nodes=1)) == (8, 2)
+
+
+def test_each_process_has_an_accelerator_of_its_own(environment, monkeypatch):
+    assert processes.device("cpu") == torch.device("cpu")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
+    assert processes.device("cpu") == torch.device("cpu")
+    assert processes.device("auto") == torch.device("cuda:0")
+    environment(LOCAL_RANK=3)
+    assert processes.device("gpu") == torch.device("cuda:3")
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
+    assert processes.device("gpu") == torch.device("cuda")
+
+
+def test_devices_that_are_not_there(environment):
+    with pytest.raises(TrainingError, match=r"accelerator=cuda and devices=2 do not work here \(.*\); change them"):
+        processes.join(TrainerSection(accelerator="cuda", devices=2))
+
+
+def test_a_process_too_many(environment):
+    environment(SLURM_PROCID=1)
+    with pytest.raises(TrainingError, match=r"began several processes, .* set trainer\.devices \(on each node\) and"):
+        processes.join(TrainerSection())
+
+
+def test_what_one_process_does_is_refused_under_torchrun(environment):
+    alone("Nothing is said")
+    environment(**launcher(0, 2, 1))
+    with pytest.raises(
+        BuddyError, match="Tasks are scored by one process, not by 2; give the command without torchrun"
+    ):
+        alone("Tasks are scored")
+    for words in (
+        ["bench", "--run", "x"],
+        ["compare", "--recipe", "quickstart"],
+        ["evaluate", "--run", "x", "--tasks", "piqa"],
+    ):
+        result = call(*words)
+        assert result.exit_code == 2
+        assert "by one process, not by 2" in result.stderr
+    environment(**launcher(1, 2, 1))
+    result = call("bench", "--run", "x")
+    assert (result.exit_code, result.stderr) == (2, "")
+
+
+def talk() -> dict:
+    module = nn.BatchNorm1d(3)
+    nn.init.constant_(module.weight, processes.rank())
+    module.running_mean += processes.rank()
+    processes.alike(module)
+    with processes.leader_first():
+        pass
+    return {
+        "number": (processes.rank(), processes.count(), processes.leads()),
+        "told": processes.tell({"by": processes.rank()}),
+        "gathered": processes.gather(processes.rank() * 10),
+        "alike": [module.weight.tolist(), module.running_mean.tolist()],
+        "five": processes.shared_out(5),
+        "none": processes.shared_out(0),
+        "one": processes.shared_out(1),
+    }
+
+
+def test_what_processes_tell_each_other():
+    found = side_by_side(talk)
+    assert [each.pop("number") for each in found] == [(0, 2, True), (1, 2, False)]
+    assert [each.pop("five") for each in found] == [[0, 2, 4], [1, 3, 0]]
+    assert found[0] == found[1]
+    assert found[0] == {
+        "told": {"by": 0},
+        "gathered": [0, 10],
+        "alike": [[0.0] * 3, [0.0] * 3],
+        "none": [],
+        "one": [0],
+    }
+
+
+def leave() -> str:
+    """The second process ends without a word."""
+    if processes.rank():
+        return "left"
+    with pytest.raises(TrainingError, match="Another process of this run has ended; see what it said"):
+        list(map(processes.tell, range(100)))
+    return "noticed"
+
+
+def test_a_process_that_ends_is_noticed():
+    assert side_by_side(leave) == ["noticed", "left"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "count", "given"), [(None, 3, "012012"), ("4,7", 2, "474747"), (None, 1, None), ("5", 1, "5")]
+)
+def test_processes_take_gpus_in_turn(monkeypatch, seen, count, given):
+    monkeypatch.delenv(processes.SEEN, raising=False)
+    if seen:
+        monkeypatch.setenv(processes.SEEN, seen)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    for place in range(6):
+        with processes.one_gpu(place):
+            assert os.environ.get(processes.SEEN) == (given and given[place % len(given)])
+        assert os.environ.get(processes.SEEN) == seen

@@ -1,0 +1,124 @@
+"""FSDP: layers that lie in parts on two devices are routed, measured, trained through and healed as whole ones are."""
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from buddy import processes
+from buddy.calibration import Probe
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import TrainingError
+from buddy.evaluation.perplexity import evaluate
+from buddy.sharding import check, settle, shard, shards
+from buddy.training.data import Windows
+from buddy.training.estimator import Batch, StraightThrough, Weighted
+from buddy.training.interrupt import quiet
+from buddy.training.objective import Objective
+from routers.buddy import BuddyRouter
+from routers.first import FiRST
+from tests.healing.made import new_adapter, stirred
+from tests.scale.forked import side_by_side
+from tests.tiny import tiny_backbone
+
+IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))
+PLANS = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 0, 1, 1, 0, 1]]).bool()
+
+
+def routed_on(family: str, router, shared_out: bool, **options) -> RoutedLM:
+    backbone = tiny_backbone(family)
+    if shared_out:
+        shard(backbone, "cpu")
+        settle(backbone)
+    torch.manual_seed(0)
+    routed = RoutedLM(backbone, router(geometry_of(backbone)), **options)
+    with torch.no_grad():
+        for parameter in routed.router.parameters():
+            parameter.normal_()
+    return routed
+
+
+def answers(family: str, policy: str, shared_out: bool) -> dict:
+    """What is asked of a model all along a fit, the same questions in every process."""
+    routed = routed_on(family, BuddyRouter, shared_out, policy=policy)
+    probe = Probe(routed, IDS, 2)
+    batch = Batch(IDS, torch.tensor([3, 4, 3, 5]), torch.arange(4, 23), prompt=5)
+    found = {"dense": routed.dense(IDS), "routed": routed(IDS, executed=batch.executed, prompt=5).logits}
+    found |= {"losses": probe.losses(PLANS), "kl": probe.losses(PLANS, "kl")}
+    found |= {"influence": probe.block_influence, "taylor": probe.taylor, "contexts": probe.contexts().pooled}
+    windows = Windows(IDS, torch.arange(4))
+    scores = evaluate(routed, windows, [1.0, 0.5], prompt=8, batch_size=3)  # the second process has a batch too few
+    found |= {f"loss at {each.budget}": torch.from_numpy(each.loss) for each in scores}
+    return {name: value.detach() for name, value in found.items()}
+
+
+@pytest.mark.parametrize(("family", "policy"), [("llama", "fill"), ("phi3", "fill"), ("gemma3", "hole")])
+def test_a_model_in_parts_answers_as_a_whole_one(family, policy):
+    expected = answers(family, policy, False)
+    for found in side_by_side(answers, family, policy, True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                found[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def held(shared_out: bool) -> list:
+    """Bytes of the layers' and of the other weights here, and what the layers are once the router is detached."""
+    routed = routed_on("llama", BuddyRouter, shared_out)
+    model = routed.backbone.model
+    sizes = {name: (x.to_local() if hasattr(x, "to_local") else x).nbytes for name, x in model.named_parameters()}
+    inside = sum(size for name, size in sizes.items() if ".layers." in name)
+    routed.detach()
+    kinds = {type(layer).__name__ for layer in routed.backbone.layers}
+    return [inside, sum(sizes.values()) - inside, isinstance(routed.backbone.layers[1], FSDPModule), kinds]
+
+
+def test_each_process_holds_its_part_of_the_layers_and_the_rest_whole():
+    inside, outside, parted, kinds = held(False)
+    assert (parted, kinds) == (False, {"LlamaDecoderLayer"})
+    assert side_by_side(held, True) == [[inside // 2, outside, True, {"FSDPLlamaDecoderLayer"}]] * 2
+
+
+def gradients(kind: str, shared_out: bool) -> dict:
+    """Of the router, or of the adapter where it is healed, for other windows in each process."""
+    router = FiRST if kind == "weighted" else BuddyRouter
+    routed = routed_on("llama", router, shared_out)
+    share = slice(processes.rank(), None, processes.count())
+    executed = torch.tensor([3, 4, 3, 5])
+    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, processes.rank())
+    if kind == "healed":
+        adapter = new_adapter(routed.backbone)
+        stirred(adapter)
+        routed.adapt(adapter)
+        with quiet():
+            logits = routed(batch.input_ids, executed=batch.executed, prompt=5).logits
+        (logits.float().square().mean() + 0.0 * sum(x.sum() for x in adapter.parameters())).backward()
+        trained = adapter.parts
+    else:
+        objective = Objective()
+        estimator = Weighted(objective) if kind == "weighted" else StraightThrough(objective)
+        estimator(routed, batch, torch.Generator().manual_seed(1)).loss.backward()
+        trained = routed.router
+    return {name: x.grad for name, x in trained.named_parameters() if x.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["straight-through", "weighted", "healed"])
+def test_the_mean_gradient_over_the_processes_is_that_of_the_whole_batch(kind):
+    expected, shares = gradients(kind, False), side_by_side(gradients, kind, True)
+    assert expected
+    assert any(value.abs().max() > 1e-4 for value in expected.values())
+    for name, value in expected.items():
+        mean = torch.stack([share[name] for share in shares]).mean(0)
+        torch.testing.assert_close(mean, value, atol=1e-6, rtol=1e-4)
+
+
+def test_what_cannot_be_shared_out_is_refused(small, tmp_path):
+    two = ("trainer.devices=2", "trainer.strategy=fsdp")
+    assert shards(small(tmp_path, *two).trainer)
+    assert not shards(small(tmp_path, "trainer.strategy=fsdp").trainer)
+    assert not shards(small(tmp_path, "trainer.devices=2").trainer)
+    check(small(tmp_path, "predictor.name=regress"))
+    with pytest.raises(TrainingError, match=r"is measured by one process .* trainer\.strategy=ddp or predictor"):
+        check(small(tmp_path, *two, "predictor.name=regress"))
+    with pytest.raises(TrainingError, match=r"set adapter\.joint=false or trainer\.strategy=ddp"):
+        check(small(tmp_path, *two, "adapter.joint=true"))
