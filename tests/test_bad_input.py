@@ -41,7 +41,7 @@ def fit(small, tmp_path):
         ("router=nowhere:Router", "cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
         ("rivals=[shortgtp]", "No router is named 'shortgtp'; did you mean 'shortgpt'?"),
         ("router.options.hiden=3", "router.options.hiden is unknown; did you mean 'hidden'?"),
-        ("router.options.prior=none_at_all", "prior is 'none_at_all'; choose one of greedy, block-influence, taylor, loss"),
+        ("router.options.prior=none_at_all", "prior is 'none_at_all'; choose one of greedy, block-influence"),
         ("budgts=[1.0]", "The key 'budgts' is unknown; did you mean 'budgets'?"),
         ("trainer.max_steps=many", "trainer.max_steps must be a whole number, not many"),
         ("data.batch_size=-5", "data.batch_size is -5, but must be at least 1"),

@@ -14,9 +14,7 @@ def inspect(
     run: RunOption,
     budgets: Annotated[
         str | None,
-        typer.Option(
-            "--budgets", "--budget", metavar="B,B…", help="Instead of the recipe's: 0.75, 22layers or 15ms."
-        ),
+        typer.Option("--budgets", "--budget", metavar="B,B…", help="Instead of the recipe's: 0.75, 22layers or 15ms."),
     ] = None,
     domains: Annotated[
         str | None,
