@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from buddy.schema import TrainerSection
 
 PLACES = ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")  # what launchers call a process's number
+WAYS = ("gloo", "NCCL", "ProcessGroup")  # in what torch says of a process that is not there any more
 SEEN = "CUDA_VISIBLE_DEVICES"
 PATIENCE = timedelta(days=7)  # one may calibrate for hours while the others wait for its word
 _words: ProcessGroup | None = None  # the way by which processes talk, once they are together
@@ -137,7 +138,7 @@ def tell(value: Any = None) -> Any:
     if _words is not None:
         from torch import distributed
 
-        with _linked():
+        with linked():
             distributed.broadcast_object_list(box, group=_words)
     return box[0]
 
@@ -148,7 +149,7 @@ def gather(value: Any) -> list[Any]:
     if _words is not None:
         from torch import distributed
 
-        with _linked():
+        with linked():
             distributed.all_gather_object(found, value, group=_words)
     return found
 
@@ -187,7 +188,7 @@ def alike(module: nn.Module) -> None:
         return
     from torch import distributed
 
-    with _linked():
+    with linked():
         for tensor in module.state_dict().values():
             held = tensor.detach().cpu().contiguous()
             distributed.broadcast(held, src=0, group=_words)
@@ -205,11 +206,13 @@ def shared_out(items: int) -> list[int]:
 
 
 @contextmanager
-def _linked() -> Iterator[None]:
+def linked() -> Iterator[None]:
     """Where another process has ended, this one ends too: the first says so, the others follow without a word."""
     try:
         yield
     except RuntimeError as error:
+        if not any(way in str(error) for way in WAYS):
+            raise
         if not leads():
             raise SystemExit(2) from error
         raise TrainingError(

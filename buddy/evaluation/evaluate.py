@@ -59,7 +59,7 @@ def evaluate_run(
     with status("Reading text …"), processes.leader_first():
         windows = _windows(run, routed, data, split)
     sizes = f"a batch of {run.recipe.data.batch_size} × {windows.input_ids.shape[1]} tokens"
-    with within_memory(sizes, "free some, or set data.batch_size smaller in the run's recipe"):
+    with within_memory(sizes, "free some, or set data.batch_size smaller in the run's recipe"), processes.linked():
         scores = _scores(run, routed, windows, asked)
     if not processes.leads():
         return

@@ -63,30 +63,38 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     places = [RunPlace.of(each, recipe_name) for each in recipes]
     for place in places if leads else ():
         place.settle()
-    if not leads or processes.from_torchrun() > 1:
-        join(recipe.trainer)  # all are there already
-    with processes.one_by_one(recipe.trainer) if shards(recipe.trainer) else processes.leader_first():
-        session = Session(*prepare(recipes))
-        for place in places if leads else ():
-            with place.lock():  # a second fit is refused here, before it does anything
-                pass
-        join(recipe.trainer)
-        if shards(recipe.trainer):
-            shard(session.backbone, recipe.trainer.accelerator)
-    if shards(recipe.trainer):
-        settle(session.backbone)
-    if not leads:
-        return session.follow(recipes, places)
-    ledger, scores = Ledger(places[-1]), {}
-    for each, place in zip(recipes, places, strict=True):
-        kept = session.kept(each, place, ledger)
-        processes.tell(kept is not None)
-        scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
-        ledger.note(each.router.name)
+    session = _begin(recipes, places)
+    with processes.linked():
+        if not leads:
+            return session.follow(recipes, places)
+        ledger, scores = Ledger(places[-1]), {}
+        for each, place in zip(recipes, places, strict=True):
+            kept = session.kept(each, place, ledger)
+            processes.tell(kept is not None)
+            scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
+            ledger.note(each.router.name)
     ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
     folders = {each.router.name: place.final for each, place in zip(recipes, places, strict=True)}
     show_comparison(ordered, folders, recipe.router.name)
     ledger.close()
+
+
+def _begin(recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> Session:
+    """Backbone and text in each process, once the first has found all well, and the processes together."""
+    leads, trainer = processes.leads(), recipes[-1].trainer
+    if not leads or processes.from_torchrun() > 1:
+        join(trainer)  # all are there already
+    with processes.one_by_one(trainer) if shards(trainer) else processes.leader_first():
+        session = Session(*prepare(recipes))
+        for place in places if leads else ():
+            with place.lock():  # a second fit is refused here, before it does anything
+                pass
+        join(trainer)
+        if shards(trainer):
+            shard(session.backbone, trainer.accelerator)
+    if shards(trainer):
+        settle(session.backbone)
+    return session
 
 
 def _rival(recipe: Recipe, name: str) -> Recipe:

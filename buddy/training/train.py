@@ -99,7 +99,8 @@ def run(
             plugins=[WholeCheckpoints()],
         )
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+            with processes.linked():
+                trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
             raise failed(trainer, error) from error
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
