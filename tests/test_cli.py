@@ -130,11 +130,21 @@ def test_evaluate(calls):
     call("evaluate", "--run", "runs/a/b")
     call("evaluate", "--run", "r", "--json", "c.json", "--budgets", "0.75, 22layers", "--data", "x.txt")
     assert calls == [
-        ("evaluate_run", (Path("runs/a/b"),), {"json_file": None, "budgets": None, "data": None, "split": "test"}),
+        (
+            "evaluate_run",
+            (Path("runs/a/b"),),
+            {"json_file": None, "budgets": None, "data": None, "split": "test", "devices": 1},
+        ),
         (
             "evaluate_run",
             (Path("r"),),
-            {"json_file": Path("c.json"), "budgets": ["0.75", "22layers"], "data": "x.txt", "split": "test"},
+            {
+                "json_file": Path("c.json"),
+                "budgets": ["0.75", "22layers"],
+                "data": "x.txt",
+                "split": "test",
+                "devices": 1,
+            },
         ),
     ]
 

@@ -79,6 +79,7 @@ def test_results_and_progress_go_to_streams_of_their_own(small, tmp_path, capsys
     assert [line.split(":")[0].partition(" and ")[0] for line in err.splitlines()] == [
         "block influence",
         "Evaluating shortgpt",
+        "removing layers",
         "Training buddy",
         "Evaluating buddy",
     ]
