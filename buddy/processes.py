@@ -186,13 +186,14 @@ def alike(module: nn.Module) -> None:
     """Give a module the first process's parameters and buffers, in every process."""
     if _words is None:
         return
+    import torch
     from torch import distributed
 
     with linked():
         for tensor in module.state_dict().values():
-            held = tensor.detach().cpu().contiguous()
+            held = tensor.detach().cpu().flatten().view(torch.uint8)  # any type, as bytes; not all can be sent
             distributed.broadcast(held, src=0, group=_words)
-            tensor.copy_(held)
+            tensor.copy_(held.view(tensor.dtype).view(tensor.shape))
 
 
 def shared_out(items: int) -> list[int]:

@@ -45,6 +45,9 @@ def compare(
     speed: Annotated[
         bool | None, typer.Option("--speed/--no-speed", help="Measure tokens a second.", show_default="speed")
     ] = None,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Fit nothing: compare the runs that are finished, each with its seeds.")
+    ] = False,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there too.")] = None,
     made: Annotated[
         Path | None,
@@ -57,7 +60,7 @@ def compare(
     options = {"task_limit": task_limit, "task_data": task_data, "task_path": task_path}
     if made is not None:
         given = {"routers": routers, "seeds": seeds, "domains": domains, "jobs": jobs, "out": out, "tasks": tasks}
-        given |= options | {"no_speed" if speed is False else "speed": speed}
+        given |= options | {"no_speed" if speed is False else "speed": speed, "finished": finished or None}
         why = "belongs to a new comparison; leave it out, or give --recipe in place of --from"
         if overrides:
             raise BuddyError(f"{overrides[0]} {why}.")
@@ -85,6 +88,7 @@ def compare(
         jobs=1 if jobs is None else jobs,
         out=out,
         speed=speed is not False,
+        finished=finished,
         markdown=markdown,
     )
     if run_compare(asked):

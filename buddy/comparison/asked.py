@@ -42,6 +42,7 @@ class Asked:
         jobs: processes at once.
         out: the folder for everything.
         speed: whether times are measured.
+        finished: fit nothing, and compare what is finished.
         markdown: where the results are written once more.
     """
 
@@ -56,6 +57,7 @@ class Asked:
     jobs: int = 1
     out: Path | None = None
     speed: bool = True
+    finished: bool = False
     markdown: Path | None = None
 
     @property
@@ -70,6 +72,7 @@ class Asked:
         places = {"task-data": self.tasks.data, "task-path": self.tasks.path}
         options = {"routers": self.routers, "seeds": self.seeds, "domains": self.domains, **tasks, **places}
         words = [word for name, value in options.items() if value for word in (f"--{name}", str(value))]
+        words += ["--finished"] if self.finished else []
         overrides = [text for text in self.overrides if not text.startswith("output=")]
         return shown_command(["buddy", "compare", "--recipe", self.source, *words, *overrides])
 

@@ -18,7 +18,7 @@ from buddy.comparison.asked import Asked, check
 from buddy.comparison.contestants import contestants
 from buddy.comparison.domains import domains_of, read_domain
 from buddy.comparison.output import write_all, write_markdown
-from buddy.comparison.planned import Planned, base_of, check_reuse, planned
+from buddy.comparison.planned import Planned, base_of, check_reuse, is_finished, planned
 from buddy.comparison.pool import side_by_side
 from buddy.comparison.record import read_record, record_of
 from buddy.comparison.tables import all_grids, show
@@ -62,6 +62,8 @@ def compare(asked: Asked) -> int:
     }
     made_of = {recipe.router.name: inputs_of(recipe, backbone, data) for recipe in recipes.values()}
     check_reuse([run for group in runs.values() for run in group], made_of, data.test.fingerprint)
+    if asked.finished:
+        runs = _finished(runs, asked.folder)
     with _locked(asked.folder):
         return _compare(asked, base, runs, texts, backbone, data)
 
@@ -129,6 +131,17 @@ def _repeats(asked: Asked, recipe: Recipe, backbone: Backbone) -> tuple[int, boo
     fixed = section.options.get("seed") is not None
     trained = router.trainable or heals(recipe, router)
     return asked.seeds if trained or (router.seeded and not fixed) else 1, trained
+
+
+def _finished(runs: Mapping[str, Sequence[Planned]], folder: Path) -> dict[str, list[Planned]]:
+    """Those that need no fitting; routers with none are left out, and said."""
+    found = {label: [run for run in group if is_finished(run)] for label, group in runs.items()}
+    missing = [label for label, group in found.items() if not group]
+    if len(missing) == len(found):
+        raise RunError(f"No run in {folder} is finished yet; leave --finished out to fit them.")
+    if missing:
+        errors.print(f"Not finished, and left out: {', '.join(missing)}.", soft_wrap=True)
+    return {label: group for label, group in found.items() if group}
 
 
 @contextmanager

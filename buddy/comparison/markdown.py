@@ -72,11 +72,10 @@ def _table(grid: Grid) -> Iterator[str]:
 def _protocol(c: Comparison) -> Iterator[str]:
     recipe, record = c.record["recipe"], c.record
     layers = ", ".join(f"{budget:g} ({count})" for budget, count in c.budgets.items())
-    seeds = max(len(c.runs(label)) for label in c.labels)
     yield (
         f"{len(c.labels)} routers under one recipe: {recipe['backbone.name']} ({record['layers']} layers, "
         f"{recipe['backbone.dtype']}), calibrated or trained on {_own(c)}, at the budgets (executed layers) {layers}. "
-        f"{_more(recipe)}{_seeds(seeds)} All see the same {recipe['data.calibration_windows']} calibration windows and "
+        f"{_more(recipe)}{_seeds(c)} All see the same {recipe['data.calibration_windows']} calibration windows and "
         f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are read "
         f"and not scored. The first {recipe['routing.sink_tokens']} of each run at full depth, whatever the budget."
     )
@@ -111,10 +110,11 @@ def _more(recipe: Mapping[str, str | float]) -> str:
     return f"Training, which static routers do not have, took windows of {names} in turn with those of its own text. "
 
 
-def _seeds(seeds: int) -> str:
-    if seeds == 1:
+def _seeds(c: Comparison) -> str:
+    many = [f"{label} ({len(c.runs(label))})" for label in c.labels if len(c.runs(label)) > 1]
+    if not many:
         return "Each was fitted with one seed."
-    return f"Those that depend on a seed were fitted with {seeds} seeds, the others once; the text is the same for all."
+    return f"Fitted with several seeds: {', '.join(many)}; the others once. The text is the same for all."
 
 
 def _task_protocol(c: Comparison) -> str:

@@ -265,6 +265,21 @@ def folders(place: Path, count: int) -> list[int]:
     return list(range(count))
 
 
+def test_what_is_finished_is_compared_without_fitting(ask, tmp_path, capsys):
+    options = {"domains": None, "finished": True}
+    with pytest.raises(RunError, match=r"No run in .*out is finished yet; leave --finished out"):
+        compare(ask(tmp_path / "out", routers="shortgpt,random", **options))
+    assert not (tmp_path / "out" / "comparison.json").exists()
+    compare(ask(tmp_path / "out", routers="random", seeds=1, domains=None))
+    before = stamps(tmp_path / "out" / "runs")
+    assert compare(ask(tmp_path / "out", routers="shortgpt,random,uniform", **options)) == 0
+    assert stamps(tmp_path / "out" / "runs") == before
+    assert "Not finished, and left out: shortgpt, uniform." in capsys.readouterr().err
+    record = read_json(tmp_path / "out" / "comparison.json")
+    assert [(run["router"], run["seed"]) for run in record["runs"]] == [("random", 0)]
+    assert "--finished" in record["command"]
+
+
 def test_runs_of_another_recipe_are_refused_with_the_keys(ask, tmp_path):
     options = {"routers": "shortgpt,random", "domains": None}
     compare(ask(tmp_path, **options))

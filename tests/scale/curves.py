@@ -12,10 +12,14 @@ from buddy.place import ADAPTER
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of everything that was logged in training, by tag."""
-    events = EventAccumulator(str(folder)).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("train/", "heal/"))]
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+    """Steps and values of everything that was logged in training, by tag, over all beginnings of a run."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in folder.glob("events.*"):  # one by one: two that began in the same second have no order
+        events = EventAccumulator(str(path)).Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag.startswith(("train/", "heal/")):
+                found.setdefault(tag, []).extend((point.step, point.value) for point in events.Scalars(tag))
+    return {tag: sorted(points) for tag, points in found.items()}
 
 
 def assert_alike(one: Path, other: Path) -> None:

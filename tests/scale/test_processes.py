@@ -112,6 +112,9 @@ def talk() -> dict:
     module = nn.BatchNorm1d(3)
     nn.init.constant_(module.weight, processes.rank())
     module.running_mean += processes.rank()
+    module.register_buffer("chosen", torch.tensor([True, False]) ^ bool(processes.rank()))
+    module.register_buffer("narrow", torch.full((2, 1), 0.5 + processes.rank(), dtype=torch.bfloat16))
+    module.register_buffer("empty", torch.empty(0, 3))
     processes.alike(module)
     with processes.leader_first():
         pass
@@ -119,7 +122,7 @@ def talk() -> dict:
         "number": (processes.rank(), processes.count(), processes.leads()),
         "told": processes.tell({"by": processes.rank()}),
         "gathered": processes.gather(processes.rank() * 10),
-        "alike": [module.weight.tolist(), module.running_mean.tolist()],
+        "alike": [x.tolist() for x in (module.weight, module.running_mean, module.chosen, module.narrow)],
         "five": processes.shared_out(5),
         "none": processes.shared_out(0),
         "one": processes.shared_out(1),
@@ -134,7 +137,7 @@ def test_what_processes_tell_each_other():
     assert found[0] == {
         "told": {"by": 0},
         "gathered": [0, 10],
-        "alike": [[0.0] * 3, [0.0] * 3],
+        "alike": [[0.0] * 3, [0.0] * 3, [True, False], [[0.5], [0.5]]],
         "none": [],
         "one": [0],
     }

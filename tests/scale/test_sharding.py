@@ -24,8 +24,9 @@ IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))
 PLANS = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 0, 1, 1, 0, 1]]).bool()
 
 
-def routed_on(family: str, router, shared_out: bool, **options) -> RoutedLM:
+def routed_on(family: str, router, shared_out: bool, dtype: torch.dtype = torch.float32, **options) -> RoutedLM:
     backbone = tiny_backbone(family)
+    backbone.model.to(dtype)
     if shared_out:
         shard(backbone, "cpu")
         settle(backbone)
@@ -37,9 +38,9 @@ def routed_on(family: str, router, shared_out: bool, **options) -> RoutedLM:
     return routed
 
 
-def answers(family: str, policy: str, shared_out: bool) -> dict:
+def answers(family: str, policy: str, dtype: torch.dtype, shared_out: bool) -> dict:
     """What is asked of a model all along a fit, the same questions in every process."""
-    routed = routed_on(family, BuddyRouter, shared_out, policy=policy)
+    routed = routed_on(family, BuddyRouter, shared_out, dtype, policy=policy)
     probe = Probe(routed, IDS, 2)
     batch = Batch(IDS, torch.tensor([3, 4, 3, 5]), torch.arange(4, 23), prompt=5)
     found = {"dense": routed.dense(IDS), "routed": routed(IDS, executed=batch.executed, prompt=5).logits}
@@ -51,10 +52,13 @@ def answers(family: str, policy: str, shared_out: bool) -> dict:
     return {name: value.detach() for name, value in found.items()}
 
 
-@pytest.mark.parametrize(("family", "policy"), [("llama", "fill"), ("phi3", "fill"), ("gemma3", "hole")])
-def test_a_model_in_parts_answers_as_a_whole_one(family, policy):
-    expected = answers(family, policy, False)
-    for found in side_by_side(answers, family, policy, True):
+@pytest.mark.parametrize(
+    ("family", "policy", "dtype"),
+    [("llama", "fill", torch.bfloat16), ("phi3", "fill", torch.float32), ("gemma3", "hole", torch.float32)],
+)
+def test_a_model_in_parts_answers_as_a_whole_one(family, policy, dtype):
+    expected = answers(family, policy, dtype, False)
+    for found in side_by_side(answers, family, policy, dtype, True):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(
