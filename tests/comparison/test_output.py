@@ -283,5 +283,5 @@ def test_the_document_says_what_else_was_trained_on():
     record = made.record()
     assert "Training, which" not in render(Comparison(record), {})
     record["recipe"]["data.train_sources"] = "[web/c4.jsonl, a/fine.jsonl]"
-    words = "took windows of c4.jsonl and fine.jsonl in turn with those of its own text. Those that depend"
+    words = "took windows of c4.jsonl and fine.jsonl in turn with those of its own text. Fitted with several seeds: "
     assert words in render(Comparison(record), {})
