@@ -88,7 +88,8 @@ class BuddyRouter(Router):
     def _removal(self, probe: Probe) -> Tensor:
         """(R,): the round in which a layer goes, down to the smallest K asked for; then by its KL in the last round."""
         windows = min(self.prior_windows, probe.count)
-        removed, left, losses = [], list(range(self.geometry.routable)), []
+        removed: list[int] = []
+        left, losses = list(range(self.geometry.routable)), []
         smallest = min(probe.asked, default=self.geometry.always_on)
         for _ in probe.track(range(self.geometry.layers - smallest), "removing layers"):
             plans = torch.stack([probe.plan_without([*removed, layer]) for layer in left])

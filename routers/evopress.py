@@ -75,7 +75,7 @@ class EvoPress(Router):
         seed: int | None = None,
     ) -> None:
         super().__init__(geometry)
-        stages = [_numbers(name, value) for name, value in (("survivors", survivors), ("windows", windows))]
+        stages = _numbers("survivors", survivors), _numbers("windows", windows)
         self.search = Search(generations, offspring, initial, *stages, swaps, patience)
         _check(self.search)
         self.warm_start, self.seed = warm_start, seed
@@ -88,7 +88,8 @@ class EvoPress(Router):
             plans = torch.stack([probe.plan_without(removed) for removed in sets])
             return probe.losses(plans, "kl", min(windows, probe.count)).mean(1).tolist()
 
-        seed, larger, found = probe.seed if self.seed is None else self.seed, (), {}
+        seed, found = probe.seed if self.seed is None else self.seed, {}
+        larger: Removed = ()
         for executed in probe.asked:
             problem = Problem(fitness, self.geometry.routable, self.geometry.layers - executed, self.geometry.layers)
             draw = random.Random(f"{seed} {executed}")

@@ -71,7 +71,8 @@ class FiRST(LayerwiseRouter):
             raise ValueError(f"gates is {gates!r}; choose one of {', '.join(GATES)}")
         if penalty_weight < 0:
             raise ValueError(f"penalty_weight is {penalty_weight}; give 0 or more")
-        self.scope, self.hard, self.penalty_weight = scope, gates == "hard", float(penalty_weight)
+        self.scope = scope  # type: ignore[assignment]  # one of SCOPES
+        self.hard, self.penalty_weight = gates == "hard", float(penalty_weight)
         self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
         self.bias = nn.Parameter(torch.full((geometry.routable,), float(start)))
         self.shift = nn.Parameter(torch.full((geometry.routable,), SHIFT)) if budget_aware else None

@@ -104,7 +104,10 @@ class PuDDing(Router):
             fitted[k] = ridge(features, losses - losses.mean(1, keepdim=True))
         if not fitted:
             return {}
-        nearest = {k: min(fitted, key=lambda a, k=k: (abs(a - k), -a)) for k in range(self.geometry.routable + 1)}
+        nearest = {
+            k: min(fitted, key=lambda a, k=k: (abs(a - k), -a))  # type: ignore[misc]
+            for k in range(self.geometry.routable + 1)
+        }
         return {k: fitted[a] for k, a in nearest.items()}
 
 

@@ -49,7 +49,8 @@ class SLEB(Router):
         total = probe.count if self.windows is None else min(self.windows, probe.count)
         parts = sorted({-(-total * part // PARTS) for part in range(1, PARTS + 1)})
         rounds = self.geometry.layers - min(probe.asked, default=self.geometry.always_on)
-        removed, left, losses = [], list(range(self.geometry.routable)), []
+        removed: list[int] = []
+        left, losses = list(range(self.geometry.routable)), []
         for windows in probe.track(parts * rounds, "removing layers"):
             plans = torch.stack([probe.plan_without([*removed, layer]) for layer in left])
             losses = probe.losses(plans, windows=windows).mean(1).tolist()
