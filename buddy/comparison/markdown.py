@@ -74,8 +74,9 @@ def _protocol(c: Comparison) -> Iterator[str]:
     layers = ", ".join(f"{budget:g} ({count})" for budget, count in c.budgets.items())
     yield (
         f"{len(c.labels)} routers under one recipe: {recipe['backbone.name']} ({record['layers']} layers, "
-        f"{recipe['backbone.dtype']}), calibrated or trained on {_own(c)}, at the budgets (executed layers) {layers}. "
-        f"{_more(recipe)}{_seeds(c)} All see the same {recipe['data.calibration_windows']} calibration windows and "
+        f"{recipe['backbone.dtype']}), calibrated or trained on {_own(c)}{_more(recipe)}, "
+        f"at the budgets (executed layers) {layers}. "
+        f"{_seeds(c)} All see the same {recipe['data.calibration_windows']} calibration windows and "
         f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are read "
         f"and not scored. The first {recipe['routing.sink_tokens']} of each run at full depth, whatever the budget."
     )
@@ -102,12 +103,12 @@ def _own(c: Comparison) -> str:
 
 
 def _more(recipe: Mapping[str, str | float]) -> str:
-    """What was trained on beside the recipe's text: only routers that are trained saw it."""
+    """What all learned from beside the recipe's text."""
     sources = str(recipe.get("data.train_sources", "[]")).strip("[]")
     if not sources:
         return ""
     names = " and ".join(source.strip().rpartition("/")[2] for source in sources.split(","))
-    return f"Training, which static routers do not have, took windows of {names} in turn with those of its own text. "
+    return f", {names} in turn"
 
 
 def _seeds(c: Comparison) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from buddy.errors import DataError
 from buddy.training.documents import Documents, read_documents
-from buddy.training.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, split, spread, windows_of
+from buddy.training.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, split, spread, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,8 @@ class TextData(LightningDataModule):
         calibration, validation, test: `Windows`, after `setup`.
         split: document numbers for "train", "calibration", "validation" and "test", after `setup`.
     """
+
+    calibration: Windows
 
     def __init__(
         self,
@@ -59,8 +61,8 @@ class TextData(LightningDataModule):
             steps: batches in an epoch, which is the whole training.
             text_field: the field of the source that holds the text.
             train_seed: of the draws of training windows; `seed` where it is not given.
-            train_sources: more texts to train on; training windows come from `source` and from these in turn. Nothing
-                of them is held out.
+            train_sources: more texts to learn from: training and calibration windows come from `source` and from these
+                in turn, of documents apart; validation and test are of `source` alone.
         """
         super().__init__()
         self.tokenizer, self.source, self.text_field = tokenizer, source, text_field
@@ -88,9 +90,17 @@ class TextData(LightningDataModule):
         random = generator(self.seed, Stream.WINDOWS)
         for name, count in self._wanted.items():
             setattr(self, name, spread(documents, self.split[name], self.window, count, random))
-        others = [self._read(source) for source in self.train_sources]
-        self._pools = [Pool(documents, self.split["train"]), *(Pool(each, np.arange(len(each))) for each in others)]
+        more = [self._shared(self._read(source)) for source in self.train_sources]
+        self._pools = [Pool(documents, self.split["train"]), *(pool for pool, _ in more)]
+        self.calibration = in_turn([self.calibration, *(windows for _, windows in more)], len(self.calibration))
         self._documents = documents
+
+    def _shared(self, documents: Documents) -> tuple[Pool, Windows]:
+        """Of another text: the documents to train on, and the windows to calibrate on; a single one is trained on."""
+        count = -(-self._wanted["calibration"] // (1 + len(self.train_sources)))
+        parts = split(documents, {"calibration": count if len(documents) > 1 else 0}, self.window, self.seed)
+        windows = spread(documents, parts["calibration"], self.window, count, generator(self.seed, Stream.WINDOWS))
+        return Pool(documents, parts["train"]), windows
 
     @property
     def fingerprint(self) -> str:

@@ -123,6 +123,15 @@ def spread(
     return Windows(torch.from_numpy(ids), torch.tensor([document for _, _, document, _ in taken], dtype=torch.long))
 
 
+def in_turn(texts: Sequence[Windows], count: int) -> Windows:
+    """`count` windows of several texts, one of each in turn as long as it lasts; documents are numbered over all."""
+    order = sorted((row, text) for text, windows in enumerate(texts) for row in range(len(windows)))[:count]
+    before = np.cumsum([0, *(max(windows.documents.tolist(), default=-1) + 1 for windows in texts)])
+    ids = torch.stack([texts[text].input_ids[row] for row, text in order])
+    documents = torch.stack([texts[text].documents[row] + int(before[text]) for row, text in order])
+    return Windows(ids, documents)
+
+
 def generator(seed: int, stream: Stream, step: int = 0) -> np.random.Generator:
     """Random numbers that depend on the arguments alone."""
     return np.random.default_rng((seed, stream, step))
