@@ -57,7 +57,7 @@ def evaluate_run(
         routed = routed_from(run)
     asked = _asked(routed, run, budgets)
     with status("Reading text …"), processes.leader_first():
-        windows = _windows(run, routed, data, split)
+        windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {run.recipe.data.batch_size} × {windows.input_ids.shape[1]} tokens"
     with within_memory(sizes, "free some, or set data.batch_size smaller in the run's recipe"), processes.linked():
         scores = _scores(run, routed, windows, asked)
@@ -109,7 +109,8 @@ def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[fl
     return found
 
 
-def _windows(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:
+def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:
+    """The windows of a split of the run's text, or of another text as many as it has for its test."""
     section = run.recipe.data
     if data is None:
         text = data_of(run.recipe, routed.backbone)
