@@ -87,6 +87,20 @@ def plan_memory(
             f"A batch of {batch_size} windows cannot be shared by {devices} devices; set --batch-size to a multiple of "
             f"{devices}."
         )
+    shape, made = _described(backbone, dtype, window, router)
+    training = _training(shape, made, devices, window, batch_size // devices, strategy)
+    serving = _serving(shape, made, budgets)
+    what = f"{backbone}: {shape.layers} layers, {_count(shape.parameters)} parameters, {dtype}"
+    spread = f"{devices} devices, {strategy}" if devices > 1 else "one device"
+    how = f"{spread}, {batch_size} window{'s' * (batch_size > 1)} of {window} tokens a step"
+    _show(what, how, training, serving)
+    if json_file:
+        write_json(json_file, as_json(shape, training, serving))
+        results.print(f"JSON: {json_file}", soft_wrap=True)
+
+
+def _described(backbone: str, dtype: str, window: int, router: str) -> tuple[Shape, AnyRouter]:
+    """The model's sizes and the router for it, both as far as they can be planned with."""
     model = hollow_model(backbone, dtype)
     if window > model.config.max_position_embeddings:
         raise DataError(
@@ -100,15 +114,7 @@ def plan_memory(
             f"The router {router!r} is trained by gradients through the layers, whose memory is not estimated here; "
             "plan with another router."
         )
-    training = _training(shape, made, devices, window, batch_size // devices, strategy)
-    serving = _serving(shape, made, budgets)
-    what = f"{backbone}: {shape.layers} layers, {_count(shape.parameters)} parameters, {dtype}"
-    spread = f"{devices} devices, {strategy}" if devices > 1 else "one device"
-    how = f"{spread}, {batch_size} window{'s' * (batch_size > 1)} of {window} tokens a step"
-    _show(what, how, training, serving)
-    if json_file:
-        write_json(json_file, as_json(shape, training, serving))
-        results.print(f"JSON: {json_file}", soft_wrap=True)
+    return shape, made
 
 
 def as_json(shape: Shape, training: Training, serving: Serving) -> dict[str, Any]:
