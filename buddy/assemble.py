@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from buddy import processes
 from buddy.backbone import Backbone, load_backbone
@@ -20,6 +21,10 @@ from buddy.runs import Run, check_backbone, load_router
 from buddy.schema import Recipe
 from buddy.sharding import settle, shard, shards
 from buddy.training.data import TextData
+from buddy.training.windows import Windows, windows_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def backbone_of(recipe: Recipe, *, stays: bool = False) -> Backbone:
@@ -128,6 +133,19 @@ def data_of(recipe: Recipe, backbone: Backbone) -> TextData:
         text_field=data.text_field,
         train_sources=data.train_sources,
     )
+
+
+def windows_in(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str, *, count: int, window: int | None = None
+) -> Windows:
+    """Up to `count` windows of a text that is not the recipe's, cut with its seed, as long as its own by default.
+
+    Raises:
+        DataError: the text cannot be read, or is too short for one window.
+    """
+    data = recipe.data
+    length, seed = window or data.window, recipe.data_seed
+    return windows_of(source, tokenizer, window=length, count=count, seed=seed, text_field=data.text_field)
 
 
 def routed_from(run: Run, merged: bool = False) -> RoutedLM:

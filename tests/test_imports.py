@@ -78,6 +78,7 @@ TABLE = {
         "schema",
         "sharding",
         "training.data",
+        "training.windows",
     },
     "training": {*CONTRACTS, "engine", "progress", "training"},
     "training.fit": {

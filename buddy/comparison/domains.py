@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from buddy.assemble import windows_in
 from buddy.errors import DataError
 from buddy.inspection.domains import same_source, sources_of
 from buddy.schema import Recipe
 from buddy.training.data import TextData
-from buddy.training.windows import Windows, windows_of
+from buddy.training.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,7 @@ def read_domain(domain: Domain, recipe: Recipe, data: TextData) -> Windows:
     if domain.own:
         return data.test
     section = recipe.data
-    windows = windows_of(
-        domain.source,
-        data.tokenizer,
-        window=section.window,
-        count=section.test_windows,
-        seed=recipe.data_seed,
-        text_field=section.text_field,
-    )
+    windows = windows_in(recipe, data.tokenizer, domain.source, count=section.test_windows)
     if len(windows) < section.test_windows:
         raise DataError(
             f"The text in {domain.source} gives {len(windows)} windows of {section.window} tokens, and "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from buddy.assemble import budgets_of, routed_from
+from buddy.assemble import budgets_of, routed_from, windows_in
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError
 from buddy.evaluation.figure import figure_at
@@ -21,7 +21,6 @@ from buddy.latency import PROMPT as CONTEXT
 from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
 from buddy.runs import Run, read_run
-from buddy.training.windows import windows_of
 
 FIGURE = "speed.png"
 LONG, BATCH = 512, 8
@@ -186,14 +185,8 @@ def _remeasured(routed: RoutedLM, rounds: int) -> dict[int, float]:
 
 def _text(run: Run, routed: RoutedLM) -> torch.Tensor:
     """(BATCH, LONG) tokens of the run's text."""
-    section = run.recipe.data
-    windows = windows_of(
-        section.source,
-        routed.backbone.tokenizer,
-        window=LONG,
-        count=BATCH,
-        seed=run.recipe.data_seed,
-        text_field=section.text_field,
+    windows = windows_in(
+        run.recipe, routed.backbone.tokenizer, run.recipe.data.source, count=BATCH, window=LONG
     ).input_ids
     repeats = -(-BATCH // len(windows))
     return windows.repeat(repeats, 1)[:BATCH].to(routed.backbone.device)

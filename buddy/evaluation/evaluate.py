@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from buddy import processes, progress
-from buddy.assemble import budgets_of, data_of, routed_from
+from buddy.assemble import budgets_of, data_of, routed_from, windows_in
 from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
@@ -20,7 +20,7 @@ from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
 from buddy.runs import Run, read_run
 from buddy.sharding import join
-from buddy.training.data import Windows, windows_of
+from buddy.training.data import Windows
 
 
 def evaluate_run(
@@ -111,17 +111,9 @@ def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[fl
 
 def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:
     """The windows of a split of the run's text, or of another text as many as it has for its test."""
-    section = run.recipe.data
     if data is None:
         text = data_of(run.recipe, routed.backbone)
         text.prepare_data()
         text.setup()
         return getattr(text, split)
-    return windows_of(
-        data,
-        routed.backbone.tokenizer,
-        window=section.window,
-        count=section.test_windows,
-        seed=run.recipe.data_seed,
-        text_field=section.text_field,
-    )
+    return windows_in(run.recipe, routed.backbone.tokenizer, data, count=run.recipe.data.test_windows)

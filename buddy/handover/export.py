@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from buddy.assemble import data_of, routed_from
+from buddy.assemble import data_of, routed_from, windows_in
 from buddy.budget import fraction_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
@@ -24,7 +24,7 @@ from buddy.handover.layout import CARD, finished
 from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
 from buddy.runs import Run
-from buddy.training.windows import Windows, windows_of
+from buddy.training.windows import Windows
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are held against the engine's
@@ -83,14 +83,7 @@ def _texts(run: Run, routed: RoutedLM, data: str | None) -> Texts:
         text.setup()
         return Texts(text.calibration, text.validation)
     count = section.calibration_windows + section.validation_windows
-    found = windows_of(
-        data,
-        routed.backbone.tokenizer,
-        window=section.window,
-        count=count,
-        seed=run.recipe.data_seed,
-        text_field=section.text_field,
-    )
+    found = windows_in(run.recipe, routed.backbone.tokenizer, data, count=count)
     if len(found) < 2:
         raise DataError(
             f"The text in {data} gives one window of {section.window} tokens, and two are needed, one to choose the "

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from buddy.assemble import data_of
+from buddy.assemble import data_of, windows_in
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
 from buddy.runs import Run
-from buddy.training.windows import Windows, windows_of
+from buddy.training.windows import Windows
 
 TYPED = "text"  # label of a text given by itself
 
@@ -101,14 +101,7 @@ def _read(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> Do
         data.setup()
         windows = Windows(data.test.input_ids[:count], data.test.documents[:count])
     else:
-        windows = windows_of(
-            source,
-            routed.backbone.tokenizer,
-            window=section.window,
-            count=count,
-            seed=run.recipe.data_seed,
-            text_field=section.text_field,
-        )
+        windows = windows_in(run.recipe, routed.backbone.tokenizer, source, count=count)
     return Domain(label, source, windows, section.prompt)
 
 
