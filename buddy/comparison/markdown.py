@@ -74,7 +74,7 @@ def _protocol(c: Comparison) -> Iterator[str]:
     layers = ", ".join(f"{budget:g} ({count})" for budget, count in c.budgets.items())
     yield (
         f"{len(c.labels)} routers under one recipe: {recipe['backbone.name']} ({record['layers']} layers, "
-        f"{recipe['backbone.dtype']}), calibrated or trained on {_own(c)}{_more(recipe)}, "
+        f"{recipe['backbone.dtype']}), {_learned(c)}, "
         f"at the budgets (executed layers) {layers}. "
         f"{_seeds(c)} All see the same {recipe['data.calibration_windows']} calibration windows and "
         f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are read "
@@ -102,13 +102,18 @@ def _own(c: Comparison) -> str:
     return next(domain["label"] for domain in c.record["domains"] if domain["own"])
 
 
-def _more(recipe: Mapping[str, str | float]) -> str:
-    """What all learned from beside the recipe's text."""
-    sources = str(recipe.get("data.train_sources", "[]")).strip("[]")
-    if not sources:
-        return ""
-    names = " and ".join(source.strip().rpartition("/")[2] for source in sources.split(","))
-    return f", {names} in turn"
+def _learned(c: Comparison) -> str:
+    """What routers were calibrated on, and trained on where that is another text."""
+    calibrated, trained = (_texts(c, f"data.{name}_sources") for name in ("calibration", "train"))
+    if calibrated == trained:
+        return f"calibrated or trained on {calibrated}"
+    return f"all calibrated on {calibrated}, and those with weights trained on {trained}"
+
+
+def _texts(c: Comparison, key: str) -> str:
+    more = str(c.record["recipe"].get(key, "[]")).strip("[]")
+    names = [_own(c), *(source.strip().rpartition("/")[2] for source in more.split(",") if source.strip())]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} in turn"
 
 
 def _seeds(c: Comparison) -> str:

@@ -18,7 +18,7 @@ from buddy.runs import check_backbone, read_metrics, read_run
 from buddy.schema import PredictorSection, Recipe
 
 FREE = ("output", "rivals", "trainer.ckpt_path")  # keys that change nothing in the run
-TRAINING = ("trainer.", "objective.", "optimizer.")  # sections that change nothing in one that is not trained
+TRAINING = ("trainer.", "objective.", "optimizer.", "data.train_sources")  # change nothing in what is not trained
 
 
 @dataclass(frozen=True)

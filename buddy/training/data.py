@@ -51,6 +51,7 @@ class TextData(LightningDataModule):
         text_field: str = "text",
         train_seed: int | None = None,
         train_sources: Sequence[str] = (),
+        calibration_sources: Sequence[str] = (),
     ) -> None:
         """Describe the data; nothing is read before `prepare_data` or `setup`.
 
@@ -61,20 +62,21 @@ class TextData(LightningDataModule):
             steps: batches in an epoch, which is the whole training.
             text_field: the field of the source that holds the text.
             train_seed: of the draws of training windows; `seed` where it is not given.
-            train_sources: more texts to learn from: training and calibration windows come from `source` and from these
-                in turn, of documents apart; validation and test are of `source` alone.
+            train_sources: more texts to train on; training windows come from `source` and from these in turn. Nothing
+                of them is held out.
+            calibration_sources: more texts to calibrate on, in turn with `source`; the number of windows stays.
         """
         super().__init__()
         self.tokenizer, self.source, self.text_field = tokenizer, source, text_field
         self.window, self.batch_size, self.steps, self.seed = window, batch_size, steps, seed
         self.train_seed = seed if train_seed is None else train_seed
-        self.train_sources = tuple(train_sources)
+        self.train_sources, self.calibration_sources = tuple(train_sources), tuple(calibration_sources)
         self._wanted = {"test": test_windows, "calibration": calibration_windows, "validation": validation_windows}
         self._documents: Documents | None = None
 
     def prepare_data(self) -> None:
         """Tokenise the texts once, in one process, into the cache of `datasets`."""
-        for source in (self.source, *self.train_sources):
+        for source in (self.source, *self.train_sources, *self.calibration_sources):
             self._read(source)
 
     def setup(self, stage: str | None = None) -> None:
@@ -90,17 +92,17 @@ class TextData(LightningDataModule):
         random = generator(self.seed, Stream.WINDOWS)
         for name, count in self._wanted.items():
             setattr(self, name, spread(documents, self.split[name], self.window, count, random))
-        more = [self._shared(self._read(source)) for source in self.train_sources]
-        self._pools = [Pool(documents, self.split["train"]), *(pool for pool, _ in more)]
-        self.calibration = in_turn([self.calibration, *(windows for _, windows in more)], len(self.calibration))
+        others = [self._read(source) for source in self.train_sources]
+        self._pools = [Pool(documents, self.split["train"]), *(Pool(each, np.arange(len(each))) for each in others)]
+        more = [self._some(self._read(source)) for source in self.calibration_sources]
+        self.calibration = in_turn([self.calibration, *more], len(self.calibration))
         self._documents = documents
 
-    def _shared(self, documents: Documents) -> tuple[Pool, Windows]:
-        """Of another text: the documents to train on, and the windows to calibrate on; a single one is trained on."""
-        count = -(-self._wanted["calibration"] // (1 + len(self.train_sources)))
-        parts = split(documents, {"calibration": count if len(documents) > 1 else 0}, self.window, self.seed)
-        windows = spread(documents, parts["calibration"], self.window, count, generator(self.seed, Stream.WINDOWS))
-        return Pool(documents, parts["train"]), windows
+    def _some(self, documents: Documents) -> Windows:
+        """The share of the calibration windows that another text gives."""
+        count = -(-self._wanted["calibration"] // (1 + len(self.calibration_sources)))
+        order = generator(self.seed, Stream.SPLIT).permutation(len(documents))
+        return spread(documents, order, self.window, count, generator(self.seed, Stream.WINDOWS))
 
     @property
     def fingerprint(self) -> str:
@@ -155,7 +157,7 @@ class TextData(LightningDataModule):
             windows = int((documents.lengths // self.window).sum())
             smaller = documents.tokens // (2 * needed)
             advice = f" or set data.window={smaller} or smaller" if smaller >= 16 else ""
-            why = f"{needed} documents are needed, one for each split" if needed > 1 else "one is needed to train on"
+            why = f"{needed} documents are needed, one for each split" if needed > 1 else "one is needed to learn from"
             raise DataError(
                 f"The text in {source} gives {windows} windows of {self.window} tokens in {len(documents)} "
                 f"documents and {why}; give more text{advice}."

@@ -82,7 +82,8 @@ def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
         read_domain(Domain("short", str(short)), recipe, data)
 
 
-def test_a_text_that_was_trained_on_is_no_domain(recipe):
-    trained = replace(recipe, data=replace(recipe.data, train_sources=["web/c4.jsonl"]))
-    with pytest.raises(DataError, match=r"The domain c4 is trained on \(data\.train_sources\)"):
+@pytest.mark.parametrize("key", ["train_sources", "calibration_sources"])
+def test_a_text_that_was_learned_from_is_no_domain(recipe, key):
+    trained = replace(recipe, data=replace(recipe.data, **{key: ["web/c4.jsonl"]}))
+    with pytest.raises(DataError, match=rf"The domain c4 is learned from \(data\.{key}\)"):
         domains_of("web/c4.jsonl", trained)

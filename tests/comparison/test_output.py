@@ -279,8 +279,11 @@ def test_curves_overlay_and_the_table_has_a_row_for_each_router(comparison, tmp_
     assert pictures.Images(LAYERS)[0].width == width(figures[LAYERS])
 
 
-def test_the_document_says_what_else_was_learned_from():
+def test_the_document_says_what_was_learned_from():
     record = made.record()
-    assert "in turn" not in render(Comparison(record), {})
+    assert "calibrated or trained on speeches, at the budgets" in render(Comparison(record), {})
     record["recipe"]["data.train_sources"] = "[web/c4.jsonl, a/fine.jsonl]"
-    assert ", c4.jsonl and fine.jsonl in turn, at the budgets" in render(Comparison(record), {})
+    words = "on speeches, and those with weights trained on speeches, c4.jsonl and fine.jsonl in turn, at"
+    assert words in render(Comparison(record), {})
+    record["recipe"]["data.calibration_sources"] = "[web/c4.jsonl, a/fine.jsonl]"
+    assert "calibrated or trained on speeches, c4.jsonl and fine.jsonl in turn, at" in render(Comparison(record), {})
