@@ -37,7 +37,7 @@ ROUTABLE = {
 }
 ATTENTION = {"gemma2": "eager"}  # sdpa elsewhere; Gemma 2 caps its attention scores, which sdpa cannot
 EMBEDDED = {embedded.NAME: embedded.smollm2_folder}
-CHOICES = f"a folder in the hub's layout, a name on the hub, or {' or '.join(map(repr, EMBEDDED))}"
+CHOICES = f"a folder in the hub's layout, owner/name on the hub, or {' or '.join(map(repr, EMBEDDED))}"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIN_LAYERS = 3  # a context layer, a last layer, and one between that may be skipped
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -178,8 +178,8 @@ def _locate(name: str, revision: str | None) -> str:
         raise BackboneError(f"{name!r} is a file; name the folder that holds config.json and the weights.")
     elif name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
         raise BackboneError(f"There is no folder {name!r}; check the path, or give {CHOICES}.")
-    elif "/" not in name and (hint := nearest(name, EMBEDDED)):
-        raise BackboneError(f"No model is named {name!r}{hint}")
+    elif "/" not in name:  # none of the hub's families that can be routed has names without an owner
+        raise BackboneError(f"No model is named {name!r}{nearest(name, EMBEDDED) or f'; give {CHOICES}.'}")
     else:
         return name
     if revision is not None:

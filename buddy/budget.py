@@ -58,7 +58,10 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
     if count is None:
         fraction = _fraction(budget)
         if not 0 < fraction <= 1:
-            raise BudgetError(f"The budget {budget} is not above 0 and at most 1; ask for a fraction such as 0.75.")
+            raise BudgetError(
+                f"The budget {budget} is not above 0 and at most 1; ask for a fraction such as 0.75, or for layers as "
+                "in 22layers."
+            )
         count = round(fraction * layers)
     if count > layers:
         raise BudgetError(
@@ -148,5 +151,5 @@ def _layer_count(budget: Budget) -> int | None:
 def _fraction(budget: Budget) -> float:
     try:
         return float(budget)
-    except ValueError:
+    except (TypeError, ValueError):
         raise BudgetError(f"The budget {budget!r} is neither {KINDS}.") from None

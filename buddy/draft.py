@@ -158,7 +158,7 @@ def _parse(text: str) -> Mapping[Any, Any]:
     if "[" in key:
         raise RecipeError(f"{text!r} reaches into a list; give the whole list, as in budgets=[1.0,0.5].")
     if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise RecipeError(f"{text!r} is not an override; write key=value, as in trainer.max_steps=50.")
+        raise RecipeError(f"{text!r} is not an override; write key=value without blanks, as in trainer.max_steps=50.")
     if not equals:
         raise RecipeError(f"{text!r} has no value; write {text}=VALUE.")
     if "${" in value:

@@ -47,7 +47,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        self._live = errors.is_terminal
+        self._live, self._total = errors.is_terminal, total
         self._progress = Progress(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
         self._task = self._progress.add_task(words, total=total, completed=done, note="")
         self._said = time.monotonic()
@@ -64,7 +64,8 @@ class Bar:
     def update(self, done: int, note: str = "") -> None:
         """So much is done now; `note` stands at the end of the line."""
         self._progress.update(self._task, completed=done, note=note)
-        if not self._live and time.monotonic() - self._said >= PLAIN_EVERY:
+        going_on = done < self._total  # the last line is said at the end
+        if not self._live and going_on and time.monotonic() - self._said >= PLAIN_EVERY:
             self._say()
 
     def _say(self) -> None:

@@ -152,9 +152,11 @@ def _require_folder(folder: Path) -> None:
     inside = _runs_in(folder)
     if inside and not (folder / FACTS).exists():
         raise RunError(f"{folder} is not a run but holds the runs {', '.join(inside)}; name one of them.")
-    for name in (RECIPE, FACTS, ROUTER):
-        if not (folder / name).is_file():
-            raise RunError(f"The run {folder} is half-written: {name} is missing; make it again with `buddy fit`.")
+    missing = [name for name in (RECIPE, FACTS, ROUTER) if not (folder / name).is_file()]
+    if len(missing) == 3:
+        raise RunError(f"{folder} is not a run folder; name one, such as runs/quickstart/buddy.")
+    if missing:
+        raise RunError(f"The run {folder} is half-written: {missing[0]} is missing; make it again with `buddy fit`.")
 
 
 def _runs_in(folder: Path) -> list[str]:

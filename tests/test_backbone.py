@@ -181,13 +181,13 @@ def test_three_layers_are_enough(tmp_path):
     ("name", "message"),
     [
         ("no-such-org/no-such-model", "HF_HUB_OFFLINE is set and the hub's cache lacks it.*'smollm2-135m'"),
-        ("gpt9000", "No model 'gpt9000' was found"),
-        ("not a name", "No model 'not a name' was found"),
+        ("gpt9000", "No model is named 'gpt9000'; give a folder in the hub's layout, owner/name on the hub"),
+        ("not a name", "No model is named 'not a name'; give"),
         ("smollm2-135", "No model is named 'smollm2-135'; did you mean 'smollm2-135m'"),
         ("./nowhere", "There is no folder './nowhere'; check the path"),
         ("", "name is empty"),
         ("~nobody-here/model", "There is no folder"),
-        ("a" * 300, "No model 'aaa"),
+        ("a" * 300, "No model is named 'aaa"),
     ],
 )
 def test_what_cannot_be_found(name, message):

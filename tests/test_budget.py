@@ -35,13 +35,14 @@ def test_a_count_is_told_back_as_a_fraction():
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        (1.5, "not above 0 and at most 1"),
+        (1.5, "not above 0 and at most 1; ask for a fraction such as 0.75, or for layers as in 22layers"),
         (0, "not above 0"),
         (float("nan"), "not above 0"),
         (0.05, "below the layers that always run; ask for 4layers"),
         ("3layers", "below the layers that always run"),
         ("31layers", "more than the backbone's 30 layers"),
         ("half", "neither a fraction"),
+        ([0.5, 1.0], r"The budget \[0.5, 1.0\] is neither a fraction"),
     ],
 )
 def test_a_budget_that_cannot_be_met_is_refused(budget, words):

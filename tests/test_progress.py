@@ -27,6 +27,15 @@ def test_a_long_loop_tells_how_far_it_is_and_what_is_left(capsys, monkeypatch):
     assert lines[3] == lines[2]
 
 
+def test_the_end_is_told_once(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+    assert list(track(range(2), "Counting")) == [0, 1]
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "Counting: 1 of 2",
+        "Counting: 2 of 2",
+    ]
+
+
 def test_on_a_terminal_it_is_one_line(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(progress, "errors", Console(file=terminal, force_terminal=True, width=80, color_system=None))

@@ -100,10 +100,10 @@ def test_loading_imports_one_module(install):
     [
         (
             "random-drp",
-            "No router is named 'random-drp'; did you mean 'random'\\? Installed: angular, buddy, evopress, ",
+            "No router is named 'random-drp'; did you mean 'random'\\? Installed: .*buddy, .*evopress, ",
         ),
-        ("zzz", "No router is named 'zzz'. Installed: angular, buddy"),
-        ("", "No router is named ''. Installed: angular, buddy"),
+        ("zzz", "No router is named 'zzz'. Installed: .*angular, .*buddy"),
+        ("", "No router is named ''. Installed: .*angular, .*buddy"),
         (
             "nowhere_module:Thing",
             "'nowhere_module:Thing' cannot be imported .ModuleNotFoundError: .*check its spelling",

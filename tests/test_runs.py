@@ -251,6 +251,11 @@ def test_a_missing_folder_gets_the_nearest_name(place, recipe):
         read_run(place.final.parent)
 
 
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(RunError, match="is not a run folder; name one, such as runs/quickstart/buddy"):
+        read_run(tmp_path)
+
+
 def test_an_unfinished_run(place, recipe):
     with place.lock():
         place.open_partial(recipe)

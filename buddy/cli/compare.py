@@ -54,7 +54,7 @@ def compare(
         typer.Option("--from", metavar="FILE", help="Show a comparison.json, and write --markdown, without any work."),
     ] = None,
 ) -> None:
-    """Hold routers against each other under one recipe, with seeds, on several texts."""
+    """Compare routers under one recipe, with seeds, on several texts."""
     if (recipe is None) == (made is None):
         raise BuddyError("Give either --recipe, to compare routers, or --from, to show a comparison that was made.")
     options = {"task_limit": task_limit, "task_data": task_data, "task_path": task_path}

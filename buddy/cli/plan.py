@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from buddy.cli.app import BudgetsOption, JsonOption, app
+from buddy.cli.app import JsonOption, app
 from buddy.cli.words import budgets_of
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -17,7 +17,9 @@ def plan(
         str, typer.Option(metavar="NAME|DIR|FILE", help="A backbone's name, its folder, or a config.json alone.")
     ],
     devices: Annotated[int, typer.Option(min=1, metavar="N", help="Devices to train on.")] = 1,
-    budgets: BudgetsOption = None,
+    budgets: Annotated[
+        str | None, typer.Option(metavar="B,B…", help="Whose cache is shown: 0.75 or 22layers, say.")
+    ] = None,
     window: Annotated[int, typer.Option(min=18, metavar="W", help="Tokens in a training window.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Windows a step, over all devices.")] = 4,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights and the cache.")] = "bfloat16",

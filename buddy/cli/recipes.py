@@ -8,6 +8,8 @@ import typer
 from buddy.cli.app import HELP, PLAIN, app
 from buddy.cli.words import print_table
 
+RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="An installed recipe (`buddy recipes`).")]
+
 recipes_app = typer.Typer(invoke_without_command=True, context_settings=HELP, **PLAIN)
 app.add_typer(recipes_app, name="recipes", epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
 
@@ -28,7 +30,7 @@ def list_recipes() -> None:
 
 
 @recipes_app.command(epilog="\b\nExample: buddy recipes show quickstart")
-def show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+def show(name: RecipeName) -> None:
     """Print a recipe with its comments."""
     from buddy.recipe import recipe_path
 
@@ -37,8 +39,10 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
 
 @recipes_app.command(epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
 def copy(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
-    destination: Annotated[Path | None, typer.Argument(metavar="DEST", help="File or folder.")] = None,
+    name: RecipeName,
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DEST", help="File, or folder: this one unless said otherwise.")
+    ] = None,
 ) -> None:
     """Copy a recipe to a new file of your own."""
     from buddy.recipe import copy_recipe

@@ -176,7 +176,9 @@ def _differences(scores: Mapping[str, Sequence[Scores]], main: str) -> dict[str,
 def _difference_table(differences: Mapping[str, Any], main: str) -> Table:
     entries = {(each["router"], each["budget"]): each for each in differences["differences"]}
     budgets = sorted({budget for _, budget in entries}, reverse=True)
-    table = Table(title=f"{main} minus others, nats a token, paired over documents (95 % interval; * apart from zero)")
+    few = any(each["documents"] < FEWEST for each in differences["differences"])
+    marks = f"none is marked below {FEWEST} documents" if few else "* apart from zero"
+    table = Table(title=f"{main} minus others, nats a token, paired over documents (95 % interval; {marks})")
     table.add_column("router")
     for budget in budgets:
         table.add_column(f"{budget:g}", justify="right")

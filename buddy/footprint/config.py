@@ -15,7 +15,7 @@ from buddy.backbone import DTYPES, EMBEDDED, check_routable
 from buddy.embedded import quiet_transformers
 from buddy.errors import BackboneError, nearest
 
-CHOICES = f"a folder with config.json, such a file, a name on the hub, or {' or '.join(map(repr, EMBEDDED))}"
+CHOICES = f"a folder with config.json, such a file, owner/name on the hub, or {' or '.join(map(repr, EMBEDDED))}"
 
 
 def hollow_model(name: str, dtype: str) -> PreTrainedModel:
@@ -64,8 +64,8 @@ def _read_file(name: str, path: Path) -> dict[str, Any]:
 def _read_hub(name: str) -> dict[str, Any]:
     if not name.strip() or name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise BackboneError(f"There is no configuration at {name!r}; give {CHOICES}.")
-    if "/" not in name and (hint := nearest(name, EMBEDDED)):
-        raise BackboneError(f"No model is named {name!r}{hint}")
+    if "/" not in name:  # as in `load_backbone`
+        raise BackboneError(f"No model is named {name!r}{nearest(name, EMBEDDED) or f'; give {CHOICES}.'}")
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:

@@ -25,7 +25,7 @@ def shape(subject: Subject) -> str:
     router, routable = subject.router(), subject.geometry.routable
     for sight in (subject.seen[0, 0], subject.seen[0], subject.seen, subject.seen[:, :1]):
         expected = (*sight.leading, routable) if isinstance(router, Router) else sight.leading
-        for given in _asked(router, sight):
+        for given in _any_leading(subject, router, sight):
             if not isinstance(given, Tensor) or tuple(given.shape) != expected:
                 got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
                 raise Failed(
@@ -203,6 +203,17 @@ def kind(subject: Subject) -> str:
 @torch.no_grad()
 def _asked(router: AnyRouter, sight: Sight) -> list[Any]:
     return outputs(router, sight.copy())
+
+
+def _any_leading(subject: Subject, router: AnyRouter, sight: Sight) -> list[Any]:
+    """What it gives; raises `Failed` with the leading dimensions that it cannot bear."""
+    try:
+        return _asked(router, sight)
+    except Exception as error:
+        raise Failed(
+            f"{raised(error, subject.cls)} for leading dimensions {sight.leading}; {subject.asked} takes any, from () "
+            "to (B, T): count dimensions from the last, and combine nothing along the others."
+        ) from error
 
 
 def _ways(router: AnyRouter) -> Iterator[Callable[[Sight], Tensor]]:

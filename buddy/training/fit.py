@@ -68,8 +68,11 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
         if not leads:
             return session.follow(recipes, places)
         ledger, scores = Ledger(places[-1]), {}
-        for each, place in zip(recipes, places, strict=True):
+        for number, (each, place) in enumerate(zip(recipes, places, strict=True), start=1):
             kept = session.kept(each, place, ledger)
+            if len(recipes) > 1:
+                done = "" if kept is None else ", finished before"
+                progress.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
             processes.tell(kept is not None)
             scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
             ledger.note(each.router.name)

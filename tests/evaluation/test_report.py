@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,17 @@ def test_routers_side_by_side(tmp_path, capsys):
         *(("theirs", budget) for budget in (0.5, 0.75, 1.0)),
         ("full", 1.0),
     }
+
+
+def test_few_documents_are_said_to_have_no_marks(tmp_path, capsys):
+    few = {
+        name: [replace(each, loss=each.loss[:4], kl=each.kl[:4], tokens=each.tokens[:4]) for each in group]
+        for name, group in {"ours": OURS, "theirs": THEIRS}.items()
+    }
+    show_comparison(few, {"ours": tmp_path, "theirs": tmp_path}, "ours")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "none is marked below 5 documents" in said
+    assert "-0.500 (-0.500, -0.500) " in said
 
 
 def test_one_router_alone_is_compared_with_nobody(tmp_path, capsys):

@@ -58,6 +58,7 @@ def test_what_cannot_be_used(text, message, tmp_path):
         ("/no/such", "There is no configuration at '/no/such'; give a folder with config.json"),
         ("./no.json", "There is no configuration at './no.json'"),
         ("smollm2-135n", "No model is named 'smollm2-135n'; did you mean 'smollm2-135m'"),
+        ("nowhere", "No model is named 'nowhere'; give a folder with config.json, such a file, owner/name on the hub"),
         ("owner/never-seen", r"No model 'owner/never-seen' was found \("),
     ],
 )

@@ -344,7 +344,7 @@ def test_a_second_fit_does_nothing_but_name_the_first(small, tmp_path):
 # Killed between two things
 
 
-def test_a_rival_that_is_finished_is_not_fitted_again(small, tmp_path, monkeypatch):
+def test_a_rival_that_is_finished_is_not_fitted_again(small, tmp_path, monkeypatch, capsys):
     recipe = small(tmp_path, *TRAINED, "rivals=[uniform]")
 
     def stop(*_: object, **__: object) -> None:
@@ -355,7 +355,9 @@ def test_a_rival_that_is_finished_is_not_fitted_again(small, tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             fit(recipe, "small")
     stamp = (tmp_path / "small" / "uniform" / "run.json").stat().st_mtime_ns
+    capsys.readouterr()
     fit(recipe, "small")
+    assert "Router 1 of 2: uniform, finished before\nRouter 2 of 2: buddy\n" in capsys.readouterr().err
     assert (tmp_path / "small" / "uniform" / "run.json").stat().st_mtime_ns == stamp
     assert list(read_json(tmp_path / "small" / "buddy" / "comparison.json"))[:2] == ["buddy", "uniform"]
     fit(recipe, "small")

@@ -170,7 +170,7 @@ class WideGate(SoundGates):
         return super().gate(index, hidden, executed)[..., None]
 
 
-@fails("shape", "IndexError: ")
+@fails("shape", "for leading dimensions (); score takes any, from () to (B, T)")
 class NeedsWindows(_Linear):
     """Reads two leading dimensions."""
 

@@ -77,8 +77,10 @@ def test_results_and_progress_go_to_streams_of_their_own(small, tmp_path, capsys
     fit(small(tmp_path, "rivals=[shortgpt]"), "small")
     out, err = capsys.readouterr()
     assert [line.split(":")[0].partition(" and ")[0] for line in err.splitlines()] == [
+        "Router 1 of 2",
         "block influence",
         "Evaluating shortgpt",
+        "Router 2 of 2",
         "removing layers",
         "Training buddy",
         "Evaluating buddy",
