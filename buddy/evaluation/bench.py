@@ -162,7 +162,7 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
     results.print(
         f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted as the run says. One plan: prefill of {LONG} with "
         f"one plan for the prompt. GFLOP and cache: prefill of {LONG}, head included. Medians over "
-        f"{report['rounds']} rounds, {report['threads']} threads."
+        f"{report['rounds']} rounds, threads: {report['threads']}."
     )
     ratio, peak = report["mixed_prefill_vs_pruned"], report["peak_memory_mib"]
     results.print(f"Batch {BATCH}, a budget for each row: prefill at {ratio:.3f} × the pruned cost of its layers.")

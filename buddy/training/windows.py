@@ -73,10 +73,7 @@ def windows_of(
     """
     documents = read_documents(source, tokenizer, window, text_field)
     if not len(documents):
-        raise DataError(
-            f"The text in {source} is too short for one window of {window} tokens; give more text or set a "
-            "smaller data.window."
-        )
+        raise DataError(f"The text in {source} is too short for one window of {window} tokens; give more text.")
     order = generator(seed, Stream.SPLIT).permutation(len(documents))
     return spread(documents, order, window, count, generator(seed, Stream.WINDOWS))
 
