@@ -41,6 +41,7 @@ def search(
         ids: (B, T) long.
         executed: K.
         prompt: tokens at the start that are not scored.
+        rounds: how often the best correction so far is the start of new ones.
         tries: corrections tried for each window in a round.
         generator: the only source of randomness.
     """
@@ -110,21 +111,22 @@ def hindsight(
             generator = torch.Generator().manual_seed(run.recipe.seed)
             found[count].append(search(routed, part, count, generator=generator, **how))
     rows = [_row(count, torch.cat(parts, 1)) for count, parts in sorted(found.items(), reverse=True)]
-    _show(rows, f"{run.router_name} on {len(ids)} windows of {data or run.recipe.data.source}", rounds * tries)
+    title = f"{run.router_name} on {len(ids)} windows of {data or run.recipe.data.source}"
+    _show(rows, title, rounds // 2 * tries, rounds * tries)
     if json_file:
         write_json(json_file, {"results": rows, "plans": rounds * tries})
         results.print(f"JSON: {json_file}", soft_wrap=True)
 
 
 def _row(count: int, kl: Tensor) -> dict[str, float]:
-    """Means over the windows of (1 + rounds, N)."""
-    half, (first, last) = kl[len(kl) // 2].mean(), (kl[0].mean(), kl[-1].mean())
+    """Means over the windows of (1 + rounds, N): at the start, after half of the rounds, and after all."""
+    half, (first, last) = kl[(len(kl) - 1) // 2].mean(), (kl[0].mean(), kl[-1].mean())
     return {"layers": count, "router": float(first), "half": float(half), "best": float(last)}
 
 
-def _show(rows: list[dict[str, float]], title: str, plans: int) -> None:
+def _show(rows: list[dict[str, float]], title: str, half: int, plans: int) -> None:
     table = Table(title=f"{title}: KL to the dense model, nats a token")
-    for heading in ("layers", "router", f"best of {plans // 2}", f"best of {plans}", "left to win"):
+    for heading in ("layers", "router", f"best of {half}", f"best of {plans}", "left to win"):
         table.add_column(heading, justify="right")
     for row in rows:
         left = f"{row['router'] - row['best']:.3f} ({1 - row['best'] / row['router']:.0%})"
