@@ -15,9 +15,12 @@ help: ## list these targets
 fit: $(ENV) ## install, then train and evaluate the quickstart (or RECIPE=name)
 	$(BIN)/buddy fit --recipe $(RECIPE)
 
+# Two processes, each with the tests of whole files, which share what they set up; processes that tests start have a
+# thread each, as the tests have.
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
 test: $(ENV) lint ## lint, types and all tests, offline
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(ENV) ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .

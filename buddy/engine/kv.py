@@ -38,7 +38,7 @@ def projected(layer: nn.Module, hidden: Tensor, position_embeddings: Any) -> Key
     keys, values = keys.transpose(1, 2), attention.v_proj(states).view(shape).transpose(1, 2)
     if position_embeddings is not None and getattr(attention, "use_rope", True):
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        _, keys = rotate(keys[:, :1], keys, *position_embeddings)  # the query is a throw-away slice
+        _, keys = rotate(keys[:, :0], keys, *position_embeddings)  # without a query
     return keys, values
 
 

@@ -112,6 +112,7 @@ def _joined(embeddings: list[Any]) -> Any:
         return embeddings[0]
     joined = []
     for parts in zip(*embeddings, strict=True):
-        rows = max(part.shape[0] for part in parts)
-        joined.append(torch.cat([part.expand(rows, *part.shape[1:]) for part in parts], 1))
+        rows = {part.shape[0] for part in parts}
+        alike = parts if len(rows) == 1 else [part.expand(max(rows), *part.shape[1:]) for part in parts]
+        joined.append(torch.cat(alike, 1))
     return tuple(joined)
