@@ -1,4 +1,4 @@
-"""The Buddy Decision Module: a plan for each token from the first layer's cached states (2606.09514)."""
+"""The Buddy Decision Module: a plan for each token from the context layer's cached states (2606.09514)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = ("pooled", "newest", "hidden")
 
 
 class BuddyRouter(Router):
-    """Learned: a small network plans each token from what it and its prefix look like after the first layer.
+    """Learned: a small network plans each token from what it and its prefix look like after the context layer.
 
     Linear(F, hidden) – SiLU – Linear(hidden, R), fused with a static prior: s' = s + ω · p̂ (section 3). The last
     linear layer starts at zero, so training starts from the prior's order.
