@@ -70,8 +70,8 @@ def write_facts(
 
 
 def save_router(folder: Path, state: Mapping[str, "Tensor"]) -> None:
-    """Write router.safetensors from a router's state dict."""
-    save_tensors(folder / ROUTER, state, {"format": "pt", "buddy_format": str(FORMAT)})
+    """Write router.safetensors from a router's state dict: the same bytes for the same numbers."""
+    save_tensors(folder / ROUTER, state, {"format": "pt"})  # of two keys safetensors would not keep the order
 
 
 def load_router(folder: Path) -> dict[str, "Tensor"]:

@@ -78,6 +78,15 @@ def test_tensors_come_back_as_they_were(tmp_path):
         assert torch.equal(loaded[name], tensor)
 
 
+def test_the_same_numbers_are_the_same_bytes(tmp_path):
+    state = {name: torch.arange(size, dtype=torch.float32) for name, size in (("weight", 6), ("bias", 3))}
+    written = set()
+    for _ in range(20):
+        save_router(tmp_path, state)
+        written.add((tmp_path / "router.safetensors").read_bytes())
+    assert len(written) == 1
+
+
 def test_a_router_without_tensors(tmp_path):
     save_router(tmp_path, {})
     assert load_router(tmp_path) == {}
