@@ -13,7 +13,7 @@ from buddy.training.data import TextData
 
 
 def inputs_of(recipe: Recipe, backbone: Backbone, data: TextData) -> dict[str, str]:
-    """Digests of the weights, the text and the code beside the router's class, by what they are of."""
+    """Digests of the weights, the text and the code in the file of the router's class, by what they are of."""
     code, more = _code(load(recipe.router.name)), data.train_fingerprint
     made_of = {"model": backbone.fingerprint, "text": data.fingerprint, "router's code": code}
     return made_of | ({"training text": more} if more else {})

@@ -1,6 +1,7 @@
 """What a run is made of: a router's code counts by what it does, not by what is said of it."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,12 @@ OTHER = [CODE.replace("+ 1", "+ 2"), CODE.replace("relu", "tanh"), CODE + "\nWID
 
 
 def digest(folder: Path, text: str) -> str:
-    path = folder / f"made_{abs(hash(text))}.py"
+    path = folder / f"made_{len(list(folder.iterdir()))}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, path.stem, module)
+        patch.setitem(sys.modules, path.stem, module)
         spec.loader.exec_module(module)
         return _code(module.Mine)
 
