@@ -190,6 +190,17 @@ def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
     Raises:
         RunError: the saved router does not fit its class, or the adapter is damaged or for another backbone.
     """
+    restore_router(routed, folder)
+    if heals(recipe, routed.router):
+        routed.adapt(Adapter.load(routed.backbone, folder / ADAPTER))
+
+
+def restore_router(routed: RoutedLM, folder: Path) -> None:
+    """Bring a model's router to the state of the finished run in a folder, frozen.
+
+    Raises:
+        RunError: the saved router does not fit its class.
+    """
     try:
         routed.router.load_state_dict(load_router(folder))
     except RuntimeError as error:
@@ -197,5 +208,3 @@ def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
             f"The router saved in {folder} does not fit its class any more; make the run again with `buddy fit`."
         ) from error
     routed.router.eval().requires_grad_(False)
-    if heals(recipe, routed.router):
-        routed.adapt(Adapter.load(routed.backbone, folder / ADAPTER))

@@ -171,7 +171,7 @@ class RunPlace:
 
     def _require_no_checkpoint(self, reason: str) -> None:
         """Nobody knows what was begun here, so it is not deleted as something else than what is asked for."""
-        if any(self.partial.glob("checkpoints/*.ckpt")):
+        if any(self.partial.rglob("*.ckpt")):
             raise RunError(
                 f"{self.partial} holds a checkpoint, and what it was made by cannot be read ({reason}); delete that "
                 "folder to begin anew, or go on from the checkpoint by its name as trainer.ckpt_path."

@@ -84,6 +84,7 @@ class AdapterSection:
     targets: list[str] = field(default_factory=lambda: ["all-linear"])  # linear modules of a layer, or all of them
     steps: int = _bounded(200, least=1)
     lr: float = _bounded(1.0e-3, above=0)
+    rates: list[float] = field(default_factory=list)  # in place of lr: each is tried, the best on validation is kept
     joint: bool = False  # train the router in the same steps, instead of before
 
 
@@ -199,6 +200,7 @@ def _list_mistakes(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
         if not 0 < budget <= 1:
             yield {"budgets"}, f"budgets holds {budget}, but each must be above 0 and at most 1."
     named: dict[str, list[Any]] = {"budgets": recipe.budgets, "rivals": recipe.rivals}
+    named |= {} if recipe.adapter is None else {"adapter.rates": recipe.adapter.rates}
     texts = {name: getattr(recipe.data, name) for name in ("train_sources", "calibration_sources")}
     named |= {f"data.{name}": sources for name, sources in texts.items()}
     for key, values in named.items():
@@ -206,6 +208,9 @@ def _list_mistakes(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
             yield {key}, f"{key} holds {value} more than once; name it once."
     if recipe.adapter is not None and not recipe.adapter.targets:
         yield {"adapter.targets"}, "adapter.targets is empty; list modules such as [q_proj, v_proj], or [all-linear]."
+    for rate in recipe.adapter.rates if recipe.adapter is not None else ():
+        if not 0 < rate < math.inf:
+            yield {"adapter.rates"}, f"adapter.rates holds {rate}, but each must be a number above 0."
     for name, sources in texts.items():
         if any(not source.strip() for source in sources):
             yield {f"data.{name}"}, f"data.{name} holds an empty name; name a text or leave it out."
@@ -225,6 +230,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
         yield (
             {"objective.kl", "objective.ce"},
             "objective.kl and objective.ce are both 0, which leaves nothing to learn from; set one above 0.",
+        )
+    if recipe.adapter is not None and recipe.adapter.joint and recipe.adapter.rates:
+        yield (
+            {"adapter.joint", "adapter.rates"},
+            "adapter.rates are tried with one and the same router; leave them out, or set adapter.joint=false.",
         )
     if objective.estimator == "straight-through" and routing.policy != "fill":
         yield (

@@ -81,7 +81,8 @@ TABLE = {
         "training.windows",
     },
     "training": {*CONTRACTS, "engine", "progress", "training"},
-    "training.fit": {
+    "training.fit": {*CONTRACTS, *CONFIGURED, "evaluation.report", "sharding", "training"},
+    "training.session": {
         *CONTRACTS,
         *CONFIGURED,
         "calibration",
@@ -93,6 +94,7 @@ TABLE = {
         "training",
     },
     "healing": {*CONTRACTS, *CONFIGURED, "engine", "healing", "training"},
+    "healing.rates": {*CONTRACTS, *CONFIGURED, "engine", "evaluation.perplexity", "healing", "training"},
     "healing.adapter": {"backbone", "errors", "files"},
     "training.ledger": {"errors", "evaluation.perplexity", "evaluation.saved", "files", "place", "runs", "schema"},
     "training.interrupt": {"errors", "files", "progress"},

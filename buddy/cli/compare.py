@@ -48,6 +48,10 @@ def compare(
     finished: Annotated[
         bool, typer.Option("--finished", help="Fit nothing: compare the runs that are finished, each with its seeds.")
     ] = False,
+    trained: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Heal the routers of an earlier comparison, which are not fitted again."),
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there too.")] = None,
     made: Annotated[
         Path | None,
@@ -61,6 +65,7 @@ def compare(
     if made is not None:
         given = {"routers": routers, "seeds": seeds, "domains": domains, "jobs": jobs, "out": out, "tasks": tasks}
         given |= options | {"no_speed" if speed is False else "speed": speed, "finished": finished or None}
+        given |= {"trained": trained}
         why = "belongs to a new comparison; leave it out, or give --recipe in place of --from"
         if overrides:
             raise BuddyError(f"{overrides[0]} {why}.")
@@ -89,6 +94,7 @@ def compare(
         out=out,
         speed=speed is not False,
         finished=finished,
+        trained=trained,
         markdown=markdown,
     )
     if run_compare(asked):

@@ -14,6 +14,7 @@ from buddy.progress import status
 from buddy.schema import Recipe
 
 SEEDS = 3
+RUNS = "runs"  # in the folder of a comparison
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Asked:
         out: the folder for everything.
         speed: whether times are measured.
         finished: fit nothing, and compare what is finished.
+        trained: a comparison whose finished runs lend their routers, so that only healing is left to do.
         markdown: where the results are written once more.
     """
 
@@ -58,6 +60,7 @@ class Asked:
     out: Path | None = None
     speed: bool = True
     finished: bool = False
+    trained: Path | None = None
     markdown: Path | None = None
 
     @property
@@ -90,6 +93,8 @@ def check(asked: Asked) -> None:
             "buddy compare trains each router on one device; set trainer.devices=1 and trainer.nodes=1, and --jobs for "
             "several at once."
         )
+    if asked.trained is not None:
+        _check_lender(asked)
     if asked.recipe.trainer.ckpt_path:
         raise RecipeError("buddy compare goes on by itself from what it left; leave trainer.ckpt_path out.")
     if asked.folder.exists() and not asked.folder.is_dir():
@@ -104,3 +109,15 @@ def check(asked: Asked) -> None:
         require_lm_eval()
         with hushed(), status("Reading tasks …"):
             load_tasks(asked.tasks.names, asked.tasks.data, asked.tasks.path)
+
+
+def _check_lender(asked: Asked) -> None:
+    adapter, trained = asked.recipe.adapter, asked.trained
+    if adapter is None:
+        raise RecipeError("--trained lends routers to be healed; give adapter.steps=… or another key of adapter.")
+    if adapter.joint:
+        raise RecipeError("adapter.joint=true trains the routers too; leave --trained out, or set it to false.")
+    if not (trained / RUNS).is_dir():
+        raise RunError(f"{trained} is not the folder of a comparison; name the --out of one as --trained.")
+    if asked.folder.resolve() == trained.resolve():
+        raise RunError(f"{trained} holds the unhealed runs, which stay; give another --out for the healed ones.")

@@ -14,11 +14,11 @@ from filelock import FileLock, Timeout
 
 from buddy.assemble import heals
 from buddy.backbone import Backbone
-from buddy.comparison.asked import Asked, check
+from buddy.comparison.asked import RUNS, Asked, check
 from buddy.comparison.contestants import contestants
 from buddy.comparison.domains import domains_of, read_domain
 from buddy.comparison.output import write_all, write_markdown
-from buddy.comparison.planned import Planned, base_of, check_reuse, is_finished, planned
+from buddy.comparison.planned import Planned, base_of, check_reuse, is_finished, planned, with_lent
 from buddy.comparison.pool import side_by_side
 from buddy.comparison.record import read_record, record_of
 from buddy.comparison.tables import all_grids, show
@@ -30,12 +30,12 @@ from buddy.errors import BuddyError, RunError
 from buddy.files import check_place, writing
 from buddy.progress import Bar, errors, status
 from buddy.registry import build
+from buddy.router import AnyRouter
 from buddy.schema import Recipe
 from buddy.training.data import TextData
-from buddy.training.fit import Session, prepare
 from buddy.training.inputs import inputs_of
+from buddy.training.session import Session, prepare
 
-RUNS = "runs"  # in the folder of a comparison
 FOUND = 0.5  # seconds within which a run that was finished before is passed by
 
 
@@ -61,6 +61,8 @@ def compare(asked: Asked) -> int:
         for each, recipe in recipes.items()
     }
     made_of = {recipe.router.name: inputs_of(recipe, backbone, data) for recipe in recipes.values()}
+    if asked.trained is not None:
+        runs = _with_lent(runs, asked.trained / RUNS, made_of, backbone)
     check_reuse([run for group in runs.values() for run in group], made_of, data.test.fingerprint)
     if asked.finished:
         runs = _finished(runs, asked.folder)
@@ -125,12 +127,39 @@ def _repeats(asked: Asked, recipe: Recipe, backbone: Backbone) -> tuple[int, boo
 
     All the seeds where they matter: not for what is measured alone, nor where an option fixes the draws.
     """
+    router = _router(recipe, backbone)
+    trained = router.trainable or heals(recipe, router)
+    return asked.seeds if trained or _draws(recipe, router) else 1, trained
+
+
+def _router(recipe: Recipe, backbone: Backbone) -> AnyRouter:
     routing, section = recipe.routing, recipe.router
     geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # checked by the schema
-    router = build(section.name, geometry, section.options)
-    fixed = section.options.get("seed") is not None
-    trained = router.trainable or heals(recipe, router)
-    return asked.seeds if trained or (router.seeded and not fixed) else 1, trained
+    return build(section.name, geometry, section.options)
+
+
+def _draws(recipe: Recipe, router: AnyRouter) -> bool:
+    """Whether the router itself, healing apart, is another one for another seed."""
+    return router.trainable or (router.seeded and recipe.router.options.get("seed") is None)
+
+
+def _with_lent(
+    runs: Mapping[str, Sequence[Planned]], folder: Path, made_of: Mapping[str, Mapping[str, str]], backbone: Backbone
+) -> dict[str, list[Planned]]:
+    """The runs with the routers that finished ones in a folder lend; those without a lender are said.
+
+    A router that is the same for every seed was fitted once, and is lent to all.
+    """
+    found = {}
+    for label, group in runs.items():
+        recipe = group[0].recipe
+        same = not _draws(recipe, _router(recipe, backbone))
+        inputs = made_of[recipe.router.name]
+        found[label] = [with_lent(run, folder, inputs, group[0].seed if same else run.seed) for run in group]
+    alone = [run.words for group in found.values() for run in group if run.lent is None]
+    if alone:
+        errors.print(f"Fitted here, for want of a finished run: {'; '.join(alone)}.", soft_wrap=True)
+    return found
 
 
 def _finished(runs: Mapping[str, Sequence[Planned]], folder: Path) -> dict[str, list[Planned]]:

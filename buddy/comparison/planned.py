@@ -27,12 +27,14 @@ class Planned:
 
     Attributes:
         trained: whether the recipe's training has a part in it.
+        lent: a finished run whose router it takes instead of calibrating and training its own.
     """
 
     label: str
     recipe: Recipe
     folder: Path
     trained: bool = True
+    lent: Path | None = None
 
     @property
     def seed(self) -> int:
@@ -73,6 +75,30 @@ def planned(label: str, recipe: Recipe, folder: Path, seeds: int, trained: bool 
 def is_finished(run: Planned) -> bool:
     """Whether the run is whole in its folder."""
     return (run.folder / FACTS).is_file()
+
+
+def with_lent(run: Planned, folder: Path, made_of: Mapping[str, str], seed: int) -> Planned:
+    """The run with the router of the one of the same name in a comparison's runs, if that is finished.
+
+    Args:
+        folder: of the runs of that comparison.
+        made_of: digests of model, text and code.
+        seed: of the run that lends.
+
+    Raises:
+        RunError: that one was made with another recipe, the adapter apart, or of something else.
+    """
+    recipe = replace(run.recipe, seed=seed)
+    there = planned(run.label, recipe, folder / run.folder.parent.name, 1)[0]
+    if not is_finished(there):
+        return run
+    keys = list(_differing(there, (*FREE, "adapter")))
+    changed = [name for name, digest in (inputs_in(there.folder) or {}).items() if made_of.get(name) != digest]
+    if keys or changed:
+        reason = f"another recipe ({'; '.join(keys)})" if keys else f"another {' and another '.join(changed)}"
+        raise RunError(f"{there.folder} was made with {reason} and cannot lend its router; leave --trained out.")
+    check_backbone(read_run(there.folder), made_of["model"])
+    return replace(run, lent=there.folder)
 
 
 def check_reuse(runs: Sequence[Planned], made_of: Mapping[str, Mapping[str, str]], windows: str) -> None:
@@ -128,8 +154,12 @@ def _where(run: Planned) -> Path:
     return run.folder if is_finished(run) else run.place.partial
 
 
-def _differing(run: Planned) -> Iterator[str]:
-    """ "key: there, here" for each key of the recipe that differs from that of the run in the folder."""
+def _differing(run: Planned, free: Sequence[str] | None = None) -> Iterator[str]:
+    """ "key: there, here" for each key of the recipe that differs from that of the run in the folder.
+
+    Args:
+        free: beginnings of keys that may differ; by default those that change nothing in the run.
+    """
     if is_finished(run):
         there = read_run(run.folder).recipe
     else:
@@ -138,9 +168,9 @@ def _differing(run: Planned) -> Iterator[str]:
         except BuddyError:  # none, or one that was cut: it starts anew
             return
     one, other = flatten(there), flatten(run.recipe)
-    free = FREE if run.trained else (*FREE, *TRAINING)
+    free = free or (FREE if run.trained else (*FREE, *TRAINING))
     for key in dict.fromkeys([*one, *other]):
-        if not key.startswith(free) and one.get(key) != other.get(key):
+        if not key.startswith(tuple(free)) and one.get(key) != other.get(key):
             yield f"{key}: {_spelt(one, key)} there, {_spelt(other, key)} here"
 
 

@@ -86,20 +86,24 @@ def kl_grid(c: Comparison, domain: str | None = None) -> Grid:
 def costs(c: Comparison) -> Grid:
     """What each router is and what it took."""
     rows = []
+    chosen = any(c.rates(label) for label in c.labels)
     for label in c.labels:
         router = c.routers[label]
         ran = [f"{count}: {least}/{mean:.2f}/{most}" for count, least, mean, most in c.executed(label)]
         seconds, parameters = c.fit(label, "seconds"), c.fit(label, "parameters")
         cells = (router["kind"], str(len(c.runs(label))), f"{seconds:.1f}", f"{parameters:,.0f}".replace(",", " "))
-        rows.append((label, *cells, "; ".join(ran) or "as asked"))
-    head = ("router", "kind", "seeds", "fit (s)", "parameters", "layers that ran")
+        rates = (" ".join(f"{rate:g}" for rate in c.rates(label)) or "–",) if chosen else ()
+        rows.append((label, *cells, *rates, "; ".join(ran) or "as asked"))
+    healed = ("adapter's rate",) if chosen else ()
+    head = ("router", "kind", "seeds", "fit (s)", "parameters", *healed, "layers that ran")
     return Grid(
         "What it takes",
         head,
         tuple(rows),
         "Fit: calibration and training of one run, mean over seeds; what a router before it in the same process, or an "
         "earlier run, has measured on the calibration windows is not measured again. Layers that ran: min/mean/max "
-        "over tokens where they were not as asked.",
+        "over tokens where they were not as asked."
+        + (" Adapter's rate: of each seed, the best on validation windows." if chosen else ""),
     )
 
 

@@ -121,6 +121,11 @@ class Comparison:
         """Mean over seeds of "seconds" or "parameters"."""
         return plain.mean(run["fit"][name] for run in self._runs[label])
 
+    def rates(self, label: str) -> list[float]:
+        """The learning rate of each seed's adapter, where the recipe has several to choose from."""
+        found = (run["fit"].get("adapter_lr") for run in self._runs[label])
+        return [rate for rate in found if rate is not None]
+
     def speed(self, label: str, layers: int) -> Mapping[str, Any] | None:
         """Milliseconds of a router at K, where they were measured."""
         measured = self.record["speed"]

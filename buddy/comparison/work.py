@@ -24,7 +24,7 @@ from buddy.memory import within_memory
 from buddy.place import ADAPTER, METRICS, ROUTER
 from buddy.progress import tracker
 from buddy.schema import Recipe
-from buddy.training.fit import Session, prepare
+from buddy.training.session import Session, prepare
 from buddy.training.windows import Windows
 
 EVALUATIONS, TASKS = "evaluations", "tasks"  # in a run folder
@@ -94,7 +94,7 @@ class Worker:
 
     def _do(self, run: Planned) -> None:
         if not is_finished(run):
-            self.session.run(run.recipe, self._recipe_name, run.place)
+            self.session.run(run.recipe, self._recipe_name, run.place, run.lent)
         for name in (EVALUATIONS, TASKS) if self._tasks.names else (EVALUATIONS,):
             (run.folder / name).mkdir(exist_ok=True)
         missing = [domain for domain in self._texts if not domain.own and not self._is_measured(run, domain)]

@@ -115,6 +115,7 @@ class RoutedLM(nn.Module):
     def adapt(self, adapter: Any) -> None:
         """Take note of an adapter that was put on the backbone; `detach` takes it off."""
         self.adapter = adapter
+        self.forget_sinks()
 
     def merge(self) -> None:
         """Add the adapter to the backbone's weights for good; nothing stands for the stock model then."""

@@ -84,7 +84,13 @@ def show_comparison(scores: Mapping[str, Sequence[Scores]], folders: Mapping[str
 
 
 def write_results(
-    folder: Path, recipe: Recipe, scores: Sequence[Scores], *, fit: Mapping[str, float], windows: str
+    folder: Path,
+    recipe: Recipe,
+    scores: Sequence[Scores],
+    *,
+    fit: Mapping[str, float],
+    windows: str,
+    rates: Mapping[float, float] | None = None,
 ) -> None:
     """Into a run folder: metrics.json with the sums per document, the figure, and TensorBoard's curves and settings.
 
@@ -94,10 +100,15 @@ def write_results(
         scores: on the recipe's test windows.
         fit: "seconds" that calibration and training took and "parameters" of the router.
         windows: fingerprint of the test windows.
+        rates: objective on validation windows for each of `adapter.rates`; the least has the adapter that was kept.
     """
-    write_json(folder / METRICS, with_documents(scores) | {"fit": fit, "windows": windows})
+    found: dict[str, Any] = {"fit": dict(fit), "windows": windows}
+    if rates:
+        found["fit"]["adapter_lr"] = min(rates, key=rates.__getitem__)
+        found["rates"] = {str(rate): value if math.isfinite(value) else None for rate, value in rates.items()}
+    write_json(folder / METRICS, with_documents(scores) | found)
     draw({recipe.router.name: scores}, folder / FIGURE)
-    write_curves(folder, recipe, scores, fit)
+    write_curves(folder, recipe, scores, found["fit"])
 
 
 def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Mapping[str, float]) -> None:

@@ -23,7 +23,7 @@ from buddy.training.objective import Objective
 from buddy.training.train import estimator_of, run
 
 CHECKPOINT = "healing.ckpt"
-RATES = {"kind", "lr", "steps"}  # of the section: these may change from one beginning to the next
+CHANGEABLE = {"kind", "lr", "rates", "steps"}  # of the section, from one beginning to the next
 
 
 def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
@@ -84,15 +84,15 @@ def healing_module_of(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> Hea
         weight_decay=optimizer.weight_decay,
         clip=optimizer.clip,
         seed=recipe.seed,
-        identity=_identity(recipe, routed.router),
+        identity=identity_of(recipe, routed.router),
         checkpoint=str(checkpoint),
         together=Together(estimator_of(recipe, routed.router), optimizer.lr) if both else None,
     )
 
 
-def _identity(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
+def identity_of(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
     """What an interrupted healing must have been begun with, so that going on makes sense."""
-    settings = {f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in RATES}
+    settings = {f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in CHANGEABLE}
     digest = hashlib.sha256()
     for name, tensor in sorted(router.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())

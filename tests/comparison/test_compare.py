@@ -16,13 +16,14 @@ from filelock import FileLock
 
 from buddy.comparison.asked import Asked
 from buddy.comparison.compare import compare
+from buddy.comparison.tables import costs
 from buddy.comparison.view import Comparison
-from buddy.errors import BuddyError, RegistryError, RunError
+from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
 from buddy.evaluation.saved import scores_of
 from buddy.files import load_tensors, read_json
 from buddy.recipe import load_recipe
 from buddy.runs import read_run
-from buddy.training.fit import Session
+from buddy.training.session import Session
 from tests.small import start_buddy, write_text
 
 ROUTERS = "buddy,buddy[hidden=8],shortgpt,random,full"
@@ -207,11 +208,70 @@ def test_what_is_finished_is_not_done_again(again, ask, monkeypatch):
     assert Comparison(read_json(again / "comparison.json")).labels == ["shortgpt", "random"]
 
 
+# Healed with routers of an earlier comparison
+
+
+HEAL = ("adapter.steps=2", "adapter.rank=2", "adapter.rates=[0.02,0.001]")
+
+
+def test_lent_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, capsys):
+    options = {"routers": "buddy,shortgpt,random,full", "seeds": 2, "domains": None}
+    assert compare(ask(tmp_path / "lent", *HEAL, **options, trained=whole)) == 0
+    said = capsys.readouterr().err
+    assert "Training" not in said
+    assert "Fitted here" not in said
+    assert compare(ask(tmp_path / "own", *HEAL, **options)) == 0
+    assert "Training buddy" in capsys.readouterr().err
+    lent, own = ({n: p.parent for n, p in router_files(tmp_path / name).items()} for name in ("lent", "own"))
+    healed = {f"{name}/seed-{seed}" for name in ("buddy", "shortgpt", "random") for seed in (0, 1)}
+    assert {*lent} == {*own} == {*healed, "full/seed-0"}
+    for name in own:
+        ours, theirs = (read_json(runs[name] / "metrics.json")["results"] for runs in (lent, own))
+        assert ours == theirs, name
+    before = read_json(whole / "runs/buddy/seed-0/metrics.json")["fit"]["seconds"]
+    assert read_json(lent["buddy/seed-0"] / "metrics.json")["fit"]["seconds"] > before
+    table = costs(Comparison(read_json(tmp_path / "lent" / "comparison.json")))
+    rates = {row[0]: row[table.head.index("adapter's rate")] for row in table.rows}
+    assert rates["full"] == "–"
+    assert {*rates["shortgpt"].split()} <= {"0.02", "0.001"}
+
+
+def test_a_router_that_nobody_lends_is_fitted_and_said(ask, whole, tmp_path, capsys):
+    asked = ask(tmp_path, *HEAL, routers="uniform,shortgpt", seeds=1, domains=None, trained=whole)
+    assert compare(asked) == 0
+    assert "Fitted here, for want of a finished run: uniform, seed 0." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lender", "error", "said"),
+    [
+        ([], "whole", RecipeError, r"lends routers to be healed; give adapter.steps"),
+        (["adapter.joint=true"], "whole", RecipeError, r"joint=true trains the routers too; leave --trained out"),
+        (["adapter.steps=2"], "nowhere", RunError, r"nowhere is not the folder of a comparison"),
+        (["adapter.steps=2"], "out", RunError, r"holds the unhealed runs, which stay; give another --out"),
+        (["adapter.steps=2", "optimizer.lr=0.1"], "whole", RunError, r"recipe .optimizer.lr: 0.006 there, 0.1 here"),
+    ],
+)
+def test_what_cannot_be_lent_is_refused(ask, whole, tmp_path, overrides, lender, error, said):
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    asked = ask(tmp_path / "out", *overrides, trained=whole if lender == "whole" else tmp_path / lender)
+    with pytest.raises(error, match=said):
+        compare(asked)
+    assert not [*(tmp_path / "out" / "runs").iterdir()]
+
+
+def test_a_router_of_other_code_is_not_lent(ask, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("buddy.training.inputs._code", lambda router: "other")
+    asked = ask(tmp_path, "adapter.steps=2", routers="shortgpt", trained=whole)
+    with pytest.raises(RunError, match=r"was made with another router's code and cannot lend its router"):
+        compare(asked)
+
+
 @pytest.fixture
 def stopping(monkeypatch) -> Iterator[list[str]]:
     """Every evaluation is noted; the fourth one is interrupted as long as the list holds "stop" first."""
     seen: list[str] = []
-    for module in ("buddy.comparison.work", "buddy.training.fit"):
+    for module in ("buddy.comparison.work", "buddy.training.session"):
         evaluate = __import__(module, fromlist=["evaluate"]).evaluate
 
         def noted(*args, evaluate=evaluate, **options):

@@ -205,7 +205,7 @@ def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypat
 
 def test_a_kill_in_the_evaluation_costs_no_healing(small, healed, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.fit.evaluate", lambda *_, **__: kill())
+        patch.setattr("buddy.training.session.evaluate", lambda *_, **__: kill())
         with pytest.raises(Killed):
             fit(small(tmp_path, "router=shortgpt", *HEALED), "small")
     capsys.readouterr()
@@ -234,7 +234,10 @@ def test_a_trained_router_is_healed_without_training_it_again(small, finished, h
         (["adapter.rang=4"], "The key 'adapter.rang' is unknown; did you mean 'rank'"),
         (["adapter.dropout=1.0"], "adapter.dropout is 1.0, but must be at most 0.9"),
         (["adapter.kind=prefix"], "adapter.kind cannot be 'prefix' (accepted: lora)"),
-        (["adapter=lora"], "adapter is a section with the keys kind, rank, alpha, dropout, targets, steps, lr, joint"),
+        (
+            ["adapter=lora"],
+            "adapter is a section with the keys kind, rank, alpha, dropout, targets, steps, lr, rates, joint",
+        ),
         (["adapter.lr=0"], "adapter.lr is 0.0, but must be above 0"),
     ],
 )

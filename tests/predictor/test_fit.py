@@ -127,7 +127,7 @@ def test_a_kill_in_the_evaluation_costs_no_measuring(small, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.fit.evaluate", interrupt)
+        patch.setattr("buddy.training.session.evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(small(tmp_path, *OPTIONS), "small")
     with monkeypatch.context() as patch:

@@ -351,7 +351,7 @@ def test_a_rival_that_is_finished_is_not_fitted_again(small, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.fit.train", stop)
+        patch.setattr("buddy.training.session.train", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(recipe, "small")
     stamp = (tmp_path / "small" / "uniform" / "run.json").stat().st_mtime_ns

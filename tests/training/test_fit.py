@@ -244,7 +244,7 @@ def test_a_kill_in_the_evaluation_costs_no_training(small, uninterrupted, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.fit.evaluate", stop)
+        patch.setattr("buddy.training.session.evaluate", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(small(tmp_path, *LONG), "small")
     capsys.readouterr()

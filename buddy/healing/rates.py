@@ -1,0 +1,136 @@
+"""Which learning rate an adapter is trained with: each of `adapter.rates` is tried, and validation windows decide."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from lightning.pytorch.callbacks import Callback
+
+from buddy import processes
+from buddy.assemble import budgets_of
+from buddy.engine.model import RoutedLM
+from buddy.errors import BuddyError, TrainingError
+from buddy.evaluation.perplexity import evaluate
+from buddy.files import read_json, write_json
+from buddy.healing.adapter import Adapter
+from buddy.healing.heal import forget, heal, identity_of
+from buddy.place import ADAPTER
+from buddy.progress import errors, tracker
+from buddy.schema import Recipe
+from buddy.training.data import TextData
+from buddy.training.module import NotFinite
+
+RATES = "rates"  # in the folder of an unfinished run, with a folder for each rate
+FOUND = "validation.json"  # in that of a rate, once it was tried
+
+
+def heal_at_the_best(
+    recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()
+) -> dict[float, float]:
+    """Train an adapter at each of `adapter.rates`, from the same beginning, and leave the best on the model, frozen.
+
+    The best has the least objective on the validation windows, the mean over the recipe's budgets. What was tried is
+    kept until the run is whole, so that an interrupted one does not try it again.
+
+    Args:
+        recipe: the whole run, with `adapter.rates`.
+        routed: model and router, calibrated and trained.
+        data: the text, set up.
+        folder: of the run that is being made.
+        callbacks: Lightning's, beside those that keep checkpoints and show progress.
+
+    Returns:
+        The objective in nats a token for each rate, infinite where its healing did not stay finite.
+
+    Raises:
+        TrainingError: no rate stayed finite; or as `heal`.
+        KeyboardInterrupt: stopped in good order by a signal.
+    """
+    found: dict[float, float] = {}
+    for rate in recipe.adapter.rates:
+        place = folder / RATES / str(rate)
+        asked = replace(recipe, adapter=replace(recipe.adapter, lr=rate))
+        kept = _kept(asked, routed, place)
+        found[rate] = _try(asked, routed, data, place, callbacks) if kept is None else kept
+    best = min(found, key=found.__getitem__)
+    if found[best] == math.inf:
+        raise TrainingError("Healing stayed finite at none of adapter.rates; give lower ones.")
+    errors.print(f"Healed {recipe.router.name} best at a rate of {best:g}, by validation windows", soft_wrap=True)
+    routed.adapt(Adapter.load(routed.backbone, folder / RATES / str(best) / ADAPTER))
+    routed.adapter.freeze()
+    return found
+
+
+def forget_rates(folder: Path) -> None:
+    """Remove the adapters and checkpoints of all rates; their curves stay for TensorBoard."""
+    for place in (folder / RATES).glob("*"):
+        forget(place)
+        (place / FOUND).unlink(missing_ok=True)
+        shutil.rmtree(place / ADAPTER, ignore_errors=True)
+
+
+def _try(recipe: Recipe, routed: RoutedLM, data: TextData, place: Path, callbacks: Sequence[Callback]) -> float:
+    """The objective of an adapter that was trained at the recipe's rate; adapter and figure are kept in `place`."""
+    if processes.leads():
+        place.mkdir(parents=True, exist_ok=True)
+    with _adapter_off_afterwards(routed):
+        try:
+            heal(recipe, routed, data, place, callbacks)
+            value = _objective(recipe, routed, data)
+            if processes.leads():
+                routed.adapter.save(place / ADAPTER)
+        except TrainingError as error:
+            if not isinstance(error.__cause__, NotFinite):
+                raise
+            errors.print(f"Left out a rate of {recipe.adapter.lr:g}: {error}", soft_wrap=True)
+            value = math.inf
+    if processes.leads():
+        kept = {"objective": value if value < math.inf else None, "made_of": _made_of(recipe, routed)}
+        write_json(place / FOUND, kept)
+    processes.wait()  # all look at what the first one has written
+    return value
+
+
+@contextmanager
+def _adapter_off_afterwards(routed: RoutedLM) -> Iterator[None]:
+    """The stock modules come back after this block, however it ends."""
+    try:
+        yield
+    finally:
+        if routed.adapter is not None:
+            routed.adapter.remove()
+            routed.adapter = None
+
+
+def _objective(recipe: Recipe, routed: RoutedLM, data: TextData) -> float:
+    """What the recipe trains for, in nats a token, on validation windows: the mean over its budgets."""
+    scores = evaluate(
+        routed,
+        data.validation,
+        budgets_of(recipe, routed),
+        prompt=recipe.data.prompt,
+        batch_size=recipe.data.batch_size,
+        track=tracker(f"Validating a rate of {recipe.adapter.lr:g}"),
+    )
+    kl, ce = recipe.objective.kl, recipe.objective.ce
+    return sum(kl * each.mean_kl + ce * math.log(each.perplexity) for each in scores) / len(scores)
+
+
+def _kept(recipe: Recipe, routed: RoutedLM, place: Path) -> float | None:
+    """The objective that an earlier beginning of the same healing found; None where there was none."""
+    try:
+        held = read_json(place / FOUND)
+        value = math.inf if held["objective"] is None else float(held["objective"])
+        same = held["made_of"] == _made_of(recipe, routed)
+    except (BuddyError, LookupError, TypeError, ValueError):
+        return None
+    return value if same else None
+
+
+def _made_of(recipe: Recipe, routed: RoutedLM) -> dict[str, str]:
+    return {**identity_of(recipe, routed.router), "adapter.steps": str(recipe.adapter.steps)}

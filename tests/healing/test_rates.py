@@ -1,0 +1,139 @@
+"""`adapter.rates`: each is tried, validation windows decide, and what was tried is not tried again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from buddy.errors import RecipeError, TrainingError
+from buddy.evaluation.evaluate import evaluate_run
+from buddy.files import load_tensors
+from buddy.healing.module import HealingModule
+from buddy.training.fit import fit
+
+STEPS = 7
+RATES = [0.0001, 0.02, 0.001]
+HEALED = [f"adapter.steps={STEPS}", "adapter.rank=2"]
+TRIED = [*HEALED, f"adapter.rates={RATES}"]
+ONE = "router=shortgpt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures(finished):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("buddy.evaluation.report.draw", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tried(small, tmp_path_factory) -> Path:
+    """A run healed at the best of three rates; read it, never write into it."""
+    output = tmp_path_factory.mktemp("tried")
+    fit(small(output, ONE, *TRIED), "small")
+    return output / "small" / "shortgpt"
+
+
+class Killed(Exception):
+    pass
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_the_adapter_is_that_of_the_best_rate_alone(small, tried, tmp_path):
+    found = metrics(tried)
+    best = found["fit"]["adapter_lr"]
+    assert [*found["rates"]] == [str(rate) for rate in RATES]
+    assert found["rates"][str(best)] == min(found["rates"].values())
+    assert len({*found["rates"].values()}) == len(RATES)
+    fit(small(tmp_path, ONE, *HEALED, f"adapter.lr={best}"), "small")
+    assert_same(tried, tmp_path / "small" / "shortgpt")
+    assert metrics(tmp_path / "small" / "shortgpt")["results"] == found["results"]
+
+
+def test_what_is_compared_is_the_objective_on_validation_windows(small, tried, tmp_path):
+    found = metrics(tried)
+    for rate in RATES:
+        fit(small(tmp_path, ONE, *HEALED, f"adapter.lr={rate}"), "small")
+        file = tmp_path / "validation.json"
+        evaluate_run(tmp_path / "small" / "shortgpt", split="validation", json_file=file)
+        results = json.loads(file.read_text())["results"]
+        assert sum(each["kl"] for each in results) / len(results) == pytest.approx(found["rates"][str(rate)], rel=1e-6)
+
+
+def test_curves_of_all_rates_stay_and_nothing_else(tried):
+    for rate in RATES:
+        place = tried / "rates" / str(rate)
+        assert all(path.name.startswith(("events", "hparams")) for path in place.iterdir())
+        events = EventAccumulator(str(place)).Reload()
+        assert [point.step for point in events.Scalars("heal/objective")] == [1, 3, 5]
+
+
+def test_what_was_tried_is_not_tried_again(small, tried, tmp_path, monkeypatch):
+    """Stopped in the second rate: the first is kept, the second goes on from its checkpoint."""
+    steps, healing = [], HealingModule._healing
+
+    def counted(self, *args):
+        steps.append(self.settings["lr"])
+        if len(steps) == STEPS + 5:
+            raise Killed
+        return healing(self, *args)
+
+    monkeypatch.setattr(HealingModule, "_healing", counted)
+    with pytest.raises(Killed):
+        fit(small(tmp_path, ONE, *TRIED), "small")
+    fit(small(tmp_path, ONE, *TRIED), "small")
+    assert [steps[STEPS + 5 :].count(rate) for rate in RATES] == [0, STEPS - 3, STEPS]
+    assert_same(tried, tmp_path / "small" / "shortgpt")
+    assert metrics(tmp_path / "small" / "shortgpt")["rates"] == metrics(tried)["rates"]
+
+
+def diverging(monkeypatch, least: float) -> None:
+    healing = HealingModule._healing
+
+    def broken(self, *args):
+        factor = float("nan") if self.settings["lr"] >= least else 1.0
+        return [part * factor for part in healing(self, *args)]
+
+    monkeypatch.setattr(HealingModule, "_healing", broken)
+
+
+def test_a_rate_that_diverges_is_left_out_and_said(small, tmp_path, monkeypatch, capsys):
+    diverging(monkeypatch, 0.01)
+    fit(small(tmp_path, ONE, *TRIED), "small")
+    assert "Left out a rate of 0.02: Healing stopped at step 1" in capsys.readouterr().err
+    found = metrics(tmp_path / "small" / "shortgpt")
+    assert found["rates"]["0.02"] is None
+    assert found["fit"]["adapter_lr"] == 0.001
+
+
+def test_no_rate_that_stays_finite_is_a_sentence(small, tmp_path, monkeypatch):
+    diverging(monkeypatch, 0.0)
+    with pytest.raises(TrainingError, match=r"stayed finite at none of adapter.rates; give lower ones"):
+        fit(small(tmp_path, ONE, *TRIED), "small")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapter.rates=[0.1,0]", r"adapter.rates holds 0.0, but each must be a number above 0"),
+        ("adapter.rates=[0.1,0.1]", r"adapter.rates holds 0.1 more than once"),
+        ("adapter={rates: [0.1], joint: true}", r"rates are tried with one and the same router; leave them out"),
+    ],
+)
+def test_mistakes(small, tmp_path, override, said):
+    with pytest.raises(RecipeError, match=said):
+        small(tmp_path, override)
