@@ -80,9 +80,11 @@ class Pass:
         prompt = self._prompt_plan()
         # A prompt that shares its last token's plan, while serving, needs no other token's context.
         only_last = request.prompt is None and prompt == self.shape[1]
-        seen = slice(-1, None) if only_last else slice(None)
-        executed = self._asked(hidden.device)[:, seen]
-        self.context = Context(pooled[:, seen], newest[:, seen], hidden[:, seen].float(), executed)
+        parts = pooled, newest, hidden, self._asked(hidden.device)
+        if only_last and self.shape[1] > 1:
+            parts = tuple(part[:, -1:] for part in parts)  # type: ignore[assignment]
+        pooled, newest, hidden, executed = parts
+        self.context = Context(pooled, newest, hidden.float(), executed)
         if request.runs is not None:
             self._take(request.runs)
         elif self.everything and full:

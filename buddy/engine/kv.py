@@ -1,21 +1,25 @@
 """Keys and values that a layer writes for tokens it does not run on (policy `fill`).
 
-Two ways give the same result; `choose` compares them once when routing is attached:
+Three ways give the same result; `choose` compares them once when routing is attached, and takes the first that does:
 
-- `projected`: input norm, k_proj and v_proj, the optional norm of the keys, the family's own rotary embedding.
+- `Lean`: input norm, k_proj and v_proj, in one product where their weights lie side by side, the optional norm of the
+  keys, the usual rotary embedding; on the short way past torch's module machinery. Equal to the last bit, or not taken.
+- `projected`: the same with the family's own rotary embedding.
 - `captured`: the family's real attention, stopped at the moment it hands K/V to the cache. Works where projections are
   fused or ordered otherwise (Phi-3), at the price of the query projection.
 """
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from buddy.backbone import Backbone
+from buddy.engine.adjoined import Both
 from buddy.errors import BackboneError
 
 KeyValue = tuple[Tensor, Tensor]
@@ -27,19 +31,61 @@ def stock_class(layer: nn.Module) -> type[nn.Module]:
     return getattr(type(layer), "stock", type(layer))
 
 
+class Lean:
+    """K and V, each (B, kv heads, T, head size), of hidden states (B, T, D), by few small operations; for one layer.
+
+    Its parts are looked up where torch keeps them: a step of decoding feels what `getattr` of a module takes.
+    """
+
+    def __init__(self) -> None:
+        self._both = Both()
+
+    def __call__(self, layer: nn.Module, hidden: Tensor, position_embeddings: Any) -> KeyValue:
+        attention = layer._modules["self_attn"]
+        weight = self._both(attention)
+        keys, values = _apart(layer, hidden) if weight is None else self._together(layer, attention, weight, hidden)
+        if position_embeddings is not None and attention.__dict__.get("use_rope", True):
+            cos, sin = position_embeddings
+            first, second = keys.chunk(2, -1)
+            keys = keys * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+        return keys, values
+
+    def _together(self, layer: nn.Module, attention: nn.Module, weight: Tensor, hidden: Tensor) -> KeyValue:
+        states = _called(layer._modules["input_layernorm"], hidden)
+        size = attention.__dict__["head_dim"]
+        both = F.linear(states, weight).view(*states.shape[:-1], -1, size)
+        keys, values = both.split_with_sizes([features // size for features in self._both.features], 2)
+        norm = attention._modules.get("k_norm")
+        keys = keys if norm is None else norm(keys)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
 def projected(layer: nn.Module, hidden: Tensor, position_embeddings: Any) -> KeyValue:
-    """K and V, each (B, kv heads, T, head size), of hidden states (B, T, D) by the attention's own projections."""
+    """The same, by the attention's own projections and the family's own rotary embedding."""
+    keys, values = _apart(layer, hidden)
     attention = layer.self_attn
-    states = layer.input_layernorm(hidden)
-    shape = (*states.shape[:-1], -1, attention.head_dim)
-    keys = attention.k_proj(states).view(shape)
-    if getattr(attention, "k_norm", None) is not None:
-        keys = attention.k_norm(keys)
-    keys, values = keys.transpose(1, 2), attention.v_proj(states).view(shape).transpose(1, 2)
     if position_embeddings is not None and getattr(attention, "use_rope", True):
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         _, keys = rotate(keys[:, :0], keys, *position_embeddings)  # without a query
     return keys, values
+
+
+def _apart(layer: nn.Module, hidden: Tensor) -> KeyValue:
+    """Keys without their rotation, and values, by the attention's own projections."""
+    attention = layer.self_attn
+    states = _called(layer.input_layernorm, hidden)
+    shape = (*states.shape[:-1], -1, attention.head_dim)
+    keys = _called(attention.k_proj, states).view(shape)
+    if getattr(attention, "k_norm", None) is not None:
+        keys = attention.k_norm(keys)
+    return keys.transpose(1, 2), _called(attention.v_proj, states).view(shape).transpose(1, 2)
+
+
+def _called(module: nn.Module, states: Tensor) -> Tensor:
+    """The module's output, past torch's module machinery where no hook is to be called."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return module(states)
+    return module.forward(states)
 
 
 def captured(layer: nn.Module, hidden: Tensor, position_embeddings: Any) -> KeyValue:
@@ -54,23 +100,29 @@ def captured(layer: nn.Module, hidden: Tensor, position_embeddings: Any) -> KeyV
 
 
 def choose(layer: nn.Module, hidden: Tensor, position_embeddings: Any) -> WriteKV:
-    """`projected` where it reproduces what the real attention writes on a probe (B, T, D), else `captured`."""
+    """The quickest way that reproduces what the real attention writes on a probe (B, T, D)."""
     with torch.no_grad():
         truth = captured(layer, hidden, position_embeddings)
-        try:
-            ours = projected(layer, hidden, position_embeddings)
-        except (AttributeError, TypeError, RuntimeError):
-            return captured
-    same = all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-5) for a, b in zip(ours, truth, strict=True)
-    )
-    return projected if same else captured
+        for way, near in ((Lean(), torch.equal), (projected, _near)):
+            with suppress(AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+                if all(map(near, way(layer, hidden, position_embeddings), truth)):
+                    return way
+    return captured
+
+
+def _near(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-2, atol=1e-5)
+
+
+def shared_out(layer: nn.Module) -> bool:
+    """Whether devices share the layer's weights out (FSDP2)."""
+    return hasattr(layer, "unshard")
 
 
 @contextmanager
 def whole(layer: nn.Module) -> Iterator[nn.Module]:
     """The layer with all its weights within this block, where devices share them out (FSDP2): past its own call."""
-    if not hasattr(layer, "unshard"):
+    if not shared_out(layer):
         yield layer
         return
     layer.unshard()

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from buddy.engine.adjoined import adjoin, separate
 from buddy.engine.attention import by_blocks
 from buddy.engine.cache import Capture
 from buddy.engine.cachelayers import each
 from buddy.engine.forward import Pass
-from buddy.engine.kv import captured, choose, stock_class, whole
+from buddy.engine.kv import captured, choose, shared_out, stock_class, whole
 from buddy.engine.policies import Policy
 from buddy.engine.rectangular import View
 from buddy.engine.select import Group, groups, take, taken
@@ -88,8 +89,7 @@ class RoutedLayer:
         """No token runs: the policy sees to the cache."""
         cache = kwargs.get("cache")
         if cache is not None:
-            wait = current.may_wait(self._index)
-            self._seat[0].policy.idle(self, hidden, cache, kwargs.get("position_embeddings"), wait)
+            self._seat[0].policy.idle(self, current, hidden, cache, kwargs.get("position_embeddings"))
         return hidden
 
     def _sinks(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict, count: int) -> Tensor:
@@ -103,7 +103,7 @@ class RoutedLayer:
         ran[:, :count] = True
         current.parts.append(ran)
         late = each(kwargs.get("position_embeddings"), lambda x: x[:, count:])
-        policy.idle(self, hidden[:, count:], cache, late, current.may_wait(self._index))
+        policy.idle(self, current, hidden[:, count:], cache, late)
         if self._forward_hooks or torch.is_grad_enabled():
             return torch.cat([out, hidden[:, count:]], 1)
         hidden[:, :count] = out  # in place, so that a run of skipped layers shares one waiting state
@@ -219,6 +219,8 @@ def attach(layers: nn.ModuleList, seat: Seat, probes: list[tuple[Tensor, Any]]) 
     """
     ways = []
     for layer, probe in zip(layers, probes, strict=True):
+        if not shared_out(layer):
+            adjoin(layer.self_attn)
         with whole(layer):
             ways.append(choose(layer, *probe))
     with whole(layers[0]) as first:
@@ -234,5 +236,7 @@ def detach(layers: nn.ModuleList) -> None:
     """Give the stock classes back."""
     for layer in layers:
         layer.__class__ = stock_class(layer)
+        if not shared_out(layer):
+            separate(layer.self_attn)
         for name in ("_index", "_write_kv", "_kv_shape", "_seat"):
             layer.__dict__.pop(name, None)

@@ -7,6 +7,7 @@ and `settle`, before all do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,16 +26,19 @@ class Fill:
 
     name = "fill"
 
-    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any, wait: bool = True) -> None:
+    def idle(self, layer: nn.Module, current: Pass, hidden: Tensor, cache: Any, embeddings: Any) -> None:
         """Nobody runs the layer for these tokens: the states wait until somebody does, or until too many wait.
 
-        Args:
-            wait: whether they may; a prompt's states do where that takes no more memory than their keys and values.
+        A prompt's states wait where that takes no more memory than their keys and values.
         """
         held = cache.layers[layer._index]
-        held.owed.append((hidden, embeddings))
-        chunk = hidden.shape[1] > 1 and len(held.owed) > 1  # only a prompt waits whole
-        if len(held.owed) >= BOUND or chunk or not wait or held.is_sliding:  # a window forgets; nothing may be late
+        owed = held.owed
+        owed.append((hidden, embeddings))
+        full = len(owed) >= BOUND or held.is_sliding  # a window forgets; nothing may be late
+        if not full and current.shape[1] == 1:  # the step of decoding, fifteen times a token
+            return
+        chunk = len(owed) > 1 and hidden.shape[1] > 1  # only a prompt waits whole
+        if full or chunk or not current.may_wait(layer._index):
             self.settle(layer, cache)
 
     def settle(self, layer: nn.Module, cache: Any) -> None:
@@ -43,8 +47,10 @@ class Fill:
         if not held.owed:
             return
         owed, held.owed = held.owed, []
-        hidden = torch.cat([state for state, _ in owed], 1) if len(owed) > 1 else owed[0][0]
-        cache.update(*layer._write_kv(layer, hidden, _joined([embeddings for _, embeddings in owed])), layer._index)
+        states, embeddings = zip(*owed, strict=True)
+        hidden = torch.cat(states, 1) if len(states) > 1 else states[0]
+        written = layer._write_kv(layer, hidden, _joined(embeddings, hidden.shape[0]))
+        held.update(*written)
 
     def writer(self, layer: nn.Module, current: Pass, hidden: Tensor, kwargs: dict) -> Rectangular:
         """Some run the layer."""
@@ -58,7 +64,7 @@ class Zero:
 
     name = "zero"
 
-    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any, wait: bool = True) -> None:
+    def idle(self, layer: nn.Module, current: Pass, hidden: Tensor, cache: Any, embeddings: Any) -> None:
         """Nobody runs the layer for these tokens."""
         cache.update(*self._zeros(layer, hidden, embeddings), layer._index)
 
@@ -81,7 +87,7 @@ class Hole:
 
     name = "hole"
 
-    def idle(self, layer: nn.Module, hidden: Tensor, cache: Any, embeddings: Any, wait: bool = True) -> None:
+    def idle(self, layer: nn.Module, current: Pass, hidden: Tensor, cache: Any, embeddings: Any) -> None:
         """Nobody runs the layer for these tokens: the positions go by."""
         cache.layers[layer._index].pass_by(hidden.shape[1])
 
@@ -104,15 +110,12 @@ def policy_named(name: str) -> Policy:
     return POLICIES[name]
 
 
-def _joined(embeddings: list[Any]) -> Any:
+def _joined(embeddings: Sequence[Any], batch: int) -> Any:
     """Position embeddings of consecutive steps as one; where some hold for all rows, for the rows of the others."""
-    if not isinstance(embeddings[0], tuple):
+    if len(embeddings) == 1 or not isinstance(embeddings[0], tuple):
         return embeddings[0]
-    if len(embeddings) == 1:
-        return embeddings[0]
+    rows = 1 if batch == 1 else max(part.shape[0] for part, *_ in embeddings)
     joined = []
     for parts in zip(*embeddings, strict=True):
-        rows = {part.shape[0] for part in parts}
-        alike = parts if len(rows) == 1 else [part.expand(max(rows), *part.shape[1:]) for part in parts]
-        joined.append(torch.cat(alike, 1))
+        joined.append(torch.cat([part.expand(rows, -1, -1) for part in parts] if rows > 1 else parts, 1))
     return tuple(joined)
