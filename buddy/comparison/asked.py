@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class Asked:
     def command(self) -> str:
         """The command, as far as it decides the results."""
         tasks = {"tasks": ",".join(self.tasks.names), "task-limit": self.tasks.limit}
-        places = {"task-data": self.tasks.data, "task-path": self.tasks.path}
+        places = {"task-data": self.tasks.data, "task-path": self.tasks.path, "trained": self.trained}
         options = {"routers": self.routers, "seeds": self.seeds, "domains": self.domains, **tasks, **places}
         words = [word for name, value in options.items() if value for word in (f"--{name}", str(value))]
         words += ["--finished"] if self.finished else []
@@ -117,7 +118,7 @@ def _check_lender(asked: Asked) -> None:
         raise RecipeError("--trained lends routers to be healed; give adapter.steps=… or another key of adapter.")
     if adapter.joint:
         raise RecipeError("adapter.joint=true trains the routers too; leave --trained out, or set it to false.")
-    if not (trained / RUNS).is_dir():
+    if not os.path.isdir(trained / RUNS):  # which answers for names that are too long
         raise RunError(f"{trained} is not the folder of a comparison; name the --out of one as --trained.")
-    if asked.folder.resolve() == trained.resolve():
+    if os.path.realpath(asked.folder) == os.path.realpath(trained):
         raise RunError(f"{trained} holds the unhealed runs, which stay; give another --out for the healed ones.")

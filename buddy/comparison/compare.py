@@ -36,6 +36,7 @@ from buddy.training.data import TextData
 from buddy.training.inputs import inputs_of
 from buddy.training.session import Session, prepare
 
+MadeOf = Mapping[str, Mapping[str, str]]  # digests of model, text and code, by router
 FOUND = 0.5  # seconds within which a run that was finished before is passed by
 
 
@@ -61,9 +62,10 @@ def compare(asked: Asked) -> int:
         for each, recipe in recipes.items()
     }
     made_of = {recipe.router.name: inputs_of(recipe, backbone, data) for recipe in recipes.values()}
-    if asked.trained is not None:
-        runs = _with_lent(runs, asked.trained / RUNS, made_of, backbone)
-    check_reuse([run for group in runs.values() for run in group], made_of, data.test.fingerprint)
+    windows = data.test.fingerprint
+    check_reuse([run for group in runs.values() for run in group], made_of, windows)
+    if asked.trained is not None and not asked.finished:
+        runs = _with_lent(runs, asked.trained / RUNS, made_of, windows, backbone)
     if asked.finished:
         runs = _finished(runs, asked.folder)
     with _locked(asked.folder):
@@ -144,21 +146,29 @@ def _draws(recipe: Recipe, router: AnyRouter) -> bool:
 
 
 def _with_lent(
-    runs: Mapping[str, Sequence[Planned]], folder: Path, made_of: Mapping[str, Mapping[str, str]], backbone: Backbone
+    runs: Mapping[str, Sequence[Planned]], folder: Path, made_of: MadeOf, windows: str, backbone: Backbone
 ) -> dict[str, list[Planned]]:
     """The runs with the routers that finished ones in a folder lend; those without a lender are said.
 
     A router that is the same for every seed was fitted once, and is lent to all.
+
+    Raises:
+        RunError: none is lent, or one was made otherwise.
     """
     found = {}
     for label, group in runs.items():
-        recipe = group[0].recipe
-        same = not _draws(recipe, _router(recipe, backbone))
-        inputs = made_of[recipe.router.name]
-        found[label] = [with_lent(run, folder, inputs, group[0].seed if same else run.seed) for run in group]
-    alone = [run.words for group in found.values() for run in group if run.lent is None]
+        first = group[0]
+        router, inputs = _router(first.recipe, backbone), made_of[first.recipe.router.name]
+        recipes = [run.recipe if _draws(run.recipe, router) else first.recipe for run in group]
+        there = folder / first.folder.parent.name
+        lenders = [planned(label, recipe, there, 1, router.trainable)[0] for recipe in recipes]
+        found[label] = [with_lent(run, lender, inputs, windows) for run, lender in zip(group, lenders, strict=True)]
+    everyone = [run for group in found.values() for run in group]
+    if not any(run.lent for run in everyone):
+        raise RunError(f"{folder} holds a finished run of none of these routers and seeds; leave --trained out.")
+    alone = [run.words for run in everyone if run.lent is None and not is_finished(run)]
     if alone:
-        errors.print(f"Fitted here, for want of a finished run: {'; '.join(alone)}.", soft_wrap=True)
+        errors.print(f"To be fitted here, for want of a finished run: {'; '.join(alone)}.", soft_wrap=True)
     return found
 
 

@@ -77,28 +77,29 @@ def is_finished(run: Planned) -> bool:
     return (run.folder / FACTS).is_file()
 
 
-def with_lent(run: Planned, folder: Path, made_of: Mapping[str, str], seed: int) -> Planned:
-    """The run with the router of the one of the same name in a comparison's runs, if that is finished.
+def with_lent(run: Planned, lender: Planned, made_of: Mapping[str, str], windows: str) -> Planned:
+    """The run with the router of one that was made under the same recipe without an adapter, if that is finished.
 
     Args:
-        folder: of the runs of that comparison.
+        lender: in its folder, with the recipe of `run`; `trained` says whether training has a part in its router.
         made_of: digests of model, text and code.
-        seed: of the run that lends.
+        windows: fingerprint of the recipe's test windows.
 
     Raises:
-        RunError: that one was made with another recipe, the adapter apart, or of something else.
+        RunError: the lender was made otherwise, or was healed itself.
     """
-    recipe = replace(run.recipe, seed=seed)
-    there = planned(run.label, recipe, folder / run.folder.parent.name, 1)[0]
-    if not is_finished(there):
+    if not is_finished(lender):
         return run
-    keys = list(_differing(there, (*FREE, "adapter")))
-    changed = [name for name, digest in (inputs_in(there.folder) or {}).items() if made_of.get(name) != digest]
+    if read_run(lender.folder).recipe.adapter is not None:
+        raise RunError(f"{lender.folder} was healed itself; name the comparison that it came from as --trained.")
+    free = (*FREE, "adapter", *(() if lender.trained else TRAINING))
+    keys = list(_differing(lender, free))
+    changed = _changed(lender, made_of)
     if keys or changed:
         reason = f"another recipe ({'; '.join(keys)})" if keys else f"another {' and another '.join(changed)}"
-        raise RunError(f"{there.folder} was made with {reason} and cannot lend its router; leave --trained out.")
-    check_backbone(read_run(there.folder), made_of["model"])
-    return replace(run, lent=there.folder)
+        raise RunError(f"{lender.folder} was made with {reason} and cannot lend its router; leave --trained out.")
+    _check_whole(lender, made_of["model"], windows)
+    return replace(run, lent=lender.folder)
 
 
 def check_reuse(runs: Sequence[Planned], made_of: Mapping[str, Mapping[str, str]], windows: str) -> None:
@@ -122,22 +123,31 @@ def check_reuse(runs: Sequence[Planned], made_of: Mapping[str, Mapping[str, str]
             "another --out, or delete that folder."
         )
     for run in filter(is_finished, runs):  # unfinished ones begin anew where something changed
-        here, there = made_of[run.recipe.router.name], inputs_in(run.folder) or {}
-        changed = [name for name, digest in there.items() if here.get(name) != digest]
+        changed = _changed(run, made_of[run.recipe.router.name])
         if changed:
             raise RunError(
                 f"{run.folder} was made before the {' and the '.join(changed)} changed and cannot stand in this "
                 "comparison; give another --out, or delete that folder."
             )
-        check_backbone(read_run(run.folder), made_of[run.recipe.router.name]["model"])
-        metrics = read_metrics(run.folder)
-        if not _is_complete(metrics):
-            raise damaged(run.folder / METRICS, "something is missing or wrong in it")
-        if metrics.get("windows") != windows:
-            raise RunError(
-                f"{run.folder} was measured on other test windows, so the text in {run.recipe.data.source} has changed "
-                "since; give another --out, or delete that folder."
-            )
+        _check_whole(run, made_of[run.recipe.router.name]["model"], windows)
+
+
+def _changed(run: Planned, made_of: Mapping[str, str]) -> list[str]:
+    """What a finished run was made of that is another now."""
+    return [name for name, digest in (inputs_in(run.folder) or {}).items() if made_of.get(name) != digest]
+
+
+def _check_whole(run: Planned, model: str, windows: str) -> None:
+    """Raises RunError where a finished run lacks results, is of another model, or was measured on other windows."""
+    check_backbone(read_run(run.folder), model)
+    metrics = read_metrics(run.folder)
+    if not _is_complete(metrics):
+        raise damaged(run.folder / METRICS, "something is missing or wrong in it")
+    if metrics.get("windows") != windows:
+        raise RunError(
+            f"{run.folder} was measured on other test windows, so the text in {run.recipe.data.source} has changed "
+            "since; give another --out, or delete that folder."
+        )
 
 
 def _is_complete(metrics: Mapping[str, Any]) -> bool:

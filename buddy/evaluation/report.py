@@ -122,6 +122,7 @@ def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Ma
     metrics = {f"perplexity_at_{s.budget:g}": s.perplexity for s in ordered}
     metrics |= {f"fit_{name}": value for name, value in fit.items()}
     columns = [f"perplexity_at_{budget:g}" for budget in recipe.budgets]
+    columns += ["fit_adapter_lr"] if recipe.adapter is not None and recipe.adapter.rates else []
     text = "\n".join(f"    {key}: {value}" for key, value in flatten(recipe).items())
     write_run(folder, curves, settings_of(recipe), metrics, {"recipe": text}, columns)
 

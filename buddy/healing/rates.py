@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
@@ -16,12 +17,13 @@ from buddy.assemble import budgets_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
 from buddy.evaluation.perplexity import evaluate
-from buddy.files import read_json, write_json
-from buddy.healing.adapter import Adapter
+from buddy.files import checksum, read_json, write_json
+from buddy.healing.adapter import WEIGHTS, Adapter
 from buddy.healing.heal import forget, heal, identity_of
 from buddy.place import ADAPTER
 from buddy.progress import errors, tracker
-from buddy.schema import Recipe
+from buddy.recipe import to_yaml
+from buddy.schema import PredictorSection, Recipe
 from buddy.training.data import TextData
 from buddy.training.module import NotFinite
 
@@ -51,15 +53,18 @@ def heal_at_the_best(
         TrainingError: no rate stayed finite; or as `heal`.
         KeyboardInterrupt: stopped in good order by a signal.
     """
+    processes.alike(routed.router)
     found: dict[float, float] = {}
     for rate in recipe.adapter.rates:
         place = folder / RATES / str(rate)
         asked = replace(recipe, adapter=replace(recipe.adapter, lr=rate))
-        kept = _kept(asked, routed, place)
+        kept = processes.tell(_kept(place, _made_of(asked, routed, data)) if processes.leads() else None)
         found[rate] = _try(asked, routed, data, place, callbacks) if kept is None else kept
     best = min(found, key=found.__getitem__)
     if found[best] == math.inf:
-        raise TrainingError("Healing stayed finite at none of adapter.rates; give lower ones.")
+        trained = folder / "checkpoints" / "last.ckpt"
+        kept_router = f", and trainer.ckpt_path={trained} to keep the router" if trained.exists() else ""
+        raise TrainingError(f"Healing stayed finite at none of adapter.rates; give lower ones{kept_router}.")
     errors.print(f"Healed {recipe.router.name} best at a rate of {best:g}, by validation windows", soft_wrap=True)
     routed.adapt(Adapter.load(routed.backbone, folder / RATES / str(best) / ADAPTER))
     routed.adapter.freeze()
@@ -76,22 +81,25 @@ def forget_rates(folder: Path) -> None:
 
 def _try(recipe: Recipe, routed: RoutedLM, data: TextData, place: Path, callbacks: Sequence[Callback]) -> float:
     """The objective of an adapter that was trained at the recipe's rate; adapter and figure are kept in `place`."""
+    kept: dict[str, Any] = {"made_of": _made_of(recipe, routed, data)}
     if processes.leads():
         place.mkdir(parents=True, exist_ok=True)
+        write_json(place / FOUND, kept)
+    value = math.inf
     with _adapter_off_afterwards(routed):
         try:
             heal(recipe, routed, data, place, callbacks)
+            processes.alike(routed.adapter.parts)
             value = _objective(recipe, routed, data)
             if processes.leads():
                 routed.adapter.save(place / ADAPTER)
+                kept["adapter"] = checksum(place / ADAPTER / WEIGHTS)
         except TrainingError as error:
             if not isinstance(error.__cause__, NotFinite):
                 raise
-            errors.print(f"Left out a rate of {recipe.adapter.lr:g}: {error}", soft_wrap=True)
-            value = math.inf
+            errors.print(f"Left out a rate of {recipe.adapter.lr:g}: {error.__cause__}.", soft_wrap=True)
     if processes.leads():
-        kept = {"objective": value if value < math.inf else None, "made_of": _made_of(recipe, routed)}
-        write_json(place / FOUND, kept)
+        write_json(place / FOUND, kept | {"objective": value if value < math.inf else None})
     processes.wait()  # all look at what the first one has written
     return value
 
@@ -118,19 +126,36 @@ def _objective(recipe: Recipe, routed: RoutedLM, data: TextData) -> float:
         track=tracker(f"Validating a rate of {recipe.adapter.lr:g}"),
     )
     kl, ce = recipe.objective.kl, recipe.objective.ce
-    return sum(kl * each.mean_kl + ce * math.log(each.perplexity) for each in scores) / len(scores)
+    mean = sum(
+        (kl * each.mean_kl if kl else 0.0) + (ce * float(each.loss.sum() / each.tokens.sum()) if ce else 0.0)
+        for each in scores
+    ) / len(scores)
+    if not math.isfinite(mean):
+        words = f"Left out a rate of {recipe.adapter.lr:g}: its objective on validation windows is not finite."
+        errors.print(words, soft_wrap=True)
+    return mean if math.isfinite(mean) else math.inf
 
 
-def _kept(recipe: Recipe, routed: RoutedLM, place: Path) -> float | None:
-    """The objective that an earlier beginning of the same healing found; None where there was none."""
+def _kept(place: Path, made_of: Mapping[str, str]) -> float | None:
+    """The objective that an earlier beginning of the same healing found; None where there was none.
+
+    What was begun of another one is removed, its checkpoint and curves with it.
+    """
     try:
         held = read_json(place / FOUND)
+        if held["made_of"] != made_of:
+            shutil.rmtree(place)
+            return None
         value = math.inf if held["objective"] is None else float(held["objective"])
-        same = held["made_of"] == _made_of(recipe, routed)
-    except (BuddyError, LookupError, TypeError, ValueError):
+        whole = value == math.inf or checksum(place / ADAPTER / WEIGHTS) == held["adapter"]
+    except (BuddyError, LookupError, OSError, TypeError, ValueError):
         return None
-    return value if same else None
+    return value if whole else None
 
 
-def _made_of(recipe: Recipe, routed: RoutedLM) -> dict[str, str]:
-    return {**identity_of(recipe, routed.router), "adapter.steps": str(recipe.adapter.steps)}
+def _made_of(recipe: Recipe, routed: RoutedLM, data: TextData) -> dict[str, str]:
+    """What decides the result of a rate: the recipe but for names and the other rates, the text, and the router."""
+    trainer, adapter = replace(recipe.trainer, ckpt_path=None), replace(recipe.adapter, rates=[])
+    alone = replace(recipe, output="", rivals=[], predictor=PredictorSection(), trainer=trainer, adapter=adapter)
+    texts = f"{data.fingerprint} {data.train_fingerprint}"
+    return {"recipe": to_yaml(alone), "texts": texts, **identity_of(recipe, routed.router)}

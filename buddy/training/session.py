@@ -101,6 +101,7 @@ class Session:
         with on_disk(place.final), place.lock(), self.routed(recipe) as routed:
             inputs = inputs_of(recipe, self.backbone, self.data)
             if processes.count() == 1 and place.sealed(recipe, inputs):
+                _tidy(place.partial)
                 return scores_of(read_metrics(place.publish()))
             folder = place.open_partial(recipe, inputs)
             watch, fitted = Stopwatch(folder / WATCH), False
@@ -117,8 +118,8 @@ class Session:
                 processes.wait()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
-                    rates = self._fit(recipe, routed, folder, lent)
                     before = 0.0 if lent is None else read_metrics(lent)["fit"]["seconds"]
+                    rates = self._fit(recipe, routed, folder, lent)
                     spent = {"seconds": before + watch.seconds, "parameters": _parameters(routed)}
                     watch.save()
                     fitted = True
@@ -129,10 +130,7 @@ class Session:
                     routed.adapter.save(folder / ADAPTER)
                 write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint, rates=rates)
                 place.seal()
-                watch.forget()
-                forget(folder)
-                forget_rates(folder)
-                forget_targets(folder)
+                _tidy(folder)
             except BaseException as error:
                 goes_on = isinstance(error, KeyboardInterrupt) or any(folder.rglob("*.ckpt"))
                 if not goes_on:
@@ -173,6 +171,7 @@ class Session:
         callbacks = [self._watch] if self._watch else []
         if lent is not None:
             restore_router(routed, lent)
+            (folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # of a router begun here before
         else:
             self._calibrate(recipe, routed)
             both = trains_both(recipe, routed.router)
@@ -238,3 +237,11 @@ def _parameters(routed: RoutedLM) -> int:
     """Numbers that router and adapter add to the model for training; what was only measured is not among them."""
     adapter = 0 if routed.adapter is None else routed.adapter.size
     return sum(parameter.numel() for parameter in routed.router.parameters()) + adapter
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    (folder / WATCH).unlink(missing_ok=True)
+    forget(folder)
+    forget_rates(folder)
+    forget_targets(folder)

@@ -47,10 +47,6 @@ class Stopwatch(Callback):
         self._saved = time.perf_counter()
         write_json(self._path, {"seconds": self.seconds})
 
-    def forget(self) -> None:
-        """Remove the file; the run is whole."""
-        self._path.unlink(missing_ok=True)
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.is_global_zero:
             self.tick()

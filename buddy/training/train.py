@@ -102,7 +102,11 @@ def run(
             with processes.linked():
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
-            raise failed(trainer, error) from error
+            sentence = failed(trainer, error)
+            if keeper.asked:  # whoever might go on with something else must not
+                errors.print(str(sentence), soft_wrap=True)
+                raise KeyboardInterrupt from error
+            raise sentence from error
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             if start and not keeper.began:  # it has the right parts, and something else in them
                 raise _unusable(start, f"{type(error).__name__}: {error}") from error

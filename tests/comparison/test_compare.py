@@ -219,7 +219,7 @@ def test_lent_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, caps
     assert compare(ask(tmp_path / "lent", *HEAL, **options, trained=whole)) == 0
     said = capsys.readouterr().err
     assert "Training" not in said
-    assert "Fitted here" not in said
+    assert "fitted here" not in said
     assert compare(ask(tmp_path / "own", *HEAL, **options)) == 0
     assert "Training buddy" in capsys.readouterr().err
     lent, own = ({n: p.parent for n, p in router_files(tmp_path / name).items()} for name in ("lent", "own"))
@@ -239,7 +239,7 @@ def test_lent_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, caps
 def test_a_router_that_nobody_lends_is_fitted_and_said(ask, whole, tmp_path, capsys):
     asked = ask(tmp_path, *HEAL, routers="uniform,shortgpt", seeds=1, domains=None, trained=whole)
     assert compare(asked) == 0
-    assert "Fitted here, for want of a finished run: uniform, seed 0." in capsys.readouterr().err
+    assert "To be fitted here, for want of a finished run: uniform, seed 0." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -248,16 +248,55 @@ def test_a_router_that_nobody_lends_is_fitted_and_said(ask, whole, tmp_path, cap
         ([], "whole", RecipeError, r"lends routers to be healed; give adapter.steps"),
         (["adapter.joint=true"], "whole", RecipeError, r"joint=true trains the routers too; leave --trained out"),
         (["adapter.steps=2"], "nowhere", RunError, r"nowhere is not the folder of a comparison"),
+        (["adapter.steps=2"], "x" * 300, RunError, r"x is not the folder of a comparison"),
         (["adapter.steps=2"], "out", RunError, r"holds the unhealed runs, which stay; give another --out"),
         (["adapter.steps=2", "optimizer.lr=0.1"], "whole", RunError, r"recipe .optimizer.lr: 0.006 there, 0.1 here"),
+        (["adapter.steps=2", "seed=7"], "whole", RunError, r"a finished run of none of these routers and seeds; leave"),
     ],
 )
 def test_what_cannot_be_lent_is_refused(ask, whole, tmp_path, overrides, lender, error, said):
     (tmp_path / "out" / "runs").mkdir(parents=True)
-    asked = ask(tmp_path / "out", *overrides, trained=whole if lender == "whole" else tmp_path / lender)
+    routers = "buddy,random" if "seed=7" in overrides else ROUTERS
+    asked = ask(
+        tmp_path / "out", *overrides, routers=routers, trained=whole if lender == "whole" else tmp_path / lender
+    )
     with pytest.raises(error, match=said):
         compare(asked)
     assert not [*(tmp_path / "out" / "runs").iterdir()]
+
+
+def test_a_router_that_was_not_trained_is_lent_whatever_training_would_be(ask, whole, tmp_path, capsys):
+    asked = ask(tmp_path, *HEAL, "optimizer.lr=0.1", routers="shortgpt", seeds=1, domains=None, trained=whole)
+    assert compare(asked) == 0
+    assert "fitted here" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def lender(whole, tmp_path) -> Path:
+    """A comparison of one router, whose files may be changed."""
+    shutil.copytree(whole / "runs" / "shortgpt", tmp_path / "lender" / "runs" / "shortgpt")
+    return tmp_path / "lender"
+
+
+def test_a_lender_without_results_or_of_other_windows_is_refused_before_work(ask, lender, tmp_path):
+    run = lender / "runs" / "shortgpt" / "seed-0"
+    asked = ask(tmp_path / "out", "adapter.steps=2", routers="shortgpt", trained=lender)
+    facts, metrics = read_json(run / "run.json"), read_json(run / "metrics.json")
+    (run / "run.json").write_text(json.dumps({**facts, "checksums": {}}))
+    (run / "metrics.json").write_text(json.dumps({**metrics, "windows": "others"}))
+    with pytest.raises(RunError, match=r"was measured on other test windows, so the text in"):
+        compare(asked)
+    (run / "metrics.json").unlink()
+    with pytest.raises(RunError, match=r"metrics.json"):
+        compare(asked)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_lender_that_was_healed_is_refused(ask, whole, tmp_path):
+    options = {"routers": "shortgpt", "seeds": 1, "domains": None}
+    assert compare(ask(tmp_path / "healed", "adapter.steps=2", **options, trained=whole)) == 0
+    with pytest.raises(RunError, match=r"was healed itself; name the comparison that it came from as --trained"):
+        compare(ask(tmp_path / "again", "adapter.steps=3", **options, trained=tmp_path / "healed"))
 
 
 def test_a_router_of_other_code_is_not_lent(ask, whole, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """`adapter.rates`: each is tried, validation windows decide, and what was tried is not tried again."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from buddy.errors import RecipeError, TrainingError
 from buddy.evaluation.evaluate import evaluate_run
 from buddy.files import load_tensors
+from buddy.healing import rates
 from buddy.healing.module import HealingModule
 from buddy.training.fit import fit
 
@@ -37,6 +40,10 @@ def tried(small, tmp_path_factory) -> Path:
 
 class Killed(Exception):
     pass
+
+
+def kill() -> None:
+    raise Killed
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -120,10 +127,69 @@ def test_a_rate_that_diverges_is_left_out_and_said(small, tmp_path, monkeypatch,
     assert found["fit"]["adapter_lr"] == 0.001
 
 
-def test_no_rate_that_stays_finite_is_a_sentence(small, tmp_path, monkeypatch):
-    diverging(monkeypatch, 0.0)
-    with pytest.raises(TrainingError, match=r"stayed finite at none of adapter.rates; give lower ones"):
-        fit(small(tmp_path, ONE, *TRIED), "small")
+def test_no_rate_that_stays_finite_is_a_sentence_and_the_router_can_be_kept(small, tmp_path, monkeypatch, capsys):
+    briefly = ["trainer.max_steps=1", "objective.plans=2", "budgets=[1.0,0.5]"]
+    with monkeypatch.context() as patch:
+        diverging(patch, 0.0)
+        with pytest.raises(
+            TrainingError, match=r"at none of adapter.rates; give lower ones, and trainer.ckpt_path=.*last.ckpt"
+        ):
+            fit(small(tmp_path, *briefly, *TRIED), "small")
+    checkpoint = tmp_path / "small" / ".buddy.partial" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    fit(small(tmp_path, *briefly, *HEALED, "adapter.rates=[0.0005]", f"trainer.ckpt_path={checkpoint}"), "small")
+    assert "Training buddy" not in capsys.readouterr().err
+
+
+def test_an_objective_that_is_no_number_loses(small, tmp_path, monkeypatch, capsys):
+    """The rate is the first one, where a plain `min` would keep it."""
+    measure = rates.evaluate
+
+    seen = []
+
+    def measured(routed, *args, **options):
+        scores = measure(routed, *args, **options)
+        seen.append(None)
+        return [replace(each, kl=each.kl * math.nan) for each in scores] if len(seen) == 1 else scores
+
+    monkeypatch.setattr(rates, "evaluate", measured)
+    fit(small(tmp_path, ONE, *HEALED, "adapter.rates=[0.02,0.001]"), "small")
+    assert "Left out a rate of 0.02: its objective on validation windows is not finite" in capsys.readouterr().err
+    found = metrics(tmp_path / "small" / "shortgpt")
+    assert found["fit"]["adapter_lr"] == 0.001
+    assert found["rates"]["0.02"] is None
+
+
+def test_what_was_tried_for_another_recipe_is_tried_again(small, tmp_path, monkeypatch):
+    """A named checkpoint keeps an unfinished folder whatever else of the recipe changed."""
+    briefly = ["trainer.max_steps=1", "objective.plans=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("buddy.training.session.save_router", lambda *_: kill())
+        with pytest.raises(Killed):
+            fit(small(tmp_path, *briefly, *TRIED), "small")
+    partial = tmp_path / "small" / ".buddy.partial"
+    assert (partial / "rates" / "0.02" / "validation.json").exists()
+    named = f"trainer.ckpt_path={partial / 'checkpoints' / 'last.ckpt'}"
+    steps, healing = [], HealingModule._healing
+
+    def counted(self, *args):
+        steps.append(self.settings["lr"])
+        return healing(self, *args)
+
+    monkeypatch.setattr(HealingModule, "_healing", counted)
+    fit(small(tmp_path, *briefly, *TRIED, named, "objective.ce=1.0"), "small")
+    assert [steps.count(rate) for rate in RATES] == [STEPS] * 3
+
+
+def test_a_tried_adapter_that_was_damaged_is_tried_again(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("buddy.training.session.save_router", lambda *_: kill())
+        with pytest.raises(Killed):
+            fit(small(tmp_path, ONE, *TRIED), "small")
+    place = tmp_path / "small" / ".shortgpt.partial" / "rates" / "0.02" / "adapter"
+    (place / "adapter_model.safetensors").write_bytes(b"cut")
+    fit(small(tmp_path, ONE, *TRIED), "small")
+    assert metrics(tmp_path / "small" / "shortgpt")["fit"]["adapter_lr"] == 0.02
 
 
 @pytest.mark.parametrize(
