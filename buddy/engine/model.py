@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from buddy.backbone import Backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
+from buddy.engine.checks import check_forward
 from buddy.engine.host import Host
 from buddy.engine.policies import policy_named
 from buddy.engine.record import Output, Record
 from buddy.engine.request import Request, Settings, held_scores, plan_tokens, within_scope
-from buddy.errors import BuddyError, BudgetError
-from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
+from buddy.errors import BudgetError
+from buddy.router import AnyRouter, Context, Geometry
 
 PoolKind = Literal["value", "key", "both"]
 Choose = Callable[[Context], Tensor]  # contexts of prompts (B,) → K (B,) long
@@ -242,7 +243,7 @@ class RoutedLM(nn.Module):
         Raises:
             BuddyError: `everything` or `gates` under a policy other than "fill"; `weighted` without a layerwise router.
         """
-        self._check(everything or gates is not None, gates is not None, weighted)
+        check_forward(self, everything or gates is not None, gates is not None, weighted)
         asked = None if executed is None else tuple(executed.tolist())
         adapted = nullcontext() if executed is not None or runs is not None else self._unadapted()
         with adapted, self._host.requested(Request(asked, runs, gates, prompt, everything, weighted)):
@@ -253,22 +254,6 @@ class RoutedLM(nn.Module):
         ran = done.ran()
         weights = torch.stack(done.weights, -1) if weighted and done.weights else None
         return Output(logits, done.context, done.scores, ran.runs, ran.executed, ran.sinks, weights)
-
-    def _check(self, everything: bool, gated: bool, weighted: bool) -> None:
-        """Refuse what a forward cannot do with this policy, router or model."""
-        if everything and self.policy.name != "fill":
-            raise BuddyError(
-                f"Computing every layer, and so the straight-through estimator, needs the policy 'fill', not "
-                f"{self.policy.name!r}; choose that, or the perturbed estimator."
-            )
-        if weighted and not isinstance(self.router, LayerwiseRouter):
-            raise BuddyError(f"{type(self.router).__name__} has no gates to weigh layers by; a LayerwiseRouter has.")
-        model = self.backbone.model
-        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers)
-        healed = self.adapter is not None and torch.is_grad_enabled()
-        if (weighted or gated or healed) and model.training and checkpointing:
-            what, otherwise = ("Plans", "") if healed else ("Gates", ", or train with perturbed plans")
-            raise BuddyError(f"{what} do not go through gradient checkpointing; turn it off{otherwise}.")
 
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
         """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`."""
