@@ -65,6 +65,7 @@ def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, f
             prompts=(tokens,),
             batches=(1,),
             rounds=ROUNDS,
+            by_token=False,  # each turn attaches a router
             track=tracker("Timing, in rounds"),
         )
     dense, full, *others = timings.items()

@@ -1,7 +1,8 @@
 """What a budget costs in time: prefill and decode at each, against the dense and the physically pruned stock model.
 
-All contenders live in one process and share the weights. They run in turn, round by round, so that a drift of the
-machine's speed meets them all; figures are medians over rounds and ratios within this one run.
+All contenders live in one process and share the weights. They run in turn, round by round, and in decoding token by
+token, so that a drift of the machine's speed meets them all; figures are medians over rounds and ratios within this one
+run.
 """
 
 from __future__ import annotations
@@ -67,14 +68,18 @@ class Contender:
         return self.model(ids, cache=self._cache(), use_cache=True, logits_to_keep=1).cache
 
     def decode(self, ids: Tensor, prompt: int) -> float:
-        """Mean milliseconds of a step over the tokens after the first `prompt` of (B, T)."""
+        """Mean milliseconds of a step over the tokens after the first `prompt` of (B, T), within what it spends."""
         cache = self.prefill(ids[:, :prompt])
+        steps = [self.step(ids[:, at : at + 1], cache) for at in range(prompt, ids.shape[1])]
+        return statistics.mean(steps)
+
+    def step(self, ids: Tensor, cache: Any) -> float:
+        """Milliseconds of one step on (B, 1)."""
         _wait(ids)
         start = time.perf_counter()
-        for at in range(prompt, ids.shape[1]):
-            self.model(ids[:, at : at + 1], cache=cache, use_cache=True)
+        self.model(ids, cache=cache, use_cache=True)
         _wait(ids)
-        return 1e3 * (time.perf_counter() - start) / (ids.shape[1] - prompt)
+        return 1e3 * (time.perf_counter() - start)
 
     def _cache(self) -> DynamicCache | None:
         """For a stock model an empty cache that grows as the engine's does; the engine makes its own."""
@@ -117,6 +122,7 @@ def race(
     batches: Sequence[int] = (1, 8),
     late: Tensor | None = None,
     rounds: int = 7,
+    by_token: bool = True,
     track: Track = iter,
 ) -> dict[tuple[str, int], Timings]:
     """Timings by (name, layers).
@@ -128,9 +134,11 @@ def race(
         batches: batch sizes whose decoding is timed.
         late: (1, T) long, a text whose last `STEPS` tokens are decoded after all before them; None for none.
         rounds: each contender runs once in each, after one round that is not counted.
+        by_token: take turns at each token of a decoding; not where it takes long to open what a contender spends.
         track: wraps the rounds to show progress.
     """
     timings = {(each.name, each.layers): Timings() for each in field_}
+    decoding = [each for each in field_ if each.decodes]
     for number in track(range(rounds + 1)):
         for each in field_:
             mine = timings[each.name, each.layers]
@@ -138,15 +146,43 @@ def race(
                 for length in prompts:
                     spent = _prefill_ms(each, ids[:1, :length])
                     mine.prefill.setdefault(length, []).extend([spent] if number else [])
-                for batch in batches if each.decodes else ():
-                    spent = each.decode(ids[:batch, : PROMPT + STEPS], PROMPT)
-                    mine.decode.setdefault(batch, []).extend([spent] if number else [])
-                if late is not None and each.decodes:
-                    spent = each.decode(late, late.shape[1] - STEPS)
-                    mine.decode_late.extend([spent] if number else [])
+        decode = decode_in_turn if by_token else _decode_one_by_one
+        steps = {batch: decode(decoding, ids[:batch, : PROMPT + STEPS], PROMPT) for batch in batches}
+        after = [] if late is None else decode(decoding, late, late.shape[1] - STEPS)
+        for place, each in enumerate(decoding if number else ()):
+            mine = timings[each.name, each.layers]
+            for batch, spent_by_each in steps.items():
+                mine.decode.setdefault(batch, []).append(spent_by_each[place])
+            mine.decode_late.extend(after[place : place + 1])
     for each in field_:
         _weigh(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
     return timings
+
+
+def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int) -> list[float]:
+    """Mean milliseconds of a step for each contender, over the tokens after the first `prompt` of (B, T).
+
+    All take one token before any takes the next, so that what disturbs the machine for a moment meets them alike.
+    """
+    caches = []
+    for each in field_:
+        with each.spends():
+            caches.append(each.prefill(ids[:, :prompt]))
+    spent = [0.0] * len(caches)
+    for at in range(prompt, ids.shape[1]):
+        for place, each in enumerate(field_):
+            with each.spends():
+                spent[place] += each.step(ids[:, at : at + 1], caches[place])
+    return [total / (ids.shape[1] - prompt) for total in spent]
+
+
+def _decode_one_by_one(field_: Sequence[Contender], ids: Tensor, prompt: int) -> list[float]:
+    """The same, each contender all its tokens at once."""
+    spent = []
+    for each in field_:
+        with each.spends():
+            spent.append(each.decode(ids, prompt))
+    return spent
 
 
 @torch.inference_mode()
