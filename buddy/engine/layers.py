@@ -217,10 +217,9 @@ def attach(layers: nn.ModuleList, seat: Seat, probes: list[tuple[Tensor, Any]]) 
     Raises:
         BackboneError: a layer writes no keys and values.
     """
+    adjoin_all(layers)
     ways = []
     for layer, probe in zip(layers, probes, strict=True):
-        if not shared_out(layer):
-            adjoin(layer.self_attn)
         with whole(layer):
             ways.append(choose(layer, *probe))
     with whole(layers[0]) as first:
@@ -230,6 +229,13 @@ def attach(layers: nn.ModuleList, seat: Seat, probes: list[tuple[Tensor, Any]]) 
         layer._index, layer._write_kv = index, write
         layer._kv_shape = (keys.shape[1], keys.shape[3])
         layer._seat = (seat,)  # in a tuple, so that torch does not look into it
+
+
+def adjoin_all(layers: nn.ModuleList) -> None:
+    """Lay the weights of keys and values side by side, where no devices share them out."""
+    for layer in layers:
+        if not shared_out(layer):
+            adjoin(layer.self_attn)
 
 
 def detach(layers: nn.ModuleList) -> None:

@@ -14,6 +14,7 @@ from buddy.backbone import Backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
 from buddy.engine.checks import check_forward
 from buddy.engine.host import Host
+from buddy.engine.layers import adjoin_all
 from buddy.engine.policies import policy_named
 from buddy.engine.record import Output, Record
 from buddy.engine.request import Request, Settings, held_scores, plan_tokens, within_scope
@@ -122,6 +123,7 @@ class RoutedLM(nn.Module):
         """Add the adapter to the backbone's weights for good; nothing stands for the stock model then."""
         self.adapter.merge()
         self.adapter = None
+        adjoin_all(self.backbone.layers)
         self.forget_sinks()
 
     @contextmanager

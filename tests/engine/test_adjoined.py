@@ -133,5 +133,6 @@ def test_an_adapter_has_its_say_in_what_is_owed():
         torch.testing.assert_close(ours, theirs)
         assert not torch.allclose(ours, before)
     routed.merge()
+    assert Both()(layer.self_attn) is not None, "what was merged lies side by side again"
     merged = layer._write_kv(layer, hidden, embeddings)
     assert not torch.allclose(merged[1], stock[1])
