@@ -291,6 +291,8 @@ def values_of(item) -> st.SearchStrategy:
         return st.floats(**{"max_value": 1e300, **limits}, exclude_min="above" in bounds)
     if item.name == "options":
         return OPTIONS
+    if kind == list[float]:
+        return st.lists(st.floats(0, 100, exclude_min=True), max_size=3, unique=True)
     if kind == list[str]:
         return st.lists(WORD, max_size=3, unique=True)
     return {bool: st.booleans(), str: WORD}.get(kind, st.none() | WORD)
@@ -312,7 +314,10 @@ RECIPES = st.builds(
     rivals=st.lists(WORD, max_size=3, unique=True),
     objective=section(ObjectiveSection).map(lambda o: replace(o, kl=o.kl + 0.5, plans=2 * o.plans)),
     optimizer=section(OptimizerSection),
-    adapter=st.none() | section(AdapterSection).map(lambda a: replace(a, targets=a.targets or ["all-linear"])),
+    adapter=st.none()
+    | section(AdapterSection).map(
+        lambda a: replace(a, targets=a.targets or ["all-linear"], joint=a.joint and not a.rates)
+    ),
     trainer=section(TrainerSection),
     seed=st.integers(0, 2**32 - 1),
     output=WORD,
