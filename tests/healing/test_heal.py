@@ -21,7 +21,7 @@ from buddy.files import load_tensors, save_tensors
 from buddy.healing.module import HealingModule
 from buddy.runs import read_run
 from buddy.training.fit import fit
-from tests.healing.made import IDS
+from tests.healing.made import IDS, assert_same, metrics, weights
 from tests.small import write_text
 
 STEPS = 7
@@ -45,19 +45,6 @@ def healed(small, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("healed")
     fit(small(output, "rivals=[shortgpt,full]", *HEALED), "small")
     return output / "small"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_tensors(folder / "adapter" / "adapter_model.safetensors")
-
-
-def assert_same(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
 
 
 # Whole

@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.errors import RecipeError, TrainingError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.files import load_tensors
 from buddy.healing import rates
 from buddy.healing.module import HealingModule
 from buddy.training.fit import fit
+from tests.healing.made import assert_same, metrics, weights
 
 STEPS = 7
 RATES = [0.0001, 0.02, 0.001]
@@ -46,20 +45,6 @@ def kill() -> None:
     raise Killed
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_tensors(folder / "adapter" / "adapter_model.safetensors")
-
-
-def assert_same(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
 def test_the_adapter_is_that_of_the_best_rate_alone(small, tried, tmp_path):
     found = metrics(tried)
     best = found["fit"]["adapter_lr"]
@@ -67,7 +52,7 @@ def test_the_adapter_is_that_of_the_best_rate_alone(small, tried, tmp_path):
     assert found["rates"][str(best)] == min(found["rates"].values())
     assert len({*found["rates"].values()}) == len(RATES)
     fit(small(tmp_path, ONE, *HEALED, f"adapter.lr={best}"), "small")
-    assert_same(tried, tmp_path / "small" / "shortgpt")
+    assert_same(*map(weights, (tried, tmp_path / "small" / "shortgpt")))
     assert metrics(tmp_path / "small" / "shortgpt")["results"] == found["results"]
 
 
@@ -104,7 +89,7 @@ def test_what_was_tried_is_not_tried_again(small, tried, tmp_path, monkeypatch):
         fit(small(tmp_path, ONE, *TRIED), "small")
     fit(small(tmp_path, ONE, *TRIED), "small")
     assert [steps[STEPS + 5 :].count(rate) for rate in RATES] == [0, STEPS - 3, STEPS]
-    assert_same(tried, tmp_path / "small" / "shortgpt")
+    assert_same(*map(weights, (tried, tmp_path / "small" / "shortgpt")))
     assert metrics(tmp_path / "small" / "shortgpt")["rates"] == metrics(tried)["rates"]
 
 
