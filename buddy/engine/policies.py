@@ -35,7 +35,7 @@ class Fill:
         owed = held.owed
         owed.append((hidden, embeddings))
         full = len(owed) >= BOUND or held.is_sliding  # a window forgets; nothing may be late
-        if not full and current.shape[1] == 1:  # the step of decoding, fifteen times a token
+        if not full and current.shape[1] == 1:  # a step of decoding comes here for each layer it skips
             return
         chunk = len(owed) > 1 and hidden.shape[1] > 1  # only a prompt waits whole
         if full or chunk or not current.may_wait(layer._index):

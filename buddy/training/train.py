@@ -102,11 +102,7 @@ def run(
             with processes.linked():
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
-            sentence = failed(trainer, error)
-            if keeper.asked:  # whoever might go on with something else must not
-                errors.print(str(sentence), soft_wrap=True)
-                raise KeyboardInterrupt from error
-            raise sentence from error
+            raise _ended(failed(trainer, error), keeper.asked) from error
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             if start and not keeper.began:  # it has the right parts, and something else in them
                 raise _unusable(start, f"{type(error).__name__}: {error}") from error
@@ -114,6 +110,17 @@ def run(
     if keeper.asked:
         errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer.max_steps} is kept.")
         raise KeyboardInterrupt
+
+
+def _ended(sentence: TrainingError, interrupted: bool) -> BaseException:
+    """What a training that did not stay finite ends with: the sentence, said at once where a signal came too.
+
+    The interrupt is raised then, so that a caller who could go on after such a training does not.
+    """
+    if not interrupted:
+        return sentence
+    errors.print(str(sentence), soft_wrap=True)
+    return KeyboardInterrupt()
 
 
 def _start(asked: str | None, last: Path) -> str | Path | None:

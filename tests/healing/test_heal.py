@@ -21,22 +21,16 @@ from buddy.files import load_tensors, save_tensors
 from buddy.healing.module import HealingModule
 from buddy.runs import read_run
 from buddy.training.fit import fit
-from tests.healing.made import IDS, assert_same, metrics, weights
+from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights
 from tests.small import write_text
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 STEPS = 7
 HEALED = [f"adapter.steps={STEPS}", "adapter.lr=0.02", "adapter.rank=2"]
 BRIEFLY = ["trainer.max_steps=1", "objective.plans=2", "budgets=[1.0,0.5]"]  # where the router does not matter
 NAMES = ("buddy", "shortgpt", "full")
 SIZE = 5 * 2 * (4 * (64 + 64) - 2 * 32 + 3 * (64 + 128))  # of an adapter of rank 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures(finished):
-    """Fits draw none here, once the runs are there that all tests share: others look at pictures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.evaluation.report.draw", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +137,6 @@ def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
 
 
 # Stopped
-
-
-class Killed(Exception):
-    pass
-
-
-def kill() -> None:
-    raise Killed
 
 
 def interrupt() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from buddy.evaluation.evaluate import evaluate_run
 from buddy.healing import rates
 from buddy.healing.module import HealingModule
 from buddy.training.fit import fit
-from tests.healing.made import assert_same, metrics, weights
+from tests.healing.made import Killed, assert_same, kill, metrics, weights
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 STEPS = 7
 RATES = [0.0001, 0.02, 0.001]
@@ -22,27 +26,12 @@ TRIED = [*HEALED, f"adapter.rates={RATES}"]
 ONE = "router=shortgpt"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures(finished):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.evaluation.report.draw", lambda *_: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def tried(small, tmp_path_factory) -> Path:
     """A run healed at the best of three rates; read it, never write into it."""
     output = tmp_path_factory.mktemp("tried")
     fit(small(output, ONE, *TRIED), "small")
     return output / "small" / "shortgpt"
-
-
-class Killed(Exception):
-    pass
-
-
-def kill() -> None:
-    raise Killed
 
 
 def test_the_adapter_is_that_of_the_best_rate_alone(small, tried, tmp_path):
@@ -110,6 +99,21 @@ def test_a_rate_that_diverges_is_left_out_and_said(small, tmp_path, monkeypatch,
     found = metrics(tmp_path / "small" / "shortgpt")
     assert found["rates"]["0.02"] is None
     assert found["fit"]["adapter_lr"] == 0.001
+
+
+def test_an_interrupt_in_the_step_that_is_not_finite_is_not_lost(small, tmp_path, monkeypatch, capsys):
+    healing, steps = HealingModule._healing, []
+
+    def broken(self, *args):
+        steps.append(self.settings["lr"])
+        os.kill(os.getpid(), signal.SIGINT)
+        return [part * math.nan for part in healing(self, *args)]
+
+    monkeypatch.setattr(HealingModule, "_healing", broken)
+    with pytest.raises(KeyboardInterrupt):
+        fit(small(tmp_path, ONE, *TRIED), "small")
+    assert steps == RATES[:1], "the next rate is not begun"
+    assert "the loss is not finite" in capsys.readouterr().err
 
 
 def test_no_rate_that_stays_finite_is_a_sentence_and_the_router_can_be_kept(small, tmp_path, monkeypatch, capsys):
