@@ -73,6 +73,7 @@ class Worker:
     def __init__(self, session: Session, recipe_name: str, texts: Texts, tasks: Tasks) -> None:
         self.session, self._recipe_name, self._texts, self._tasks = session, recipe_name, texts, tasks
         self._references = {domain: Reference() for domain in texts}
+        self._full: dict[str, list[dict[str, Any]]] = {}  # a task's entries at full depth
 
     def run(self, run: Planned) -> str | None:
         """Do what is missing of a run; None, or why it failed, in one sentence.
@@ -129,15 +130,27 @@ class Worker:
         return {"windows": self._texts[domain].fingerprint, **_made(run)}
 
     def _score(self, run: Planned, name: str) -> None:
-        from buddy.evaluation.tasks import task_scores
-
         tasks = self._tasks
         places = {name: place and str(place) for name, place in (("data", tasks.data), ("path", tasks.path))}
         asked = {"limit": tasks.limit, **_made(run), **places, **_content(name, tasks)}
         if _is_kept(task_file(run, name), asked):
             return
-        found = task_scores(run.folder, [name], limit=tasks.limit, task_data=tasks.data, task_path=tasks.path)
-        write_sealed(task_file(run, name), asked | found)
+        write_sealed(task_file(run, name), asked | {"results": self._entries(run, name, healed="adapter" in asked)})
+
+    def _entries(self, run: Planned, name: str, healed: bool) -> list[dict[str, Any]]:
+        """One for each budget; at full depth that of a run before: without healing all are the stock model there."""
+        from buddy.evaluation.tasks import task_scores
+
+        tasks, depth = self._tasks, self.session.backbone.num_layers
+        known = [] if healed else self._full.get(name, [])
+        with self.session.routed(run.recipe) as routed:
+            layers = {budget: routed.executed_layers(budget) for budget in budgets_of(run.recipe, routed)}
+        todo = [budget for budget, count in layers.items() if count < depth or not known]
+        found = task_scores(run.folder, [name], todo, tasks.limit, tasks.data, tasks.path)["results"] if todo else []
+        if not healed:
+            self._full[name] = known or [entry for entry in found if entry["layers"] == depth]
+        order = list(layers.values())
+        return sorted(known + found, key=lambda entry: order.index(entry["layers"]))
 
 
 def _made(run: Planned) -> dict[str, str]:

@@ -1,0 +1,57 @@
+"""What the work of a comparison shares between runs: tasks at full depth, where all are the stock model."""
+
+import json
+
+import pytest
+
+import buddy.evaluation.tasks as tasks
+from buddy.comparison.asked import Asked, Tasks
+from buddy.comparison.compare import compare
+from buddy.files import read_json
+from buddy.recipe import load_recipe
+
+ROUTERS = ("buddy", "shortgpt", "full")
+ITEMS = [{"question": f"Which is {n}?", "choices": ["one", "two words"], "label": n % 2} for n in range(5)]
+
+
+@pytest.fixture
+def ask(small, tmp_path):
+    """Makes an `Asked` of three routers and a task with overrides of the recipe."""
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+
+    def ask(*overrides: str) -> Asked:
+        overrides = ("trainer.max_steps=2", *overrides)
+        options = {"routers": ",".join(ROUTERS), "seeds": 1, "speed": False, "out": tmp_path / "out"}
+        wanted = Tasks(("piqa",), None, tmp_path, None)
+        return Asked(load_recipe(small.file, overrides), str(small.file), "small", overrides, tasks=wanted, **options)
+
+    return ask
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Budgets that tasks were scored at, run by run."""
+    found, real = [], tasks.task_scores
+
+    def task_scores(folder, names, budgets, *rest):
+        found.append((folder.parent.name, list(budgets)))
+        return real(folder, names, budgets, *rest)
+
+    monkeypatch.setattr("buddy.evaluation.tasks.task_scores", task_scores)
+    return found
+
+
+def test_full_depth_is_scored_once(ask, scored, tmp_path):
+    assert compare(ask()) == 0
+    assert scored == [("buddy", [1.0, 0.75, 0.5]), ("shortgpt", [0.75, 0.5])]
+    record = read_json(tmp_path / "out" / "comparison.json")
+    for run in record["runs"]:
+        folder = tmp_path / "out" / "runs" / run["router"] / "seed-0"
+        asked = [1.0] if run["router"] == "full" else [1.0, 0.75, 0.5]
+        alone = tasks.task_scores(folder, ["piqa"], asked, None, tmp_path)["results"]
+        assert run["tasks"] == alone
+
+
+def test_healed_runs_are_scored_at_full_depth_too(ask, scored):
+    assert compare(ask("adapter.steps=1")) == 0
+    assert scored == [("buddy", [1.0, 0.75, 0.5]), ("shortgpt", [1.0, 0.75, 0.5]), ("full", [1.0])]
