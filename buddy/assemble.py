@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from buddy.runs import Run, check_backbone, load_router
 from buddy.schema import Recipe
 from buddy.sharding import settle, shard, shards
 from buddy.training.data import TextData
+from buddy.training.sources import same_source
 from buddy.training.windows import Windows, windows_of
 
 if TYPE_CHECKING:
@@ -111,9 +113,15 @@ def data_of(recipe: Recipe, backbone: Backbone) -> TextData:
     """The recipe's text, described and not yet read.
 
     Raises:
-        RecipeError: windows longer than the backbone can read.
+        RecipeError: windows longer than the backbone can read, or more texts that are the recipe's own once more.
     """
     data = recipe.data
+    for key in ("train_sources", "calibration_sources"):
+        if any(same_source(each, data.source) for each in getattr(data, key)):
+            raise RecipeError(
+                f"data.{key} holds {data.source}, which is data.source: its test windows would be learned from. Leave "
+                "it out; its own share for learning is used anyway."
+            )
     if data.window > backbone.context_length:
         raise RecipeError(
             f"data.window is {data.window}, but {backbone.name} reads at most {backbone.context_length} tokens; set "
@@ -134,6 +142,23 @@ def data_of(recipe: Recipe, backbone: Backbone) -> TextData:
         train_sources=data.train_sources,
         calibration_sources=data.calibration_sources,
     )
+
+
+def held_out_of(recipe: Recipe, backbone: Backbone, *, calibration: bool = False) -> TextData:
+    """The recipe's text, read and split, for those who train nothing: no other text to train on is needed for it.
+
+    Args:
+        calibration: whether calibration windows are wanted, for which `data.calibration_sources` have to be read.
+
+    Raises:
+        BuddyError: as `data_of`, or the text cannot be read.
+    """
+    data = replace(recipe.data, train_sources=[])
+    data = data if calibration else replace(data, calibration_sources=[])
+    text = data_of(replace(recipe, data=data), backbone)
+    text.prepare_data()
+    text.setup()
+    return text
 
 
 def windows_in(

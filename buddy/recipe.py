@@ -63,7 +63,12 @@ def copy_recipe(source: str | Path, destination: Path) -> Path:
     text = path.read_text("utf-8")
     try:
         with target.open("x", encoding="utf-8") as file:
-            file.write(text)
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                target.unlink(missing_ok=True)  # half of it would bar the way of a second try
+                raise
     except FileExistsError as error:
         raise RecipeError(f"{target} exists and is not overwritten; name another file.") from error
     except OSError as error:

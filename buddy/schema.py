@@ -118,7 +118,7 @@ class TrainerSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, wholly described. The defaults are the quickstart without its rivals."""
+    """One run, wholly described."""
 
     backbone: BackboneSection = field(default_factory=BackboneSection)
     data: DataSection = field(default_factory=DataSection)

@@ -149,6 +149,13 @@ def test_evaluate(calls):
     ]
 
 
+def test_evaluate_refuses_a_split_of_another_text(calls):
+    result = call("evaluate", "--run", "r", "--data", "x.txt", "--split", "validation")
+    assert result.exit_code == 2
+    assert "Error: --split validation is of the run's own text, and --data names another" in result.output
+    assert calls == []
+
+
 def test_generate(calls):
     call("generate", "--run", "r", "--budget", "0.5", "My fellow citizens")
     defaults = {"budget": "0.5", "max_new_tokens": 64, "temperature": 0.0, "seed": 0, "chat": False}

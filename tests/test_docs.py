@@ -40,7 +40,8 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
     home.mkdir()
     recipes.mkdir()
     speeches = write_text(folder / "speeches.jsonl", documents=64)
-    (home / "my_text.txt").write_text(speeches.read_text().replace("\n", "\n\n"))
+    for name in ("my_text.txt", "my_letters.txt"):
+        (home / name).write_text(speeches.read_text().replace("\n", "\n\n"))
     tiny = [f"backbone.name={model}", "backbone.dtype=float32", f"data.source={speeches}", *TRAINER.split()]
     tiny += [f"data.{size}" for size in DATA.split()]
     for recipe in list_recipes():

@@ -78,6 +78,7 @@ TABLE = {
         "schema",
         "sharding",
         "training.data",
+        "training.sources",
         "training.windows",
     },
     "training": {*CONTRACTS, "engine", "progress", "training"},
@@ -144,7 +145,7 @@ TABLE = {
         "engine",
         "evaluation.figure",
         "inspection",
-        "training.data",
+        "training.sources",
         "training.windows",
     },
     "handover": {

@@ -21,6 +21,7 @@ from buddy.schema import (
     TrainerSection,
     leaves,
 )
+from tests.recovery.disks import FailingDisk
 
 
 def mistakes_of(*overrides: str) -> str:
@@ -258,6 +259,15 @@ def test_copy_never_overwrites(tmp_path):
     assert target.read_text() == "mine"
     with pytest.raises(RecipeError, match="cannot be written"):
         copy_recipe("quickstart", tmp_path / "missing" / "mine.yaml")
+
+
+def test_a_full_disk_leaves_no_half_of_a_copy(tmp_path):
+    with (
+        FailingDisk(tmp_path, 1).under(),
+        pytest.raises(RecipeError, match=r"mine.yaml cannot be written \(No space left"),
+    ):
+        copy_recipe("quickstart", tmp_path / "mine.yaml")
+    assert not list(tmp_path.iterdir())
 
 
 def test_flatten_gives_scalars_under_dotted_keys():

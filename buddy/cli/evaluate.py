@@ -7,6 +7,7 @@ import typer
 
 from buddy.cli.app import JsonOption, RunOption, app
 from buddy.cli.words import alone, budgets_of, refuse, words
+from buddy.errors import DataError
 
 Split = Literal["test", "validation"]
 
@@ -38,6 +39,8 @@ def evaluate(
     options: dict[str, Any] = {"limit": limit, "task_data": task_data, "task_path": task_path}
     if tasks is None:
         refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
+        if data is not None and split != "test":
+            raise DataError(f"--split {split} is of the run's own text, and --data names another; leave one out.")
         from buddy.evaluation.evaluate import evaluate_run
 
         evaluate_run(run, json_file=json, budgets=asked, data=data, split=split, devices=devices)

@@ -11,7 +11,12 @@ from pathlib import Path
 
 def shown_command(words: Sequence[str]) -> str:
     """The words as a person would type them, without the folders of files."""
-    return " ".join(shlex.quote("".join(map(shown_path, re.split(r"([,=])", word)))) for word in words)
+    return " ".join(shlex.quote(shown_text(word)) for word in words)
+
+
+def shown_text(text: str) -> str:
+    """A path by its last part; of other text, such as a list, each path in it."""
+    return shown_path(text) if os.path.exists(text) else "".join(map(shown_path, re.split(r"([],=[{} ])", text)))
 
 
 def shown_path(text: str) -> str:

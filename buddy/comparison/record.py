@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy.comparison.asked import Tasks
-from buddy.comparison.command import shown_path
+from buddy.comparison.command import shown_path, shown_text
 from buddy.comparison.domains import Domain
 from buddy.comparison.machine import machine, versions
 from buddy.comparison.planned import Planned, is_finished
@@ -56,7 +56,7 @@ def record_of(
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": {
-            key: shown_path(value) if isinstance(value, str) else value for key, value in flatten(recipe).items()
+            key: shown_text(value) if isinstance(value, str) else value for key, value in flatten(recipe).items()
         },
         "layers": layers,
         "versions": versions(),
@@ -96,10 +96,6 @@ def read_record(path: Path) -> dict[str, Any]:
     if made != FORMAT or missing:
         raise RunError(f"{path} is no comparison; name the comparison.json that `buddy compare` wrote.")
     return found
-
-
-def _shown(value: Any) -> Any:
-    return shown_path(value) if isinstance(value, str) else value
 
 
 def _domain(domain: Domain, texts: Texts) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Worker:
     def __init__(self, session: Session, recipe_name: str, texts: Texts, tasks: Tasks) -> None:
         self.session, self._recipe_name, self._texts, self._tasks = session, recipe_name, texts, tasks
         self._references = {domain: Reference() for domain in texts}
-        self._full: dict[str, list[dict[str, Any]]] = {}  # a task's entries at full depth
+        self._full: dict[str, dict[str, Any]] = {}  # a task's entry at full depth
 
     def run(self, run: Planned) -> str | None:
         """Do what is missing of a run; None, or why it failed, in one sentence.
@@ -110,7 +110,7 @@ class Worker:
     def _measure(self, run: Planned, domain: Domain, routed: RoutedLM) -> None:
         data = run.recipe.data
         sizes = f"a batch of {data.batch_size} × {data.window} tokens"
-        with within_memory(sizes, "set data.batch_size smaller"):
+        with within_memory(sizes, "free some, or compare anew with data.batch_size smaller and another --out"):
             scores = evaluate(
                 routed,
                 self._texts[domain],
@@ -142,15 +142,16 @@ class Worker:
         from buddy.evaluation.tasks import task_scores
 
         tasks, depth = self._tasks, self.session.backbone.num_layers
-        known = [] if healed else self._full.get(name, [])
+        known = None if healed else self._full.get(name)
         with self.session.routed(run.recipe) as routed:
             layers = {budget: routed.executed_layers(budget) for budget in budgets_of(run.recipe, routed)}
-        todo = [budget for budget, count in layers.items() if count < depth or not known]
+        todo = [budget for budget, count in layers.items() if known is None or count < depth]
         found = task_scores(run.folder, [name], todo, tasks.limit, tasks.data, tasks.path)["results"] if todo else []
-        if not healed:
-            self._full[name] = known or [entry for entry in found if entry["layers"] == depth]
-        order = list(layers.values())
-        return sorted(known + found, key=lambda entry: order.index(entry["layers"]))
+        entries = {entry["budget"]: entry for entry in found}
+        full = [entry for entry in found if entry["layers"] == depth]
+        if full and not healed:
+            self._full[name] = full[0]
+        return [entries.get(budget) or {**(known or {}), "budget": budget} for budget in layers]
 
 
 def _made(run: Planned) -> dict[str, str]:
@@ -162,7 +163,12 @@ def _made(run: Planned) -> dict[str, str]:
 def _content(name: str, tasks: Tasks) -> dict[str, Any]:
     """What tells whether the questions of a task are still the same."""
     lines = tasks.data / f"{name}.jsonl" if tasks.data else None
-    return {"lm_eval": version("lm_eval"), "lines": checksum(lines) if lines and lines.is_file() else None}
+    own = sorted(path for path in tasks.path.rglob("*") if path.is_file()) if tasks.path else []
+    return {
+        "lm_eval": version("lm_eval"),
+        "lines": checksum(lines) if lines and lines.is_file() else None,
+        "definitions": [checksum(path) for path in own],
+    }
 
 
 def evaluation_file(run: Planned, domain: Domain) -> Path:

@@ -13,13 +13,13 @@ from rich.table import Table
 
 from buddy.assemble import budgets_of, routed_from, windows_in
 from buddy.engine.model import RoutedLM
-from buddy.errors import BudgetError
+from buddy.errors import BudgetError, RunError
 from buddy.evaluation.figure import figure_at
 from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
 from buddy.files import check_place, write_json
 from buddy.latency import PROMPT as CONTEXT
 from buddy.memory import within_memory
-from buddy.progress import results, status, tracker
+from buddy.progress import errors, results, status, tracker
 from buddy.runs import Run, read_run
 
 FIGURE = "speed.png"
@@ -67,11 +67,15 @@ def bench_run(
     report |= {"peak_memory_mib": _peak_mib(), "threads": torch.get_num_threads(), "rounds": rounds}
     report |= {"late_context": late.shape[1] - STEPS, "latency_ms": _remeasured(routed, rounds)}
     _show(report, run)
-    draw(report, folder / FIGURE)
-    results.print(f"Figure: {folder / FIGURE}")
     if json_file:
         write_json(json_file, report)
-        results.print(f"JSON: {json_file}")
+        results.print(f"JSON: {json_file}", soft_wrap=True)
+    try:
+        draw(report, folder / FIGURE)
+    except RunError as error:  # to time a run needs no right to write into it
+        errors.print(f"No figure: {error}", soft_wrap=True)
+        return
+    results.print(f"Figure: {folder / FIGURE}", soft_wrap=True)
 
 
 def as_json(asked: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from buddy import processes, progress
-from buddy.assemble import budgets_of, data_of, routed_from, windows_in
+from buddy.assemble import budgets_of, held_out_of, routed_from, windows_in
 from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
@@ -59,7 +59,7 @@ def evaluate_run(
     with status("Reading text …"), processes.leader_first():
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {run.recipe.data.batch_size} × {windows.input_ids.shape[1]} tokens"
-    with within_memory(sizes, "free some, or set data.batch_size smaller in the run's recipe"), processes.linked():
+    with within_memory(sizes, "free some, or use a machine with more"), processes.linked():
         scores = _scores(run, routed, windows, asked)
     if not processes.leads():
         return
@@ -112,8 +112,5 @@ def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[fl
 def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:
     """The windows of a split of the run's text, or of another text as many as it has for its test."""
     if data is None:
-        text = data_of(run.recipe, routed.backbone)
-        text.prepare_data()
-        text.setup()
-        return getattr(text, split)
+        return getattr(held_out_of(run.recipe, routed.backbone), split)
     return windows_in(run.recipe, routed.backbone.tokenizer, data, count=run.recipe.data.test_windows)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddy.assemble import budgets_of, routed_from
-from buddy.budget import fraction_of
-from buddy.errors import DataError
+from buddy.budget import auto_of, fraction_of
+from buddy.errors import BudgetError, DataError
 from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, reason_of, require_lm_eval
 from buddy.evaluation.task_table import show_tasks
 from buddy.files import check_place, write_json
@@ -95,6 +95,8 @@ def _scored(
     require_lm_eval()
     if limit is not None and limit < 1:
         raise DataError(f"The limit is {limit}; give 1 or more items for each task, or none.")
+    if any(map(auto_of, budgets or ())):
+        raise BudgetError("Tasks are scored at fixed budgets, not at auto; ask for fractions such as 0.75.")
     with hushed():
         with status("Reading tasks …"):
             tasks = load_tasks(names, task_data, task_path)
@@ -111,8 +113,7 @@ def _scored(
         data = run.recipe.data
         tokens = data.batch_size * data.window
         model = BuddyLM(routed, asked[0], batch_tokens=tokens)
-        advice = "free some, or set data.batch_size smaller in the run's recipe"
-        with within_memory(f"a batch of {tokens} tokens", advice):
+        with within_memory(f"a batch of {tokens} tokens", "free some, or use a machine with more"):
             return {"results": _over_budgets(model, tasks, fractions, limit)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from buddy.assemble import data_of, routed_from, windows_in
+from buddy.assemble import held_out_of, routed_from, windows_in
 from buddy.budget import fraction_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
@@ -61,7 +61,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         with status("Reading text …"):
             texts = _texts(run, routed, data)
         sizes = f"a batch of {run.recipe.data.batch_size} × {texts.choosing.input_ids.shape[1]} tokens"
-        with within_memory(sizes, "free some, or set data.batch_size smaller in the run's recipe"):
+        with within_memory(sizes, "free some, or use a machine with more"):
             choice = _choose(run, routed, texts.choosing, executed)
             scores, cut = _measure(run, routed, texts.measuring, choice, budget)
         with status(f"Writing {out} …"):
@@ -78,9 +78,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
 def _texts(run: Run, routed: RoutedLM, data: str | None) -> Texts:
     section = run.recipe.data
     if data is None:
-        text = data_of(run.recipe, routed.backbone)
-        text.prepare_data()
-        text.setup()
+        text = held_out_of(run.recipe, routed.backbone, calibration=True)
         return Texts(text.calibration, text.validation)
     count = section.calibration_windows + section.validation_windows
     found = windows_in(run.recipe, routed.backbone.tokenizer, data, count=count)

@@ -64,10 +64,17 @@ def _show(run: Run, where: str, name: str, files: list[str]) -> None:
 
 
 def _folders(run: Run) -> str:
-    recipe = run.recipe
-    named = {"backbone.name": recipe.backbone.name, "data.source": recipe.data.source, "output": recipe.output}
-    return ", ".join(f"{key} {value}" for key, value in named.items() if _is_path(key, value))
+    recipe, data = run.recipe, run.recipe.data
+    named: dict[str, list[str | None]] = {
+        "backbone.name": [recipe.backbone.name],
+        "data.source": [data.source],
+        "data.train_sources": [*data.train_sources],
+        "data.calibration_sources": [*data.calibration_sources],
+        "trainer.ckpt_path": [recipe.trainer.ckpt_path],
+        "output": [recipe.output],
+    }
+    return ", ".join(f"{key} {value}" for key, values in named.items() for value in values if _is_path(key, value))
 
 
-def _is_path(key: str, value: str) -> bool:
-    return is_local(value) if key == "backbone.name" else value.startswith(("/", "~"))
+def _is_path(key: str, value: str | None) -> bool:
+    return value is not None and (is_local(value) if key == "backbone.name" else value.startswith(("/", "~")))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from buddy.assemble import data_of, windows_in
+from buddy.assemble import held_out_of, windows_in
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
 from buddy.runs import Run
+from buddy.training.sources import same_source
 from buddy.training.windows import Windows
 
 TYPED = "text"  # label of a text given by itself
@@ -57,12 +58,6 @@ def sources_of(domains: str | None, own: str) -> dict[str, str]:
     return found
 
 
-def same_source(one: str, other: str) -> bool:
-    """Whether two sources are one text: one name, or two paths of one file or folder."""
-    paths = [os.path.expanduser(each) for each in (one, other)]
-    return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
-
-
 def read_domains(run: Run, routed: RoutedLM, sources: dict[str, str], count: int) -> list[Domain]:
     """Up to `count` windows of each source, as `buddy evaluate` cuts them; of the recipe's own text, its test windows.
 
@@ -96,10 +91,8 @@ def typed(routed: RoutedLM, text: str) -> Domain:
 def _read(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> Domain:
     section = run.recipe.data
     if same_source(source, section.source):  # of the text that the run was trained on, test windows alone
-        data = data_of(run.recipe, routed.backbone)
-        data.prepare_data()
-        data.setup()
-        windows = Windows(data.test.input_ids[:count], data.test.documents[:count])
+        test = held_out_of(run.recipe, routed.backbone).test
+        windows = Windows(test.input_ids[:count], test.documents[:count])
     else:
         windows = windows_in(run.recipe, routed.backbone.tokenizer, source, count=count)
     return Domain(label, source, windows, section.prompt)

@@ -96,7 +96,7 @@ def _asked(run: Run, routed: RoutedLM, budgets: Sequence[str] | None) -> dict[st
 
 def _look(run: Run, routed: RoutedLM, domains: Sequence[Domain], asked: dict[str, int]) -> Inspection:
     batch, tokens = run.recipe.data.batch_size, domains[0].windows.input_ids.shape[1]
-    sizes, advice = f"a batch of {batch} × {tokens} tokens", "free some, or set data.batch_size smaller in its recipe"
+    sizes, advice = f"a batch of {batch} × {tokens} tokens", "free some, or use a machine with more"
     with within_memory(sizes, advice):
         routings = observe(
             routed, domains, asked.values(), batch_size=batch, track=tracker(f"Routing {run.router_name}")

@@ -1,8 +1,9 @@
-"""`python -m buddy.training.benchmark`: a training step of Buddy against a bare PyTorch loop of the same mathematics.
+"""`python -m buddy.training.benchmark`: a training step of Buddy against a bare PyTorch loop of the same passes.
 
 The bare loop is written for Llama by hand: no Lightning, no routed layers, no hooks. It makes the same perturbed plans
-and also runs each layer on the chosen tokens only, all rows in one product. Both run in one process in turn, blocks of
-steps against each other, and the figure is the ratio of their medians.
+and also runs each layer on the chosen tokens only, all rows in one product. It credits the noise where Buddy credits
+the plans that came of it, which takes as long and trains less well. Both run in one process in turn, blocks of steps
+against each other, and the figure is the ratio of their medians.
 """
 
 from __future__ import annotations

@@ -56,6 +56,12 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
     )
 
 
+def same_source(one: str, other: str) -> bool:
+    """Whether two sources are one text: one name, or two paths of one file or folder."""
+    paths = [os.path.expanduser(each) for each in (one, other)]
+    return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
+
+
 @contextmanager
 def quiet(size: int) -> Iterator[None]:
     """Without the log lines of `datasets`, and without its progress bars for texts of fewer than `LONG` bytes."""

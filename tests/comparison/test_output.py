@@ -233,6 +233,8 @@ def test_the_command_names_files_without_their_folders(tmp_path, monkeypatch):
     (tmp_path / "texts" / "a.jsonl").write_text("{}")
     words = ["buddy", "compare", "--domains", f"one=texts/a.jsonl,{tmp_path}/b.txt,owner/name", "router=a[b=1]"]
     assert shown_command(words) == "buddy compare --domains one=a.jsonl,b.txt,owner/name 'router=a[b=1]'"
+    words = [f"data.train_sources=[{tmp_path}/a.jsonl, texts/a.jsonl,owner/name]"]
+    assert shown_command(words) == "'data.train_sources=[a.jsonl, a.jsonl,owner/name]'"
 
 
 # Pictures and TensorBoard

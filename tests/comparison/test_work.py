@@ -1,6 +1,7 @@
 """What the work of a comparison shares between runs: tasks at full depth, where all are the stock model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,16 @@ from buddy.recipe import load_recipe
 
 ROUTERS = ("buddy", "shortgpt", "full")
 ITEMS = [{"question": f"Which is {n}?", "choices": ["one", "two words"], "label": n % 2} for n in range(5)]
+DEFINITION = """
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{{question}}}}}"
+doc_to_target: label
+doc_to_choice: choices
+"""
 
 
 @pytest.fixture
@@ -50,6 +61,25 @@ def test_full_depth_is_scored_once(ask, scored, tmp_path):
         asked = [1.0] if run["router"] == "full" else [1.0, 0.75, 0.5]
         alone = tasks.task_scores(folder, ["piqa"], asked, None, tmp_path)["results"]
         assert run["tasks"] == alone
+
+
+def test_full_depth_may_come_first_and_not_be_asked_again(ask, scored, tmp_path):
+    asked = replace(ask("budgets=[0.99,0.5]"), routers="full,shortgpt")
+    assert compare(asked) == 0
+    assert scored == [("full", [1.0]), ("shortgpt", [0.5])]
+    record = read_json(tmp_path / "out" / "comparison.json")
+    found = [(entry["budget"], entry["layers"]) for entry in record["runs"][1]["tasks"]]
+    assert found == [(0.99, 6), (0.5, 3)]
+
+
+def test_a_changed_definition_is_scored_anew(ask, scored, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    asked = replace(ask(), routers="shortgpt", tasks=Tasks(("mine",), None, None, own))
+    for question, times in (("question", 1), ("question", 1), ("choices[0]", 2)):
+        (own / "mine.yaml").write_text(DEFINITION.format(items=tmp_path / "piqa.jsonl", question=question))
+        assert compare(asked) == 0
+        assert len(scored) == times
 
 
 def test_healed_runs_are_scored_at_full_depth_too(ask, scored):

@@ -131,6 +131,13 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
         assert figure.size[0] > 1000
 
 
+def test_a_run_that_cannot_be_written_into_is_timed_all_the_same(bench, run, tmp_path, capsys):
+    (run / "speed.png").mkdir()
+    bench(json_file=tmp_path / "speed.json", budgets=["0.5"])
+    assert json.loads((tmp_path / "speed.json").read_text())["results"][0]["layers"] == 3
+    assert "No figure: " in capsys.readouterr().err
+
+
 def test_ratios_are_taken_within_rounds():
     """A machine that slows down between rounds changes no ratio, where a ratio of medians would."""
     assert _ratio([10.0, 20.0, 33.0], [10.0, 20.0, 30.0]) == 1.0

@@ -6,9 +6,13 @@ import shutil
 
 import pytest
 
+from buddy.assemble import held_out_of
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.evaluation.evaluate import evaluate_run
+from buddy.runs import read_run
+from buddy.training.fit import fit
 from tests.small import write_text
+from tests.tiny import tiny_backbone
 
 
 def numbers(result: dict) -> tuple:
@@ -49,6 +53,21 @@ def test_the_validation_windows(finished, tmp_path):
     evaluate_run(finished / "uniform", json_file=tmp_path / "curve.json", split="validation")
     results = json.loads((tmp_path / "curve.json").read_text())["results"]
     assert results[0]["documents"] <= 2
+
+
+def test_texts_that_were_trained_on_are_not_needed(small, tmp_path):
+    texts = [write_text(tmp_path / f"{name}.jsonl", 40, seed=7) for name in ("trained", "calibrated")]
+    more = [f"data.train_sources=[{texts[0]}]", f"data.calibration_sources=[{texts[1]}]"]
+    fit(small(tmp_path / "runs", "rivals=[]", "trainer.max_steps=1", *more), "small")
+    run = tmp_path / "runs" / "small" / "buddy"
+    for text in texts:
+        text.unlink()
+    evaluate_run(run, json_file=tmp_path / "curve.json")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert json.loads((tmp_path / "curve.json").read_text())["results"] == metrics["results"]
+    assert len(held_out_of(read_run(run).recipe, tiny_backbone("llama")).validation) == 2
+    with pytest.raises(DataError, match=r"There is no file or folder .*calibrated\.jsonl"):
+        held_out_of(read_run(run).recipe, tiny_backbone("llama"), calibration=True)
 
 
 def test_without_a_file_nothing_is_written(finished, tmp_path, monkeypatch):

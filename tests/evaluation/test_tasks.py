@@ -229,6 +229,7 @@ def test_what_lm_eval_refuses_while_it_scores(finished, items, monkeypatch, erro
         (["--tasks", "piqa", "--task-data", "/no/such"], "There is no folder /no/such of task files"),
         (["--tasks", "piqa", "--task-path", "ITEMS"], "is no folder with task definitions (.yaml) in it"),
         (["--tasks", "piqa", "--task-path", "ITEMS", "--task-data", "ITEMS"], "give one of the two"),
+        (["--tasks", "boolq", "--task-data", "ITEMS", "--budgets", "0.5,auto"], "at fixed budgets, not at auto; ask"),
         (["--tasks", "boolq", "--task-data", "ITEMS", "--budgets", "0.1"], "below the layers that always run"),
         (["--tasks", "boolq", "--task-data", "ITEMS", "--data", "x.txt"], "--data is for text; leave it out, or"),
         (["--tasks", "boolq", "--json", "/no/such/folder/x.json"], "There is no folder /no/such/folder for x.json"),

@@ -19,6 +19,8 @@ from buddy.handover.pull import pull
 from buddy.handover.push import push
 from buddy.runs import read_run
 from buddy.serve import generate
+from buddy.training.fit import fit
+from tests.small import write_text
 
 KEPT = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "inputs.json"}
 
@@ -283,6 +285,13 @@ def test_a_place_with_a_space_is_quoted_in_what_to_type(finished, tmp_path, monk
     assert "buddy pull './to share' --out DIR" in done.output
     done = CliRunner().invoke(app, ["pull", "./to share", "--out", "as pulled"])
     assert "buddy generate --run 'as pulled' --budget 0.75" in done.output
+
+
+def test_folders_of_texts_are_named(small, tmp_path, capsys):
+    more = write_text(tmp_path / "more.jsonl", 40, seed=3)
+    fit(small(tmp_path / "runs", "rivals=[]", "router=uniform", f"data.train_sources=[{more}]"), "small")
+    push(tmp_path / "runs" / "small" / "uniform", to=str(tmp_path / "pushed"))
+    assert f"data.train_sources {more}, output {tmp_path}/runs" in capsys.readouterr().out
 
 
 def test_the_commands(finished, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 
 from buddy.calibration import probe
 from buddy.calibration.hidden import similarities
-from buddy.errors import BuddyError, RegistryError, RunError, TrainingError
+from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.files import load_tensors
 from buddy.recipe import load_recipe
 from buddy.runs import read_run
@@ -154,6 +154,14 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
 def test_mistakes_are_found_before_anything_is_written(small, tmp_path, settings, error, message):
     with pytest.raises(error, match=message):
         fit(small(tmp_path / "runs", *settings), "small")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["train_sources", "calibration_sources"])
+def test_the_text_itself_is_not_more_text_to_learn_from(small, tmp_path, key):
+    again = f"{small.text.parent}/../{small.text.parent.name}/{small.text.name}"
+    with pytest.raises(RecipeError, match=f"data.{key} holds .*, which is data.source: its test windows would be"):
+        fit(small(tmp_path / "runs", f"data.{key}=[{again}]"), "small")
     assert not (tmp_path / "runs").exists()
 
 
