@@ -44,15 +44,10 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
     waiting = list(runs)
     helpers = [_Helper(start, place) for place in range(min(jobs, len(waiting)))]
     try:
-        for helper in helpers:
-            helper.begin(waiting.pop(0))
-        while busy := {helper.pipe: helper for helper in helpers if helper.run}:
-            for pipe in wait([*busy]):
-                helper = busy[pipe]  # type: ignore[index]  # wait gives back what it was given
-                run, outcome = helper.run, helper.outcome()
-                on_done(run, outcome)
-                if waiting:
-                    helper.begin(waiting.pop(0))
+        with _handled(signal.SIGTERM, signal.default_int_handler):  # which ends a comparison as Ctrl-C does
+            for helper in helpers:
+                helper.begin(waiting.pop(0))
+            _see_to(helpers, waiting, on_done)
     except BaseException:
         for helper in helpers:
             helper.interrupt()
@@ -65,6 +60,17 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
             for helper in helpers:
                 helper.close(patience=0)
             raise
+
+
+def _see_to(helpers: Sequence[_Helper], waiting: list[Planned], on_done: Done) -> None:
+    """Give a helper that is done the next run, until all are done."""
+    while busy := {helper.pipe: helper for helper in helpers if helper.run}:
+        for pipe in wait([*busy]):
+            helper = busy[pipe]  # type: ignore[index]  # wait gives back what it was given
+            run, outcome = helper.run, helper.outcome()
+            on_done(run, outcome)
+            if waiting:
+                helper.begin(waiting.pop(0))
 
 
 class _Helper:
@@ -123,22 +129,23 @@ class _Helper:
             self.pipe.close()
         self.pipe, theirs = self._context.Pipe()
         self.process = self._context.Process(target=_work, args=(theirs, self._stopped, self._start), daemon=True)
-        with _deaf(), processes.one_gpu(self._place):  # deaf to interrupts until it can take them without a traceback
+        # Deaf to interrupts until it can take them without a traceback.
+        with _handled(signal.SIGINT, signal.SIG_IGN), processes.one_gpu(self._place):
             self.process.start()
         theirs.close()  # so that the pipe ends when the process does
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
-    """Interrupts are ignored within this block, and by a process that begins in it."""
+def _handled(number: signal.Signals, handler: Callable[..., None] | signal.Handlers) -> Iterator[None]:
+    """Within this block a signal is taken so; a process that begins in it ignores what is ignored here."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def _work(pipe: Connection, stopped: Event, start: Start) -> None:

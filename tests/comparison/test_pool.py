@@ -64,9 +64,10 @@ def assert_gone(processes: list[int]) -> None:
             time.sleep(0.02)
 
 
-def test_an_interrupt_reaches_all_and_nothing_new_is_begun(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_reaches_all_and_nothing_new_is_begun(tmp_path, number):
     process, helpers = begin(tmp_path)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.stopped", "b", "b.stopped"]
