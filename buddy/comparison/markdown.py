@@ -35,7 +35,7 @@ def relative(figures: Mapping[str, Path], document: Path) -> dict[str, str]:
 
 
 def _lines(c: Comparison, figures: Mapping[str, str]) -> Iterator[str]:
-    yield from (WRITTEN, "# Results", "")
+    yield from (WRITTEN, "# Results, healed" if _heals(c) else "# Results", "")
     yield from _protocol(c)
     for domain in c.domains:
         yield from (f"## {domain}", "")
@@ -93,9 +93,27 @@ def _protocol(c: Comparison) -> Iterator[str]:
         "better than the best static one: 95 % bootstrap intervals that resample documents, the same for both "
         "routers, and seeds. The best static router is the one that is best on these test windows at that budget, "
         "which favours it: nobody could have chosen it beforehand. Intervals are not corrected for the number of "
-        "comparisons. At full depth all routers are the dense model."
+        f"comparisons. {_at_full_depth(c)}"
     )
     yield ""
+
+
+def _heals(c: Comparison) -> bool:
+    return "adapter.steps" in c.record["recipe"]
+
+
+def _at_full_depth(c: Comparison) -> str:
+    """What all rows have in common there; with adapters, what these are."""
+    recipe = c.record["recipe"]
+    if not _heals(c):
+        return "At full depth all routers are the dense model."
+    rates = str(recipe.get("adapter.rates", "[]")).strip("[]")
+    rate = f"the best of the rates {rates} by validation windows" if rates else f"the rate {recipe['adapter.lr']:g}"
+    return (
+        f"All are healed alike: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets beside the frozen "
+        f"weights, {recipe['adapter.steps']} steps of {recipe['data.batch_size']} windows on "
+        f"{_texts(c, 'data.train_sources')}, at {rate}. It is on at full depth too, so that rows differ there."
+    )
 
 
 def _own(c: Comparison) -> str:

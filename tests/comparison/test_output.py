@@ -164,6 +164,20 @@ def test_the_markdown_depends_on_the_record_alone(comparison):
     assert render(again, {LAYERS: "a.png"}) == render(comparison, {LAYERS: "a.png"})
 
 
+@pytest.mark.parametrize(
+    ("rates", "words"), [("[0.01, 0.003]", "best of the rates 0.01, 0.003 by validation windows"), ("[]", "rate 0.001")]
+)
+def test_what_was_healed_says_how(rates, words):
+    record = made.record()
+    lora = {"adapter.rank": 8, "adapter.steps": 100, "adapter.lr": 0.001, "adapter.rates": rates}
+    text = render(Comparison(record | {"recipe": record["recipe"] | {"data.batch_size": 4} | lora}), {})
+    assert "# Results, healed" in text
+    assert "one LoRA adapter of rank 8 for all budgets beside the frozen weights, 100 steps of 4 windows on " in text
+    assert f", at the {words}. It is on at full depth too" in text
+    assert "At full depth all routers are the dense model" not in text
+    assert "At full depth all routers are the dense model" in render(Comparison(record), {})
+
+
 def test_the_csv_has_a_line_for_each_run_text_and_budget(comparison):
     lines = list(csv.DictReader(io.StringIO(as_csv(comparison))))
     expected = [
