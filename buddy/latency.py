@@ -26,12 +26,12 @@ from buddy.comparison.machine import machine
 from buddy.embedded import cache_root
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
-from buddy.evaluation.speed import Contender
+from buddy.evaluation.speed import Contender, decode_in_turn
 from buddy.files import read_json, write_json
 from buddy.progress import errors, tracker
 
 PLACE, LOCK = "BUDDY_LATENCY_CACHE", "measuring.lock"
-LAYOUT = 1  # raise it when tokens are timed in another way: older tables are then not found
+LAYOUT = 2  # raise it when tokens are timed in another way: older tables are then not found
 POINTS, ROUNDS = 5, 5
 PROMPT, STEPS = 64, 16  # tokens before those that are timed, and their number
 # Any text will do; a real one changes plans as often as text does.
@@ -120,17 +120,11 @@ def measure(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter) -> dict
         rounds: each K is timed once in each, after one round that is not counted.
         track: wraps the rounds to show progress.
     """
-    counts, ids = points_of(routed), _text(routed)
-    spent: dict[int, list[float]] = {count: [] for count in counts}
-    for number in track(range(rounds + 1)):
-        for count in counts:
-            spends = lambda count=count: routed.at(executed=[count])  # noqa: E731
-            timed = Contender("routed", count, routed.backbone.model, spends)
-            with timed.spends():
-                milliseconds = timed.decode(ids, ids.shape[1] - STEPS)
-            if number:
-                spent[count].append(milliseconds)
-    return {count: statistics.median(values) for count, values in spent.items()}
+    counts, ids, model = points_of(routed), _text(routed), routed.backbone.model
+    spends = [lambda count=count: routed.at(executed=[count]) for count in counts]
+    field = [Contender("routed", count, model, each) for count, each in zip(counts, spends, strict=True)]
+    spent = [decode_in_turn(field, ids, ids.shape[1] - STEPS) for _ in track(range(rounds + 1))]
+    return {count: statistics.median(each) for count, each in zip(counts, zip(*spent[1:], strict=True), strict=True)}
 
 
 def interpolated(points: Mapping[int, float]) -> dict[int, float]:

@@ -43,15 +43,17 @@ def test_every_count_is_timed_in_every_round(routed, monkeypatch):
     asked = []
 
     class Timed(latency.Contender):
-        def decode(self, ids, prompt):
-            assert (ids.shape, prompt) == ((1, 80), 64)
-            asked.append(self.layers)
-            return float(self.layers + len(asked))
+        def step(self, ids, cache):
+            assert ids.shape == (1, 1)
+            asked.append((self.layers, cache.get_seq_length()))
+            super().step(ids, cache)
+            return float(self.layers + len(asked) // 80)
 
     monkeypatch.setattr(latency, "Contender", Timed)
     found = measure(routed, rounds=2)
-    assert asked == [2, 3, 4, 5, 6] * 3  # in turns; the first round is not counted
-    assert found == {k: k + (place + 6 + place + 11) / 2 for place, k in enumerate((2, 3, 4, 5, 6))}
+    turns = [(layers, at) for at in range(64, 80) for layers in (2, 3, 4, 5, 6)]
+    assert asked == 3 * turns  # token by token; the first round is not counted
+    assert found == {k: pytest.approx(k + 1.5, abs=0.1) for k in (2, 3, 4, 5, 6)}
 
 
 def test_real_tokens_are_timed(routed):

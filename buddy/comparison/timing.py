@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.assemble import attached, budgets_of, routed_of
+from buddy.assemble import budgets_of, routed_of
 from buddy.backbone import Backbone
 from buddy.comparison.machine import machine, versions
 from buddy.comparison.planned import Planned
+from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError
 from buddy.evaluation.pruned import pruned_model
 from buddy.evaluation.speed import PROMPT, STEPS, Contender, Timings, race
@@ -32,9 +33,9 @@ FULL = "full"
 def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, folder: Path) -> dict[str, Any]:
     """Milliseconds of each router below full depth, of the engine at full depth and of the stock model.
 
-    Every round gives each its turn, so that a drift of the machine's speed meets all of them. What was measured for
-    the same routers is read from the folder instead. Healed runs are timed without their adapters, since a model that
-    serves has them in its weights.
+    All take turns, in decoding token by token, so that a drift of the machine's speed meets all of them. What was
+    measured for the same routers is read from the folder instead. Healed runs are timed without their adapters, since
+    a model that serves has them in its weights.
 
     Args:
         runs: a finished run of each router, by label.
@@ -58,16 +59,8 @@ def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, f
         pass
     needed = max(tokens, PROMPT + STEPS)
     ids = windows.flatten().repeat(-(-needed // windows.numel()))[None, :needed].to(backbone.device)
-    with within_memory(f"a prompt of {tokens} tokens", "give --no-speed"):
-        timings = race(
-            _field(runs, backbone),
-            ids,
-            prompts=(tokens,),
-            batches=(1,),
-            rounds=ROUNDS,
-            by_token=False,  # each turn attaches a router
-            track=tracker("Timing, in rounds"),
-        )
+    with within_memory(f"a prompt of {tokens} tokens", "give --no-speed"), _field(runs, backbone) as field:
+        timings = race(field, ids, prompts=(tokens,), batches=(1,), rounds=ROUNDS, track=tracker("Timing, in rounds"))
     dense, full, *others = timings.items()
     found = {"made": made, "tokens": tokens, "prompt": PROMPT, "steps": STEPS, "rounds": ROUNDS}
     found |= {"threads": torch.get_num_threads(), "dense": _entry(dense[1]), "full": _entry(full[1])}
@@ -76,16 +69,24 @@ def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, f
     return found
 
 
-def _field(runs: Mapping[str, Planned], backbone: Backbone) -> list[Contender]:
-    """The stock model; the engine at full depth, which is the same for all; each router at each K below."""
-    layers = backbone.num_layers
-    field = [Contender("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext)]
-    for run in runs.values():
-        router, counts = _router(run, backbone)
-        if len(field) == 1:
-            field.append(_contender(FULL, layers, run, backbone, router))
-        field += [_contender(run.label, count, run, backbone, router) for count in counts if count < layers]
-    return field
+@contextmanager
+def _field(runs: Mapping[str, Planned], backbone: Backbone) -> Iterator[list[Contender]]:
+    """The stock model; the engine at full depth, which is the same for all; each router at each K below.
+
+    One routed model takes the routers in turn, so that a turn can be as short as a token.
+    """
+    routers = {label: _router(run, backbone) for label, run in runs.items()}
+    layers, routed = backbone.num_layers, routed_of(next(iter(runs.values())).recipe, backbone)
+    try:
+        field = [
+            Contender("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext),
+            _contender(FULL, layers, routed, routed.router),
+        ]
+        for label, (router, counts) in routers.items():
+            field += [_contender(label, count, routed, router) for count in counts if count < layers]
+        yield field
+    finally:
+        routed.detach()
 
 
 def _router(run: Planned, backbone: Backbone) -> tuple[AnyRouter, Sequence[int]]:
@@ -99,17 +100,13 @@ def _router(run: Planned, backbone: Backbone) -> tuple[AnyRouter, Sequence[int]]
         routed.detach()
 
 
-def _contender(name: str, count: int, run: Planned, backbone: Backbone, router: AnyRouter) -> Contender:
+def _contender(name: str, count: int, routed: RoutedLM, router: AnyRouter) -> Contender:
     @contextmanager
     def spends() -> Iterator[None]:
-        routed = attached(run.recipe, backbone, router)
-        try:
-            with routed.at(executed=[count]):
-                yield
-        finally:
-            routed.detach()
+        with routed.routed_by(router), routed.at(executed=[count]):
+            yield
 
-    return Contender(name, count, backbone.model, spends)
+    return Contender(name, count, routed.backbone.model, spends)
 
 
 def _entry(timings: Timings) -> dict[str, Any]:

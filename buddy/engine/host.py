@@ -40,7 +40,6 @@ class Host:
     def __init__(self, routed: RoutedLM) -> None:
         backbone = routed.backbone
         self._routed, self._seat = routed, Seat(routed.policy)
-        self._layerwise = isinstance(routed.router, LayerwiseRouter)
         self._request: Request | None = None
         self._record: Record | None = None
         self._last: Any = None
@@ -122,7 +121,7 @@ class Host:
     def _pass(self, request: Request, shape: tuple[int, int], past: int, mask: Tensor | None, cache: Any) -> Pass:
         routed = self._routed
         rest = request, shape, past, mask, cache, Pool(routed.pool) if cache is None else cache.pool
-        if self._layerwise:
+        if isinstance(routed.router, LayerwiseRouter):
             return GatedPass(routed.settings, routed.router, *rest)
         return Pass(routed.settings, routed.router.score, *rest)
 

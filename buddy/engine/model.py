@@ -85,7 +85,7 @@ class RoutedLM(nn.Module):
             batch_plan=batch_plan,
             reroute_every=reroute_every,
         )
-        self.settings = within_scope(router, settings)
+        self._given, self.settings = settings, within_scope(router, settings)
         self._held = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
         self._host = Host(self)
         self.table: Callable[[RoutedLM], Table] | None = None
@@ -161,6 +161,16 @@ class RoutedLM(nn.Module):
             yield
         finally:
             self.settings = before
+
+    @contextmanager
+    def routed_by(self, router: AnyRouter) -> Iterator[None]:
+        """Within this block another router of the same geometry plans; a cache belongs to the router that began it."""
+        before = self.router, self.settings
+        self.router, self.settings = router, within_scope(router, self._given)
+        try:
+            yield
+        finally:
+            self.router, self.settings = before
 
     @contextmanager
     def at(self, *budgets: Budget, executed: Sequence[int] | None = None) -> Iterator[Record]:

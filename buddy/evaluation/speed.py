@@ -67,12 +67,6 @@ class Contender:
         """The cache after a prompt (B, T)."""
         return self.model(ids, cache=self._cache(), use_cache=True, logits_to_keep=1).cache
 
-    def decode(self, ids: Tensor, prompt: int) -> float:
-        """Mean milliseconds of a step over the tokens after the first `prompt` of (B, T), within what it spends."""
-        cache = self.prefill(ids[:, :prompt])
-        steps = [self.step(ids[:, at : at + 1], cache) for at in range(prompt, ids.shape[1])]
-        return statistics.mean(steps)
-
     def step(self, ids: Tensor, cache: Any) -> float:
         """Milliseconds of one step on (B, 1)."""
         _wait(ids)
@@ -122,7 +116,6 @@ def race(
     batches: Sequence[int] = (1, 8),
     late: Tensor | None = None,
     rounds: int = 7,
-    by_token: bool = True,
     track: Track = iter,
 ) -> dict[tuple[str, int], Timings]:
     """Timings by (name, layers).
@@ -134,7 +127,6 @@ def race(
         batches: batch sizes whose decoding is timed.
         late: (1, T) long, a text whose last `STEPS` tokens are decoded after all before them; None for none.
         rounds: each contender runs once in each, after one round that is not counted.
-        by_token: take turns at each token of a decoding; not where it takes long to open what a contender spends.
         track: wraps the rounds to show progress.
     """
     timings = {(each.name, each.layers): Timings() for each in field_}
@@ -146,9 +138,8 @@ def race(
                 for length in prompts:
                     spent = _prefill_ms(each, ids[:1, :length])
                     mine.prefill.setdefault(length, []).extend([spent] if number else [])
-        decode = decode_in_turn if by_token else _decode_one_by_one
-        steps = {batch: decode(decoding, ids[:batch, : PROMPT + STEPS], PROMPT) for batch in batches}
-        after = [] if late is None else decode(decoding, late, late.shape[1] - STEPS)
+        steps = {batch: decode_in_turn(decoding, ids[:batch, : PROMPT + STEPS], PROMPT) for batch in batches}
+        after = [] if late is None else decode_in_turn(decoding, late, late.shape[1] - STEPS)
         for place, each in enumerate(decoding if number else ()):
             mine = timings[each.name, each.layers]
             for batch, spent_by_each in steps.items():
@@ -174,15 +165,6 @@ def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int) -> lis
             with each.spends():
                 spent[place] += each.step(ids[:, at : at + 1], caches[place])
     return [total / (ids.shape[1] - prompt) for total in spent]
-
-
-def _decode_one_by_one(field_: Sequence[Contender], ids: Tensor, prompt: int) -> list[float]:
-    """The same, each contender all its tokens at once."""
-    spent = []
-    for each in field_:
-        with each.spends():
-            spent.append(each.decode(ids, prompt))
-    return spent
 
 
 @torch.inference_mode()

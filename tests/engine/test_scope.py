@@ -7,7 +7,7 @@ import torch
 
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError
-from tests.engine.reference import Fickle
+from tests.engine.reference import Fickle, FickleGates
 from tests.tiny import tiny_backbone
 
 EXECUTED, LENGTH, PROMPT = torch.tensor([3, 4, 5]), 14, 6
@@ -111,3 +111,17 @@ def test_an_older_router_of_the_same_backbone_says_so():
     RoutedLM(routed.backbone, routed.router)
     with pytest.raises(BuddyError, match="Another router was attached to this backbone"):
         routed(IDS, executed=torch.full((len(IDS),), 3))
+
+
+@pytest.mark.parametrize("first", [Fickle, OnePlan, FickleGates])
+@pytest.mark.parametrize("other", [Fickle, OnePlan, FickleGates])
+def test_another_router_for_a_while_plans_as_if_it_had_been_attached(first, other):
+    routed, alone = routed_tiny(first, reroute_every=2), routed_tiny(other, reroute_every=2)
+    own = routed(IDS, executed=EXECUTED, prompt=PROMPT)
+    with routed.routed_by(alone.router):
+        lent = routed(IDS, executed=EXECUTED, prompt=PROMPT)
+    expected, after = (each(IDS, executed=EXECUTED, prompt=PROMPT) for each in (alone, routed))
+    assert torch.equal(lent.runs, expected.runs)
+    assert torch.equal(lent.logits, expected.logits)
+    assert torch.equal(after.runs, own.runs)
+    assert torch.equal(after.logits, own.logits)

@@ -48,8 +48,7 @@ def test_every_contender_runs_in_every_round():
     assert timings["pruned", 3].cache_bytes == timings["dense", 6].cache_bytes // 2
 
 
-@pytest.mark.parametrize("by_token", [True, False])
-def test_contenders_take_turns_token_by_token_or_round_by_round(monkeypatch, by_token):
+def test_contenders_take_turns_token_by_token(monkeypatch):
     field, order, step = contenders(routed_tiny(), [3], IDS), [], Contender.step
 
     def noted(self, ids, cache):
@@ -57,13 +56,9 @@ def test_contenders_take_turns_token_by_token_or_round_by_round(monkeypatch, by_
         return step(self, ids, cache)
 
     monkeypatch.setattr(Contender, "step", noted)
-    race(field, IDS, prompts=(8,), batches=(1,), rounds=1, by_token=by_token)
+    race(field, IDS, prompts=(8,), batches=(1,), rounds=1)
     names = ["dense", "full", "routed", "pruned"]
-    tokens = range(PROMPT, PROMPT + STEPS)
-    expected = (
-        [(name, at) for at in tokens for name in names] if by_token else [(n, at) for n in names for at in tokens]
-    )
-    assert order == 2 * expected
+    assert order == 2 * [(name, at) for at in range(PROMPT, PROMPT + STEPS) for name in names]
 
 
 def test_stock_models_get_the_cache_that_the_engine_has():
@@ -81,7 +76,7 @@ def test_stock_models_get_the_cache_that_the_engine_has():
 def test_counted_work_is_that_of_the_layers_that_ran():
     """All but the K/V of skipped tokens, and attention over keys that a mask hides, is what pruning leaves."""
     field = contenders(routed_tiny(sink_tokens=0), [3], IDS)
-    timings = race(field, IDS, prompts=(90,), batches=(1,), rounds=1, by_token=False)
+    timings = race(field, IDS, prompts=(90,), batches=(1,), rounds=1)
     assert timings["routed", 3].flops["without_head"] < 1.35 * timings["pruned", 3].flops["without_head"]
     assert timings["routed", 3].flops["without_head"] < 0.8 * timings["dense", 6].flops["without_head"]
 
