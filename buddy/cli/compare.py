@@ -65,14 +65,7 @@ def compare(
     if made is not None:
         given = {"routers": routers, "seeds": seeds, "domains": domains, "jobs": jobs, "out": out, "tasks": tasks}
         given |= options | {"no_speed" if speed is False else "speed": speed, "finished": finished or None}
-        given |= {"trained": trained}
-        why = "belongs to a new comparison; leave it out, or give --recipe in place of --from"
-        if overrides:
-            raise BuddyError(f"{overrides[0]} {why}.")
-        refuse(given, why)
-        from buddy.comparison.compare import rewrite
-
-        return rewrite(made, markdown)
+        return _show(made, markdown, overrides or [], given | {"trained": trained})
     if tasks is None:
         refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
     from buddy.recipe import load_recipe, recipe_name
@@ -99,3 +92,14 @@ def compare(
     )
     if run_compare(asked):
         raise typer.Exit(FAILED)
+
+
+def _show(made: Path, markdown: Path | None, overrides: list[str], given: dict[str, object]) -> None:
+    """Show a comparison that was made; what only a new one can take is refused."""
+    why = "belongs to a new comparison; leave it out, or give --recipe in place of --from"
+    if overrides:
+        raise BuddyError(f"{overrides[0]} {why}.")
+    refuse(given, why)
+    from buddy.comparison.compare import rewrite
+
+    rewrite(made, markdown)

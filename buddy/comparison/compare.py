@@ -215,9 +215,16 @@ def _work(
             nonlocal done
             done += 1
             failures.extend([(run, reason)] if reason else [])
+            bar.ended(run.words)
             bar.update(done, f"{'failed: ' if reason else ''}{run.words}")
 
-        side_by_side(start, todo, asked.jobs, on_done)
+        def on_line(run: Planned, words: str, passing: bool) -> None:
+            if passing:
+                bar.beside(run.words, words)
+            else:
+                errors.print(f"{run.words}: {words}", soft_wrap=True)
+
+        side_by_side(start, todo, asked.jobs, on_done, on_line)
     return failures
 
 

@@ -10,26 +10,28 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING
 
-from buddy import processes
+from buddy import processes, progress
 
 if TYPE_CHECKING:
     from buddy.comparison.planned import Planned
     from buddy.comparison.work import Start
 
     Done = Callable[[Planned, str | None], None]
+    Heard = Callable[[Planned, str, bool], None]
 
 PATIENCE = 60.0  # seconds for a training step to end after an interrupt
 NOT_BEGUN = "Its process could not begin"
 
 
-def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done) -> None:
+def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done, on_line: Heard) -> None:
     """Do all runs, `jobs` at once.
 
     Args:
@@ -37,6 +39,7 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
         runs: what there is to do, first things first.
         jobs: processes at most.
         on_done: called in this process with a run and why it failed, or None, as each ends.
+        on_line: called with a run, a line that it says, and whether it is of a bar, to be replaced by the next.
 
     Raises:
         KeyboardInterrupt: all processes were told to stop in good order, and did.
@@ -47,7 +50,7 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
         with _handled(signal.SIGTERM, signal.default_int_handler):  # which ends a comparison as Ctrl-C does
             for helper in helpers:
                 helper.begin(waiting.pop(0))
-            _see_to(helpers, waiting, on_done)
+            _see_to(helpers, waiting, on_done, on_line)
     except BaseException:
         for helper in helpers:
             helper.interrupt()
@@ -62,15 +65,26 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
             raise
 
 
-def _see_to(helpers: Sequence[_Helper], waiting: list[Planned], on_done: Done) -> None:
-    """Give a helper that is done the next run, until all are done."""
+def _see_to(helpers: Sequence[_Helper], waiting: list[Planned], on_done: Done, on_line: Heard) -> None:
+    """Pass on what helpers say, and give one that is done the next run, until all are done."""
     while busy := {helper.pipe: helper for helper in helpers if helper.run}:
         for pipe in wait([*busy]):
             helper = busy[pipe]  # type: ignore[index]  # wait gives back what it was given
-            run, outcome = helper.run, helper.outcome()
-            on_done(run, outcome)
+            run, said = helper.run, helper.said()
+            if isinstance(said, _Line):
+                on_line(run, said.text, said.passing)
+                continue
+            on_done(run, said)
             if waiting:
                 helper.begin(waiting.pop(0))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What a helper says about its work; `passing` where it is of a bar, to be replaced by the next."""
+
+    text: str
+    passing: bool
 
 
 class _Helper:
@@ -94,14 +108,16 @@ class _Helper:
             self._spawn()
             self.pipe.send(run)
 
-    def outcome(self) -> str | None:
-        """How its run ended, once the pipe has something to say; None where all is well."""
-        self.run = None
+    def said(self) -> _Line | str | None:
+        """A line, or how its run ended, once the pipe has something to say; None where all is well."""
+        run, self.run = self.run, None
         try:
-            reason = self.pipe.recv()
-            if reason and reason.startswith(NOT_BEGUN):
+            said = self.pipe.recv()
+            if isinstance(said, _Line):
+                self.run = run
+            elif said and said.startswith(NOT_BEGUN):
                 self.process.join()  # it is about to end, and is to get no other run
-            return reason
+            return said
         except (EOFError, ConnectionError):
             self.process.join()
             return (
@@ -128,7 +144,10 @@ class _Helper:
         if self.pipe is not None:
             self.pipe.close()
         self.pipe, theirs = self._context.Pipe()
-        self.process = self._context.Process(target=_work, args=(theirs, self._stopped, self._start), daemon=True)
+        every = progress.TOLD_EVERY if progress.errors.is_terminal else progress.PLAIN_EVERY
+        self.process = self._context.Process(
+            target=_work, args=(theirs, self._stopped, self._start, every), daemon=True
+        )
         # Deaf to interrupts until it can take them without a traceback.
         with _handled(signal.SIGINT, signal.SIG_IGN), processes.one_gpu(self._place):
             self.process.start()
@@ -148,9 +167,15 @@ def _handled(number: signal.Signals, handler: Callable[..., None] | signal.Handl
         signal.signal(number, before)
 
 
-def _work(pipe: Connection, stopped: Event, start: Start) -> None:
-    """What a process does until its pipe ends."""
+def _work(pipe: Connection, stopped: Event, start: Start, every: float) -> None:
+    """What a process does until its pipe ends; it tells its bars every so many seconds."""
+
+    def tell(text: str, passing: bool) -> None:
+        with suppress(OSError):  # nobody listens any more: a checkpoint is to be saved all the same
+            pipe.send(_Line(text, passing))
+
     os.setpgrp()  # the terminal's Ctrl-C goes to the parent alone, which passes it on
+    progress.relay(tell, every)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)

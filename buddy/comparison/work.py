@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from buddy import progress
 from buddy.assemble import budgets_of, restore
 from buddy.comparison.asked import Tasks
 from buddy.comparison.domains import Domain, read_domain
@@ -50,10 +49,9 @@ class Start:
     threads: int
 
     def worker(self) -> Worker:
-        """A worker of its own backbone and text, which says nothing on the terminal."""
+        """A worker of its own backbone and text."""
         import torch
 
-        progress.errors.quiet = progress.results.quiet = True
         torch.set_num_threads(self.threads)
         session = Session(*prepare([self.recipe]))
         texts = {domain: read_domain(domain, self.recipe, session.data) for domain in self.domains}

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from buddy.progress import Bar, errors
+
 
 @dataclass(frozen=True)
 class FakeStart:
@@ -21,7 +23,7 @@ class FakeStart:
 
 
 class FakeWorker:
-    """A run is "name", "name fails", "name dies" or "name sleeps"."""
+    """A run is "name", "name fails", "name dies", "name sleeps" or "name tells"."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -37,6 +39,10 @@ class FakeWorker:
             except KeyboardInterrupt:
                 (self._folder / f"{name}.stopped").touch()
                 raise
+        if way == "tells":
+            with Bar("Counting", 2) as bar:
+                bar.update(1, "one")
+            errors.print("A word\nand another")
         return "it failed" if way == "fails" else None
 
 
@@ -44,6 +50,6 @@ if __name__ == "__main__":
     from buddy.comparison.pool import side_by_side
 
     try:
-        side_by_side(FakeStart(Path(sys.argv[1])), sys.argv[3:], int(sys.argv[2]), print)
+        side_by_side(FakeStart(Path(sys.argv[1])), sys.argv[3:], int(sys.argv[2]), print, print)
     except KeyboardInterrupt:
         sys.exit(130)

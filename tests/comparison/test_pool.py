@@ -15,7 +15,9 @@ from tests.comparison.fakes import FakeStart
 
 def outcomes(folder: Path, runs: list[str], jobs: int, **options) -> dict[str, str | None]:
     found = {}
-    side_by_side(FakeStart(folder, **options), runs, jobs, lambda run, reason: found.update({run: reason}))
+    heard = options.pop("heard", [])
+    start = FakeStart(folder, **options)
+    side_by_side(start, runs, jobs, lambda run, reason: found.update({run: reason}), lambda *line: heard.append(line))
     return found
 
 
@@ -29,6 +31,18 @@ def test_all_runs_are_done_by_few_processes(tmp_path):
     processes = {(tmp_path / name).read_text() for name in "abcd"}
     assert 1 <= len(processes) <= 2
     assert str(os.getpid()) not in processes
+
+
+def test_what_runs_say_is_passed_on(tmp_path, capfd):
+    heard = []
+    assert outcomes(tmp_path, ["a tells", "b tells"], 2, heard=heard) == {"a tells": None, "b tells": None}
+    for run in ("a tells", "b tells"):
+        bar, *words = [line for line in heard if line[0] == run]
+        assert bar[1].startswith("Counting: 1 of 2, ")
+        assert bar[1].endswith(", one")
+        assert bar[2]
+        assert words == [(run, "A word", False), (run, "and another", False)]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_another_process_takes_the_place_of_a_dead_one(tmp_path):
