@@ -164,7 +164,11 @@ class RoutedLM(nn.Module):
 
     @contextmanager
     def routed_by(self, router: AnyRouter) -> Iterator[None]:
-        """Within this block another router of the same geometry plans; a cache belongs to the router that began it."""
+        """Within this block another router of the same geometry plans; a cache belongs to the router that began it.
+
+        Raises:
+            BuddyError: a router of an unknown scope.
+        """
         before = self.router, self.settings
         self.router, self.settings = router, within_scope(router, self._given)
         try:
