@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from buddy.backbone import Backbone
 from buddy.errors import RunError, TrainingError, nearest
@@ -75,6 +76,9 @@ class Adapter:
         config.base_model_name_or_path = backbone.name
         found = {name: part for name, part in backbone.model.named_modules() if isinstance(part, BaseTunerLayer)}
         self._tuned = list(found.values())
+        for layer in self._tuned:
+            for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
+                factor.__class__ = _Factor
         self.parts = nn.ModuleDict({name.replace(".", "-"): _own_parts(part) for name, part in found.items()})
         self.parts.eval()
 
@@ -153,9 +157,18 @@ class Adapter:
         """The factors of all modules."""
         return list(self.parts.parameters())
 
+    def train(self) -> None:
+        """Dropout, and products in the backbone's type; the factors themselves stay in float32, as do their steps.
+
+        Otherwise peft brings the inputs of every module to float32, which takes as long as the module itself.
+        """
+        self.parts.train()
+        self._in_float32(False)
+
     def freeze(self) -> None:
-        """No more training: no gradients, no dropout; on the backbone's device, wherever training left it."""
+        """No more training: no gradients, no dropout, products in float32 again; on the backbone's device."""
         self._trains = False
+        self._in_float32(True)
         self.parts.to(self._backbone.device).eval().requires_grad_(False)
 
     @contextmanager
@@ -194,6 +207,10 @@ class Adapter:
         except ValueError as error:
             raise RunError("The adapter holds weights that are no numbers; heal the run again.") from error
 
+    def _in_float32(self, yes: bool) -> None:
+        for layer in self._tuned:
+            layer.cast_input_dtype_enabled = yes
+
     def _switch(self, on: bool) -> None:
         self._is_off = not on
         for layer in self._tuned:
@@ -215,6 +232,13 @@ class Adapter:
             raise damaged(path, f"it differs from its configuration in {', '.join(wrong[:3])}")
         for name, tensor in held.items():
             tensor.copy_(given[name])
+
+
+class _Factor(nn.Linear):
+    """A factor that computes in the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def _own_parts(layer: Any) -> nn.ModuleDict:

@@ -42,7 +42,7 @@ def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbac
     """
     path = folder / "checkpoints" / CHECKPOINT
     routed.adapt(adapter_of(recipe, routed.backbone, routed.geometry.context_layer))
-    routed.adapter.parts.train()
+    routed.adapter.train()
     steps = replace(recipe, trainer=replace(recipe.trainer, max_steps=recipe.adapter.steps))
     bar = TrainingBar(f"Healing {recipe.router.name}", "heal/objective")
 

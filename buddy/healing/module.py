@@ -145,10 +145,11 @@ class HealingModule(LightningModule):
         for group, rate in zip(groups, scheduler["base_lrs"], strict=True):
             group |= {"initial_lr": rate, "lr": rate * factor, "weight_decay": self.settings["weight_decay"]}
 
-    def _healing(self, batch: Batch, runs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _healing(self, batch: Batch, runs: Tensor | None = None, dense: Dense | None = None) -> tuple[Tensor, Tensor]:
         """The loss of the adapter, and the objective (B,) of each row; under the router's plans, or those given."""
         ids, scored, routed = batch.input_ids, batch.scored, self.routed
-        dense = Dense(routed.dense(ids, keep=scored)) if self.objective.kl else None
+        if dense is None and self.objective.kl:
+            dense = Dense(routed.dense(ids, keep=scored))
         asked = {"executed": batch.executed} if runs is None else {"runs": runs}
         logits = routed(ids, **asked, prompt=batch.prompt, keep=scored).logits
         value = self.objective(dense, logits, ids[:, scored + 1]).mean(1)
@@ -159,7 +160,7 @@ class HealingModule(LightningModule):
         estimate = self.together.estimator(self.routed, batch, generator)
         if not isinstance(self.together.estimator, Perturbed):
             return estimate.loss, estimate.objective
-        loss, value = self._healing(batch, estimate.runs)
+        loss, value = self._healing(batch, estimate.runs, estimate.dense)
         return loss + estimate.loss, value
 
     def _scored(self, input_ids: Tensor) -> Tensor:

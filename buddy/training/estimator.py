@@ -70,12 +70,14 @@ class Estimate:
         runs: (B, T, L) bool, the plans that the router's unperturbed scores ask for, or those of its gates when open
             means more likely than not.
         context: what the router saw, leading dimensions (B, T); None for a layerwise router, which saw hidden states.
+        dense: the dense model's distribution at the scored positions, where the estimator had it from that same pass.
     """
 
     loss: Tensor
     objective: Tensor
     runs: Tensor
     context: Context | None
+    dense: Dense | None = None
 
 
 class Estimator(Protocol):
@@ -117,7 +119,7 @@ class Perturbed:
         value = torch.zeros(len(batch.input_ids), device=scores.device)
         free = (batch.executed < routed.geometry.layers).nonzero()[:, 0]  # full depth leaves nothing to try
         if not len(free):
-            return Estimate(scores.sum() * 0.0, value, runs, context)
+            return Estimate(scores.sum() * 0.0, value, runs, context, dense)
         part = replace(batch, input_ids=batch.input_ids[free], executed=batch.executed[free])
         places = batch.places(routed.geometry.layers)
         tried, plans = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator, places)
@@ -126,7 +128,7 @@ class Perturbed:
         direction = _direction(tried, plans[..., first : first + routable], self.sigma)
         credited = routed.held(scores, batch.prompt)[free][:, batch.scored]  # who follows a decision credits its maker
         loss = (direction * credited).sum(-1).mean() * batch.weight(routed.geometry.layers)
-        return Estimate(loss, value, runs, context)
+        return Estimate(loss, value, runs, context, dense)
 
     @torch.no_grad()
     def _try(

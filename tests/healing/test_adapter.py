@@ -132,6 +132,18 @@ def test_at_full_depth_it_is_part_of_the_model_and_the_reference_is_stock():
     assert not torch.equal(routed(IDS, executed=full).logits, stock)
 
 
+def test_products_are_in_the_backbones_type_while_it_is_trained_and_in_float32_otherwise():
+    backbone = tiny_backbone("llama")
+    backbone.model.bfloat16()
+    adapter, seen = stirred(new_adapter(backbone)), []
+    part = next(iter(adapter.parts.values()))
+    part["B"].register_forward_hook(lambda module, given, result: seen.append((module.weight.dtype, result.dtype)))
+    for change in (adapter.train, adapter.freeze):
+        change()
+        backbone.model(IDS)
+    assert seen == [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)]
+
+
 def test_switching_leaves_what_was_trainable_and_what_was_not():
     routed = adapted()
     routed.dense(IDS)

@@ -30,7 +30,7 @@ def make(router=Fickle, objective=None, together=None, identity=None, policy="fi
     torch.manual_seed(0)
     routed = RoutedLM(backbone, router(geometry_of(backbone)), policy=policy)
     routed.adapt(new_adapter(backbone, **(adapter or {})))
-    routed.adapter.parts.train()
+    routed.adapter.train()
     if together is None:
         routed.router.requires_grad_(False)
     return HealingModule(
@@ -229,6 +229,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run):
     with pytest.raises(NotFinite, match="Healing stopped at step 1 because the loss is not finite"):
         run(module, 2)
     assert all(torch.equal(before[name], value) for name, value in factors(module.adapter).items())
+
+
+@pytest.mark.parametrize("together", [Together(Perturbed(Objective()), 1e-2), None])
+def test_the_stock_model_runs_once_a_step(monkeypatch, together):
+    module, passes = make(together=together), []
+    stock = module.routed.backbone.model.forward
+    monkeypatch.setattr(
+        module.routed.backbone.model, "forward", lambda **given: passes.append(module.adapter._is_off) or stock(**given)
+    )
+    module._together(batch(3, 4), torch.Generator()) if together else module._healing(batch(3, 4))
+    assert sum(passes) == 1
 
 
 def test_cross_entropy_alone_needs_no_dense_pass(monkeypatch):
