@@ -52,7 +52,8 @@ def calls(monkeypatch):
 
     stand_in("buddy.training.fit", "fit")
     stand_in("buddy.evaluation.evaluate", "evaluate_run")
-    stand_in("buddy.comparison.compare", "compare", "rewrite")
+    stand_in("buddy.comparison.compare", "compare")
+    stand_in("buddy.comparison.rewrite", "rewrite")
     stand_in("buddy.serve", "generate")
     return made
 
@@ -84,8 +85,8 @@ def test_compare(calls):
     assert call("compare", "--recipe", "quickstart").exit_code == 0
     asked = calls.pop()[1][0]
     assert (asked.seeds, asked.jobs, asked.speed) == (3, 1, True)
-    assert call("compare", "--from", "c.json", "--markdown", "r.md").exit_code == 0
-    assert calls[1] == ("rewrite", (Path("c.json"), Path("r.md")), {})
+    assert call("compare", "--from", "c.json,d.json", "--markdown", "r.md").exit_code == 0
+    assert calls[1] == ("rewrite", ([Path("c.json"), Path("d.json")], Path("r.md")), {})
 
 
 NEW = [

@@ -54,8 +54,12 @@ def compare(
     ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there too.")] = None,
     made: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="FILE", help="Show a comparison.json, and write --markdown, without any work."),
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FILE,…",
+            help="Show a comparison.json, or several as one, and write --markdown, without any work.",
+        ),
     ] = None,
 ) -> None:
     """Compare routers under one recipe, with seeds, on several texts."""
@@ -94,12 +98,12 @@ def compare(
         raise typer.Exit(FAILED)
 
 
-def _show(made: Path, markdown: Path | None, overrides: list[str], given: dict[str, object]) -> None:
+def _show(made: str, markdown: Path | None, overrides: list[str], given: dict[str, object]) -> None:
     """Show a comparison that was made; what only a new one can take is refused."""
     why = "belongs to a new comparison; leave it out, or give --recipe in place of --from"
     if overrides:
         raise BuddyError(f"{overrides[0]} {why}.")
     refuse(given, why)
-    from buddy.comparison.compare import rewrite
+    from buddy.comparison.rewrite import rewrite
 
-    rewrite(made, markdown)
+    rewrite([Path(each) for each in words(made)], markdown)

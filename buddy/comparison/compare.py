@@ -17,17 +17,15 @@ from buddy.backbone import Backbone
 from buddy.comparison.asked import RUNS, Asked, check
 from buddy.comparison.contestants import contestants
 from buddy.comparison.domains import domains_of, read_domain
-from buddy.comparison.output import write_all, write_markdown
+from buddy.comparison.output import write_all
 from buddy.comparison.planned import Planned, base_of, check_reuse, is_finished, planned, with_lent
 from buddy.comparison.pool import side_by_side
-from buddy.comparison.record import read_record, record_of
-from buddy.comparison.tables import all_grids, show
+from buddy.comparison.record import record_of
 from buddy.comparison.timing import measured
-from buddy.comparison.view import Comparison
 from buddy.comparison.work import Start, Texts, Worker
 from buddy.engine.model import geometry_of
 from buddy.errors import BuddyError, RunError
-from buddy.files import check_place, writing
+from buddy.files import writing
 from buddy.progress import Bar, errors, status
 from buddy.registry import build
 from buddy.router import AnyRouter
@@ -70,26 +68,6 @@ def compare(asked: Asked) -> int:
         runs = _finished(runs, asked.folder)
     with _locked(asked.folder):
         return _compare(asked, base, runs, texts, backbone, data)
-
-
-def rewrite(json_file: Path, markdown: Path | None) -> None:
-    """Show a comparison that was made, and write its results as Markdown with the figures beside it.
-
-    Raises:
-        RunError: the file is no comparison, or the place cannot be written.
-    """
-    record = read_record(json_file)
-    if markdown:
-        check_place(markdown)
-    try:
-        comparison = Comparison(record)
-        grids = list(all_grids(comparison))
-        if markdown:
-            write_markdown(comparison, markdown, f"{markdown.stem}-")
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # wherever it is read
-        raise RunError(f"{json_file} is damaged; make it again with the `buddy compare` that made it.") from error
-    for grid in grids:
-        show(grid)
 
 
 def _compare(

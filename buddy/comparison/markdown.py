@@ -159,10 +159,13 @@ def _failures(c: Comparison) -> Iterator[str]:
 
 
 def _provenance(c: Comparison) -> Iterator[str]:
-    record, machine = c.record, c.record["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    memory = f", {machine['memory_gib']:g} GiB of memory" if machine["memory_gib"] else ""
-    accelerator = f", {machine['accelerator']}" if machine["accelerator"] else ""
-    yield from ("## How it was made", "", "```text", record["command"], "```", "")
-    where = f"{machine['processor']}, {machine['cores']} cores{memory}{accelerator}"
-    yield f"{record['created'].partition('T')[0]}, {where}. {versions}."
+    """The command, the day, the machine and the versions; of each part where several records were joined."""
+    yield from ("## How it was made", "")
+    for part in c.record.get("parts", [c.record]):
+        machine = part["machine"]
+        versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
+        memory = f", {machine['memory_gib']:g} GiB of memory" if machine["memory_gib"] else ""
+        accelerator = f", {machine['accelerator']}" if machine["accelerator"] else ""
+        where = f"{machine['processor']}, {machine['cores']} cores{memory}{accelerator}"
+        yield from ("```text", part["command"], "```", "")
+        yield from (f"{part['created'].partition('T')[0]}, {where}. {versions}.", "")

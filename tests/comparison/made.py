@@ -72,7 +72,14 @@ def record() -> dict[str, Any]:
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "machine": {"processor": "Some CPU", "cores": 2, "memory_gib": 15.5, "accelerator": None},
         "domains": [
-            {"label": name, "source": name, "own": name == "speeches", "windows": 20, "documents": DOCUMENTS}
+            {
+                "label": name,
+                "source": name,
+                "own": name == "speeches",
+                "windows": 20,
+                "documents": DOCUMENTS,
+                "fingerprint": f"of {name}",
+            }
             for name in ("speeches", "web")
         ],
         "tasks": {"names": ["piqa", "boolq"], "limit": 50},

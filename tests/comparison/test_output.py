@@ -16,11 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from buddy.comparison import tables
 from buddy.comparison.command import shown_command
-from buddy.comparison.compare import rewrite
 from buddy.comparison.figures import LAYERS, TIME, draw_all
 from buddy.comparison.longform import as_csv
 from buddy.comparison.markdown import render
 from buddy.comparison.record import read_record, write_record
+from buddy.comparison.rewrite import rewrite
 from buddy.comparison.statistics import difference
 from buddy.comparison.tables import Grid, number
 from buddy.comparison.tensorboard import write_tensorboard
@@ -226,13 +226,13 @@ def test_what_is_no_record_is_told(content, message, tmp_path):
     if content is not None:
         path.write_text(content)
     with pytest.raises(RunError, match=message):
-        rewrite(path, None)
+        rewrite([path], None)
 
 
 def test_a_record_becomes_a_document_with_its_figures(comparison, tmp_path, capsys):
     write_record(tmp_path / "comparison.json", made.record())
     (tmp_path / "docs").mkdir()
-    rewrite(tmp_path / "comparison.json", tmp_path / "docs" / "results.md")
+    rewrite([tmp_path / "comparison.json"], tmp_path / "docs" / "results.md")
     text = (tmp_path / "docs" / "results.md").read_text()
     links = re.findall(r"\]\((.*?)\)", text)
     assert links == ["results-quality-layers.png", "results-quality-time.png"]

@@ -1,0 +1,94 @@
+"""Several records as one, against the record that they are parts of."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from buddy.comparison.join import joined
+from buddy.comparison.markdown import render
+from buddy.comparison.record import write_record
+from buddy.comparison.rewrite import rewrite
+from buddy.comparison.tables import all_grids
+from buddy.comparison.view import Comparison
+from buddy.errors import RunError
+from tests.comparison import made
+
+A, B = Path("a/comparison.json"), Path("b/comparison.json")
+
+
+def part(*chosen, **changed):
+    """The runs of some routers alone, or ("ours", 1) for one seed of one, as made in a folder of their own."""
+    whole = json.loads(json.dumps(made.record()))
+    names = {label for label, _ in chosen}
+    return whole | {
+        "command": f"buddy compare --routers {','.join(sorted(names))}",
+        "routers": [each for each in whole["routers"] if each["label"] in names],
+        "runs": [run for run in whole["runs"] if (run["router"], run["seed"]) in chosen],
+        "speed": None,
+        **changed,
+    }
+
+
+def test_parts_give_the_tables_of_the_whole():
+    whole = json.loads(json.dumps(made.record())) | {"speed": None}
+    ours = [("ours", 0), ("dice", 1)]
+    others = [(run["router"], run["seed"]) for run in whole["runs"] if (run["router"], run["seed"]) not in ours]
+    together = joined({A: part(*ours), B: part(*others)})
+    order = {each["label"]: place for place, each in enumerate(together["routers"])}
+    whole["routers"].sort(key=lambda each: order[each["label"]])
+    whole["runs"].sort(key=lambda run: order[run["router"]])
+    assert list(all_grids(Comparison(together))) == list(all_grids(Comparison(whole)))
+
+
+def test_the_document_says_how_each_part_was_made():
+    machine = {"processor": "another", "cores": 4, "memory_gib": None, "accelerator": "one"}
+    together = joined({A: part(("ours", 0)), B: part(("best", 0), machine=machine, created="2030-01-01T00:00:00")})
+    text = render(Comparison(together), {})
+    assert "buddy compare --routers ours\n" in text
+    assert "buddy compare --routers best\n" in text
+    assert "2030-01-01, another, 4 cores, one." in text
+
+
+def test_seeds_may_come_from_recipes_that_differ_in_the_seed_alone():
+    recipe = made.record()["recipe"] | {"seed": 1, "router.name": "dice", "output": "elsewhere"}
+    together = joined({A: part(("ours", 0), ("dice", 0)), B: part(("ours", 1), recipe=recipe)})
+    assert [(run["router"], run["seed"]) for run in together["runs"]] == [("ours", 0), ("ours", 1), ("dice", 0)]
+
+
+def test_one_record_stays_as_it_is():
+    assert joined({A: made.record()}) == made.record()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (part(("ours", 0)), r"The run ours, seed 0 is in a/comparison\.json and in b/comparison\.json"),
+        (part(("best", 0), layers=9), r"made differently \(layers\)"),
+        (part(("best", 0), tasks={"names": [], "limit": 3}), r"made differently \(tasks\)"),
+        (
+            part(("best", 0), recipe=made.record()["recipe"] | {"data.window": 77, "output": "elsewhere"}),
+            r"made differently \(data\.window: \d+ and 77\)",
+        ),
+        (
+            part(("best", 0), domains=[each | {"fingerprint": "0"} for each in made.record()["domains"][:1]]),
+            r"made differently \(the text speeches; the text web\)",
+        ),
+        (
+            part(("ours", 1), routers=[made.record()["routers"][0] | {"options": {"hidden": 3}}]),
+            "call different routers ours; compare them in one folder",
+        ),
+    ],
+)
+def test_what_cannot_stand_together_is_refused(other, message):
+    with pytest.raises(RunError, match=message):
+        joined({A: part(("ours", 0)), B: other})
+
+
+def test_files_are_read_joined_and_written(tmp_path, capsys):
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for path, label in zip(files, ("ours", "best"), strict=True):
+        write_record(path, part((label, 0)))
+    rewrite(files, tmp_path / "results.md")
+    assert "Perplexity on web" in capsys.readouterr().out
+    assert {"| ours |", "| best |"} <= {line[:8] for line in (tmp_path / "results.md").read_text().splitlines()}
