@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,7 +124,8 @@ def measure(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter) -> dict
     counts, ids, model = points_of(routed), _text(routed), routed.backbone.model
     spends = [lambda count=count: routed.at(executed=[count]) for count in counts]
     field = [Contender("routed", count, model, each) for count, each in zip(counts, spends, strict=True)]
-    spent = [decode_in_turn(field, ids, ids.shape[1] - STEPS) for _ in track(range(rounds + 1))]
+    draw, start = random.Random(0), ids.shape[1] - STEPS
+    spent = [decode_in_turn(field, ids, start, draw) for _ in track(range(rounds + 1))]
     return {count: statistics.median(each) for count, each in zip(counts, zip(*spent[1:], strict=True), strict=True)}
 
 

@@ -27,6 +27,7 @@ from buddy.router import AnyRouter
 from buddy.runs import load_router
 
 FILE, ROUNDS = "speed.json", 3
+TURNS = "drawn for each token"  # of how times were taken, so that those taken otherwise are measured again
 FULL = "full"
 
 
@@ -49,7 +50,7 @@ def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, f
     """
     tokens = windows.shape[1]
     made: dict[str, Any] = {label: checksum(run.folder / ROUTER) for label, run in runs.items()}
-    made |= {"backbone": backbone.fingerprint}
+    made |= {"backbone": backbone.fingerprint, "turns": TURNS}
     made |= {"threads": torch.get_num_threads(), "device": str(backbone.device), "machine": machine(), **versions()}
     try:
         kept = read_json(folder / FILE)

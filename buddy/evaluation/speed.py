@@ -1,12 +1,13 @@
 """What a budget costs in time: prefill and decode at each, against the dense and the physically pruned stock model.
 
 All contenders live in one process and share the weights. They run in turn, round by round, and in decoding token by
-token, so that a drift of the machine's speed meets them all; figures are medians over rounds and ratios within this one
-run.
+token, so that a drift of the machine's speed meets them all, and in another order each time, so that nobody always
+follows the same one; figures are medians over rounds and ratios within this one run.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -130,16 +131,16 @@ def race(
         track: wraps the rounds to show progress.
     """
     timings = {(each.name, each.layers): Timings() for each in field_}
-    decoding = [each for each in field_ if each.decodes]
+    decoding, draw = [each for each in field_ if each.decodes], random.Random(0)
     for number in track(range(rounds + 1)):
-        for each in field_:
+        for each in draw.sample(field_, len(field_)):
             mine = timings[each.name, each.layers]
             with each.spends():
                 for length in prompts:
                     spent = _prefill_ms(each, ids[:1, :length])
                     mine.prefill.setdefault(length, []).extend([spent] if number else [])
-        steps = {batch: decode_in_turn(decoding, ids[:batch, : PROMPT + STEPS], PROMPT) for batch in batches}
-        after = [] if late is None else decode_in_turn(decoding, late, late.shape[1] - STEPS)
+        steps = {batch: decode_in_turn(decoding, ids[:batch, : PROMPT + STEPS], PROMPT, draw) for batch in batches}
+        after = [] if late is None else decode_in_turn(decoding, late, late.shape[1] - STEPS, draw)
         for place, each in enumerate(decoding if number else ()):
             mine = timings[each.name, each.layers]
             for batch, spent_by_each in steps.items():
@@ -150,10 +151,11 @@ def race(
     return timings
 
 
-def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int) -> list[float]:
+def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int, draw: random.Random) -> list[float]:
     """Mean milliseconds of a step for each contender, over the tokens after the first `prompt` of (B, T).
 
-    All take one token before any takes the next, so that what disturbs the machine for a moment meets them alike.
+    All take one token before any takes the next, so that what disturbs the machine for a moment meets them alike; who
+    comes after whom is drawn anew for each token.
     """
     caches = []
     for each in field_:
@@ -161,9 +163,9 @@ def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int) -> lis
             caches.append(each.prefill(ids[:, :prompt]))
     spent = [0.0] * len(caches)
     for at in range(prompt, ids.shape[1]):
-        for place, each in enumerate(field_):
-            with each.spends():
-                spent[place] += each.step(ids[:, at : at + 1], caches[place])
+        for place in draw.sample(range(len(field_)), len(field_)):
+            with field_[place].spends():
+                spent[place] += field_[place].step(ids[:, at : at + 1], caches[place])
     return [total / (ids.shape[1] - prompt) for total in spent]
 
 
