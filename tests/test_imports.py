@@ -180,6 +180,7 @@ TABLE = {
         "evaluation.tasks",
         "comparison.asked",
         "comparison.compare",
+        "comparison.rewrite",
         "inspection.inspect",
         "serve",
         "__init__",
