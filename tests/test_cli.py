@@ -110,6 +110,7 @@ NEW = [
     [
         ([], "Give either --recipe, to compare routers, or --from"),
         (["--recipe", "quickstart", "--from", "c.json"], "Give either --recipe"),
+        (["--from", ","], "--from is empty; name at least one"),
         *((["--from", "c.json", *words], f"{words[0]} belongs to a new comparison") for words in NEW),
         (["--recipe", "quickstart", "--task-limit", "3"], "--task-limit is for tasks; add --tasks"),
         (["--recipe", "quickstart", "sed=1"], "The key 'sed' is unknown"),

@@ -106,4 +106,7 @@ def _show(made: str, markdown: Path | None, overrides: list[str], given: dict[st
     refuse(given, why)
     from buddy.comparison.rewrite import rewrite
 
-    rewrite([Path(each) for each in words(made)], markdown)
+    files = [made] if Path(made).is_file() else words(made)  # a name may hold a comma
+    if not files:
+        raise BuddyError("--from is empty; name at least one comparison.json.")
+    rewrite([Path(each) for each in files], markdown)
