@@ -1,5 +1,6 @@
 """`buddy compare`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -106,7 +107,7 @@ def _show(made: str, markdown: Path | None, overrides: list[str], given: dict[st
     refuse(given, why)
     from buddy.comparison.rewrite import rewrite
 
-    files = [made] if Path(made).is_file() else words(made)  # a name may hold a comma
+    files = [made] if os.path.isfile(made) else words(made)  # a name may hold a comma
     if not files:
         raise BuddyError("--from is empty; name at least one comparison.json.")
     rewrite([Path(each) for each in files], markdown)
