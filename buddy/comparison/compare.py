@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from buddy.comparison.asked import RUNS, Asked, check
 from buddy.comparison.contestants import contestants
 from buddy.comparison.domains import domains_of, read_domain
 from buddy.comparison.output import write_all
-from buddy.comparison.planned import Planned, base_of, check_reuse, is_finished, planned, with_lent
+from buddy.comparison.planned import Planned, base_of, check_reuse, fitted_seed, is_finished, planned, with_lent
 from buddy.comparison.pool import side_by_side
 from buddy.comparison.record import record_of
 from buddy.comparison.timing import measured
@@ -137,8 +138,9 @@ def _with_lent(
     for label, group in runs.items():
         first = group[0]
         router, inputs = _router(first.recipe, backbone), made_of[first.recipe.router.name]
-        recipes = [run.recipe if _draws(run.recipe, router) else first.recipe for run in group]
         there = folder / first.folder.parent.name
+        shared = None if _draws(first.recipe, router) else fitted_seed(there)
+        recipes = [run.recipe if shared is None else replace(run.recipe, seed=shared) for run in group]
         lenders = [planned(label, recipe, there, 1, router.trainable)[0] for recipe in recipes]
         found[label] = [with_lent(run, lender, inputs, windows) for run, lender in zip(group, lenders, strict=True)]
     everyone = [run for group in found.values() for run in group]

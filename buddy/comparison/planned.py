@@ -77,6 +77,12 @@ def is_finished(run: Planned) -> bool:
     return (run.folder / FACTS).is_file()
 
 
+def fitted_seed(folder: Path) -> int | None:
+    """The lowest seed of the finished runs in the folder of one router; None where there is none."""
+    names = (facts.parent.name.removeprefix("seed-") for facts in folder.glob(f"seed-*/{FACTS}"))
+    return min((int(name) for name in names if name.isdecimal()), default=None)
+
+
 def with_lent(run: Planned, lender: Planned, made_of: Mapping[str, str], windows: str) -> Planned:
     """The run with the router of one that was made under the same recipe without an adapter, if that is finished.
 

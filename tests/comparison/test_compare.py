@@ -271,6 +271,13 @@ def test_a_router_that_was_not_trained_is_lent_whatever_training_would_be(ask, w
     assert "fitted here" not in capsys.readouterr().err
 
 
+def test_a_router_that_draws_nothing_is_lent_to_every_seed(ask, whole, tmp_path, capsys):
+    options = {"routers": "shortgpt,random", "seeds": 1, "domains": None, "trained": whole}
+    assert compare(ask(tmp_path, *HEAL, "seed=7", "data.seed=0", **options)) == 0
+    assert "To be fitted here, for want of a finished run: random, seed 7." in capsys.readouterr().err
+    assert {*router_files(tmp_path)} == {"shortgpt/seed-7", "random/seed-7"}
+
+
 @pytest.fixture
 def lender(whole, tmp_path) -> Path:
     """A comparison of one router, whose files may be changed."""
