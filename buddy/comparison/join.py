@@ -10,7 +10,8 @@ from buddy.comparison.planned import FREE
 from buddy.errors import RunError
 
 MADE = ("command", "created", "versions", "machine")  # how each part was made
-OWN = ("router.", "seed", *FREE)  # beginnings of keys that say which runs were asked for, and nothing of how
+RATES = "adapter.rates"  # of healing, of which each run keeps the best: kept with each part and told, not compared
+OWN = ("router.", "seed", RATES, *FREE)  # beginnings of keys that say which runs were asked for, and nothing of how
 
 Held = tuple[Path, Mapping[str, Any]]  # an entry and the file that it is in
 
@@ -45,7 +46,7 @@ def joined(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
         "runs": sorted(runs.values(), key=lambda run: (order[run["router"]], run["seed"])),
         "speed": None,
         "failures": [each for one in found for each in one["failures"]],
-        "parts": [{key: each[key] for key in MADE} for each in found],
+        "parts": [{key: each[key] for key in MADE} | {"rates": each["recipe"].get(RATES)} for each in found],
     }
 
 

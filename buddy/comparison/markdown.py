@@ -107,13 +107,21 @@ def _at_full_depth(c: Comparison) -> str:
     recipe = c.record["recipe"]
     if not _heals(c):
         return "At full depth all routers are the dense model."
-    rates = str(recipe.get("adapter.rates", "[]")).strip("[]")
-    rate = f"the best of the rates {rates} by validation windows" if rates else f"the rate {recipe['adapter.lr']:g}"
     return (
         f"All are healed alike: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets beside the frozen "
         f"weights, {recipe['adapter.steps']} steps of {recipe['data.batch_size']} windows on "
-        f"{_texts(c, 'data.train_sources')}, at {rate}. It is on at full depth too, so that rows differ there."
+        f"{_texts(c, 'data.train_sources')}, at {_rate(c)}. It is on at full depth too, so that rows differ there."
     )
+
+
+def _rate(c: Comparison) -> str:
+    """The learning rate of healing, or those that were tried: not the same for all where records were joined."""
+    recipe = c.record["recipe"]
+    parts = c.record.get("parts", [{"rates": recipe.get("adapter.rates")}])
+    tried = list(dict.fromkeys((part["rates"] or "").strip("[]") or f"{recipe['adapter.lr']:g}" for part in parts))
+    if len(tried) > 1:
+        return f"the best of the rates {' or of '.join(tried)} (each run's command says which) by validation windows"
+    return f"the best of the rates {tried[0]} by validation windows" if "," in tried[0] else f"the rate {tried[0]}"
 
 
 def _own(c: Comparison) -> str:

@@ -56,6 +56,25 @@ def test_seeds_may_come_from_recipes_that_differ_in_the_seed_alone():
     assert [(run["router"], run["seed"]) for run in together["runs"]] == [("ours", 0), ("ours", 1), ("dice", 0)]
 
 
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        (
+            ["[0.01, 0.003]", "[0.003]"],
+            "at the best of the rates 0.01, 0.003 or of 0.003 (each run's command says which)",
+        ),
+        (["[0.01, 0.003]", "[]"], "at the best of the rates 0.01, 0.003 or of 0.001 (each run's command says which)"),
+        (["[0.01, 0.003]"] * 2, "at the best of the rates 0.01, 0.003 by validation windows"),
+        (["[0.003]"] * 2, "at the rate 0.003."),
+    ],
+)
+def test_seeds_may_be_healed_at_the_rate_that_another_seed_has_chosen(rates, words):
+    lora = {"adapter.rank": 8, "adapter.steps": 100, "adapter.lr": 0.001, "data.batch_size": 4}
+    one, other = (made.record()["recipe"] | lora | {"adapter.rates": tried} for tried in rates)
+    together = joined({A: part(("ours", 0), recipe=one), B: part(("ours", 1), ("best", 0), recipe=other)})
+    assert words in render(Comparison(together), {})
+
+
 def test_one_record_stays_as_it_is():
     assert joined({A: made.record()}) == made.record()
 
