@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0  # seconds for a training step to end after an interrupt
 NOT_BEGUN = "Its process could not begin"
+LOADING = "Loading the model and the texts …"
 
 
 def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done, on_line: Heard) -> None:
@@ -49,7 +50,7 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
     try:
         with _handled(signal.SIGTERM, signal.default_int_handler):  # which ends a comparison as Ctrl-C does
             for helper in helpers:
-                helper.begin(waiting.pop(0))
+                _give(helper, waiting.pop(0), on_line)
             _see_to(helpers, waiting, on_done, on_line)
     except BaseException:
         for helper in helpers:
@@ -76,7 +77,13 @@ def _see_to(helpers: Sequence[_Helper], waiting: list[Planned], on_done: Done, o
                 continue
             on_done(run, said)
             if waiting:
-                helper.begin(waiting.pop(0))
+                _give(helper, waiting.pop(0), on_line)
+
+
+def _give(helper: _Helper, run: Planned, on_line: Heard) -> None:
+    """Have it do a run; a new process has half a minute of loading before it can say anything itself."""
+    if helper.begin(run):
+        on_line(run, LOADING, True)
 
 
 @dataclass(frozen=True)
@@ -97,16 +104,19 @@ class _Helper:
         self.pipe: Connection | None = None
         self.process: BaseProcess | None = None
 
-    def begin(self, run: Planned) -> None:
-        """Give it a run."""
+    def begin(self, run: Planned) -> bool:
+        """Give it a run; whether a new process had to begin for that."""
         self.run = run
-        if self.process is None or not self.process.is_alive():
+        began = self.process is None or not self.process.is_alive()
+        if began:
             self._spawn()
         try:
             self.pipe.send(run)
         except ConnectionError:  # it was about to end
+            began = True
             self._spawn()
             self.pipe.send(run)
+        return began
 
     def said(self) -> _Line | str | None:
         """A line, or how its run ended, once the pipe has something to say; None where all is well."""

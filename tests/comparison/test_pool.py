@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from buddy.comparison.pool import side_by_side
+from buddy.comparison.pool import LOADING, side_by_side
 from tests.comparison.fakes import FakeStart
 
 
@@ -37,12 +37,19 @@ def test_what_runs_say_is_passed_on(tmp_path, capfd):
     heard = []
     assert outcomes(tmp_path, ["a tells", "b tells"], 2, heard=heard) == {"a tells": None, "b tells": None}
     for run in ("a tells", "b tells"):
-        bar, *words = [line for line in heard if line[0] == run]
+        begun, bar, *words = [line for line in heard if line[0] == run]
+        assert begun == (run, LOADING, True)
         assert bar[1].startswith("Counting: 1 of 2, ")
         assert bar[1].endswith(", one")
         assert bar[2]
         assert words == [(run, "A word", False), (run, "and another", False)]
     assert capfd.readouterr() == ("", "")
+
+
+def test_loading_is_told_where_a_process_begins_for_a_run_and_nowhere_else(tmp_path):
+    heard = []
+    outcomes(tmp_path, ["a", "b dies", "c", "d"], 1, heard=heard)
+    assert [run for run, words, _ in heard if words == LOADING] == ["a", "c"]
 
 
 def test_another_process_takes_the_place_of_a_dead_one(tmp_path):
@@ -83,7 +90,8 @@ def test_an_interrupt_reaches_all_and_nothing_new_is_begun(tmp_path, number):
     process, helpers = begin(tmp_path)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (130, "", "")
+    assert (process.returncode, err) == (130, "")
+    assert out.splitlines() == [f"{run} sleeps {LOADING} True" for run in "ab"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.stopped", "b", "b.stopped"]
     assert_gone(helpers)
 
