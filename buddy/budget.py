@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 from buddy.errors import BudgetError
 
@@ -144,7 +145,7 @@ def _has_unit(budget: Budget) -> bool:
 
 
 def _layer_count(budget: Budget) -> int | None:
-    match = re.fullmatch(r"\s*(\d+)\s*layers?\s*", budget) if isinstance(budget, str) else None
+    match = re.fullmatch(r"\s*(\d{1,9})\s*layers?\s*", budget) if isinstance(budget, str) else None
     return int(match[1]) if match else None
 
 
@@ -152,4 +153,4 @@ def _fraction(budget: Budget) -> float:
     try:
         return float(budget)
     except (TypeError, ValueError):
-        raise BudgetError(f"The budget {budget!r} is neither {KINDS}.") from None
+        raise BudgetError(f"The budget {shorten(repr(budget), 60)} is neither {KINDS}; ask for 0.75, say.") from None

@@ -26,9 +26,17 @@ _WORDS = {
     str: "text",
     str | None: "text or null",
     int | None: "a whole number or null",
-    list[float]: "a list of numbers such as [1.0, 0.5]",
-    list[str]: "a list of names such as [uniform, random]",
+    list[float]: "a list of numbers",
+    list[str]: "a list of names",
     dict[str, Any]: "a mapping such as {hidden: 64}",
+}
+_SUCH_AS = {  # for the lists
+    "budgets": "[1.0, 0.5]",
+    "rivals": "[uniform, random]",
+    "adapter.rates": "[1.0e-2, 3.0e-3]",
+    "adapter.targets": "[q_proj, v_proj]",
+    "data.train_sources": "[more.jsonl, notes.txt]",
+    "data.calibration_sources": "[more.jsonl, notes.txt]",
 }
 
 
@@ -107,7 +115,8 @@ class Draft:
         except _MISFITS:
             lost = hint in (str, str | None) and isinstance(value, bool | int | float)
             advice = "; put it in quotes" if lost else ""
-            self._note(name, f"{name} must be {_WORDS[hint]}, not {shown(value)}{advice}.")
+            example = f" such as {_SUCH_AS[name]}" if name in _SUCH_AS else ""
+            self._note(name, f"{name} must be {_WORDS[hint]}{example}, not {shown(value)}{advice}.")
 
     def _parts(self, overrides: Sequence[str]) -> Iterator[Mapping[Any, Any]]:
         for text in overrides:

@@ -36,6 +36,18 @@ class RunError(BuddyError):
     """A run folder that is missing, half-written or made for something else."""
 
 
+class DamagedError(RunError):
+    """A file of a run that cannot be used.
+
+    Args:
+        what: that it is damaged, and how.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; make the run again with `buddy fit`.")
+        self.what = what
+
+
 class TrainingError(BuddyError):
     """A training step whose numbers stopped being finite."""
 

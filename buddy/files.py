@@ -11,7 +11,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy.errors import RunError
+from buddy.errors import DamagedError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,9 +44,16 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**value, SUM: _sum(value)})
 
 
-def check_place(path: Path) -> None:
-    """Raises RunError when no file can be written to `path`, before the work whose result it is to hold."""
+def check_place(path: Path, *read: Path) -> None:
+    """Raises RunError when no file can be written to `path`, before the work whose result it is to hold.
+
+    Args:
+        path: where the result goes; an older file there is replaced.
+        read: what the work is done on, which stays.
+    """
     path = path.absolute()
+    if any(os.path.exists(each) and os.path.exists(path) and os.path.samefile(each, path) for each in read):
+        raise RunError(f"{path} is what this command reads; name another file for what it writes.")
     if os.path.isdir(path):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
         raise RunError(f"{path} is a folder; name a file in it.")
     if not os.path.isdir(path.parent):
@@ -104,9 +111,9 @@ def checksum(path: Path) -> str:
         raise damaged(path, error.strerror or str(error)) from error
 
 
-def damaged(path: Path, reason: str) -> RunError:
+def damaged(path: Path, reason: str) -> DamagedError:
     """The error for a file of a run that cannot be used."""
-    return RunError(f"{path} is damaged ({' '.join(reason.split())}); make the run again with `buddy fit`.")
+    return DamagedError(f"{path} is damaged ({' '.join(reason.split())})")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,7 +114,7 @@ def cache_folder() -> Path | None:
 
 @torch.no_grad()
 def measure(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter) -> dict[int, float]:
-    """Median milliseconds a decode step at a few K, batch 1.
+    """Median milliseconds a decode step at a few K, batch 1, with an adapter off: a run is served with it merged.
 
     Args:
         routed: the model.
@@ -122,10 +122,12 @@ def measure(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter) -> dict
         track: wraps the rounds to show progress.
     """
     counts, ids, model = points_of(routed), _text(routed), routed.backbone.model
+    alone = nullcontext() if routed.adapter is None else routed.adapter.off()
     spends = [lambda count=count: routed.at(executed=[count]) for count in counts]
     field = [Contender("routed", count, model, each) for count, each in zip(counts, spends, strict=True)]
     draw, start = random.Random(0), ids.shape[1] - STEPS
-    spent = [decode_in_turn(field, ids, start, draw) for _ in track(range(rounds + 1))]
+    with alone:
+        spent = [decode_in_turn(field, ids, start, draw) for _ in track(range(rounds + 1))]
     return {count: statistics.median(each) for count, each in zip(counts, zip(*spent[1:], strict=True), strict=True)}
 
 
@@ -151,6 +153,7 @@ def points_of(routed: RoutedLM) -> list[int]:
 def setting_of(routed: RoutedLM) -> dict[str, Any]:
     """All that the time of a token depends on, but for what else the machine does."""
     backbone, here = routed.backbone, machine()
+    beside = 0 if routed.adapter is None else routed.adapter.size
     return {
         "layout": LAYOUT,
         "processor": here["processor"],
@@ -158,7 +161,7 @@ def setting_of(routed: RoutedLM) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "backbone": backbone.fingerprint,
-        "parameters": backbone.model.num_parameters(),  # an adapter's too
+        "parameters": backbone.model.num_parameters() - beside,  # the same whether an adapter is merged or beside
         "dtype": str(backbone.dtype),
         "attention": backbone.model.config._attn_implementation,
         "router": type(routed.router).__name__,

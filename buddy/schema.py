@@ -253,7 +253,7 @@ def _predictor_mistakes(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
     predictor = recipe.predictor
     if predictor.name is None:
         return
-    if recipe.budgets and predictor.cap < min(recipe.budgets):
+    if recipe.budgets and 0 < predictor.cap < min(recipe.budgets):
         yield (
             {"predictor.cap", "budgets"},
             f"predictor.cap is {predictor.cap}, below the smallest budget, which is {min(recipe.budgets)}; raise it.",

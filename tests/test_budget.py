@@ -89,6 +89,8 @@ def test_the_table_is_not_asked_for_other_budgets():
         ("0ms", "no time above 0"),
         ("-3ms", "The budget -3ms is no time above 0; ask for a latency such as 15ms a token"),
         ("15parsecs", "The budget '15parsecs' is neither a fraction such as 0.75 nor a count"),
+        ("75%", "nor a latency such as 15ms, nor auto; ask for 0.75, say."),
+        ("9" * 5000 + "layers", "is neither"),
         ("nanms", "is neither"),
         ("ms", "is neither"),
         ("1,5ms", "is neither"),

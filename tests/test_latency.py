@@ -17,6 +17,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
 from buddy.latency import Latencies, cache_folder, interpolated, measure, points_of, setting_of
 from tests.engine.reference import Fickle
+from tests.healing.made import adapted
 from tests.tiny import tiny_backbone
 
 
@@ -135,6 +136,16 @@ def test_another_setting_has_another_table(routed, monkeypatch, change):
     if change == "router":
         other.router.weight = torch.nn.Parameter(torch.zeros(3))
     assert setting_of(other) != before
+
+
+def test_an_adapter_beside_the_weights_has_the_table_of_the_merged_model(monkeypatch):
+    routed = adapted()
+    beside, seen = setting_of(routed), []
+    monkeypatch.setattr(latency, "decode_in_turn", lambda field, *_: seen.append(routed.adapter._is_off) or [1.0] * 5)
+    measure(routed, rounds=1)
+    assert seen == [True, True]
+    routed.merge()
+    assert setting_of(routed) == beside
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"setting": {}, "milliseconds": {"2": 1}}', "\x00"])

@@ -76,7 +76,7 @@ def compare(
     from buddy.recipe import load_recipe, recipe_name
 
     resolved = load_recipe(recipe, overrides or [])
-    from buddy.comparison.asked import SEEDS, Asked, Tasks
+    from buddy.comparison.asked import Asked, Tasks
     from buddy.comparison.compare import compare as run_compare
 
     asked = Asked(
@@ -85,7 +85,7 @@ def compare(
         recipe_name(recipe),
         overrides=tuple(overrides or ()),
         routers=routers,
-        seeds=SEEDS if seeds is None else seeds,
+        seeds=seeds,
         domains=domains,
         tasks=Tasks(tuple(words(tasks or "")), task_limit, task_data, task_path),
         jobs=1 if jobs is None else jobs,

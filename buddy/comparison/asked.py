@@ -38,7 +38,7 @@ class Asked:
         recipe_name: is kept in the runs.
         overrides: laid over the recipe already; shown in the results.
         routers: "a,b[key=value],…"; the recipe's router and its rivals where it is None.
-        seeds: for each router that depends on one.
+        seeds: for each router that depends on one; None for `SEEDS`, or for all that are finished.
         domains: "SOURCE,label=SOURCE,…" beside the recipe's own text.
         tasks: what runs are scored on.
         jobs: processes at once.
@@ -54,7 +54,7 @@ class Asked:
     recipe_name: str
     overrides: Sequence[str] = ()
     routers: str | None = None
-    seeds: int = SEEDS
+    seeds: int | None = None
     domains: str | None = None
     tasks: Tasks = field(default_factory=Tasks)
     jobs: int = 1
@@ -74,7 +74,13 @@ class Asked:
         """The command, as far as it decides the results."""
         tasks = {"tasks": ",".join(self.tasks.names), "task-limit": self.tasks.limit}
         places = {"task-data": self.tasks.data, "task-path": self.tasks.path, "trained": self.trained}
-        options = {"routers": self.routers, "seeds": self.seeds, "domains": self.domains, **tasks, **places}
+        options = {
+            "routers": self.routers,
+            "seeds": self.seeds or (None if self.finished else SEEDS),
+            "domains": self.domains,
+            **tasks,
+            **places,
+        }
         words = [word for name, value in options.items() if value for word in (f"--{name}", str(value))]
         words += ["--finished"] if self.finished else []
         overrides = [text for text in self.overrides if not text.startswith("output=")]
@@ -83,10 +89,11 @@ class Asked:
 
 def check(asked: Asked) -> None:
     """Raises a BuddyError, a sentence, for what can be told without the model."""
-    if asked.seeds < 1:
-        raise RecipeError(f"--seeds is {asked.seeds}; give 1 or more.")
-    if asked.recipe.seed + asked.seeds > 2**32:
-        raise RecipeError(f"seed is {asked.recipe.seed}, too large for {asked.seeds} seeds from it on; set it smaller.")
+    seeds = SEEDS if asked.seeds is None else asked.seeds
+    if seeds < 1:
+        raise RecipeError(f"--seeds is {seeds}; give 1 or more.")
+    if asked.recipe.seed + seeds > 2**32:
+        raise RecipeError(f"seed is {asked.recipe.seed}, too large for {seeds} seeds from it on; set it smaller.")
     if asked.jobs < 1:
         raise RecipeError(f"--jobs is {asked.jobs}; give 1 or more.")
     if asked.recipe.trainer.devices * asked.recipe.trainer.nodes > 1:

@@ -15,11 +15,11 @@ from filelock import FileLock, Timeout
 
 from buddy.assemble import heals
 from buddy.backbone import Backbone
-from buddy.comparison.asked import RUNS, Asked, check
-from buddy.comparison.contestants import contestants
+from buddy.comparison.asked import RUNS, SEEDS, Asked, check
+from buddy.comparison.contestants import Contestant, contestants
 from buddy.comparison.domains import domains_of, read_domain
 from buddy.comparison.output import write_all
-from buddy.comparison.planned import Planned, base_of, check_reuse, fitted_seed, is_finished, planned, with_lent
+from buddy.comparison.planned import Planned, base_of, check_reuse, finished_seeds, is_finished, planned, with_lent
 from buddy.comparison.pool import side_by_side
 from buddy.comparison.record import record_of
 from buddy.comparison.timing import measured
@@ -51,15 +51,14 @@ def compare(asked: Asked) -> int:
     """
     check(asked)
     base = base_of(asked.recipe)
+    if asked.recipe.predictor.name is not None:
+        errors.print("A comparison fits no budget predictor: all routers have the recipe's budgets.", soft_wrap=True)
     recipes = {each: each.recipe(base) for each in contestants(asked.routers, asked.recipe)}
     domains = domains_of(asked.domains, asked.recipe)
     backbone, data = prepare(list(recipes.values()))
     with status("Reading text …"):
         texts = {domain: read_domain(domain, base, data) for domain in domains}
-    runs = {
-        each.label: planned(each.label, recipe, asked.folder / RUNS / each.folder, *_repeats(asked, recipe, backbone))
-        for each, recipe in recipes.items()
-    }
+    runs = {each.label: _planned(asked, each, recipe, backbone) for each, recipe in recipes.items()}
     made_of = {recipe.router.name: inputs_of(recipe, backbone, data) for recipe in recipes.values()}
     windows = data.test.fingerprint
     check_reuse([run for group in runs.values() for run in group], made_of, windows)
@@ -103,14 +102,18 @@ def _compare(
     return len(failures) + bool(problem)
 
 
-def _repeats(asked: Asked, recipe: Recipe, backbone: Backbone) -> tuple[int, bool]:
-    """How many seeds, and whether the recipe's training has a part: in the router, or in its adapter.
+def _planned(asked: Asked, each: Contestant, recipe: Recipe, backbone: Backbone) -> list[Planned]:
+    """The runs of one router.
 
-    All the seeds where they matter: not for what is measured alone, nor where an option fixes the draws.
+    It has all the seeds where they matter: not for what is measured alone, nor where an option fixes the draws. The
+    recipe's training has a part in the router, or in its adapter, or in neither.
     """
-    router = _router(recipe, backbone)
+    router, folder = _router(recipe, backbone), asked.folder / RUNS / each.folder
     trained = router.trainable or heals(recipe, router)
-    return asked.seeds if trained or _draws(recipe, router) else 1, trained
+    seeds = asked.seeds or SEEDS
+    if asked.finished and asked.seeds is None:
+        seeds = max([seed - recipe.seed + 1 for seed in finished_seeds(folder)] + [1])
+    return planned(each.label, recipe, folder, seeds if trained or _draws(recipe, router) else 1, trained)
 
 
 def _router(recipe: Recipe, backbone: Backbone) -> AnyRouter:
@@ -139,8 +142,8 @@ def _with_lent(
         first = group[0]
         router, inputs = _router(first.recipe, backbone), made_of[first.recipe.router.name]
         there = folder / first.folder.parent.name
-        shared = None if _draws(first.recipe, router) else fitted_seed(there)
-        recipes = [run.recipe if shared is None else replace(run.recipe, seed=shared) for run in group]
+        shared = [] if _draws(first.recipe, router) else finished_seeds(there)
+        recipes = [replace(run.recipe, seed=shared[0]) if shared else run.recipe for run in group]
         lenders = [planned(label, recipe, there, 1, router.trainable)[0] for recipe in recipes]
         found[label] = [with_lent(run, lender, inputs, windows) for run, lender in zip(group, lenders, strict=True)]
     everyone = [run for group in found.values() for run in group]

@@ -45,7 +45,12 @@ def joined(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
         "routers": list(routers.values()),
         "runs": sorted(runs.values(), key=lambda run: (order[run["router"]], run["seed"])),
         "speed": None,
-        "failures": [each for one in found for each in one["failures"]],
+        "failures": [
+            each
+            for one in found
+            for each in one["failures"]
+            if f"{each['router']}, seed {each['seed']}" not in runs  # which another part has
+        ],
         "parts": [{key: each[key] for key in MADE} | {"rates": each["recipe"].get(RATES)} for each in found],
     }
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from buddy.draft import shown
-from buddy.errors import BuddyError, RunError
+from buddy.errors import BuddyError, DamagedError, RunError
 from buddy.evaluation.saved import scores_of
 from buddy.files import damaged
 from buddy.place import FACTS, METRICS, RECIPE, RunPlace, inputs_in
@@ -77,10 +78,10 @@ def is_finished(run: Planned) -> bool:
     return (run.folder / FACTS).is_file()
 
 
-def fitted_seed(folder: Path) -> int | None:
-    """The lowest seed of the finished runs in the folder of one router; None where there is none."""
+def finished_seeds(folder: Path) -> list[int]:
+    """The seeds of the finished runs in the folder of one router, in order."""
     names = (facts.parent.name.removeprefix("seed-") for facts in folder.glob(f"seed-*/{FACTS}"))
-    return min((int(name) for name in names if name.isdecimal()), default=None)
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def with_lent(run: Planned, lender: Planned, made_of: Mapping[str, str], windows: str) -> Planned:
@@ -96,7 +97,9 @@ def with_lent(run: Planned, lender: Planned, made_of: Mapping[str, str], windows
     """
     if not is_finished(lender):
         return run
-    if read_run(lender.folder).recipe.adapter is not None:
+    with _mendable(lender):
+        healed = read_run(lender.folder).recipe.adapter is not None
+    if healed:
         raise RunError(f"{lender.folder} was healed itself; name the comparison that it came from as --trained.")
     free = (*FREE, "adapter", *(() if lender.trained else TRAINING))
     keys = list(_differing(lender, free))
@@ -143,12 +146,27 @@ def _changed(run: Planned, made_of: Mapping[str, str]) -> list[str]:
     return [name for name, digest in (inputs_in(run.folder) or {}).items() if made_of.get(name) != digest]
 
 
+def again(error: DamagedError, folder: Path) -> RunError:
+    """The error for a damaged run of a comparison, which its command alone makes again."""
+    return RunError(f"{error.what}; delete {folder} and repeat the `buddy compare` that made it.")
+
+
+@contextmanager
+def _mendable(run: Planned) -> Iterator[None]:
+    """Within this block a damaged file of a finished run is told as what it is here."""
+    try:
+        yield
+    except DamagedError as error:
+        raise again(error, run.folder) from error
+
+
 def _check_whole(run: Planned, model: str, windows: str) -> None:
     """Raises RunError where a finished run lacks results, is of another model, or was measured on other windows."""
-    check_backbone(read_run(run.folder), model)
-    metrics = read_metrics(run.folder)
-    if not _is_complete(metrics):
-        raise damaged(run.folder / METRICS, "something is missing or wrong in it")
+    with _mendable(run):
+        check_backbone(read_run(run.folder), model)
+        metrics = read_metrics(run.folder)
+        if not _is_complete(metrics):
+            raise damaged(run.folder / METRICS, "something is missing or wrong in it")
     if metrics.get("windows") != windows:
         raise RunError(
             f"{run.folder} was measured on other test windows, so the text in {run.recipe.data.source} has changed "
@@ -177,7 +195,8 @@ def _differing(run: Planned, free: Sequence[str] | None = None) -> Iterator[str]
         free: beginnings of keys that may differ; by default those that change nothing in the run.
     """
     if is_finished(run):
-        there = read_run(run.folder).recipe
+        with _mendable(run):
+            there = read_run(run.folder).recipe
     else:
         try:
             there = load_recipe(run.place.partial / RECIPE)

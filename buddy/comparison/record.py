@@ -24,7 +24,19 @@ from buddy.runs import read_metrics
 from buddy.schema import Recipe
 
 FORMAT = 1
-KEYS = ("command", "created", "recipe", "layers", "versions", "machine", "domains", "routers", "runs")
+KEYS = (
+    "command",
+    "created",
+    "recipe",
+    "layers",
+    "versions",
+    "machine",
+    "domains",
+    "routers",
+    "runs",
+    "failures",
+    "tasks",
+)
 
 
 def record_of(
@@ -83,6 +95,8 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         RunError: missing, not one, or made by a newer Buddy.
     """
+    if os.path.isdir(path):
+        raise RunError(f"{path} is a folder; name the comparison.json in it.")
     try:
         found = read_json(path)
     except BuddyError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy.comparison.join import joined
+from buddy.comparison.markdown import render
 from buddy.comparison.output import write_markdown
 from buddy.comparison.record import read_record
 from buddy.comparison.tables import all_grids, show
@@ -28,7 +29,7 @@ def rewrite(files: Sequence[Path], markdown: Path | None) -> None:
     records = {path: _read(path) for path in dict.fromkeys(files)}
     comparison = Comparison(joined(records))
     if markdown:
-        check_place(markdown)
+        check_place(markdown, *files)
         write_markdown(comparison, markdown, f"{markdown.stem}-")
     for grid in all_grids(comparison):
         show(grid)
@@ -39,6 +40,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     record = read_record(path)
     try:
         list(all_grids(Comparison(record)))
+        render(Comparison(record), {})
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # wherever it is read
         raise RunError(f"{path} is damaged; make it again with the `buddy compare` that made it.") from error
     return record

@@ -11,9 +11,9 @@ from typing import Any
 from buddy.assemble import budgets_of, restore
 from buddy.comparison.asked import Tasks
 from buddy.comparison.domains import Domain, read_domain
-from buddy.comparison.planned import Planned, is_finished
+from buddy.comparison.planned import Planned, again, is_finished
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError
+from buddy.errors import BuddyError, DamagedError, TrainingError
 from buddy.evaluation.perplexity import evaluate
 from buddy.evaluation.reference import Reference
 from buddy.evaluation.saved import with_documents
@@ -83,6 +83,10 @@ class Worker:
         try:
             self._do(run)
             return None
+        except DamagedError as error:
+            return str(again(error, run.folder))
+        except TrainingError as error:
+            return f"{error} Give another --out with it: a comparison takes no checkpoint for a run of other keys."
         except BuddyError as error:
             return str(error)
         except Exception as error:

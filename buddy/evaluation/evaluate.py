@@ -48,7 +48,7 @@ def evaluate_run(
     progress.errors.quiet = progress.results.quiet = not processes.leads()
     run = _spread(read_run(folder), devices)
     if json_file and processes.leads():
-        check_place(json_file)
+        check_place(json_file, *([Path(data)] if data else []))
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
     _refuse_times(budgets, math.prod(processes.shape(run.recipe.trainer)))

@@ -139,7 +139,7 @@ class Adapter:
         config, tensors = _read_config(folder), load_tensors(folder / WEIGHTS)
         try:
             adapter = cls(backbone, config)
-        except ValueError as error:  # peft finds none of the modules
+        except (TypeError, ValueError) as error:  # peft finds none of the modules, or words for numbers
             raise damaged(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
         try:
             adapter._take(tensors, folder / WEIGHTS)

@@ -16,7 +16,7 @@ from buddy.assemble import backbone_of, budgets_of, data_of, heals, restore_rout
 from buddy.backbone import Backbone
 from buddy.calibration import Probe, cache_folder
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, TrainingError
+from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.reference import Reference
 from buddy.evaluation.report import write_results
@@ -30,6 +30,7 @@ from buddy.place import ADAPTER
 from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
 from buddy.progress import status, track, tracker
 from buddy.registry import load
+from buddy.router import AnyRouter
 from buddy.runs import RunPlace, read_metrics, save_router, write_facts
 from buddy.schema import Recipe
 from buddy.sharding import check, shards
@@ -61,6 +62,7 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         backbone = backbone_of(recipe, stays=shards(recipe.trainer))
         for each in recipes:
             routed = routed_of(each, backbone)
+            _check_start(each, routed.router)
             if each.predictor.name is not None:
                 arms_of(each, routed)
             routed.detach()
@@ -72,6 +74,17 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         data.prepare_data()
         data.setup()
     return backbone, data
+
+
+def _check_start(recipe: Recipe, router: AnyRouter) -> None:
+    """Raises RecipeError for a checkpoint to go on from where no training would read it."""
+    if recipe.trainer.ckpt_path and not router.trainable:
+        raise RecipeError(f"The router {recipe.router.name} is not trained; leave trainer.ckpt_path out.")
+    if recipe.trainer.ckpt_path and trains_both(recipe, router):
+        raise RecipeError(
+            "adapter.joint=true trains router and adapter from the start; leave trainer.ckpt_path out, or set it to "
+            "false."
+        )
 
 
 class Session:

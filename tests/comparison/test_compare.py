@@ -386,6 +386,30 @@ def test_what_is_finished_is_compared_without_fitting(ask, tmp_path, capsys):
     assert "--finished" in record["command"]
 
 
+def test_all_that_is_finished_is_compared_however_many_seeds_that_are(ask, tmp_path):
+    options = {"routers": "random,uniform", "domains": None}
+    assert compare(ask(tmp_path, seeds=4, **options)) == 0
+    for seeds, count in ((None, 4), (2, 2)):
+        assert compare(ask(tmp_path, finished=True, **(options | {"seeds": seeds}))) == 0
+        runs = [run["seed"] for run in read_json(tmp_path / "comparison.json")["runs"] if run["router"] == "random"]
+        assert runs == [*range(count)]
+
+
+def test_a_damaged_run_is_told_with_what_makes_it_again(ask, tmp_path):
+    options = {"routers": "shortgpt", "domains": None}
+    compare(ask(tmp_path, **options))
+    (router_files(tmp_path)["shortgpt/seed-0"].parent / "metrics.json").write_text("{")
+    with pytest.raises(
+        RunError, match=r"json is damaged .*\); delete .*/shortgpt/seed-0 and repeat the `buddy compare`"
+    ):
+        compare(ask(tmp_path, **options))
+
+
+def test_a_predictor_is_said_to_have_no_part(ask, tmp_path, capsys):
+    assert compare(ask(tmp_path, "predictor.name=regress", routers="uniform", domains=None)) == 0
+    assert "A comparison fits no budget predictor" in capsys.readouterr().err
+
+
 def test_runs_of_another_recipe_are_refused_with_the_keys(ask, tmp_path):
     options = {"routers": "shortgpt,random", "domains": None}
     compare(ask(tmp_path, **options))

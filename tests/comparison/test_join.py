@@ -75,6 +75,12 @@ def test_seeds_may_be_healed_at_the_rate_that_another_seed_has_chosen(rates, wor
     assert words in render(Comparison(together), {})
 
 
+def test_a_run_that_failed_in_one_part_and_not_in_another_has_not_failed():
+    failed = [{"router": label, "seed": 0, "reason": "it fell"} for label in ("best", "dice")]
+    together = joined({A: part(("ours", 0), failures=failed), B: part(("best", 0), failures=[])})
+    assert together["failures"] == failed[1:]
+
+
 def test_one_record_stays_as_it_is():
     assert joined({A: made.record()}) == made.record()
 

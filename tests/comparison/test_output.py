@@ -219,6 +219,9 @@ def test_a_record_is_read_back_as_it_was(tmp_path):
         ('{"format": 1}', "is no comparison; name"),
         ('{"format": 2}', r"newer Buddy \(format 2\)"),
         (json.dumps(made.record() | {"runs": [{"router": "ours"}]}), "is damaged; make it again"),
+        (json.dumps(made.record() | {"runs": []}), "is damaged; make it again"),
+        (json.dumps(made.record() | {"recipe": {}}), "is damaged; make it again"),
+        (json.dumps({key: value for key, value in made.record().items() if key != "failures"}), "is no comparison"),
     ],
 )
 def test_what_is_no_record_is_told(content, message, tmp_path):
@@ -227,6 +230,19 @@ def test_what_is_no_record_is_told(content, message, tmp_path):
         path.write_text(content)
     with pytest.raises(RunError, match=message):
         rewrite([path], None)
+
+
+def test_a_folder_is_no_record(tmp_path):
+    with pytest.raises(RunError, match=r"is a folder; name the comparison\.json in it"):
+        rewrite([tmp_path], None)
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    path = tmp_path / "comparison.json"
+    write_record(path, made.record())
+    with pytest.raises(RunError, match=r"comparison\.json is what this command reads; name another file for what it"):
+        rewrite([path], tmp_path / "." / "comparison.json")
+    assert read_record(path)
 
 
 def test_a_record_becomes_a_document_with_its_figures(comparison, tmp_path, capsys):

@@ -304,6 +304,7 @@ def test_a_file_that_is_missing_or_cut_is_named(saved, name):
         ({"target_modules": ["elsewhere"]}, "adapter_config.json is damaged .Target modules .'elsewhere'. not found"),
         ({"peft_type": "IA3"}, "adapter_config.json is damaged .it describes no LoRA adapter"),
         ({"r": -1}, "adapter_config.json is damaged"),
+        ({"r": "8"}, "adapter_config.json is damaged"),
     ],
 )
 def test_a_configuration_of_other_modules_is_refused(saved, change, words):

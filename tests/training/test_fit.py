@@ -148,10 +148,22 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
         (["budgets=[0.1]"], BuddyError, "below the layers that always run; ask for 2layers"),
         (["trainer.strategy=dpp"], TrainingError, "strategy=dpp do not work here"),
         (["trainer.ckpt_path=nowhere.ckpt"], TrainingError, r"There is no checkpoint nowhere\.ckpt"),
+        (
+            ["trainer.ckpt_path=CHECKPOINT", "router=uniform"],
+            RecipeError,
+            "The router uniform is not trained; leave trainer",
+        ),
+        (
+            ["trainer.ckpt_path=CHECKPOINT", "adapter.joint=true"],
+            RecipeError,
+            "joint=true trains router and adapter from",
+        ),
         (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden is unknown"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_written(small, tmp_path, settings, error, message):
+def test_mistakes_are_found_before_anything_is_written(small, finished, tmp_path, settings, error, message):
+    checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
+    settings = [text.replace("CHECKPOINT", str(checkpoint)) for text in settings]
     with pytest.raises(error, match=message):
         fit(small(tmp_path / "runs", *settings), "small")
     assert not (tmp_path / "runs").exists()
