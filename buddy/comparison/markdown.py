@@ -143,10 +143,15 @@ def _texts(c: Comparison, key: str) -> str:
 
 
 def _seeds(c: Comparison) -> str:
-    many = [f"{label} ({len(c.runs(label))})" for label in c.labels if len(c.runs(label)) > 1]
-    if not many:
-        return "Each was fitted with one seed."
-    return f"Fitted with several seeds: {', '.join(many)}; the others once. The text is the same for all."
+    counts = {label: len(c.runs(label)) for label in c.labels}
+    same = set(counts.values())
+    if len(same) == 1:
+        count = same.pop()
+        text = "" if count == 1 else " The text is the same for all."
+        return f"Each was fitted with {'one seed' if count == 1 else f'{count} seeds'}.{text}"
+    many = ", ".join(f"{label} ({count})" for label, count in counts.items() if count > 1)
+    rest = "; the others once" if 1 in same else ""
+    return f"Fitted with several seeds: {many}{rest}. The text is the same for all."
 
 
 def _task_protocol(c: Comparison) -> str:

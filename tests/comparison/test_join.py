@@ -81,6 +81,18 @@ def test_a_run_that_failed_in_one_part_and_not_in_another_has_not_failed():
     assert together["failures"] == failed[1:]
 
 
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ([("ours", 0), ("dice", 1)], "Each was fitted with one seed. All see"),
+        ([("ours", 0), ("ours", 1), ("dice", 0), ("dice", 1)], "Each was fitted with 2 seeds. The text is the same"),
+        ([("ours", 0), ("ours", 1), ("dice", 1)], "Fitted with several seeds: ours (2); the others once. The text"),
+    ],
+)
+def test_the_document_says_how_many_seeds_there_are(runs, words):
+    assert words in render(Comparison(joined({A: part(*runs)})), {})
+
+
 def test_one_record_stays_as_it_is():
     assert joined({A: made.record()}) == made.record()
 
