@@ -14,6 +14,7 @@ from omegaconf.errors import GrammarParseError
 from buddy.draft import NOT_PLAIN, UNREADABLE, Draft, plain, refuse_repeats, shown, yaml_reason
 from buddy.errors import RecipeError, nearest
 from buddy.schema import Recipe, RouterSection, leaves
+from buddy.signals import deferred
 
 FOLDER = Path(__file__).parent / "recipes"
 LARGEST = 2**20  # bytes of a file that may be a recipe
@@ -106,6 +107,7 @@ def override(recipe: Recipe, overrides: Sequence[str], what: str) -> Recipe:
     return _finished(lambda: asdict(recipe), overrides, what)
 
 
+@deferred()  # OmegaConf makes a KeyError of a Ctrl-C that comes while it fills a list
 def to_yaml(recipe: Recipe) -> str:
     """YAML text that `load_recipe` reads back to an equal recipe."""
     text: str = OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
@@ -125,6 +127,7 @@ def with_router(recipe: Recipe, name: str) -> Recipe:
     return recipe if name == recipe.router.name else replace(recipe, router=RouterSection(name))
 
 
+@deferred()
 def _finished(read: Callable[[], Mapping[Any, Any]], overrides: Sequence[str], what: str) -> Recipe:
     try:
         draft = Draft()

@@ -45,7 +45,8 @@ TABLE = {
     "testing.command": {"errors", "backbone", "progress", "recipe", "schema", "testing"},
     "schema": {"errors"},
     "draft": {"errors", "schema"},
-    "recipe": {"errors", "schema", "draft"},
+    "recipe": {"errors", "schema", "draft", "signals"},
+    "signals": set(),
     "files": {"errors"},
     "place": {"errors", "files", "recipe", "schema"},
     "runs": {"errors", "files", "place", "recipe", "schema", "__init__"},
@@ -137,6 +138,7 @@ TABLE = {
         "evaluation",
         "healing.adapter",
         "inspection.domains",
+        "signals",
         "training",
     },
     "inspection": {

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -19,6 +19,7 @@ from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING
 
 from buddy import processes, progress
+from buddy.signals import handled
 
 if TYPE_CHECKING:
     from buddy.comparison.planned import Planned
@@ -48,7 +49,7 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
     waiting = list(runs)
     helpers = [_Helper(start, place) for place in range(min(jobs, len(waiting)))]
     try:
-        with _handled(signal.SIGTERM, signal.default_int_handler):  # which ends a comparison as Ctrl-C does
+        with handled(signal.SIGTERM, signal.default_int_handler):  # which ends a comparison as Ctrl-C does
             for helper in helpers:
                 _give(helper, waiting.pop(0), on_line)
             _see_to(helpers, waiting, on_done, on_line)
@@ -159,22 +160,9 @@ class _Helper:
             target=_work, args=(theirs, self._stopped, self._start, every), daemon=True
         )
         # Deaf to interrupts until it can take them without a traceback.
-        with _handled(signal.SIGINT, signal.SIG_IGN), processes.one_gpu(self._place):
+        with handled(signal.SIGINT, signal.SIG_IGN), processes.one_gpu(self._place):
             self.process.start()
         theirs.close()  # so that the pipe ends when the process does
-
-
-@contextmanager
-def _handled(number: signal.Signals, handler: Callable[..., None] | signal.Handlers) -> Iterator[None]:
-    """Within this block a signal is taken so; a process that begins in it ignores what is ignored here."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
 
 
 def _work(pipe: Connection, stopped: Event, start: Start, every: float) -> None:
