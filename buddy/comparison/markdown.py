@@ -8,7 +8,8 @@ from pathlib import Path
 
 from buddy.comparison import tables
 from buddy.comparison.figures import LAYERS, TIME
-from buddy.comparison.tables import Grid
+from buddy.comparison.grid import Grid
+from buddy.comparison.grid import markdown as as_markdown
 from buddy.comparison.view import Comparison
 
 WRITTEN = "<!-- written by `buddy compare` from comparison.json; change nothing here -->"
@@ -56,7 +57,7 @@ def _lines(c: Comparison, figures: Mapping[str, str]) -> Iterator[str]:
             yield from _table(grid)
     if c.task_names:
         yield from ("## Tasks", "", _task_protocol(c), "")
-        for grid in tables.tasks(c):
+        for grid in (*tables.tasks(c), *tables.flips(c)):
             yield from _table(grid)
     yield from _failures(c)
     yield from _provenance(c)
@@ -64,7 +65,7 @@ def _lines(c: Comparison, figures: Mapping[str, str]) -> Iterator[str]:
 
 def _table(grid: Grid) -> Iterator[str]:
     if grid.rows:
-        yield from (f"**{grid.title}**", "", tables.markdown(grid))
+        yield from (f"**{grid.title}**", "", as_markdown(grid))
         if grid.note:
             yield from (re.sub(r"^\*", r"\\*", grid.note), "")  # or it were a list
 

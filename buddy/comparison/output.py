@@ -7,10 +7,11 @@ from typing import Any
 
 from buddy.comparison.asked import Asked
 from buddy.comparison.figures import draw_all
+from buddy.comparison.grid import show
 from buddy.comparison.longform import as_csv
 from buddy.comparison.markdown import relative, render
 from buddy.comparison.record import write_record
-from buddy.comparison.tables import all_grids, show
+from buddy.comparison.tables import all_grids
 from buddy.comparison.tensorboard import write_tensorboard
 from buddy.comparison.view import Comparison
 from buddy.files import write_text

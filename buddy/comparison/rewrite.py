@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from buddy.comparison.grid import show
 from buddy.comparison.join import joined
 from buddy.comparison.markdown import render
 from buddy.comparison.output import write_markdown
 from buddy.comparison.record import read_record
-from buddy.comparison.tables import all_grids, show
+from buddy.comparison.tables import all_grids
 from buddy.comparison.view import Comparison
 from buddy.errors import RunError
 from buddy.files import check_place

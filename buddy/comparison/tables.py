@@ -1,31 +1,15 @@
-"""The tables of a comparison, as text in cells: for the terminal and for Markdown alike."""
+"""The tables of a comparison: for the terminal and for Markdown alike."""
 
 from __future__ import annotations
 
 import statistics as plain
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from rich import box
-from rich.table import Table
-
+from buddy.comparison.grid import Grid, number
 from buddy.comparison.view import Comparison, Difference
-from buddy.progress import results
 
 NONE = "–"
-WIDTH, GAP = 118, 2  # columns of a terminal that are counted on where there is none; between two columns
-LONGEST = 30  # columns for the routers' labels
 MARKED = "* below the best static router (†), the interval of the paired difference leaves out 0"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table: the first column says what a row is, the others are numbers."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
 
 
 def all_grids(comparison: Comparison) -> list[Grid]:
@@ -34,6 +18,7 @@ def all_grids(comparison: Comparison) -> list[Grid]:
     for domain in comparison.domains:
         grids += [perplexities(comparison, domain), differences(comparison, domain)]
     grids += [kl_grid(comparison), costs(comparison), *speeds(comparison), *tasks(comparison)]
+    grids += flips(comparison)
     return [grid for grid in grids if grid.rows]
 
 
@@ -145,6 +130,34 @@ def tasks(c: Comparison) -> list[Grid]:
     return [_tasks_at(c, budget, layers) for budget, layers in c.budgets.items() if c.task_names]
 
 
+def flips(c: Comparison) -> list[Grid]:
+    """Routers × budgets: the share of answers that turn right or wrong against full depth, and what differs; percent.
+
+    A mean over tasks and seeds, as "flips" in 2407.09141; nothing where answers are not known one by one.
+    """
+
+    def share(label: str, budget: float) -> str:
+        found = c.flips(label, budget)
+        mark = "†" if label == c.fewest_flips(budget) else ""
+        return NONE if found is None else f"{100 * found:.1f}{mark}"
+
+    def apart(label: str, budget: float) -> str:
+        found = c.flips_difference(label, budget)
+        if found is None:
+            return "†" if label == c.fewest_flips(budget) else NONE
+        return _signed(found, 100, 1)
+
+    note = (
+        "Answers that are right at full depth and wrong here, or wrong there and right here, in percent of all: the "
+        "mean over tasks and seeds (2407.09141). † fewest of a static router."
+    )
+    title = "Flips, difference to the static router of fewest, %"
+    paired = "95 % intervals, paired over items and seeds; * leaves out 0."
+    grids = [_by_budget(c, "Flips against full depth, %", c.below, share, note)]
+    grids.append(_by_budget(c, title, c.below, apart, paired))
+    return [grid for grid in grids if {cell for row in grid.rows for cell in row[1:]} - {NONE, "†"}]
+
+
 def _tasks_at(c: Comparison, budget: float, layers: int) -> Grid:
     rows = []
     for label in c.labels:
@@ -160,36 +173,6 @@ def _tasks_at(c: Comparison, budget: float, layers: int) -> Grid:
     note = "Difference of the mean: 95 % interval, paired over items and seeds; * leaves out 0; † best static router."
     grid = Grid(f"Tasks at {budget:g} ({layers} layers), %", head, tuple(rows), note)
     return grid if below else Grid(grid.title, head[:-1], tuple(row[:-1] for row in rows))
-
-
-def show(grid: Grid) -> None:
-    """Print a table, in several parts one below the other where it is wider than the terminal."""
-    width = results.width if results.is_terminal else WIDTH
-    results.print(f"\n{grid.title}", soft_wrap=True)
-    for part in _parts(grid, width):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column(part.head[0], max_width=LONGEST, overflow="fold")
-        for heading in part.head[1:]:
-            table.add_column(heading, justify="right", no_wrap=len(part.head) > 2)
-        for row in part.rows:
-            table.add_row(*row)
-        results.print(table)
-    if grid.note:
-        results.print(grid.note, width=width)
-
-
-def markdown(grid: Grid) -> str:
-    """The table in Markdown, without title and note."""
-    lines = [grid.head, ("---", *("---:" for _ in grid.head[1:])), *grid.rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|').strip() for cell in line)} |\n" for line in lines)
-
-
-def number(value: float) -> str:
-    """A positive number with about four digits: 27.78, 185.0, 31130, 1.2e6."""
-    if value >= 99999.5:
-        digits, power = f"{value:.1e}".split("e")
-        return f"{digits}e{int(power)}"
-    return f"{value:.0f}" if value >= 999.95 else f"{value:.1f}" if value >= 99.995 else f"{value:.2f}"
 
 
 def _signed(found: Difference, scale: float = 1.0, digits: int = 2) -> str:
@@ -212,21 +195,3 @@ def _by_budget(
         for label in (c.labels if labels is None else labels)
     )
     return Grid(title, head, rows, note)
-
-
-def _parts(grid: Grid, width: int) -> list[Grid]:
-    """The grid with as many columns at once as fit, the first always."""
-    columns = list(zip(grid.head, *grid.rows, strict=True))
-    widths = [max(map(len, column)) + GAP for column in columns]
-    widths[0] = min(widths[0], LONGEST + GAP)
-    parts, used = [[0]], widths[0]
-    for place in range(1, len(columns)):
-        if used + widths[place] > width and len(parts[-1]) > 1:
-            parts.append([0])
-            used = widths[0]
-        parts[-1].append(place)
-        used += widths[place]
-    return [
-        Grid(grid.title, tuple(grid.head[p] for p in part), tuple(tuple(row[p] for p in part) for row in grid.rows))
-        for part in parts
-    ]

@@ -30,6 +30,14 @@ class Difference:
         return self.units >= FEWEST and (self.low > 0 or self.high < 0)
 
 
+def _paired(ours: list[list[list[int]]], theirs: list[list[list[int]]]) -> Difference | None:
+    """Of shares of items by seed and task; None where either is not known."""
+    if not ours or not theirs:
+        return None
+    mean, (low, high) = accuracy_difference(ours, theirs)
+    return Difference(mean, low, high, min(len(task) for task in ours[0]))
+
+
 class Comparison:
     """Reads a record (`buddy.comparison.record`).
 
@@ -161,11 +169,42 @@ class Comparison:
         best = self.best_static_at_tasks(budget)
         if best in (None, label) or budget not in self.below:
             return None
-        ours, theirs = (self._answers(each, budget) for each in (label, best))
-        if not ours or not theirs:
+        return _paired(*(self._answers(each, budget) for each in (label, best)))
+
+    def flips(self, label: str, budget: float) -> float | None:
+        """Share of answers that are right at full depth and wrong here, or the reverse: the mean over tasks and seeds.
+
+        The flips of 2407.09141. None where answers are not known one by one, here and at full depth.
+        """
+        found = self._flipped(label, budget)
+        return plain.mean(plain.mean(map(plain.mean, seed)) for seed in found) if found else None
+
+    def fewest_flips(self, budget: float) -> str | None:
+        """The static router with the fewest flips."""
+        shares = {label: self.flips(label, budget) for label in self._statics()}
+        known = {label: share for label, share in shares.items() if share is not None}
+        return min(known, key=known.__getitem__) if known else None
+
+    @cache  # noqa: B019
+    def flips_difference(self, label: str, budget: float) -> Difference | None:
+        """Of the share of flips, to the static router of fewest; None for itself and where answers are not known."""
+        best = self.fewest_flips(budget)
+        if best in (None, label):
             return None
-        mean, (low, high) = accuracy_difference(ours, theirs)
-        return Difference(mean, low, high, min(len(task) for task in ours[0]))
+        return _paired(*(self._flipped(each, budget) for each in (label, best)))
+
+    def _flipped(self, label: str, budget: float) -> list[list[list[int]]]:
+        """For each seed and task 0 or 1 for each item, 1 where full depth is right and this is not, or the reverse."""
+        full = next((each for each, count in self.budgets.items() if count == self.layers), None)
+        if full is None or budget not in self.below:
+            return []
+        here, there = self._answers(label, budget), self._answers(label, full)
+        if not here or not there:
+            return []
+        return [
+            [[int(a != b) for a, b in zip(*task, strict=True)] for task in zip(*seed, strict=True)]
+            for seed in zip(here, there, strict=True)
+        ]
 
     def _answers(self, label: str, budget: float) -> list[list[list[int]]]:
         """For each seed and task 0 or 1 for each item; empty where they are not all known."""

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from buddy.comparison import grid as grid_module
 from buddy.comparison import tables
 from buddy.comparison.command import shown_command
 from buddy.comparison.figures import LAYERS, TIME, draw_all
+from buddy.comparison.grid import Grid, number, show
 from buddy.comparison.longform import as_csv
 from buddy.comparison.markdown import render
 from buddy.comparison.record import read_record, write_record
 from buddy.comparison.rewrite import rewrite
 from buddy.comparison.statistics import difference
-from buddy.comparison.tables import Grid, number
 from buddy.comparison.tensorboard import write_tensorboard
 from buddy.comparison.view import Comparison
 from buddy.errors import RunError
@@ -97,6 +98,37 @@ def test_costs_speed_and_tasks(comparison):
     assert row(second, "worse[a=1;b=2]")[-1].startswith("-10.0 (-")
 
 
+def turned(record: dict, items: dict[tuple[str, str], list[int]]) -> dict:
+    """The record with the answers to these items, by router and task, turned round at 0.5 for the first seed."""
+    for (label, task), places in items.items():
+        run = next(run for run in record["runs"] if run["router"] == label)
+        entry = next(each for each in run["tasks"] if (each["task"], each["budget"]) == (task, 0.5))
+        entry["correct"] = [1 - right if place in places else right for place, right in enumerate(entry["correct"])]
+    return record
+
+
+def test_flips_are_answers_that_turn_right_or_wrong():
+    items = {("ours", "piqa"): [0, 8, 9], ("best", "piqa"): [1, 2], ("best", "boolq"): [0, 1, 2, 3]}
+    record = turned(json.loads(json.dumps(made.record())), items | {("worse[a=1;b=2]", "boolq"): [*range(10)]})
+    shares, apart = tables.flips(Comparison(record))
+    assert shares.head == ("router", "0.75 (6)", "0.5 (4)")
+    assert row(shares, "ours")[1:] == ("0.0", "7.5")  # of two seeds and two tasks, (3/10 + 0 + 0 + 0) / 4
+    assert row(shares, "best")[1:] == ("0.0†", "30.0†")
+    assert row(shares, "worse[a=1;b=2]")[1:] == ("0.0", "50.0")
+    assert row(shares, "full")[1:] == ("–", "–")
+    assert row(apart, "ours")[2].startswith("-22.5 (-")
+    assert row(apart, "worse[a=1;b=2]")[2].startswith("+20.0 (")
+    assert row(apart, "best")[2] == "†"
+    assert "**Flips against full depth, %**" in render(Comparison(record), {})
+
+
+def test_flips_need_answers_at_full_depth():
+    record = json.loads(json.dumps(made.record()))
+    for run in record["runs"]:
+        run["tasks"] = [entry for entry in run["tasks"] if entry["budget"] < 1]
+    assert tables.flips(Comparison(record)) == []
+
+
 def test_tasks_whose_answers_are_not_known_have_no_difference():
     record = made.record()
     for entry in record["runs"][0]["tasks"]:
@@ -120,9 +152,9 @@ def test_numbers_keep_about_three_digits(value):
 
 @pytest.mark.parametrize("width", [40, 60, 118])
 def test_wide_tables_are_split_and_nothing_is_lost(comparison, width, monkeypatch, capsys):
-    monkeypatch.setattr(tables, "WIDTH", width)
+    monkeypatch.setattr(grid_module, "WIDTH", width)
     for grid in tables.all_grids(comparison):
-        tables.show(grid)
+        show(grid)
         out = capsys.readouterr().out
         table = out.partition(grid.title)[2].partition(grid.note[:20] or "\0")[0]
         assert max(map(len, table.rstrip().splitlines())) <= max(width, 72)
