@@ -1,4 +1,7 @@
-"""Who takes a signal, for as long as a block lasts. Only the main thread can say; elsewhere nothing changes."""
+"""Who takes a signal, for as long as a block lasts.
+
+Only the main thread can say, and nobody where a library outside Python takes it: there nothing changes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ Handler = Callable[[int, FrameType | None], object] | int | None  # as signal.ge
 @contextmanager
 def handled(number: signal.Signals, handler: Handler) -> Iterator[None]:
     """Within this block a signal is taken so; a process that begins in it ignores what is ignored here."""
-    if threading.current_thread() is not threading.main_thread():
+    foreign = signal.getsignal(number) is None  # which Python could not put back
+    if foreign or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(number, handler)

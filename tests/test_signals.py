@@ -67,6 +67,14 @@ def test_in_another_thread_nothing_changes():
     assert found == [True]
 
 
+def test_a_handler_outside_python_stays(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with handled(signal.SIGINT, signal.SIG_IGN), deferred():
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize("work", [to_yaml, lambda recipe: load_recipe("quickstart", ["budgets=[1.0,0.5]"])])
 def test_an_interrupt_while_a_recipe_is_read_or_written_is_no_mistake_in_it(monkeypatch, work):
     recipe, create, came = load_recipe("quickstart"), OmegaConf.create, []
