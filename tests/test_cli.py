@@ -79,12 +79,17 @@ def test_compare(calls):
     ((name, (asked,), _),) = calls
     assert name == "compare"
     assert asked.recipe == load_recipe("quickstart", ["seed=3"])
-    assert (asked.routers, asked.seeds, asked.domains, asked.jobs, asked.speed) == ("a,b[c=1]", 3, "x.txt", 2, False)
+    assert (asked.routers, asked.seeds, asked.domains, asked.jobs, asked.speed) == ("a,b[c=1]", None, "x.txt", 2, False)
     assert (asked.tasks.names, asked.tasks.limit) == (("piqa", "boolq"), 5)
     assert asked.folder == Path("runs/quickstart-compare")
     assert call("compare", "--recipe", "quickstart").exit_code == 0
     asked = calls.pop()[1][0]
-    assert (asked.seeds, asked.jobs, asked.speed) == (3, 1, True)
+    assert (asked.seeds, asked.jobs, asked.speed) == (None, 1, True)
+    assert "--seeds 3" in asked.command
+    assert call("compare", "--recipe", "quickstart", "--finished").exit_code == 0
+    assert "--seeds" not in calls.pop()[1][0].command
+    assert call("compare", "--recipe", "quickstart", "--seeds", "2").exit_code == 0
+    assert calls.pop()[1][0].seeds == 2
     assert call("compare", "--from", "c.json,d.json", "--markdown", "r.md").exit_code == 0
     assert calls[1] == ("rewrite", ([Path("c.json"), Path("d.json")], Path("r.md")), {})
 
