@@ -6,6 +6,7 @@ the command line prints it without a traceback and exits with 2.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class BuddyError(Exception):
@@ -40,12 +41,13 @@ class DamagedError(RunError):
     """A file of a run that cannot be used.
 
     Args:
-        what: that it is damaged, and how.
+        path: the file.
+        reason: what is wrong with it.
     """
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}; make the run again with `buddy fit`.")
-        self.what = what
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}); make the run again with `buddy fit`.")
+        self.path, self.reason = path, reason
 
 
 class TrainingError(BuddyError):

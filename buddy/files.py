@@ -113,7 +113,7 @@ def checksum(path: Path) -> str:
 
 def damaged(path: Path, reason: str) -> DamagedError:
     """The error for a file of a run that cannot be used."""
-    return DamagedError(f"{path} is damaged ({' '.join(reason.split())})")
+    return DamagedError(path, " ".join(reason.split()))
 
 
 @contextmanager

@@ -148,7 +148,9 @@ def _changed(run: Planned, made_of: Mapping[str, str]) -> list[str]:
 
 def again(error: DamagedError, folder: Path) -> RunError:
     """The error for a damaged run of a comparison, which its command alone makes again."""
-    return RunError(f"{error.what}; delete {folder} and repeat the `buddy compare` that made it.")
+    return RunError(
+        f"{error.path} is damaged ({error.reason}); delete {folder} and repeat the `buddy compare` that made it."
+    )
 
 
 @contextmanager
