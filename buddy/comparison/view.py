@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from buddy.comparison.statistics import accuracy_difference, difference, loss_interval, mean_loss
+from buddy.evaluation.flips import flipped
 from buddy.evaluation.perplexity import Scores
 from buddy.evaluation.report import FEWEST
 from buddy.evaluation.saved import scores_of
@@ -201,10 +202,7 @@ class Comparison:
         here, there = self._answers(label, budget), self._answers(label, full)
         if not here or not there:
             return []
-        return [
-            [[int(a != b) for a, b in zip(*task, strict=True)] for task in zip(*seed, strict=True)]
-            for seed in zip(here, there, strict=True)
-        ]
+        return [[flipped(*task) for task in zip(*seed, strict=True)] for seed in zip(there, here, strict=True)]
 
     def _answers(self, label: str, budget: float) -> list[list[list[int]]]:
         """For each seed and task 0 or 1 for each item; empty where they are not all known."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from rich.table import Table
 
+from buddy.evaluation.flips import flipped
 from buddy.progress import results
 
 Entry = Mapping[str, Any]
+FULL = 1.0  # the budget of the full depth
 
 
 def show_tasks(entries: Sequence[Entry], title: str, sinks: int) -> None:
@@ -31,6 +34,7 @@ def show_tasks(entries: Sequence[Entry], title: str, sinks: int) -> None:
     for name, own in tasks.items():
         table.add_row(name, own[0]["metric"], str(own[0]["items"]), *map(_cell, own))
     _add_average(table, entries, budgets)
+    _add_flips(table, entries, budgets)
     table.add_section()
     table.add_row("layers run", "min / mean / max", "", *(_executed(entries, budget) for budget in budgets))
     results.print(table)
@@ -59,6 +63,19 @@ def _add_average(table: Table, entries: Sequence[Entry], budgets: Mapping[float,
         cells.append(f"{100 * sum(values) / len(values):.1f}")
     table.add_section()
     table.add_row("average", "", "", *cells)
+
+
+def _add_flips(table: Table, entries: Sequence[Entry], budgets: Mapping[float, int]) -> None:
+    """The mean over tasks, where the full depth was scored too."""
+    answers = {(entry["budget"], entry["task"]): entry["correct"] for entry in entries if entry["correct"] is not None}
+    known = [name for name in _names(entries) if all((budget, name) in answers for budget in (FULL, *budgets))]
+    if not known or len(budgets) < 2:
+        return
+    cells = []
+    for budget in budgets:
+        share = mean(mean(flipped(answers[FULL, name], answers[budget, name])) for name in known)
+        cells.append("–" if budget == FULL else f"{100 * share:.1f}")
+    table.add_row("flips", "against full depth", "", *cells)
 
 
 def _executed(entries: Sequence[Entry], budget: float) -> str:

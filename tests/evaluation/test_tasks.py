@@ -89,7 +89,13 @@ def test_the_command(finished, items, tmp_path):
     assert lines[1:3] == [["arc_easy", "acc_norm", "2", *cells[:2]], ["boolq", "acc", "2", *cells[2:]]]
     means = [f"{50 * (found[at]['value'] + found[at + 2]['value']):.1f}" for at in (0, 1)]
     assert lines[3] == ["average", "", "", *means]
-    assert lines[4] == ["layers run", "min / mean / max", "", "6 / 6.00 / 6", "3 / 3.00 / 3"]
+    changed = sum(
+        full != pruned
+        for at in (0, 2)
+        for full, pruned in zip(found[at]["correct"], found[at + 1]["correct"], strict=True)
+    )
+    assert lines[4] == ["flips", "against full depth", "", "–", f"{100 * changed / 4:.1f}"]
+    assert lines[5] == ["layers run", "min / mean / max", "", "6 / 6.00 / 6", "3 / 3.00 / 3"]
     assert "Sink tokens, run at full depth and counted apart: 1 a sequence." in result.stdout
     assert re.search(r"Scoring tasks: 24 of 24, 0:00:\d\d elapsed, boolq at 0\.5", result.stderr)
     assert "lm_eval" not in result.stderr
@@ -106,6 +112,20 @@ def test_one_item_and_a_task_without_right_answers(capsys):
     assert "12.35 │" in out
     assert "average" not in out
     assert "Sink" not in out
+
+
+def test_flips_of_a_task_whose_answers_change(capsys):
+    entry = {"executed": {"min": 3, "mean": 3.0, "max": 3}, "items": 4, "stderr": 0.1, "metric": "acc", "value": 0.5}
+    piqa = [
+        {"task": "piqa", "budget": 1.0, "layers": 6, "correct": [1, 1, 0, 0], **entry},
+        {"task": "piqa", "budget": 0.5, "layers": 3, "correct": [1, 0, 1, 1], **entry},
+    ]
+    text = [{**each, "task": "text", "correct": None} for each in piqa]
+    show_tasks([*piqa, *text], "buddy", 0)
+    assert re.search(r"flips +│ against full depth +│ +│ +– │ +75\.0 │", capsys.readouterr().out)
+    for unknown in (piqa[1:], piqa[:1], text):
+        show_tasks(unknown, "buddy", 0)
+        assert "flips" not in capsys.readouterr().out
 
 
 def test_tasks_without_a_routed_token(capsys):
