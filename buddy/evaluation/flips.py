@@ -11,6 +11,6 @@ def flipped(full: Sequence[int], pruned: Sequence[int]) -> list[int]:
         pruned: the same items with layers left out.
 
     Raises:
-        ValueError: other items.
+        ValueError: not as many items.
     """
     return [int(one != other) for one, other in zip(full, pruned, strict=True)]
