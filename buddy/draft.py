@@ -29,11 +29,13 @@ _WORDS = {
     list[float]: "a list of numbers",
     list[str]: "a list of names",
     dict[str, Any]: "a mapping such as {hidden: 64}",
+    dict[str, float]: "a mapping of routers to numbers",
 }
-_SUCH_AS = {  # for the lists
+_SUCH_AS = {  # for lists and mappings of one kind
     "budgets": "[1.0, 0.5]",
     "rivals": "[uniform, random]",
     "adapter.rates": "[1.0e-2, 3.0e-3]",
+    "optimizer.lr_by_router": "{buddy: 0.003}",
     "adapter.targets": "[q_proj, v_proj]",
     "data.train_sources": "[more.jsonl, notes.txt]",
     "data.calibration_sources": "[more.jsonl, notes.txt]",
@@ -60,6 +62,9 @@ class Draft:
         if names and names[-1] != before:
             with read_write(self.config.router):
                 self.config.router.options = {}
+        if any("lr" in _section(part, "optimizer") for part in parts):  # a rate that is asked for is for all
+            with read_write(self.config.optimizer):
+                self.config.optimizer.lr_by_router = {}
         for part in parts:
             self.merge(part)
 
@@ -237,6 +242,11 @@ def _spelt_out(part: Mapping[Any, Any]) -> Mapping[Any, Any]:
 def _router_name(part: Mapping[Any, Any]) -> Any:
     router = part.get("router")
     return router.get("name") if isinstance(router, Mapping) else router
+
+
+def _section(part: Mapping[Any, Any], name: str) -> Mapping[Any, Any]:
+    section = part.get(name)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _unknown_key(name: str, key: Any, accepted: list[str]) -> str:

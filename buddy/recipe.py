@@ -86,7 +86,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a name or file with `key=value` overrides laid over it.
 
     `router=NAME` stands for `router.name=NAME`. A router other than the file's starts from empty options, since
-    options belong to one router.
+    options belong to one router. An override of `optimizer.lr` is for all routers: those rates of the file that are
+    for one alone go.
 
     Raises:
         RecipeError: no such recipe, not YAML, or mistakes in it; all mistakes are named, one a line.
@@ -123,8 +124,10 @@ def flatten(recipe: Recipe) -> dict[str, bool | int | float | str]:
 
 
 def with_router(recipe: Recipe, name: str) -> Recipe:
-    """The same recipe for another router with its default options; the recipe itself for its own router."""
-    return recipe if name == recipe.router.name else replace(recipe, router=RouterSection(name))
+    """The recipe for one router, at that router's learning rate; another than its own has its default options."""
+    router = recipe.router if name == recipe.router.name else RouterSection(name)
+    lr = recipe.optimizer.lr_by_router.get(name, recipe.optimizer.lr)
+    return replace(recipe, router=router, optimizer=replace(recipe.optimizer, lr=lr, lr_by_router={}))
 
 
 @deferred()

@@ -70,6 +70,7 @@ class ObjectiveSection:
 @dataclass(frozen=True)
 class OptimizerSection:
     lr: float = _bounded(6.0e-3, above=0)
+    lr_by_router: dict[str, float] = field(default_factory=dict)  # in place of lr, for the routers named
     warmup_steps: int = _bounded(20, least=0)
     weight_decay: float = _bounded(0.0, least=0)
     clip: float = _bounded(10.0, least=0)  # largest gradient norm; 0 never clips
@@ -211,6 +212,9 @@ def _list_mistakes(recipe: Recipe) -> Iterator[tuple[set[str], str]]:
     for rate in recipe.adapter.rates if recipe.adapter is not None else ():
         if not 0 < rate < math.inf:
             yield {"adapter.rates"}, f"adapter.rates holds {rate}, but each must be a number above 0."
+    for name, rate in recipe.optimizer.lr_by_router.items():
+        if not 0 < rate < math.inf:
+            yield {"optimizer.lr_by_router"}, f"optimizer.lr_by_router.{name} is {rate}, but must be a number above 0."
     for name, sources in texts.items():
         if any(not source.strip() for source in sources):
             yield {f"data.{name}"}, f"data.{name} holds an empty name; name a text or leave it out."

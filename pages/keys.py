@@ -19,6 +19,7 @@ WORDS: dict[Any, str] = {
     list[float]: "list of numbers",
     list[str]: "list of names",
     dict[str, Any]: "mapping",
+    dict[str, float]: "mapping to numbers",
 }
 ROW = re.compile(r"^\| `([\w.]+)` \|.*\| (.*) \|$")
 

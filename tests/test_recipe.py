@@ -156,8 +156,21 @@ def test_a_file_may_name_its_router_in_short(tmp_path):
 
 def test_with_router_changes_nothing_else():
     recipe = load_recipe("quickstart", ["router.options.hidden=8"])
-    assert with_router(recipe, "buddy") is recipe
+    assert with_router(recipe, "buddy") == recipe
     assert with_router(recipe, "full") == replace(recipe, router=RouterSection("full"))
+
+
+def test_a_router_may_have_a_learning_rate_of_its_own(tmp_path):
+    path = written(tmp_path, "optimizer: {lr: 1.0e-3, clip: 2.0, lr_by_router: {first: 5.0e-3}}")
+    recipe = load_recipe(path)
+    rates = {name: with_router(recipe, name).optimizer for name in ("first", "buddy")}
+    assert rates == {name: OptimizerSection(lr=lr, clip=2.0) for name, lr in (("first", 5e-3), ("buddy", 1e-3))}
+    own = load_recipe(path, ["optimizer.lr_by_router.buddy=2e-3"])
+    assert own.optimizer.lr_by_router == {"first": 5e-3, "buddy": 2e-3}
+    asked = load_recipe(path, ["optimizer.lr=4e-3"])
+    assert with_router(asked, "first").optimizer.lr == 4e-3, "a rate that is asked for is for all"
+    both = load_recipe(path, ["optimizer.lr=4e-3", "optimizer.lr_by_router.buddy=2e-3"])
+    assert both.optimizer.lr_by_router == {"buddy": 2e-3}
 
 
 # Checking
@@ -178,6 +191,10 @@ def test_with_router_changes_nothing_else():
         ("optimizer.lr=" + "1" * 400, "optimizer.lr must be a number, not 111"),
         ("optimizer.lr=nan", "optimizer.lr is nan, but must be a finite number."),
         ("optimizer.lr=0", "optimizer.lr is 0.0, but must be above 0."),
+        ("optimizer.lr_by_router=[1]", "lr_by_router must be a mapping of routers to numbers such as {buddy: 0.003},"),
+        ("optimizer.lr_by_router.first=fast", "must be a mapping of routers to numbers such as {buddy: 0.003}, not"),
+        ("optimizer.lr_by_router.first=0", "optimizer.lr_by_router.first is 0.0, but must be a number above 0."),
+        ("optimizer.lr_by_router.first=nan", "optimizer.lr_by_router.first is nan, but must be a number above 0."),
         ("seed=null", "seed must be a whole number, not null."),
         ("seed=-1", "seed is -1, but must be at least 0."),
         ("seed=4294967296", "seed is 4294967296, but must be at most 4294967295."),
@@ -308,6 +325,8 @@ def values_of(item) -> st.SearchStrategy:
         return st.lists(st.floats(0, 100, exclude_min=True), max_size=3, unique=True)
     if kind == list[str]:
         return st.lists(WORD, max_size=3, unique=True)
+    if kind == dict[str, float]:
+        return st.dictionaries(WORD, st.floats(0, 100, exclude_min=True), max_size=3)
     return {bool: st.booleans(), str: WORD}.get(kind, st.none() | WORD)
 
 

@@ -28,7 +28,7 @@ from buddy.engine.model import geometry_of
 from buddy.errors import BuddyError, RunError
 from buddy.files import writing
 from buddy.progress import Bar, errors, status
-from buddy.registry import build
+from buddy.registry import build, check_names
 from buddy.router import AnyRouter
 from buddy.schema import Recipe
 from buddy.training.data import TextData
@@ -53,6 +53,7 @@ def compare(asked: Asked) -> int:
     base = base_of(asked.recipe)
     if asked.recipe.predictor.name is not None:
         errors.print("A comparison fits no budget predictor: all routers have the recipe's budgets.", soft_wrap=True)
+    check_names(base.optimizer.lr_by_router)
     recipes = {each: each.recipe(base) for each in contestants(asked.routers, asked.recipe)}
     domains = domains_of(asked.domains, asked.recipe)
     backbone, data = prepare(list(recipes.values()))

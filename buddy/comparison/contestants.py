@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from buddy.errors import RegistryError
-from buddy.recipe import override
+from buddy.recipe import override, with_router
 from buddy.registry import describe
 from buddy.schema import Recipe
 
@@ -42,13 +42,14 @@ class Contestant:
         return plain if plain == spelt else f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
 
     def recipe(self, base: Recipe) -> Recipe:
-        """The recipe with this router.
+        """The recipe with this router, at its own learning rate where the recipe has one for it.
 
         Raises:
             RecipeError: an option that no recipe could hold.
         """
         options = [f"router.options.{option}" for option in self.options]
-        return override(base, [f"router.name={json.dumps(self.name)}", *options], f"The router {self.label}")
+        own = override(base, [f"router.name={json.dumps(self.name)}", *options], f"The router {self.label}")
+        return with_router(own, self.name)
 
 
 def contestants(text: str | None, recipe: Recipe) -> list[Contestant]:

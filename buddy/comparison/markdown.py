@@ -133,8 +133,15 @@ def _learned(c: Comparison) -> str:
     """What routers were calibrated on, and trained on where that is another text."""
     calibrated, trained = (_texts(c, f"data.{name}_sources") for name in ("calibration", "train"))
     if calibrated == trained:
-        return f"calibrated or trained on {calibrated}"
-    return f"all calibrated on {calibrated}, and those with weights trained on {trained}"
+        return f"calibrated or trained on {calibrated}{_lr(c)}"
+    return f"all calibrated on {calibrated}, and those with weights trained on {trained}{_lr(c)}"
+
+
+def _lr(c: Comparison) -> str:
+    """The learning rates where they are not the same for all."""
+    recipe = c.record["recipe"]
+    own = str(recipe.get("optimizer.lr_by_router", "{}")).strip("{}")
+    return f" (learning rate {recipe['optimizer.lr']:g}; {own})" if own else ""
 
 
 def _texts(c: Comparison, key: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from buddy import processes, progress
 from buddy.evaluation.report import show_comparison
 from buddy.recipe import with_router
+from buddy.registry import check_names
 from buddy.runs import RunPlace
 from buddy.schema import PredictorSection, Recipe
 from buddy.sharding import join, settle, shard, shards
@@ -30,7 +31,9 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     """
     leads = processes.leads()  # the others of a distributed run are begun by the same command
     progress.errors.quiet = progress.results.quiet = not leads
-    recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), recipe]
+    check_names(recipe.optimizer.lr_by_router)
+    own = with_router(recipe, recipe.router.name)
+    recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), own]
     places = [RunPlace.of(each, recipe_name) for each in recipes]
     for place in places if leads else ():
         place.settle()

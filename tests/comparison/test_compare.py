@@ -424,6 +424,18 @@ def test_runs_of_another_recipe_are_refused_with_the_keys(ask, tmp_path):
     assert compare(ask(tmp_path, "optimizer.lr=0.1", "trainer.max_steps=9", **options)) == 0, "nothing was trained"
 
 
+def test_each_router_has_its_own_rate(ask, tmp_path):
+    options = {"routers": "buddy[hidden=8]", "seeds": 1, "domains": None}
+    assert compare(ask(tmp_path, "optimizer.lr=0.1", **options)) == 0
+    before = stamps(tmp_path / "runs")
+    assert compare(ask(tmp_path, "optimizer.lr_by_router.buddy=0.1", **options)) == 0
+    assert stamps(tmp_path / "runs") == before, "reused"
+    with pytest.raises(RunError, match=r"another recipe \(optimizer\.lr: 0\.1 there, 0\.2 here\)"):
+        compare(ask(tmp_path, "optimizer.lr_by_router.buddy=0.2", **options))
+    with pytest.raises(RegistryError, match="No router is named 'budy'"):
+        compare(ask(tmp_path, "optimizer.lr_by_router.budy=0.2", **options))
+
+
 def test_a_run_that_was_begun_with_another_recipe_is_refused(ask, tmp_path, stopping):
     stopping += ["stop", "", "", ""]
     with pytest.raises(KeyboardInterrupt):

@@ -101,6 +101,12 @@ def test_other_ways_to_train(small, finished, tmp_path, settings):
     assert all(tensor.isfinite().all() for tensor in trained.values())
 
 
+def test_each_router_is_trained_at_its_own_rate(small, tmp_path):
+    fit(small(tmp_path, "rivals=[first]", "optimizer.lr_by_router={buddy: 0.03, first: 0.02}"), "small")
+    kept = [load_recipe(tmp_path / "small" / name / "recipe.yaml").optimizer for name in ("buddy", "first")]
+    assert [(each.lr, each.lr_by_router) for each in kept] == [(0.03, {}), (0.02, {})]
+
+
 def test_a_static_router_is_fitted_alone_and_only_once(small, tmp_path):
     fit(small(tmp_path, "router=shortgpt", "rivals=[shortgpt,uniform]"), "small")
     assert names(tmp_path / "small") == {"shortgpt", "uniform"}
@@ -159,6 +165,7 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
             "joint=true trains router and adapter from",
         ),
         (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden is unknown"),
+        (["optimizer.lr_by_router.budy=0.1"], RegistryError, "No router is named 'budy'; did you mean 'buddy'"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(small, finished, tmp_path, settings, error, message):
