@@ -139,8 +139,9 @@ def _learned(c: Comparison) -> str:
 
 def _lr(c: Comparison) -> str:
     """The learning rates where they are not the same for all."""
-    recipe = c.record["recipe"]
-    own = str(recipe.get("optimizer.lr_by_router", "{}")).strip("{}")
+    recipe, names = c.record["recipe"], {each["name"] for each in c.record["routers"]}
+    rates = str(recipe.get("optimizer.lr_by_router", "{}")).strip("{}").split(", ")
+    own = ", ".join(rate for rate in rates if rate.partition(":")[0] in names)
     return f" (learning rate {recipe['optimizer.lr']:g}; {own})" if own else ""
 
 

@@ -346,9 +346,9 @@ def test_curves_overlay_and_the_table_has_a_row_for_each_router(comparison, tmp_
 def test_the_document_says_what_was_learned_from():
     record = made.record()
     assert "calibrated or trained on speeches, at the budgets" in render(Comparison(record), {})
-    rates = {"optimizer.lr": 0.003, "optimizer.lr_by_router": "{first: 0.006}"}
+    rates = {"optimizer.lr": 0.003, "optimizer.lr_by_router": "{dice: 0.006, absent: 0.1}"}
     own = record | {"recipe": record["recipe"] | rates}
-    words = "trained on speeches (learning rate 0.003; first: 0.006), at the budgets"
+    words = "trained on speeches (learning rate 0.003; dice: 0.006), at the budgets"
     assert words in render(Comparison(own), {})
     record["recipe"]["data.train_sources"] = "[web/c4.jsonl, a/fine.jsonl]"
     words = "on speeches, and those with weights trained on speeches, c4.jsonl and fine.jsonl in turn, at"
