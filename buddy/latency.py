@@ -23,8 +23,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from buddy.backbone.embedded import cache_root
 from buddy.comparison.machine import machine
-from buddy.embedded import cache_root
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
 from buddy.evaluation.speed import Contender, decode_in_turn

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.handover.model import Model, check_options
 from buddy.progress import errors, status
 from buddy.runs import read_run

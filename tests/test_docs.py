@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from buddy.backbone import ROUTABLE
+from buddy.backbone.load import ROUTABLE
 from buddy.comparison.markdown import WRITTEN
 from buddy.draft import shown
 from buddy.errors import BuddyError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.errors import BudgetError, DataError
 from buddy.handover.model import summary
 from buddy.serve import generate

@@ -5,20 +5,6 @@ from typing import Annotated
 import typer
 
 from buddy import __version__
-from buddy.cli import (  # noqa: F401
-    bench,
-    compare,
-    evaluate,
-    export,
-    fit,
-    generate,
-    inspect,
-    plan,
-    pull,
-    push,
-    recipes,
-    routers,
-)
 from buddy.cli.app import TOGETHER, app
 from buddy.cli.words import alone
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from buddy.assemble import windows_in
+from buddy.build import windows_in
 from buddy.errors import DataError
 from buddy.inspection.domains import sources_of
 from buddy.schema import Recipe

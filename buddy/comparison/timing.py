@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.assemble import budgets_of, routed_of
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
+from buddy.build import budgets_of, routed_of
 from buddy.comparison.machine import machine, versions
 from buddy.comparison.planned import Planned
 from buddy.engine.model import RoutedLM

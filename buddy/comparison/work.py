@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from buddy.assemble import budgets_of, restore
+from buddy.backbone.adapter import WEIGHTS
+from buddy.build import budgets_of, restore
 from buddy.comparison.asked import Tasks
 from buddy.comparison.domains import Domain, read_domain
 from buddy.comparison.planned import Planned, again, is_finished
@@ -18,7 +19,6 @@ from buddy.evaluation.perplexity import evaluate
 from buddy.evaluation.reference import Reference
 from buddy.evaluation.saved import with_documents
 from buddy.files import checksum, read_json, write_sealed, write_text
-from buddy.healing.adapter import WEIGHTS
 from buddy.memory import within_memory
 from buddy.place import ADAPTER, METRICS, ROUTER
 from buddy.progress import tracker

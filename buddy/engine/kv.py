@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.engine.adjoined import Both
 from buddy.errors import BackboneError
 

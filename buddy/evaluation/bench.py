@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from buddy.assemble import budgets_of, routed_from, windows_in
+from buddy.build import budgets_of, routed_from, windows_in
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.figure import figure_at

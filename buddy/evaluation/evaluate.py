@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from buddy import processes, progress
-from buddy.assemble import budgets_of, held_out_of, routed_from, windows_in
+from buddy.backbone.sharding import join
 from buddy.budget import auto_of, fraction_of, latency_of
+from buddy.build import budgets_of, held_out_of, routed_from, windows_in
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.perplexity import Scores, evaluate
@@ -19,7 +20,6 @@ from buddy.files import check_place, write_json
 from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
 from buddy.runs import Run, read_run
-from buddy.sharding import join
 from buddy.training.data import Windows
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError, nearest
 from buddy.progress import Bar

@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
-from buddy.assemble import budgets_of, routed_from
+from buddy.build import budgets_of, routed_from
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for

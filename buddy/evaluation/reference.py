@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 
 if TYPE_CHECKING:
     from buddy.evaluation.perplexity import Scores

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy.assemble import budgets_of, routed_from
 from buddy.budget import auto_of, fraction_of
+from buddy.build import budgets_of, routed_from
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, reason_of, require_lm_eval
 from buddy.evaluation.task_table import show_tasks

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from buddy import embedded
+from buddy.backbone import embedded
 from buddy.evaluation.perplexity import Scores
 from buddy.files import damaged
 from buddy.handover.choice import Choice

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from buddy.assemble import held_out_of, routed_from, windows_in
 from buddy.budget import fraction_of
+from buddy.build import held_out_of, routed_from, windows_in
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
 from buddy.evaluation.perplexity import Scores, evaluate

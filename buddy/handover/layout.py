@@ -9,9 +9,9 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from buddy.backbone.adapter import FILES as ADAPTER_FILES
 from buddy.errors import RunError
 from buddy.files import checksum, damaged, load_tensors, read_json, write_json, writing
-from buddy.healing.adapter import FILES as ADAPTER_FILES
 from buddy.place import ADAPTER, FACTS, INPUTS, METRICS, PREDICTOR, PREDICTOR_FACTS, RECIPE, ROUTER
 from buddy.runs import Run, read_run
 

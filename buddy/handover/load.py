@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.errors import RunError
 from buddy.handover.hub import download
 from buddy.handover.layout import check_files, with_backbone

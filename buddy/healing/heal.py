@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from buddy.assemble import adapter_of, budgets_of
+from buddy.build import adapter_of, budgets_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.healing.module import HealingModule, Together

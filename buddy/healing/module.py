@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from buddy.backbone.adapter import Adapter
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
-from buddy.healing.adapter import Adapter
 from buddy.training.estimator import Batch, Estimator, Perturbed
 from buddy.training.module import WARM, NotFinite
 from buddy.training.objective import Dense, Objective, draw_budgets

@@ -13,12 +13,12 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from buddy import processes
-from buddy.assemble import budgets_of
+from buddy.backbone.adapter import WEIGHTS, Adapter
+from buddy.build import budgets_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
 from buddy.evaluation.perplexity import evaluate
 from buddy.files import checksum, read_json, write_json
-from buddy.healing.adapter import WEIGHTS, Adapter
 from buddy.healing.heal import forget, heal, identity_of
 from buddy.place import ADAPTER
 from buddy.progress import errors, tracker

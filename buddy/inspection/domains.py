@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from buddy.assemble import held_out_of, windows_in
+from buddy.build import held_out_of, windows_in
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
 from buddy.runs import Run

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from buddy.assemble import budgets_of, routed_from
 from buddy.budget import shown
+from buddy.build import budgets_of, routed_from
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
 from buddy.files import check_place, on_disk, write_json, writing

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from buddy.backbone import load_backbone
+from buddy.backbone.load import load_backbone
 from buddy.errors import RegistryError
 from buddy.progress import status, track
 from buddy.recipe import override

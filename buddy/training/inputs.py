@@ -6,7 +6,7 @@ import ast
 import hashlib
 import inspect
 
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.registry import load
 from buddy.schema import Recipe
 from buddy.training.data import TextData

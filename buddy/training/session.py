@@ -12,9 +12,12 @@ from typing import Any
 import lightning
 
 from buddy import processes
-from buddy.assemble import backbone_of, budgets_of, data_of, heals, restore_router, routed_of
-from buddy.backbone import Backbone
-from buddy.calibration import Probe, cache_folder
+from buddy.backbone.adapter import check_targets
+from buddy.backbone.load import Backbone
+from buddy.backbone.sharding import check, shards
+from buddy.build import backbone_of, budgets_of, choose_by, data_of, heals, restore_router, routed_of
+from buddy.calibration.probe import Probe
+from buddy.calibration.store import cache_folder
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.perplexity import Scores, evaluate
@@ -22,7 +25,6 @@ from buddy.evaluation.reference import Reference
 from buddy.evaluation.report import write_results
 from buddy.evaluation.saved import scores_of
 from buddy.files import on_disk
-from buddy.healing.adapter import check_targets
 from buddy.healing.heal import forget, heal, trains_both
 from buddy.healing.rates import forget_rates, heal_at_the_best
 from buddy.memory import within_memory
@@ -33,7 +35,6 @@ from buddy.registry import load
 from buddy.router import AnyRouter
 from buddy.runs import RunPlace, read_metrics, save_router, write_facts
 from buddy.schema import Recipe
-from buddy.sharding import check, shards
 from buddy.training.data import TextData
 from buddy.training.inputs import inputs_of
 from buddy.training.interrupt import quiet
@@ -136,7 +137,9 @@ class Session:
                     spent = {"seconds": before + watch.seconds, "parameters": _parameters(routed)}
                     watch.save()
                     fitted = True
-                    fit_predictor(recipe, routed, self.data, folder)
+                    predictor = fit_predictor(recipe, routed, self.data, folder)
+                    if predictor is not None:
+                        choose_by(recipe, routed, predictor)
                     scores = self._evaluate(recipe, routed)
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:

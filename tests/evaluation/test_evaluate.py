@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from buddy.assemble import held_out_of
+from buddy.build import held_out_of
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.evaluation.evaluate import evaluate_run
 from buddy.runs import read_run

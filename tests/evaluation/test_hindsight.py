@@ -7,7 +7,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
 from buddy.evaluation.hindsight import hindsight, main, search

@@ -9,7 +9,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.harness import BuddyLM

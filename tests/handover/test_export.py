@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from buddy.assemble import data_of, routed_from
+from buddy.build import data_of, routed_from
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.evaluation.perplexity import evaluate

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import buddy
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.handover.export import export_run
 from buddy.handover.pull import pull
 from buddy.handover.push import push

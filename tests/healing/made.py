@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buddy.backbone import Backbone
+from buddy.backbone.adapter import Adapter
+from buddy.backbone.load import Backbone
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.files import load_tensors
-from buddy.healing.adapter import Adapter
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone, tiny_model
 

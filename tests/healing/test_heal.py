@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from buddy.assemble import budgets_of, data_of, routed_from
+from buddy.build import budgets_of, data_of, routed_from
 from buddy.cli import app
 from buddy.comparison.asked import Asked
 from buddy.comparison.compare import compare

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from buddy.assemble import data_of, routed_from
+from buddy.build import data_of, routed_from
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.inspection.inspect import inspect_run

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import buddy
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.cli import app
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError

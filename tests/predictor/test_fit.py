@@ -7,13 +7,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.errors import BudgetError, RecipeError, RunError
 from buddy.files import load_tensors
+from buddy.predictor import features as measuring
 from buddy.predictor import fit as fitting
-from buddy.predictor import targets as measuring
-from buddy.predictor.features import features_of
-from buddy.predictor.targets import measure
+from buddy.predictor.features import features_of, measure
 from buddy.runs import read_run
 from buddy.training.fit import _rival, fit
 

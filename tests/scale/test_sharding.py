@@ -5,11 +5,11 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from buddy import processes
-from buddy.calibration import Probe
+from buddy.backbone.sharding import check, settle, shard, shards
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.evaluation.perplexity import evaluate
-from buddy.sharding import check, settle, shard, shards
 from buddy.training.data import Windows
 from buddy.training.estimator import Batch, StraightThrough, Weighted
 from buddy.training.interrupt import quiet

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from buddy.assemble import backbone_of, data_of, routed_of
+from buddy.build import backbone_of, data_of, routed_of
 from buddy.errors import TrainingError
 from buddy.schema import Recipe
 from buddy.training import train as training

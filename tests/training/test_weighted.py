@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from buddy.assemble import routed_from
+from buddy.build import routed_from
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, TrainingError
 from buddy.files import load_tensors

@@ -1,4 +1,4 @@
-"""`python -m buddy.calibration.benchmark`: a greedy search through `Probe.losses` against the naive way.
+"""`python -m studies.calibration_benchmark`: a greedy search through `Probe.losses` against the naive way.
 
 The search removes, again and again, the layer without which the calibration windows lose least (SLEB, 2402.09025,
 section 3). The naive way runs each candidate by itself: a forward of a stock model whose layers were physically
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from buddy.assemble import backbone_of, data_of, routed_of
+from buddy.build import backbone_of, data_of, routed_of
 from buddy.calibration.probe import Probe
 from buddy.evaluation.pruned import pruned_model
 from buddy.progress import errors, results, track

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from buddy import processes
-from buddy.backbone import Backbone, load_backbone
+from buddy.backbone.adapter import Adapter
+from buddy.backbone.load import Backbone, load_backbone
+from buddy.backbone.sharding import settle, shard, shards
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
-from buddy.healing.adapter import Adapter
 from buddy.latency import Latencies, cache_folder
 from buddy.place import ADAPTER
 from buddy.predictor.features import Predictor
-from buddy.predictor.saved import load_predictor
+from buddy.predictor.fit import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter
 from buddy.runs import Run, check_backbone, load_router
 from buddy.schema import Recipe
-from buddy.sharding import settle, shard, shards
 from buddy.training.data import TextData
 from buddy.training.sources import same_source
 from buddy.training.windows import Windows, windows_of

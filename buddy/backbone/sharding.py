@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from buddy import processes
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.errors import TrainingError
 from buddy.schema import Recipe, TrainerSection
 
