@@ -18,8 +18,8 @@ from torch import Tensor
 
 from buddy import processes
 from buddy.budget import auto_of
+from buddy.engine.forward import Output
 from buddy.engine.model import RoutedLM
-from buddy.engine.record import Output
 from buddy.evaluation.reference import Reference
 from buddy.training.objective import Dense, cross_entropy, kl_to_dense
 from buddy.training.windows import Windows
