@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load
 
 from buddy import embedded
+from buddy.config import load_recipe
 from buddy.files import load_tensors, read_json
-from buddy.recipe import load_recipe
 from buddy.runs import load_router, read_metrics, read_run
 from buddy.training.train import check_checkpoint
 from tests.small import Small, write_text
