@@ -158,7 +158,8 @@ class Calibration(Job):
 
     def act(self) -> None:
         from buddy.backbone import load_backbone
-        from buddy.calibration import Probe, memo
+        from buddy.calibration import memo
+        from buddy.calibration.probe import Probe
         from buddy.engine.model import RoutedLM, geometry_of
         from buddy.files import save_tensors
         from routers.sleb import SLEB
