@@ -25,10 +25,10 @@ from buddy.comparison.record import record_of
 from buddy.comparison.timing import measured
 from buddy.comparison.work import Start, Texts, Worker
 from buddy.config import Recipe
+from buddy.console import Bar, errors, status
 from buddy.engine.model import geometry_of
 from buddy.errors import BuddyError, RunError
-from buddy.files import writing
-from buddy.progress import Bar, errors, status
+from buddy.io import writing
 from buddy.registry import build, check_names
 from buddy.router import AnyRouter
 from buddy.training.data import TextData

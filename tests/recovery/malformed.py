@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from buddy.backbone import load_backbone
 from buddy.config import Recipe, flatten, load_recipe
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
-from buddy.place import RunPlace
+from buddy.run import RunPlace
 from buddy.training.sources import load_texts
 from buddy.training.train import check_checkpoint
 from tests.comparison.made import record

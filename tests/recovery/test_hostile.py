@@ -210,7 +210,7 @@ def test_names_of_recipes_and_routers_are_folders_in_the_output(small, tmp_path,
     from dataclasses import replace
 
     from buddy.config import RouterSection
-    from buddy.place import RunPlace
+    from buddy.run import RunPlace
 
     recipe = replace(small(tmp_path / "runs"), router=RouterSection(name))
     place = RunPlace.of(recipe, name)

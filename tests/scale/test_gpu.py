@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from buddy.config import load_recipe
-from buddy.runs import read_run
+from buddy.run import read_run
 from buddy.training.fit import fit
 from tests.small import start_buddy
 
