@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from buddy import processes
 from buddy.backbone import Backbone, load_backbone
+from buddy.config import Recipe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
 from buddy.healing.adapter import Adapter
@@ -19,7 +20,6 @@ from buddy.predictor.saved import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter
 from buddy.runs import Run, check_backbone, load_router
-from buddy.schema import Recipe
 from buddy.sharding import settle, shard, shards
 from buddy.training.data import TextData
 from buddy.training.sources import same_source

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from buddy.config import Recipe, load_recipe, to_yaml
 from buddy.errors import BuddyError, RunError
 from buddy.files import checksum, read_json, remove_parts, write_json, write_text, writing
-from buddy.recipe import load_recipe, to_yaml
-from buddy.schema import Recipe
 
 RECIPE, FACTS, ROUTER, METRICS = "recipe.yaml", "run.json", "router.safetensors", "metrics.json"
 INPUTS = "inputs.json"

@@ -16,11 +16,10 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import buddy
+from buddy.config import Recipe, load_recipe, storable
 from buddy.errors import BuddyError, RunError, nearest
 from buddy.files import checksum, damaged, load_tensors, read_json, save_tensors, write_json
 from buddy.place import FACTS, METRICS, RECIPE, ROUTER, RunPlace
-from buddy.recipe import load_recipe
-from buddy.schema import Recipe, storable
 
 if TYPE_CHECKING:
     from torch import Tensor

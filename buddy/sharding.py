@@ -14,8 +14,8 @@ import torch
 
 from buddy import processes
 from buddy.backbone import Backbone
+from buddy.config import Recipe, TrainerSection
 from buddy.errors import TrainingError
-from buddy.schema import Recipe, TrainerSection
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

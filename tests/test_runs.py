@@ -11,12 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from buddy.config import Recipe, RouterSection, TrainerSection, load_recipe, to_yaml
 from buddy.errors import RunError
 from buddy.place import RunPlace
-from buddy.recipe import load_recipe, to_yaml
 from buddy.router import Geometry
 from buddy.runs import check_backbone, load_router, read_metrics, read_run, save_router, write_facts
-from buddy.schema import Recipe, RouterSection, TrainerSection
 
 GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
 

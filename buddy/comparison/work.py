@@ -12,6 +12,7 @@ from buddy.assemble import budgets_of, restore
 from buddy.comparison.asked import Tasks
 from buddy.comparison.domains import Domain, read_domain
 from buddy.comparison.planned import Planned, again, is_finished
+from buddy.config import Recipe
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DamagedError, TrainingError
 from buddy.evaluation.perplexity import evaluate
@@ -22,7 +23,6 @@ from buddy.healing.adapter import WEIGHTS
 from buddy.memory import within_memory
 from buddy.place import ADAPTER, METRICS, ROUTER
 from buddy.progress import tracker
-from buddy.schema import Recipe
 from buddy.training.session import Session, prepare
 from buddy.training.windows import Windows
 

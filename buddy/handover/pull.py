@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from shlex import quote
 
+from buddy.config import to_yaml
 from buddy.errors import RunError
 from buddy.files import checksum, read_json, write_json, write_text
 from buddy.handover.folder import whole_folder
@@ -15,7 +16,6 @@ from buddy.handover.layout import CONFIG, check_files, copy_files, with_backbone
 from buddy.handover.sources import folder_of, hub_name
 from buddy.place import FACTS, RECIPE
 from buddy.progress import results, status
-from buddy.recipe import to_yaml
 from buddy.runs import Run
 
 

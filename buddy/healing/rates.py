@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from buddy import processes
 from buddy.assemble import budgets_of
+from buddy.config import PredictorSection, Recipe, to_yaml
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
 from buddy.evaluation.perplexity import evaluate
@@ -22,8 +23,6 @@ from buddy.healing.adapter import WEIGHTS, Adapter
 from buddy.healing.heal import forget, heal, identity_of
 from buddy.place import ADAPTER
 from buddy.progress import errors, tracker
-from buddy.recipe import to_yaml
-from buddy.schema import PredictorSection, Recipe
 from buddy.training.data import TextData
 from buddy.training.module import NotFinite
 

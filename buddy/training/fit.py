@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from buddy import processes, progress
+from buddy.config import PredictorSection, Recipe, with_router
 from buddy.evaluation.report import show_comparison
-from buddy.recipe import with_router
 from buddy.registry import check_names
 from buddy.runs import RunPlace
-from buddy.schema import PredictorSection, Recipe
 from buddy.sharding import join, settle, shard, shards
 from buddy.training.ledger import Ledger
 from buddy.training.session import Session, prepare

@@ -14,7 +14,9 @@ import lightning
 from buddy import processes
 from buddy.assemble import backbone_of, budgets_of, data_of, heals, restore_router, routed_of
 from buddy.backbone import Backbone
-from buddy.calibration import Probe, cache_folder
+from buddy.calibration.probe import Probe
+from buddy.calibration.store import cache_folder
+from buddy.config import Recipe
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.perplexity import Scores, evaluate
@@ -32,7 +34,6 @@ from buddy.progress import status, track, tracker
 from buddy.registry import load
 from buddy.router import AnyRouter
 from buddy.runs import RunPlace, read_metrics, save_router, write_facts
-from buddy.schema import Recipe
 from buddy.sharding import check, shards
 from buddy.training.data import TextData
 from buddy.training.inputs import inputs_of

@@ -16,11 +16,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import processes
 from buddy.assemble import budgets_of
+from buddy.config import Recipe
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.progress import errors
 from buddy.router import AnyRouter, LayerwiseRouter
-from buddy.schema import Recipe
 from buddy.sharding import STRATEGY
 from buddy.training.bar import TrainingBar
 from buddy.training.data import TextData

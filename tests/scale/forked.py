@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from buddy import processes
-from buddy.schema import TrainerSection
+from buddy.config import TrainerSection
 
 PATIENCE = 120.0  # seconds
 CPU = TrainerSection(accelerator="cpu")

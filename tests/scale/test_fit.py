@@ -5,8 +5,8 @@ from contextlib import suppress
 import pytest
 
 from buddy import processes
+from buddy.config import load_recipe
 from buddy.errors import DataError
-from buddy.recipe import load_recipe
 from buddy.training.fit import fit
 from buddy.training.interrupt import Keeper
 from tests.scale.curves import assert_alike, curves

@@ -8,8 +8,8 @@ from torch import nn
 
 from buddy import processes
 from buddy.cli.words import alone
+from buddy.config import TrainerSection
 from buddy.errors import BuddyError, TrainingError
-from buddy.schema import TrainerSection
 from tests.scale.forked import launcher, side_by_side
 from tests.test_cli import call
 
