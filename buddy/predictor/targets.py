@@ -15,7 +15,7 @@ from torch import Tensor
 from buddy.backbone import fingerprint
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError
-from buddy.files import load_tensors, save_tensors
+from buddy.io import load_tensors, save_tensors
 from buddy.predictor.features import features_of
 from buddy.training.objective import cross_entropy
 

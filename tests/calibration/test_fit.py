@@ -2,9 +2,10 @@
 
 import torch
 
-from buddy.calibration import Probe, probe
+from buddy.calibration import probe
 from buddy.calibration.hidden import similarities
-from buddy.runs import load_router
+from buddy.calibration.probe import Probe
+from buddy.run import load_router
 from buddy.training.fit import fit
 from routers.shortgpt import ShortGPT
 
