@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from buddy.backbone.embedded import cache_root
+from buddy.console import errors
 from buddy.engine.model import RoutedLM
-from buddy.progress import errors
 
 PLACE = "BUDDY_CALIBRATION_CACHE"
 PATIENCE = 20.0  # seconds to wait for another process that writes

@@ -8,6 +8,21 @@ from buddy import __version__
 from buddy.cli.app import TOGETHER, app
 from buddy.cli.words import alone
 
+from . import (  # noqa: F401
+    bench,
+    compare,
+    evaluate,
+    export,
+    fit,
+    generate,
+    inspect,
+    plan,
+    pull,
+    push,
+    recipes,
+    routers,
+)
+
 __all__ = ["app", "main"]
 
 

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 
 from buddy.build import windows_in
+from buddy.config import Recipe
 from buddy.errors import DataError
 from buddy.inspection.domains import sources_of
-from buddy.schema import Recipe
 from buddy.training.data import TextData
 from buddy.training.sources import same_source
 from buddy.training.windows import Windows

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
-from buddy.engine.adjoined import Both
+from buddy.engine.layers import Both
 from buddy.errors import BackboneError
 
 KeyValue = tuple[Tensor, Tensor]

@@ -10,10 +10,9 @@ import yaml
 
 from buddy.backbone import embedded
 from buddy.evaluation.perplexity import Scores
-from buddy.files import damaged
 from buddy.handover.choice import Choice
-from buddy.place import ADAPTER, METRICS, PREDICTOR
-from buddy.runs import Run
+from buddy.io import damaged
+from buddy.run import ADAPTER, METRICS, PREDICTOR, Run
 
 ORIGINS = {embedded.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the hub's names of embedded models
 SINKS = (

@@ -11,11 +11,11 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from buddy.build import adapter_of, budgets_of
+from buddy.config import Recipe
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.healing.module import HealingModule, Together
 from buddy.router import AnyRouter
-from buddy.schema import Recipe
 from buddy.training.bar import TrainingBar
 from buddy.training.data import TextData
 from buddy.training.module import NotFinite

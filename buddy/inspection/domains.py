@@ -11,7 +11,7 @@ import torch
 from buddy.build import held_out_of, windows_in
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
-from buddy.runs import Run
+from buddy.run import Run
 from buddy.training.sources import same_source
 from buddy.training.windows import Windows
 

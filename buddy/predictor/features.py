@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from buddy.backbone.load import fingerprint
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError
-from buddy.files import load_tensors, save_tensors
+from buddy.io import load_tensors, save_tensors
 from buddy.router import Context, Geometry
 from buddy.training.objective import cross_entropy
 

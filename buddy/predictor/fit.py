@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from buddy.config import Recipe
+from buddy.console import errors, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, RunError
-from buddy.files import damaged, load_tensors, read_json, save_tensors, write_json
-from buddy.place import PREDICTOR, PREDICTOR_FACTS
+from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json
 from buddy.predictor.features import Targets, digest_of, measure, ordered, size_of
 from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy, train_policy
 from buddy.predictor.regress import CurvePredictor
-from buddy.progress import errors, tracker
+from buddy.predictor.saved import make_predictor, save_predictor
+from buddy.predictor.targets import Targets, digest_of, measure
 from buddy.router import Geometry
-from buddy.schema import Recipe
+from buddy.run import PREDICTOR, PREDICTOR_FACTS
 from buddy.training.data import TextData
 
 AnyPredictor = CurvePredictor | BudgetPolicy

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from buddy.progress import Bar
+from buddy.console import Bar
 
 
 class TrainingBar(Callback):

@@ -24,10 +24,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from buddy.build import backbone_of, data_of, routed_of
 from buddy.calibration.probe import Probe
+from buddy.config import load_recipe
+from buddy.console import errors, results, track
 from buddy.engine.model import RoutedLM
 from buddy.plan import Plan
-from buddy.progress import errors, results, track
-from buddy.recipe import load_recipe
 from buddy.training.interrupt import quiet
 from buddy.training.objective import draw_budgets
 from buddy.training.train import module_of

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from buddy import processes, progress
+from buddy import console, distributed
 from buddy.backbone.sharding import join, settle, shard, shards
+from buddy.config import PredictorSection, Recipe, with_router
 from buddy.evaluation.report import show_comparison
-from buddy.recipe import with_router
 from buddy.registry import check_names
-from buddy.runs import RunPlace
-from buddy.schema import PredictorSection, Recipe
+from buddy.run import RunPlace
 from buddy.training.ledger import Ledger
 from buddy.training.session import Session, prepare
 
@@ -29,8 +28,8 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
         BuddyError: anything that a person can mend; what was finished before stays.
         KeyboardInterrupt: stopped in good order; the same call goes on from a checkpoint.
     """
-    leads = processes.leads()  # the others of a distributed run are begun by the same command
-    progress.errors.quiet = progress.results.quiet = not leads
+    leads = distributed.leads()  # the others of a distributed run are begun by the same command
+    console.errors.quiet = console.results.quiet = not leads
     check_names(recipe.optimizer.lr_by_router)
     own = with_router(recipe, recipe.router.name)
     recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), own]
@@ -38,7 +37,7 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     for place in places if leads else ():
         place.settle()
     session = _begin(recipes, places)
-    with processes.linked():
+    with distributed.linked():
         if not leads:
             return session.follow(recipes, places)
         ledger, scores = Ledger(places[-1]), {}
@@ -46,8 +45,8 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
             kept = session.kept(each, place, ledger)
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
-                progress.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
-            processes.tell(kept is not None)
+                console.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
+            distributed.tell(kept is not None)
             scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
             ledger.note(each.router.name)
     ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
@@ -58,10 +57,10 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
 
 def _begin(recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> Session:
     """Backbone and text in each process, once the first has found all well, and the processes together."""
-    leads, trainer = processes.leads(), recipes[-1].trainer
-    if not leads or processes.from_torchrun() > 1:
+    leads, trainer = distributed.leads(), recipes[-1].trainer
+    if not leads or distributed.from_torchrun() > 1:
         join(trainer)  # all are there already
-    with processes.one_by_one(trainer) if shards(trainer) else processes.leader_first():
+    with distributed.one_by_one(trainer) if shards(trainer) else distributed.leader_first():
         session = Session(*prepare(recipes))
         for place in places if leads else ():
             with place.lock():  # a second fit is refused here, before it does anything

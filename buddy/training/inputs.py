@@ -7,8 +7,8 @@ import hashlib
 import inspect
 
 from buddy.backbone.load import Backbone
+from buddy.config import Recipe
 from buddy.registry import load
-from buddy.schema import Recipe
 from buddy.training.data import TextData
 
 

@@ -11,30 +11,28 @@ from typing import Any
 
 import lightning
 
-from buddy import processes
+from buddy import distributed
 from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
 from buddy.backbone.sharding import check, shards
 from buddy.build import backbone_of, budgets_of, choose_by, data_of, heals, restore_router, routed_of
 from buddy.calibration.probe import Probe
 from buddy.calibration.store import cache_folder
+from buddy.config import Recipe
+from buddy.console import status, track, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.reference import Reference
 from buddy.evaluation.report import write_results
 from buddy.evaluation.saved import scores_of
-from buddy.files import on_disk
 from buddy.healing.heal import forget, heal, trains_both
 from buddy.healing.rates import forget_rates, heal_at_the_best
-from buddy.memory import within_memory
-from buddy.place import ADAPTER
+from buddy.io import on_disk, within_memory
 from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
-from buddy.progress import status, track, tracker
 from buddy.registry import load
 from buddy.router import AnyRouter
-from buddy.runs import RunPlace, read_metrics, save_router, write_facts
-from buddy.schema import Recipe
+from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
 from buddy.training.data import TextData
 from buddy.training.inputs import inputs_of
 from buddy.training.interrupt import quiet
@@ -70,7 +68,7 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
     data = data_of(recipe, backbone)
-    data.check_shares(math.prod(processes.shape(recipe.trainer)))
+    data.check_shares(math.prod(distributed.shape(recipe.trainer)))
     with status(f"Reading {recipe.data.source} …"):
         data.prepare_data()
         data.setup()
@@ -114,7 +112,7 @@ class Session:
         """
         with on_disk(place.final), place.lock(), self.routed(recipe) as routed:
             inputs = inputs_of(recipe, self.backbone, self.data)
-            if processes.count() == 1 and place.sealed(recipe, inputs):
+            if distributed.count() == 1 and place.sealed(recipe, inputs):
                 _tidy(place.partial)
                 return scores_of(read_metrics(place.publish()))
             folder = place.open_partial(recipe, inputs)
@@ -129,7 +127,7 @@ class Session:
                     fingerprint=self.backbone.fingerprint,
                     geometry=routed.geometry,
                 )
-                processes.wait()  # the others look into the folder from here on
+                distributed.wait()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
                     before = 0.0 if lent is None else read_metrics(lent)["fit"]["seconds"]
@@ -161,10 +159,10 @@ class Session:
     def follow(self, recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> None:
         """Take part in the training and evaluation of all routers beside the process that leads."""
         for recipe, place in zip(recipes, places, strict=True):
-            if processes.tell():  # it is finished
+            if distributed.tell():  # it is finished
                 continue
             with self.routed(recipe) as routed:
-                processes.wait()
+                distributed.wait()
                 try:
                     self._fit(recipe, routed, place.partial)
                     self._evaluate(recipe, routed)
@@ -207,12 +205,12 @@ class Session:
 
         Others follow where something may be left for training that is in no state; they find what it kept on disk.
         """
-        with nullcontext() if shards(recipe.trainer) else processes.leader_first():
-            if processes.leads() or shards(recipe.trainer) or routed.router.trainable:
+        with nullcontext() if shards(recipe.trainer) else distributed.leader_first():
+            if distributed.leads() or shards(recipe.trainer) or routed.router.trainable:
                 probe = self._calibration(recipe, routed)
                 routed.router.calibrate(probe)
                 probe.release()
-        processes.alike(routed.router)
+        distributed.alike(routed.router)
 
     def _calibration(self, recipe: Recipe, routed: RoutedLM) -> Probe:
         """One probe for all routers: what one measured, the next need not."""
@@ -230,7 +228,7 @@ class Session:
     def _evaluate(self, recipe: Recipe, routed: RoutedLM) -> list[Scores]:
         """By all processes, with one and the same router and adapter."""
         for part in (routed.router, *([] if routed.adapter is None else [routed.adapter.parts])):
-            processes.alike(part)
+            distributed.alike(part)
         return evaluate(
             routed,
             self.data.test,

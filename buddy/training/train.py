@@ -14,14 +14,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from buddy import processes
+from buddy import distributed
 from buddy.backbone.sharding import STRATEGY
 from buddy.build import budgets_of
+from buddy.config import Recipe
+from buddy.console import errors
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
-from buddy.progress import errors
 from buddy.router import AnyRouter, LayerwiseRouter
-from buddy.schema import Recipe
 from buddy.training.bar import TrainingBar
 from buddy.training.data import TextData
 from buddy.training.estimator import Estimator, Perturbed, StraightThrough, Weighted
@@ -99,7 +99,7 @@ def run(
             plugins=[WholeCheckpoints()],
         )
         try:
-            with processes.linked():
+            with distributed.linked():
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
             raise _ended(failed(trainer, error), keeper.asked) from error
@@ -140,7 +140,7 @@ def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:
         raise TrainingError(
             f"trainer.strategy={section.strategy} cannot carry a routed model to its processes; choose ddp instead."
         )
-    devices, nodes = processes.shape(section)
+    devices, nodes = distributed.shape(section)
     shared_out = "ddp" if devices * nodes > 1 else "auto"  # the weights; the router is whole on each device
     try:
         return lightning.Trainer(

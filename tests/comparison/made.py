@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from buddy.config import Recipe, flatten
 from buddy.evaluation.perplexity import Scores
 from buddy.evaluation.saved import with_documents
-from buddy.recipe import flatten
-from buddy.schema import Recipe
 
 LAYERS = 8
 BUDGETS = {1.0: 8, 0.75: 6, 0.5: 4}

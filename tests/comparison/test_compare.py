@@ -18,11 +18,11 @@ from buddy.comparison.asked import Asked
 from buddy.comparison.compare import compare
 from buddy.comparison.tables import costs
 from buddy.comparison.view import Comparison
+from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
 from buddy.evaluation.saved import scores_of
-from buddy.files import load_tensors, read_json
-from buddy.recipe import load_recipe
-from buddy.runs import read_run
+from buddy.io import load_tensors, read_json
+from buddy.run import read_run
 from buddy.training.session import Session
 from tests.small import start_buddy, write_text
 

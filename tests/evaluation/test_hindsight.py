@@ -12,7 +12,7 @@ from buddy.errors import BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
 from buddy.evaluation.hindsight import hindsight, main, search
 from buddy.evaluation.perplexity import evaluate
-from buddy.runs import read_run
+from buddy.run import read_run
 
 APP = typer.Typer()
 APP.command()(main)

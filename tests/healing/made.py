@@ -9,7 +9,7 @@ from torch import Tensor
 from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.files import load_tensors
+from buddy.io import load_tensors
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone, tiny_model
 

@@ -17,9 +17,9 @@ from buddy.comparison.asked import Asked
 from buddy.comparison.compare import compare
 from buddy.errors import RunError, TrainingError
 from buddy.evaluation.perplexity import evaluate
-from buddy.files import load_tensors, save_tensors
 from buddy.healing.module import HealingModule
-from buddy.runs import read_run
+from buddy.io import load_tensors, save_tensors
+from buddy.run import read_run
 from buddy.training.fit import fit
 from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights
 from tests.small import write_text

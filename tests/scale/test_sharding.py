@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from buddy import processes
+from buddy import distributed
 from buddy.backbone.sharding import check, settle, shard, shards
 from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
@@ -87,9 +87,9 @@ def gradients(kind: str, shared_out: bool) -> dict:
     """Of the router, or of the adapter where it is healed, for other windows in each process."""
     router = FiRST if kind == "weighted" else BuddyRouter
     routed = routed_on("llama", router, shared_out)
-    share = slice(processes.rank(), None, processes.count())
+    share = slice(distributed.rank(), None, distributed.count())
     executed = torch.tensor([3, 4, 3, 5])
-    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, processes.rank())
+    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, distributed.rank())
     if kind == "healed":
         adapter = new_adapter(routed.backbone)
         stirred(adapter)

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from buddy.build import routed_from
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, TrainingError
-from buddy.files import load_tensors
-from buddy.runs import read_run
+from buddy.io import load_tensors
+from buddy.run import read_run
 from buddy.training.estimator import Batch, Perturbed, StraightThrough, Weighted
 from buddy.training.fit import fit
 from buddy.training.objective import Objective

@@ -8,8 +8,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from buddy.predictor import features as measuring
-from studies import predictor as studying
-from studies.predictor import main, study
+from studies import predictor_study as studying
+from studies.predictor_study import main, study
 from tests.small import write_text
 
 APP = typer.Typer()

@@ -1,4 +1,4 @@
-"""`python -m studies.predictor`: what choosing a budget for each request saves, on texts that differ.
+"""`python -m studies.predictor_study`: what choosing a budget for each request saves, on texts that differ.
 
 Windows of all texts are measured at every budget. Predictors are fitted on some documents and choose for others, so
 nobody is asked about what it was fitted on. All ways of choosing are swept over their one setting, and held against
@@ -18,15 +18,16 @@ import typer
 from rich.table import Table
 
 from buddy.build import budgets_of, routed_from
+from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
 from buddy.evaluation.figure import figure_at
 from buddy.evaluation.mixture import hull
-from buddy.files import check_place, write_json, writing
 from buddy.inspection.domains import Domain, read_domains, sources_of
+from buddy.io import check_place, write_json, writing
 from buddy.predictor.features import digest_of, measure, ordered
-from buddy.progress import results, status, tracker
-from buddy.runs import Run, read_run
+from buddy.predictor.targets import digest_of, measure
+from buddy.run import Run, read_run
 from studies.predictor_choices import FOLDS, Measured, choices, compared
 
 FIGURE, NUMBERS = "predictor.png", "predictor.json"
