@@ -26,7 +26,6 @@ from buddy.evaluation.mixture import hull
 from buddy.inspection.domains import Domain, read_domains, sources_of
 from buddy.io import check_place, write_json, writing
 from buddy.predictor.features import digest_of, measure, ordered
-from buddy.predictor.targets import digest_of, measure
 from buddy.run import Run, read_run
 from studies.predictor_choices import FOLDS, Measured, choices, compared
 

@@ -18,8 +18,6 @@ from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json
 from buddy.predictor.features import Targets, digest_of, measure, ordered, size_of
 from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy, train_policy
 from buddy.predictor.regress import CurvePredictor
-from buddy.predictor.saved import make_predictor, save_predictor
-from buddy.predictor.targets import Targets, digest_of, measure
 from buddy.router import Geometry
 from buddy.run import PREDICTOR, PREDICTOR_FACTS
 from buddy.training.data import TextData

@@ -12,9 +12,7 @@ from buddy.errors import BudgetError, RecipeError, RunError
 from buddy.io import load_tensors
 from buddy.predictor import features as measuring
 from buddy.predictor import fit as fitting
-from buddy.predictor import targets as measuring
 from buddy.predictor.features import features_of, measure
-from buddy.predictor.targets import measure
 from buddy.run import read_run
 from buddy.training.fit import _rival, fit
 
