@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what type checkers and editors read; `__getattr__` is what runs
     from buddy.budget import executed_grid as executed_grid
     from buddy.budget import executed_layers as executed_layers
-    from buddy.calibration import Probe as Probe
+    from buddy.calibration.probe import Probe as Probe
     from buddy.errors import BuddyError as BuddyError
     from buddy.errors import BudgetError as BudgetError
     from buddy.handover.load import load as load

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 from buddy import processes
 from buddy.backbone import Backbone, load_backbone
+from buddy.data.module import TextData
+from buddy.data.text import same_source
+from buddy.data.windows import Windows, windows_of
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
 from buddy.healing.adapter import Adapter
@@ -21,9 +24,6 @@ from buddy.router import AnyRouter
 from buddy.runs import Run, check_backbone, load_router
 from buddy.schema import Recipe
 from buddy.sharding import settle, shard, shards
-from buddy.training.data import TextData
-from buddy.training.sources import same_source
-from buddy.training.windows import Windows, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,12 +11,12 @@ from typing import Any
 
 from buddy.draft import shown
 from buddy.errors import BuddyError, DamagedError, RunError
-from buddy.evaluation.saved import scores_of
 from buddy.files import damaged
 from buddy.place import FACTS, METRICS, RECIPE, RunPlace, inputs_in
 from buddy.recipe import flatten, load_recipe
 from buddy.runs import check_backbone, read_metrics, read_run
 from buddy.schema import PredictorSection, Recipe
+from buddy.scoring.perplexity import scores_of
 
 FREE = ("output", "rivals", "trainer.ckpt_path")  # keys that change nothing in the run
 TRAINING = ("trainer.", "objective.", "optimizer.", "data.train_sources")  # change nothing in what is not trained

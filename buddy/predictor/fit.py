@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from buddy.assemble import budgets_of, choose_by
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError
 from buddy.place import PREDICTOR, PREDICTOR_FACTS
@@ -19,7 +20,6 @@ from buddy.predictor.saved import make_predictor, save_predictor
 from buddy.predictor.targets import Targets, digest_of, measure
 from buddy.progress import errors, tracker
 from buddy.schema import Recipe
-from buddy.training.data import TextData
 
 KEPT = "predictor-targets-{}.safetensors"  # in the folder of an unfinished run
 

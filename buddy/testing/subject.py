@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from buddy.backbone import Backbone
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import PoolKind, RoutedLM, geometry_of
 from buddy.errors import BuddyError, RegistryError
 from buddy.registry import load, make

@@ -10,10 +10,10 @@ from buddy.assemble import routed_from
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, TrainingError
 from buddy.files import load_tensors
+from buddy.fit import fit
+from buddy.losses import Objective
 from buddy.runs import read_run
-from buddy.training.estimator import Batch, Perturbed, StraightThrough, Weighted
-from buddy.training.fit import fit
-from buddy.training.objective import Objective
+from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
 from routers.first import FiRST
 from tests.engine.reference import Fickle, clamped
 from tests.tiny import tiny_backbone

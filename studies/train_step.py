@@ -1,4 +1,4 @@
-"""`python -m buddy.training.benchmark`: a training step of Buddy against a bare PyTorch loop of the same passes.
+"""`python -m studies.train_step`: a training step of Buddy against a bare PyTorch loop of the same passes.
 
 The bare loop is written for Llama by hand: no Lightning, no routed layers, no hooks. It makes the same perturbed plans
 and also runs each layer on the chosen tokens only, all rows in one product. It credits the noise where Buddy credits
@@ -23,14 +23,14 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from buddy.assemble import backbone_of, data_of, routed_of
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM
+from buddy.fit import module_of
+from buddy.losses import draw_budgets
 from buddy.plan import Plan
 from buddy.progress import errors, results, track
 from buddy.recipe import load_recipe
-from buddy.training.interrupt import quiet
-from buddy.training.objective import draw_budgets
-from buddy.training.train import module_of
+from buddy.training.callbacks import quiet
 
 
 class BareLoop:
