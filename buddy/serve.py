@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import TextStreamer
 
 from buddy.assemble import routed_from
+from buddy.console import errors, status
 from buddy.handover.model import Model, check_options
-from buddy.progress import errors, status
-from buddy.runs import read_run
+from buddy.run import read_run
 
 
 def generate(

@@ -24,6 +24,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from buddy.assemble import backbone_of, data_of, routed_of
 from buddy.calibration.probe import Probe
+from buddy.config import load_recipe
+from buddy.console import errors, results, track
 from buddy.engine.model import RoutedLM
 from buddy.fit import module_of
 from buddy.losses import draw_budgets
@@ -31,6 +33,9 @@ from buddy.plan import Plan
 from buddy.progress import errors, results, track
 from buddy.recipe import load_recipe
 from buddy.training.callbacks import quiet
+from buddy.training.interrupt import quiet
+from buddy.training.objective import draw_budgets
+from buddy.training.train import module_of
 
 
 class BareLoop:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import buddy
 from buddy.cli import app
+from buddy.config import load_recipe, recipe_path
 from buddy.errors import TrainingError
-from buddy.recipe import load_recipe, recipe_path
 
 VERBS = [
     "fit",

@@ -5,7 +5,10 @@ from typing import Annotated
 import typer
 
 from buddy import __version__
-from buddy.cli import (  # noqa: F401
+from buddy.cli.app import TOGETHER, app
+from buddy.cli.words import alone
+
+from . import (  # noqa: F401
     bench,
     compare,
     evaluate,
@@ -19,8 +22,6 @@ from buddy.cli import (  # noqa: F401
     recipes,
     routers,
 )
-from buddy.cli.app import TOGETHER, app
-from buddy.cli.words import alone
 
 __all__ = ["app", "main"]
 

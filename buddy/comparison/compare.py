@@ -33,6 +33,10 @@ from buddy.progress import Bar, errors, status
 from buddy.registry import build, check_names
 from buddy.router import AnyRouter
 from buddy.schema import Recipe
+from buddy.config import Recipe
+from buddy.console import Bar, errors, status
+from buddy.io import writing
+from buddy.training.data import TextData
 from buddy.training.inputs import inputs_of
 
 MadeOf = Mapping[str, Mapping[str, str]]  # digests of model, text and code, by router

@@ -12,6 +12,10 @@ from buddy.data.windows import Windows
 from buddy.errors import DataError
 from buddy.inspection.domains import sources_of
 from buddy.schema import Recipe
+from buddy.config import Recipe
+from buddy.training.data import TextData
+from buddy.training.sources import same_source
+from buddy.training.windows import Windows
 
 
 @dataclass(frozen=True)

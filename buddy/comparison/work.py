@@ -23,6 +23,15 @@ from buddy.place import ADAPTER, METRICS, ROUTER
 from buddy.progress import tracker
 from buddy.schema import Recipe
 from buddy.scoring.perplexity import Reference, evaluate, with_documents
+from buddy.config import Recipe
+from buddy.console import tracker
+from buddy.evaluation.perplexity import evaluate
+from buddy.evaluation.reference import Reference
+from buddy.evaluation.saved import with_documents
+from buddy.io import checksum, read_json, within_memory, write_sealed, write_text
+from buddy.run import ADAPTER, METRICS, ROUTER
+from buddy.training.session import Session, prepare
+from buddy.training.windows import Windows
 
 EVALUATIONS, TASKS = "evaluations", "tasks"  # in a run folder
 Texts = dict[Domain, Windows]

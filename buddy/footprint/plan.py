@@ -10,14 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from buddy.budget import executed_layers
+from buddy.config import ObjectiveSection, Recipe
+from buddy.console import results
 from buddy.errors import BudgetError, DataError, RegistryError
-from buddy.files import check_place, write_json
 from buddy.footprint.config import hollow_model
 from buddy.footprint.memory import Shape, cache_bytes, geometry_of, router_bytes, shape_of, step_bytes, weight_bytes
-from buddy.progress import results
+from buddy.io import check_place, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, LayerwiseRouter
-from buddy.schema import ObjectiveSection, Recipe
 
 GIB = 2**30
 CONTEXT = 1000  # tokens of a row whose cache is shown

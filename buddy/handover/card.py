@@ -14,6 +14,9 @@ from buddy.handover.choice import Choice
 from buddy.place import ADAPTER, METRICS, PREDICTOR
 from buddy.runs import Run
 from buddy.scoring.perplexity import Scores
+from buddy.evaluation.perplexity import Scores
+from buddy.io import damaged
+from buddy.run import ADAPTER, METRICS, PREDICTOR, Run
 
 ORIGINS = {embedded.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the hub's names of embedded models
 SINKS = (

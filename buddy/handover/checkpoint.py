@@ -15,7 +15,7 @@ from buddy.embedded import quiet_transformers
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
 from buddy.evaluation.pruned import PER_LAYER, pruned_model
-from buddy.files import writing
+from buddy.io import writing
 
 CLOSE = 1e-4  # how far logits in float32 may lie apart
 

@@ -15,6 +15,9 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
 from buddy.files import write_json, write_text
+from buddy.console import results, status, tracker
+from buddy.evaluation.perplexity import Scores, evaluate
+from buddy.evaluation.reference import Reference
 from buddy.handover.card import cautions, export_card
 from buddy.handover.checkpoint import largest_difference, mixed, write_checkpoint
 from buddy.handover.choice import Choice, OnePlan, most_frequent
@@ -24,6 +27,9 @@ from buddy.memory import within_memory
 from buddy.progress import results, status, tracker
 from buddy.runs import Run
 from buddy.scoring.perplexity import Reference, Scores, evaluate
+from buddy.io import within_memory, write_json, write_text
+from buddy.run import Run
+from buddy.training.windows import Windows
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are held against the engine's

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from buddy.errors import RunError
-from buddy.files import alive, writing
+from buddy.io import alive, writing
 
 
 def check_new(out: Path) -> None:

@@ -10,10 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from buddy.errors import RunError
-from buddy.files import checksum, damaged, load_tensors, read_json, write_json, writing
 from buddy.healing.adapter import FILES as ADAPTER_FILES
-from buddy.place import ADAPTER, FACTS, INPUTS, METRICS, PREDICTOR, PREDICTOR_FACTS, RECIPE, ROUTER
-from buddy.runs import Run, read_run
+from buddy.io import checksum, damaged, load_tensors, read_json, write_json, writing
+from buddy.run import ADAPTER, FACTS, INPUTS, METRICS, PREDICTOR, PREDICTOR_FACTS, RECIPE, ROUTER, Run, read_run
 
 CARD, CONFIG = "README.md", "config.json"
 NEEDED = (RECIPE, FACTS, ROUTER)

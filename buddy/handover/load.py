@@ -11,7 +11,7 @@ from buddy.handover.hub import download
 from buddy.handover.layout import check_files, with_backbone
 from buddy.handover.model import Model
 from buddy.handover.sources import folder_of, hub_name
-from buddy.runs import read_run
+from buddy.run import read_run
 
 
 def load(

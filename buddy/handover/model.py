@@ -11,10 +11,10 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from buddy.budget import Budget, auto_of, latency_of
+from buddy.engine.forward import Record
 from buddy.engine.model import RoutedLM
-from buddy.engine.record import Record
 from buddy.errors import DataError, check_text
-from buddy.memory import within_memory
+from buddy.io import within_memory
 
 Prompt = str | Sequence[Mapping[str, str]]
 COLDEST = 1e-6  # a temperature below it makes logits infinite

@@ -7,16 +7,15 @@ import tempfile
 from pathlib import Path
 from shlex import quote
 
+from buddy.config import to_yaml
+from buddy.console import results, status
 from buddy.errors import RunError
-from buddy.files import checksum, read_json, write_json, write_text
 from buddy.handover.folder import whole_folder
 from buddy.handover.hub import download
 from buddy.handover.layout import CONFIG, check_files, copy_files, with_backbone, write_config
 from buddy.handover.sources import folder_of, hub_name
-from buddy.place import FACTS, RECIPE
-from buddy.progress import results, status
-from buddy.recipe import to_yaml
-from buddy.runs import Run
+from buddy.io import checksum, read_json, write_json, write_text
+from buddy.run import FACTS, RECIPE, Run
 
 
 def pull(

@@ -6,15 +6,15 @@ import tempfile
 from pathlib import Path
 from shlex import quote
 
+from buddy.console import results, status
 from buddy.errors import RunError
-from buddy.files import write_text
 from buddy.handover.card import is_local, run_card
 from buddy.handover.folder import whole_folder
 from buddy.handover.hub import upload
 from buddy.handover.layout import CARD, CONFIG, METRICS, check_files, copy_files, finished, plain_files, write_config
 from buddy.handover.sources import folder_of, hub_name
-from buddy.progress import results, status
-from buddy.runs import Run, read_metrics
+from buddy.io import write_text
+from buddy.run import Run, read_metrics
 
 
 def push(folder: Path, *, to: str, private: bool = False, licence: str | None = None) -> None:

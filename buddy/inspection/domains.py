@@ -14,6 +14,9 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
 from buddy.runs import Run
+from buddy.run import Run
+from buddy.training.sources import same_source
+from buddy.training.windows import Windows
 
 TYPED = "text"  # label of a text given by itself
 

@@ -8,18 +8,17 @@ from pathlib import Path
 
 from buddy.assemble import budgets_of, routed_from
 from buddy.budget import shown
+from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
-from buddy.files import check_place, on_disk, write_json, writing
 from buddy.inspection.domains import Domain, read_domains, sources_of, typed
 from buddy.inspection.labels import labels_of
 from buddy.inspection.observe import observe
 from buddy.inspection.pictures import draw_all, write_tensorboard
 from buddy.inspection.report import show, show_tokens
 from buddy.inspection.result import Inspection, as_json
-from buddy.memory import within_memory
-from buddy.progress import results, status, tracker
-from buddy.runs import Run, read_run
+from buddy.io import check_place, on_disk, within_memory, write_json, writing
+from buddy.run import Run, read_run
 
 FOLDER, NUMBERS = "routing", "routing.json"  # in a run folder; in that folder
 WINDOWS = 16

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from buddy.files import writing
 from buddy.inspection.figures import draw_shares, draw_tokens
 from buddy.inspection.measures import pooled_share
 from buddy.inspection.result import Inspection
+from buddy.io import writing
 
 ENDING = ".inspect"  # of the event files written here, by which older ones are known
 Pictures = Mapping[tuple[str, int], Path]

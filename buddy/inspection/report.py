@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from buddy.console import results
 from buddy.inspection.domains import Domain
 from buddy.inspection.measures import Measures
 from buddy.inspection.result import Inspection
 from buddy.inspection.terminal import legend, share_line, token_lines
-from buddy.progress import results
 
 
 def show(inspection: Inspection) -> None:

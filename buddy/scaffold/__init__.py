@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from buddy.errors import RegistryError
-from buddy.files import writing
 from buddy.handover.folder import whole_folder
+from buddy.io import writing
 from buddy.registry import installed
 from buddy.scaffold.templates import FILES
 

@@ -18,16 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from buddy import processes
+from buddy import distributed
 from buddy.backbone import Backbone
 from buddy.budget import auto_of
 from buddy.data.windows import Windows
+from buddy.engine.forward import Output
 from buddy.engine.model import RoutedLM
-from buddy.engine.record import Output
 from buddy.losses import Dense, cross_entropy, kl_to_dense
-
-if TYPE_CHECKING:
-    pass
 
 RESAMPLES = 2000
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -117,7 +114,7 @@ def evaluate(
     tallies = {key: _Tally(windows) for key in asked.values() if key not in full}
     batches, ours = torch.arange(len(windows)).split(batch_size), {}
     scored = torch.arange(prompt - 1, windows.input_ids.shape[1] - 1, device=routed.backbone.device)
-    for number in track(processes.shared_out(len(batches))) if tallies else ():
+    for number in track(distributed.shared_out(len(batches))) if tallies else ():
         rows = batches[number]
         ids = windows.input_ids[rows].to(routed.backbone.device)
         with routed.stock():
@@ -128,7 +125,7 @@ def evaluate(
             output = routed(ids, executed=executed, prompt=prompt, keep=scored)
             losses = cross_entropy(output.logits, ids[:, scored + 1]), kl_to_dense(dense, output.logits)
             ours[number, key] = _Measured.of(output, *losses, executed if key in choosing else None)
-    measured = dict(item for part in processes.gather(ours) for item in part.items())
+    measured = dict(item for part in distributed.gather(ours) for item in part.items())
     for number, rows in enumerate(batches):
         for key, tally in tallies.items():
             tally.add(rows, measured[number, key])

@@ -17,10 +17,11 @@ from typing import Any
 
 from buddy.backbone import Backbone
 from buddy.router import AnyRouter
-from buddy.testing import answers, declared, kept, moved, running, trained
 from buddy.testing.check import Check, Failed, Result
 from buddy.testing.model import tiny_backbone
 from buddy.testing.subject import Subject
+
+from . import answers, declared, kept, moved, running, trained
 
 __all__ = ["CHECKS", "Check", "Failed", "Result", "Subject", "check_router", "tiny_backbone"]
 

@@ -9,7 +9,7 @@ import torch
 
 from buddy.engine.model import PoolKind
 from buddy.errors import BuddyError
-from buddy.files import load_tensors, save_tensors
+from buddy.io import load_tensors, save_tensors
 from buddy.testing.answers import finite, repeatable
 from buddy.testing.check import Failed, check, raised
 from buddy.testing.sight import answer

@@ -20,6 +20,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from buddy.files import write_bytes, writing
 from buddy.progress import Bar, errors
+from buddy.console import errors
+from buddy.io import write_bytes, writing
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -10,6 +10,8 @@ from buddy.backbone import Backbone
 from buddy.data.module import TextData
 from buddy.registry import load
 from buddy.schema import Recipe
+from buddy.config import Recipe
+from buddy.training.data import TextData
 
 
 def inputs_of(recipe: Recipe, backbone: Backbone, data: TextData) -> dict[str, str]:

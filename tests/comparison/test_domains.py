@@ -10,6 +10,8 @@ from buddy.data.module import TextData
 from buddy.errors import DataError
 from buddy.recipe import load_recipe
 from buddy.schema import DataSection, Recipe
+from buddy.config import DataSection, Recipe, load_recipe
+from buddy.training.data import TextData
 from tests.small import write_text
 from tests.tiny import tiny_tokenizer
 

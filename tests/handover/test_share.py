@@ -18,7 +18,8 @@ from buddy.fit import fit
 from buddy.handover.layout import FILES
 from buddy.handover.pull import pull
 from buddy.handover.push import push
-from buddy.runs import read_run
+from buddy.io import checksum
+from buddy.run import read_run
 from buddy.serve import generate
 from tests.small import write_text
 

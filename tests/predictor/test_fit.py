@@ -11,11 +11,14 @@ from buddy.assemble import routed_from
 from buddy.errors import BudgetError, RecipeError, RunError
 from buddy.files import load_tensors
 from buddy.fit import _rival, fit
+from buddy.io import load_tensors
 from buddy.predictor import fit as fitting
 from buddy.predictor import targets as measuring
 from buddy.predictor.features import features_of
 from buddy.predictor.targets import measure
 from buddy.runs import read_run
+from buddy.run import read_run
+from buddy.training.fit import _rival, fit
 
 OPTIONS = ["router=shortgpt", "predictor.name=regress", "predictor.windows=10"]
 

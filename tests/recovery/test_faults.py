@@ -18,6 +18,9 @@ from buddy.files import load_tensors, read_json
 from buddy.fit import fit
 from buddy.place import RunPlace
 from buddy.runs import check_backbone, read_run
+from buddy.io import load_tensors, read_json
+from buddy.run import RunPlace, check_backbone, read_run
+from buddy.training.fit import fit
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import DAMAGES, contents, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
@@ -318,8 +321,8 @@ def test_a_folder_that_is_read_only(again, tmp_path):
 
 HOLDING = """
 import pathlib, sys
-from buddy.place import RunPlace
-from buddy.runs import check_backbone, read_run
+from buddy.run import RunPlace
+from buddy.run import check_backbone, read_run
 with RunPlace(pathlib.Path(sys.argv[1])).lock():
     print("held", flush=True)
     input()

@@ -208,8 +208,8 @@ def test_a_tokenizers_code_runs_by_the_flag_alone(small, tmp_path, mark):
 def test_names_of_recipes_and_routers_are_folders_in_the_output(small, tmp_path, name):
     from dataclasses import replace
 
-    from buddy.place import RunPlace
-    from buddy.schema import RouterSection
+    from buddy.config import RouterSection
+    from buddy.run import RunPlace
 
     recipe = replace(small(tmp_path / "runs"), router=RouterSection(name))
     place = RunPlace.of(recipe, name)

@@ -4,11 +4,14 @@ from contextlib import suppress
 
 import pytest
 
-from buddy import processes
+from buddy import distributed
+from buddy.config import load_recipe
 from buddy.errors import DataError
 from buddy.fit import fit
 from buddy.recipe import load_recipe
 from buddy.training.callbacks import Keeper
+from buddy.training.fit import fit
+from buddy.training.interrupt import Keeper
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import side_by_side
 
@@ -39,7 +42,7 @@ def stopped(given: list[str]) -> str:
     follow_up = Keeper.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *rest) -> None:
-        self.asked = self.asked or (processes.leads() and trainer.global_step == 3)
+        self.asked = self.asked or (distributed.leads() and trainer.global_step == 3)
         follow_up(self, trainer, *rest)
 
     Keeper.on_train_batch_end = on_train_batch_end

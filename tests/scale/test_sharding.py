@@ -7,6 +7,7 @@ from torch.distributed.fsdp import FSDPModule
 from buddy import processes
 from buddy.calibration.probe import Probe
 from buddy.data.module import Windows
+from buddy import distributed
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
@@ -87,9 +88,9 @@ def gradients(kind: str, shared_out: bool) -> dict:
     """Of the router, or of the adapter where it is healed, for other windows in each process."""
     router = FiRST if kind == "weighted" else BuddyRouter
     routed = routed_on("llama", router, shared_out)
-    share = slice(processes.rank(), None, processes.count())
+    share = slice(distributed.rank(), None, distributed.count())
     executed = torch.tensor([3, 4, 3, 5])
-    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, processes.rank())
+    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, distributed.rank())
     if kind == "healed":
         adapter = new_adapter(routed.backbone)
         stirred(adapter)

@@ -48,7 +48,7 @@ def _killed(name: str, kills: int, seed: int, work: Path) -> bool:
     import torch
 
     torch.set_num_threads(1)
-    from buddy.progress import Bar
+    from buddy.console import Bar
     from tests.soak.jobs import JOBS
     from tests.soak.soak import soak
     from tests.soak.victim import Died

@@ -22,6 +22,10 @@ from buddy.files import load_tensors, read_json
 from buddy.fit import check_checkpoint
 from buddy.recipe import load_recipe
 from buddy.runs import load_router, read_metrics, read_run
+from buddy.config import load_recipe
+from buddy.io import load_tensors, read_json
+from buddy.run import load_router, read_metrics, read_run
+from buddy.training.train import check_checkpoint
 from tests.small import Small, write_text
 from tests.soak.victim import run
 from tests.tiny import tiny_folder
@@ -161,7 +165,7 @@ class Calibration(Job):
         from buddy.calibration import memo
         from buddy.calibration.probe import Probe
         from buddy.engine.model import RoutedLM, geometry_of
-        from buddy.files import save_tensors
+        from buddy.io import save_tensors
         from routers.sleb import SLEB
 
         memo.WRITE_EVERY = 0.02  # seconds: many writes, for kills to fall into

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
-    from buddy.schema import TrainerSection
+    from buddy.config import TrainerSection
 
 PLACES = ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")  # what launchers call a process's number
 WAYS = ("gloo", "NCCL", "ProcessGroup")  # in what torch says of a process that is not there any more

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.engine.forward import Pass, who_of
-from buddy.engine.request import Settings, deciders
+from buddy.engine.forward import Pass, Settings, deciders, who_of
 from buddy.plan import gate_order
 from buddy.router import LayerwiseRouter
 

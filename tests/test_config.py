@@ -6,10 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from buddy import recipe as module
-from buddy.errors import RecipeError
-from buddy.recipe import copy_recipe, flatten, list_recipes, load_recipe, recipe_name, to_yaml, with_router
-from buddy.schema import (
+from buddy import config as module
+from buddy.config import (
     AdapterSection,
     BackboneSection,
     DataSection,
@@ -19,8 +17,16 @@ from buddy.schema import (
     RouterSection,
     RoutingSection,
     TrainerSection,
+    copy_recipe,
+    flatten,
     leaves,
+    list_recipes,
+    load_recipe,
+    recipe_name,
+    to_yaml,
+    with_router,
 )
+from buddy.errors import RecipeError
 from tests.recovery.disks import FailingDisk
 
 

@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from buddy.engine.cache import RoutedCache, adopt
-from buddy.engine.forward import Pass
-from buddy.engine.gated import GatedPass
-from buddy.engine.kv import probes
-from buddy.engine.layers import Seat, attach, detach
-from buddy.engine.pool import Pool
-from buddy.engine.record import Record
-from buddy.engine.request import Request, checked_mask, for_rows, wants_cache
+from buddy.engine.forward import Pass, Record, Request, checked_mask, for_rows, wants_cache
+from buddy.engine.kv_cache import Pool, RoutedCache, adopt
+from buddy.engine.layers import Seat, attach, detach, probes
+from buddy.engine.layerwise import GatedPass
 from buddy.engine.sinks import SinkMemory, SinkStates
 from buddy.errors import BuddyError, BudgetError
 from buddy.router import LayerwiseRouter

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with plain words for what is wrong with them."""
+"""Atomic writes, reading with plain errors, and sentences for a full disk and for memory that runs out."""
 
 import errno
 import hashlib
@@ -196,3 +196,24 @@ def _forget_killed(path: Path) -> None:
         number = part.name.removesuffix(PART).rpartition(".")[2]
         if number.isdigit() and not alive(int(number)):
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def within_memory(what: str, advice: str) -> Iterator[None]:
+    """Turn a failed allocation into a `RunError`; torch says it in three ways.
+
+    Args:
+        what: the sizes that did not fit, as in "a batch of 8 × 512 tokens".
+        advice: what to do next.
+
+    Raises:
+        RunError: memory did not suffice.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator has no exception of its own.
+        cuda, cpu = type(error).__name__ == "OutOfMemoryError", "allocate memory" in str(error)
+        if not (cuda or cpu or isinstance(error, MemoryError)):
+            raise
+        raise RunError(f"Memory does not suffice for {what}; {advice}.") from error
