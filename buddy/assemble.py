@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from buddy import distributed
 from buddy.backbone import Backbone, load_backbone
+from buddy.config import Recipe
 from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows, windows_of
-from buddy.config import Recipe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
 from buddy.healing.adapter import Adapter

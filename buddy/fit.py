@@ -20,27 +20,25 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from buddy import processes, progress
+from buddy import console as progress
+from buddy import distributed as processes
 from buddy.assemble import adapter_of, backbone_of, budgets_of, data_of, heals, restore_router, routed_of
 from buddy.backbone import Backbone
 from buddy.calibration.probe import Probe
 from buddy.calibration.store import cache_folder
+from buddy.config import PredictorSection, Recipe, with_router
+from buddy.console import errors, status, track, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import show_comparison, write_results
-from buddy.files import on_disk
 from buddy.healing.adapter import check_targets
+from buddy.io import on_disk, within_memory
 from buddy.losses import Objective
-from buddy.memory import within_memory
-from buddy.place import ADAPTER
 from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
-from buddy.progress import errors, status, track, tracker
-from buddy.recipe import with_router
 from buddy.registry import check_names, load
 from buddy.router import AnyRouter, LayerwiseRouter
-from buddy.runs import RunPlace, read_metrics, save_router, write_facts
-from buddy.schema import PredictorSection, Recipe
+from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
 from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
 from buddy.sharding import STRATEGY, check, join, settle, shard, shards
 from buddy.training.callbacks import Keeper, TrainingBar, WholeCheckpoints, quiet

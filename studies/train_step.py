@@ -30,11 +30,7 @@ from buddy.engine.model import RoutedLM
 from buddy.fit import module_of
 from buddy.losses import draw_budgets
 from buddy.plan import Plan
-from buddy.progress import errors, results, track
-from buddy.recipe import load_recipe
 from buddy.training.callbacks import quiet
-from buddy.training.interrupt import quiet
-from buddy.training.objective import draw_budgets
 from buddy.training.train import module_of
 
 

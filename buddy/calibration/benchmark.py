@@ -32,9 +32,6 @@ from buddy.config import load_recipe
 from buddy.console import errors, results, track
 from buddy.evaluation.pruned import pruned_model
 from buddy.losses import cross_entropy
-from buddy.progress import errors, results, track
-from buddy.recipe import load_recipe
-from buddy.training.objective import cross_entropy
 
 
 @dataclass

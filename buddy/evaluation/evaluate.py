@@ -10,19 +10,14 @@ from pathlib import Path
 from buddy import console, distributed
 from buddy.assemble import budgets_of, held_out_of, routed_from, windows_in
 from buddy.budget import auto_of, fraction_of, latency_of
-from buddy.data.module import Windows
 from buddy.console import results, status, tracker
+from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.report import show_run
-from buddy.files import check_place, write_json
-from buddy.memory import within_memory
-from buddy.progress import results, status, tracker
-from buddy.runs import Run, read_run
-from buddy.scoring.perplexity import Scores, as_json, evaluate
-from buddy.evaluation.saved import as_json
 from buddy.io import check_place, within_memory, write_json
 from buddy.run import Run, read_run
+from buddy.scoring.perplexity import Scores, as_json, evaluate
 from buddy.sharding import join
 
 

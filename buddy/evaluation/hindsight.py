@@ -21,15 +21,10 @@ from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
-from buddy.files import check_place, write_json
-from buddy.losses import Dense, kl_to_dense
-from buddy.memory import within_memory
-from buddy.progress import results, status, tracker
-from buddy.router import LayerwiseRouter
-from buddy.runs import read_run
 from buddy.io import check_place, within_memory, write_json
+from buddy.losses import Dense, kl_to_dense
+from buddy.router import LayerwiseRouter
 from buddy.run import read_run
-from buddy.training.objective import Dense, kl_to_dense
 
 STEP = 0.4  # of a correction, in standard deviations of a token's scores over the layers
 

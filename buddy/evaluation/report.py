@@ -14,16 +14,9 @@ from buddy.console import results
 from buddy.evaluation.curves import write_run
 from buddy.evaluation.figure import band, figure_at
 from buddy.evaluation.mixture import mixed
-from buddy.files import write_json
-from buddy.progress import results
-from buddy.recipe import flatten
-from buddy.runs import METRICS
-from buddy.schema import Recipe
-from buddy.scoring.perplexity import Scores, as_json, paired_difference, with_documents
-from buddy.evaluation.perplexity import Scores, paired_difference
-from buddy.evaluation.saved import as_json, with_documents
 from buddy.io import write_json
 from buddy.run import METRICS
+from buddy.scoring.perplexity import Scores, as_json, paired_difference, with_documents
 
 FIGURE = "loss.png"
 COMPARISON = "comparison"

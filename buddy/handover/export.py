@@ -11,25 +11,18 @@ from rich.table import Table
 
 from buddy.assemble import held_out_of, routed_from, windows_in
 from buddy.budget import fraction_of
+from buddy.console import results, status, tracker
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
-from buddy.files import write_json, write_text
-from buddy.console import results, status, tracker
-from buddy.evaluation.perplexity import Scores, evaluate
-from buddy.evaluation.reference import Reference
 from buddy.handover.card import cautions, export_card
 from buddy.handover.checkpoint import largest_difference, mixed, write_checkpoint
 from buddy.handover.choice import Choice, OnePlan, most_frequent
 from buddy.handover.folder import whole_folder
 from buddy.handover.layout import CARD, finished
-from buddy.memory import within_memory
-from buddy.progress import results, status, tracker
-from buddy.runs import Run
-from buddy.scoring.perplexity import Reference, Scores, evaluate
 from buddy.io import within_memory, write_json, write_text
 from buddy.run import Run
-from buddy.training.windows import Windows
+from buddy.scoring.perplexity import Reference, Scores, evaluate
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are held against the engine's

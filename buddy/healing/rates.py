@@ -14,24 +14,17 @@ from lightning.pytorch.callbacks import Callback
 
 from buddy import distributed
 from buddy.assemble import budgets_of
+from buddy.config import PredictorSection, Recipe, to_yaml
+from buddy.console import errors, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
-from buddy.files import checksum, read_json, write_json
 from buddy.fit import forget, heal, identity_of
 from buddy.healing.adapter import WEIGHTS, Adapter
-from buddy.place import ADAPTER
-from buddy.progress import errors, tracker
-from buddy.recipe import to_yaml
-from buddy.schema import PredictorSection, Recipe
-from buddy.scoring.perplexity import evaluate
-from buddy.config import PredictorSection, Recipe, to_yaml
-from buddy.console import errors, tracker
-from buddy.evaluation.perplexity import evaluate
 from buddy.healing.heal import forget, heal, identity_of
 from buddy.io import checksum, read_json, write_json
 from buddy.run import ADAPTER
-from buddy.training.data import TextData
+from buddy.scoring.perplexity import evaluate
 from buddy.training.module import NotFinite
 
 RATES = "rates"  # in the folder of an unfinished run, with a folder for each rate

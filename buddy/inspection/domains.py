@@ -13,10 +13,7 @@ from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
-from buddy.runs import Run
 from buddy.run import Run
-from buddy.training.sources import same_source
-from buddy.training.windows import Windows
 
 TYPED = "text"  # label of a text given by itself
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from buddy.assemble import budgets_of, choose_by
-from buddy.data.module import TextData
 from buddy.config import Recipe
 from buddy.console import errors, tracker
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError
 from buddy.predictor.features import ordered
@@ -19,10 +19,7 @@ from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy
 from buddy.predictor.regress import CurvePredictor
 from buddy.predictor.saved import make_predictor, save_predictor
 from buddy.predictor.targets import Targets, digest_of, measure
-from buddy.progress import errors, tracker
-from buddy.schema import Recipe
 from buddy.run import PREDICTOR, PREDICTOR_FACTS
-from buddy.training.data import TextData
 
 KEPT = "predictor-targets-{}.safetensors"  # in the folder of an unfinished run
 

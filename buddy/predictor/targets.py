@@ -15,9 +15,8 @@ from torch import Tensor
 from buddy.backbone import fingerprint
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError
-from buddy.files import load_tensors, save_tensors
-from buddy.losses import cross_entropy
 from buddy.io import load_tensors, save_tensors
+from buddy.losses import cross_entropy
 from buddy.predictor.features import features_of
 
 SAVE_EVERY = 5.0  # seconds: what a kill may cost, with the batch that it interrupts

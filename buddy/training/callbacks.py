@@ -18,9 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from buddy.files import write_bytes, writing
-from buddy.progress import Bar, errors
-from buddy.console import errors
+from buddy.console import Bar, errors
 from buddy.io import write_bytes, writing
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -20,14 +20,10 @@ from buddy.comparison.tables import costs
 from buddy.comparison.view import Comparison
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
-from buddy.files import load_tensors, read_json
 from buddy.fit import Session
-from buddy.recipe import load_recipe
-from buddy.runs import read_run
-from buddy.scoring.perplexity import scores_of
-from buddy.evaluation.saved import scores_of
 from buddy.io import load_tensors, read_json
 from buddy.run import read_run
+from buddy.scoring.perplexity import scores_of
 from buddy.training.session import Session
 from tests.small import start_buddy, write_text
 

@@ -10,7 +10,6 @@ from buddy.assemble import held_out_of
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.evaluation.evaluate import evaluate_run
 from buddy.fit import fit
-from buddy.runs import read_run
 from buddy.run import read_run
 from buddy.training.fit import fit
 from tests.small import write_text

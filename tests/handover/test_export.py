@@ -13,9 +13,8 @@ from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.handover.choice import OnePlan
 from buddy.handover.export import export_run
-from buddy.runs import read_run
-from buddy.scoring.perplexity import evaluate
 from buddy.run import read_run
+from buddy.scoring.perplexity import evaluate
 from tests.small import write_text
 from tests.tiny import tiny_folder
 

@@ -12,7 +12,6 @@ from buddy.fit import fit
 from buddy.handover.export import export_run
 from buddy.handover.pull import pull
 from buddy.handover.push import push
-from buddy.runs import read_run
 from buddy.run import read_run
 from buddy.training.fit import fit
 

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from buddy.cli import app
 from buddy.errors import RunError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.files import checksum
 from buddy.fit import fit
 from buddy.handover.layout import FILES
 from buddy.handover.pull import pull

@@ -16,16 +16,12 @@ from buddy.cli import app
 from buddy.comparison.asked import Asked
 from buddy.comparison.compare import compare
 from buddy.errors import RunError, TrainingError
-from buddy.files import load_tensors, save_tensors
 from buddy.fit import fit
-from buddy.runs import read_run
-from buddy.scoring.perplexity import evaluate
-from buddy.training.healing import HealingModule
-from buddy.evaluation.perplexity import evaluate
-from buddy.healing.module import HealingModule
 from buddy.io import load_tensors, save_tensors
 from buddy.run import read_run
+from buddy.scoring.perplexity import evaluate
 from buddy.training.fit import fit
+from buddy.training.healing import HealingModule
 from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights
 from tests.small import write_text
 

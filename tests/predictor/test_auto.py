@@ -13,11 +13,8 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.runs import read_run
-from buddy.scoring.perplexity import evaluate
-from buddy.evaluation.perplexity import evaluate
 from buddy.run import read_run
-from buddy.training.windows import Windows
+from buddy.scoring.perplexity import evaluate
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 

@@ -9,14 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from buddy.assemble import routed_from
 from buddy.errors import BudgetError, RecipeError, RunError
-from buddy.files import load_tensors
 from buddy.fit import _rival, fit
 from buddy.io import load_tensors
 from buddy.predictor import fit as fitting
 from buddy.predictor import targets as measuring
 from buddy.predictor.features import features_of
 from buddy.predictor.targets import measure
-from buddy.runs import read_run
 from buddy.run import read_run
 from buddy.training.fit import _rival, fit
 

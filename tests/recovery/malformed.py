@@ -18,15 +18,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from buddy.backbone import load_backbone
+from buddy.config import Recipe, flatten, load_recipe
 from buddy.data.text import load_texts
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
 from buddy.fit import check_checkpoint
-from buddy.place import RunPlace
-from buddy.recipe import flatten, load_recipe
-from buddy.schema import Recipe
-from buddy.config import Recipe, flatten, load_recipe
 from buddy.run import RunPlace
-from buddy.training.sources import load_texts
 from buddy.training.train import check_checkpoint
 from tests.comparison.made import record
 from tests.recovery.asking import ask

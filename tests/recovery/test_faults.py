@@ -14,10 +14,7 @@ import pytest
 from buddy import embedded
 from buddy.cli.app import app
 from buddy.errors import RunError
-from buddy.files import load_tensors, read_json
 from buddy.fit import fit
-from buddy.place import RunPlace
-from buddy.runs import check_backbone, read_run
 from buddy.io import load_tensors, read_json
 from buddy.run import RunPlace, check_backbone, read_run
 from buddy.training.fit import fit

@@ -5,10 +5,8 @@ import json
 import pytest
 import torch
 
-from buddy.fit import fit
-from buddy.recipe import load_recipe
-from buddy.runs import read_run
 from buddy.config import load_recipe
+from buddy.fit import fit
 from buddy.run import read_run
 from buddy.training.fit import fit
 from tests.small import start_buddy

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from buddy import processes
+from buddy import distributed
 from buddy.calibration.probe import Probe
 from buddy.data.module import Windows
-from buddy import distributed
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective

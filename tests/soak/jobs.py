@@ -18,11 +18,8 @@ import torch
 from safetensors.torch import load
 
 from buddy import embedded
-from buddy.files import load_tensors, read_json
-from buddy.fit import check_checkpoint
-from buddy.recipe import load_recipe
-from buddy.runs import load_router, read_metrics, read_run
 from buddy.config import load_recipe
+from buddy.fit import check_checkpoint
 from buddy.io import load_tensors, read_json
 from buddy.run import load_router, read_metrics, read_run
 from buddy.training.train import check_checkpoint

@@ -14,10 +14,7 @@ from buddy.calibration import probe
 from buddy.calibration.hidden import similarities
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
-from buddy.files import load_tensors
 from buddy.fit import fit
-from buddy.recipe import load_recipe
-from buddy.runs import read_run
 from buddy.io import load_tensors
 from buddy.run import read_run
 from buddy.training.fit import fit
