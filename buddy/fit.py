@@ -20,8 +20,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from buddy import console as progress
-from buddy import distributed as processes
+from buddy import console, distributed
 from buddy.assemble import adapter_of, backbone_of, budgets_of, data_of, heals, restore_router, routed_of
 from buddy.backbone import Backbone
 from buddy.calibration.probe import Probe
@@ -63,8 +62,8 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
         BuddyError: anything that a person can mend; what was finished before stays.
         KeyboardInterrupt: stopped in good order; the same call goes on from a checkpoint.
     """
-    leads = processes.leads()  # the others of a distributed run are begun by the same command
-    progress.errors.quiet = progress.results.quiet = not leads
+    leads = distributed.leads()  # the others of a distributed run are begun by the same command
+    console.errors.quiet = console.results.quiet = not leads
     check_names(recipe.optimizer.lr_by_router)
     own = with_router(recipe, recipe.router.name)
     recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), own]
@@ -72,7 +71,7 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     for place in places if leads else ():
         place.settle()
     session = _begin(recipes, places)
-    with processes.linked():
+    with distributed.linked():
         if not leads:
             return session.follow(recipes, places)
         ledger, scores = Ledger(places[-1]), {}
@@ -80,8 +79,8 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
             kept = session.kept(each, place, ledger)
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
-                progress.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
-            processes.tell(kept is not None)
+                console.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
+            distributed.tell(kept is not None)
             scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
             ledger.note(each.router.name)
     ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
@@ -92,10 +91,10 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
 
 def _begin(recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> Session:
     """Backbone and text in each process, once the first has found all well, and the processes together."""
-    leads, trainer = processes.leads(), recipes[-1].trainer
-    if not leads or processes.from_torchrun() > 1:
+    leads, trainer = distributed.leads(), recipes[-1].trainer
+    if not leads or distributed.from_torchrun() > 1:
         join(trainer)  # all are there already
-    with processes.one_by_one(trainer) if shards(trainer) else processes.leader_first():
+    with distributed.one_by_one(trainer) if shards(trainer) else distributed.leader_first():
         session = Session(*prepare(recipes))
         for place in places if leads else ():
             with place.lock():  # a second fit is refused here, before it does anything
@@ -142,7 +141,7 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
     data = data_of(recipe, backbone)
-    data.check_shares(math.prod(processes.shape(recipe.trainer)))
+    data.check_shares(math.prod(distributed.shape(recipe.trainer)))
     with status(f"Reading {recipe.data.source} …"):
         data.prepare_data()
         data.setup()
@@ -186,7 +185,7 @@ class Session:
         """
         with on_disk(place.final), place.lock(), self.routed(recipe) as routed:
             inputs = inputs_of(recipe, self.backbone, self.data)
-            if processes.count() == 1 and place.sealed(recipe, inputs):
+            if distributed.count() == 1 and place.sealed(recipe, inputs):
                 _tidy(place.partial)
                 return scores_of(read_metrics(place.publish()))
             folder = place.open_partial(recipe, inputs)
@@ -201,7 +200,7 @@ class Session:
                     fingerprint=self.backbone.fingerprint,
                     geometry=routed.geometry,
                 )
-                processes.wait()  # the others look into the folder from here on
+                distributed.wait()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
                     before = 0.0 if lent is None else read_metrics(lent)["fit"]["seconds"]
@@ -231,10 +230,10 @@ class Session:
     def follow(self, recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> None:
         """Take part in the training and evaluation of all routers beside the process that leads."""
         for recipe, place in zip(recipes, places, strict=True):
-            if processes.tell():  # it is finished
+            if distributed.tell():  # it is finished
                 continue
             with self.routed(recipe) as routed:
-                processes.wait()
+                distributed.wait()
                 try:
                     self._fit(recipe, routed, place.partial)
                     self._evaluate(recipe, routed)
@@ -279,12 +278,12 @@ class Session:
 
         Others follow where something may be left for training that is in no state; they find what it kept on disk.
         """
-        with nullcontext() if shards(recipe.trainer) else processes.leader_first():
-            if processes.leads() or shards(recipe.trainer) or routed.router.trainable:
+        with nullcontext() if shards(recipe.trainer) else distributed.leader_first():
+            if distributed.leads() or shards(recipe.trainer) or routed.router.trainable:
                 probe = self._calibration(recipe, routed)
                 routed.router.calibrate(probe)
                 probe.release()
-        processes.alike(routed.router)
+        distributed.alike(routed.router)
 
     def _calibration(self, recipe: Recipe, routed: RoutedLM) -> Probe:
         """One probe for all routers: what one measured, the next need not."""
@@ -302,7 +301,7 @@ class Session:
     def _evaluate(self, recipe: Recipe, routed: RoutedLM) -> list[Scores]:
         """By all processes, with one and the same router and adapter."""
         for part in (routed.router, *([] if routed.adapter is None else [routed.adapter.parts])):
-            processes.alike(part)
+            distributed.alike(part)
         return evaluate(
             routed,
             self.data.test,
@@ -407,7 +406,7 @@ def run(
             plugins=[WholeCheckpoints()],
         )
         try:
-            with processes.linked():
+            with distributed.linked():
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
             raise _ended(failed(trainer, error), keeper.asked) from error
@@ -448,7 +447,7 @@ def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:
         raise TrainingError(
             f"trainer.strategy={section.strategy} cannot carry a routed model to its processes; choose ddp instead."
         )
-    devices, nodes = processes.shape(section)
+    devices, nodes = distributed.shape(section)
     shared_out = "ddp" if devices * nodes > 1 else "auto"  # the weights; the router is whole on each device
     try:
         return lightning.Trainer(

@@ -31,7 +31,6 @@ from buddy.fit import module_of
 from buddy.losses import draw_budgets
 from buddy.plan import Plan
 from buddy.training.callbacks import quiet
-from buddy.training.train import module_of
 
 
 class BareLoop:

@@ -22,7 +22,6 @@ from buddy.healing.adapter import WEIGHTS
 from buddy.io import checksum, read_json, within_memory, write_sealed, write_text
 from buddy.run import ADAPTER, METRICS, ROUTER
 from buddy.scoring.perplexity import Reference, evaluate, with_documents
-from buddy.training.session import Session, prepare
 
 EVALUATIONS, TASKS = "evaluations", "tasks"  # in a run folder
 Texts = dict[Domain, Windows]

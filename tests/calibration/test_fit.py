@@ -7,7 +7,6 @@ from buddy.calibration.hidden import similarities
 from buddy.calibration.probe import Probe
 from buddy.fit import fit
 from buddy.run import load_router
-from buddy.training.fit import fit
 from routers.shortgpt import ShortGPT
 
 

@@ -24,7 +24,6 @@ from buddy.fit import Session
 from buddy.io import load_tensors, read_json
 from buddy.run import read_run
 from buddy.scoring.perplexity import scores_of
-from buddy.training.session import Session
 from tests.small import start_buddy, write_text
 
 ROUTERS = "buddy,buddy[hidden=8],shortgpt,random,full"

@@ -20,7 +20,6 @@ from buddy.fit import fit
 from buddy.io import load_tensors, save_tensors
 from buddy.run import read_run
 from buddy.scoring.perplexity import evaluate
-from buddy.training.fit import fit
 from buddy.training.healing import HealingModule
 from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights
 from tests.small import write_text

@@ -16,7 +16,6 @@ from buddy.predictor import targets as measuring
 from buddy.predictor.features import features_of
 from buddy.predictor.targets import measure
 from buddy.run import read_run
-from buddy.training.fit import _rival, fit
 
 OPTIONS = ["router=shortgpt", "predictor.name=regress", "predictor.windows=10"]
 

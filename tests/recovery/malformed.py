@@ -23,7 +23,6 @@ from buddy.data.text import load_texts
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
 from buddy.fit import check_checkpoint
 from buddy.run import RunPlace
-from buddy.training.train import check_checkpoint
 from tests.comparison.made import record
 from tests.recovery.asking import ask
 from tests.small import Small

@@ -17,7 +17,6 @@ from buddy.errors import RunError
 from buddy.fit import fit
 from buddy.io import load_tensors, read_json
 from buddy.run import RunPlace, check_backbone, read_run
-from buddy.training.fit import fit
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import DAMAGES, contents, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk

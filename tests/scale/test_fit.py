@@ -9,7 +9,6 @@ from buddy.config import load_recipe
 from buddy.errors import DataError
 from buddy.fit import fit
 from buddy.training.callbacks import Keeper
-from buddy.training.fit import fit
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import side_by_side
 

@@ -22,7 +22,6 @@ from buddy.config import load_recipe
 from buddy.fit import check_checkpoint
 from buddy.io import load_tensors, read_json
 from buddy.run import load_router, read_metrics, read_run
-from buddy.training.train import check_checkpoint
 from tests.small import Small, write_text
 from tests.soak.victim import run
 from tests.tiny import tiny_folder

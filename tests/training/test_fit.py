@@ -17,7 +17,6 @@ from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, Train
 from buddy.fit import fit
 from buddy.io import load_tensors
 from buddy.run import read_run
-from buddy.training.fit import fit
 from tests.small import start_buddy
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]

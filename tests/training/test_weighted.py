@@ -14,7 +14,6 @@ from buddy.io import load_tensors
 from buddy.losses import Objective
 from buddy.run import read_run
 from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
-from buddy.training.fit import fit
 from routers.first import FiRST
 from tests.engine.reference import Fickle, clamped
 from tests.tiny import tiny_backbone
