@@ -12,6 +12,9 @@ from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone, load_backbone
 from buddy.backbone.sharding import settle, shard, shards
 from buddy.config import Recipe
+from buddy.data.module import TextData
+from buddy.data.text import same_source
+from buddy.data.windows import Windows, windows_of
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
 from buddy.latency import Latencies, cache_folder
@@ -20,9 +23,6 @@ from buddy.predictor.fit import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter
 from buddy.run import ADAPTER, Run, check_backbone, load_router
-from buddy.training.data import TextData
-from buddy.training.sources import same_source
-from buddy.training.windows import Windows, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -31,7 +31,7 @@ from buddy.calibration.probe import Probe
 from buddy.config import load_recipe
 from buddy.console import errors, results, track
 from buddy.evaluation.pruned import pruned_model
-from buddy.training.objective import cross_entropy
+from buddy.losses import cross_entropy
 
 
 @dataclass

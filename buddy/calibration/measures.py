@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
 from buddy.calibration.shell import Shell
-from buddy.training.objective import Dense, cross_entropy, kl_to_dense
+from buddy.losses import Dense, cross_entropy, kl_to_dense
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from buddy.build import windows_in
 from buddy.config import Recipe
+from buddy.data.module import TextData
+from buddy.data.text import same_source
+from buddy.data.windows import Windows
 from buddy.errors import DataError
 from buddy.inspection.domains import sources_of
-from buddy.training.data import TextData
-from buddy.training.sources import same_source
-from buddy.training.windows import Windows
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,14 @@ from buddy.comparison.domains import Domain, read_domain
 from buddy.comparison.planned import Planned, again, is_finished
 from buddy.config import Recipe
 from buddy.console import tracker
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DamagedError, TrainingError
-from buddy.evaluation.perplexity import evaluate
 from buddy.evaluation.reference import Reference
-from buddy.evaluation.saved import with_documents
+from buddy.fit import Session, prepare
 from buddy.io import checksum, read_json, within_memory, write_sealed, write_text
 from buddy.run import ADAPTER, METRICS, ROUTER
-from buddy.training.session import Session, prepare
-from buddy.training.windows import Windows
+from buddy.scoring.perplexity import Reference, evaluate, with_documents
 
 EVALUATIONS, TASKS = "evaluations", "tasks"  # in a run folder
 Texts = dict[Domain, Windows]

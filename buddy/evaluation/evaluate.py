@@ -12,14 +12,13 @@ from buddy.backbone.sharding import join
 from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.build import budgets_of, held_out_of, routed_from, windows_in
 from buddy.console import results, status, tracker
+from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
-from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.report import show_run
-from buddy.evaluation.saved import as_json
 from buddy.io import check_place, within_memory, write_json
 from buddy.run import Run, read_run
-from buddy.training.data import Windows
+from buddy.scoring.perplexity import Scores, as_json, evaluate
 
 
 def evaluate_run(

@@ -22,9 +22,9 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
 from buddy.io import check_place, within_memory, write_json
+from buddy.losses import Dense, kl_to_dense
 from buddy.router import LayerwiseRouter
 from buddy.run import read_run
-from buddy.training.objective import Dense, kl_to_dense
 
 STEP = 0.4  # of a correction, in standard deviations of a token's scores over the layers
 

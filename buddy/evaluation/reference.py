@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from buddy.backbone.load import Backbone
 
 if TYPE_CHECKING:
-    from buddy.evaluation.perplexity import Scores
+    from buddy.scoring.perplexity import Scores
 
 MOST = 2**30  # bytes
 

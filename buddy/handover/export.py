@@ -12,10 +12,9 @@ from rich.table import Table
 from buddy.budget import fraction_of
 from buddy.build import held_out_of, routed_from, windows_in
 from buddy.console import results, status, tracker
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
-from buddy.evaluation.perplexity import Scores, evaluate
-from buddy.evaluation.reference import Reference
 from buddy.handover.card import cautions, export_card
 from buddy.handover.checkpoint import largest_difference, mixed, write_checkpoint
 from buddy.handover.choice import Choice, OnePlan, most_frequent
@@ -23,7 +22,7 @@ from buddy.handover.folder import whole_folder
 from buddy.handover.layout import CARD, finished
 from buddy.io import within_memory, write_json, write_text
 from buddy.run import Run
-from buddy.training.windows import Windows
+from buddy.scoring.perplexity import Reference, Scores, evaluate
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are held against the engine's

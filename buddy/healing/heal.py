@@ -12,14 +12,14 @@ from lightning.pytorch.callbacks import Callback
 
 from buddy.build import adapter_of, budgets_of
 from buddy.config import Recipe
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
-from buddy.healing.module import HealingModule, Together
+from buddy.losses import Objective
 from buddy.router import AnyRouter
-from buddy.training.bar import TrainingBar
-from buddy.training.data import TextData
+from buddy.training.callbacks import TrainingBar
+from buddy.training.healing import HealingModule, Together
 from buddy.training.module import NotFinite
-from buddy.training.objective import Objective
 from buddy.training.train import estimator_of, run
 
 CHECKPOINT = "healing.ckpt"

@@ -17,13 +17,14 @@ from buddy.backbone.adapter import WEIGHTS, Adapter
 from buddy.build import budgets_of
 from buddy.config import PredictorSection, Recipe, to_yaml
 from buddy.console import errors, tracker
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
-from buddy.evaluation.perplexity import evaluate
+from buddy.fit import forget, heal, identity_of
 from buddy.healing.heal import forget, heal, identity_of
 from buddy.io import checksum, read_json, write_json
 from buddy.run import ADAPTER
-from buddy.training.data import TextData
+from buddy.scoring.perplexity import evaluate
 from buddy.training.module import NotFinite
 
 RATES = "rates"  # in the folder of an unfinished run, with a folder for each rate

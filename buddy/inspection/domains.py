@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from buddy.build import held_out_of, windows_in
+from buddy.data.text import same_source
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
 from buddy.run import Run
-from buddy.training.sources import same_source
-from buddy.training.windows import Windows
 
 TYPED = "text"  # label of a text given by itself
 

@@ -17,8 +17,8 @@ from buddy.backbone.load import fingerprint
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError
 from buddy.io import load_tensors, save_tensors
+from buddy.losses import cross_entropy
 from buddy.router import Context, Geometry
-from buddy.training.objective import cross_entropy
 
 Choose = Callable[[Context], Tensor]
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from buddy.config import Recipe
 from buddy.console import errors, tracker
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, RunError
 from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json
@@ -20,7 +21,6 @@ from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy
 from buddy.predictor.regress import CurvePredictor
 from buddy.router import Geometry
 from buddy.run import PREDICTOR, PREDICTOR_FACTS
-from buddy.training.data import TextData
 
 AnyPredictor = CurvePredictor | BudgetPolicy
 

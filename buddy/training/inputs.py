@@ -8,8 +8,8 @@ import inspect
 
 from buddy.backbone.load import Backbone
 from buddy.config import Recipe
+from buddy.data.module import TextData
 from buddy.registry import load
-from buddy.training.data import TextData
 
 
 def inputs_of(recipe: Recipe, backbone: Backbone, data: TextData) -> dict[str, str]:

@@ -20,12 +20,11 @@ from buddy.calibration.probe import Probe
 from buddy.calibration.store import cache_folder
 from buddy.config import Recipe
 from buddy.console import status, track, tracker
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
-from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.reference import Reference
 from buddy.evaluation.report import write_results
-from buddy.evaluation.saved import scores_of
 from buddy.healing.heal import forget, heal, trains_both
 from buddy.healing.rates import forget_rates, heal_at_the_best
 from buddy.io import on_disk, within_memory
@@ -33,9 +32,9 @@ from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
 from buddy.registry import load
 from buddy.router import AnyRouter
 from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
-from buddy.training.data import TextData
+from buddy.scoring.perplexity import Scores, evaluate, scores_of
+from buddy.training.callbacks import quiet
 from buddy.training.inputs import inputs_of
-from buddy.training.interrupt import quiet
 from buddy.training.ledger import Ledger
 from buddy.training.stopwatch import Stopwatch
 from buddy.training.train import check_checkpoint, train, trainer_of

@@ -19,15 +19,14 @@ from buddy.backbone.sharding import STRATEGY
 from buddy.build import budgets_of
 from buddy.config import Recipe
 from buddy.console import errors
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
+from buddy.losses import Objective
 from buddy.router import AnyRouter, LayerwiseRouter
-from buddy.training.bar import TrainingBar
-from buddy.training.data import TextData
-from buddy.training.estimator import Estimator, Perturbed, StraightThrough, Weighted
-from buddy.training.interrupt import Keeper, WholeCheckpoints, quiet
+from buddy.training.callbacks import Keeper, TrainingBar, WholeCheckpoints, quiet
+from buddy.training.estimators import Estimator, Perturbed, StraightThrough, Weighted
 from buddy.training.module import NotFinite, RoutingModule
-from buddy.training.objective import Objective
 
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
 

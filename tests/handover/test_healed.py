@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 
 import buddy
 from buddy.build import routed_from
+from buddy.fit import fit
 from buddy.handover.export import export_run
 from buddy.handover.pull import pull
 from buddy.handover.push import push
 from buddy.run import read_run
-from buddy.training.fit import fit
 
 IDS = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))
 

@@ -6,6 +6,7 @@ prefix. Sums are kept per document, so that intervals and paired differences res
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,15 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from buddy import distributed
+from buddy.backbone.load import Backbone
 from buddy.budget import auto_of
+from buddy.data.windows import Windows
 from buddy.engine.forward import Output
 from buddy.engine.model import RoutedLM
-from buddy.evaluation.reference import Reference
-from buddy.training.objective import Dense, cross_entropy, kl_to_dense
-from buddy.training.windows import Windows
+from buddy.losses import Dense, cross_entropy, kl_to_dense
 
 RESAMPLES = 2000
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -193,3 +195,101 @@ def quantiles(values: np.ndarray, level: float) -> tuple[float, float]:
     """The bounds between which the middle `level` of the values lie."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+MOST = 2**30  # bytes
+
+
+class Reference:
+    """Keeps the dense model's last hidden states of a text, and the scores of full depth, which all routers share.
+
+    Hidden states are kept rather than logits, which take a hundred times their memory and cost a fifth of a small
+    model's pass. At full depth every router has the same plan, whatever its scores, so it runs once.
+
+    One object is for one backbone, one set of windows, and one way of cutting them into batches and scoring them.
+
+    Args:
+        most: bytes of hidden states that are kept; those beyond are computed again for each router.
+
+    Attributes:
+        full: scores at full depth, once a router was evaluated there.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self.full: Scores | None = None
+        self._states: dict[int, Tensor] = {}
+        self._room = most
+
+    @torch.no_grad()
+    def dense(self, backbone: Backbone, batch: int, ids: Tensor, keep: Tensor) -> Tensor:
+        """Logits (B, T', V) of the stock model at some positions of a batch (B, T), which its number tells apart."""
+        states = self._states.get(batch)
+        if states is None:
+            states = backbone.base(input_ids=ids, use_cache=False).last_hidden_state[:, keep]
+            if states.nbytes <= self._room:
+                self._room -= states.nbytes
+                self._states[batch] = states.cpu()
+        return _head(backbone, states.to(ids.device), ids)
+
+
+class _Given(nn.Module):
+    """Stands where the decoder is, and says what it was given to say."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, **_: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.states)
+
+
+def _head(backbone: Backbone, states: Tensor, ids: Tensor) -> Tensor:
+    """Logits by the model's own code, which in some families does more than one product."""
+    twin = copy.copy(backbone.model)
+    twin._modules = {**backbone.model._modules, "model": _Given(states)}
+    return twin(input_ids=ids, use_cache=False).logits
+
+
+def as_json(scores: Sequence[Scores]) -> dict[str, Any]:
+    """{"results": [one entry a budget]}; losses in nats, `interval` is the perplexity's 95 % bootstrap interval."""
+    return {"results": [_entry(each) for each in scores]}
+
+
+def with_documents(scores: Sequence[Scores]) -> dict[str, Any]:
+    """`as_json` and beside it "documents": for each budget the sums over the tokens of every document."""
+    documents = [
+        {"budget": s.budget, "loss": s.loss.tolist(), "kl": s.kl.tolist(), "tokens": s.tokens.tolist()} for s in scores
+    ]
+    return as_json(scores) | {"documents": documents}
+
+
+def scores_of(saved: Mapping[str, Any]) -> list[Scores]:
+    """The scores that `with_documents` was given, to the bit.
+
+    Raises:
+        KeyError, TypeError, ValueError: it has another form.
+    """
+    return [_scores(*pair) for pair in zip(saved["results"], saved["documents"], strict=True)]
+
+
+def _scores(result: Mapping[str, Any], sums: Mapping[str, Any]) -> Scores:
+    executed = result["executed"]
+    loss, kl, tokens = (np.array(sums[name], dtype=np.float64) for name in ("loss", "kl", "tokens"))
+    counts = int(executed["min"]), float(executed["mean"]), int(executed["max"])
+    return Scores(float(result["budget"]), int(result["layers"]), counts, int(result["sink_tokens"]), loss, kl, tokens)
+
+
+def _entry(scores: Scores) -> dict[str, Any]:
+    least, mean, most = scores.executed
+    return {
+        "budget": scores.budget,
+        "layers": scores.layers,
+        "executed": {"min": least, "mean": mean, "max": most},
+        "sink_tokens": scores.sinks,
+        "perplexity": scores.perplexity,
+        "kl": scores.mean_kl,
+        "interval": list(scores.interval()),
+        "documents": len(scores.tokens),
+        "tokens": int(scores.tokens.sum()),
+        **({} if scores.chosen is None else {"chosen": {str(k): count for k, count in sorted(scores.chosen.items())}}),
+    }

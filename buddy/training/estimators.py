@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
+from buddy.losses import Dense, Objective
 from buddy.plan import gate_order
 from buddy.router import Context, LayerwiseRouter
-from buddy.training.objective import Dense, Objective
 
 TOLD = 2 * math.sqrt(
     2 / math.pi

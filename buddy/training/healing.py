@@ -15,9 +15,9 @@ from torchmetrics import MeanMetric
 from buddy.backbone.adapter import Adapter
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
-from buddy.training.estimator import Batch, Estimator, Perturbed
+from buddy.losses import Dense, Objective, draw_budgets
+from buddy.training.estimators import Batch, Estimator, Perturbed
 from buddy.training.module import WARM, NotFinite
-from buddy.training.objective import Dense, Objective, draw_budgets
 
 IDENTITY = "healing"  # in a checkpoint
 

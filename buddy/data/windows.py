@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from buddy.data.text import Documents, read_documents
 from buddy.errors import DataError
-from buddy.training.documents import Documents, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""`python -m buddy.training.benchmark`: a training step of Buddy against a bare PyTorch loop of the same passes.
+"""`python -m studies.train_step`: a training step of Buddy against a bare PyTorch loop of the same passes.
 
 The bare loop is written for Llama by hand: no Lightning, no routed layers, no hooks. It makes the same perturbed plans
 and also runs each layer on the chosen tokens only, all rows in one product. It credits the noise where Buddy credits
@@ -27,10 +27,10 @@ from buddy.calibration.probe import Probe
 from buddy.config import load_recipe
 from buddy.console import errors, results, track
 from buddy.engine.model import RoutedLM
+from buddy.fit import module_of
+from buddy.losses import draw_budgets
 from buddy.plan import Plan
-from buddy.training.interrupt import quiet
-from buddy.training.objective import draw_budgets
-from buddy.training.train import module_of
+from buddy.training.callbacks import quiet
 
 
 class BareLoop:

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from buddy.data.text import Documents, read_documents
+from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, split, spread, windows_of
 from buddy.errors import DataError
-from buddy.training.documents import Documents, read_documents
-from buddy.training.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, split, spread, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
