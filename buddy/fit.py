@@ -24,7 +24,7 @@ from buddy import console, distributed
 from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
 from buddy.backbone.sharding import STRATEGY, check, join, settle, shard, shards
-from buddy.build import adapter_of, backbone_of, budgets_of, data_of, heals, restore_router, routed_of
+from buddy.build import adapter_of, backbone_of, budgets_of, choose_by, data_of, heals, restore_router, routed_of
 from buddy.calibration.probe import Probe
 from buddy.calibration.store import cache_folder
 from buddy.config import PredictorSection, Recipe, with_router
@@ -208,7 +208,9 @@ class Session:
                     spent = {"seconds": before + watch.seconds, "parameters": _parameters(routed)}
                     watch.save()
                     fitted = True
-                    fit_predictor(recipe, routed, self.data, folder)
+                    predictor = fit_predictor(recipe, routed, self.data, folder)
+                    if predictor is not None:
+                        choose_by(recipe, routed, predictor)
                     scores = self._evaluate(recipe, routed)
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:

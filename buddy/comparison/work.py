@@ -18,7 +18,6 @@ from buddy.console import tracker
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DamagedError, TrainingError
-from buddy.evaluation.reference import Reference
 from buddy.fit import Session, prepare
 from buddy.io import checksum, read_json, within_memory, write_sealed, write_text
 from buddy.run import ADAPTER, METRICS, ROUTER

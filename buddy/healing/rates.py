@@ -21,7 +21,6 @@ from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
 from buddy.fit import forget, heal, identity_of
-from buddy.healing.heal import forget, heal, identity_of
 from buddy.io import checksum, read_json, write_json
 from buddy.run import ADAPTER
 from buddy.scoring.perplexity import evaluate
