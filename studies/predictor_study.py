@@ -17,7 +17,7 @@ import torch
 import typer
 from rich.table import Table
 
-from buddy.build import budgets_of, routed_from
+from buddy.build import load_model
 from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
@@ -26,6 +26,7 @@ from buddy.evaluation.mixture import hull
 from buddy.inspection.domains import Domain, read_domains, sources_of
 from buddy.io import check_place, write_json, writing
 from buddy.predictor.features import digest_of, measure, ordered
+from buddy.router import available_budgets
 from buddy.run import Run, read_run
 from studies.predictor_choices import FOLDS, Measured, choices, compared
 
@@ -50,8 +51,8 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
     check_place(out.absolute() / FIGURE) if out.exists() else check_place(out)
     sources = sources_of(domains, run.recipe.data.source)
     with status(f"Loading {run.backbone} …"):
-        routed = routed_from(run)
-    asked = budgets_of(run.recipe, routed) if budgets is None else budgets
+        routed = load_model(run)
+    asked = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
     arms = ordered([routed.geometry.layers, *(routed.executed_layers(budget) for budget in asked)])
     with status("Reading texts …"):
         texts = read_domains(run, routed, sources, windows)

@@ -19,7 +19,7 @@ from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json
 from buddy.predictor.features import Targets, digest_of, measure, ordered, size_of
 from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy, train_policy
 from buddy.predictor.regress import CurvePredictor
-from buddy.router import Geometry
+from buddy.router import Geometry, available_budgets
 from buddy.run import PREDICTOR, PREDICTOR_FACTS
 
 AnyPredictor = CurvePredictor | BudgetPolicy
@@ -118,7 +118,7 @@ def arms_of(recipe: Recipe, routed: RoutedLM) -> tuple[int, ...]:
         BudgetError: there is nothing to choose between.
     """
     most = routed.executed_layers(recipe.predictor.cap) if not routed.router.full_depth else routed.geometry.layers
-    counts = [routed.executed_layers(budget) for budget in ([1.0] if routed.router.full_depth else recipe.budgets)]
+    counts = [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)]
     arms = ordered([count for count in counts if count <= most])
     if len(arms) < 2:
         raise BudgetError(

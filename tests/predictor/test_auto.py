@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import buddy
-from buddy.build import routed_from
+from buddy.build import load_model
 from buddy.cli import app
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
@@ -198,7 +198,7 @@ def test_generate_says_what_was_chosen(predicting, name):
     words = ["generate", "--run", predicting[name], "--max-new-tokens", 3]
     result = call(*words, "--budget", "auto", PROMPTS[0])
     assert result.exit_code == 0
-    routed = routed_from(read_run(predicting[name]))
+    routed = load_model(read_run(predicting[name]))
     ids = routed.backbone.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
     count = int(routed.choosing("auto")(routed.context(ids)))
     assert (
