@@ -15,7 +15,7 @@ from buddy.console import results
 from buddy.errors import BudgetError, DataError, RegistryError
 from buddy.footprint.config import hollow_model
 from buddy.footprint.memory import Shape, cache_bytes, geometry_of, router_bytes, shape_of, step_bytes, weight_bytes
-from buddy.io import check_place, write_json
+from buddy.io import check_output_path, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, LayerwiseRouter
 
@@ -81,7 +81,7 @@ def plan_memory(
         BuddyError: the configuration, the router, a budget or the batch cannot be used.
     """
     if json_file:
-        check_place(json_file)
+        check_output_path(json_file)
     if batch_size % devices:
         raise DataError(
             f"A batch of {batch_size} windows cannot be shared by {devices} devices; set --batch-size to a multiple of "
