@@ -118,7 +118,7 @@ def join(section: TrainerSection) -> None:
     from lightning.fabric import Fabric
     from torch import distributed
 
-    from buddy.training.interrupt import quiet
+    from buddy.training.callbacks import quiet
 
     with quiet():
         try:

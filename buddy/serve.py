@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.console import errors, status
 from buddy.handover.model import Model, check_options
 from buddy.run import read_run
@@ -39,7 +39,7 @@ def generate(
     run = read_run(folder)
     check_options(prompt, max_new_tokens, temperature)
     with status(f"Loading {run.backbone} …"):
-        model = Model(routed_from(run, merged=True))
+        model = Model(load_model(run, merged=True))
     model.write(
         prompt,
         budget,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from buddy.backbone import ATTENTION, Backbone, fingerprint
+from buddy.backbone.load import ATTENTION, Backbone, fingerprint
 from buddy.testing.model import CONTEXT, VOCABULARY, random_model
 from buddy.testing.model import byte_tokenizer as tiny_tokenizer
 

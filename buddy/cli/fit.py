@@ -14,6 +14,6 @@ def fit(
     from buddy.config import load_recipe, recipe_name
 
     resolved = load_recipe(recipe, overrides or [])
-    from buddy.training.fit import fit as run_fit
+    from buddy.fit import fit as run_fit
 
     run_fit(resolved, recipe_name(recipe))

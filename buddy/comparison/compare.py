@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from buddy.assemble import heals
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
+from buddy.build import heals
 from buddy.comparison.asked import RUNS, SEEDS, Asked, check
 from buddy.comparison.contestants import Contestant, contestants
 from buddy.comparison.domains import domains_of, read_domain
@@ -26,14 +26,14 @@ from buddy.comparison.timing import measured
 from buddy.comparison.work import Start, Texts, Worker
 from buddy.config import Recipe
 from buddy.console import Bar, errors, status
+from buddy.data.module import TextData
 from buddy.engine.model import geometry_of
 from buddy.errors import BuddyError, RunError
+from buddy.fit import Session, prepare
 from buddy.io import writing
 from buddy.registry import build, check_names
 from buddy.router import AnyRouter
-from buddy.training.data import TextData
 from buddy.training.inputs import inputs_of
-from buddy.training.session import Session, prepare
 
 MadeOf = Mapping[str, Mapping[str, str]]  # digests of model, text and code, by router
 FOUND = 0.5  # seconds within which a run that was finished before is passed by

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
 from buddy.engine.checks import check_forward
 from buddy.engine.forward import Output, Record, Request, Settings, held_scores, plan_tokens, within_scope

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.console import Bar
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError, nearest
@@ -299,4 +299,4 @@ def _loaded(run: str | Path | RoutedLM) -> tuple[RoutedLM, int, int]:
         return run, BATCH_TOKENS, 1
     found = read_run(run)
     data = found.recipe.data
-    return routed_from(found), data.batch_size * data.window, data.batch_size
+    return load_model(found), data.batch_size * data.window, data.batch_size

@@ -14,10 +14,9 @@ from buddy.console import results
 from buddy.evaluation.curves import write_run
 from buddy.evaluation.figure import band, figure_at
 from buddy.evaluation.mixture import mixed
-from buddy.evaluation.perplexity import Scores, paired_difference
-from buddy.evaluation.saved import as_json, with_documents
 from buddy.io import write_json
 from buddy.run import METRICS
+from buddy.scoring.perplexity import Scores, as_json, paired_difference, with_documents
 
 FIGURE = "loss.png"
 COMPARISON = "comparison"

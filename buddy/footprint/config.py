@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from buddy.backbone import DTYPES, EMBEDDED, check_routable
-from buddy.embedded import quiet_transformers
+from buddy.backbone.embedded import quiet_transformers
+from buddy.backbone.load import DTYPES, EMBEDDED, check_routable
 from buddy.errors import BackboneError, nearest
 
 CHOICES = f"a folder with config.json, such a file, owner/name on the hub, or {' or '.join(map(repr, EMBEDDED))}"

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from buddy import embedded
-from buddy.evaluation.perplexity import Scores
+from buddy.backbone import embedded
 from buddy.handover.choice import Choice
 from buddy.io import damaged
 from buddy.run import ADAPTER, METRICS, PREDICTOR, Run
+from buddy.scoring.perplexity import Scores
 
 ORIGINS = {embedded.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the hub's names of embedded models
 SINKS = (

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from buddy.backbone import ATTENTION, Backbone
-from buddy.embedded import quiet_transformers
+from buddy.backbone.embedded import quiet_transformers
+from buddy.backbone.load import ATTENTION, Backbone
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
 from buddy.evaluation.pruned import PER_LAYER, pruned_model

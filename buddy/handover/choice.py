@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.inspection.domains import Domain
 from buddy.inspection.measures import commonest_plan, measure
 from buddy.inspection.observe import observe
 from buddy.router import Context, Geometry, Router
-from buddy.training.windows import Windows
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 

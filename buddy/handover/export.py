@@ -9,13 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
-from buddy.assemble import held_out_of, routed_from, windows_in
 from buddy.budget import fraction_of
+from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status, tracker
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError
-from buddy.evaluation.perplexity import Scores, evaluate
-from buddy.evaluation.reference import Reference
 from buddy.handover.card import cautions, export_card
 from buddy.handover.checkpoint import largest_difference, mixed, write_checkpoint
 from buddy.handover.choice import Choice, OnePlan, most_frequent
@@ -23,7 +22,7 @@ from buddy.handover.folder import whole_folder
 from buddy.handover.layout import CARD, finished
 from buddy.io import within_memory, write_json, write_text
 from buddy.run import Run
-from buddy.training.windows import Windows
+from buddy.scoring.perplexity import Reference, Scores, evaluate
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are held against the engine's
@@ -55,7 +54,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         raise DataError("The text to choose the plan on has no name; name one, or leave --data out.")
     with whole_folder(out) as made:
         with status(f"Loading {run.backbone} …"):
-            routed = routed_from(run)
+            routed = load_model(run)
         executed = routed.executed_layers(budget)
         with status("Reading text …"):
             texts = _texts(run, routed, data)
@@ -77,10 +76,10 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
 def _texts(run: Run, routed: RoutedLM, data: str | None) -> Texts:
     section = run.recipe.data
     if data is None:
-        text = held_out_of(run.recipe, routed.backbone, calibration=True)
+        text = build_held_out(run.recipe, routed.backbone, calibration=True)
         return Texts(text.calibration, text.validation)
     count = section.calibration_windows + section.validation_windows
-    found = windows_in(run.recipe, routed.backbone.tokenizer, data, count=count)
+    found = build_windows(run.recipe, routed.backbone.tokenizer, data, count=count)
     if len(found) < 2:
         raise DataError(
             f"The text in {data} gives one window of {section.window} tokens, and two are needed, one to choose the "

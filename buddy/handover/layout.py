@@ -9,8 +9,8 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from buddy.backbone.adapter import FILES as ADAPTER_FILES
 from buddy.errors import RunError
-from buddy.healing.adapter import FILES as ADAPTER_FILES
 from buddy.io import checksum, damaged, load_tensors, read_json, write_json, writing
 from buddy.run import ADAPTER, FACTS, INPUTS, METRICS, PREDICTOR, PREDICTOR_FACTS, RECIPE, ROUTER, Run, read_run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.errors import RunError
 from buddy.handover.hub import download
 from buddy.handover.layout import check_files, with_backbone
@@ -36,4 +36,4 @@ def load(
         found = read_run(folder)
     else:
         found = check_files(download(name, revision), called=name, trust_remote_code=trust_remote_code)
-    return Model(routed_from(found if backbone is None else with_backbone(found, backbone), merged=True))
+    return Model(load_model(found if backbone is None else with_backbone(found, backbone), merged=True))

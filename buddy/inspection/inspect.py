@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from buddy.assemble import budgets_of, routed_from
 from buddy.budget import shown
+from buddy.build import load_model
 from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
@@ -18,6 +18,7 @@ from buddy.inspection.pictures import draw_all, write_tensorboard
 from buddy.inspection.report import show, show_tokens
 from buddy.inspection.result import Inspection, as_json
 from buddy.io import check_place, on_disk, within_memory, write_json, writing
+from buddy.router import available_budgets
 from buddy.run import Run, read_run
 
 FOLDER, NUMBERS = "routing", "routing.json"  # in a run folder; in that folder
@@ -56,7 +57,7 @@ def inspect_run(
     _check(place, json_file, text, domains, windows)
     sources = None if text is not None else sources_of(domains, run.recipe.data.source)
     with status(f"Loading {run.backbone} …"):
-        routed = routed_from(run)
+        routed = load_model(run)
     asked = _asked(run, routed, budgets)
     if sources is None:
         looked_at = [typed(routed, text)]
@@ -87,7 +88,7 @@ def _check(place: Path, json_file: Path | None, text: str | None, domains: str |
 def _asked(run: Run, routed: RoutedLM, budgets: Sequence[str] | None) -> dict[str, int]:
     """Budget as it is shown → K, deepest first, each checked against the model."""
     found = {}
-    for budget in budgets_of(run.recipe, routed) if budgets is None else budgets:
+    for budget in available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets:
         count = routed.executed_layers(budget)
         found[shown(budget)] = count
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))

@@ -4,7 +4,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from buddy.backbone import Backbone, fingerprint
+from buddy.backbone.load import Backbone, fingerprint
 
 SPECIALS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
 VOCABULARY = len(SPECIALS) + 256  # then one token for each byte

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.calibration.probe import Probe
 from buddy.engine.model import PoolKind, RoutedLM, geometry_of
 from buddy.errors import BuddyError, RegistryError

@@ -6,10 +6,10 @@ import ast
 import hashlib
 import inspect
 
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.config import Recipe
+from buddy.data.module import TextData
 from buddy.registry import load
-from buddy.training.data import TextData
 
 
 def inputs_of(recipe: Recipe, backbone: Backbone, data: TextData) -> dict[str, str]:

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 from buddy.config import Recipe
 from buddy.errors import BuddyError
-from buddy.evaluation.perplexity import Scores
-from buddy.evaluation.saved import scores_of
 from buddy.io import read_json, write_json
 from buddy.run import RunPlace, inputs_in, read_metrics, read_run
+from buddy.scoring.perplexity import Scores, scores_of
 
 
 class Ledger:

@@ -3,10 +3,10 @@
 import torch
 
 from buddy.calibration import probe
-from buddy.calibration.hidden import similarities
+from buddy.calibration.measures import similarities
 from buddy.calibration.probe import Probe
+from buddy.fit import fit
 from buddy.run import load_router
-from buddy.training.fit import fit
 from routers.shortgpt import ShortGPT
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from buddy.training.objective import Dense, kl_to_dense
+from buddy.losses import Dense, kl_to_dense
 from tests.calibration.small import LAYERS, WINDOWS, count_calls, plans, probe, routed
 from tests.engine.reference import reference_logits
 from tests.tiny import FAMILIES, tiny_model
@@ -209,7 +209,7 @@ def test_the_next_round_goes_on_from_the_last():
 
 @pytest.mark.parametrize("room", [0, 1, 3, 7])
 def test_little_room_for_states_changes_nothing(room, monkeypatch):
-    monkeypatch.setattr("buddy.calibration.losses.room_for", lambda *_: room)
+    monkeypatch.setattr("buddy.calibration.measures.room_for", lambda *_: room)
     measured = probe(SHARED)
     for removed in ([], [3], [3, 1]):
         runs = torch.stack([measured.plan_without([*removed, index]) for index in range(4) if index not in removed])

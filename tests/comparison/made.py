@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 
 from buddy.config import Recipe, flatten
-from buddy.evaluation.perplexity import Scores
-from buddy.evaluation.saved import with_documents
+from buddy.scoring.perplexity import Scores, with_documents
 
 LAYERS = 8
 BUDGETS = {1.0: 8, 0.75: 6, 0.5: 4}

@@ -7,8 +7,8 @@ import torch
 
 from buddy.comparison.domains import Domain, domains_of, read_domain
 from buddy.config import DataSection, Recipe, load_recipe
+from buddy.data.module import TextData
 from buddy.errors import DataError
-from buddy.training.data import TextData
 from tests.small import write_text
 from tests.tiny import tiny_tokenizer
 

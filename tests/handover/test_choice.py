@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.handover.choice import OnePlan, most_frequent
-from buddy.training.windows import Windows
 from tests.engine.reference import Fickle, FickleGates
 from tests.tiny import tiny_backbone
 

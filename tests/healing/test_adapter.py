@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from buddy.backbone.adapter import FILES, WEIGHTS, Adapter, check_targets, linear_modules
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, RunError, TrainingError
-from buddy.healing.adapter import FILES, WEIGHTS, Adapter, check_targets, linear_modules
 from buddy.io import load_tensors, save_tensors
 from tests.engine.reference import Fickle, FickleGates, reference_logits
 from tests.healing.made import EXECUTED, IDS, adapted, by_hand, factors, new_adapter, stirred

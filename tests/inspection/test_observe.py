@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.inspection.domains import Domain
 from buddy.inspection.observe import observe
-from buddy.training.windows import Windows
 from tests.inspection.planted import TwoOrders, planted_runs
 from tests.tiny import tiny_backbone
 

@@ -7,14 +7,14 @@ import torch
 from typer.testing import CliRunner
 
 import buddy
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.cli import app
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.evaluation.perplexity import evaluate
 from buddy.run import read_run
-from buddy.training.windows import Windows
+from buddy.scoring.perplexity import evaluate
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 
@@ -198,7 +198,7 @@ def test_generate_says_what_was_chosen(predicting, name):
     words = ["generate", "--run", predicting[name], "--max-new-tokens", 3]
     result = call(*words, "--budget", "auto", PROMPTS[0])
     assert result.exit_code == 0
-    routed = routed_from(read_run(predicting[name]))
+    routed = load_model(read_run(predicting[name]))
     ids = routed.backbone.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
     count = int(routed.choosing("auto")(routed.context(ids)))
     assert (

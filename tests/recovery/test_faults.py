@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from buddy import embedded
+from buddy.backbone import embedded
 from buddy.cli.app import app
 from buddy.errors import RunError
+from buddy.fit import fit
 from buddy.io import load_tensors, read_json
 from buddy.run import RunPlace, check_backbone, read_run
-from buddy.training.fit import fit
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import DAMAGES, contents, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
@@ -350,7 +350,7 @@ def test_a_rival_that_is_finished_is_not_fitted_again(small, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.session.train", stop)
+        patch.setattr("buddy.fit.train", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(recipe, "small")
     stamp = (tmp_path / "small" / "uniform" / "run.json").stat().st_mtime_ns

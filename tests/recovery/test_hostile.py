@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from buddy.backbone import load_backbone
+from buddy.backbone.load import load_backbone
 from buddy.errors import BackboneError, BuddyError, TrainingError
-from buddy.training.fit import fit
-from buddy.training.train import check_checkpoint
+from buddy.fit import check_checkpoint, fit
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import copied
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, TrainingError
+from buddy.fit import fit
 from buddy.io import load_tensors
+from buddy.losses import Objective
 from buddy.run import read_run
-from buddy.training.estimator import Batch, Perturbed, StraightThrough, Weighted
-from buddy.training.fit import fit
-from buddy.training.objective import Objective
+from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
 from routers.first import FiRST
 from tests.engine.reference import Fickle, clamped
 from tests.tiny import tiny_backbone
@@ -144,7 +144,7 @@ def test_fit_trains_gates_whatever_the_recipes_estimator(layerwise):
 
 @pytest.mark.parametrize("name", ["first", "pudding"])
 def test_a_saved_run_generates_as_it_was_measured(layerwise, name):
-    routed = routed_from(read_run(layerwise / name))
+    routed = load_model(read_run(layerwise / name))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with routed.at(0.75) as record:
         sequences = routed.backbone.model.generate(IDS[:2, :12], **options)

@@ -1,0 +1,258 @@
+"""A LoRA adapter (2106.09685) beside the linear modules of a backbone's layers: made, switched, saved, merged by peft.
+
+The context layers stay as they are: what a router sees is then the same with and without the adapter, and so are the
+plans of a router that sees nothing else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from buddy.backbone.load import Backbone
+from buddy.errors import RunError, TrainingError, nearest
+from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json, writing
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+CONFIG, WEIGHTS, MADE_FOR = "adapter_config.json", "adapter_model.safetensors", "backbone.json"
+FILES = (CONFIG, WEIGHTS, MADE_FOR)
+ALL = "all-linear"
+NAME = "default"  # peft's name for the only adapter of a model
+
+
+def linear_modules(backbone: Backbone) -> list[str]:
+    """Names of the linear modules of a decoder layer, such as q_proj, in the order in which they stand there."""
+    names = (
+        name.rpartition(".")[2]
+        for layer in backbone.layers
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+    return list(dict.fromkeys(names))
+
+
+def check_targets(targets: Sequence[str], backbone: Backbone) -> list[str]:
+    """The module names that `targets` stand for: themselves, or every linear module for "all-linear".
+
+    Raises:
+        TrainingError: a name that no linear module of a layer has.
+    """
+    known = linear_modules(backbone)
+    for name in targets:
+        if name not in (ALL, *known):
+            hint = nearest(name, known) or "; choose from these, or all-linear."
+            raise TrainingError(
+                f"adapter.targets holds {name!r}, but the linear modules in a layer of {backbone.name} are "
+                f"{', '.join(known)}{hint}"
+            )
+    return known if ALL in targets else list(targets)
+
+
+class Adapter:
+    """An adapter on a backbone, in place, until `remove` or `merge`; made by `new` or `load`.
+
+    Attributes:
+        parts: what is trained and saved in checkpoints, by the name of the module that it stands beside.
+    """
+
+    def __init__(self, backbone: Backbone, config: LoraConfig) -> None:
+        from peft import get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        config.base_model_name_or_path = None  # peft warns of another name than the model's own
+        self._backbone, self._trains = backbone, not config.inference_mode
+        with warnings.catch_warnings():  # peft asks transformers by an old name
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            self._peft, self._is_off = get_peft_model(backbone.model, config, NAME), False
+        config.base_model_name_or_path = backbone.name
+        found = {name: part for name, part in backbone.model.named_modules() if isinstance(part, BaseTunerLayer)}
+        self._tuned = list(found.values())
+        for layer in self._tuned:
+            for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
+                factor.__class__ = _Factor
+        self.parts = nn.ModuleDict({name.replace(".", "-"): _own_parts(part) for name, part in found.items()})
+        self.parts.eval()
+
+    @classmethod
+    def new(
+        cls,
+        backbone: Backbone,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: Sequence[str],
+        first: int,
+        seed: int,
+    ) -> Adapter:
+        """An adapter that changes nothing yet: its second factors are zeros, the first are drawn from the seed alone.
+
+        Args:
+            backbone: without an adapter.
+            rank: r of the two factors of each module.
+            alpha: what they add is multiplied by alpha / r.
+            dropout: share of the modules' inputs that the factors do not see in training.
+            targets: names of linear modules, or "all-linear".
+            first: the first layer that gets one, the number of context layers.
+            seed: of the first factors.
+
+        Raises:
+            TrainingError: a name that no linear module of a layer has.
+        """
+        from peft import LoraConfig
+
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=check_targets(targets, backbone),
+            layers_to_transform=list(range(first, backbone.num_layers)),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(backbone, config)
+
+    @classmethod
+    def load(cls, backbone: Backbone, folder: Path) -> Adapter:
+        """The adapter in a folder, frozen, on a backbone without one.
+
+        Raises:
+            RunError: missing, damaged, or made for another backbone.
+        """
+        made = read_json(folder / MADE_FOR)
+        if made.get("fingerprint") != backbone.fingerprint:
+            raise RunError(
+                f"The adapter in {folder} was made for another backbone ({made.get('name')}, fingerprint "
+                f"{made.get('fingerprint')}, not {backbone.fingerprint}); load that one, or heal this one with "
+                "`buddy fit`."
+            )
+        config, tensors = _read_config(folder), load_tensors(folder / WEIGHTS)
+        try:
+            adapter = cls(backbone, config)
+        except (TypeError, ValueError) as error:  # peft finds none of the modules, or words for numbers
+            raise damaged(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
+        try:
+            adapter._take(tensors, folder / WEIGHTS)
+        except BaseException:
+            adapter.remove()
+            raise
+        return adapter
+
+    @property
+    def size(self) -> int:
+        """Numbers that it adds to the model."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The factors of all modules."""
+        return list(self.parts.parameters())
+
+    def train(self) -> None:
+        """Dropout, and products in the backbone's type; the factors themselves stay in float32, as do their steps.
+
+        Otherwise peft brings the inputs of every module to float32, which takes as long as the module itself.
+        """
+        self.parts.train()
+        self._in_float32(False)
+
+    def freeze(self) -> None:
+        """No more training: no gradients, no dropout, products in float32 again; on the backbone's device."""
+        self._trains = False
+        self._in_float32(True)
+        self.parts.to(self._backbone.device).eval().requires_grad_(False)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within this block the modules are the stock ones."""
+        if self._is_off:
+            yield
+            return
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(True)
+
+    def save(self, folder: Path) -> None:
+        """Write it as peft does, so that `PeftModel.from_pretrained` reads it, and beside it what it was made for."""
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        config = {**self._peft.peft_config[NAME].to_dict(), "inference_mode": True}
+        write_json(folder / CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()})
+        write_json(folder / MADE_FOR, {"name": self._backbone.name, "fingerprint": self._backbone.fingerprint})
+        save_tensors(folder / WEIGHTS, self._state(), {"format": "pt"})
+
+    def remove(self) -> None:
+        """Give the stock modules back."""
+        self._peft.unload()
+
+    def merge(self) -> None:
+        """Add what it does to the weights themselves, for good: the same but for rounding, at the stock model's cost.
+
+        Raises:
+            RunError: weights that are no numbers.
+        """
+        try:
+            self._peft.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise RunError("The adapter holds weights that are no numbers; heal the run again.") from error
+
+    def _in_float32(self, yes: bool) -> None:
+        for layer in self._tuned:
+            layer.cast_input_dtype_enabled = yes
+
+    def _switch(self, on: bool) -> None:
+        self._is_off = not on
+        for layer in self._tuned:
+            layer.enable_adapters(on)
+        if on and not self._trains:  # peft takes what is switched on for trainable
+            self.parts.requires_grad_(False)
+
+    def _state(self) -> dict[str, Tensor]:
+        """The factors by their names in a file; they share memory with the adapter's own."""
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self._peft, adapter_name=NAME, save_embedding_layers=False)
+
+    @torch.no_grad()
+    def _take(self, given: Mapping[str, Tensor], path: Path) -> None:
+        held = self._state()
+        wrong = sorted({*held} ^ {*given} | {k for k in {*held} & {*given} if held[k].shape != given[k].shape})
+        if wrong:
+            raise damaged(path, f"it differs from its configuration in {', '.join(wrong[:3])}")
+        for name, tensor in held.items():
+            tensor.copy_(given[name])
+
+
+class _Factor(nn.Linear):
+    """A factor that computes in the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def _own_parts(layer: Any) -> nn.ModuleDict:
+    """What peft put beside a linear module: two factors, and dropout before them."""
+    return nn.ModuleDict({"A": layer.lora_A[NAME], "B": layer.lora_B[NAME], "dropout": layer.lora_dropout[NAME]})
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    from peft import LoraConfig
+
+    held = read_json(folder / CONFIG)
+    if held.get("peft_type") != "LORA":
+        raise damaged(folder / CONFIG, "it describes no LoRA adapter")
+    try:
+        return LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError) as error:
+        raise damaged(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
