@@ -32,10 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.backbone import Backbone
-from buddy.engine.forward import RoutedForward
 from buddy.backbone.load import Backbone
-from buddy.engine.forward import Pass
+from buddy.engine.forward import RoutedForward
 from buddy.engine.kv_cache import Capture, each
 from buddy.engine.kv_policies import Policy, View
 from buddy.engine.selection import Group, by_blocks, groups, take, taken
