@@ -46,7 +46,7 @@ def search(
     """
     count, routable = torch.full((len(ids),), executed), routed.geometry.routable
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
-    seen = routed(ids, keep=scored)
+    seen = routed(ids, logits_to_keep=scored)
     dense = Dense(seen.logits)
     asked = count[:, None].expand(ids.shape).to(ids.device)
     scores = routed.router.score(replace(seen.context, executed=asked))
@@ -56,7 +56,7 @@ def search(
         """(M, B) of corrections (M, B, R)."""
         moved = (scores + corrections[:, :, None].to(scores)).flatten(0, 1)
         rows, counts = ids.repeat(len(corrections), 1), count.repeat(len(corrections))
-        logits = routed(rows, runs=routed.plan(moved, counts, prompt), keep=scored).logits
+        logits = routed(rows, runs=routed.plan(moved, counts, prompt), logits_to_keep=scored).logits
         parts = logits.unflatten(0, (len(corrections), -1))
         return torch.stack([kl_to_dense(dense, part).mean(-1) for part in parts])
 
