@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from buddy.errors import BudgetError
 
 if TYPE_CHECKING:
-    from buddy.calibration import Probe
+    from buddy.calibration.probe import Probe
 
 
 @dataclass(frozen=True)

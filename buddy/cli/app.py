@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 from buddy import processes
 from buddy.errors import BuddyError
 
-ORDER = (  # in --help
+VERBS = (  # in the order of --help; each is a module of this package
     *("fit", "compare", "evaluate", "bench", "inspect", "generate"),
     *("export", "push", "pull", "plan", "routers", "recipes"),
 )
@@ -25,7 +25,7 @@ class Verbs(TyperGroup):
     """Ends with one plain sentence where a person made a mistake or pressed Ctrl-C."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=lambda verb: ORDER.index(verb) if verb in ORDER else len(ORDER))
+        return sorted(super().list_commands(ctx), key=VERBS.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from buddy.assemble import windows_in
 from buddy.errors import DataError
-from buddy.inspection.domains import sources_of
+from buddy.inspection.routing import sources_of
 from buddy.schema import Recipe
 from buddy.training.data import TextData
 from buddy.training.sources import same_source

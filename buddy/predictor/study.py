@@ -21,7 +21,7 @@ from buddy.assemble import budgets_of, routed_from
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
 from buddy.files import check_place, write_json, writing
-from buddy.inspection.domains import Domain, read_domains, sources_of
+from buddy.inspection.routing import Domain, read_domains, sources_of
 from buddy.predictor.choosing import FOLDS, Measured, choices, compared
 from buddy.predictor.features import ordered
 from buddy.predictor.study_figure import draw

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from buddy.assemble import backbone_of, data_of, routed_of
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM
 from buddy.plan import Plan
 from buddy.progress import errors, results, track

@@ -14,7 +14,8 @@ import lightning
 from buddy import processes
 from buddy.assemble import backbone_of, budgets_of, data_of, heals, restore_router, routed_of
 from buddy.backbone import Backbone
-from buddy.calibration import Probe, cache_folder
+from buddy.calibration.probe import Probe
+from buddy.calibration.store import cache_folder
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.perplexity import Scores, evaluate

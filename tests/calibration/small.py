@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone

@@ -2,8 +2,9 @@
 
 import torch
 
-from buddy.calibration import Probe, probe
+from buddy.calibration import probe
 from buddy.calibration.hidden import similarities
+from buddy.calibration.probe import Probe
 from buddy.runs import load_router
 from buddy.training.fit import fit
 from routers.shortgpt import ShortGPT

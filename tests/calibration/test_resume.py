@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from tests.calibration.small import WINDOWS, count_calls, plans, probe, routed
 from tests.documents import ROOT
 

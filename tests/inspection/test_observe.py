@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.inspection.domains import Domain
-from buddy.inspection.observe import observe
+from buddy.inspection.routing import Domain, observe
 from buddy.training.windows import Windows
 from tests.inspection.planted import TwoOrders, planted_runs
 from tests.tiny import tiny_backbone

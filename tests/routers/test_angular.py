@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from buddy import Geometry
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from routers.angular import Angular
 from tests.routers.landscape import Landscape, left_out

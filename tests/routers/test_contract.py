@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from buddy import Context, Geometry, Plan, Router
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.registry import build, installed, load
 from tests.tiny import tiny_backbone

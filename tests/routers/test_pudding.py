@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buddy import Context, Geometry
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.registry import build
 from routers.pudding import PuDDing, alike, ridge

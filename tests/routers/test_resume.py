@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 import torch
 
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.registry import build
 from tests.routers.uneven import WINDOWS, uneven_backbone

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from buddy import Geometry
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RegistryError
 from buddy.registry import build

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from buddy import BudgetError, Geometry
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from routers.full import FullDepth
 from routers.reverse_order import ReverseOrder

@@ -5,7 +5,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from buddy import processes
-from buddy.calibration import Probe
+from buddy.calibration.probe import Probe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.evaluation.perplexity import evaluate

@@ -8,9 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import buddy
 from buddy.assemble import routed_from
-from buddy.handover.export import export_run
-from buddy.handover.pull import pull
-from buddy.handover.push import push
+from buddy.hub.export import export_run
+from buddy.hub.push_pull import pull, push
 from buddy.runs import read_run
 from buddy.training.fit import fit
 

@@ -14,11 +14,9 @@ from buddy.cli import app
 from buddy.errors import RunError
 from buddy.evaluation.evaluate import evaluate_run
 from buddy.files import checksum
-from buddy.handover.layout import FILES
-from buddy.handover.pull import pull
-from buddy.handover.push import push
+from buddy.hub.load import generate
+from buddy.hub.push_pull import FILES, pull, push
 from buddy.runs import read_run
-from buddy.serve import generate
 from buddy.training.fit import fit
 from tests.small import write_text
 

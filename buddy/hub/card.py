@@ -11,7 +11,7 @@ import yaml
 from buddy import embedded
 from buddy.evaluation.perplexity import Scores
 from buddy.files import damaged
-from buddy.handover.choice import Choice
+from buddy.inspection.routing import Choice
 from buddy.place import ADAPTER, METRICS, PREDICTOR
 from buddy.runs import Run
 

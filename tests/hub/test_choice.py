@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.handover.choice import OnePlan, most_frequent
+from buddy.hub.export import OnePlan
+from buddy.inspection.routing import most_frequent
 from buddy.training.windows import Windows
 from tests.engine.reference import Fickle, FickleGates
 from tests.tiny import tiny_backbone
