@@ -28,7 +28,7 @@ lint: $(ENV) ## ruff: rules and format; mypy: types
 	$(BIN)/mypy
 
 bench: $(ENV) ## training step against a bare PyTorch loop
-	$(BIN)/python -m buddy.training.benchmark
+	$(BIN)/python -m studies.train_step
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS) ## the site, into build/site; only its installation uses the network

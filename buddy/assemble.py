@@ -7,23 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from buddy import processes
+from buddy import distributed
 from buddy.backbone import Backbone, load_backbone
+from buddy.config import Recipe
+from buddy.data.module import TextData
+from buddy.data.text import same_source
+from buddy.data.windows import Windows, windows_of
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
 from buddy.healing.adapter import Adapter
 from buddy.latency import Latencies, cache_folder
-from buddy.place import ADAPTER
 from buddy.predictor.features import Predictor
 from buddy.predictor.saved import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter
-from buddy.runs import Run, check_backbone, load_router
-from buddy.schema import Recipe
+from buddy.run import ADAPTER, Run, check_backbone, load_router
 from buddy.sharding import settle, shard, shards
-from buddy.training.data import TextData
-from buddy.training.sources import same_source
-from buddy.training.windows import Windows, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +39,7 @@ def backbone_of(recipe: Recipe, *, stays: bool = False) -> Backbone:
         section.name, section.dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     if not stays:
-        backbone.model.to(processes.device(recipe.trainer.accelerator))
+        backbone.model.to(distributed.device(recipe.trainer.accelerator))
     return backbone
 
 
@@ -198,8 +197,8 @@ def routed_from(run: Run, merged: bool = False) -> RoutedLM:
 def _backbone_from(run: Run) -> Backbone:
     """The run's backbone; its weights shared out where the recipe says so and the processes are together."""
     trainer = run.recipe.trainer
-    shared_out = processes.together() and shards(trainer)
-    with processes.one_by_one(trainer) if shared_out else nullcontext():
+    shared_out = distributed.together() and shards(trainer)
+    with distributed.one_by_one(trainer) if shared_out else nullcontext():
         backbone = backbone_of(run.recipe, stays=shared_out)
         check_backbone(run, backbone.fingerprint)
         if shared_out:

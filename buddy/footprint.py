@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from buddy.backbone import DTYPES, EMBEDDED, check_routable
 from buddy.budget import executed_layers
+from buddy.config import ObjectiveSection, Recipe
+from buddy.console import results
 from buddy.embedded import quiet_transformers
 from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, nearest
-from buddy.files import check_place, write_json
-from buddy.progress import results
+from buddy.io import check_place, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, Geometry, LayerwiseRouter
-from buddy.schema import ObjectiveSection, Recipe
 
 GIB = 2**30
 CONTEXT = 1000  # tokens of a row whose cache is shown

@@ -8,8 +8,8 @@ from pathlib import Path
 from string import Template
 
 from buddy.errors import RegistryError
-from buddy.files import writing
 from buddy.hub.push_pull import whole_folder
+from buddy.io import writing
 from buddy.registry import installed
 
 NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from buddy import processes
+from buddy import distributed
 from buddy.backbone import Backbone
+from buddy.config import Recipe, TrainerSection
 from buddy.errors import TrainingError
-from buddy.schema import Recipe, TrainerSection
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +25,7 @@ STRATEGY = "fsdp"
 
 def shards(section: TrainerSection) -> bool:
     """Whether weights are shared out: asked for, and over more than one device."""
-    devices, nodes = processes.shape(section)
+    devices, nodes = distributed.shape(section)
     return section.strategy == STRATEGY and devices * nodes > 1
 
 
@@ -46,8 +46,8 @@ def check(recipe: Recipe) -> None:
 
 
 def join(section: TrainerSection) -> None:
-    """`processes.join`, and agree on who holds which part."""
-    processes.join(section)
+    """`distributed.join`, and agree on who holds which part."""
+    distributed.join(section)
     if shards(section):
         _mesh(section.accelerator)
 
@@ -62,7 +62,7 @@ def shard(backbone: Backbone, accelerator: str) -> None:
     mesh = _mesh(accelerator)
     for layer in backbone.layers:
         fully_shard(layer, mesh=mesh)
-    backbone.model.to(processes.device(accelerator))
+    backbone.model.to(distributed.device(accelerator))
     within = set(backbone.layers.parameters())
     fully_shard(backbone.base, mesh=mesh, ignored_params={p for p in backbone.base.parameters() if p not in within})
 
@@ -77,4 +77,4 @@ def settle(backbone: Backbone) -> None:
 def _mesh(accelerator: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(processes.device(accelerator).type, (processes.count(),))
+    return init_device_mesh(distributed.device(accelerator).type, (distributed.count(),))

@@ -6,8 +6,7 @@ from dataclasses import fields, is_dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from buddy.draft import shown
-from buddy.schema import Recipe, section_of
+from buddy.config import Recipe, section_of, shown
 
 WORDS: dict[Any, str] = {
     int: "whole number",

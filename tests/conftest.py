@@ -43,7 +43,7 @@ def small(tiny_llama_folder, datasets_cache, tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(small, tmp_path_factory):
     """The folder `<output>/small` after a whole `fit` with four rivals; read it, never write into it."""
-    from buddy.training.fit import fit
+    from buddy.fit import fit
 
     output = tmp_path_factory.mktemp("finished")
     fit(small(output, "rivals=[shortgpt,uniform,random,full]"), "small")

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from buddy.cli import app
-from buddy.recipe import load_recipe
+from buddy.config import load_recipe
 from buddy.registry import load
 from tests.plugin.installing import pip_install
 

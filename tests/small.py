@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from buddy.recipe import load_recipe
-from buddy.schema import Recipe
+from buddy.config import Recipe, load_recipe
 
 RECIPE = """
 backbone: {{name: {model}, dtype: float32}}

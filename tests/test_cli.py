@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import buddy
 from buddy.cli import app
+from buddy.config import load_recipe, recipe_path
 from buddy.errors import TrainingError
-from buddy.recipe import load_recipe, recipe_path
 
 VERBS = [
     "fit",
@@ -50,7 +50,7 @@ def calls(monkeypatch):
             setattr(double, name, lambda *args, name=name, **options: made.append((name, args, options)))
         monkeypatch.setitem(sys.modules, module, double)
 
-    stand_in("buddy.training.fit", "fit")
+    stand_in("buddy.fit", "fit")
     stand_in("buddy.evaluation.evaluate", "evaluate_run")
     stand_in("buddy.comparison.compare", "compare")
     stand_in("buddy.comparison.rewrite", "rewrite")
@@ -280,13 +280,13 @@ def fail_with(error: BaseException):
 
 
 def test_errors_of_a_run(calls, monkeypatch):
-    monkeypatch.setattr(sys.modules["buddy.training.fit"], "fit", fail_with(TrainingError("Step 7 is not finite.")))
+    monkeypatch.setattr(sys.modules["buddy.fit"], "fit", fail_with(TrainingError("Step 7 is not finite.")))
     result = call("fit", "--recipe", "quickstart")
     assert (result.exit_code, result.stderr) == (2, "Error: Step 7 is not finite.\n")
 
 
 def test_ctrl_c_is_one_sentence_and_exit_130(calls, monkeypatch):
-    monkeypatch.setattr(sys.modules["buddy.training.fit"], "fit", fail_with(KeyboardInterrupt()))
+    monkeypatch.setattr(sys.modules["buddy.fit"], "fit", fail_with(KeyboardInterrupt()))
     result = call("fit", "--recipe", "quickstart")
     assert result.exit_code == 130
     assert result.stderr == "\nStopped. Repeat the command to go on from the last checkpoint.\n"
@@ -296,7 +296,7 @@ def test_ctrl_c_is_one_sentence_and_exit_130(calls, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(calls, monkeypatch):
-    monkeypatch.setattr(sys.modules["buddy.training.fit"], "fit", fail_with(ZeroDivisionError("a bug")))
+    monkeypatch.setattr(sys.modules["buddy.fit"], "fit", fail_with(ZeroDivisionError("a bug")))
     assert isinstance(call("fit", "--recipe", "quickstart").exception, ZeroDivisionError)
 
 

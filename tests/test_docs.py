@@ -15,9 +15,8 @@ import pytest
 
 from buddy.backbone import ROUTABLE
 from buddy.comparison.markdown import WRITTEN
-from buddy.draft import shown
+from buddy.config import list_recipes, load_recipe, shown, to_yaml
 from buddy.errors import BuddyError
-from buddy.recipe import list_recipes, load_recipe, to_yaml
 from buddy.registry import installed, load
 from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg
 from tests.small import write_text
@@ -48,7 +47,7 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         text = to_yaml(load_recipe(recipe.path, tiny))
         (recipes / recipe.path.name).write_text(f"# {recipe.summary}\n{text}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.recipe.FOLDER", recipes)
+        patch.setattr("buddy.config.FOLDER", recipes)
         patch.setattr("buddy.evaluation.bench.LONG", 96)
         patch.setattr("buddy.evaluation.bench.BATCH", 2)
         patch.setattr("buddy.latency.ROUNDS", 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from buddy.errors import RunError
-from buddy.memory import within_memory
+from buddy.io import within_memory
 
 
 def test_the_cpus_allocator():

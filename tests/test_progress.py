@@ -6,8 +6,8 @@ import re
 from rich.console import Console
 from rich.text import Text
 
-from buddy import progress
-from buddy.progress import Bar, track
+from buddy import console
+from buddy.console import Bar, track
 
 
 def console_line(line) -> str:
@@ -22,7 +22,7 @@ def test_without_a_terminal_there_is_one_line_at_the_end(capsys):
 
 
 def test_a_long_loop_tells_how_far_it_is_and_what_is_left(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
     with Bar("Training", total=10, done=4) as bar:
         for done in (5, 6, 7):
             bar.update(done, "objective 0.5")
@@ -33,7 +33,7 @@ def test_a_long_loop_tells_how_far_it_is_and_what_is_left(capsys, monkeypatch):
 
 
 def test_the_end_is_told_once(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
     assert list(track(range(2), "Counting")) == [0, 1]
     assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
         "Counting: 1 of 2",
@@ -43,7 +43,7 @@ def test_the_end_is_told_once(capsys, monkeypatch):
 
 def test_on_a_terminal_it_is_one_line(monkeypatch):
     terminal = io.StringIO()
-    monkeypatch.setattr(progress, "errors", Console(file=terminal, force_terminal=True, width=80, color_system=None))
+    monkeypatch.setattr(console, "errors", Console(file=terminal, force_terminal=True, width=80, color_system=None))
     with Bar("Training buddy", total=200) as bar:
         bar.update(50, "objective 1.234")
     last = terminal.getvalue().replace("\x1b[2K", "").split("\r")[-1].splitlines()
@@ -56,7 +56,7 @@ def test_on_a_terminal_it_is_one_line(monkeypatch):
 
 def test_those_at_work_under_a_bar_have_lines_below_it_until_they_end(monkeypatch):
     terminal = io.StringIO()
-    monkeypatch.setattr(progress, "errors", Console(file=terminal, force_terminal=True, width=60, color_system=None))
+    monkeypatch.setattr(console, "errors", Console(file=terminal, force_terminal=True, width=60, color_system=None))
     with Bar("Runs, 2 at once", total=2) as bar:
         bar.beside("buddy, seed 0", "Training buddy: 3 of 350")
         bar.beside("first, seed 0", "Training first: 9 of 350" + 40 * "x")
@@ -80,19 +80,17 @@ def test_without_a_terminal_those_at_work_say_lines(capsys):
 
 
 def test_another_process_is_told_lines_and_bars(monkeypatch):
-    told, console = [], Console(stderr=True)
-    monkeypatch.setattr(progress, "errors", console)
-    monkeypatch.setattr(progress, "results", Console())
-    progress.relay(lambda *line: told.append(line), 0.0)
+    told, stream = [], Console(stderr=True)
+    monkeypatch.setattr(console, "errors", stream)
+    monkeypatch.setattr(console, "results", Console())
+    console.relay(lambda *line: told.append(line), 0.0)
     with Bar("Counting", 3) as bar:
         bar.update(1, "a note")
-    console.print(
-        "A word that is long enough not to fit into one line of eighty characters, and so on.", soft_wrap=True
-    )
+    stream.print("A word that is long enough not to fit into one line of eighty characters, and so on.", soft_wrap=True)
     assert [passing for _, passing in told] == [True, True, False]
     assert told[0][0] == "Counting: 1 of 3, 0:00:00 elapsed, a note"
     assert told[2][0].endswith("and so on.")
-    assert progress.results.quiet
+    assert console.results.quiet
 
 
 def test_what_is_stopped_is_still_told(capsys):

@@ -11,12 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from buddy.config import Recipe, RouterSection, TrainerSection, load_recipe, to_yaml
 from buddy.errors import RunError
-from buddy.place import RunPlace
-from buddy.recipe import load_recipe, to_yaml
 from buddy.router import Geometry
-from buddy.runs import check_backbone, load_router, read_metrics, read_run, save_router, write_facts
-from buddy.schema import Recipe, RouterSection, TrainerSection
+from buddy.run import RunPlace, check_backbone, load_router, read_metrics, read_run, save_router, write_facts
 
 GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
 
@@ -169,7 +167,7 @@ def test_a_kill_while_publishing_leaves_the_old_run_or_the_new(place, recipe, re
         fill(place.open_partial(recipe), recipe, 2.0)
     code = f"""
 import os, pathlib
-from buddy.place import RunPlace
+from buddy.run import RunPlace
 place, rename, left = RunPlace(pathlib.Path({str(place.final)!r})), pathlib.Path.rename, [{renames}]
 def limited(self, target):
     if left[0] == 0:
@@ -208,7 +206,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 def test_a_second_process_is_refused_with_the_pid_of_the_first(place, recipe):
     code = f"""
 import pathlib
-from buddy.place import RunPlace
+from buddy.run import RunPlace
 with RunPlace(pathlib.Path({str(place.final)!r})).lock():
     print("held", flush=True)
     input()

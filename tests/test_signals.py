@@ -5,9 +5,7 @@ import signal
 import threading
 
 import pytest
-from omegaconf import OmegaConf
 
-from buddy.recipe import load_recipe, to_yaml
 from buddy.signals import deferred, handled
 
 
@@ -73,19 +71,3 @@ def test_a_handler_outside_python_stays(monkeypatch):
     with handled(signal.SIGINT, signal.SIG_IGN), deferred():
         monkeypatch.undo()
         assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize("work", [to_yaml, lambda recipe: load_recipe("quickstart", ["budgets=[1.0,0.5]"])])
-def test_an_interrupt_while_a_recipe_is_read_or_written_is_no_mistake_in_it(monkeypatch, work):
-    recipe, create, came = load_recipe("quickstart"), OmegaConf.create, []
-
-    def interrupted(*given, **options):
-        interrupt()
-        found = create(*given, **options)
-        came.append(found)
-        return found
-
-    monkeypatch.setattr(OmegaConf, "create", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        work(recipe)
-    assert came

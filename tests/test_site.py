@@ -20,7 +20,7 @@ import buddy
 from buddy import errors, testing
 from buddy.budget import executed_layers
 from buddy.cli import app
-from buddy.schema import AdapterSection, Recipe, leaves
+from buddy.config import AdapterSection, Recipe, leaves
 from pages import keys, links, way
 from pages.reference import MADE
 

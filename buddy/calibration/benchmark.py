@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 
 from buddy.assemble import backbone_of, data_of, routed_of
 from buddy.calibration.probe import Probe
+from buddy.config import load_recipe
+from buddy.console import errors, results, track
 from buddy.evaluation.pruned import pruned_model
-from buddy.progress import errors, results, track
-from buddy.recipe import load_recipe
-from buddy.training.objective import cross_entropy
+from buddy.losses import cross_entropy
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from buddy.calibration.shell import Shell
 from buddy.calibration.walk import Walk
-from buddy.training.objective import Dense, cross_entropy, kl_to_dense
+from buddy.losses import Dense, cross_entropy, kl_to_dense
 
 Criterion = Literal["ce", "kl"]
 CRITERIA = ("ce", "kl")

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from buddy.console import errors
 from buddy.embedded import cache_root
-from buddy.progress import errors
 
 PLACE = "BUDDY_CALIBRATION_CACHE"
 PATIENCE = 20.0  # seconds to wait for another process that writes

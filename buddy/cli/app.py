@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from buddy import processes
+from buddy import distributed as processes
 from buddy.errors import BuddyError
 
 VERBS = (  # in the order of --help; each is a module of this package

@@ -73,7 +73,7 @@ def compare(
         return _show(made, markdown, overrides or [], given | {"trained": trained})
     if tasks is None:
         refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
-    from buddy.recipe import load_recipe, recipe_name
+    from buddy.config import load_recipe, recipe_name
 
     resolved = load_recipe(recipe, overrides or [])
     from buddy.comparison.asked import Asked, Tasks

@@ -11,9 +11,9 @@ def fit(
     overrides: Overrides = None,
 ) -> None:
     """Train or calibrate a router and evaluate it."""
-    from buddy.recipe import load_recipe, recipe_name
+    from buddy.config import load_recipe, recipe_name
 
     resolved = load_recipe(recipe, overrides or [])
-    from buddy.training.fit import fit as run_fit
+    from buddy.fit import fit as run_fit
 
     run_fit(resolved, recipe_name(recipe))

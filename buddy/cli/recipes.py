@@ -24,7 +24,7 @@ def _recipes(ctx: typer.Context) -> None:
 @recipes_app.command("list", epilog="\b\nExample: buddy recipes list")
 def list_recipes() -> None:
     """List the recipes (as `buddy recipes` alone does)."""
-    from buddy.recipe import list_recipes as listed
+    from buddy.config import list_recipes as listed
 
     print_table(("name", "what it is"), [(recipe.name, recipe.summary) for recipe in listed()])
 
@@ -32,7 +32,7 @@ def list_recipes() -> None:
 @recipes_app.command(epilog="\b\nExample: buddy recipes show quickstart")
 def show(name: RecipeName) -> None:
     """Print a recipe with its comments."""
-    from buddy.recipe import recipe_path
+    from buddy.config import recipe_path
 
     typer.echo(recipe_path(name).read_text("utf-8"), nl=False)
 
@@ -45,7 +45,7 @@ def copy(
     ] = None,
 ) -> None:
     """Copy a recipe to a new file of your own."""
-    from buddy.recipe import copy_recipe
+    from buddy.config import copy_recipe
 
     target = copy_recipe(name, destination or Path())
     typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {target}")

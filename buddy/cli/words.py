@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from buddy import processes
+from buddy import distributed as processes
 from buddy.errors import BuddyError, BudgetError
 
 

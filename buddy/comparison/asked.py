@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from buddy.comparison.command import shown_command
+from buddy.config import Recipe
+from buddy.console import status
 from buddy.errors import RecipeError, RunError
-from buddy.files import check_place
-from buddy.place import FACTS, folder_name
-from buddy.progress import status
-from buddy.schema import Recipe
+from buddy.io import check_place
+from buddy.run import FACTS, folder_name
 
 SEEDS = 3
 RUNS = "runs"  # in the folder of a comparison

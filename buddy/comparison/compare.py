@@ -24,16 +24,16 @@ from buddy.comparison.pool import side_by_side
 from buddy.comparison.record import record_of
 from buddy.comparison.timing import measured
 from buddy.comparison.work import Start, Texts, Worker
+from buddy.config import Recipe
+from buddy.console import Bar, errors, status
+from buddy.data.module import TextData
 from buddy.engine.model import geometry_of
 from buddy.errors import BuddyError, RunError
-from buddy.files import writing
-from buddy.progress import Bar, errors, status
+from buddy.fit import Session, prepare
+from buddy.io import writing
 from buddy.registry import build, check_names
 from buddy.router import AnyRouter
-from buddy.schema import Recipe
-from buddy.training.data import TextData
 from buddy.training.inputs import inputs_of
-from buddy.training.session import Session, prepare
 
 MadeOf = Mapping[str, Mapping[str, str]]  # digests of model, text and code, by router
 FOUND = 0.5  # seconds within which a run that was finished before is passed by

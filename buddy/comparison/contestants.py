@@ -7,10 +7,9 @@ import json
 import re
 from dataclasses import dataclass
 
+from buddy.config import Recipe, override, with_router
 from buddy.errors import RegistryError
-from buddy.recipe import override, with_router
 from buddy.registry import describe
-from buddy.schema import Recipe
 
 ALL = "all"
 OPENING, CLOSING = "[{(", "]})"

@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 
 from buddy.assemble import windows_in
+from buddy.config import Recipe
+from buddy.data.module import TextData
+from buddy.data.text import same_source
+from buddy.data.windows import Windows
 from buddy.errors import DataError
 from buddy.inspection.routing import sources_of
-from buddy.schema import Recipe
-from buddy.training.data import TextData
-from buddy.training.sources import same_source
-from buddy.training.windows import Windows
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
-from buddy.progress import results
+from buddy.console import results
 
 WIDTH, GAP = 118, 2  # columns of a terminal that are counted on where there is none; between two columns
 LONGEST = 30  # columns for the routers' labels

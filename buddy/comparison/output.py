@@ -14,8 +14,8 @@ from buddy.comparison.record import write_record
 from buddy.comparison.tables import all_grids
 from buddy.comparison.tensorboard import write_tensorboard
 from buddy.comparison.view import Comparison
-from buddy.files import write_text
-from buddy.progress import results
+from buddy.console import results
+from buddy.io import write_text
 
 JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "results.md"
 

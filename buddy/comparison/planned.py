@@ -9,14 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from buddy.draft import shown
+from buddy.config import PredictorSection, Recipe, flatten, load_recipe, shown
 from buddy.errors import BuddyError, DamagedError, RunError
-from buddy.evaluation.saved import scores_of
-from buddy.files import damaged
-from buddy.place import FACTS, METRICS, RECIPE, RunPlace, inputs_in
-from buddy.recipe import flatten, load_recipe
-from buddy.runs import check_backbone, read_metrics, read_run
-from buddy.schema import PredictorSection, Recipe
+from buddy.io import damaged
+from buddy.run import FACTS, METRICS, RECIPE, RunPlace, check_backbone, inputs_in, read_metrics, read_run
+from buddy.scoring.perplexity import scores_of
 
 FREE = ("output", "rivals", "trainer.ckpt_path")  # keys that change nothing in the run
 TRAINING = ("trainer.", "objective.", "optimizer.", "data.train_sources")  # change nothing in what is not trained

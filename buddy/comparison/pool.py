@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING
 
-from buddy import processes, progress
+from buddy import console, distributed
 from buddy.signals import handled
 
 if TYPE_CHECKING:
@@ -155,12 +155,12 @@ class _Helper:
         if self.pipe is not None:
             self.pipe.close()
         self.pipe, theirs = self._context.Pipe()
-        every = progress.TOLD_EVERY if progress.errors.is_terminal else progress.PLAIN_EVERY
+        every = console.TOLD_EVERY if console.errors.is_terminal else console.PLAIN_EVERY
         self.process = self._context.Process(
             target=_work, args=(theirs, self._stopped, self._start, every), daemon=True
         )
         # Deaf to interrupts until it can take them without a traceback.
-        with handled(signal.SIGINT, signal.SIG_IGN), processes.one_gpu(self._place):
+        with handled(signal.SIGINT, signal.SIG_IGN), distributed.one_gpu(self._place):
             self.process.start()
         theirs.close()  # so that the pipe ends when the process does
 
@@ -173,7 +173,7 @@ def _work(pipe: Connection, stopped: Event, start: Start, every: float) -> None:
             pipe.send(_Line(text, passing))
 
     os.setpgrp()  # the terminal's Ctrl-C goes to the parent alone, which passes it on
-    progress.relay(tell, every)
+    console.relay(tell, every)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,12 +16,11 @@ from buddy.comparison.domains import Domain
 from buddy.comparison.machine import machine, versions
 from buddy.comparison.planned import Planned, is_finished
 from buddy.comparison.work import Texts, evaluation_file, task_file
+from buddy.config import Recipe, flatten
 from buddy.errors import BuddyError, RunError
-from buddy.files import read_json, write_text
-from buddy.recipe import flatten
+from buddy.io import read_json, write_text
 from buddy.registry import load
-from buddy.runs import read_metrics
-from buddy.schema import Recipe
+from buddy.run import read_metrics
 
 FORMAT = 1
 KEYS = (

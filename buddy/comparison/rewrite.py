@@ -14,7 +14,7 @@ from buddy.comparison.record import read_record
 from buddy.comparison.tables import all_grids
 from buddy.comparison.view import Comparison
 from buddy.errors import RunError
-from buddy.files import check_place
+from buddy.io import check_place
 
 
 def rewrite(files: Sequence[Path], markdown: Path | None) -> None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from buddy.evaluation.perplexity import RESAMPLES, Scores, quantiles, resamples
+from buddy.scoring.perplexity import RESAMPLES, Scores, quantiles, resamples
 
 SEEDS, REFERENCE_SEEDS = 1, 2  # streams of random numbers, apart from that of the documents
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from buddy.comparison.view import Comparison
-from buddy.draft import shown
+from buddy.config import shown
 from buddy.evaluation.curves import Scalar, write_pictures, write_run
-from buddy.files import writing
+from buddy.io import writing
 
 FOLDER, PICTURES = "tensorboard", "_figures"
 

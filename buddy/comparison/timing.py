@@ -15,16 +15,14 @@ from buddy.assemble import budgets_of, routed_of
 from buddy.backbone import Backbone
 from buddy.comparison.machine import machine, versions
 from buddy.comparison.planned import Planned
+from buddy.console import tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError
 from buddy.evaluation.pruned import pruned_model
 from buddy.evaluation.speed import PROMPT, STEPS, Contender, Timings, race
-from buddy.files import checksum, read_json, write_sealed
-from buddy.memory import within_memory
-from buddy.place import ROUTER
-from buddy.progress import tracker
+from buddy.io import checksum, read_json, within_memory, write_sealed
 from buddy.router import AnyRouter
-from buddy.runs import load_router
+from buddy.run import ROUTER, load_router
 
 FILE, ROUNDS = "speed.json", 3
 TURNS = "drawn for each token"  # of how times were taken, so that those taken otherwise are measured again

@@ -11,9 +11,8 @@ from typing import Any
 
 from buddy.comparison.statistics import accuracy_difference, difference, loss_interval, mean_loss
 from buddy.evaluation.flips import flipped
-from buddy.evaluation.perplexity import Scores
 from buddy.evaluation.report import FEWEST
-from buddy.evaluation.saved import scores_of
+from buddy.scoring.perplexity import Scores, scores_of
 
 
 @dataclass(frozen=True)

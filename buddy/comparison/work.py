@@ -12,19 +12,16 @@ from buddy.assemble import budgets_of, restore
 from buddy.comparison.asked import Tasks
 from buddy.comparison.domains import Domain, read_domain
 from buddy.comparison.planned import Planned, again, is_finished
+from buddy.config import Recipe
+from buddy.console import tracker
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DamagedError, TrainingError
-from buddy.evaluation.perplexity import evaluate
-from buddy.evaluation.reference import Reference
-from buddy.evaluation.saved import with_documents
-from buddy.files import checksum, read_json, write_sealed, write_text
+from buddy.fit import Session, prepare
 from buddy.healing.adapter import WEIGHTS
-from buddy.memory import within_memory
-from buddy.place import ADAPTER, METRICS, ROUTER
-from buddy.progress import tracker
-from buddy.schema import Recipe
-from buddy.training.session import Session, prepare
-from buddy.training.windows import Windows
+from buddy.io import checksum, read_json, within_memory, write_sealed, write_text
+from buddy.run import ADAPTER, METRICS, ROUTER
+from buddy.scoring.perplexity import Reference, evaluate, with_documents
 
 EVALUATIONS, TASKS = "evaluations", "tasks"  # in a run folder
 Texts = dict[Domain, Windows]

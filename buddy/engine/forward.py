@@ -1,21 +1,226 @@
-"""One forward pass of a routed model: from the context layer's output to a plan, and what ran."""
+"""One forward pass of a routed model: from the context layer's output to a plan, and what ran.
+
+What the next forwards are asked for, what holds for all of them, and who decides for whom.
+
+What ran: noted by the layers as they run, spelt out in tensors only when asked.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from buddy.engine.cache import RoutedCache
-from buddy.engine.pool import Pool, features
-from buddy.engine.record import Ran
-from buddy.engine.request import Request, Settings, held_scores, plan_tokens
-from buddy.engine.select import Group, take
+from buddy.engine.kv_cache import Pool, RoutedCache, features
+from buddy.engine.selection import Group, take
 from buddy.engine.sinks import SinkStates
-from buddy.router import Context
+from buddy.errors import BuddyError, BudgetError
+from buddy.plan import Plan
+from buddy.router import AnyRouter, Context
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the next forwards are asked for: K per row, or a plan made elsewhere.
+
+    Attributes:
+        executed: K for each row of the batch, or one for all; None for full depth.
+        runs: (B, T, L) bool, a plan to run instead of the router's.
+        gates: (B, T, L) with gradients, for straight-through training.
+        prompt: length of the prompt in these tokens; None in generation, where the first forward is the prompt.
+        everything: compute each layer on every token and choose afterwards.
+        weighted: multiply what each layer adds by a layerwise router's weight, with gradients.
+        choose: K (B,) for the contexts (B,) of prompts, where a predictor chooses it.
+    """
+
+    executed: tuple[int, ...] | None = None
+    runs: Tensor | None = None
+    gates: Tensor | None = None
+    prompt: int | None = None
+    everything: bool = False
+    weighted: bool = False
+    choose: Callable[[Context], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all forwards of a routed model."""
+
+    layers: int
+    context_layer: int
+    sink_tokens: int
+    prompt_plan: str
+    batch_plan: str
+    reroute_every: int | None
+
+
+def deciders(length: int, first: int, every: int | None, device: torch.device | None = None) -> Tensor:
+    """(T,) long: for each of `length` tokens the index of the one whose decision it follows.
+
+    Args:
+        first: index of the prompt's last token among them; negative where it lies before them, as indices then may be.
+        every: after it only each `every`-th token decides; None: none does.
+    """
+    since = torch.arange(length, device=device) - first  # tokens since the last one of the prompt
+    return first + torch.where(since > 0, since - (since % every if every else since), since)
+
+
+def held_scores(scores: Tensor, first: int, every: int | None, before: Tensor | None = None) -> Tensor:
+    """Scores (B, T, R) that hold where only every `every`-th token after position `first` decides (None: none does).
+
+    Args:
+        first: index of the prompt's last token among the T; negative where it lies before them.
+        before: (B, 1, R), the scores that hold from before these tokens.
+    """
+    if every == 1:
+        return scores
+    at = deciders(scores.shape[1], first, every, scores.device)
+    held = scores[:, at.clamp(min=0)]
+    return held if before is None else torch.where((at < 0)[None, :, None], before, held)
+
+
+def plan_tokens(scores: Tensor, executed: Tensor, layers: int, shared: int = 0) -> Tensor:
+    """(B, T, L) bool from scores (B, T, R) and K (B, T); the first `shared` tokens take their last one's plan."""
+    runs = Plan.from_scores(scores, executed, layers).runs
+    if shared:
+        last = runs[:, shared - 1 : shared]
+        runs = torch.cat([last.expand(-1, shared, -1), runs[:, shared:]], 1)
+    return runs
+
+
+def within_scope(router: AnyRouter, settings: Settings) -> Settings:
+    """The settings that hold for a router: those of one plan an input, where that is its scope."""
+    if router.scope == "token":
+        return settings
+    if router.scope != "prompt":
+        raise BuddyError(f"The scope of {type(router).__name__} is {router.scope!r}; make it 'token' or 'prompt'.")
+    return replace(settings, prompt_plan="shared", reroute_every=None)
+
+
+def for_rows(request: Request, batch: int) -> Request:
+    """The request for B rows; beams repeat its rows."""
+    given = len(request.executed)
+    if given in (1, batch):
+        return request
+    if batch % given:
+        raise BudgetError(f"{given} budgets were given for {batch} rows; give one, or one per row.")
+    return replace(request, executed=tuple(k for k in request.executed for _ in range(batch // given)))
+
+
+def checked_mask(mask: Tensor | None) -> Tensor | None:
+    """The mask (B, positions), or None where it hides nothing."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise BudgetError("Routing needs the attention mask in two dimensions (rows × tokens); pass that, or none.")
+    return None if bool(mask.all()) else mask
+
+
+def wants_cache(config: PreTrainedConfig, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward with these arguments fills a cache."""
+    asked = kwargs.get("use_cache")
+    return config.use_cache if asked is None else asked
+
+
+@dataclass
+class Ran:
+    """What one forward planned and ran.
+
+    Attributes:
+        shape: (B, T).
+        layers: L.
+        device: of the tensors that are asked for.
+        plan: (B, T, L) bool, or L lists of B for one new token a row, or None where every layer ran.
+        sink: (B, T) bool, positions at full depth whatever the budget; None for none.
+        whole: layers that recorded every token.
+        parts: (B, T) bool of each layer that recorded some tokens.
+    """
+
+    shape: tuple[int, int]
+    layers: int
+    device: torch.device
+    plan: Tensor | list[list[bool]] | None
+    sink: Tensor | None
+    whole: int = 0
+    parts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def executed(self) -> Tensor:
+        """(B, T) long, the layers that each token ran, as the layers themselves recorded it."""
+        total = torch.full(self.shape, self.whole, dtype=torch.long, device=self.device)
+        for part in self.parts:
+            total += part
+        return total
+
+    @property
+    def runs(self) -> Tensor:
+        """(B, T, L) bool, the plan with sinks at full depth."""
+        if isinstance(self.plan, Tensor):
+            return self.plan
+        if self.plan is None:
+            return torch.ones(*self.shape, self.layers, dtype=torch.bool, device=self.device)
+        return torch.tensor(self.plan, device=self.device).t()[:, None]
+
+    @property
+    def sinks(self) -> Tensor:
+        """(B, T) bool, positions at full depth whatever the budget."""
+        return torch.zeros(self.shape, dtype=torch.bool, device=self.device) if self.sink is None else self.sink
+
+
+@dataclass
+class Record:
+    """What ran while a request held, one entry a forward.
+
+    Attributes:
+        asked: K for each row, where a budget predictor chose it last.
+    """
+
+    forwards: list[Ran] = field(default_factory=list)
+    asked: tuple[int, ...] = ()
+
+    @property
+    def executed(self) -> list[Tensor]:
+        """(B, T) long each: layers that each token really ran."""
+        return [ran.executed for ran in self.forwards]
+
+    @property
+    def sinks(self) -> list[Tensor]:
+        """(B, T) bool each: positions at full depth whatever the budget."""
+        return [ran.sinks for ran in self.forwards]
+
+    @property
+    def runs(self) -> list[Tensor]:
+        """(B, T, L) bool each: the plans, sinks at full depth."""
+        return [ran.runs for ran in self.forwards]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Result of a routed forward over whole windows.
+
+    Attributes:
+        logits: (B, T', V) of the positions kept.
+        context: what the router saw, leading dimensions (B, T).
+        scores: (B, T, R), or None where the router was not asked, or is layerwise.
+        runs: (B, T, L) bool, the plan with sinks at full depth.
+        executed: (B, T) long, layers that really ran.
+        sinks: (B, T) bool, positions at full depth whatever the budget.
+        weights: (B, T, R) with gradients, those of the routable layers; of a weighted forward only.
+    """
+
+    logits: Tensor
+    context: Context
+    scores: Tensor | None
+    runs: Tensor
+    executed: Tensor
+    sinks: Tensor
+    weights: Tensor | None = None
+
 
 Score = Callable[[Context], Tensor]
 

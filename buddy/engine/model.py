@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from buddy.backbone import Backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
 from buddy.engine.checks import check_forward
-from buddy.engine.host import Host
+from buddy.engine.forward import Output, Record, Request, Settings, held_scores, plan_tokens, within_scope
+from buddy.engine.hooks import Host
+from buddy.engine.kv_policies import policy_named
 from buddy.engine.layers import adjoin_all
-from buddy.engine.policies import policy_named
-from buddy.engine.record import Output, Record
-from buddy.engine.request import Request, Settings, held_scores, plan_tokens, within_scope
 from buddy.errors import BudgetError
 from buddy.router import AnyRouter, Context, Geometry
 

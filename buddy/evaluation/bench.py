@@ -12,15 +12,14 @@ import torch
 from rich.table import Table
 
 from buddy.assemble import budgets_of, routed_from, windows_in
+from buddy.console import errors, results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.figure import figure_at
 from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
-from buddy.files import check_place, write_json
+from buddy.io import check_place, within_memory, write_json
 from buddy.latency import PROMPT as CONTEXT
-from buddy.memory import within_memory
-from buddy.progress import errors, results, status, tracker
-from buddy.runs import Run, read_run
+from buddy.run import Run, read_run
 
 FIGURE = "speed.png"
 LONG, BATCH = 512, 8

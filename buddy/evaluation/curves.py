@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from buddy.files import on_disk
+from buddy.io import on_disk
 
 Scalar = bool | int | float | str
 TABLE = "hparams"  # prefix of the tags that are columns of the table and points of no curve

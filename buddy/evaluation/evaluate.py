@@ -7,20 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from buddy import processes, progress
+from buddy import console, distributed
 from buddy.assemble import budgets_of, held_out_of, routed_from, windows_in
 from buddy.budget import auto_of, fraction_of, latency_of
+from buddy.console import results, status, tracker
+from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
-from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.report import show_run
-from buddy.evaluation.saved import as_json
-from buddy.files import check_place, write_json
-from buddy.memory import within_memory
-from buddy.progress import results, status, tracker
-from buddy.runs import Run, read_run
+from buddy.io import check_place, within_memory, write_json
+from buddy.run import Run, read_run
+from buddy.scoring.perplexity import Scores, as_json, evaluate
 from buddy.sharding import join
-from buddy.training.data import Windows
 
 
 def evaluate_run(
@@ -45,23 +43,23 @@ def evaluate_run(
     Raises:
         BuddyError: the run, a budget or the text cannot be used.
     """
-    progress.errors.quiet = progress.results.quiet = not processes.leads()
+    console.errors.quiet = console.results.quiet = not distributed.leads()
     run = _spread(read_run(folder), devices)
-    if json_file and processes.leads():
+    if json_file and distributed.leads():
         check_place(json_file, *([Path(data)] if data else []))
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
-    _refuse_times(budgets, math.prod(processes.shape(run.recipe.trainer)))
+    _refuse_times(budgets, math.prod(distributed.shape(run.recipe.trainer)))
     join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
         routed = routed_from(run)
     asked = _asked(routed, run, budgets)
-    with status("Reading text …"), processes.leader_first():
+    with status("Reading text …"), distributed.leader_first():
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {run.recipe.data.batch_size} × {windows.input_ids.shape[1]} tokens"
-    with within_memory(sizes, "free some, or use a machine with more"), processes.linked():
+    with within_memory(sizes, "free some, or use a machine with more"), distributed.linked():
         scores = _scores(run, routed, windows, asked)
-    if not processes.leads():
+    if not distributed.leads():
         return
     show_run(scores, f"{run.router_name} on {data or run.recipe.data.source}")
     if json_file:

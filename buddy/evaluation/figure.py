@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from buddy.files import write_bytes
+from buddy.io import write_bytes
 
 
 @contextmanager

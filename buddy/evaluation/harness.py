@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from buddy.assemble import routed_from
+from buddy.console import Bar
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError, nearest
-from buddy.progress import Bar
-from buddy.runs import read_run
+from buddy.run import read_run
 
 # What HFLM takes and what makes sense for a model that is loaded already.
 OPTIONS = {

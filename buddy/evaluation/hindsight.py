@@ -17,15 +17,14 @@ from rich.table import Table
 from torch import Tensor
 
 from buddy.assemble import budgets_of, routed_from
+from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
-from buddy.files import check_place, write_json
-from buddy.memory import within_memory
-from buddy.progress import results, status, tracker
+from buddy.io import check_place, within_memory, write_json
+from buddy.losses import Dense, kl_to_dense
 from buddy.router import LayerwiseRouter
-from buddy.runs import read_run
-from buddy.training.objective import Dense, kl_to_dense
+from buddy.run import read_run
 
 STEP = 0.4  # of a correction, in standard deviations of a token's scores over the layers
 

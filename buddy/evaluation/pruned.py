@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from buddy.engine.kv import stock_class
+from buddy.engine.layers import stock_class
 
 PER_LAYER = ("layer_types", "no_rope_layers")  # what a configuration says of each layer
 

@@ -9,16 +9,14 @@ from typing import Any
 
 from rich.table import Table
 
+from buddy.config import Recipe, flatten
+from buddy.console import results
 from buddy.evaluation.curves import write_run
 from buddy.evaluation.figure import band, figure_at
 from buddy.evaluation.mixture import mixed
-from buddy.evaluation.perplexity import Scores, paired_difference
-from buddy.evaluation.saved import as_json, with_documents
-from buddy.files import write_json
-from buddy.progress import results
-from buddy.recipe import flatten
-from buddy.runs import METRICS
-from buddy.schema import Recipe
+from buddy.io import write_json
+from buddy.run import METRICS
+from buddy.scoring.perplexity import Scores, as_json, paired_difference, with_documents
 
 FIGURE = "loss.png"
 COMPARISON = "comparison"

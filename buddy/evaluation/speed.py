@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache, PreTrainedModel
 
-from buddy.engine.cachelayers import growing
+from buddy.engine.kv_cache import growing
 from buddy.engine.model import RoutedLM
 from buddy.evaluation.pruned import pruned_model
 

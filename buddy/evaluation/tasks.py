@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from buddy.assemble import budgets_of, routed_from
 from buddy.budget import auto_of, fraction_of
+from buddy.console import Bar, results, status
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, reason_of, require_lm_eval
 from buddy.evaluation.task_table import show_tasks
-from buddy.files import check_place, write_json
-from buddy.memory import within_memory
-from buddy.progress import Bar, results, status
-from buddy.runs import Run, read_run
+from buddy.io import check_place, within_memory, write_json
+from buddy.run import Run, read_run
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from buddy.backbone import Backbone
 from buddy.errors import RunError, TrainingError, nearest
-from buddy.files import damaged, load_tensors, read_json, save_tensors, write_json, writing
+from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json, writing
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -12,19 +12,18 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from buddy import processes
+from buddy import distributed
 from buddy.assemble import budgets_of
+from buddy.config import PredictorSection, Recipe, to_yaml
+from buddy.console import errors, tracker
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
-from buddy.evaluation.perplexity import evaluate
-from buddy.files import checksum, read_json, write_json
+from buddy.fit import forget, heal, identity_of
 from buddy.healing.adapter import WEIGHTS, Adapter
-from buddy.healing.heal import forget, heal, identity_of
-from buddy.place import ADAPTER
-from buddy.progress import errors, tracker
-from buddy.recipe import to_yaml
-from buddy.schema import PredictorSection, Recipe
-from buddy.training.data import TextData
+from buddy.io import checksum, read_json, write_json
+from buddy.run import ADAPTER
+from buddy.scoring.perplexity import evaluate
 from buddy.training.module import NotFinite
 
 RATES = "rates"  # in the folder of an unfinished run, with a folder for each rate
@@ -53,12 +52,12 @@ def heal_at_the_best(
         TrainingError: no rate stayed finite; or as `heal`.
         KeyboardInterrupt: stopped in good order by a signal.
     """
-    processes.alike(routed.router)
+    distributed.alike(routed.router)
     found: dict[float, float] = {}
     for rate in recipe.adapter.rates:
         place = folder / RATES / str(rate)
         asked = replace(recipe, adapter=replace(recipe.adapter, lr=rate))
-        kept = processes.tell(_kept(place, _made_of(asked, routed, data)) if processes.leads() else None)
+        kept = distributed.tell(_kept(place, _made_of(asked, routed, data)) if distributed.leads() else None)
         found[rate] = _try(asked, routed, data, place, callbacks) if kept is None else kept
     best = min(found, key=found.__getitem__)
     if found[best] == math.inf:
@@ -82,25 +81,25 @@ def forget_rates(folder: Path) -> None:
 def _try(recipe: Recipe, routed: RoutedLM, data: TextData, place: Path, callbacks: Sequence[Callback]) -> float:
     """The objective of an adapter that was trained at the recipe's rate; adapter and figure are kept in `place`."""
     kept: dict[str, Any] = {"made_of": _made_of(recipe, routed, data)}
-    if processes.leads():
+    if distributed.leads():
         place.mkdir(parents=True, exist_ok=True)
         write_json(place / FOUND, kept)
     value = math.inf
     with _adapter_off_afterwards(routed):
         try:
             heal(recipe, routed, data, place, callbacks)
-            processes.alike(routed.adapter.parts)
+            distributed.alike(routed.adapter.parts)
             value = _objective(recipe, routed, data)
-            if processes.leads():
+            if distributed.leads():
                 routed.adapter.save(place / ADAPTER)
                 kept["adapter"] = checksum(place / ADAPTER / WEIGHTS)
         except TrainingError as error:
             if not isinstance(error.__cause__, NotFinite):
                 raise
             errors.print(f"Left out a rate of {recipe.adapter.lr:g}: {error.__cause__}.", soft_wrap=True)
-    if processes.leads():
+    if distributed.leads():
         write_json(place / FOUND, kept | {"objective": value if value < math.inf else None})
-    processes.wait()  # all look at what the first one has written
+    distributed.wait()  # all look at what the first one has written
     return value
 
 

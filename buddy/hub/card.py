@@ -9,11 +9,10 @@ from typing import Any
 import yaml
 
 from buddy import embedded
-from buddy.evaluation.perplexity import Scores
-from buddy.files import damaged
 from buddy.inspection.routing import Choice
-from buddy.place import ADAPTER, METRICS, PREDICTOR
-from buddy.runs import Run
+from buddy.io import damaged
+from buddy.run import ADAPTER, METRICS, PREDICTOR, Run
+from buddy.scoring.perplexity import Scores
 
 ORIGINS = {embedded.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the hub's names of embedded models
 SINKS = (

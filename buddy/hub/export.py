@@ -16,21 +16,19 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from buddy.assemble import held_out_of, routed_from, windows_in
 from buddy.backbone import ATTENTION, Backbone
 from buddy.budget import fraction_of
+from buddy.console import results, status, tracker
+from buddy.data.windows import Windows
 from buddy.embedded import quiet_transformers
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
-from buddy.evaluation.perplexity import Scores, evaluate
 from buddy.evaluation.pruned import PER_LAYER, pruned_model
-from buddy.evaluation.reference import Reference
-from buddy.files import write_json, write_text, writing
 from buddy.hub.card import cautions, export_card
 from buddy.hub.push_pull import CARD, finished, whole_folder
 from buddy.inspection.routing import Choice, most_frequent
-from buddy.memory import within_memory
-from buddy.progress import results, status, tracker
+from buddy.io import within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
-from buddy.runs import Run
-from buddy.training.windows import Windows
+from buddy.run import Run
+from buddy.scoring.perplexity import Reference, Scores, evaluate
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are held against the engine's

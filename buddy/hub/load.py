@@ -14,13 +14,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from buddy.assemble import routed_from
 from buddy.budget import Budget, auto_of, latency_of
+from buddy.console import errors, status
+from buddy.engine.forward import Record
 from buddy.engine.model import RoutedLM
-from buddy.engine.record import Record
 from buddy.errors import DataError, RunError, check_text
 from buddy.hub.push_pull import check_files, download, folder_of, hub_name, with_backbone
-from buddy.memory import within_memory
-from buddy.progress import errors, status
-from buddy.runs import read_run
+from buddy.io import within_memory
+from buddy.run import read_run
 
 
 def load(

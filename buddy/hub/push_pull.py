@@ -13,14 +13,25 @@ from pathlib import Path
 from shlex import quote
 from textwrap import shorten
 
+from buddy.config import to_yaml
+from buddy.console import results, status
 from buddy.errors import RunError
-from buddy.files import alive, checksum, damaged, load_tensors, read_json, write_json, write_text, writing
 from buddy.healing.adapter import FILES as ADAPTER_FILES
 from buddy.hub.card import is_local, run_card
-from buddy.place import ADAPTER, FACTS, INPUTS, METRICS, PREDICTOR, PREDICTOR_FACTS, RECIPE, ROUTER
-from buddy.progress import results, status
-from buddy.recipe import to_yaml
-from buddy.runs import Run, read_metrics, read_run
+from buddy.io import alive, checksum, damaged, load_tensors, read_json, write_json, write_text, writing
+from buddy.run import (
+    ADAPTER,
+    FACTS,
+    INPUTS,
+    METRICS,
+    PREDICTOR,
+    PREDICTOR_FACTS,
+    RECIPE,
+    ROUTER,
+    Run,
+    read_metrics,
+    read_run,
+)
 
 
 def check_new(out: Path) -> None:

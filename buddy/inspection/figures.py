@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from buddy.evaluation.figure import figure_at
-from buddy.files import writing
 from buddy.inspection.routing import Inspection, changed_layers, pooled_share
+from buddy.io import writing
 
 LABELLED, WHOLE = 60, 1024  # tokens of a text that are drawn with their words, and without
 SPELT_LAYERS = 48  # deeper models get no numbers in the cells of a heat map

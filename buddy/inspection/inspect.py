@@ -14,9 +14,9 @@ from rich.text import Text
 
 from buddy.assemble import budgets_of, routed_from
 from buddy.budget import shown
+from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
-from buddy.files import check_place, on_disk, write_json, writing
 from buddy.inspection.figures import draw_all, write_tensorboard
 from buddy.inspection.routing import (
     Domain,
@@ -29,9 +29,8 @@ from buddy.inspection.routing import (
     sources_of,
     typed,
 )
-from buddy.memory import within_memory
-from buddy.progress import results, status, tracker
-from buddy.runs import Run, read_run
+from buddy.io import check_place, on_disk, within_memory, write_json, writing
+from buddy.run import Run, read_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from buddy.assemble import held_out_of, windows_in
+from buddy.data.text import same_source
+from buddy.data.windows import Windows
 from buddy.engine.model import Output, RoutedLM
 from buddy.errors import DataError, check_text
 from buddy.router import Geometry
-from buddy.runs import Run
-from buddy.training.sources import same_source
-from buddy.training.windows import Windows
+from buddy.run import Run
 
 SPAN = 128  # tokens among which distinct plans are counted
 

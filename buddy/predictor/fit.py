@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from buddy.assemble import budgets_of, choose_by
+from buddy.config import Recipe
+from buddy.console import errors, tracker
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError
-from buddy.place import PREDICTOR, PREDICTOR_FACTS
 from buddy.predictor.features import ordered
 from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy, train_policy
 from buddy.predictor.regress import CurvePredictor
 from buddy.predictor.saved import make_predictor, save_predictor
 from buddy.predictor.targets import Targets, digest_of, measure
-from buddy.progress import errors, tracker
-from buddy.schema import Recipe
-from buddy.training.data import TextData
+from buddy.run import PREDICTOR, PREDICTOR_FACTS
 
 KEPT = "predictor-targets-{}.safetensors"  # in the folder of an unfinished run
 

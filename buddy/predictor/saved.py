@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from buddy.errors import RunError
-from buddy.files import damaged, load_tensors, read_json, save_tensors, write_json
-from buddy.place import PREDICTOR, PREDICTOR_FACTS
+from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json
 from buddy.predictor.features import size_of
 from buddy.predictor.grpo import BudgetPolicy
 from buddy.predictor.regress import CurvePredictor
 from buddy.router import Geometry
+from buddy.run import PREDICTOR, PREDICTOR_FACTS
 
 AnyPredictor = CurvePredictor | BudgetPolicy
 

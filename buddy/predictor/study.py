@@ -18,16 +18,16 @@ import typer
 from rich.table import Table
 
 from buddy.assemble import budgets_of, routed_from
+from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
-from buddy.files import check_place, write_json, writing
 from buddy.inspection.routing import Domain, read_domains, sources_of
+from buddy.io import check_place, write_json, writing
 from buddy.predictor.choosing import FOLDS, Measured, choices, compared
 from buddy.predictor.features import ordered
 from buddy.predictor.study_figure import draw
 from buddy.predictor.targets import digest_of, measure
-from buddy.progress import results, status, tracker
-from buddy.runs import Run, read_run
+from buddy.run import Run, read_run
 
 FIGURE, NUMBERS = "predictor.png", "predictor.json"
 OWN = "the run's own"

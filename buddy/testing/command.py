@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from buddy.backbone import load_backbone
+from buddy.config import Recipe, override
+from buddy.console import status, track
 from buddy.errors import RegistryError
-from buddy.progress import status, track
-from buddy.recipe import override
-from buddy.schema import Recipe
 from buddy.testing import CHECKS
 from buddy.testing.check import Result
 from buddy.testing.subject import Subject

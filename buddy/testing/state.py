@@ -12,7 +12,7 @@ from torch import Tensor
 
 from buddy.engine.model import PoolKind
 from buddy.errors import BuddyError
-from buddy.files import load_tensors, save_tensors
+from buddy.io import load_tensors, save_tensors
 from buddy.router import AnyRouter, LayerwiseRouter
 from buddy.testing.answers import alone, finite, repeatable
 from buddy.testing.check import Failed, LeftOut, check, raised

@@ -7,9 +7,9 @@ import hashlib
 import inspect
 
 from buddy.backbone import Backbone
+from buddy.config import Recipe
+from buddy.data.module import TextData
 from buddy.registry import load
-from buddy.schema import Recipe
-from buddy.training.data import TextData
 
 
 def inputs_of(recipe: Recipe, backbone: Backbone, data: TextData) -> dict[str, str]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from buddy.config import Recipe
 from buddy.errors import BuddyError
-from buddy.evaluation.perplexity import Scores
-from buddy.evaluation.saved import scores_of
-from buddy.files import read_json, write_json
-from buddy.place import RunPlace, inputs_in
-from buddy.runs import read_metrics, read_run
-from buddy.schema import Recipe
+from buddy.io import read_json, write_json
+from buddy.run import RunPlace, inputs_in, read_metrics, read_run
+from buddy.scoring.perplexity import Scores, scores_of
 
 
 class Ledger:

@@ -13,9 +13,9 @@ from torchmetrics import MeanMetric
 
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
+from buddy.losses import draw_budgets
 from buddy.router import Context
-from buddy.training.estimator import Batch, Estimate, Estimator
-from buddy.training.objective import draw_budgets
+from buddy.training.estimators import Batch, Estimate, Estimator
 
 WARM = 16  # positions of a window whose prefix is too short to learn from
 

@@ -11,36 +11,31 @@ from typing import Any
 
 import lightning
 
-from buddy import processes
+from buddy import distributed as processes
 from buddy.assemble import backbone_of, budgets_of, data_of, heals, restore_router, routed_of
 from buddy.backbone import Backbone
 from buddy.calibration.probe import Probe
 from buddy.calibration.store import cache_folder
+from buddy.config import Recipe
+from buddy.console import status, track, tracker
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
-from buddy.evaluation.perplexity import Scores, evaluate
-from buddy.evaluation.reference import Reference
 from buddy.evaluation.report import write_results
-from buddy.evaluation.saved import scores_of
-from buddy.files import on_disk
+from buddy.fit import check_checkpoint, forget, heal, train, trainer_of, trains_both
 from buddy.healing.adapter import check_targets
-from buddy.healing.heal import forget, heal, trains_both
 from buddy.healing.rates import forget_rates, heal_at_the_best
-from buddy.memory import within_memory
-from buddy.place import ADAPTER
+from buddy.io import on_disk, within_memory
 from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
-from buddy.progress import status, track, tracker
 from buddy.registry import load
 from buddy.router import AnyRouter
-from buddy.runs import RunPlace, read_metrics, save_router, write_facts
-from buddy.schema import Recipe
+from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
+from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
 from buddy.sharding import check, shards
-from buddy.training.data import TextData
+from buddy.training.callbacks import quiet
 from buddy.training.inputs import inputs_of
-from buddy.training.interrupt import quiet
 from buddy.training.ledger import Ledger
 from buddy.training.stopwatch import Stopwatch
-from buddy.training.train import check_checkpoint, train, trainer_of
 
 WATCH = "seconds.json"  # in the folder of an unfinished run
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from buddy.errors import BuddyError
-from buddy.files import read_json, write_json
+from buddy.io import read_json, write_json
 
 EVERY = 5.0  # seconds from one save to the next
 

@@ -5,8 +5,8 @@ import torch
 from buddy.calibration import probe
 from buddy.calibration.hidden import similarities
 from buddy.calibration.probe import Probe
-from buddy.runs import load_router
-from buddy.training.fit import fit
+from buddy.fit import fit
+from buddy.run import load_router
 from routers.shortgpt import ShortGPT
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from buddy.training.objective import Dense, kl_to_dense
+from buddy.losses import Dense, kl_to_dense
 from tests.calibration.small import LAYERS, WINDOWS, count_calls, plans, probe, routed
 from tests.engine.reference import reference_logits
 from tests.tiny import FAMILIES, tiny_model

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from buddy.progress import Bar, errors
+from buddy.console import Bar, errors
 
 
 @dataclass(frozen=True)

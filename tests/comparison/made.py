@@ -4,10 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from buddy.evaluation.perplexity import Scores
-from buddy.evaluation.saved import with_documents
-from buddy.recipe import flatten
-from buddy.schema import Recipe
+from buddy.config import Recipe, flatten
+from buddy.scoring.perplexity import Scores, with_documents
 
 LAYERS = 8
 BUDGETS = {1.0: 8, 0.75: 6, 0.5: 4}

@@ -18,12 +18,12 @@ from buddy.comparison.asked import Asked
 from buddy.comparison.compare import compare
 from buddy.comparison.tables import costs
 from buddy.comparison.view import Comparison
+from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
-from buddy.evaluation.saved import scores_of
-from buddy.files import load_tensors, read_json
-from buddy.recipe import load_recipe
-from buddy.runs import read_run
-from buddy.training.session import Session
+from buddy.fit import Session
+from buddy.io import load_tensors, read_json
+from buddy.run import read_run
+from buddy.scoring.perplexity import scores_of
 from tests.small import start_buddy, write_text
 
 ROUTERS = "buddy,buddy[hidden=8],shortgpt,random,full"
@@ -317,7 +317,7 @@ def test_a_router_of_other_code_is_not_lent(ask, whole, tmp_path, monkeypatch):
 def stopping(monkeypatch) -> Iterator[list[str]]:
     """Every evaluation is noted; the fourth one is interrupted as long as the list holds "stop" first."""
     seen: list[str] = []
-    for module in ("buddy.comparison.work", "buddy.training.session"):
+    for module in ("buddy.comparison.work", "buddy.fit"):
         evaluate = __import__(module, fromlist=["evaluate"]).evaluate
 
         def noted(*args, evaluate=evaluate, **options):

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buddy.comparison.contestants import Contestant, contestants, split_outside
+from buddy.config import Recipe, RouterSection, load_recipe
 from buddy.errors import RecipeError, RegistryError
-from buddy.recipe import load_recipe
 from buddy.registry import describe
-from buddy.schema import Recipe, RouterSection
 
 NAMES = st.from_regex(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", fullmatch=True).filter(lambda name: name != "all")
 KEYS = st.from_regex(r"[a-z_][a-z0-9_]*", fullmatch=True)

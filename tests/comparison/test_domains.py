@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from buddy.comparison.domains import Domain, domains_of, read_domain
+from buddy.config import DataSection, Recipe, load_recipe
+from buddy.data.module import TextData
 from buddy.errors import DataError
-from buddy.recipe import load_recipe
-from buddy.schema import DataSection, Recipe
-from buddy.training.data import TextData
 from tests.small import write_text
 from tests.tiny import tiny_tokenizer
 

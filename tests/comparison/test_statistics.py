@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buddy.comparison.statistics import accuracy_difference, difference, loss_interval, mean_loss
-from buddy.evaluation.perplexity import Scores, paired_difference, resamples
+from buddy.scoring.perplexity import Scores, paired_difference, resamples
 
 
 def made(losses: np.ndarray, tokens: np.ndarray) -> Scores:

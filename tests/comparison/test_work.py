@@ -8,8 +8,8 @@ import pytest
 import buddy.evaluation.tasks as tasks
 from buddy.comparison.asked import Asked, Tasks
 from buddy.comparison.compare import compare
-from buddy.files import read_json
-from buddy.recipe import load_recipe
+from buddy.config import load_recipe
+from buddy.io import read_json
 
 ROUTERS = ("buddy", "shortgpt", "full")
 ITEMS = [{"question": f"Which is {n}?", "choices": ["one", "two words"], "label": n % 2} for n in range(5)]

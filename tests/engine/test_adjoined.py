@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from buddy.engine.adjoined import Both, adjoin, separate
-from buddy.engine.kv import Lean, projected
+from buddy.engine.layers import Both, Lean, adjoin, projected, separate
 from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle
 from tests.healing.made import new_adapter, stirred

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from buddy.engine.attention import NAME, STOCK, _attend, blocks_of, by_blocks
-from buddy.engine.select import groups
+from buddy.engine.selection import NAME, STOCK, _attend, blocks_of, by_blocks, groups
 from tests.tiny import tiny_backbone
 
 

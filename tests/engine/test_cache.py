@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from buddy.engine.cachelayers import ROOM, SHORT, GrowingLayer
+from buddy.engine.kv_cache import ROOM, SHORT, GrowingLayer
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError
 from tests.engine.reference import Fickle

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.engine.select import WASTE, groups, partition, take
+from buddy.engine.selection import WASTE, groups, partition, take
 
 CHOICES = st.integers(1, 5).flatmap(
     lambda rows: st.integers(1, 200).flatmap(

@@ -9,8 +9,8 @@ import pytest
 from buddy.assemble import held_out_of
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.runs import read_run
-from buddy.training.fit import fit
+from buddy.fit import fit
+from buddy.run import read_run
 from tests.small import write_text
 from tests.tiny import tiny_backbone
 

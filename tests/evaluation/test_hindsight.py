@@ -11,8 +11,8 @@ from buddy.assemble import routed_from
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
 from buddy.evaluation.hindsight import hindsight, main, search
-from buddy.evaluation.perplexity import evaluate
-from buddy.runs import read_run
+from buddy.run import read_run
+from buddy.scoring.perplexity import evaluate
 
 APP = typer.Typer()
 APP.command()(main)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.evaluation.perplexity import Scores, evaluate, paired_difference
-from buddy.training.windows import Windows
+from buddy.scoring.perplexity import Scores, evaluate, paired_difference
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import tiny_backbone, tiny_model
 

@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.evaluation.perplexity import Scores, evaluate
-from buddy.evaluation.reference import Reference
-from buddy.evaluation.saved import scores_of, with_documents
-from buddy.training.windows import Windows
+from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of, with_documents
 from tests.engine.reference import Fickle
 from tests.tiny import FAMILIES, tiny_backbone
 

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from buddy.evaluation.perplexity import Scores
+from buddy.config import flatten
 from buddy.evaluation.report import draw, settings_of, show_comparison, show_run, write_results
-from buddy.evaluation.saved import as_json
-from buddy.recipe import flatten
+from buddy.scoring.perplexity import Scores, as_json
 from tests.hparams import row_of_table
 
 

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 from buddy import footprint as memory
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.footprint import cache_bytes, router_bytes, shape_of, step_bytes, weight_bytes
+from buddy.losses import Objective
 from buddy.registry import build
-from buddy.training.estimator import Batch, Perturbed
-from buddy.training.objective import Objective
+from buddy.training.estimators import Batch, Perturbed
 from tests.engine.reference import Fickle
 from tests.footprint.live import peak_bytes
 from tests.tiny import FAMILIES, tiny_backbone, tiny_model

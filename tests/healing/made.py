@@ -8,8 +8,8 @@ from torch import Tensor
 
 from buddy.backbone import Backbone
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.files import load_tensors
 from buddy.healing.adapter import Adapter
+from buddy.io import load_tensors
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone, tiny_model
 

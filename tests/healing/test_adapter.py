@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, RunError, TrainingError
-from buddy.files import load_tensors, save_tensors
 from buddy.healing.adapter import FILES, WEIGHTS, Adapter, check_targets, linear_modules
+from buddy.io import load_tensors, save_tensors
 from tests.engine.reference import Fickle, FickleGates, reference_logits
 from tests.healing.made import EXECUTED, IDS, adapted, by_hand, factors, new_adapter, stirred
 from tests.tiny import tiny_backbone, tiny_model

@@ -16,11 +16,11 @@ from buddy.cli import app
 from buddy.comparison.asked import Asked
 from buddy.comparison.compare import compare
 from buddy.errors import RunError, TrainingError
-from buddy.evaluation.perplexity import evaluate
-from buddy.files import load_tensors, save_tensors
-from buddy.healing.module import HealingModule
-from buddy.runs import read_run
-from buddy.training.fit import fit
+from buddy.fit import fit
+from buddy.io import load_tensors, save_tensors
+from buddy.run import read_run
+from buddy.scoring.perplexity import evaluate
+from buddy.training.healing import HealingModule
 from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights
 from tests.small import write_text
 
@@ -178,7 +178,7 @@ def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypat
 
 def test_a_kill_in_the_evaluation_costs_no_healing(small, healed, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.session.evaluate", lambda *_, **__: kill())
+        patch.setattr("buddy.fit.evaluate", lambda *_, **__: kill())
         with pytest.raises(Killed):
             fit(small(tmp_path, "router=shortgpt", *HEALED), "small")
     capsys.readouterr()

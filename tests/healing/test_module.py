@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
-from buddy.healing.module import HealingModule, Together
-from buddy.training.data import TextData
-from buddy.training.estimator import Batch, Perturbed, StraightThrough, Weighted
-from buddy.training.interrupt import quiet
+from buddy.losses import Objective
+from buddy.training.callbacks import quiet
+from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
+from buddy.training.healing import HealingModule, Together
 from buddy.training.module import NotFinite
-from buddy.training.objective import Objective
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
 from tests.engine.reference import Fickle, FickleGates

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from buddy.errors import RecipeError, TrainingError
 from buddy.evaluation.evaluate import evaluate_run
+from buddy.fit import fit
 from buddy.healing import rates
-from buddy.healing.module import HealingModule
-from buddy.training.fit import fit
+from buddy.training.healing import HealingModule
 from tests.healing.made import Killed, assert_same, kill, metrics, weights
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -153,7 +153,7 @@ def test_what_was_tried_for_another_recipe_is_tried_again(small, tmp_path, monke
     """A named checkpoint keeps an unfinished folder whatever else of the recipe changed."""
     briefly = ["trainer.max_steps=1", "objective.plans=2"]
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.session.save_router", lambda *_: kill())
+        patch.setattr("buddy.fit.save_router", lambda *_: kill())
         with pytest.raises(Killed):
             fit(small(tmp_path, *briefly, *TRIED), "small")
     partial = tmp_path / "small" / ".buddy.partial"
@@ -172,7 +172,7 @@ def test_what_was_tried_for_another_recipe_is_tried_again(small, tmp_path, monke
 
 def test_a_tried_adapter_that_was_damaged_is_tried_again(small, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.session.save_router", lambda *_: kill())
+        patch.setattr("buddy.fit.save_router", lambda *_: kill())
         with pytest.raises(Killed):
             fit(small(tmp_path, ONE, *TRIED), "small")
     place = tmp_path / "small" / ".shortgpt.partial" / "rates" / "0.02" / "adapter"

@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 import torch
 
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.hub.export import OnePlan
 from buddy.inspection.routing import most_frequent
-from buddy.training.windows import Windows
 from tests.engine.reference import Fickle, FickleGates
 from tests.tiny import tiny_backbone
 

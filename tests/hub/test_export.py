@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from buddy.assemble import data_of, routed_from
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
-from buddy.evaluation.perplexity import evaluate
 from buddy.hub.export import OnePlan, export_run
-from buddy.runs import read_run
+from buddy.run import read_run
+from buddy.scoring.perplexity import evaluate
 from tests.small import write_text
 from tests.tiny import tiny_folder
 

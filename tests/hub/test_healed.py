@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 import buddy
 from buddy.assemble import routed_from
+from buddy.fit import fit
 from buddy.hub.export import export_run
 from buddy.hub.push_pull import pull, push
-from buddy.runs import read_run
-from buddy.training.fit import fit
+from buddy.run import read_run
 
 IDS = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))
 

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from buddy.cli import app
 from buddy.errors import RunError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.files import checksum
+from buddy.fit import fit
 from buddy.hub.load import generate
 from buddy.hub.push_pull import FILES, pull, push
-from buddy.runs import read_run
-from buddy.training.fit import fit
+from buddy.io import checksum
+from buddy.run import read_run
 from tests.small import write_text
 
 KEPT = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "inputs.json"}

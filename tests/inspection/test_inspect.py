@@ -13,7 +13,7 @@ from buddy.assemble import data_of, routed_from
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.inspection.inspect import inspect_run
-from buddy.runs import read_run
+from buddy.run import read_run
 from tests.small import write_text
 
 FILES = {"budgets.png", "tokens-0.75.png", "tokens-0.5.png", "routing.json"}

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.inspection.routing import Domain, observe
-from buddy.training.windows import Windows
 from tests.inspection.planted import TwoOrders, planted_runs
 from tests.tiny import tiny_backbone
 

@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from buddy.cli import app
+from buddy.fit import fit
 from buddy.registry import describe, load
-from buddy.runs import read_metrics
+from buddy.run import read_metrics
 from buddy.testing import check_router
-from buddy.training.fit import fit
 from tests.plugin.installing import pip_install
 from tests.small import COMMAND
 

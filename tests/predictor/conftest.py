@@ -2,7 +2,7 @@
 
 import pytest
 
-from buddy.training.fit import fit
+from buddy.fit import fit
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 import buddy
 from buddy.assemble import routed_from
 from buddy.cli import app
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.evaluation.perplexity import evaluate
-from buddy.runs import read_run
-from buddy.training.windows import Windows
+from buddy.run import read_run
+from buddy.scoring.perplexity import evaluate
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 

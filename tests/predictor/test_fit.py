@@ -9,13 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from buddy.assemble import routed_from
 from buddy.errors import BudgetError, RecipeError, RunError
-from buddy.files import load_tensors
+from buddy.fit import _rival, fit
+from buddy.io import load_tensors
 from buddy.predictor import fit as fitting
 from buddy.predictor import targets as measuring
 from buddy.predictor.features import features_of
 from buddy.predictor.targets import measure
-from buddy.runs import read_run
-from buddy.training.fit import _rival, fit
+from buddy.run import read_run
 
 OPTIONS = ["router=shortgpt", "predictor.name=regress", "predictor.windows=10"]
 
@@ -127,7 +127,7 @@ def test_a_kill_in_the_evaluation_costs_no_measuring(small, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.session.evaluate", interrupt)
+        patch.setattr("buddy.fit.evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(small(tmp_path, *OPTIONS), "small")
     with monkeypatch.context() as patch:

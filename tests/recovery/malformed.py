@@ -18,12 +18,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from buddy.backbone import load_backbone
+from buddy.config import Recipe, flatten, load_recipe
+from buddy.data.text import load_texts
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
-from buddy.place import RunPlace
-from buddy.recipe import flatten, load_recipe
-from buddy.schema import Recipe
-from buddy.training.sources import load_texts
-from buddy.training.train import check_checkpoint
+from buddy.fit import check_checkpoint
+from buddy.run import RunPlace
 from tests.comparison.made import record
 from tests.recovery.asking import ask
 from tests.small import Small
@@ -178,7 +177,7 @@ def check_recipe(bench: Bench, content: bytes) -> None:
     """`buddy fit` with a recipe, up to where the model would be loaded."""
     (bench.work / "mine.yaml").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.training.fit.fit", lambda recipe, name: _begun(bench, recipe, name))
+        patch.setattr("buddy.fit.fit", lambda recipe, name: _begun(bench, recipe, name))
         ask("fit", "--recipe", bench.work / "mine.yaml")
 
 

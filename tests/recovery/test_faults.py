@@ -14,10 +14,9 @@ import pytest
 from buddy import embedded
 from buddy.cli.app import app
 from buddy.errors import RunError
-from buddy.files import load_tensors, read_json
-from buddy.place import RunPlace
-from buddy.runs import check_backbone, read_run
-from buddy.training.fit import fit
+from buddy.fit import fit
+from buddy.io import load_tensors, read_json
+from buddy.run import RunPlace, check_backbone, read_run
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import DAMAGES, contents, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
@@ -318,8 +317,8 @@ def test_a_folder_that_is_read_only(again, tmp_path):
 
 HOLDING = """
 import pathlib, sys
-from buddy.place import RunPlace
-from buddy.runs import check_backbone, read_run
+from buddy.run import RunPlace
+from buddy.run import check_backbone, read_run
 with RunPlace(pathlib.Path(sys.argv[1])).lock():
     print("held", flush=True)
     input()
@@ -351,7 +350,7 @@ def test_a_rival_that_is_finished_is_not_fitted_again(small, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.session.train", stop)
+        patch.setattr("buddy.fit.train", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(recipe, "small")
     stamp = (tmp_path / "small" / "uniform" / "run.json").stat().st_mtime_ns

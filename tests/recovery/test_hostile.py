@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from buddy.backbone import load_backbone
 from buddy.errors import BackboneError, BuddyError, TrainingError
-from buddy.training.fit import fit
-from buddy.training.train import check_checkpoint
+from buddy.fit import check_checkpoint, fit
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import copied
 
@@ -209,8 +208,8 @@ def test_a_tokenizers_code_runs_by_the_flag_alone(small, tmp_path, mark):
 def test_names_of_recipes_and_routers_are_folders_in_the_output(small, tmp_path, name):
     from dataclasses import replace
 
-    from buddy.place import RunPlace
-    from buddy.schema import RouterSection
+    from buddy.config import RouterSection
+    from buddy.run import RunPlace
 
     recipe = replace(small(tmp_path / "runs"), router=RouterSection(name))
     place = RunPlace.of(recipe, name)

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from buddy.data.text import load_texts
 from buddy.errors import DataError
-from buddy.training.sources import load_texts
 from tests.recovery.asking import refused
 from tests.recovery.malformed import RAW, Bench, check_recipe, fuzz
 

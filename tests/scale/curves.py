@@ -7,8 +7,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from buddy.files import load_tensors
-from buddy.place import ADAPTER
+from buddy.io import load_tensors
+from buddy.run import ADAPTER
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:

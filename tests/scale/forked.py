@@ -11,8 +11,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-from buddy import processes
-from buddy.schema import TrainerSection
+from buddy import distributed
+from buddy.config import TrainerSection
 
 PATIENCE = 120.0  # seconds
 CPU = TrainerSection(accelerator="cpu")
@@ -60,10 +60,10 @@ def free_port() -> int:
 def _work(pipe: Connection, rank: int, count: int, port: int, work: Callable[..., Any], given: tuple) -> None:
     os.environ.update(launcher(rank, count, port))
     try:
-        processes.join(CPU)
+        distributed.join(CPU)
         answer = (True, work(*given))
     except BaseException:
         answer = (False, f"process {rank}: {traceback.format_exc()}")
     pipe.send_bytes(pickle.dumps(answer))  # not `send`, which leaves tensors here for the other side to fetch
     with suppress(BaseException):
-        processes.wait()
+        distributed.wait()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from buddy.runs import read_run
+from buddy.run import read_run
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import free_port
 from tests.small import start_buddy

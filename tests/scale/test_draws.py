@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.training.estimator import Batch, Perturbed, StraightThrough, Weighted
-from buddy.training.objective import Objective
+from buddy.losses import Objective
+from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
 from tests.tiny import tiny_backbone

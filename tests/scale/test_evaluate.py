@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from buddy.data.module import Windows
 from buddy.errors import BudgetError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.evaluation.perplexity import evaluate
-from buddy.training.data import Windows
+from buddy.scoring.perplexity import evaluate
 from tests.scale.forked import side_by_side
 from tests.test_cli import call
 from tests.training.test_estimator import IDS, tiny

@@ -4,11 +4,11 @@ from contextlib import suppress
 
 import pytest
 
-from buddy import processes
+from buddy import distributed
+from buddy.config import load_recipe
 from buddy.errors import DataError
-from buddy.recipe import load_recipe
-from buddy.training.fit import fit
-from buddy.training.interrupt import Keeper
+from buddy.fit import fit
+from buddy.training.callbacks import Keeper
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import side_by_side
 
@@ -39,7 +39,7 @@ def stopped(given: list[str]) -> str:
     follow_up = Keeper.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *rest) -> None:
-        self.asked = self.asked or (processes.leads() and trainer.global_step == 3)
+        self.asked = self.asked or (distributed.leads() and trainer.global_step == 3)
         follow_up(self, trainer, *rest)
 
     Keeper.on_train_batch_end = on_train_batch_end
@@ -60,12 +60,12 @@ def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
 
 def cut_short(given: list[str]) -> None:
     """A fit that is killed, in effect, once both routers are done and before they are shown."""
-    import buddy.training.fit
+    import buddy.fit
 
     def show_comparison(*_: object) -> None:
         raise KeyboardInterrupt
 
-    buddy.training.fit.show_comparison = show_comparison
+    buddy.fit.show_comparison = show_comparison
     with suppress(KeyboardInterrupt, SystemExit):
         fitted(given)
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from buddy.recipe import load_recipe
-from buddy.runs import read_run
-from buddy.training.fit import fit
+from buddy.config import load_recipe
+from buddy.fit import fit
+from buddy.run import read_run
 from tests.small import start_buddy
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from buddy import processes
+from buddy import distributed
 from buddy.cli.words import alone
+from buddy.config import TrainerSection
 from buddy.errors import BuddyError, TrainingError
-from buddy.schema import TrainerSection
 from tests.scale.forked import launcher, side_by_side
 from tests.test_cli import call
 
@@ -19,7 +19,7 @@ def environment(monkeypatch):
     """Takes the numbers of a launcher, and leaves out all others."""
 
     def environment(**numbers: int | str) -> None:
-        for name in (*processes.PLACES, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        for name in (*distributed.PLACES, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
             monkeypatch.delenv(name, raising=False)
         for name, value in numbers.items():
             monkeypatch.setenv(name, str(value))
@@ -29,16 +29,16 @@ def environment(monkeypatch):
 
 
 def test_one_process_alone(environment):
-    assert processes.leads()
-    assert processes.speaks()
-    assert not processes.together()
-    assert (processes.count(), processes.rank(), processes.from_torchrun()) == (1, 0, 1)
-    processes.join(TrainerSection())
-    assert processes.tell(3) == 3
-    assert processes.gather("x") == ["x"]
-    assert processes.shared_out(3) == [0, 1, 2]
-    assert processes.shape(TrainerSection(devices=2, nodes=3)) == (2, 3)
-    assert not processes.together()
+    assert distributed.leads()
+    assert distributed.speaks()
+    assert not distributed.together()
+    assert (distributed.count(), distributed.rank(), distributed.from_torchrun()) == (1, 0, 1)
+    distributed.join(TrainerSection())
+    assert distributed.tell(3) == 3
+    assert distributed.gather("x") == ["x"]
+    assert distributed.shared_out(3) == [0, 1, 2]
+    assert distributed.shape(TrainerSection(devices=2, nodes=3)) == (2, 3)
+    assert not distributed.together()
 
 
 @pytest.mark.parametrize(
@@ -55,37 +55,37 @@ def test_one_process_alone(environment):
 )
 def test_who_leads_and_who_speaks(environment, numbers, leads, speaks, whose):
     environment(**numbers)
-    assert (processes.leads(), processes.speaks(), processes.whose()) == (leads, speaks, whose)
+    assert (distributed.leads(), distributed.speaks(), distributed.whose()) == (leads, speaks, whose)
 
 
 def test_the_numbers_of_torchrun_hold(environment):
     environment(**{**launcher(0, 16, 1), "LOCAL_WORLD_SIZE": "8"})
-    assert processes.from_torchrun() == 16
-    assert processes.shape(TrainerSection(devices=1, nodes=1)) == (8, 2)
+    assert distributed.from_torchrun() == 16
+    assert distributed.shape(TrainerSection(devices=1, nodes=1)) == (8, 2)
 
 
 def test_each_process_has_an_accelerator_of_its_own(environment, monkeypatch):
-    assert processes.device("cpu") == torch.device("cpu")
+    assert distributed.device("cpu") == torch.device("cpu")
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
-    assert processes.device("cpu") == torch.device("cpu")
-    assert processes.device("auto") == torch.device("cuda:0")
+    assert distributed.device("cpu") == torch.device("cpu")
+    assert distributed.device("auto") == torch.device("cuda:0")
     environment(LOCAL_RANK=3)
-    assert processes.device("gpu") == torch.device("cuda:3")
+    assert distributed.device("gpu") == torch.device("cuda:3")
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
-    assert processes.device("gpu") == torch.device("cuda")
+    assert distributed.device("gpu") == torch.device("cuda")
 
 
 def test_devices_that_are_not_there(environment):
     with pytest.raises(TrainingError, match=r"accelerator=cuda and devices=2 do not work here \(.*\); change them"):
-        processes.join(TrainerSection(accelerator="cuda", devices=2))
+        distributed.join(TrainerSection(accelerator="cuda", devices=2))
 
 
 def test_a_process_too_many(environment):
     environment(SLURM_PROCID=1)
     with pytest.raises(TrainingError, match=r"began several processes, .* set trainer\.devices \(on each node\) and"):
-        processes.join(TrainerSection())
+        distributed.join(TrainerSection())
 
 
 def test_what_one_process_does_is_refused_under_torchrun(environment):
@@ -110,22 +110,22 @@ def test_what_one_process_does_is_refused_under_torchrun(environment):
 
 def talk() -> dict:
     module = nn.BatchNorm1d(3)
-    nn.init.constant_(module.weight, processes.rank())
-    module.running_mean += processes.rank()
-    module.register_buffer("chosen", torch.tensor([True, False]) ^ bool(processes.rank()))
-    module.register_buffer("narrow", torch.full((2, 1), 0.5 + processes.rank(), dtype=torch.bfloat16))
+    nn.init.constant_(module.weight, distributed.rank())
+    module.running_mean += distributed.rank()
+    module.register_buffer("chosen", torch.tensor([True, False]) ^ bool(distributed.rank()))
+    module.register_buffer("narrow", torch.full((2, 1), 0.5 + distributed.rank(), dtype=torch.bfloat16))
     module.register_buffer("empty", torch.empty(0, 3))
-    processes.alike(module)
-    with processes.leader_first():
+    distributed.alike(module)
+    with distributed.leader_first():
         pass
     return {
-        "number": (processes.rank(), processes.count(), processes.leads()),
-        "told": processes.tell({"by": processes.rank()}),
-        "gathered": processes.gather(processes.rank() * 10),
+        "number": (distributed.rank(), distributed.count(), distributed.leads()),
+        "told": distributed.tell({"by": distributed.rank()}),
+        "gathered": distributed.gather(distributed.rank() * 10),
         "alike": [x.tolist() for x in (module.weight, module.running_mean, module.chosen, module.narrow)],
-        "five": processes.shared_out(5),
-        "none": processes.shared_out(0),
-        "one": processes.shared_out(1),
+        "five": distributed.shared_out(5),
+        "none": distributed.shared_out(0),
+        "one": distributed.shared_out(1),
     }
 
 
@@ -145,10 +145,10 @@ def test_what_processes_tell_each_other():
 
 def leave() -> str:
     """The second process ends without a word."""
-    if processes.rank():
+    if distributed.rank():
         return "left"
     with pytest.raises(TrainingError, match="Another process of this run has ended; see what it said"):
-        list(map(processes.tell, range(100)))
+        list(map(distributed.tell, range(100)))
     return "noticed"
 
 
@@ -160,11 +160,11 @@ def test_a_process_that_ends_is_noticed():
     ("seen", "count", "given"), [(None, 3, "012012"), ("4,7", 2, "474747"), (None, 1, None), ("5", 1, "5")]
 )
 def test_processes_take_gpus_in_turn(monkeypatch, seen, count, given):
-    monkeypatch.delenv(processes.SEEN, raising=False)
+    monkeypatch.delenv(distributed.SEEN, raising=False)
     if seen:
-        monkeypatch.setenv(processes.SEEN, seen)
+        monkeypatch.setenv(distributed.SEEN, seen)
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     for place in range(6):
-        with processes.one_gpu(place):
-            assert os.environ.get(processes.SEEN) == (given and given[place % len(given)])
-        assert os.environ.get(processes.SEEN) == seen
+        with distributed.one_gpu(place):
+            assert os.environ.get(distributed.SEEN) == (given and given[place % len(given)])
+        assert os.environ.get(distributed.SEEN) == seen

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from buddy import processes
+from buddy import distributed
 from buddy.calibration.probe import Probe
+from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
-from buddy.evaluation.perplexity import evaluate
+from buddy.losses import Objective
+from buddy.scoring.perplexity import evaluate
 from buddy.sharding import check, settle, shard, shards
-from buddy.training.data import Windows
-from buddy.training.estimator import Batch, StraightThrough, Weighted
-from buddy.training.interrupt import quiet
-from buddy.training.objective import Objective
+from buddy.training.callbacks import quiet
+from buddy.training.estimators import Batch, StraightThrough, Weighted
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
 from tests.healing.made import new_adapter, stirred
@@ -87,9 +87,9 @@ def gradients(kind: str, shared_out: bool) -> dict:
     """Of the router, or of the adapter where it is healed, for other windows in each process."""
     router = FiRST if kind == "weighted" else BuddyRouter
     routed = routed_on("llama", router, shared_out)
-    share = slice(processes.rank(), None, processes.count())
+    share = slice(distributed.rank(), None, distributed.count())
     executed = torch.tensor([3, 4, 3, 5])
-    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, processes.rank())
+    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, distributed.rank())
     if kind == "healed":
         adapter = new_adapter(routed.backbone)
         stirred(adapter)

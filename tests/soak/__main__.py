@@ -48,7 +48,7 @@ def _killed(name: str, kills: int, seed: int, work: Path) -> bool:
     import torch
 
     torch.set_num_threads(1)
-    from buddy.progress import Bar
+    from buddy.console import Bar
     from tests.soak.jobs import JOBS
     from tests.soak.soak import soak
     from tests.soak.victim import Died
@@ -88,7 +88,7 @@ def _malformed(examples: int, seed: int, work: Path) -> bool:
 
 def _bench(work: Path) -> Bench:
     """A finished run of a trained router, for files to be damaged."""
-    from buddy.training.fit import fit
+    from buddy.fit import fit
     from tests.recovery.malformed import Bench
     from tests.soak.jobs import small
 

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load
 
 from buddy import embedded
-from buddy.files import load_tensors, read_json
-from buddy.recipe import load_recipe
-from buddy.runs import load_router, read_metrics, read_run
-from buddy.training.train import check_checkpoint
+from buddy.config import load_recipe
+from buddy.fit import check_checkpoint
+from buddy.io import load_tensors, read_json
+from buddy.run import load_router, read_metrics, read_run
 from tests.small import Small, write_text
 from tests.soak.victim import run
 from tests.tiny import tiny_folder
@@ -97,7 +97,7 @@ class Fit(Job):
         return self.place / "runs" / "small"
 
     def prepare(self, log: Path) -> None:
-        from buddy.training.fit import fit
+        from buddy.fit import fit
 
         run(lambda: fit(self.small(self.work / "older", *STEPS, "seed=1", "rivals=[]"), "small"), log)
         self.before = self.work / "older" / "small" / "buddy"
@@ -110,7 +110,7 @@ class Fit(Job):
     def act(self) -> None:
         import datasets
 
-        from buddy.training.fit import fit
+        from buddy.fit import fit
 
         datasets.config.HF_DATASETS_CACHE = self.place / "datasets"
         fit(self.small(self.place / "runs", *STEPS), "small")
@@ -161,7 +161,7 @@ class Calibration(Job):
         from buddy.calibration import memo
         from buddy.calibration.probe import Probe
         from buddy.engine.model import RoutedLM, geometry_of
-        from buddy.files import save_tensors
+        from buddy.io import save_tensors
         from routers.sleb import SLEB
 
         memo.WRITE_EVERY = 0.02  # seconds: many writes, for kills to fall into
@@ -289,7 +289,7 @@ class Export(Job):
             self.prepare(self.work / "log")
 
     def prepare(self, log: Path) -> None:
-        from buddy.training.fit import fit
+        from buddy.fit import fit
 
         if not (self.work / "runs").exists():
             run(lambda: fit(self.small(self.work / "runs", "router=shortgpt", "rivals=[]"), "small"), log)

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from buddy.data.module import TextData
 from buddy.errors import DataError
-from buddy.training.data import TextData
 
 # Lightning 2.6 under torch 2.13: of its own making, and nothing that data could do about.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
@@ -239,7 +239,7 @@ def test_preparing_fills_the_cache_and_setting_up_happens_once(make, datasets_ca
     data.prepare_data()
     data.setup()
     test = data.test
-    monkeypatch.setattr("buddy.training.data.read_documents", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("buddy.data.module.read_documents", lambda *_: pytest.fail("read again"))
     data.setup("fit")
     assert data.test is test
     assert any(datasets_cache.rglob("cache-*.arrow"))

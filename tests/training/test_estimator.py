@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from buddy import Context, Geometry, Router
 from buddy.engine.model import RoutedLM, geometry_of
+from buddy.losses import Objective
 from buddy.plan import top_k
-from buddy.training.estimator import Batch, Perturbed, StraightThrough, _direction
-from buddy.training.objective import Objective
+from buddy.training.estimators import Batch, Perturbed, StraightThrough, _direction
 from tests.tiny import tiny_backbone
 
 IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))

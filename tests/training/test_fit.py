@@ -12,11 +12,11 @@ import torch
 
 from buddy.calibration import probe
 from buddy.calibration.hidden import similarities
+from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
-from buddy.files import load_tensors
-from buddy.recipe import load_recipe
-from buddy.runs import read_run
-from buddy.training.fit import fit
+from buddy.fit import fit
+from buddy.io import load_tensors
+from buddy.run import read_run
 from tests.small import start_buddy
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
@@ -271,7 +271,7 @@ def test_a_kill_in_the_evaluation_costs_no_training(small, uninterrupted, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.training.session.evaluate", stop)
+        patch.setattr("buddy.fit.evaluate", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(small(tmp_path, *LONG), "small")
     capsys.readouterr()

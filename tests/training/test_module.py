@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
-from buddy.training.data import TextData
-from buddy.training.estimator import Perturbed
-from buddy.training.interrupt import quiet
+from buddy.losses import Objective
+from buddy.training.callbacks import quiet
+from buddy.training.estimators import Perturbed
 from buddy.training.module import NotFinite, RoutingModule
-from buddy.training.objective import Objective
 from routers.buddy import BuddyRouter
 from tests.tiny import tiny_backbone, tiny_tokenizer
 

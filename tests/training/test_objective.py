@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from buddy.training.objective import Dense, Objective, cross_entropy, draw_budgets, kl_to_dense
+from buddy.losses import Dense, Objective, cross_entropy, draw_budgets, kl_to_dense
 
 
 def logits(seed: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ import re
 import pytest
 from datasets import Dataset
 
+from buddy.data.text import load_texts
 from buddy.errors import DataError
-from buddy.training.sources import load_texts
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 TEXTS = ["The first document.\n\nIts second paragraph.", "The second one: é, 字."]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from buddy import fit as training
 from buddy.assemble import backbone_of, data_of, routed_of
+from buddy.config import Recipe
 from buddy.errors import TrainingError
-from buddy.schema import Recipe
-from buddy.training import train as training
-from buddy.training.train import check_checkpoint, trainer_of
+from buddy.fit import check_checkpoint, trainer_of
 from tests.training.test_module import Spoilt
 
 STEPS = 8

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from buddy.assemble import routed_from
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, TrainingError
-from buddy.files import load_tensors
-from buddy.runs import read_run
-from buddy.training.estimator import Batch, Perturbed, StraightThrough, Weighted
-from buddy.training.fit import fit
-from buddy.training.objective import Objective
+from buddy.fit import fit
+from buddy.io import load_tensors
+from buddy.losses import Objective
+from buddy.run import read_run
+from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
 from routers.first import FiRST
 from tests.engine.reference import Fickle, clamped
 from tests.tiny import tiny_backbone

@@ -3,8 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from buddy.training.documents import read_documents
-from buddy.training.wikitext import articles, plain, undone
+from buddy.data.text import articles, plain, read_documents, undone
 
 TEXT = (
     " \n = Homarus gammarus = \n \n A well @-@ known <unk> weighs 0 @.@ 7 kg , or 1 @,@ 000 g . \n \n"

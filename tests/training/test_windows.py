@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from buddy.data.windows import Stream, generator, split, spread, windows_of
 from buddy.errors import DataError
-from buddy.training.windows import Stream, generator, split, spread, windows_of
 
 WINDOW = 10
 wanted_windows = st.fixed_dictionaries({name: st.integers(0, 80) for name in ("test", "calibration", "validation")})

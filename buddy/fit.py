@@ -1,0 +1,596 @@
+"""`buddy fit`: calibrate or train a router and its rivals under one recipe, evaluate them, and leave run folders."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import lightning
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from buddy import console, distributed
+from buddy.assemble import adapter_of, backbone_of, budgets_of, data_of, heals, restore_router, routed_of
+from buddy.backbone import Backbone
+from buddy.calibration.probe import Probe
+from buddy.calibration.store import cache_folder
+from buddy.config import PredictorSection, Recipe, with_router
+from buddy.console import errors, status, track, tracker
+from buddy.data.module import TextData
+from buddy.engine.model import RoutedLM
+from buddy.errors import BuddyError, RecipeError, TrainingError
+from buddy.evaluation.report import show_comparison, write_results
+from buddy.healing.adapter import check_targets
+from buddy.io import on_disk, within_memory
+from buddy.losses import Objective
+from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
+from buddy.registry import check_names, load
+from buddy.router import AnyRouter, LayerwiseRouter
+from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
+from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
+from buddy.sharding import STRATEGY, check, join, settle, shard, shards
+from buddy.training.callbacks import Keeper, TrainingBar, WholeCheckpoints, quiet
+from buddy.training.estimators import Estimator, Perturbed, StraightThrough, Weighted
+from buddy.training.healing import HealingModule, Together
+from buddy.training.inputs import inputs_of
+from buddy.training.ledger import Ledger
+from buddy.training.module import NotFinite, RoutingModule
+from buddy.training.stopwatch import Stopwatch
+
+
+def fit(recipe: Recipe, recipe_name: str) -> None:
+    """Fit the recipe's router and its rivals, and show them side by side.
+
+    Rivals come first: they take little time, so that what is stopped and repeated is the training that can go on.
+
+    Args:
+        recipe: the whole run.
+        recipe_name: names the folder of the runs.
+
+    Raises:
+        BuddyError: anything that a person can mend; what was finished before stays.
+        KeyboardInterrupt: stopped in good order; the same call goes on from a checkpoint.
+    """
+    leads = distributed.leads()  # the others of a distributed run are begun by the same command
+    console.errors.quiet = console.results.quiet = not leads
+    check_names(recipe.optimizer.lr_by_router)
+    own = with_router(recipe, recipe.router.name)
+    recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), own]
+    places = [RunPlace.of(each, recipe_name) for each in recipes]
+    for place in places if leads else ():
+        place.settle()
+    session = _begin(recipes, places)
+    with distributed.linked():
+        if not leads:
+            return session.follow(recipes, places)
+        ledger, scores = Ledger(places[-1]), {}
+        for number, (each, place) in enumerate(zip(recipes, places, strict=True), start=1):
+            kept = session.kept(each, place, ledger)
+            if len(recipes) > 1:
+                done = "" if kept is None else ", finished before"
+                console.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
+            distributed.tell(kept is not None)
+            scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
+            ledger.note(each.router.name)
+    ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
+    folders = {each.router.name: place.final for each, place in zip(recipes, places, strict=True)}
+    show_comparison(ordered, folders, recipe.router.name)
+    ledger.close()
+
+
+def _begin(recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> Session:
+    """Backbone and text in each process, once the first has found all well, and the processes together."""
+    leads, trainer = distributed.leads(), recipes[-1].trainer
+    if not leads or distributed.from_torchrun() > 1:
+        join(trainer)  # all are there already
+    with distributed.one_by_one(trainer) if shards(trainer) else distributed.leader_first():
+        session = Session(*prepare(recipes))
+        for place in places if leads else ():
+            with place.lock():  # a second fit is refused here, before it does anything
+                pass
+        join(trainer)
+        if shards(trainer):
+            shard(session.backbone, trainer.accelerator)
+    if shards(trainer):
+        settle(session.backbone)
+    return session
+
+
+def _rival(recipe: Recipe, name: str) -> Recipe:
+    """The recipe for another router; a checkpoint and the budget predictor are the recipe's own router's."""
+    trainer = replace(recipe.trainer, ckpt_path=None)
+    return replace(with_router(recipe, name), trainer=trainer, predictor=PredictorSection())
+
+
+WATCH = "seconds.json"  # in the folder of an unfinished run
+
+
+def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
+    """Backbone and text; whatever is wrong with the recipes is found here, before anything long or written begins.
+
+    Args:
+        recipes: alike but for the router and the seed.
+    """
+    recipe = recipes[-1]
+    for each in recipes:
+        load(each.router.name)
+    with quiet():
+        trainer_of(recipe, logger=False)
+    check(recipe)
+    if recipe.trainer.ckpt_path:
+        check_checkpoint(recipe.trainer.ckpt_path)
+    with status(f"Loading {recipe.backbone.name} …"):
+        backbone = backbone_of(recipe, stays=shards(recipe.trainer))
+        for each in recipes:
+            routed = routed_of(each, backbone)
+            _check_start(each, routed.router)
+            if each.predictor.name is not None:
+                arms_of(each, routed)
+            routed.detach()
+        if recipe.adapter is not None:
+            check_targets(recipe.adapter.targets, backbone)
+    data = data_of(recipe, backbone)
+    data.check_shares(math.prod(distributed.shape(recipe.trainer)))
+    with status(f"Reading {recipe.data.source} …"):
+        data.prepare_data()
+        data.setup()
+    return backbone, data
+
+
+def _check_start(recipe: Recipe, router: AnyRouter) -> None:
+    """Raises RecipeError for a checkpoint to go on from where no training would read it."""
+    if recipe.trainer.ckpt_path and not router.trainable:
+        raise RecipeError(f"The router {recipe.router.name} is not trained; leave trainer.ckpt_path out.")
+    if recipe.trainer.ckpt_path and trains_both(recipe, router):
+        raise RecipeError(
+            "adapter.joint=true trains router and adapter from the start; leave trainer.ckpt_path out, or set it to "
+            "false."
+        )
+
+
+class Session:
+    """One backbone and one text for all the routers of a recipe.
+
+    Args:
+        backbone: not routed yet.
+        data: the text, set up.
+    """
+
+    def __init__(self, backbone: Backbone, data: TextData) -> None:
+        self.backbone, self.data = backbone, data
+        self._probe: Probe | None = None
+        self._watch: Stopwatch | None = None
+        self._reference = Reference()
+
+    def kept(self, recipe: Recipe, place: RunPlace, ledger: Ledger) -> list[Scores] | None:
+        """The results of a router that an earlier beginning of the same fit finished; None where none did."""
+        return ledger.scores(recipe, place, inputs_of(recipe, self.backbone, self.data))
+
+    def run(self, recipe: Recipe, recipe_name: str, place: RunPlace, lent: Path | None = None) -> list[Scores]:
+        """Fit, evaluate and publish one router.
+
+        Args:
+            lent: a finished run of the same recipe but for the adapter, whose router is taken as it is.
+        """
+        with on_disk(place.final), place.lock(), self.routed(recipe) as routed:
+            inputs = inputs_of(recipe, self.backbone, self.data)
+            if distributed.count() == 1 and place.sealed(recipe, inputs):
+                _tidy(place.partial)
+                return scores_of(read_metrics(place.publish()))
+            folder = place.open_partial(recipe, inputs)
+            watch, fitted = Stopwatch(folder / WATCH), False
+            self._watch = watch
+            try:
+                write_facts(
+                    folder,
+                    recipe,
+                    recipe_name,
+                    backbone=self.backbone.name,
+                    fingerprint=self.backbone.fingerprint,
+                    geometry=routed.geometry,
+                )
+                distributed.wait()  # the others look into the folder from here on
+                sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
+                with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
+                    before = 0.0 if lent is None else read_metrics(lent)["fit"]["seconds"]
+                    rates = self._fit(recipe, routed, folder, lent)
+                    spent = {"seconds": before + watch.seconds, "parameters": _parameters(routed)}
+                    watch.save()
+                    fitted = True
+                    fit_predictor(recipe, routed, self.data, folder)
+                    scores = self._evaluate(recipe, routed)
+                save_router(folder, routed.router.state_dict())
+                if routed.adapter is not None:
+                    routed.adapter.save(folder / ADAPTER)
+                write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint, rates=rates)
+                place.seal()
+                _tidy(folder)
+            except BaseException as error:
+                goes_on = isinstance(error, KeyboardInterrupt) or any(folder.rglob("*.ckpt"))
+                if not goes_on:
+                    shutil.rmtree(folder, ignore_errors=True)
+                elif not fitted:  # evaluation's time is not saved as fitting's
+                    with suppress(BuddyError):  # on a full disk, say
+                        watch.save()  # there is something to go on from, if only the time that was spent
+                raise
+            place.publish()
+        return scores
+
+    def follow(self, recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> None:
+        """Take part in the training and evaluation of all routers beside the process that leads."""
+        for recipe, place in zip(recipes, places, strict=True):
+            if distributed.tell():  # it is finished
+                continue
+            with self.routed(recipe) as routed:
+                distributed.wait()
+                try:
+                    self._fit(recipe, routed, place.partial)
+                    self._evaluate(recipe, routed)
+                except (TrainingError, KeyboardInterrupt) as error:
+                    raise SystemExit(2) from error
+
+    @contextmanager
+    def routed(self, recipe: Recipe) -> Iterator[RoutedLM]:
+        """The recipe's router on the backbone, its first weights drawn from the recipe's seed."""
+        lightning.seed_everything(recipe.seed, verbose=False)
+        routed = routed_of(recipe, self.backbone)
+        try:
+            yield routed
+        finally:
+            routed.detach()
+
+    def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path, lent: Path | None = None) -> dict[float, float]:
+        """Calibrate, train and heal; what validation windows said of the adapter's rates, where several are asked."""
+        self.data.train_seed = recipe.seed
+        callbacks = [self._watch] if self._watch else []
+        if lent is not None:
+            restore_router(routed, lent)
+            (folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # of a router begun here before
+        else:
+            self._calibrate(recipe, routed)
+            both = trains_both(recipe, routed.router)
+            if routed.router.trainable and not both:
+                train(recipe, routed, self.data, folder, callbacks)
+            if not both:
+                routed.router.eval().requires_grad_(False)
+        if not heals(recipe, routed.router):
+            return {}
+        if recipe.adapter.rates:
+            from buddy.healing.rates import heal_at_the_best
+
+            return heal_at_the_best(recipe, routed, self.data, folder, callbacks)
+        heal(recipe, routed, self.data, folder, callbacks)
+        return {}
+
+    def _calibrate(self, recipe: Recipe, routed: RoutedLM) -> None:
+        """Let the router measure: by all together where weights are shared out, else by the first process.
+
+        Others follow where something may be left for training that is in no state; they find what it kept on disk.
+        """
+        with nullcontext() if shards(recipe.trainer) else distributed.leader_first():
+            if distributed.leads() or shards(recipe.trainer) or routed.router.trainable:
+                probe = self._calibration(recipe, routed)
+                routed.router.calibrate(probe)
+                probe.release()
+        distributed.alike(routed.router)
+
+    def _calibration(self, recipe: Recipe, routed: RoutedLM) -> Probe:
+        """One probe for all routers: what one measured, the next need not."""
+        if self._probe is None:
+            windows, data = self.data.calibration.input_ids, recipe.data
+            store = None if shards(recipe.trainer) else cache_folder()  # all together: none may know more than another
+            options: dict[str, Any] = {"prompt": data.prompt, "store": store}
+            # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
+            size = 1 if self.backbone.device.type == "cpu" else data.batch_size
+            self._probe = Probe(routed, windows, size, self._track, **options)
+        self._probe.seed = recipe.seed
+        self._probe.serve(routed, [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)])
+        return self._probe
+
+    def _evaluate(self, recipe: Recipe, routed: RoutedLM) -> list[Scores]:
+        """By all processes, with one and the same router and adapter."""
+        for part in (routed.router, *([] if routed.adapter is None else [routed.adapter.parts])):
+            distributed.alike(part)
+        return evaluate(
+            routed,
+            self.data.test,
+            budgets_of(recipe, routed),
+            prompt=recipe.data.prompt,
+            batch_size=recipe.data.batch_size,
+            track=tracker(f"Evaluating {recipe.router.name}"),
+            reference=self._reference,
+        )
+
+    def _track(self, items: Sequence[Any], words: str) -> Iterable[Any]:
+        """`track`, and the time spent is kept on the way."""
+        for item in track(items, words):
+            yield item
+            if self._watch:
+                self._watch.tick()
+
+
+def _parameters(routed: RoutedLM) -> int:
+    """Numbers that router and adapter add to the model for training; what was only measured is not among them."""
+    adapter = 0 if routed.adapter is None else routed.adapter.size
+    return sum(parameter.numel() for parameter in routed.router.parameters()) + adapter
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    from buddy.healing.rates import forget_rates
+
+    (folder / WATCH).unlink(missing_ok=True)
+    forget(folder)
+    forget_rates(folder)
+    forget_targets(folder)
+
+
+NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
+
+
+def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
+    """Train the router in place, from `trainer.ckpt_path` or from what an interrupted run left in `folder`.
+
+    Args:
+        recipe: the whole run.
+        routed: model and router, calibrated.
+        data: the text, set up.
+        folder: of the run that is being made.
+        callbacks: Lightning's, beside those that keep checkpoints and show progress.
+
+    Raises:
+        TrainingError: a step was not finite, or the checkpoint cannot be used.
+        KeyboardInterrupt: stopped in good order by a signal, with a checkpoint.
+    """
+    checkpoints = folder / "checkpoints"
+    last = checkpoints / "last.ckpt"
+
+    def failed(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
+        kept = checkpoints / "before-failure.ckpt"
+        trainer.save_checkpoint(kept)
+        return TrainingError(f"{error}, and start anew or from the step before with trainer.ckpt_path={kept}.")
+
+    bar = TrainingBar(f"Training {recipe.router.name}")
+    start = _start(recipe.trainer.ckpt_path, last)
+    run(recipe, module_of(recipe, routed), data, last, start, bar, callbacks, failed)
+    routed.router.to(routed.backbone.device)  # Lightning brings its module back to the CPU, not the backbone
+
+
+def run(
+    recipe: Recipe,
+    module: lightning.LightningModule,
+    data: TextData,
+    last: Path,
+    start: str | Path | None,
+    bar: TrainingBar,
+    callbacks: Sequence[Callback],
+    failed: Callable[[lightning.Trainer, NotFinite], TrainingError],
+) -> None:
+    """Let Lightning train a module, with checkpoints, TensorBoard and a bar.
+
+    Args:
+        recipe: the whole run.
+        module: what is trained.
+        data: the text, set up.
+        last: where its newest checkpoint is kept, in a folder of the run's folder.
+        start: a checkpoint to go on from.
+        bar: shows progress.
+        callbacks: Lightning's, beside these.
+        failed: what to say where a step was not finite.
+
+    Raises:
+        TrainingError: a step was not finite, or the checkpoint cannot be used.
+        KeyboardInterrupt: stopped in good order by a signal, with a checkpoint.
+    """
+    if start:
+        check_checkpoint(start)
+        errors.print(f"Going on from {start}", soft_wrap=True)
+    keeper = Keeper(last, recipe.trainer.checkpoint_every)
+    with quiet(), keeper.listening():
+        trainer = trainer_of(
+            recipe,
+            callbacks=[keeper, bar, *callbacks],
+            logger=TensorBoardLogger(last.parent.parent, name="", version="", default_hp_metric=False),
+            log_every_n_steps=recipe.trainer.log_every,
+            plugins=[WholeCheckpoints()],
+        )
+        try:
+            with distributed.linked():
+                trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        except NotFinite as error:
+            raise _ended(failed(trainer, error), keeper.asked) from error
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            if start and not keeper.began:  # it has the right parts, and something else in them
+                raise _unusable(start, f"{type(error).__name__}: {error}") from error
+            raise
+    if keeper.asked:
+        errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer.max_steps} is kept.")
+        raise KeyboardInterrupt
+
+
+def _ended(sentence: TrainingError, interrupted: bool) -> BaseException:
+    """What a training that did not stay finite ends with: the sentence, said at once where a signal came too.
+
+    The interrupt is raised then, so that a caller who could go on after such a training does not.
+    """
+    if not interrupted:
+        return sentence
+    errors.print(str(sentence), soft_wrap=True)
+    return KeyboardInterrupt()
+
+
+def _start(asked: str | None, last: Path) -> str | Path | None:
+    """What to go on from: the newest of an interrupted run, unless a checkpoint beside it is asked for by name."""
+    named = asked is not None and Path(os.path.realpath(asked)).is_relative_to(os.path.realpath(last.parent))
+    return last if last.exists() and not named else asked
+
+
+def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:
+    """Lightning's trainer with the settings of a recipe.
+
+    Raises:
+        TrainingError: it refuses them.
+    """
+    section = recipe.trainer
+    if any(way in section.strategy for way in ("spawn", "fork", "notebook")):
+        raise TrainingError(
+            f"trainer.strategy={section.strategy} cannot carry a routed model to its processes; choose ddp instead."
+        )
+    devices, nodes = distributed.shape(section)
+    shared_out = "ddp" if devices * nodes > 1 else "auto"  # the weights; the router is whole on each device
+    try:
+        return lightning.Trainer(
+            max_steps=section.max_steps,
+            max_epochs=-1,
+            accelerator=section.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=shared_out if section.strategy == STRATEGY else section.strategy,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            deterministic="warn",
+            **options,
+        )
+    except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+        raise TrainingError(
+            f"trainer.accelerator={section.accelerator}, devices={devices} and strategy={section.strategy} do "
+            f"not work here ({reason}); change them."
+        ) from error
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raises TrainingError unless the file is a whole checkpoint of a training; what is pickled in it is not run."""
+    if not os.path.isfile(path):
+        raise TrainingError(f"There is no checkpoint {path}; leave trainer.ckpt_path out or name an existing file.")
+    try:
+        missing = {*NEEDED} - {*torch.load(path, map_location="cpu", weights_only=True)}
+        with zipfile.ZipFile(path) as parts:  # torch itself does not look at the sums
+            missing = missing or {name for name in [parts.testzip()] if name}
+    except Exception as error:  # cut, overwritten and foreign files show as a dozen kinds of error
+        missing = {type(error).__name__}
+    if missing:
+        raise _unusable(path, ", ".join(sorted(missing)))
+
+
+def _unusable(path: str | Path, reason: str) -> TrainingError:
+    return TrainingError(
+        f"The checkpoint {path} is damaged or not one of Buddy's ({shorten(reason, 200, placeholder=' …')}); delete it "
+        "and start anew, or name another as trainer.ckpt_path."
+    )
+
+
+def estimator_of(recipe: Recipe, router: AnyRouter) -> Estimator:
+    """The recipe's estimator with its objective; a layerwise router has a way of its own."""
+    section = recipe.objective
+    objective = Objective(section.kl, section.ce)
+    if isinstance(router, LayerwiseRouter):
+        return Weighted(objective)
+    if section.estimator == "perturbed":
+        return Perturbed(objective, section.plans, section.sigma, section.shared)
+    return StraightThrough(objective)
+
+
+def module_of(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
+    """The LightningModule for a recipe."""
+    optimizer = recipe.optimizer
+    return RoutingModule(
+        routed,
+        estimator_of(recipe, routed.router),
+        [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)],
+        prompt=recipe.data.prompt,
+        lr=optimizer.lr,
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        clip=optimizer.clip,
+        seed=recipe.seed,
+    )
+
+
+CHECKPOINT = "healing.ckpt"
+CHANGEABLE = {"kind", "lr", "rates", "steps"}  # of the section, from one beginning to the next
+
+
+def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
+    """Train an adapter for the router, or both where the recipe says so, and leave it on the model, frozen.
+
+    Args:
+        recipe: the whole run, with a section `adapter`.
+        routed: model and router, calibrated, and trained unless both are trained together.
+        data: the text, set up.
+        folder: of the run that is being made; an interrupted healing goes on from the checkpoint there.
+        callbacks: Lightning's, beside those that keep checkpoints and show progress.
+
+    Raises:
+        TrainingError: unknown target modules, a step that was not finite, or a checkpoint that cannot be used.
+        KeyboardInterrupt: stopped in good order by a signal, with a checkpoint.
+    """
+    path = folder / "checkpoints" / CHECKPOINT
+    routed.adapt(adapter_of(recipe, routed.backbone, routed.geometry.context_layer))
+    routed.adapter.train()
+    steps = replace(recipe, trainer=replace(recipe.trainer, max_steps=recipe.adapter.steps))
+    bar = TrainingBar(f"Healing {recipe.router.name}", "heal/objective")
+
+    def failed(_: Trainer, error: NotFinite) -> TrainingError:
+        trained = folder / "checkpoints" / "last.ckpt"
+        kept = f", and give trainer.ckpt_path={trained} to keep the router" if trained.exists() else ""
+        return TrainingError(f"{error}; lower adapter.lr{kept}.")
+
+    start = path if path.exists() else None
+    run(steps, healing_module_of(recipe, routed, path), data, path, start, bar, callbacks, failed)
+    routed.router.to(routed.backbone.device)
+    routed.adapter.freeze()
+    routed.router.eval().requires_grad_(False)
+
+
+def forget(folder: Path) -> None:
+    """Remove the checkpoint, which is several times the adapter's size; the run is whole."""
+    path = folder / "checkpoints" / CHECKPOINT
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()
+
+
+def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
+    """Whether healing trains the router too."""
+    return recipe.adapter is not None and recipe.adapter.joint and router.trainable
+
+
+def healing_module_of(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
+    """The LightningModule of a recipe's healing, with the place of its checkpoint."""
+    optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
+    return HealingModule(
+        routed,
+        Objective(recipe.objective.kl, recipe.objective.ce),
+        [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)],
+        prompt=recipe.data.prompt,
+        lr=recipe.adapter.lr,
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        clip=optimizer.clip,
+        seed=recipe.seed,
+        identity=identity_of(recipe, routed.router),
+        checkpoint=str(checkpoint),
+        together=Together(estimator_of(recipe, routed.router), optimizer.lr) if both else None,
+    )
+
+
+def identity_of(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
+    """What an interrupted healing must have been begun with, so that going on makes sense."""
+    settings = {f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in CHANGEABLE}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(router.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return {**settings, "the router": digest.hexdigest()[:16]}

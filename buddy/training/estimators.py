@@ -1,0 +1,247 @@
+"""How a discrete plan teaches the scores that it came from.
+
+An estimator takes windows and their budgets and returns a loss whose gradient moves the router. Two are for scores:
+`Perturbed` runs plans forward only and credits each token with what its own plan did; `StraightThrough` back-propagates
+through hard gates. `Weighted` is for layerwise routers, and the only one for them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from buddy.engine.model import RoutedLM
+from buddy.errors import TrainingError
+from buddy.losses import Dense, Objective
+from buddy.plan import gate_order
+from buddy.router import Context, LayerwiseRouter
+
+TOLD = 2 * math.sqrt(
+    2 / math.pi
+)  # E[ε | ε > 0] − E[ε | ε < 0]: what running tells of the noise of a layer at the brink
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows to learn from: a whole batch, or the share of one process.
+
+    Attributes:
+        input_ids: (B, T) long.
+        executed: (B,) long, K per row.
+        scored: (S,) long, positions whose next-token prediction counts.
+        prompt: tokens at the start that share a plan where the model's `prompt_plan` is "shared".
+        everyone: (B · n,) long, K of the whole batch, which n processes share; None where these rows are all of it.
+        rank: which of the n: these rows are numbers rank, rank + n, rank + 2n, … of the batch.
+    """
+
+    input_ids: Tensor
+    executed: Tensor
+    scored: Tensor
+    prompt: int = 0
+    everyone: Tensor | None = None
+    rank: int = 0
+
+    def places(self, layers: int) -> tuple[Tensor, int]:
+        """Of the whole batch's rows below full depth L, the numbers of those that are here; and how many there are."""
+        free = (self.executed if self.everyone is None else self.everyone).cpu() < layers
+        here = slice(self.rank, None, len(free) // len(self.executed))
+        return (free.cumsum(0) - 1)[here][free[here]], int(free.sum())
+
+    def weight(self, layers: int) -> float:
+        """What a mean over the rows below full depth counts, so that the mean over processes is that of the batch."""
+        here, all_of_them = self.places(layers)
+        if self.everyone is None or not all_of_them:
+            return 1.0
+        return len(here) * len(self.everyone) / (len(self.executed) * all_of_them)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Outcome of one step.
+
+    Attributes:
+        loss: scalar whose gradient with respect to the router is the estimate.
+        objective: (B,) mean objective of each row under the plans tried, in nats; nought at full depth under KL.
+        runs: (B, T, L) bool, the plans that the router's unperturbed scores ask for, or those of its gates when open
+            means more likely than not.
+        context: what the router saw, leading dimensions (B, T); None for a layerwise router, which saw hidden states.
+        dense: the dense model's distribution at the scored positions, where the estimator had it from that same pass.
+    """
+
+    loss: Tensor
+    objective: Tensor
+    runs: Tensor
+    context: Context | None
+    dense: Dense | None = None
+
+
+class Estimator(Protocol):
+    """The interface of all."""
+
+    def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+        """One step; `generator` is the only source of randomness, the same in each process of a batch.
+
+        What is drawn belongs to the window's place in the whole batch, so that shares of it draw what the whole does.
+        """
+
+
+class Perturbed:
+    """Perturbed plans with credit per token (perturbed optimizers, 2002.08676).
+
+    Exact top-k of s ± σε in antithetic pairs, forward only. Each token is credited with its own objective against the
+    mean over the plans tried for that token: ∂E[f]/∂s ≈ mean_p (f_p − mean f) E[ε_p | m_p] / σ. What the noise did
+    shows in the plan m alone, so in place of ε stands its expectation given the plan (Rao–Blackwell), near enough
+    `TOLD` · (m − mean m): a layer that ran in every plan tried, or in none, is told nothing. Gates stay hard, and the
+    pull "more compute is better", common to all layers, is nought because the count is fixed.
+
+    A part of the noise is shared by all tokens of a window: a token then reads keys and values of tokens whose plans
+    moved as its own did, so that its credit holds what such a move does through them, and not their own wanderings.
+
+    Args:
+        objective: what a plan is judged by.
+        plans: M, plans tried per window; an even number.
+        sigma: σ, in units of scores.
+        shared: ρ in [0, 1], share of the noise's variance that is common to a window.
+    """
+
+    def __init__(self, objective: Objective, plans: int = 4, sigma: float = 0.15, shared: float = 0.75) -> None:
+        self.objective, self.plans, self.sigma, self.shared = objective, plans, sigma, shared
+
+    def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+        context, dense, targets = _dense_pass(routed, batch)
+        scores = routed.router.score(context)
+        runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
+        value = torch.zeros(len(batch.input_ids), device=scores.device)
+        free = (batch.executed < routed.geometry.layers).nonzero()[:, 0]  # full depth leaves nothing to try
+        if not len(free):
+            return Estimate(scores.sum() * 0.0, value, runs, context, dense)
+        part = replace(batch, input_ids=batch.input_ids[free], executed=batch.executed[free])
+        places = batch.places(routed.geometry.layers)
+        tried, plans = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator, places)
+        value[free] = tried.mean((0, 2))
+        first, routable = routed.geometry.context_layer, routed.geometry.routable
+        direction = _direction(tried, plans[..., first : first + routable], self.sigma)
+        credited = routed.held(scores, batch.prompt)[free][:, batch.scored]  # who follows a decision credits its maker
+        loss = (direction * credited).sum(-1).mean() * batch.weight(routed.geometry.layers)
+        return Estimate(loss, value, runs, context, dense)
+
+    @torch.no_grad()
+    def _try(
+        self,
+        routed: RoutedLM,
+        batch: Batch,
+        scores: Tensor,
+        dense: Dense,
+        targets: Tensor,
+        generator: torch.Generator,
+        places: tuple[Tensor, int],
+    ) -> tuple[Tensor, Tensor]:
+        """Objectives (M, B, S) of M plans and the plans themselves (M, B, S, L) bool; all in one forward."""
+        noise = self._noise(scores, generator, *places)
+        rows, executed = (x.repeat(self.plans, *[1] * (x.dim() - 1)) for x in (batch.input_ids, batch.executed))
+        runs = routed.plan((scores + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
+        logits = routed(rows, runs=runs, keep=batch.scored).logits.unflatten(0, (self.plans, -1))
+        values = torch.stack([self.objective(dense, plan, targets) for plan in logits])
+        return values, runs.unflatten(0, (self.plans, -1))[:, :, batch.scored]
+
+    def _noise(self, scores: Tensor, generator: torch.Generator, here: Tensor, rows: int) -> Tensor:
+        """(M, B, T, R) of unit variance, in antithetic pairs: the rows that are `here` of those of the whole batch."""
+        _, tokens, routable = scores.shape
+        own = torch.randn(self.plans // 2, rows, tokens, routable, generator=generator)[:, here]
+        common = torch.randn(self.plans // 2, rows, 1, routable, generator=generator)[:, here]
+        half = (math.sqrt(1 - self.shared) * own + math.sqrt(self.shared) * common).to(scores)
+        return torch.stack([half, -half], 1).flatten(0, 1)
+
+
+def _direction(values: Tensor, runs: Tensor, sigma: float) -> Tensor:
+    """(B, S, R): how the scores should not move. Rows are put on one scale, or deep budgets would never be heard."""
+    credit = values - values.mean(0)
+    credit = credit / (values.std(0).mean(-1, keepdim=True) + 1e-6)
+    runs = runs.to(credit)
+    return TOLD / sigma * (credit[..., None] * (runs - runs.mean(0))).mean(0)
+
+
+class StraightThrough:
+    """Hard top-k forward, softmax backward (2606.09514, section 3), through a backbone that computes every layer.
+
+    A skipped layer's gate is always pulled towards running, and the pull common to all layers drowns the differences
+    in it; since the count is fixed, that common part is projected out of each token's gradient.
+
+    Args:
+        objective: what a plan is judged by.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+        context, dense, targets = _dense_pass(routed, batch)
+        scores = routed.router.score(context)
+        runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
+        gates = self._gates(routed, routed.held(scores, batch.prompt), runs)
+        logits = routed(batch.input_ids, runs=runs, gates=gates, keep=batch.scored).logits
+        value = self.objective(dense, logits, targets)
+        return Estimate(value.mean(), value.detach().mean(1), runs, context)
+
+    @staticmethod
+    def _gates(routed: RoutedLM, scores: Tensor, runs: Tensor) -> Tensor:
+        """(B, T, L): 0 or 1 by the plan, with the softmax's gradient; sinks run whatever the scores say."""
+        geometry = routed.geometry
+        soft = scores.softmax(-1) * geometry.routable
+        if soft.requires_grad:
+            soft.register_hook(lambda gradient: gradient - gradient.mean(-1, keepdim=True))
+        routed_here = torch.arange(runs.shape[1], device=runs.device) >= routed.sink_tokens
+        pull = (soft - soft.detach()) * routed_here[:, None]
+        return runs.to(scores.dtype) + F.pad(pull, (geometry.context_layer, 1))
+
+
+class Weighted:
+    """Back-propagation through h + w · (F(h) − h), w the weight of a layerwise router's gate (2410.12513).
+
+    Every layer is computed on every token, whatever the cache policy. What holds the gates to a budget is the router's
+    own penalty. Rows at full depth have no gates to learn.
+
+    Args:
+        objective: what weighted outputs are judged by.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+        router, layers = routed.router, routed.geometry.layers
+        if not isinstance(router, LayerwiseRouter):
+            raise TrainingError(f"{type(router).__name__} has no gates; train it with perturbed plans instead.")
+        shape = batch.input_ids.shape
+        runs = torch.ones(*shape, layers, dtype=torch.bool, device=batch.input_ids.device)
+        value = torch.zeros(len(batch.input_ids), device=runs.device)
+        free = (batch.executed < layers).nonzero()[:, 0]
+        if not len(free):
+            nothing = sum(parameter.sum() for parameter in router.parameters() if parameter.requires_grad) * 0.0
+            return Estimate(nothing, value, runs, None)
+        ids, executed = batch.input_ids[free], batch.executed[free]
+        dense = Dense(routed.dense(ids, keep=batch.scored))
+        output = routed(ids, executed=executed, prompt=batch.prompt, keep=batch.scored, weighted=True)
+        objective = self.objective(dense, output.logits, ids[:, batch.scored + 1]).mean(1)
+        value[free] = objective.detach()
+        runs[free] = routed.plan(gate_order(output.weights.detach() > 0.5), executed, batch.prompt)
+        loss = (objective + router.penalty(output.weights, executed)).mean() * batch.weight(layers)
+        return Estimate(loss, value, runs, None)
+
+
+def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]:
+    """The router's context for every token, the asked K in it; the dense distribution; the next tokens (B, S)."""
+    if isinstance(routed.router, LayerwiseRouter):
+        name = type(routed.router).__name__
+        raise TrainingError(f"{name} decides layer by layer and has no scores; train it by the weights of its gates.")
+    with torch.no_grad():
+        output = routed(batch.input_ids, keep=batch.scored)
+        seen = output.context
+        executed = batch.executed[:, None].expand(batch.input_ids.shape)
+        context = Context(seen.pooled, seen.newest, seen.hidden, executed)
+        return context, Dense(output.logits), batch.input_ids[:, batch.scored + 1]
