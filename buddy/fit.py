@@ -21,8 +21,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import console, distributed
-from buddy.assemble import adapter_of, backbone_of, budgets_of, data_of, heals, restore_router, routed_of
-from buddy.backbone import Backbone
+from buddy.backbone.adapter import check_targets
+from buddy.backbone.load import Backbone
+from buddy.backbone.sharding import STRATEGY, check, join, settle, shard, shards
+from buddy.build import attach_predictor, build_adapter, build_backbone, build_data, build_model, heals, restore_router
 from buddy.calibration.probe import Probe
 from buddy.calibration.store import cache_folder
 from buddy.config import PredictorSection, Recipe, with_router
@@ -31,15 +33,13 @@ from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import show_comparison, write_results
-from buddy.healing.adapter import check_targets
 from buddy.io import on_disk, within_memory
 from buddy.losses import Objective
 from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
 from buddy.registry import check_names, load
-from buddy.router import AnyRouter, LayerwiseRouter
+from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
 from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
 from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
-from buddy.sharding import STRATEGY, check, join, settle, shard, shards
 from buddy.training.callbacks import Keeper, TrainingBar, WholeCheckpoints, quiet
 from buddy.training.estimators import Estimator, Perturbed, StraightThrough, Weighted
 from buddy.training.healing import HealingModule, Together
@@ -131,16 +131,16 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
     if recipe.trainer.ckpt_path:
         check_checkpoint(recipe.trainer.ckpt_path)
     with status(f"Loading {recipe.backbone.name} …"):
-        backbone = backbone_of(recipe, stays=shards(recipe.trainer))
+        backbone = build_backbone(recipe, stays=shards(recipe.trainer))
         for each in recipes:
-            routed = routed_of(each, backbone)
+            routed = build_model(each, backbone)
             _check_start(each, routed.router)
             if each.predictor.name is not None:
                 arms_of(each, routed)
             routed.detach()
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
-    data = data_of(recipe, backbone)
+    data = build_data(recipe, backbone)
     data.check_shares(math.prod(distributed.shape(recipe.trainer)))
     with status(f"Reading {recipe.data.source} …"):
         data.prepare_data()
@@ -208,7 +208,9 @@ class Session:
                     spent = {"seconds": before + watch.seconds, "parameters": _parameters(routed)}
                     watch.save()
                     fitted = True
-                    fit_predictor(recipe, routed, self.data, folder)
+                    predictor = fit_predictor(recipe, routed, self.data, folder)
+                    if predictor is not None:
+                        attach_predictor(recipe, routed, predictor)
                     scores = self._evaluate(recipe, routed)
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:
@@ -244,7 +246,7 @@ class Session:
     def routed(self, recipe: Recipe) -> Iterator[RoutedLM]:
         """The recipe's router on the backbone, its first weights drawn from the recipe's seed."""
         lightning.seed_everything(recipe.seed, verbose=False)
-        routed = routed_of(recipe, self.backbone)
+        routed = build_model(recipe, self.backbone)
         try:
             yield routed
         finally:
@@ -295,7 +297,9 @@ class Session:
             size = 1 if self.backbone.device.type == "cpu" else data.batch_size
             self._probe = Probe(routed, windows, size, self._track, **options)
         self._probe.seed = recipe.seed
-        self._probe.serve(routed, [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)])
+        self._probe.serve(
+            routed, [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)]
+        )
         return self._probe
 
     def _evaluate(self, recipe: Recipe, routed: RoutedLM) -> list[Scores]:
@@ -305,7 +309,7 @@ class Session:
         return evaluate(
             routed,
             self.data.test,
-            budgets_of(recipe, routed),
+            available_budgets(routed.router, recipe.budgets),
             prompt=recipe.data.prompt,
             batch_size=recipe.data.batch_size,
             track=tracker(f"Evaluating {recipe.router.name}"),
@@ -509,7 +513,7 @@ def module_of(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
     return RoutingModule(
         routed,
         estimator_of(recipe, routed.router),
-        [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)],
+        [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)],
         prompt=recipe.data.prompt,
         lr=optimizer.lr,
         warmup_steps=optimizer.warmup_steps,
@@ -538,7 +542,7 @@ def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbac
         KeyboardInterrupt: stopped in good order by a signal, with a checkpoint.
     """
     path = folder / "checkpoints" / CHECKPOINT
-    routed.adapt(adapter_of(recipe, routed.backbone, routed.geometry.context_layer))
+    routed.adapt(build_adapter(recipe, routed.backbone, routed.geometry.context_layer))
     routed.adapter.train()
     steps = replace(recipe, trainer=replace(recipe.trainer, max_steps=recipe.adapter.steps))
     bar = TrainingBar(f"Healing {recipe.router.name}", "heal/objective")
@@ -574,7 +578,7 @@ def healing_module_of(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> Hea
     return HealingModule(
         routed,
         Objective(recipe.objective.kl, recipe.objective.ce),
-        [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)],
+        [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)],
         prompt=recipe.data.prompt,
         lr=recipe.adapter.lr,
         warmup_steps=optimizer.warmup_steps,

@@ -23,9 +23,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from buddy.backbone.embedded import cache_root
 from buddy.comparison.machine import machine
 from buddy.console import errors, tracker
-from buddy.embedded import cache_root
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
 from buddy.evaluation.speed import Contender, decode_in_turn

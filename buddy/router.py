@@ -8,6 +8,7 @@ after the other; it sees the hidden state that arrives, and the engine holds it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -154,3 +155,8 @@ class LayerwiseRouter(AnyRouter):
             executed: (B,) long, K of each row.
         """
         return weights.new_zeros(len(weights))
+
+
+def available_budgets(router: AnyRouter, budgets: Iterable[float]) -> list[float]:
+    """Those budgets that a router can serve: full depth alone for one that runs every layer, else all of them."""
+    return [1.0] if router.full_depth else list(budgets)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from buddy.assemble import backbone_of, data_of, routed_of
+from buddy.build import build_backbone, build_data, build_model
 from buddy.calibration.probe import Probe
 from buddy.config import load_recipe
 from buddy.console import errors, results, track
@@ -169,11 +169,11 @@ def measure(rounds: int, steps: int) -> tuple[list[float], list[float]]:
     # The greedy search for a prior takes minutes and has no part in a step.
     quick = ["rivals=[]", "router.options.prior=block-influence"]
     recipe = load_recipe("quickstart", [f"trainer.max_steps={steps}", *quick])
-    backbone = backbone_of(recipe)
-    data = data_of(recipe, backbone)
+    backbone = build_backbone(recipe)
+    data = build_data(recipe, backbone)
     data.prepare_data()
     data.setup()
-    routed = routed_of(recipe, backbone)
+    routed = build_model(recipe, backbone)
     routed.router.calibrate(Probe(routed, data.calibration.input_ids[:4]))
     asked = {routed.executed_layers(budget) for budget in recipe.budgets}
     grid = sorted(asked - {routed.geometry.layers}) or sorted(asked)  # as the module draws them

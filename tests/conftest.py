@@ -53,6 +53,6 @@ def finished(small, tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """The embedded model in float32, shared by the tests marked `real`: never change its weights or classes."""
-    from buddy.backbone import load_backbone
+    from buddy.backbone.load import load_backbone
 
     return load_backbone("smollm2-135m", "float32")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as chatter
 
-from buddy.backbone import ROUTABLE, check_routable, fingerprint, load_backbone
+from buddy.backbone.load import ROUTABLE, check_routable, fingerprint, load_backbone
 from buddy.errors import BackboneError
 from tests.tiny import FAMILIES, VOCABULARY, tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from buddy import embedded
-from buddy.embedded import RECORD, STAMP, fault, smollm2_folder
+from buddy.backbone import embedded
+from buddy.backbone.embedded import RECORD, STAMP, fault, smollm2_folder
 from buddy.errors import BackboneError
 
 
@@ -106,7 +106,7 @@ def test_full_sums_only_where_times_differ(conversions, monkeypatch):
 KILLED = """
 import os
 from pathlib import Path
-from buddy import embedded
+from buddy.backbone import embedded
 def write(source, folder):
     (folder / "model.safetensors").write_bytes(b"half")
     os._exit(9)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.errors import BudgetError, DataError
 from buddy.hub.load import generate, summary
 
@@ -58,11 +58,11 @@ def test_sampling_follows_the_seed(finished, tiny_llama_folder, capsys):
 
 def test_a_chat_template_is_used_where_there_is_one(finished, tiny_llama_folder, capsys, monkeypatch):
     def with_template(run, **options):
-        routed = routed_from(run, **options)
+        routed = load_model(run, **options)
         routed.backbone.tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
         return routed
 
-    monkeypatch.setattr("buddy.hub.load.routed_from", with_template)
+    monkeypatch.setattr("buddy.serve.load_model", with_template)
     generate(finished / "buddy", prompt="plan", budget="1.0", max_new_tokens=NEW, chat=True)
     assert capsys.readouterr().out == stock(tiny_llama_folder, "[plan]>", do_sample=False)
 

@@ -13,13 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.calibration.criteria import CRITERIA, Criterion
-from buddy.calibration.hidden import similarities
-from buddy.calibration.losses import Batch, Losses, Pair
-from buddy.calibration.memo import Memo
-from buddy.calibration.setting import setting_of
-from buddy.calibration.store import Store
-from buddy.calibration.taylor import importance
+from buddy.calibration.measures import CRITERIA, Batch, Criterion, Losses, Pair, importance, similarities
+from buddy.calibration.store import Memo, Store, setting_of
 from buddy.engine.model import RoutedLM
 from buddy.router import Context
 
@@ -187,7 +182,7 @@ class Probe:
         seen = []
         for batch in self.track(self._batches, "contexts of the prompts"):
             prompt = batch[:, : self.prompt].to(self.routed.backbone.device)
-            context = self.routed(prompt, keep=1).context
+            context = self.routed(prompt, logits_to_keep=1).context
             seen.append([getattr(context, name)[:, -1] for name in ("pooled", "newest", "hidden", "executed")])
         return Context(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
 

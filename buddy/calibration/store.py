@@ -1,28 +1,29 @@
-"""Measured values on disk, so that a search which was killed goes on where it was.
-
-One SQLite file holds what was measured under one setting: the same weights, windows and numerics, so that a value read
-back is the very value that would be computed. Several processes may use a file at once. Nothing here is needed: what
-is lost or damaged is measured anew.
-"""
+"""Measured values of a calibration: in memory, and on disk so that a search that was stopped resumes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import platform
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from buddy.backbone.embedded import cache_root
 from buddy.console import errors
-from buddy.embedded import cache_root
+from buddy.engine.model import RoutedLM
 
 PLACE = "BUDDY_CALIBRATION_CACHE"
 PATIENCE = 20.0  # seconds to wait for another process that writes
@@ -175,3 +176,111 @@ def _decoded(key: Any, value: Any, total: Any) -> Tensor:
         return load(value)[""]
     except (SafetensorError, KeyError) as error:
         raise _Damage from error
+
+
+LAYOUT = 1  # raise it when values are measured in another way: older ones are then not found
+SAMPLE = 1024  # values of each parameter that stand for all of them
+
+
+def setting_of(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, Any]:
+    """Names and values, the same in another process that would measure the same numbers.
+
+    The rounding of a sum depends on the size of a batch, the number of threads and the machine's instructions, so they
+    are here too.
+
+    Args:
+        routed: the model.
+        windows: (N, W) long.
+        batch_size: windows per forward.
+    """
+    backbone = routed.backbone
+    return {
+        "layout": LAYOUT,
+        "backbone": backbone.fingerprint,
+        "configuration": _configuration(backbone.model.config),
+        "weights": _digest(*(_sample(parameter) for parameter in backbone.model.parameters())),
+        "dtype": backbone.dtype,
+        "attention": backbone.model.config._attn_implementation,
+        "device": _device(backbone.device),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "windows": _digest(windows.cpu()),
+        "shape": tuple(windows.shape),
+        "batch_size": batch_size,
+        "sink_tokens": routed.sink_tokens,
+        "context_layer": routed.geometry.context_layer,
+    }
+
+
+def _configuration(config: PreTrainedConfig) -> str:
+    """A digest of all that a model's configuration says but where it came from."""
+    said = config.to_dict()
+    for origin in ("_name_or_path", "transformers_version"):
+        said.pop(origin, None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLE)].cpu()
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+WRITE_EVERY = 2.0  # seconds: what a kill may cost
+
+
+class Memo:
+    """Tensors by name. A value is given back exactly as it was, whether it comes from memory or from disk.
+
+    Args:
+        store: makes the store when it is first needed; None keeps everything in memory only.
+    """
+
+    def __init__(self, store: Callable[[], Store] | None = None) -> None:
+        self._make = store
+        self._store: Store | None = None
+        self._values: dict[str, Tensor] = {}
+        self._unsaved: dict[str, Tensor] = {}
+        self._saved_at = time.monotonic()
+
+    def missing(self, keys: Collection[str]) -> list[str]:
+        """Those keys that were not measured yet, in their order."""
+        absent = [key for key in keys if key not in self._values]
+        store = self._open()
+        if absent and store is not None:
+            self._values |= store.read(absent)
+        return [key for key in absent if key not in self._values]
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self._values[key] = self._unsaved[key] = value
+        if time.monotonic() - self._saved_at >= WRITE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is not on disk yet; what cannot be written now is tried again."""
+        store = self._open()
+        if self._unsaved and (store is None or store.write(self._unsaved)):
+            self._unsaved = {}
+        self._saved_at = time.monotonic()
+
+    def _open(self) -> Store | None:
+        if self._store is None and self._make is not None:
+            self._store = self._make()
+        return self._store

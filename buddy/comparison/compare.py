@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from buddy.assemble import heals
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
+from buddy.build import heals
 from buddy.comparison.asked import RUNS, SEEDS, Asked, check
 from buddy.comparison.contestants import Contestant, contestants
 from buddy.comparison.domains import domains_of, read_domain

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from buddy.assemble import windows_in
+from buddy.build import build_windows
 from buddy.config import Recipe
 from buddy.data.module import TextData
 from buddy.data.text import same_source
@@ -65,7 +65,7 @@ def read_domain(domain: Domain, recipe: Recipe, data: TextData) -> Windows:
     if domain.own:
         return data.test
     section = recipe.data
-    windows = windows_in(recipe, data.tokenizer, domain.source, count=section.test_windows)
+    windows = build_windows(recipe, data.tokenizer, domain.source, count=section.test_windows)
     if len(windows) < section.test_windows:
         raise DataError(
             f"The text in {domain.source} gives {len(windows)} windows of {section.window} tokens, and "

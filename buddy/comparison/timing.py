@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.assemble import budgets_of, routed_of
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
+from buddy.build import build_model
 from buddy.comparison.machine import machine, versions
 from buddy.comparison.planned import Planned
 from buddy.console import tracker
@@ -21,7 +21,7 @@ from buddy.errors import BuddyError
 from buddy.evaluation.pruned import pruned_model
 from buddy.evaluation.speed import PROMPT, STEPS, Contender, Timings, race
 from buddy.io import checksum, read_json, within_memory, write_sealed
-from buddy.router import AnyRouter
+from buddy.router import AnyRouter, available_budgets
 from buddy.run import ROUTER, load_router
 
 FILE, ROUNDS = "speed.json", 3
@@ -75,7 +75,7 @@ def _field(runs: Mapping[str, Planned], backbone: Backbone) -> Iterator[list[Con
     One routed model takes the routers in turn, so that a turn can be as short as a token.
     """
     routers = {label: _router(run, backbone) for label, run in runs.items()}
-    layers, routed = backbone.num_layers, routed_of(next(iter(runs.values())).recipe, backbone)
+    layers, routed = backbone.num_layers, build_model(next(iter(runs.values())).recipe, backbone)
     try:
         field = [
             Contender("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext),
@@ -90,10 +90,10 @@ def _field(runs: Mapping[str, Planned], backbone: Backbone) -> Iterator[list[Con
 
 def _router(run: Planned, backbone: Backbone) -> tuple[AnyRouter, Sequence[int]]:
     """The router of a run, and K for each of its budgets, without repeats."""
-    routed = routed_of(run.recipe, backbone)
+    routed = build_model(run.recipe, backbone)
     try:
         routed.router.load_state_dict(load_router(run.folder))
-        counts = [routed.executed_layers(budget) for budget in budgets_of(run.recipe, routed)]
+        counts = [routed.executed_layers(budget) for budget in available_budgets(routed.router, run.recipe.budgets)]
         return routed.router.eval().requires_grad_(False), list(dict.fromkeys(counts))
     finally:
         routed.detach()

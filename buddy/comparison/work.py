@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from buddy.assemble import budgets_of, restore
+from buddy.backbone.adapter import WEIGHTS
+from buddy.build import restore
 from buddy.comparison.asked import Tasks
 from buddy.comparison.domains import Domain, read_domain
 from buddy.comparison.planned import Planned, again, is_finished
@@ -18,8 +19,8 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DamagedError, TrainingError
 from buddy.fit import Session, prepare
-from buddy.healing.adapter import WEIGHTS
 from buddy.io import checksum, read_json, within_memory, write_sealed, write_text
+from buddy.router import available_budgets
 from buddy.run import ADAPTER, METRICS, ROUTER
 from buddy.scoring.perplexity import Reference, evaluate, with_documents
 
@@ -113,7 +114,7 @@ class Worker:
             scores = evaluate(
                 routed,
                 self._texts[domain],
-                budgets_of(run.recipe, routed),
+                available_budgets(routed.router, run.recipe.budgets),
                 prompt=data.prompt,
                 batch_size=data.batch_size,
                 track=tracker(f"Evaluating {run.label} on {domain.label}"),
@@ -143,7 +144,10 @@ class Worker:
         tasks, depth = self._tasks, self.session.backbone.num_layers
         known = None if healed else self._full.get(name)
         with self.session.routed(run.recipe) as routed:
-            layers = {budget: routed.executed_layers(budget) for budget in budgets_of(run.recipe, routed)}
+            layers = {
+                budget: routed.executed_layers(budget)
+                for budget in available_budgets(routed.router, run.recipe.budgets)
+            }
         todo = [budget for budget, count in layers.items() if known is None or count < depth]
         found = task_scores(run.folder, [name], todo, tasks.limit, tasks.data, tasks.path)["results"] if todo else []
         entries = {entry["budget"]: entry for entry in found}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from buddy.assemble import budgets_of, routed_from, windows_in
+from buddy.build import build_windows, load_model
 from buddy.console import errors, results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, RunError
@@ -19,6 +19,7 @@ from buddy.evaluation.figure import figure_at
 from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
 from buddy.io import check_place, within_memory, write_json
 from buddy.latency import PROMPT as CONTEXT
+from buddy.router import available_budgets
 from buddy.run import Run, read_run
 
 FIGURE = "speed.png"
@@ -45,8 +46,8 @@ def bench_run(
     if json_file:
         check_place(json_file)
     with status(f"Loading {run.backbone} …"):
-        routed = routed_from(run, merged=True)
-    wanted: Sequence[float | str] = budgets or budgets_of(run.recipe, routed)
+        routed = load_model(run, merged=True)
+    wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
     asked = {str(budget): routed.executed_layers(budget) for budget in wanted}
     below = sorted({count for count in asked.values() if count < routed.geometry.layers}, reverse=True)
     if routed.router.full_depth:
@@ -188,7 +189,7 @@ def _remeasured(routed: RoutedLM, rounds: int) -> dict[int, float]:
 
 def _text(run: Run, routed: RoutedLM) -> torch.Tensor:
     """(BATCH, LONG) tokens of the run's text."""
-    windows = windows_in(
+    windows = build_windows(
         run.recipe, routed.backbone.tokenizer, run.recipe.data.source, count=BATCH, window=LONG
     ).input_ids
     repeats = -(-BATCH // len(windows))

@@ -8,17 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from buddy import console, distributed
-from buddy.assemble import budgets_of, held_out_of, routed_from, windows_in
+from buddy.backbone.sharding import join
 from buddy.budget import auto_of, fraction_of, latency_of
+from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status, tracker
 from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.report import show_run
 from buddy.io import check_place, within_memory, write_json
+from buddy.router import available_budgets
 from buddy.run import Run, read_run
 from buddy.scoring.perplexity import Scores, as_json, evaluate
-from buddy.sharding import join
 
 
 def evaluate_run(
@@ -52,7 +53,7 @@ def evaluate_run(
     _refuse_times(budgets, math.prod(distributed.shape(run.recipe.trainer)))
     join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
-        routed = routed_from(run)
+        routed = load_model(run)
     asked = _asked(routed, run, budgets)
     with status("Reading text …"), distributed.leader_first():
         windows = windows_for(run, routed, data, split)
@@ -96,7 +97,7 @@ def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float 
 def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float | str]:
     """Budgets as fractions, "auto" as it is; each checked against the model."""
     if budgets is None:
-        return list(budgets_of(run.recipe, routed))
+        return list(available_budgets(routed.router, run.recipe.budgets))
     found: list[float | str] = []
     for budget in budgets:
         if auto_of(budget):
@@ -110,5 +111,5 @@ def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[fl
 def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:
     """The windows of a split of the run's text, or of another text as many as it has for its test."""
     if data is None:
-        return getattr(held_out_of(run.recipe, routed.backbone), split)
-    return windows_in(run.recipe, routed.backbone.tokenizer, data, count=run.recipe.data.test_windows)
+        return getattr(build_held_out(run.recipe, routed.backbone), split)
+    return build_windows(run.recipe, routed.backbone.tokenizer, data, count=run.recipe.data.test_windows)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.console import Bar
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError, nearest
@@ -239,7 +239,9 @@ class BuddyLM(HFLM):
         # Padding after the end changes nothing before it, unless rows share the mean of their scores.
         mask = real.long() if self._routes and self.routed.settings.batch_plan == "shared" else None
         keep = torch.arange(first, ids.shape[1], device=device) if first else 0
-        output = self.routed(ids, mask, executed=torch.full((len(ids),), self.layers), prompt=prompt, keep=keep)
+        output = self.routed(
+            ids, mask, executed=torch.full((len(ids),), self.layers), prompt=prompt, logits_to_keep=keep
+        )
         self.executed.add(output.executed[real & ~output.sinks])
         return output.logits
 
@@ -297,4 +299,4 @@ def _loaded(run: str | Path | RoutedLM) -> tuple[RoutedLM, int, int]:
         return run, BATCH_TOKENS, 1
     found = read_run(run)
     data = found.recipe.data
-    return routed_from(found), data.batch_size * data.window, data.batch_size
+    return load_model(found), data.batch_size * data.window, data.batch_size

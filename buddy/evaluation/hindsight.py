@@ -16,14 +16,14 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
-from buddy.assemble import budgets_of, routed_from
+from buddy.build import load_model
 from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
 from buddy.io import check_place, within_memory, write_json
 from buddy.losses import Dense, kl_to_dense
-from buddy.router import LayerwiseRouter
+from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import read_run
 
 STEP = 0.4  # of a correction, in standard deviations of a token's scores over the layers
@@ -46,7 +46,7 @@ def search(
     """
     count, routable = torch.full((len(ids),), executed), routed.geometry.routable
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
-    seen = routed(ids, keep=scored)
+    seen = routed(ids, logits_to_keep=scored)
     dense = Dense(seen.logits)
     asked = count[:, None].expand(ids.shape).to(ids.device)
     scores = routed.router.score(replace(seen.context, executed=asked))
@@ -56,7 +56,7 @@ def search(
         """(M, B) of corrections (M, B, R)."""
         moved = (scores + corrections[:, :, None].to(scores)).flatten(0, 1)
         rows, counts = ids.repeat(len(corrections), 1), count.repeat(len(corrections))
-        logits = routed(rows, runs=routed.plan(moved, counts, prompt), keep=scored).logits
+        logits = routed(rows, runs=routed.plan(moved, counts, prompt), logits_to_keep=scored).logits
         parts = logits.unflatten(0, (len(corrections), -1))
         return torch.stack([kl_to_dense(dense, part).mean(-1) for part in parts])
 
@@ -94,10 +94,12 @@ def hindsight(
     if json_file:
         check_place(json_file)
     with status(f"Loading {run.backbone} …"):
-        routed = routed_from(run)
+        routed = load_model(run)
     if isinstance(routed.router, LayerwiseRouter):
         raise RunError(f"The router {run.router_name} has no scores to correct; name a run of another router.")
-    asked = {routed.executed_layers(budget) for budget in budgets_of(run.recipe, routed)} - {routed.geometry.layers}
+    asked = {routed.executed_layers(budget) for budget in available_budgets(routed.router, run.recipe.budgets)} - {
+        routed.geometry.layers
+    }
     if not asked:
         raise BudgetError("The run has no budget below full depth, so there is nothing to search; name another run.")
     with status("Reading text …"):

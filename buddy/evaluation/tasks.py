@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy.assemble import budgets_of, routed_from
 from buddy.budget import auto_of, fraction_of
+from buddy.build import load_model
 from buddy.console import Bar, results, status
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, reason_of, require_lm_eval
 from buddy.evaluation.task_table import show_tasks
 from buddy.io import check_place, within_memory, write_json
+from buddy.router import available_budgets
 from buddy.run import Run, read_run
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ def _scored(
                 with _refusals_told(name):
                     task.build_all_requests(limit=limit)
         with status(f"Loading {run.backbone} …"):
-            routed = routed_from(run)
-        asked = budgets_of(run.recipe, routed) if budgets is None else budgets
+            routed = load_model(run)
+        asked = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
         layers = routed.geometry.layers
         fractions = {fraction_of(each, routed.executed_layers(each), layers): each for each in asked}
         from buddy.evaluation.harness import BuddyLM

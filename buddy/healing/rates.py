@@ -13,15 +13,15 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from buddy import distributed
-from buddy.assemble import budgets_of
+from buddy.backbone.adapter import WEIGHTS, Adapter
 from buddy.config import PredictorSection, Recipe, to_yaml
 from buddy.console import errors, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
 from buddy.fit import forget, heal, identity_of
-from buddy.healing.adapter import WEIGHTS, Adapter
 from buddy.io import checksum, read_json, write_json
+from buddy.router import available_budgets
 from buddy.run import ADAPTER
 from buddy.scoring.perplexity import evaluate
 from buddy.training.module import NotFinite
@@ -119,7 +119,7 @@ def _objective(recipe: Recipe, routed: RoutedLM, data: TextData) -> float:
     scores = evaluate(
         routed,
         data.validation,
-        budgets_of(recipe, routed),
+        available_budgets(routed.router, recipe.budgets),
         prompt=recipe.data.prompt,
         batch_size=recipe.data.batch_size,
         track=tracker(f"Validating a rate of {recipe.adapter.lr:g}"),

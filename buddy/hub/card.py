@@ -10,6 +10,8 @@ import yaml
 
 from buddy import embedded
 from buddy.inspection.routing import Choice
+from buddy.backbone import embedded
+from buddy.handover.choice import Choice
 from buddy.io import damaged
 from buddy.run import ADAPTER, METRICS, PREDICTOR, Run
 from buddy.scoring.perplexity import Scores

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from buddy.assemble import held_out_of, routed_from, windows_in
 from buddy.backbone import ATTENTION, Backbone
 from buddy.budget import fraction_of
+from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status, tracker
 from buddy.data.windows import Windows
 from buddy.embedded import quiet_transformers
@@ -60,7 +61,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         raise DataError("The text to choose the plan on has no name; name one, or leave --data out.")
     with whole_folder(out) as made:
         with status(f"Loading {run.backbone} …"):
-            routed = routed_from(run)
+            routed = load_model(run)
         executed = routed.executed_layers(budget)
         with status("Reading text …"):
             texts = _texts(run, routed, data)
@@ -82,10 +83,10 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
 def _texts(run: Run, routed: RoutedLM, data: str | None) -> Texts:
     section = run.recipe.data
     if data is None:
-        text = held_out_of(run.recipe, routed.backbone, calibration=True)
+        text = build_held_out(run.recipe, routed.backbone, calibration=True)
         return Texts(text.calibration, text.validation)
     count = section.calibration_windows + section.validation_windows
-    found = windows_in(run.recipe, routed.backbone.tokenizer, data, count=count)
+    found = build_windows(run.recipe, routed.backbone.tokenizer, data, count=count)
     if len(found) < 2:
         raise DataError(
             f"The text in {data} gives one window of {section.window} tokens, and two are needed, one to choose the "

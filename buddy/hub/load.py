@@ -162,7 +162,7 @@ class Model:
                 pad_token_id=routed.backbone.tokenizer.pad_token_id,
                 **sampling,
             )
-        self.ran = summary(record, record.asked[0] if auto else layers, depth, budget)
+        self.ran = summary(record, record.auto_executed[0] if auto else layers, depth, budget)
         return routed.backbone.tokenizer.decode(written[0, held:], skip_special_tokens=True)
 
 

@@ -12,8 +12,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
-from buddy.assemble import budgets_of, routed_from
 from buddy.budget import shown
+from buddy.build import load_model
 from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
@@ -30,6 +30,7 @@ from buddy.inspection.routing import (
     typed,
 )
 from buddy.io import check_place, on_disk, within_memory, write_json, writing
+from buddy.router import available_budgets
 from buddy.run import Run, read_run
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def inspect_run(
     _check(place, json_file, text, domains, windows)
     sources = None if text is not None else sources_of(domains, run.recipe.data.source)
     with status(f"Loading {run.backbone} …"):
-        routed = routed_from(run)
+        routed = load_model(run)
     asked = _asked(run, routed, budgets)
     if sources is None:
         looked_at = [typed(routed, text)]
@@ -103,7 +104,7 @@ def _check(place: Path, json_file: Path | None, text: str | None, domains: str |
 def _asked(run: Run, routed: RoutedLM, budgets: Sequence[str] | None) -> dict[str, int]:
     """Budget as it is shown → K, deepest first, each checked against the model."""
     found = {}
-    for budget in budgets_of(run.recipe, routed) if budgets is None else budgets:
+    for budget in available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets:
         count = routed.executed_layers(budget)
         found[shown(budget)] = count
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))

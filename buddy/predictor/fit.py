@@ -1,30 +1,78 @@
-"""Fitting a recipe's budget predictor, once its router is done."""
+"""Fit, save and load a recipe's budget predictor."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from buddy.assemble import budgets_of, choose_by
 from buddy.config import Recipe
 from buddy.console import errors, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
-from buddy.errors import BudgetError
-from buddy.predictor.features import ordered
+from buddy.errors import BudgetError, RunError
+from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json
+from buddy.predictor.features import Targets, digest_of, measure, ordered, size_of
 from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy, train_policy
 from buddy.predictor.regress import CurvePredictor
-from buddy.predictor.saved import make_predictor, save_predictor
-from buddy.predictor.targets import Targets, digest_of, measure
+from buddy.router import Geometry, available_budgets
 from buddy.run import PREDICTOR, PREDICTOR_FACTS
+
+AnyPredictor = CurvePredictor | BudgetPolicy
+
+
+def save_predictor(folder: Path, predictor: AnyPredictor, options: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write both files.
+
+    Args:
+        folder: of the run.
+        predictor: fitted.
+        options: keyword arguments that it was made with.
+        facts: what else people may want to know.
+    """
+    said = {"name": predictor.name, "layers": list(predictor.arms), "options": dict(options), **facts}
+    save_tensors(folder / PREDICTOR, predictor.state_dict(), {"format": "pt"})
+    write_json(folder / PREDICTOR_FACTS, said)
+
+
+def load_predictor(folder: Path, geometry: Geometry) -> AnyPredictor | None:
+    """The predictor of a run, None where it has none.
+
+    Raises:
+        RunError: a file is missing or damaged, or it was made for another model.
+    """
+    if not (folder / PREDICTOR_FACTS).exists() and not (folder / PREDICTOR).exists():
+        return None
+    facts = read_json(folder / PREDICTOR_FACTS)
+    try:
+        made = make_predictor(facts["name"], geometry, facts["layers"], facts["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(folder / PREDICTOR_FACTS, f"it does not describe a predictor: {error}") from error
+    try:
+        made.load_state_dict(load_tensors(folder / PREDICTOR))
+    except RuntimeError as error:
+        raise RunError(
+            f"The budget predictor saved in {folder} does not fit this model; make the run again with `buddy fit`."
+        ) from error
+    return made.eval().requires_grad_(False)
+
+
+def make_predictor(name: str, geometry: Geometry, arms: list[int], options: Mapping[str, Any]) -> AnyPredictor:
+    """A predictor that is not fitted yet; ValueError for an unknown name."""
+    kinds: dict[str, type[nn.Module]] = {kind.name: kind for kind in (CurvePredictor, BudgetPolicy)}
+    if name not in kinds:
+        raise ValueError(f"no predictor is named {name!r}")
+    return kinds[name](size_of(geometry), arms, **options)
+
 
 KEPT = "predictor-targets-{}.safetensors"  # in the folder of an unfinished run
 
 
-def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> None:
+def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> AnyPredictor | None:
     """Measure training windows at every budget, fit the recipe's predictor and save it; nothing where it names none.
 
     Windows are those of the training steps that would follow the last one: drawn from the training split as router and
@@ -33,7 +81,7 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
 
     Args:
         recipe: the whole run.
-        routed: model and router, as they will serve; the predictor is attached.
+        routed: model and router, as they will serve.
         data: the text, set up.
         folder: of the run that is being made. What was measured stays there until `forget_targets`, so that the same
             call goes on from it.
@@ -42,7 +90,7 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
     for name in (PREDICTOR, PREDICTOR_FACTS):  # of an earlier beginning, perhaps by another recipe
         (folder / name).unlink(missing_ok=True)
     if section.name is None:
-        return
+        return None
     arms = arms_of(recipe, routed)
     targets = _targets(recipe, routed, data, folder, arms)
     options: dict[str, Any] = {"hidden": section.hidden}
@@ -54,7 +102,7 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
     fitted = _regressed if isinstance(predictor, CurvePredictor) else partial(_taught, recipe, routed.geometry.layers)
     facts = fitted(predictor, targets, folder)
     save_predictor(folder, predictor.requires_grad_(False), options, {"windows": len(targets.losses), **facts})
-    choose_by(recipe, routed, predictor.to(routed.backbone.device))
+    return predictor.to(routed.backbone.device)
 
 
 def forget_targets(folder: Path) -> None:
@@ -70,7 +118,7 @@ def arms_of(recipe: Recipe, routed: RoutedLM) -> tuple[int, ...]:
         BudgetError: there is nothing to choose between.
     """
     most = routed.executed_layers(recipe.predictor.cap) if not routed.router.full_depth else routed.geometry.layers
-    counts = [routed.executed_layers(budget) for budget in budgets_of(recipe, routed)]
+    counts = [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)]
     arms = ordered([count for count in counts if count <= most])
     if len(arms) < 2:
         raise BudgetError(

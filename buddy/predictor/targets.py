@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.backbone import fingerprint
+from buddy.backbone.load import fingerprint
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError
 from buddy.io import load_tensors, save_tensors
@@ -96,7 +96,7 @@ def _losses(routed: RoutedLM, ids: Tensor, counts: Sequence[int], prompt: int) -
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
     found = []
     for count in counts:
-        logits = routed(ids, executed=torch.full((len(ids),), count), prompt=prompt, keep=scored).logits
+        logits = routed(ids, executed=torch.full((len(ids),), count), prompt=prompt, logits_to_keep=scored).logits
         found.append(cross_entropy(logits, ids[:, scored + 1]).double().mean(1))
     return torch.stack(found, 1).cpu()
 

@@ -15,7 +15,7 @@ or, one test for each check, where a check that does not apply shows as skipped:
 from collections.abc import Mapping
 from typing import Any
 
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.router import AnyRouter
 from buddy.testing import answers, engine, state
 from buddy.testing.check import Check, Failed, Result

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from buddy.backbone import load_backbone
+from buddy.backbone.load import load_backbone
 from buddy.config import Recipe, override
 from buddy.console import status, track
 from buddy.errors import RegistryError

@@ -158,7 +158,7 @@ def _of_scores(subject: Subject, router: AnyRouter) -> Tensor:
 def _of_gates(subject: Subject, router: LayerwiseRouter) -> Tensor:
     executed = torch.full((ROWS,), subject.middle, device=subject.backbone.device)
     with subject.attached(router) as routed:
-        output = routed(subject.windows, executed=executed, prompt=PROMPT, weighted=True)
+        output = routed(subject.windows, executed=executed, prompt=PROMPT, gate_weighted=True)
     logits: Tensor = output.logits
     return (logits * _noise(logits)).mean() + router.penalty(output.weights, executed).mean()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from buddy.backbone import Backbone, fingerprint
+from buddy.backbone.load import Backbone
 from buddy.calibration.probe import Probe
 from buddy.engine.model import PoolKind, RoutedLM, geometry_of
 from buddy.errors import BuddyError, RegistryError

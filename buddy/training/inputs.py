@@ -6,7 +6,7 @@ import ast
 import hashlib
 import inspect
 
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.config import Recipe
 from buddy.data.module import TextData
 from buddy.registry import load

@@ -3,7 +3,7 @@
 import torch
 
 from buddy.calibration import probe
-from buddy.calibration.hidden import similarities
+from buddy.calibration.measures import similarities
 from buddy.calibration.probe import Probe
 from buddy.fit import fit
 from buddy.run import load_router

@@ -2,7 +2,7 @@
 
 import torch
 
-from buddy.calibration.memo import Memo
+from buddy.calibration.store import Memo
 
 
 class Shelf:
@@ -40,7 +40,7 @@ def test_what_the_store_has_is_not_missing():
 
 def test_values_are_written_now_and_then_and_each_once(monkeypatch):
     now = 0.0
-    monkeypatch.setattr("buddy.calibration.memo.time.monotonic", lambda: now)
+    monkeypatch.setattr("buddy.calibration.store.time.monotonic", lambda: now)
     shelf = Shelf()
     memo = Memo(lambda: shelf)
     memo["a"] = ONE

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.calibration.prefixes import MOST, room_for, worth_keeping
+from buddy.calibration.measures import MOST, room_for, worth_keeping
 from tests.calibration.small import WINDOWS
 
 PLANS = st.lists(st.text("01", min_size=8, max_size=8), min_size=1, max_size=12)

@@ -209,7 +209,7 @@ def test_the_next_round_goes_on_from_the_last():
 
 @pytest.mark.parametrize("room", [0, 1, 3, 7])
 def test_little_room_for_states_changes_nothing(room, monkeypatch):
-    monkeypatch.setattr("buddy.calibration.losses.room_for", lambda *_: room)
+    monkeypatch.setattr("buddy.calibration.measures.room_for", lambda *_: room)
     measured = probe(SHARED)
     for removed in ([], [3], [3, 1]):
         runs = torch.stack([measured.plan_without([*removed, index]) for index in range(4) if index not in removed])

@@ -106,9 +106,9 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from buddy.calibration import memo
+from buddy.calibration import store
 from tests.calibration.small import plans, probe
-memo.WRITE_EVERY = 0.0
+store.WRITE_EVERY = 0.0
 
 def track(items, words):
     yield from items[:7]

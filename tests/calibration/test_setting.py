@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from buddy.calibration.setting import setting_of
+from buddy.calibration.store import setting_of
 from tests.calibration.small import WINDOWS, routed
 
 BEFORE = setting_of(routed(), WINDOWS, 2)

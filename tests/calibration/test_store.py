@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from buddy.backbone.embedded import cache_root
 from buddy.calibration.store import Store, cache_folder
-from buddy.embedded import cache_root
 
 SETTING = {"windows": "abc", "threads": 1}
 VALUES = {f"ce {i} 10{i:04b}1": torch.arange(4, dtype=torch.float64) + i / 3 for i in range(16)}

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from buddy.assemble import held_out_of
+from buddy.build import build_held_out
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.evaluation.evaluate import evaluate_run
 from buddy.fit import fit
@@ -65,9 +65,9 @@ def test_texts_that_were_trained_on_are_not_needed(small, tmp_path):
     evaluate_run(run, json_file=tmp_path / "curve.json")
     metrics = json.loads((run / "metrics.json").read_text())
     assert json.loads((tmp_path / "curve.json").read_text())["results"] == metrics["results"]
-    assert len(held_out_of(read_run(run).recipe, tiny_backbone("llama")).validation) == 2
+    assert len(build_held_out(read_run(run).recipe, tiny_backbone("llama")).validation) == 2
     with pytest.raises(DataError, match=r"There is no file or folder .*calibrated\.jsonl"):
-        held_out_of(read_run(run).recipe, tiny_backbone("llama"), calibration=True)
+        build_held_out(read_run(run).recipe, tiny_backbone("llama"), calibration=True)
 
 
 def test_without_a_file_nothing_is_written(finished, tmp_path, monkeypatch):

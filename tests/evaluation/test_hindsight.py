@@ -7,7 +7,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
 from buddy.evaluation.hindsight import hindsight, main, search
@@ -21,7 +21,7 @@ APP.command()(main)
 def searched(folder, rounds: int) -> tuple[torch.Tensor, float]:
     """Means KL of two validation windows at 4 layers by round; and what evaluation says of the router."""
     run = read_run(folder)
-    routed, prompt = routed_from(run), run.recipe.data.prompt
+    routed, prompt = load_model(run), run.recipe.data.prompt
     windows = windows_for(run, routed, None, "validation")
     (scores,) = evaluate(routed, windows, ["4layers"], prompt=prompt)
     how = {"prompt": prompt, "tries": 4, "generator": torch.Generator().manual_seed(0)}

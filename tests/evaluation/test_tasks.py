@@ -9,7 +9,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.harness import BuddyLM
@@ -142,9 +142,9 @@ def test_tasks_without_a_routed_token(capsys):
 def test_a_run_whose_sinks_are_every_token(finished, items, tmp_path, monkeypatch):
     def with_sinks(run):
         routing = replace(run.recipe.routing, sink_tokens=400)
-        return routed_from(replace(run, recipe=replace(run.recipe, routing=routing)))
+        return load_model(replace(run, recipe=replace(run.recipe, routing=routing)))
 
-    monkeypatch.setattr("buddy.evaluation.tasks.routed_from", with_sinks)
+    monkeypatch.setattr("buddy.evaluation.tasks.load_model", with_sinks)
     options = {"tasks": ["boolq"], "budgets": ["0.5"], "task_data": items}
     evaluate_tasks(finished / "buddy", **options, json_file=tmp_path / "scores.json")
     (entry,) = json.loads((tmp_path / "scores.json").read_text())["results"]

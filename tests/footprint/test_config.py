@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from buddy.backbone import load_backbone
+from buddy.backbone.load import load_backbone
 from buddy.errors import BackboneError
 from buddy.footprint import hollow_model
 

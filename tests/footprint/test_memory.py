@@ -57,7 +57,7 @@ def prefilled(family: str, policy: str, executed: int) -> tuple[RoutedLM, Dynami
     with torch.no_grad(), routed.at(executed=[executed]):
         cache = backbone.model(IDS, use_cache=True).cache
         for layer in backbone.layers:
-            routed.policy.settle(layer, cache)
+            routed.policy.flush(layer, cache)
     return routed, cache
 
 

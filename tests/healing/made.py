@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buddy.backbone import Backbone
+from buddy.backbone.adapter import Adapter
+from buddy.backbone.load import Backbone
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.healing.adapter import Adapter
 from buddy.io import load_tensors
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone, tiny_model

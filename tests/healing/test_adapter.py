@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from buddy.backbone.adapter import FILES, WEIGHTS, Adapter, check_targets, linear_modules
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, RunError, TrainingError
-from buddy.healing.adapter import FILES, WEIGHTS, Adapter, check_targets, linear_modules
 from buddy.io import load_tensors, save_tensors
 from tests.engine.reference import Fickle, FickleGates, reference_logits
 from tests.healing.made import EXECUTED, IDS, adapted, by_hand, factors, new_adapter, stirred
@@ -180,7 +180,7 @@ def test_gradients_through_chosen_layers_equal_those_of_the_masked_whole(policy,
 
     output = routed(IDS, executed=EXECUTED)
     ours = gradients(output.logits)
-    with routed._host.requested(None):
+    with routed._hooks.requested(None):
         whole = reference_logits.__wrapped__(routed.backbone.model, IDS, output.runs, None, policy)
     torch.testing.assert_close(output.logits, whole, **CLOSE)
     theirs = gradients(whole)

@@ -11,13 +11,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from buddy.assemble import budgets_of, data_of, routed_from
+from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.comparison.asked import Asked
 from buddy.comparison.compare import compare
 from buddy.errors import RunError, TrainingError
 from buddy.fit import fit
 from buddy.io import load_tensors, save_tensors
+from buddy.router import available_budgets
 from buddy.run import read_run
 from buddy.scoring.perplexity import evaluate
 from buddy.training.healing import HealingModule
@@ -92,15 +93,15 @@ def test_joint_training_moves_both(small, healed, tmp_path):
 @pytest.mark.parametrize("name", ["buddy", "shortgpt"])
 def test_a_run_is_read_as_it_was_measured(healed, name):
     run = read_run(healed / name)
-    routed = routed_from(run)
-    data = data_of(run.recipe, routed.backbone)
+    routed = load_model(run)
+    data = build_data(run.recipe, routed.backbone)
     data.prepare_data()
     data.setup()
-    scores = evaluate(routed, data.test, budgets_of(run.recipe, routed), prompt=12)
+    scores = evaluate(routed, data.test, available_budgets(routed.router, run.recipe.budgets), prompt=12)
     for found, saved in zip(scores, metrics(healed / name)["results"], strict=True):
         assert found.perplexity == pytest.approx(saved["perplexity"], rel=1e-6)
         assert found.mean_kl == pytest.approx(saved["kl"], abs=1e-6)
-    merged = routed_from(run, merged=True)
+    merged = load_model(run, merged=True)
     assert merged.adapter is None
     executed = torch.tensor([3, 4, 6])
     torch.testing.assert_close(merged(IDS, executed=executed).logits, routed(IDS, executed=executed).logits)
@@ -270,7 +271,7 @@ def test_a_changed_adapter_is_a_damaged_run(healed, tmp_path):
 def test_a_run_without_its_adapter_is_refused(copied):
     shutil.rmtree(copied / "adapter")
     with pytest.raises(RunError, match=r"adapter/backbone.json is damaged \(No such file"):
-        routed_from(read_run(copied))
+        load_model(read_run(copied))
 
 
 def test_an_adapter_of_another_backbone_is_refused(copied):
@@ -279,4 +280,4 @@ def test_an_adapter_of_another_backbone_is_refused(copied):
     with pytest.raises(
         RunError, match=r"was made for another backbone .other, fingerprint f00d, not .*; load that one"
     ):
-        routed_from(read_run(copied))
+        load_model(read_run(copied))

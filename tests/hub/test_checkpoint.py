@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from buddy.backbone import ATTENTION, load_backbone
+from buddy.backbone.load import ATTENTION, load_backbone
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RunError
 from buddy.hub.export import largest_difference, mixed, write_checkpoint

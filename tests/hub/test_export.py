@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from buddy.assemble import data_of, routed_from
+from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.hub.export import OnePlan, export_run
@@ -21,8 +21,8 @@ from tests.tiny import tiny_folder
 def calibration_plan(folder, executed: int) -> list[int]:
     """The plan that most tokens of the calibration windows ask for, by hand."""
     run = read_run(folder)
-    routed = routed_from(run)
-    data = data_of(run.recipe, routed.backbone)
+    routed = load_model(run)
+    data = build_data(run.recipe, routed.backbone)
     data.setup()
     ids = data.calibration.input_ids
     runs = routed(ids, executed=torch.full((len(ids),), executed), prompt=run.recipe.data.prompt).runs[:, 1:]
@@ -41,7 +41,7 @@ def test_the_checkpoint_is_the_plan_and_says_so(finished, tmp_path, capsys, name
     assert record["largest_logit_difference"] <= 1e-4
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(out)("budget depth layer router", return_tensors="pt").input_ids
-    routed = routed_from(read_run(finished / name))
+    routed = load_model(read_run(finished / name))
     runs = torch.zeros(1, ids.shape[1], 6, dtype=torch.bool)
     runs[..., kept] = True
     with torch.no_grad(), routed.changed(sink_tokens=0):
@@ -60,8 +60,8 @@ def test_its_perplexity_is_that_of_the_plan_without_sinks(finished, tmp_path):
     record = json.loads((tmp_path / "out" / "buddy_export.json").read_text())
     assert record["largest_logit_difference"] is None
     run = read_run(finished / "shortgpt")
-    routed = routed_from(run)
-    data = data_of(run.recipe, routed.backbone)
+    routed = load_model(run)
+    data = build_data(run.recipe, routed.backbone)
     data.setup()
     (ours,) = evaluate(routed, data.validation, [4 / 6], prompt=run.recipe.data.prompt)
     assert record["perplexity"]["run"] == pytest.approx(ours.perplexity, rel=1e-5)
@@ -109,7 +109,7 @@ def test_a_text_of_one_window_is_too_short(finished, tmp_path):
 
 
 def test_an_existing_folder_is_refused_before_anything_is_loaded(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("buddy.hub.export.routed_from", lambda run: pytest.fail("loaded"))
+    monkeypatch.setattr("buddy.handover.export.load_model", lambda run: pytest.fail("loaded"))
     with pytest.raises(RunError, match="exists and is not overwritten"):
         export_run(finished / "buddy", budget="0.5", out=tmp_path)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import buddy
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.fit import fit
 from buddy.hub.export import export_run
 from buddy.hub.push_pull import pull, push
@@ -30,7 +30,7 @@ def test_the_adapter_is_in_the_checkpoint(healed, small, tmp_path):
     export_run(healed, budget="0.5", out=tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "buddy_export.json").read_text())["kept"]
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    routed = routed_from(read_run(healed))
+    routed = load_model(read_run(healed))
     runs = torch.zeros(*IDS.shape, 6, dtype=torch.bool)
     runs[..., kept] = True
     with torch.no_grad(), routed.changed(sink_tokens=0):

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from buddy.assemble import data_of, routed_from
+from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.inspection.inspect import inspect_run
@@ -39,8 +39,8 @@ def events(folder) -> EventAccumulator:
 def test_numbers_are_those_of_a_forward(finished, out):
     inspect_run(finished / "buddy", out=out, windows=3)
     run = read_run(finished / "buddy")
-    routed = routed_from(run)
-    data = data_of(run.recipe, routed.backbone)
+    routed = load_model(run)
+    data = build_data(run.recipe, routed.backbone)
     data.setup()
     ids = data.test.input_ids[:3]
     found = numbers(out)

@@ -7,14 +7,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.errors import BudgetError, RecipeError, RunError
 from buddy.fit import _rival, fit
 from buddy.io import load_tensors
+from buddy.predictor import features as measuring
 from buddy.predictor import fit as fitting
-from buddy.predictor import targets as measuring
-from buddy.predictor.features import features_of
-from buddy.predictor.targets import measure
+from buddy.predictor.features import features_of, measure
 from buddy.run import read_run
 
 OPTIONS = ["router=shortgpt", "predictor.name=regress", "predictor.windows=10"]
@@ -58,7 +57,7 @@ def test_entropy_is_told_beside_that_of_a_policy_at_random(predicting):
 
 @pytest.mark.parametrize("name", ["regress", "grpo"])
 def test_a_loaded_run_chooses_as_its_predictor_does(predicting, name):
-    routed = routed_from(read_run(predicting[name]))
+    routed = load_model(read_run(predicting[name]))
     ids = torch.randint(3, 259, (5, 12), generator=torch.Generator().manual_seed(0))
     chosen = routed.choosing("auto")(routed.context(ids))
     assert set(chosen.tolist()) <= {6, 4, 3}
@@ -76,7 +75,7 @@ def test_targets_are_what_evaluation_measures(predicting):
     """Against a forward of each window alone."""
     from torch.nn.functional import cross_entropy
 
-    routed = routed_from(read_run(predicting["regress"]))
+    routed = load_model(read_run(predicting["regress"]))
     ids = torch.randint(3, 259, (6, 30), generator=torch.Generator().manual_seed(1))
     found = measure(routed, [lambda part=part: part for part in ids.split(4)], (4, 3), prompt=10)
     assert found.counts == (6, 4, 3)
@@ -91,7 +90,7 @@ def test_targets_are_what_evaluation_measures(predicting):
 
 
 def test_later_tokens_do_not_enter(predicting):
-    routed = routed_from(read_run(predicting["regress"]))
+    routed = load_model(read_run(predicting["regress"]))
     ids = torch.randint(3, 259, (4, 30), generator=torch.Generator().manual_seed(1))
     other = torch.cat([ids[:, :10], ids[:, 10:].flip(1)], 1)
     one, two = (measure(routed, [lambda each=each: each], (3,), prompt=10).features for each in (ids, other))
@@ -137,7 +136,7 @@ def test_a_kill_in_the_evaluation_costs_no_measuring(small, tmp_path, monkeypatc
 
 
 def test_what_was_measured_is_of_a_router_and_of_all_that_windows_depend_on(predicting):
-    routed = routed_from(read_run(predicting["regress"]))
+    routed = load_model(read_run(predicting["regress"]))
     before = measuring.digest_of(routed, 1)
     assert before == measuring.digest_of(routed, 1) != measuring.digest_of(routed, 2)
     routed.router.register_buffer("number", torch.tensor(1.0))  # of no dimension
@@ -162,7 +161,7 @@ def test_the_cap_of_a_recipe_is_never_passed(small, tmp_path):
     fit(small(tmp_path, *OPTIONS, "predictor.cap=0.75", "predictor.epsilon=0"), "small")
     folder = tmp_path / "small" / "shortgpt"
     assert json.loads((folder / "predictor.json").read_text())["layers"] == [4, 3]
-    routed = routed_from(read_run(folder))
+    routed = load_model(read_run(folder))
     ids = torch.randint(3, 259, (8, 12), generator=torch.Generator().manual_seed(0))
     for budget in ("auto", "auto:1.0", "auto:5layers"):
         assert routed.choosing(budget)(routed.context(ids)).max() <= 4
@@ -211,10 +210,10 @@ def test_a_damaged_predictor(predicting, tmp_path, name):
     path = tmp_path / "run" / name
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(RunError, match=f"{name} is damaged"):
-        routed_from(read_run(tmp_path / "run"))
+        load_model(read_run(tmp_path / "run"))
     path.unlink()
     with pytest.raises(RunError, match=f"{name} is damaged"):
-        routed_from(read_run(tmp_path / "run"))
+        load_model(read_run(tmp_path / "run"))
 
 
 def test_a_predictor_of_another_model(predicting, tmp_path):
@@ -226,7 +225,7 @@ def test_a_predictor_of_another_model(predicting, tmp_path):
     del run["checksums"]
     (tmp_path / "run/run.json").write_text(json.dumps(run))
     with pytest.raises(RunError, match=r"The budget predictor saved in .* does not fit this model"):
-        routed_from(read_run(tmp_path / "run"))
+        load_model(read_run(tmp_path / "run"))
     (tmp_path / "run/predictor.json").write_text(json.dumps(facts | {"name": "oracle"}))
     with pytest.raises(RunError, match="it does not describe a predictor"):
-        routed_from(read_run(tmp_path / "run"))
+        load_model(read_run(tmp_path / "run"))

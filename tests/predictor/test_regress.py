@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from buddy.errors import BudgetError
 from buddy.predictor.features import features_of, size_of
-from buddy.predictor.regress import CurvePredictor, within
-from buddy.predictor.ridge import STRENGTHS, ridge
+from buddy.predictor.regress import STRENGTHS, CurvePredictor, ridge, within
 from buddy.router import Context, Geometry
 
 ARMS = (6, 4, 3)
@@ -123,7 +122,7 @@ def test_a_cap_below_all_budgets():
 
 
 def test_the_rule_of_the_study_is_that_of_serving():
-    from buddy.predictor.rules import by_epsilon
+    from studies.predictor_choices import by_epsilon
 
     arms = np.array([9, 7, 5, 2])
     increase = np.random.default_rng(0).normal(0.5, 0.5, (50, 4))

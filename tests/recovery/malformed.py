@@ -17,7 +17,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from buddy.backbone import load_backbone
+from buddy.backbone.load import load_backbone
 from buddy.config import Recipe, flatten, load_recipe
 from buddy.data.text import load_texts
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError

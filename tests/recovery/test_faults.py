@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from buddy import embedded
+from buddy.backbone import embedded
 from buddy.cli.app import app
 from buddy.errors import RunError
 from buddy.fit import fit

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from buddy.backbone import load_backbone
+from buddy.backbone.load import load_backbone
 from buddy.errors import BackboneError, BuddyError, TrainingError
 from buddy.fit import check_checkpoint, fit
 from tests.recovery.asking import ask, refused

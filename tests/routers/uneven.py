@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from buddy.backbone import Backbone, fingerprint
+from buddy.backbone.load import Backbone, fingerprint
 from tests.engine.reference import reference_logits
 from tests.tiny import tiny_model, tiny_tokenizer
 

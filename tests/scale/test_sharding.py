@@ -5,13 +5,13 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from buddy import distributed
+from buddy.backbone.sharding import check, settle, shard, shards
 from buddy.calibration.probe import Probe
 from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
 from buddy.scoring.perplexity import evaluate
-from buddy.sharding import check, settle, shard, shards
 from buddy.training.callbacks import quiet
 from buddy.training.estimators import Batch, StraightThrough, Weighted
 from routers.buddy import BuddyRouter

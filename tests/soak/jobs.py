@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load
 
-from buddy import embedded
+from buddy.backbone import embedded
 from buddy.config import load_recipe
 from buddy.fit import check_checkpoint
 from buddy.io import load_tensors, read_json
@@ -157,8 +157,8 @@ class Calibration(Job):
         self.model = tiny_folder(work / "model", num_hidden_layers=12)
 
     def act(self) -> None:
-        from buddy.backbone import load_backbone
-        from buddy.calibration import memo
+        from buddy.backbone.load import load_backbone
+        from buddy.calibration import store as memo
         from buddy.calibration.probe import Probe
         from buddy.engine.model import RoutedLM, geometry_of
         from buddy.io import save_tensors

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from buddy.calibration import probe
-from buddy.calibration.hidden import similarities
+from buddy.calibration.measures import similarities
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.fit import fit

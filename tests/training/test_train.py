@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from buddy import fit as training
-from buddy.assemble import backbone_of, data_of, routed_of
+from buddy.build import build_backbone, build_data, build_model
 from buddy.config import Recipe
 from buddy.errors import TrainingError
 from buddy.fit import check_checkpoint, trainer_of
@@ -19,7 +19,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def backbone(small, tmp_path_factory):
-    return backbone_of(small(tmp_path_factory.mktemp("none")))
+    return build_backbone(small(tmp_path_factory.mktemp("none")))
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def train(backbone, small, tmp_path):
     def train(folder: str, *overrides: str) -> dict[str, Tensor]:
         recipe: Recipe = small(tmp_path, f"trainer.max_steps={STEPS}", "optimizer.lr=0.05", *overrides)
         torch.manual_seed(0)
-        routed, data = routed_of(recipe, backbone), data_of(recipe, backbone)
+        routed, data = build_model(recipe, backbone), build_data(recipe, backbone)
         try:
             training.train(recipe, routed, data, tmp_path / folder)
         finally:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from buddy.assemble import routed_from
+from buddy.build import load_model
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, TrainingError
 from buddy.fit import fit
@@ -54,7 +54,7 @@ def test_the_loss_is_the_objective_and_the_penalty():
     routed = tiny(gates="soft", penalty_weight=7.0, budget_aware=False, start=0.4)
     given, executed = batch(3, 4), torch.tensor([3, 4])
     result = estimate(routed, 3, 4, kl=0.0, ce=1.0)
-    output = routed(given.input_ids, executed=executed, prompt=PROMPT, keep=given.scored, weighted=True)
+    output = routed(given.input_ids, executed=executed, prompt=PROMPT, logits_to_keep=given.scored, gate_weighted=True)
     targets = given.input_ids[:, given.scored + 1]
     expected = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, -1).mean(1)
     torch.testing.assert_close(result.objective, expected.detach())
@@ -71,7 +71,7 @@ def test_the_plans_are_those_of_the_open_gates():
     result = estimate(routed, 3, 6, 4)
     assert result.runs[1].all()
     executed = torch.tensor([3, 6, 4])
-    weights = routed(IDS[:3], executed=executed, prompt=PROMPT, weighted=True).weights
+    weights = routed(IDS[:3], executed=executed, prompt=PROMPT, gate_weighted=True).weights
     for row in (0, 2):
         for t in range(24):
             count = int(executed[row]) - 2
@@ -100,7 +100,7 @@ def test_training_lowers_its_loss_and_closes_gates(gates):
         optimizer.step()
         losses.append(result.loss.item())
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    weights = routed(IDS, executed=torch.tensor([3, 4, 3, 4]), prompt=PROMPT, weighted=True).weights
+    weights = routed(IDS, executed=torch.tensor([3, 4, 3, 4]), prompt=PROMPT, gate_weighted=True).weights
     assert weights.mean() < 0.5, "nearly all were open"
 
 
@@ -144,7 +144,7 @@ def test_fit_trains_gates_whatever_the_recipes_estimator(layerwise):
 
 @pytest.mark.parametrize("name", ["first", "pudding"])
 def test_a_saved_run_generates_as_it_was_measured(layerwise, name):
-    routed = routed_from(read_run(layerwise / name))
+    routed = load_model(read_run(layerwise / name))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with routed.at(0.75) as record:
         sequences = routed.backbone.model.generate(IDS[:2, :12], **options)

@@ -7,9 +7,9 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from buddy.predictor import study as studying
-from buddy.predictor import targets as measuring
-from buddy.predictor.study import main, study
+from buddy.predictor import features as measuring
+from studies import predictor_study as studying
+from studies.predictor_study import main, study
 from tests.small import write_text
 
 APP = typer.Typer()
@@ -18,9 +18,9 @@ APP.command()(main)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("buddy.predictor.choosing.POLICIES", 1)
-    monkeypatch.setattr("buddy.predictor.choosing.POLICY", {"steps": 3, "lr": 1e-3})
-    monkeypatch.setattr("buddy.predictor.choosing.RESAMPLES", 50)
+    monkeypatch.setattr("studies.predictor_choices.POLICIES", 1)
+    monkeypatch.setattr("studies.predictor_choices.POLICY", {"steps": 3, "lr": 1e-3})
+    monkeypatch.setattr("studies.predictor_choices.RESAMPLES", 50)
 
 
 @pytest.fixture(scope="module")

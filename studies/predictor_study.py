@@ -1,4 +1,4 @@
-"""`python -m buddy.predictor.study`: what choosing a budget for each request saves, on texts that differ.
+"""`python -m studies.predictor_study`: what choosing a budget for each request saves, on texts that differ.
 
 Windows of all texts are measured at every budget. Predictors are fitted on some documents and choose for others, so
 nobody is asked about what it was fitted on. All ways of choosing are swept over their one setting, and held against
@@ -7,7 +7,7 @@ fixed budgets and coins between two of them at the same mean loss. Best in hinds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,17 +17,19 @@ import torch
 import typer
 from rich.table import Table
 
-from buddy.assemble import budgets_of, routed_from
+from buddy.build import load_model
 from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
 from buddy.inspection.routing import Domain, read_domains, sources_of
+from buddy.evaluation.figure import figure_at
+from buddy.evaluation.mixture import hull
+from buddy.inspection.domains import Domain, read_domains, sources_of
 from buddy.io import check_place, write_json, writing
-from buddy.predictor.choosing import FOLDS, Measured, choices, compared
-from buddy.predictor.features import ordered
-from buddy.predictor.study_figure import draw
-from buddy.predictor.targets import digest_of, measure
+from buddy.predictor.features import digest_of, measure, ordered
+from buddy.router import available_budgets
 from buddy.run import Run, read_run
+from studies.predictor_choices import FOLDS, Measured, choices, compared
 
 FIGURE, NUMBERS = "predictor.png", "predictor.json"
 OWN = "the run's own"
@@ -50,8 +52,8 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
     check_place(out.absolute() / FIGURE) if out.exists() else check_place(out)
     sources = sources_of(domains, run.recipe.data.source)
     with status(f"Loading {run.backbone} …"):
-        routed = routed_from(run)
-    asked = budgets_of(run.recipe, routed) if budgets is None else budgets
+        routed = load_model(run)
+    asked = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
     arms = ordered([routed.geometry.layers, *(routed.executed_layers(budget) for budget in asked)])
     with status("Reading texts …"):
         texts = read_domains(run, routed, sources, windows)
@@ -150,3 +152,56 @@ def main(
 
 if __name__ == "__main__":
     typer.run(main)
+
+
+STYLES = {"hindsight": ":", "grpo": "s--"}
+
+
+def draw(
+    report: Mapping[str, Any], arms: np.ndarray, domains: Sequence[str], chosen: np.ndarray, title: str, path: Path
+) -> None:
+    """Left: mean loss above that of a coin with as many layers, by way of choosing. Right: shares of budgets by text.
+
+    Args:
+        report: of `compared`.
+        arms: (A,) executed layers, deepest first.
+        domains: (N,) text of each window.
+        chosen: (N,) places of the arms that are shown on the right.
+        title: what chose them.
+        path: a PNG file.
+    """
+    with figure_at(path, ncols=2, figsize=(12, 4.5), width_ratios=(3, 2)) as (left, right):
+        _curves(left, report["points"])
+        _shares(right, arms, domains, chosen)
+        right.set(title=title, xlabel="share of windows", xlim=(0, 1))
+
+
+def _curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    fixed = {point["layers"]: point["loss"] for point in points["fixed"]}
+    coin = hull(fixed)
+    for name, each in points.items():
+        layers, losses = np.array(sorted((point["layers"], point["loss"]) for point in each)).T
+        above = losses - np.interp(layers, *coin)
+        if name == "fixed":
+            axes.axhline(0, color="black", linewidth=1, label="coin between fixed budgets")
+            axes.plot(layers, above, "o", color="black", label="fixed budgets")
+        else:
+            axes.plot(layers, above, STYLES.get(name, "-" if len(layers) > 1 else "*"), label=name)
+    axes.set(xlabel="mean executed layers", ylabel="mean loss above the coin's (nats a token)")
+    axes.set_title("lower is better")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
+
+
+def _shares(axes: Any, arms: np.ndarray, domains: Sequence[str], chosen: np.ndarray) -> None:
+    from matplotlib import colormaps
+
+    names, start = list(dict.fromkeys(domains)), np.zeros(len(set(domains)))
+    for place in range(len(arms))[::-1]:
+        own = [np.array([domain == name for domain in domains]) for name in names]
+        share = np.array([(chosen[rows] == place).mean() for rows in own])
+        colour = colormaps["viridis"](place / max(1, len(arms) - 1))
+        axes.barh(names, share, left=start, color=colour, label=f"{arms[place]} layers")
+        start += share
+    axes.invert_yaxis()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=min(5, len(arms)), frameon=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.errors import RunError, TrainingError, nearest
 from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json, writing
 

@@ -7,8 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buddy.evaluation.mixture import hull, layers_at, mixed
-from buddy.predictor.choosing import Measured, along, choices, compared
-from buddy.predictor.rules import by_epsilon, by_price, folds, prices, spent, thresholds
+from studies.predictor_choices import (
+    Measured,
+    along,
+    by_epsilon,
+    by_price,
+    choices,
+    compared,
+    folds,
+    prices,
+    spent,
+    thresholds,
+)
 
 ARMS = np.array([9, 7, 5, 2])
 
@@ -29,9 +39,9 @@ def measured(gap: float, rows: int = 80, told: bool = True) -> Measured:
 @pytest.fixture
 def quick(monkeypatch):
     """One policy, of a few steps; policies have tests of their own."""
-    monkeypatch.setattr("buddy.predictor.choosing.POLICIES", 2)
-    monkeypatch.setattr("buddy.predictor.choosing.POLICY", {"steps": 3, "lr": 1e-3})
-    monkeypatch.setattr("buddy.predictor.choosing.RESAMPLES", 100)
+    monkeypatch.setattr("studies.predictor_choices.POLICIES", 2)
+    monkeypatch.setattr("studies.predictor_choices.POLICY", {"steps": 3, "lr": 1e-3})
+    monkeypatch.setattr("studies.predictor_choices.RESAMPLES", 100)
 
 
 # The coin

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from buddy import distributed
-from buddy.backbone import Backbone
+from buddy.backbone.load import Backbone
 from buddy.config import Recipe, TrainerSection
 from buddy.errors import TrainingError
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from buddy import embedded
+from buddy.backbone import embedded
 from buddy.errors import BackboneError, nearest
 
 if TYPE_CHECKING:

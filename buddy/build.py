@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from buddy import distributed
-from buddy.backbone import Backbone, load_backbone
+from buddy.backbone.adapter import Adapter
+from buddy.backbone.load import Backbone, load_backbone
+from buddy.backbone.sharding import settle, shard, shards
 from buddy.config import Recipe
 from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows, windows_of
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
-from buddy.healing.adapter import Adapter
 from buddy.latency import Latencies, cache_folder
 from buddy.predictor.features import Predictor
-from buddy.predictor.saved import load_predictor
+from buddy.predictor.fit import load_predictor
 from buddy.registry import build
-from buddy.router import AnyRouter
+from buddy.router import AnyRouter, available_budgets
 from buddy.run import ADAPTER, Run, check_backbone, load_router
-from buddy.sharding import settle, shard, shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def backbone_of(recipe: Recipe, *, stays: bool = False) -> Backbone:
+def build_backbone(recipe: Recipe, *, stays: bool = False) -> Backbone:
     """The backbone that a recipe names, on this process's accelerator where there is one and else on the CPU.
 
     Args:
@@ -43,7 +43,7 @@ def backbone_of(recipe: Recipe, *, stays: bool = False) -> Backbone:
     return backbone
 
 
-def routed_of(recipe: Recipe, backbone: Backbone) -> RoutedLM:
+def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     """The backbone with the recipe's router attached, not calibrated yet.
 
     Raises:
@@ -51,13 +51,13 @@ def routed_of(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     """
     routing = recipe.routing
     geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
-    routed = attached(recipe, backbone, build(recipe.router.name, geometry, recipe.router.options))
-    for budget in budgets_of(recipe, routed):
+    routed = attach_router(recipe, backbone, build(recipe.router.name, geometry, recipe.router.options))
+    for budget in available_budgets(routed.router, recipe.budgets):
         routed.executed_layers(budget)
     return routed
 
 
-def attached(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> RoutedLM:
+def attach_router(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> RoutedLM:
     """The backbone with a router attached in the way that the recipe's routing says."""
     routing = recipe.routing
     routed = RoutedLM(
@@ -74,7 +74,7 @@ def attached(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> RoutedLM:
     return routed
 
 
-def choose_by(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
+def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
     """Attach a budget predictor, which never passes the recipe's cap; `--budget auto` asks it from now on."""
     cap = routed.executed_layers(recipe.predictor.cap)
     routed.chooser = lambda most: predictor.under(min(most, cap))
@@ -85,7 +85,7 @@ def heals(recipe: Recipe, router: AnyRouter) -> bool:
     return recipe.adapter is not None and not router.full_depth
 
 
-def adapter_of(recipe: Recipe, backbone: Backbone, context_layer: int) -> Adapter:
+def build_adapter(recipe: Recipe, backbone: Backbone, context_layer: int) -> Adapter:
     """A new adapter as the recipe's section says, on the backbone's layers after the context layers.
 
     Raises:
@@ -103,12 +103,7 @@ def adapter_of(recipe: Recipe, backbone: Backbone, context_layer: int) -> Adapte
     )
 
 
-def budgets_of(recipe: Recipe, routed: RoutedLM) -> list[float]:
-    """The recipe's budgets that this router can be asked for: full depth alone where it runs every layer."""
-    return [1.0] if routed.router.full_depth else list(recipe.budgets)
-
-
-def data_of(recipe: Recipe, backbone: Backbone) -> TextData:
+def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
     """The recipe's text, described and not yet read.
 
     Raises:
@@ -143,24 +138,24 @@ def data_of(recipe: Recipe, backbone: Backbone) -> TextData:
     )
 
 
-def held_out_of(recipe: Recipe, backbone: Backbone, *, calibration: bool = False) -> TextData:
+def build_held_out(recipe: Recipe, backbone: Backbone, *, calibration: bool = False) -> TextData:
     """The recipe's text, read and split, for those who train nothing: no other text to train on is needed for it.
 
     Args:
         calibration: whether calibration windows are wanted, for which `data.calibration_sources` have to be read.
 
     Raises:
-        BuddyError: as `data_of`, or the text cannot be read.
+        BuddyError: as `build_data`, or the text cannot be read.
     """
     data = replace(recipe.data, train_sources=[])
     data = data if calibration else replace(data, calibration_sources=[])
-    text = data_of(replace(recipe, data=data), backbone)
+    text = build_data(replace(recipe, data=data), backbone)
     text.prepare_data()
     text.setup()
     return text
 
 
-def windows_in(
+def build_windows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str, *, count: int, window: int | None = None
 ) -> Windows:
     """Up to `count` windows of a text that is not the recipe's, cut with its seed, as long as its own by default.
@@ -173,7 +168,7 @@ def windows_in(
     return windows_of(source, tokenizer, window=length, count=count, seed=seed, text_field=data.text_field)
 
 
-def routed_from(run: Run, merged: bool = False) -> RoutedLM:
+def load_model(run: Run, merged: bool = False) -> RoutedLM:
     """The model of a finished run, ready to serve.
 
     Args:
@@ -184,13 +179,13 @@ def routed_from(run: Run, merged: bool = False) -> RoutedLM:
         RunError: the backbone is another one now, or the saved router, adapter or budget predictor does not fit.
     """
     backbone = _backbone_from(run)
-    routed = routed_of(run.recipe, backbone)
+    routed = build_model(run.recipe, backbone)
     restore(routed, run.recipe, run.folder)
     if merged and routed.adapter is not None:
         routed.merge()
     predictor = load_predictor(run.folder, routed.geometry)
     if predictor is not None:
-        choose_by(run.recipe, routed, predictor.to(backbone.device))
+        attach_predictor(run.recipe, routed, predictor.to(backbone.device))
     return routed
 
 
@@ -199,7 +194,7 @@ def _backbone_from(run: Run) -> Backbone:
     trainer = run.recipe.trainer
     shared_out = distributed.together() and shards(trainer)
     with distributed.one_by_one(trainer) if shared_out else nullcontext():
-        backbone = backbone_of(run.recipe, stays=shared_out)
+        backbone = build_backbone(run.recipe, stays=shared_out)
         check_backbone(run, backbone.fingerprint)
         if shared_out:
             shard(backbone, trainer.accelerator)

@@ -1,4 +1,4 @@
-"""`python -m buddy.calibration.benchmark`: a greedy search through `Probe.losses` against the naive way.
+"""`python -m studies.calibration_benchmark`: a greedy search through `Probe.losses` against the naive way.
 
 The search removes, again and again, the layer without which the calibration windows lose least (SLEB, 2402.09025,
 section 3). The naive way runs each candidate by itself: a forward of a stock model whose layers were physically
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from buddy.assemble import backbone_of, data_of, routed_of
+from buddy.build import build_backbone, build_data, build_model
 from buddy.calibration.probe import Probe
 from buddy.config import load_recipe
 from buddy.console import errors, results, track
@@ -125,11 +125,11 @@ def main(
     overrides = [f"backbone.name={backbone}", f"backbone.dtype={dtype}", "router=uniform", "rivals=[]"]
     overrides += ["routing.sink_tokens=0", *(f"data.{name}={value}" for name, value in sizes.items())]
     recipe = load_recipe("quickstart", overrides)
-    model = backbone_of(recipe)
-    data = data_of(recipe, model)
+    model = build_backbone(recipe)
+    data = build_data(recipe, model)
     data.prepare_data()
     data.setup()
-    routed, ids = routed_of(recipe, model), data.calibration.input_ids
+    routed, ids = build_model(recipe, model), data.calibration.input_ids
     removals = model.num_layers - max(to, routed.geometry.always_on)
     clocks = Clock(), Clock()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
 import torch
 
-from buddy.calibration.benchmark import Clock, search, show
+from studies.calibration_benchmark import Clock, search, show
 from tests.calibration.small import WINDOWS, probe, routed
 
 
