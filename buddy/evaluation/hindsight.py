@@ -21,7 +21,7 @@ from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
-from buddy.io import check_place, within_memory, write_json
+from buddy.io import check_output_path, within_memory, write_json
 from buddy.losses import Dense, kl_to_dense
 from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import read_run
@@ -92,7 +92,7 @@ def hindsight(
     """
     run = read_run(folder)
     if json_file:
-        check_place(json_file)
+        check_output_path(json_file)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     if isinstance(routed.router, LayerwiseRouter):

@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
-from buddy.errors import RunError
-from buddy.io import checksum, damaged, load_tensors, read_json, write_json, writing
+from buddy.errors import DamagedError, RunError
+from buddy.io import checksum, load_tensors, read_json, write_json, writing
 from buddy.run import ADAPTER, FACTS, INPUTS, METRICS, PREDICTOR, PREDICTOR_FACTS, RECIPE, ROUTER, Run, read_run
 
 CARD, CONFIG = "README.md", "config.json"
@@ -87,7 +87,7 @@ def check_files(folder: Path, *, called: str | None = None, trust_remote_code: b
         trust_remote_code: let its recipe ask for the Python of its backbone's repository.
 
     Raises:
-        RunError: a file is missing, damaged, or names what lies outside; or the recipe asks for code.
+        RunError: a file is missing, DamagedError, or names what lies outside; or the recipe asks for code.
     """
     try:
         return _checked(folder, trust_remote_code)
@@ -101,10 +101,10 @@ def _checked(folder: Path, trust_remote_code: bool) -> Run:
             raise RunError(f"{folder} holds no run: {name} is missing; name what `buddy push` made, or a run folder.")
     sums = read_json(folder / FACTS).get("checksums", {})
     if not isinstance(sums, dict) or not sums.keys() <= set(FILES):
-        raise damaged(folder / FACTS, "checksums is not what Buddy writes")
+        raise DamagedError(folder / FACTS, "checksums is not what Buddy writes")
     for name in sums.keys() - {CONFIG, CARD}:
         if checksum(folder / name) != sums[name]:
-            raise damaged(folder / name, "it is not what was written")
+            raise DamagedError(folder / name, "it is not what was written")
     run = finished(folder)
     for path in (folder / name for name in FILES):
         if path.is_file() and path.suffix == ".safetensors":

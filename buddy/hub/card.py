@@ -11,8 +11,8 @@ import yaml
 from buddy import embedded
 from buddy.inspection.routing import Choice
 from buddy.backbone import embedded
+from buddy.errors import DamagedError
 from buddy.handover.choice import Choice
-from buddy.io import damaged
 from buddy.run import ADAPTER, METRICS, PREDICTOR, Run
 from buddy.scoring.perplexity import Scores
 
@@ -179,7 +179,7 @@ def _results(run: Run, metrics: Mapping[str, Any] | None) -> str:
         note = f"{first['tokens']} scored tokens of {_documents(first['documents'])} of held-out text"
         sinks = first["sink_tokens"]
     except (LookupError, TypeError, ValueError) as error:
-        raise damaged(run.folder / METRICS, "its results have another form") from error
+        raise DamagedError(run.folder / METRICS, "its results have another form") from error
     if sinks:
         note += f"; first tokens of a window at full depth, counted apart: {sinks}"
     heads = ["| budget | layers a token | perplexity | 95 % interval | KL to dense |", "|---|---:|---:|---:|---:|"]

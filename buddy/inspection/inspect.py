@@ -29,7 +29,7 @@ from buddy.inspection.routing import (
     sources_of,
     typed,
 )
-from buddy.io import check_place, on_disk, within_memory, write_json, writing
+from buddy.io import check_output_path, on_disk, within_memory, write_json, writing
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
 
@@ -98,7 +98,7 @@ def _check(place: Path, json_file: Path | None, text: str | None, domains: str |
     if not place.absolute().parent.is_dir():
         raise RunError(f"There is no folder {place.absolute().parent} for {place.name}; make it first.")
     if json_file:
-        check_place(json_file)
+        check_output_path(json_file)
 
 
 def _asked(run: Run, routed: RoutedLM, budgets: Sequence[str] | None) -> dict[str, int]:
