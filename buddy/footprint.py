@@ -15,13 +15,13 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from buddy.backbone import DTYPES, EMBEDDED, check_routable
+from buddy.backbone.embedded import quiet_transformers
+from buddy.backbone.load import DTYPES, EMBEDDED, check_routable
 from buddy.budget import executed_layers
 from buddy.config import ObjectiveSection, Recipe
 from buddy.console import results
-from buddy.embedded import quiet_transformers
 from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, nearest
-from buddy.io import check_place, write_json
+from buddy.io import check_output_path, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, Geometry, LayerwiseRouter
 
@@ -87,7 +87,7 @@ def plan_memory(
         BuddyError: the configuration, the router, a budget or the batch cannot be used.
     """
     if json_file:
-        check_place(json_file)
+        check_output_path(json_file)
     if batch_size % devices:
         raise DataError(
             f"A batch of {batch_size} windows cannot be shared by {devices} devices; set --batch-size to a multiple of "

@@ -8,7 +8,7 @@ from transformers import TextStreamer
 
 from buddy.build import load_model
 from buddy.console import errors, status
-from buddy.handover.model import Model, check_options
+from buddy.hub.load import Model, check_options
 from buddy.run import read_run
 
 

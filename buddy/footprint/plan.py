@@ -13,8 +13,8 @@ from buddy.budget import executed_layers
 from buddy.config import ObjectiveSection, Recipe
 from buddy.console import results
 from buddy.errors import BudgetError, DataError, RegistryError
+from buddy.footprint import Shape, cache_bytes, geometry_of, router_bytes, shape_of, step_bytes, weight_bytes
 from buddy.footprint.config import hollow_model
-from buddy.footprint.memory import Shape, cache_bytes, geometry_of, router_bytes, shape_of, step_bytes, weight_bytes
 from buddy.io import check_output_path, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, LayerwiseRouter

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from buddy.build import load_model
 from buddy.errors import RunError
-from buddy.handover.hub import download
 from buddy.handover.layout import check_files, with_backbone
-from buddy.handover.model import Model
-from buddy.handover.sources import folder_of, hub_name
+from buddy.hub.load import Model
+from buddy.hub.push_pull import download, folder_of, hub_name
 from buddy.run import read_run
 
 

@@ -13,13 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from buddy.assemble import held_out_of, routed_from, windows_in
-from buddy.backbone import ATTENTION, Backbone
+from buddy.backbone.embedded import quiet_transformers
+from buddy.backbone.load import ATTENTION, Backbone
 from buddy.budget import fraction_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status, tracker
 from buddy.data.windows import Windows
-from buddy.embedded import quiet_transformers
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
 from buddy.evaluation.pruned import PER_LAYER, pruned_model

@@ -12,8 +12,8 @@ import torch
 from transformers import StoppingCriteria, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from buddy.assemble import routed_from
 from buddy.budget import Budget, auto_of, latency_of
+from buddy.build import load_model
 from buddy.console import errors, status
 from buddy.engine.forward import Record
 from buddy.engine.model import RoutedLM
@@ -45,7 +45,7 @@ def load(
         found = read_run(folder)
     else:
         found = check_files(download(name, revision), called=name, trust_remote_code=trust_remote_code)
-    return Model(routed_from(found if backbone is None else with_backbone(found, backbone), merged=True))
+    return Model(load_model(found if backbone is None else with_backbone(found, backbone), merged=True))
 
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -284,7 +284,7 @@ def generate(
     run = read_run(folder)
     check_options(prompt, max_new_tokens, temperature)
     with status(f"Loading {run.backbone} …"):
-        model = Model(routed_from(run, merged=True))
+        model = Model(load_model(run, merged=True))
     model.write(
         prompt,
         budget,

@@ -13,12 +13,12 @@ from pathlib import Path
 from shlex import quote
 from textwrap import shorten
 
+from buddy.backbone.adapter import FILES as ADAPTER_FILES
 from buddy.config import to_yaml
 from buddy.console import results, status
-from buddy.errors import RunError
-from buddy.healing.adapter import FILES as ADAPTER_FILES
+from buddy.errors import DamagedError, RunError
 from buddy.hub.card import is_local, run_card
-from buddy.io import alive, checksum, damaged, load_tensors, read_json, write_json, write_text, writing
+from buddy.io import alive, checksum, load_tensors, read_json, write_json, write_text, writing
 from buddy.run import (
     ADAPTER,
     FACTS,
@@ -183,7 +183,7 @@ def check_files(folder: Path, *, called: str | None = None, trust_remote_code: b
         trust_remote_code: let its recipe ask for the Python of its backbone's repository.
 
     Raises:
-        RunError: a file is missing, damaged, or names what lies outside; or the recipe asks for code.
+        RunError: a file is missing, DamagedError, or names what lies outside; or the recipe asks for code.
     """
     try:
         return _checked(folder, trust_remote_code)
@@ -197,10 +197,10 @@ def _checked(folder: Path, trust_remote_code: bool) -> Run:
             raise RunError(f"{folder} holds no run: {name} is missing; name what `buddy push` made, or a run folder.")
     sums = read_json(folder / FACTS).get("checksums", {})
     if not isinstance(sums, dict) or not sums.keys() <= set(FILES):
-        raise damaged(folder / FACTS, "checksums is not what Buddy writes")
+        raise DamagedError(folder / FACTS, "checksums is not what Buddy writes")
     for name in sums.keys() - {CONFIG, CARD}:
         if checksum(folder / name) != sums[name]:
-            raise damaged(folder / name, "it is not what was written")
+            raise DamagedError(folder / name, "it is not what was written")
     run = finished(folder)
     for path in (folder / name for name in FILES):
         if path.is_file() and path.suffix == ".safetensors":
@@ -362,7 +362,7 @@ def fetch(source: str, made: Path, *, revision: str | None = None, trust_remote_
     """Fill an empty folder with the files of a run, checked.
 
     Raises:
-        RunError: there is no run, it is damaged, or asks for what is not allowed.
+        RunError: there is no run, it is DamagedError, or asks for what is not allowed.
     """
     name = existing(source, revision)
     if name is None:

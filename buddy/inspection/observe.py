@@ -11,7 +11,7 @@ import torch
 
 from buddy.engine.model import Output, RoutedLM
 from buddy.inspection.domains import Domain
-from buddy.inspection.measures import Routing
+from buddy.inspection.routing import Routing
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 

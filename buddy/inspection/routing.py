@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buddy.assemble import held_out_of, windows_in
+from buddy.build import build_held_out, build_windows
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import Output, RoutedLM
@@ -223,10 +223,10 @@ def typed(routed: RoutedLM, text: str) -> Domain:
 def _read(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> Domain:
     section = run.recipe.data
     if same_source(source, section.source):  # of the text that the run was trained on, test windows alone
-        test = held_out_of(run.recipe, routed.backbone).test
+        test = build_held_out(run.recipe, routed.backbone).test
         windows = Windows(test.input_ids[:count], test.documents[:count])
     else:
-        windows = windows_in(run.recipe, routed.backbone.tokenizer, source, count=count)
+        windows = build_windows(run.recipe, routed.backbone.tokenizer, source, count=count)
     return Domain(label, source, windows, section.prompt)
 
 

@@ -15,8 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from buddy.backbone import Backbone, fingerprint
-from buddy.backbone.load import Backbone
+from buddy.backbone.load import Backbone, fingerprint
 from buddy.calibration.probe import Probe
 from buddy.engine.model import PoolKind, RoutedLM, geometry_of
 from buddy.errors import BuddyError, RegistryError

@@ -12,8 +12,10 @@ from typing import Any
 import lightning
 
 from buddy import distributed as processes
-from buddy.assemble import backbone_of, budgets_of, data_of, heals, restore_router, routed_of
-from buddy.backbone import Backbone
+from buddy.backbone.adapter import check_targets
+from buddy.backbone.load import Backbone
+from buddy.backbone.sharding import check, shards
+from buddy.build import budgets_of, build_backbone, build_data, build_model, heals, restore_router
 from buddy.calibration.probe import Probe
 from buddy.calibration.store import cache_folder
 from buddy.config import Recipe
@@ -23,7 +25,6 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import write_results
 from buddy.fit import check_checkpoint, forget, heal, train, trainer_of, trains_both
-from buddy.healing.adapter import check_targets
 from buddy.healing.rates import forget_rates, heal_at_the_best
 from buddy.io import on_disk, within_memory
 from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
@@ -31,7 +32,6 @@ from buddy.registry import load
 from buddy.router import AnyRouter
 from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
 from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
-from buddy.sharding import check, shards
 from buddy.training.callbacks import quiet
 from buddy.training.inputs import inputs_of
 from buddy.training.ledger import Ledger
@@ -55,16 +55,16 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
     if recipe.trainer.ckpt_path:
         check_checkpoint(recipe.trainer.ckpt_path)
     with status(f"Loading {recipe.backbone.name} …"):
-        backbone = backbone_of(recipe, stays=shards(recipe.trainer))
+        backbone = build_backbone(recipe, stays=shards(recipe.trainer))
         for each in recipes:
-            routed = routed_of(each, backbone)
+            routed = build_model(each, backbone)
             _check_start(each, routed.router)
             if each.predictor.name is not None:
                 arms_of(each, routed)
             routed.detach()
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
-    data = data_of(recipe, backbone)
+    data = build_data(recipe, backbone)
     data.check_shares(math.prod(processes.shape(recipe.trainer)))
     with status(f"Reading {recipe.data.source} …"):
         data.prepare_data()
@@ -168,7 +168,7 @@ class Session:
     def routed(self, recipe: Recipe) -> Iterator[RoutedLM]:
         """The recipe's router on the backbone, its first weights drawn from the recipe's seed."""
         lightning.seed_everything(recipe.seed, verbose=False)
-        routed = routed_of(recipe, self.backbone)
+        routed = build_model(recipe, self.backbone)
         try:
             yield routed
         finally:

@@ -109,7 +109,7 @@ def test_a_text_of_one_window_is_too_short(finished, tmp_path):
 
 
 def test_an_existing_folder_is_refused_before_anything_is_loaded(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("buddy.handover.export.load_model", lambda run: pytest.fail("loaded"))
+    monkeypatch.setattr("buddy.hub.export.load_model", lambda run: pytest.fail("loaded"))
     with pytest.raises(RunError, match="exists and is not overwritten"):
         export_run(finished / "buddy", budget="0.5", out=tmp_path)
 
