@@ -183,7 +183,7 @@ def check_files(folder: Path, *, called: str | None = None, trust_remote_code: b
         trust_remote_code: let its recipe ask for the Python of its backbone's repository.
 
     Raises:
-        RunError: a file is missing, DamagedError, or names what lies outside; or the recipe asks for code.
+        RunError: a file is missing, damaged, or names what lies outside; or the recipe asks for code.
     """
     try:
         return _checked(folder, trust_remote_code)

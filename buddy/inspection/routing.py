@@ -268,7 +268,7 @@ def observe(
     found: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
     for domain, count, rows in track(jobs):
         ids = domain.windows.input_ids[rows].to(routed.backbone.device)
-        output = routed(ids, executed=torch.full((len(ids),), count), prompt=domain.prompt, keep=1)
+        output = routed(ids, executed=torch.full((len(ids),), count), prompt=domain.prompt, logits_to_keep=1)
         found[domain.label, count].append(_ran(output, routed.sink_tokens))
     return {key: Routing(np.concatenate(parts), routed.sink_tokens) for key, parts in found.items()}
 
