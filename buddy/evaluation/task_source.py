@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from buddy.errors import DataError, nearest
+from buddy.errors import DataError, nearest, reason
 from buddy.evaluation.local_tasks import check_local, local_tasks
 
 if TYPE_CHECKING:
@@ -55,11 +54,6 @@ def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: P
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
     return tasks
-
-
-def reason_of(error: Exception) -> str:
-    """What lm-eval or a library under it says, short and on one line."""
-    return shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
 
 
 @cache
@@ -120,4 +114,4 @@ def _defined(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
         advice = "connect to the network if its data are on the hub, mend its definition, or give items by --task-data"
         if is_offline_mode():
             advice = "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by --task-data"
-        raise DataError(f"{' or '.join(names)} cannot be loaded ({reason_of(error)}); {advice}.") from error
+        raise DataError(f"{' or '.join(names)} cannot be loaded ({reason(error)}); {advice}.") from error
