@@ -17,6 +17,8 @@ from buddy.budget import auto_of, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, results, status
 from buddy.errors import BudgetError, DataError, nearest
+from buddy.errors import BudgetError, DataError, reason
+from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, require_lm_eval
 from buddy.evaluation.task_table import show_tasks
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
@@ -176,7 +178,7 @@ def _refusals_told(name: str) -> Iterator[None]:
         yield
     except (ValueError, AssertionError) as error:
         raise DataError(
-            f"{name} cannot be scored ({reason_of(error)}); mend its definition or its items, or leave it out."
+            f"{name} cannot be scored ({reason(error)}); mend its definition or its items, or leave it out."
         ) from error
 
 

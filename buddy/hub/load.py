@@ -1,20 +1,52 @@
-"""A routed model that writes text at any budget: what `buddy.load` gives and `buddy generate` runs."""
+"""`buddy.load` and `buddy generate`: a run as a model that writes text at any budget."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import StoppingCriteria, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from buddy.budget import Budget, auto_of, latency_of
+from buddy.build import load_model
+from buddy.console import errors, status
 from buddy.engine.forward import Record
 from buddy.engine.model import RoutedLM
-from buddy.errors import DataError, check_text
+from buddy.errors import DataError, RunError, check_text
+from buddy.hub.push_pull import check_files, download, folder_of, hub_name, with_backbone
 from buddy.io import within_memory
+from buddy.run import read_run
+
+
+def load(
+    run: str | Path, *, backbone: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Model:
+    """The model of a run, ready to generate: `buddy.load("runs/quickstart/buddy").generate("Once", budget=0.75)`.
+
+    Args:
+        run: a run folder, one that `buddy push` or `buddy pull` made, or `owner/name` on the hub.
+        backbone: loaded instead of the one that the run names, for one that lies elsewhere here.
+        revision: branch, tag or commit, on the hub only.
+        trust_remote_code: let a run from the hub ask for the Python of its backbone's repository.
+
+    Raises:
+        BuddyError: the run or its backbone cannot be used.
+    """
+    folder = folder_of(str(run))
+    name = None if isinstance(run, Path) or os.path.isdir(folder) else hub_name(run)
+    if name is None and revision is not None:
+        raise RunError(f"{run} is a folder and has no revisions; leave out revision {revision!r}.")
+    if name is None:
+        found = read_run(folder)
+    else:
+        found = check_files(download(name, revision), called=name, trust_remote_code=trust_remote_code)
+    return Model(load_model(found if backbone is None else with_backbone(found, backbone), merged=True))
+
 
 Prompt = str | Sequence[Mapping[str, str]]
 COLDEST = 1e-6  # a temperature below it makes logits infinite
@@ -223,3 +255,43 @@ def _from_messages(routed: RoutedLM, messages: Sequence[Mapping[str, str]]) -> s
             '{"role": …, "content": …}, with texts for both.'
         ) from error
     return text
+
+
+def generate(
+    folder: Path,
+    *,
+    prompt: str,
+    budget: str = "1.0",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> None:
+    """Stream a continuation to standard output, then say on the error stream what ran.
+
+    Args:
+        folder: a finished run.
+        prompt: text to continue, or to answer with `chat`.
+        budget: a fraction, a count such as "22layers", a latency such as "15ms" a token, or "auto".
+        max_new_tokens: at most so many.
+        temperature: 0 takes the most likely token, above 0 samples.
+        seed: of the sampling.
+        chat: put the prompt into the model's chat template.
+
+    Raises:
+        BuddyError: the run, the budget or the prompt cannot be used.
+    """
+    run = read_run(folder)
+    check_options(prompt, max_new_tokens, temperature)
+    with status(f"Loading {run.backbone} …"):
+        model = Model(load_model(run, merged=True))
+    model.write(
+        prompt,
+        budget,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        streamer=TextStreamer(model.routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    errors.print(model.ran, soft_wrap=True)

@@ -10,7 +10,7 @@ import yaml
 
 from buddy.backbone import embedded
 from buddy.errors import DamagedError
-from buddy.handover.choice import Choice
+from buddy.inspection.routing import Choice
 from buddy.run import ADAPTER, METRICS, PREDICTOR, Run
 from buddy.scoring.perplexity import Scores
 

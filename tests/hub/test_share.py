@@ -14,12 +14,10 @@ from buddy.cli import app
 from buddy.errors import RunError
 from buddy.evaluation.evaluate import evaluate_run
 from buddy.fit import fit
-from buddy.handover.layout import FILES
-from buddy.handover.pull import pull
-from buddy.handover.push import push
+from buddy.hub.load import generate
+from buddy.hub.push_pull import FILES, pull, push
 from buddy.io import checksum
 from buddy.run import read_run
-from buddy.serve import generate
 from tests.small import write_text
 
 KEPT = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "inputs.json"}

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from buddy.backbone.embedded import quiet_transformers
+from buddy.backbone.load import ATTENTION, Backbone
 from buddy.budget import fraction_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status, tracker
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
-from buddy.errors import DataError
-from buddy.handover.card import cautions, export_card
-from buddy.handover.checkpoint import largest_difference, mixed, write_checkpoint
-from buddy.handover.choice import Choice, OnePlan, most_frequent
-from buddy.handover.folder import whole_folder
-from buddy.handover.layout import CARD, finished
-from buddy.io import within_memory, write_json, write_text
+from buddy.errors import DataError, RunError
+from buddy.evaluation.pruned import PER_LAYER, pruned_model
+from buddy.hub.card import cautions, export_card
+from buddy.hub.push_pull import CARD, finished, whole_folder
+from buddy.inspection.routing import Choice, most_frequent
+from buddy.io import within_memory, write_json, write_text, writing
+from buddy.router import Context, Geometry, Router
 from buddy.run import Run
 from buddy.scoring.perplexity import Reference, Scores, evaluate
 
@@ -179,3 +185,93 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+class OnePlan(Router):
+    """Runs the same layers for every token.
+
+    Args:
+        geometry: sizes of the backbone.
+        kept: indices of the layers that run, always-on ones included.
+    """
+
+    def __init__(self, geometry: Geometry, kept: Sequence[int]) -> None:
+        super().__init__(geometry)
+        runs = torch.zeros(geometry.layers)
+        runs[list(kept)] = 1.0
+        first = geometry.context_layer
+        self.register_buffer("order", runs[first : first + geometry.routable])
+
+    def score(self, context: Context) -> Tensor:
+        """(..., R): 1 for a layer of the plan, 0 for another."""
+        return self.order.expand(*context.executed.shape, -1)
+
+
+CLOSE = 1e-4  # how far logits in float32 may lie apart
+
+
+def write_checkpoint(folder: Path, backbone: Backbone, kept: Sequence[int]) -> None:
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer into an empty folder.
+
+    Args:
+        folder: where.
+        backbone: the whole model, routed or not; it stays as it is.
+        kept: indices of the layers to keep, rising.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    small = pruned_model(backbone.model, kept)
+    small.generation_config = backbone.model.generation_config
+    with quiet_transformers(), writing(folder):
+        try:
+            small.save_pretrained(folder)
+        except SafetensorError as error:  # how a full disk shows
+            raise OSError(str(error)) from error
+        backbone.tokenizer.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):  # written for their owner alone
+            path.chmod((folder / "config.json").stat().st_mode)
+
+
+def mixed(config: PreTrainedConfig, kept: Sequence[int]) -> bool:
+    """Whether these layers are of several kinds: sliding and full attention, say."""
+    listed = (getattr(config, name, None) for name in PER_LAYER)
+    return any(len({values[layer] for layer in kept}) > 1 for values in listed if values)
+
+
+@torch.no_grad()
+def largest_difference(folder: Path, routed: RoutedLM, kept: Sequence[int], ids: Tensor) -> float:
+    """Largest distance between logits of the checkpoint, as stock transformers loads it, and of the engine.
+
+    Both compute in float32; the backbone stays in it. The engine runs the plan for every token, sinks included.
+
+    Args:
+        folder: of the checkpoint.
+        routed: the whole model, with any router.
+        kept: the layers of the plan.
+        ids: (B, T) long, a text.
+
+    Raises:
+        RunError: they are further apart than rounding explains.
+    """
+    backbone = routed.backbone
+    backbone.model.float()
+    routed.router.float()
+    runs = torch.zeros(*ids.shape, routed.geometry.layers, dtype=torch.bool, device=ids.device)
+    runs[..., list(kept)] = True
+    with routed.changed(sink_tokens=0):
+        ours = routed(ids, runs=runs).logits
+    attention = ATTENTION.get(backbone.model.config.model_type, "sdpa")
+    with quiet_transformers():
+        small = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    theirs = small.eval().to(ids.device)(ids, use_cache=False).logits
+    found = (ours - theirs).abs().max().item()
+    if not found <= CLOSE * max(1.0, ours.abs().max().item()):
+        raise RunError(
+            f"The checkpoint's logits are {found:.3g} from the engine's, which is more than rounding; nothing was "
+            f"written. Report it, with the backbone {backbone.name} and the layers {list(kept)}."
+        )
+    return found

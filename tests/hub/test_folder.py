@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from buddy.errors import RunError
-from buddy.handover.folder import check_new, whole_folder
+from buddy.hub.push_pull import check_new, whole_folder
 
 
 def test_it_appears_at_the_end_with_all_that_was_written(tmp_path):

@@ -9,10 +9,9 @@ import torch
 
 import buddy
 from buddy.errors import BackboneError, BudgetError, DataError, RunError
-from buddy.handover.model import Stop
-from buddy.handover.push import push
-from buddy.serve import generate
-from tests.handover.test_share import Hub
+from buddy.hub.load import Stop, generate
+from buddy.hub.push_pull import push
+from tests.hub.test_share import Hub
 
 PROMPT = "budget depth layer router"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from buddy.errors import RunError
-from buddy.handover.sources import folder_of, hub_name
+from buddy.hub.push_pull import folder_of, hub_name
 
 
 @pytest.mark.parametrize(

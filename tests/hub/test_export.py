@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
-from buddy.handover.choice import OnePlan
-from buddy.handover.export import export_run
+from buddy.hub.export import OnePlan, export_run
 from buddy.run import read_run
 from buddy.scoring.perplexity import evaluate
 from tests.small import write_text
@@ -110,7 +109,7 @@ def test_a_text_of_one_window_is_too_short(finished, tmp_path):
 
 
 def test_an_existing_folder_is_refused_before_anything_is_loaded(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("buddy.handover.export.load_model", lambda run: pytest.fail("loaded"))
+    monkeypatch.setattr("buddy.hub.export.load_model", lambda run: pytest.fail("loaded"))
     with pytest.raises(RunError, match="exists and is not overwritten"):
         export_run(finished / "buddy", budget="0.5", out=tmp_path)
 
@@ -127,7 +126,7 @@ def test_a_checkpoint_that_is_wrong_is_not_kept(finished, tmp_path, monkeypatch)
     def write_another(folder, backbone, kept):
         tiny_folder(folder, seed=3, num_hidden_layers=len(kept))
 
-    monkeypatch.setattr("buddy.handover.export.write_checkpoint", write_another)
+    monkeypatch.setattr("buddy.hub.export.write_checkpoint", write_another)
     with pytest.raises(RunError, match="more than rounding; nothing was written"):
         export_run(finished / "shortgpt", budget="0.75", out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from buddy.backbone.load import ATTENTION, load_backbone
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RunError
-from buddy.handover.checkpoint import largest_difference, mixed, write_checkpoint
+from buddy.hub.export import largest_difference, mixed, write_checkpoint
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone, tiny_model
 

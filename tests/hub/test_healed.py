@@ -9,9 +9,8 @@ from transformers import AutoModelForCausalLM
 import buddy
 from buddy.build import load_model
 from buddy.fit import fit
-from buddy.handover.export import export_run
-from buddy.handover.pull import pull
-from buddy.handover.push import push
+from buddy.hub.export import export_run
+from buddy.hub.push_pull import pull, push
 from buddy.run import read_run
 
 IDS = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,8 @@ import torch
 
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.handover.choice import OnePlan, most_frequent
+from buddy.hub.export import OnePlan
+from buddy.inspection.routing import most_frequent
 from tests.engine.reference import Fickle, FickleGates
 from tests.tiny import tiny_backbone
 
