@@ -37,7 +37,7 @@ from buddy.errors import BuddyError, DamagedError, DataError, RecipeError, Regis
 from buddy.evaluation.bench import measured
 from buddy.executors import side_by_side
 from buddy.fit import Session, prepare
-from buddy.inspection.domains import sources_of
+from buddy.inspection.routing import sources_of
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
 from buddy.registry import build, check_names, describe, load
 from buddy.router import AnyRouter, available_budgets

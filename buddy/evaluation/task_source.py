@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from buddy.errors import DataError, nearest, reason
-from buddy.evaluation.local_tasks import check_local, local_tasks
+from buddy.evaluation.tasks import check_local, local_tasks
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

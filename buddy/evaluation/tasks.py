@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from buddy.budget import auto_of, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, results, status
-from buddy.errors import BudgetError, DataError, nearest
-from buddy.errors import BudgetError, DataError, reason
+from buddy.errors import BudgetError, DataError, nearest, reason
 from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, require_lm_eval
 from buddy.evaluation.task_table import show_tasks
 from buddy.io import check_output_path, within_memory, write_json
