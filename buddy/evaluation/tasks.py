@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from buddy.budget import auto_of, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, results, status
 from buddy.errors import BudgetError, DataError, nearest, reason
-from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, require_lm_eval
 from buddy.evaluation.task_table import show_tasks
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
@@ -228,11 +226,6 @@ def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: P
     return tasks
 
 
-def reason_of(error: Exception) -> str:
-    """What lm-eval or a library under it says, short and on one line."""
-    return shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
-
-
 @cache
 def own_manager() -> TaskManager:
     """The index of lm-eval's own definitions, which takes seconds to read."""
@@ -291,7 +284,7 @@ def _defined(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
         advice = "connect to the network if its data are on the hub, mend its definition, or give items by --task-data"
         if is_offline_mode():
             advice = "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by --task-data"
-        raise DataError(f"{' or '.join(names)} cannot be loaded ({reason_of(error)}); {advice}.") from error
+        raise DataError(f"{' or '.join(names)} cannot be loaded ({reason(error)}); {advice}.") from error
 
 
 Line = Mapping[str, Any]
