@@ -126,7 +126,7 @@ class RunFolder:
             lock.release()
 
     def differences(self, recipe: Recipe, digests: Mapping[str, str], ignore: Sequence[str] = ()) -> list[str]:
-        """Why the run in the folder, complete or begun, is not the one that is asked for; empty where it is.
+        """Why the run in the folder, complete or begun, is not the one that is asked for; empty where there is none.
 
         Keys in `FREE_KEYS` and the digest of the router's code may differ (see `warn_of_changed_code`).
 
@@ -138,17 +138,12 @@ class RunFolder:
         Returns:
             One phrase for each recipe key, input or damaged file, as in "optimizer.lr: 0.003 there, 0.006 here".
         """
-        return _differences(self.path, recipe, digests, ignore)
+        exists = self.is_complete or (self.path / RECIPE).exists()
+        return _differences(self.path, recipe, digests, ignore) if exists else []
 
     def warn_of_changed_code(self, digests: Mapping[str, str]) -> None:
         """Print a warning where the router's code is not the code that the run in the folder was made with."""
-        stored = _inputs_in(self.path).get(CODE)
-        if stored is not None and stored != digests.get(CODE):
-            errors.print(
-                f"Warning: the code of the router changed since {self.path} was begun; delete that folder to fit the "
-                "router anew.",
-                soft_wrap=True,
-            )
+        _warn_of_changed_code(self.path, digests)
 
     def begin(self, recipe: Recipe, recipe_name: str, digests: Mapping[str, str], geometry: "Geometry") -> Path:
         """Begin or resume the run; call it with the lock held.
@@ -170,8 +165,11 @@ class RunFolder:
         """
         self._check_free()
         work = self.work
-        if work.exists() and not _resumes(work, recipe, digests):
-            self._discard(work)
+        if work.exists():
+            if _resumes(work, recipe, digests):
+                _warn_of_changed_code(work, digests)
+            else:
+                self._discard(work)
         with writing(work):
             work.mkdir(parents=True, exist_ok=True)
             remove_parts(work)
@@ -195,8 +193,9 @@ class RunFolder:
 
     def abandon(self) -> None:
         """Remove an incomplete run from which nothing could resume; one with a checkpoint stays."""
-        if self.work.exists() and not any(self.work.rglob("*.ckpt")):
-            self._discard(self.work)
+        work = self.work
+        if work.exists() and not _is_complete(work) and not any(work.rglob("*.ckpt")):
+            self._discard(work)
 
     def recover(self) -> None:
         """Undo what a kill left between the two renames of `complete`, so that the run can be read."""
@@ -298,7 +297,7 @@ def input_digests(router: str, model: str, text: str, training_text: str = "") -
 def code_digest(router: type) -> str:
     """Digest of what the file of a class does: comments, docstrings and layout do not count."""
     try:
-        tree = ast.parse(inspect.getsource(inspect.getmodule(router)))  # type: ignore[arg-type]
+        tree = ast.parse(inspect.getsource(inspect.getmodule(router)))
     except (OSError, TypeError):  # made in a notebook, say
         return "unknown"
     return hashlib.sha256(ast.unparse(_Undocumented().visit(tree)).encode()).hexdigest()[:16]
@@ -310,6 +309,17 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
     adapter = sorted(f"{ADAPTER}/{path.name}" for path in (folder / ADAPTER).glob("[!.]*"))
     sums = {name: checksum(folder / name) for name in (RECIPE, FACTS, ROUTER, *optional, *adapter)}
     write_with_checksum(folder / METRICS, {**metrics, SUMS: sums})
+
+
+def update_checksums(folder: Path) -> None:
+    """Write the checksums of a complete run anew, after one of its files was changed on purpose."""
+    facts = read_json(folder / FACTS)
+    if not (folder / METRICS).exists():  # of Buddy 0.1, handed on without its results
+        write_json(folder / FACTS, facts | {SUMS: {name: checksum(folder / name) for name in facts.get(SUMS, ())}})
+        return
+    if facts.pop(SUMS, None) is not None:
+        write_json(folder / FACTS, facts)
+    write_metrics(folder, read_metrics(folder))
 
 
 def save_router(folder: Path, state: Mapping[str, "Tensor"]) -> None:
@@ -376,6 +386,20 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return metrics
 
 
+def checksums_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a complete run, by their names within its folder, as they were written down.
+
+    Raises:
+        DamagedError: they are missing, or one is of a file that does not lie in the folder.
+    """
+    legacy = _legacy_sums(folder)
+    path = folder / (METRICS if legacy is None else FACTS)
+    sums = read_json(path).get(SUMS) if legacy is None else legacy
+    if not isinstance(sums, dict) or not all(map(_lies_within, sums)):
+        raise DamagedError(path, "checksums is missing or wrong")
+    return sums
+
+
 def check_backbone(run: Run, fingerprint: str) -> None:
     """Raises RunError when the run was made with another backbone than the one with this fingerprint."""
     if run.fingerprint != fingerprint:
@@ -420,7 +444,7 @@ def _resolve(folder: Path) -> Path:
             raise _unfinished(folder)
         raise RunError(f"{folder} is not a run folder; name one, such as runs/quickstart/buddy.")
     missing = [name for name in (RECIPE, FACTS, ROUTER) if not (folder / name).is_file()]
-    if not _is_complete(folder) and (missing or not _legacy_sums(folder)):
+    if not _is_complete(folder) and (missing or _legacy_sums(folder) is None):
         raise _unfinished(folder)
     if missing:
         raise RunError(f"The run {folder} is half-written: {missing[0]} is missing; make it again with `buddy fit`.")
@@ -452,12 +476,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
 def _check_sums(folder: Path) -> None:
     """Raises DamagedError for a file of a run that is not what was written."""
-    legacy = _legacy_sums(folder)
-    path = folder / (FACTS if legacy else METRICS)
-    sums = legacy or read_json(path).get(SUMS)
-    if not isinstance(sums, dict) or not all(map(_lies_within, sums)):
-        raise DamagedError(path, "checksums is missing or wrong")
-    for name, written in sums.items():
+    for name, written in checksums_of(folder).items():
         there = name in (RECIPE, ROUTER) or os.path.lexists(folder / name)  # the others need not be handed on
         if there and checksum(folder / name) != written:
             raise DamagedError(folder / name, "it is not what was written")
@@ -495,9 +514,14 @@ def _differences(folder: Path, recipe: Recipe, digests: Mapping[str, str], ignor
     keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith((*FREE_KEYS, *ignore))]
     # A checkpoint that was once begun from need not be named again.
     keys = [key for key in keys if key not in CKPT_KEYS or here.get(key) not in (None, "null", there.get(key))]
-    found = [f"{key}: {_spelt(there, key)} there, {_spelt(here, key)} here" for key in keys if there.get(key) != here.get(key)]
-    inputs = _inputs_in(folder)
-    return found + [f"another {name}" for name in inputs if name != CODE and inputs[name] != digests.get(name)]
+    found = [
+        f"{key}: {_spelt(there, key)} there, {_spelt(here, key)} here"
+        for key in keys
+        if there.get(key) != here.get(key)
+    ]
+    inputs = _inputs_in(folder)  # empty where they are not known
+    names = [name for name in dict.fromkeys([*inputs, *digests]) if inputs and name != CODE]
+    return found + [f"another {name}" for name in names if inputs.get(name) != digests.get(name)]
 
 
 def _spelt(flat: Mapping[str, object], key: str) -> str:
@@ -532,6 +556,16 @@ def _resumes(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> bool:
             ) from error
         return False
     return not _differences(folder, recipe, digests)
+
+
+def _warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:
+    stored = _inputs_in(folder).get(CODE)
+    if stored is not None and stored != digests.get(CODE):
+        errors.print(
+            f"Warning: the code of the router changed since {folder} was begun; delete that folder to fit the router "
+            "anew.",
+            soft_wrap=True,
+        )
 
 
 def _facts(

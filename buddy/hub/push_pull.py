@@ -28,8 +28,10 @@ from buddy.run import (
     RECIPE,
     ROUTER,
     Run,
+    checksums_of,
     read_metrics,
     read_run,
+    update_checksums,
 )
 
 
@@ -115,14 +117,6 @@ HEALED = tuple(f"{ADAPTER}/{name}" for name in ADAPTER_FILES)
 FILES = (*NEEDED, METRICS, INPUTS, PREDICTOR, PREDICTOR_FACTS, *HEALED, CONFIG, CARD)
 
 
-def finished(folder: Path) -> Run:
-    """A run that is whole; RunError where it is not."""
-    run = read_run(folder)
-    if run.status != "finished":
-        raise RunError(f"The run {folder} is not finished; go on with the same `buddy fit` that began it.")
-    return run
-
-
 def plain_files(folder: Path) -> list[str]:
     """Those of `FILES` that lie in a folder.
 
@@ -194,13 +188,15 @@ def _checked(folder: Path, trust_remote_code: bool) -> Run:
     for name in NEEDED:
         if not (folder / name).is_file():
             raise RunError(f"{folder} holds no run: {name} is missing; name what `buddy push` made, or a run folder.")
-    sums = read_json(folder / FACTS).get("checksums", {})
-    if not isinstance(sums, dict) or not sums.keys() <= set(FILES):
-        raise DamagedError(folder / FACTS, "checksums is not what Buddy writes")
+    sums = checksums_of(folder)
+    if not sums.keys() <= set(FILES):
+        raise RunError(
+            f"{folder} has checksums of files that no run has; name what `buddy push` made, or a run folder."
+        )
     for name in sums.keys() - {CONFIG, CARD}:
         if checksum(folder / name) != sums[name]:
             raise DamagedError(folder / name, "it is not what was written")
-    run = finished(folder)
+    run = read_run(folder)
     for path in (folder / name for name in FILES):
         if path.is_file() and path.suffix == ".safetensors":
             load_tensors(path)
@@ -271,7 +267,7 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
         RunError: the run or the place cannot be used.
     """
     name = hub_name(to)
-    run = finished(folder)
+    run = read_run(folder)
     check_files(folder, trust_remote_code=True)  # so that whoever pulls it is not the first to find a file missing
     if name is None:
         if private:
@@ -391,6 +387,5 @@ def _rename_backbone(made: Path, run: Run, backbone: str) -> None:
     write_text(made / RECIPE, to_yaml(renamed.recipe))
     if (made / CONFIG).is_file():
         write_config(made, renamed)
-    facts = read_json(made / FACTS)
-    sums = facts.get("checksums", {}) | {RECIPE: checksum(made / RECIPE)}
-    write_json(made / FACTS, facts | {"backbone": backbone, "checksums": sums})
+    write_json(made / FACTS, read_json(made / FACTS) | {"backbone": backbone})
+    update_checksums(made)

@@ -111,12 +111,12 @@ def test_what_was_measured_before_a_stop_is_not_measured_again(small, predicting
     options = [*OPTIONS, "predictor.epsilon=0.3"]
     with pytest.raises(KeyboardInterrupt):
         fit(small(tmp_path, *options), "small")
-    assert not (tmp_path / "small" / "shortgpt").exists()
+    assert not (tmp_path / "small" / "shortgpt" / "seed-0").exists()
     fit(small(tmp_path, *options), "small")
     assert len(counted) == 4  # two, the one that was stopped, and that one again
     ours, whole = (
         load_tensors(folder / "predictor.safetensors")
-        for folder in (tmp_path / "small/shortgpt", predicting["regress"])
+        for folder in (tmp_path / "small/shortgpt/seed-0", predicting["regress"])
     )
     assert all(torch.equal(ours[name], tensor) for name, tensor in whole.items())
 
@@ -132,7 +132,7 @@ def test_a_kill_in_the_evaluation_costs_no_measuring(small, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "_losses", lambda *_: pytest.fail("measured again"))
         fit(small(tmp_path, *OPTIONS), "small")
-    assert not list((tmp_path / "small/shortgpt").glob("predictor-targets*"))
+    assert not list((tmp_path / "small/shortgpt/seed-0").glob("predictor-targets*"))
 
 
 def test_what_was_measured_is_of_a_router_and_of_all_that_windows_depend_on(predicting):
@@ -159,7 +159,7 @@ def test_rivals_have_none(small, tmp_path):
 
 def test_the_cap_of_a_recipe_is_never_passed(small, tmp_path):
     fit(small(tmp_path, *OPTIONS, "predictor.cap=0.75", "predictor.epsilon=0"), "small")
-    folder = tmp_path / "small" / "shortgpt"
+    folder = tmp_path / "small" / "shortgpt" / "seed-0"
     assert json.loads((folder / "predictor.json").read_text())["layers"] == [4, 3]
     routed = load_model(read_run(folder))
     ids = torch.randint(3, 259, (8, 12), generator=torch.Generator().manual_seed(0))
@@ -176,7 +176,7 @@ def test_a_trained_router_s_predictor_is_fitted_after_it(small, tmp_path, monkey
         lambda routed, *given, **options: seen.append(routed.router) or real(routed, *given, **options),
     )
     fit(small(tmp_path, "predictor.name=regress", "predictor.windows=4", "trainer.max_steps=1"), "small")
-    saved = load_tensors(tmp_path / "small/buddy/router.safetensors")
+    saved = load_tensors(tmp_path / "small/buddy/seed-0/router.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in seen[0].state_dict().items())
     assert not any(parameter.requires_grad for parameter in seen[0].parameters())
 
