@@ -46,6 +46,7 @@ class DamagedError(RunError):
     """
 
     def __init__(self, path: Path, reason: str) -> None:
+        reason = " ".join(reason.split())  # one line
         super().__init__(f"{path} is damaged ({reason}); make the run again with `buddy fit`.")
         self.path, self.reason = path, reason
 

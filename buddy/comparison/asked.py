@@ -11,7 +11,7 @@ from buddy.comparison.command import shown_command
 from buddy.config import Recipe
 from buddy.console import status
 from buddy.errors import RecipeError, RunError
-from buddy.io import check_place
+from buddy.io import check_output_path
 from buddy.run import FACTS, folder_name
 
 SEEDS = 3
@@ -110,7 +110,7 @@ def check(asked: Asked) -> None:
     if (asked.folder / FACTS).exists():
         raise RunError(f"{asked.folder} is a run folder; name another folder as --out.")
     if asked.markdown:
-        check_place(asked.markdown)
+        check_output_path(asked.markdown)
     if asked.tasks.names:
         from buddy.evaluation.task_source import hushed, load_tasks, require_lm_eval
 

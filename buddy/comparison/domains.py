@@ -11,7 +11,7 @@ from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.errors import DataError
-from buddy.inspection.domains import sources_of
+from buddy.inspection.routing import sources_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 from buddy.config import PredictorSection, Recipe, flatten, load_recipe, shown
 from buddy.errors import BuddyError, DamagedError, RunError
-from buddy.io import damaged
 from buddy.run import FACTS, METRICS, RECIPE, RunPlace, check_backbone, inputs_in, read_metrics, read_run
 from buddy.scoring.perplexity import scores_of
 
@@ -144,15 +143,15 @@ def _changed(run: Planned, made_of: Mapping[str, str]) -> list[str]:
 
 
 def again(error: DamagedError, folder: Path) -> RunError:
-    """The error for a damaged run of a comparison, which its command alone makes again."""
+    """The error for a DamagedError run of a comparison, which its command alone makes again."""
     return RunError(
-        f"{error.path} is damaged ({error.reason}); delete {folder} and repeat the `buddy compare` that made it."
+        f"{error.path} is DamagedError ({error.reason}); delete {folder} and repeat the `buddy compare` that made it."
     )
 
 
 @contextmanager
 def _mendable(run: Planned) -> Iterator[None]:
-    """Within this block a damaged file of a finished run is told as what it is here."""
+    """Within this block a DamagedError file of a finished run is told as what it is here."""
     try:
         yield
     except DamagedError as error:
@@ -165,7 +164,7 @@ def _check_whole(run: Planned, model: str, windows: str) -> None:
         check_backbone(read_run(run.folder), model)
         metrics = read_metrics(run.folder)
         if not _is_complete(metrics):
-            raise damaged(run.folder / METRICS, "something is missing or wrong in it")
+            raise DamagedError(run.folder / METRICS, "something is missing or wrong in it")
     if metrics.get("windows") != windows:
         raise RunError(
             f"{run.folder} was measured on other test windows, so the text in {run.recipe.data.source} has changed "

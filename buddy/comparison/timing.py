@@ -20,7 +20,7 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError
 from buddy.evaluation.pruned import pruned_model
 from buddy.evaluation.speed import PROMPT, STEPS, Contender, Timings, race
-from buddy.io import checksum, read_json, within_memory, write_sealed
+from buddy.io import checksum, read_json, within_memory, write_with_checksum
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import ROUTER, load_router
 
@@ -64,7 +64,7 @@ def measured(runs: Mapping[str, Planned], backbone: Backbone, windows: Tensor, f
     found = {"made": made, "tokens": tokens, "prompt": PROMPT, "steps": STEPS, "rounds": ROUNDS}
     found |= {"threads": torch.get_num_threads(), "dense": _entry(dense[1]), "full": _entry(full[1])}
     found["results"] = [{"router": name, "layers": layers} | _entry(each) for (name, layers), each in others]
-    write_sealed(folder / FILE, found)
+    write_with_checksum(folder / FILE, found)
     return found
 
 

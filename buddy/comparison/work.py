@@ -19,7 +19,7 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DamagedError, TrainingError
 from buddy.fit import Session, prepare
-from buddy.io import checksum, read_json, within_memory, write_sealed, write_text
+from buddy.io import checksum, read_json, within_memory, write_text, write_with_checksum
 from buddy.router import available_budgets
 from buddy.run import ADAPTER, METRICS, ROUTER
 from buddy.scoring.perplexity import Reference, evaluate, with_documents
@@ -120,7 +120,7 @@ class Worker:
                 track=tracker(f"Evaluating {run.label} on {domain.label}"),
                 reference=self._references[domain],
             )
-        write_sealed(evaluation_file(run, domain), self._asked(run, domain) | with_documents(scores))
+        write_with_checksum(evaluation_file(run, domain), self._asked(run, domain) | with_documents(scores))
 
     def _is_measured(self, run: Planned, domain: Domain) -> bool:
         return _is_kept(evaluation_file(run, domain), self._asked(run, domain))
@@ -135,7 +135,9 @@ class Worker:
         asked = {"limit": tasks.limit, **_made(run), **places, **_content(name, tasks)}
         if _is_kept(task_file(run, name), asked):
             return
-        write_sealed(task_file(run, name), asked | {"results": self._entries(run, name, healed="adapter" in asked)})
+        write_with_checksum(
+            task_file(run, name), asked | {"results": self._entries(run, name, healed="adapter" in asked)}
+        )
 
     def _entries(self, run: Planned, name: str, healed: bool) -> list[dict[str, Any]]:
         """One for each budget; at full depth that of a run before: without healing all are the stock model there."""

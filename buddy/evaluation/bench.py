@@ -17,7 +17,7 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.figure import figure_at
 from buddy.evaluation.speed import PROMPT, STEPS, Timings, contenders, mixed_prefill, race
-from buddy.io import check_place, within_memory, write_json
+from buddy.io import check_output_path, within_memory, write_json
 from buddy.latency import PROMPT as CONTEXT
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
@@ -44,7 +44,7 @@ def bench_run(
     """
     run = read_run(folder)
     if json_file:
-        check_place(json_file)
+        check_output_path(json_file)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run, merged=True)
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)

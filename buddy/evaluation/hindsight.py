@@ -21,7 +21,7 @@ from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
-from buddy.io import check_place, within_memory, write_json
+from buddy.io import check_output_path, within_memory, write_json
 from buddy.losses import Dense, kl_to_dense
 from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import read_run
@@ -46,7 +46,7 @@ def search(
     """
     count, routable = torch.full((len(ids),), executed), routed.geometry.routable
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
-    seen = routed(ids, keep=scored)
+    seen = routed(ids, logits_to_keep=scored)
     dense = Dense(seen.logits)
     asked = count[:, None].expand(ids.shape).to(ids.device)
     scores = routed.router.score(replace(seen.context, executed=asked))
@@ -56,7 +56,7 @@ def search(
         """(M, B) of corrections (M, B, R)."""
         moved = (scores + corrections[:, :, None].to(scores)).flatten(0, 1)
         rows, counts = ids.repeat(len(corrections), 1), count.repeat(len(corrections))
-        logits = routed(rows, runs=routed.plan(moved, counts, prompt), keep=scored).logits
+        logits = routed(rows, runs=routed.plan(moved, counts, prompt), logits_to_keep=scored).logits
         parts = logits.unflatten(0, (len(corrections), -1))
         return torch.stack([kl_to_dense(dense, part).mean(-1) for part in parts])
 
@@ -92,7 +92,7 @@ def hindsight(
     """
     run = read_run(folder)
     if json_file:
-        check_place(json_file)
+        check_output_path(json_file)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     if isinstance(routed.router, LayerwiseRouter):

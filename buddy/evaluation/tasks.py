@@ -13,7 +13,7 @@ from buddy.console import Bar, results, status
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, reason_of, require_lm_eval
 from buddy.evaluation.task_table import show_tasks
-from buddy.io import check_place, within_memory, write_json
+from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
 
@@ -50,7 +50,7 @@ def evaluate_tasks(
         BuddyError: the run, a budget or a task cannot be used, or lm-eval is not installed.
     """
     if json_file:
-        check_place(json_file)
+        check_output_path(json_file)
     run = read_run(folder)
     found = _scored(run, tasks, budgets, limit, task_data, task_path)
     show_tasks(found["results"], f"{run.router_name} on tasks", run.recipe.routing.sink_tokens)

@@ -89,7 +89,7 @@ def test_waiting_states_are_counted_once():
     with torch.no_grad(), routed.at(executed=[2]):
         cache = routed.backbone.model(IDS[:1], use_cache=True).cache
     stock = tiny_backbone("llama").model(IDS[:1], use_cache=True).cache
-    assert sum(bool(layer.owed) for layer in cache.layers) == 4
+    assert sum(bool(layer.pending) for layer in cache.layers) == 4
     assert cache_bytes(cache) < 0.8 * cache_bytes(stock)
 
 

@@ -295,7 +295,7 @@ class Export(Job):
             run(lambda: fit(self.small(self.work / "runs", "router=shortgpt", "rivals=[]"), "small"), log)
 
     def act(self) -> None:
-        from buddy.handover.export import export_run
+        from buddy.hub.export import export_run
 
         if not self.out.exists():  # one that is there is whole, and is refused
             export_run(self.work / "runs" / "small" / "shortgpt", budget="0.5", out=self.out)
