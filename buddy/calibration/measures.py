@@ -10,7 +10,7 @@ from math import pi
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
