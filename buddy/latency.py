@@ -24,11 +24,12 @@ from filelock import FileLock
 from torch import Tensor
 
 from buddy.comparison.machine import machine
+from buddy.backbone.embedded import cache_root
 from buddy.console import errors, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
-from buddy.evaluation.speed import Contender, decode_in_turn
 from buddy.io import read_json, write_json
+from buddy.scoring.timing import Contender, decode_in_turn, machine
 
 LOCK = "measuring.lock"
 LAYOUT = 2  # raise it when tokens are timed in another way: older tables are then not found

@@ -210,8 +210,7 @@ class Compare(Job):
         return self.place / "out"
 
     def act(self) -> None:
-        from buddy.comparison.asked import Asked
-        from buddy.comparison.compare import compare
+        from buddy.compare import Asked, compare
 
         recipe = self.small(self.work / "runs", "trainer.max_steps=12")  # its output is told in the results
         options = {"routers": "buddy,shortgpt,random", "seeds": 1, "domains": str(self.other), "speed": False}
