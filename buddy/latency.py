@@ -23,8 +23,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from buddy.comparison.machine import machine
-from buddy.backbone.embedded import cache_root
 from buddy.console import errors, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
