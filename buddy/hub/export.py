@@ -20,11 +20,8 @@ from buddy.console import results, status, tracker
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
-from buddy.evaluation.pruned import PER_LAYER, pruned_model
 from buddy.hub.card import export_card, export_warnings
 from buddy.hub.push_pull import CARD, finished
-from buddy.hub.card import cautions, export_card
-from buddy.hub.push_pull import CARD, finished, whole_folder
 from buddy.inspection.routing import Choice, most_frequent
 from buddy.io import new_folder, within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
