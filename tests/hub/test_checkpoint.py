@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from buddy.backbone.load import ATTENTION, load_backbone
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RunError
-from buddy.hub.export import largest_difference, mixed, write_checkpoint
+from buddy.hub.export import is_mixed, largest_difference, write_checkpoint
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone, tiny_model
 
@@ -93,4 +93,4 @@ def test_another_models_layers_are_found_out(tmp_path):
     ],
 )
 def test_layers_of_several_kinds_are_known(family, kept, several):
-    assert mixed(tiny_model(family).config, kept) is several
+    assert is_mixed(tiny_model(family).config, kept) is several
