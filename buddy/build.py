@@ -78,7 +78,7 @@ def attach_router(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> Rout
 def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
     """Attach a budget predictor, which never passes the recipe's cap; `--budget auto` asks it from now on."""
     cap = routed.executed_layers(recipe.predictor.cap)
-    routed.chooser = lambda most: predictor.under(min(most, cap))
+    routed.chooser = lambda most: predictor.chooser(min(most, cap))
 
 
 def heals(recipe: Recipe, router: AnyRouter) -> bool:

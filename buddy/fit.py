@@ -34,7 +34,7 @@ from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import show_comparison, write_results
 from buddy.io import cache_folder, on_disk, within_memory
 from buddy.losses import Objective
-from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
+from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
 from buddy.registry import check_names, load
 from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
 from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
@@ -135,7 +135,7 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
             routed = build_model(each, backbone)
             _check_start(each, routed.router)
             if each.predictor.name is not None:
-                arms_of(each, routed)
+                predictor_arms(each, routed)
             routed.detach()
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
@@ -338,7 +338,7 @@ def _tidy(folder: Path) -> None:
     (folder / WATCH).unlink(missing_ok=True)
     forget(folder)
     forget_rates(folder)
-    forget_targets(folder)
+    remove_targets(folder)
 
 
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
