@@ -20,8 +20,6 @@ from buddy.console import results, status, tracker
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
-from buddy.hub.card import cautions, export_card
-from buddy.hub.push_pull import CARD, whole_folder
 from buddy.hub.card import export_card, export_warnings
 from buddy.hub.push_pull import CARD
 from buddy.inspection.routing import Choice, most_frequent

@@ -84,7 +84,7 @@ def inspect_run(
     show(inspection)
     if text is not None:
         show_tokens(inspection, _usual(inspection))
-    _write(inspection, place, out or folder, json_file or place / NUMBERS)
+    _write(inspection, place, out or run.folder, json_file or place / NUMBERS)
 
 
 def _check(place: Path, json_file: Path | None, text: str | None, domains: str | None, windows: int | None) -> None:
