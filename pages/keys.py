@@ -6,7 +6,8 @@ from dataclasses import fields, is_dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from buddy.config import Recipe, section_of, shown
+from buddy.config import Recipe, section_of
+from buddy.values import shown
 
 WORDS: dict[Any, str] = {
     int: "whole number",

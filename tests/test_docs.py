@@ -15,7 +15,8 @@ import pytest
 
 from buddy.backbone.load import ROUTABLE
 from buddy.comparison.markdown import WRITTEN
-from buddy.config import list_recipes, load_recipe, shown, to_yaml
+from buddy.config import list_recipes, load_recipe, to_yaml
+from buddy.values import shown
 from buddy.errors import BuddyError
 from buddy.registry import installed, load
 from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from buddy.config import PredictorSection, Recipe, flatten, load_recipe, shown
+from buddy.config import PredictorSection, Recipe, flatten, load_recipe
+from buddy.values import shown
 from buddy.errors import BuddyError, DamagedError, RunError
 from buddy.io import damaged
 from buddy.run import FACTS, METRICS, RECIPE, RunPlace, check_backbone, inputs_in, read_metrics, read_run
