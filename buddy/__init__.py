@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `__getattr__` is what 
     from buddy.calibration.probe import Probe as Probe
     from buddy.errors import BuddyError as BuddyError
     from buddy.errors import BudgetError as BudgetError
-    from buddy.handover.load import load as load
+    from buddy.hub.load import load as load
     from buddy.plan import Plan as Plan
     from buddy.router import Context as Context
     from buddy.router import Geometry as Geometry
@@ -32,7 +32,7 @@ _HOMES = {
     "Router": "buddy.router",
     "executed_grid": "buddy.budget",
     "executed_layers": "buddy.budget",
-    "load": "buddy.handover.load",
+    "load": "buddy.hub.load",
 }
 __all__ = sorted(_HOMES)
 

@@ -39,7 +39,7 @@ def build_backbone(recipe: Recipe, *, stays: bool = False) -> Backbone:
         section.name, section.dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     if not stays:
-        backbone.model.to(distributed.device(recipe.trainer.accelerator))
+        backbone.model.to(distributed.device(recipe.trainer["accelerator"]))
     return backbone
 
 
@@ -126,7 +126,7 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
         data.source,
         window=data.window,
         batch_size=data.batch_size,
-        steps=recipe.trainer.max_steps,
+        steps=recipe.trainer["max_steps"],
         seed=recipe.data_seed,
         train_seed=recipe.seed,
         calibration_windows=data.calibration_windows,
@@ -197,7 +197,7 @@ def _backbone_from(run: Run) -> Backbone:
         backbone = build_backbone(run.recipe, stays=shared_out)
         check_backbone(run, backbone.fingerprint)
         if shared_out:
-            shard(backbone, trainer.accelerator)
+            shard(backbone, trainer["accelerator"])
     if shared_out:
         settle(backbone)
     return backbone

@@ -26,7 +26,7 @@ Nested = dict[Any, Any]
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError)
 UNIQUE = {"unique": True}
 BUDGETS = {"gt": 0, "le": 1, "unique": True, "least_items": 1}
-OWN_SECTIONS = ("router", "routing", "objective", "optimizer", "adapter", "trainer")  # that a rival may override
+OWN_KEYS = ("router.options.", "routing.", "objective.", "optimizer.", "adapter", "trainer.")  # a rival's to override
 RENAMED = {  # keys of Buddy 0.1
     "trainer.nodes": "trainer.num_nodes",
     "trainer.log_every": "trainer.log_every_n_steps",
@@ -191,7 +191,7 @@ PRECISIONS = (
     "bf16",
     "bf16-mixed",
 )  # the router's weights stay float32
-SHARED_KEYWORDS = ("devices", "num_nodes", "strategy", "accelerator")  # of the process, so of all routers
+SHARED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "strategy", "accelerator"))  # by all routers
 
 
 @dataclass(frozen=True)
@@ -315,15 +315,13 @@ def _trainer_problems(trainer: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _rival_problems(recipe: Recipe, rival: Rival) -> Iterator[str]:
-    for text in rival.overrides:
-        key = text.partition("=")[0]
-        section, _, keyword = key.partition(".")
-        if section not in OWN_SECTIONS or key.startswith("router.name") or keyword in SHARED_KEYWORDS:
-            yield (
-                f"rivals: {rival.label} overrides {key}, which all routers share; only router.options, "
-                f"{', '.join(OWN_SECTIONS[1:])} and most of trainer can be its own."
-            )
-            return
+    shared = [text for text in rival.overrides if not text.startswith(OWN_KEYS) or text.startswith(SHARED)]
+    if shared:
+        yield (
+            f"rivals: {rival.label} overrides what all routers share ({', '.join(shared)}); it may override keys of "
+            "router.options, routing, objective, optimizer, adapter and most of trainer."
+        )
+        return
     try:
         with_router(recipe, rival)
     except RecipeError as error:
@@ -452,7 +450,7 @@ def _overridden(values: Nested, changes: Sequence[Nested], references: bool, mis
 
 
 def _merged(base: Nested, part: Nested) -> Nested:
-    """`part` laid over `base`; unlike OmegaConf.merge, a mapping may stand where a list was, to be refused by its key."""
+    """`part` laid over `base`. OmegaConf.merge fails on a mapping for a list; here `problems` finds it."""
     both = {k for k, value in part.items() if isinstance(value, dict) and isinstance(base.get(k), dict)}
     return {**base, **{k: _merged(base[k], value) if k in both else value for k, value in part.items()}}
 
@@ -506,14 +504,13 @@ def _current(part: Nested) -> Nested:
 def _own_rates(values: Nested) -> None:
     """`optimizer.lr_by_router` of Buddy 0.1: the rate of the recipe's router, and overrides of its rivals."""
     optimizer = _at(values, "optimizer")
-    rates = _at(optimizer, "lr_by_router")
-    if "lr_by_router" in optimizer and optimizer["lr_by_router"] is rates:
-        del optimizer["lr_by_router"]
-    if (own := _at(values, "router").get("name")) in rates:
-        optimizer["lr"] = rates[own]
+    if not isinstance(optimizer.get("lr_by_router"), dict):
+        return
+    rates, own = optimizer.pop("lr_by_router"), _at(values, "router").get("name")
     for rival in values["rivals"] if isinstance(values["rivals"], list) else ():
-        if isinstance(rival, dict) and rival.get("name") in rates and "overrides" not in rival:
-            rival["overrides"] = [f"optimizer.lr={rates[rival['name']]}"]
+        if isinstance(rival, dict) and "overrides" not in rival and {rival.get("name"), own} & {*rates}:
+            rival["overrides"] = [f"optimizer.lr={rates.get(rival.get('name'), optimizer['lr'])}"]
+    optimizer["lr"] = rates.get(own, optimizer["lr"])
 
 
 def _at(values: Mapping[Any, Any], section: str) -> Nested:

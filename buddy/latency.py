@@ -24,12 +24,11 @@ from filelock import FileLock
 from torch import Tensor
 
 from buddy.backbone.embedded import cache_root
-from buddy.comparison.machine import machine
 from buddy.console import errors, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
-from buddy.evaluation.speed import Contender, decode_in_turn
 from buddy.io import read_json, write_json
+from buddy.scoring.timing import Contender, decode_in_turn, machine
 
 PLACE, LOCK = "BUDDY_LATENCY_CACHE", "measuring.lock"
 LAYOUT = 2  # raise it when tokens are timed in another way: older tables are then not found

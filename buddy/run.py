@@ -25,19 +25,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 import buddy
-from buddy.config import Recipe, load_recipe, storable, to_yaml
-from buddy.errors import BuddyError, RunError, nearest
-from buddy.io import (
-    checksum,
-    damaged,
-    load_tensors,
-    read_json,
-    remove_parts,
-    save_tensors,
-    write_json,
-    write_text,
-    writing,
-)
+from buddy.config import Recipe, load_recipe, to_yaml
+from buddy.errors import BuddyError, DamagedError, RunError, nearest
+from buddy.io import checksum, load_tensors, read_json, remove_parts, save_tensors, write_json, write_text, writing
+from buddy.values import flaw
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +100,7 @@ class RunPlace:
         """The partial folder with recipe.yaml and inputs.json in it; call it with the lock held.
 
         What an interrupted run left there is kept when it was made of the same inputs and its recipe is the same but
-        for `trainer.ckpt_path`, or that path points into it; otherwise the folder starts empty. What a killed process
+        for `ckpt_path`, or that path points into it; otherwise the folder starts empty. What a killed process
         was writing there is removed.
 
         Args:
@@ -149,7 +140,7 @@ class RunPlace:
         """Whether the partial folder holds the whole run of a recipe, which a kill kept from its place."""
         try:
             facts = read_json(self.partial / FACTS)
-            begun = load_recipe(self.partial / RECIPE)
+            begun = load_recipe(self.partial / RECIPE, saved=True)
             sums = facts["checksums"] if facts["status"] == "finished" else {}
             whole = all(checksum(self.partial / name) == sums[name] for name in (RECIPE, ROUTER, METRICS))
         except (BuddyError, LookupError, TypeError):
@@ -183,11 +174,11 @@ class RunPlace:
                 self.recover()
 
     def _goes_on(self, recipe: Recipe, inputs: Mapping[str, str] | None) -> bool:
-        checkpoint = recipe.trainer.ckpt_path
+        checkpoint = recipe.ckpt_path
         if checkpoint and Path(os.path.realpath(checkpoint)).is_relative_to(os.path.realpath(self.partial)):
             return True
         try:
-            begun = load_recipe(self.partial / RECIPE)
+            begun = load_recipe(self.partial / RECIPE, saved=True)
             made_of = read_json(self.partial / INPUTS) if (self.partial / INPUTS).exists() else None
         except BuddyError as error:
             self._require_no_checkpoint(" ".join(str(error).split()).rstrip("."))
@@ -202,7 +193,7 @@ class RunPlace:
         if any(self.partial.rglob("*.ckpt")):
             raise RunError(
                 f"{self.partial} holds a checkpoint, and what it was made by cannot be read ({reason}); delete that "
-                "folder to begin anew, or go on from the checkpoint by its name as trainer.ckpt_path."
+                "folder to begin anew, or go on from the checkpoint by its name as ckpt_path."
             )
 
     def _discard(self) -> None:
@@ -234,7 +225,7 @@ def _holder(pid_file: Path) -> str:
 
 
 def _without_checkpoint(recipe: Recipe) -> Recipe:
-    return replace(recipe, trainer=replace(recipe.trainer, ckpt_path=None))
+    return replace(recipe, ckpt_path=None)
 
 
 def folder_name(name: str) -> str:
@@ -285,12 +276,12 @@ def save_router(folder: Path, state: Mapping[str, "Tensor"]) -> None:
 
 
 def load_router(folder: Path) -> dict[str, "Tensor"]:
-    """The state dict in router.safetensors; RunError when missing or damaged."""
+    """The state dict in router.safetensors; RunError when missing or DamagedError."""
     return load_tensors(folder / ROUTER)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The results in metrics.json; RunError when missing or damaged."""
+    """The results in metrics.json; RunError when missing or DamagedError."""
     return read_json(folder / METRICS)
 
 
@@ -298,7 +289,7 @@ def read_run(folder: str | Path) -> Run:
     """Everything of a run but its tensors (`load_router`) and results (`read_metrics`).
 
     Raises:
-        RunError: the folder is missing, a file of it is missing or damaged, or a newer Buddy made it.
+        RunError: the folder is missing, a file of it is missing or DamagedError, or a newer Buddy made it.
     """
     folder = Path(folder)
     try:
@@ -309,9 +300,9 @@ def read_run(folder: str | Path) -> Run:
         ) from error
     facts = _read_facts(folder)
     try:
-        recipe = load_recipe(folder / RECIPE)
+        recipe = load_recipe(folder / RECIPE, saved=True)
     except BuddyError as error:
-        raise damaged(folder / RECIPE, str(error).rstrip(".")) from error
+        raise DamagedError(folder / RECIPE, str(error).rstrip(".")) from error
     return Run(folder=folder, recipe=recipe, **facts)
 
 
@@ -332,22 +323,22 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder} was made by a newer Buddy (run format {made}); upgrade Buddy to read it.")
     kinds = {"format": int, **dict.fromkeys(_TEXTS, str), **dict.fromkeys(_MAPPINGS, dict)}
     for name, kind in kinds.items():
-        if not isinstance(facts.get(name), kind) or not storable(facts[name]):
-            raise damaged(path, f"{name} is missing or wrong")
+        if not isinstance(facts.get(name), kind) or flaw(facts[name]):
+            raise DamagedError(path, f"{name} is missing or wrong")
     sums = facts.get("checksums", {})
     if not isinstance(sums, dict) or not all(map(_lies_within, sums)):
-        raise damaged(path, "checksums is wrong")
+        raise DamagedError(path, "checksums is wrong")
     for name, written in sums.items():
         there = name in (RECIPE, ROUTER) or os.path.lexists(folder / name)  # the others need not be handed on
         if there and checksum(folder / name) != written:
-            raise damaged(folder / name, "it is not what was written")
+            raise DamagedError(folder / name, "it is not what was written")
     return {name: facts[name] for name in (*_TEXTS, *_MAPPINGS)}
 
 
 def _lies_within(name: str) -> bool:
     """Whether the name of a file leads nowhere out of its folder."""
     path = PurePath(name)
-    return storable(name) and not path.is_absolute() and ".." not in path.parts
+    return not flaw(name) and not path.is_absolute() and ".." not in path.parts
 
 
 def _require_folder(folder: Path) -> None:

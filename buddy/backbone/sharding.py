@@ -7,14 +7,15 @@ norm, head) is whole on every device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from buddy import distributed
 from buddy.backbone.load import Backbone
-from buddy.config import Recipe, TrainerSection
+from buddy.config import Recipe
 from buddy.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 STRATEGY = "fsdp"
 
 
-def shards(section: TrainerSection) -> bool:
+def shards(trainer: Mapping[str, Any]) -> bool:
     """Whether weights are shared out: asked for, and over more than one device."""
-    devices, nodes = distributed.shape(section)
-    return section.strategy == STRATEGY and devices * nodes > 1
+    devices, nodes = distributed.shape(trainer)
+    return trainer["strategy"] == STRATEGY and devices * nodes > 1
 
 
 def check(recipe: Recipe) -> None:
@@ -45,11 +46,11 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def join(section: TrainerSection) -> None:
+def join(trainer: Mapping[str, Any]) -> None:
     """`distributed.join`, and agree on who holds which part."""
-    distributed.join(section)
-    if shards(section):
-        _mesh(section.accelerator)
+    distributed.join(trainer)
+    if shards(trainer):
+        _mesh(trainer["accelerator"])
 
 
 def shard(backbone: Backbone, accelerator: str) -> None:

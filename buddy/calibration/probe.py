@@ -182,7 +182,7 @@ class Probe:
         seen = []
         for batch in self.track(self._batches, "contexts of the prompts"):
             prompt = batch[:, : self.prompt].to(self.routed.backbone.device)
-            context = self.routed(prompt, keep=1).context
+            context = self.routed(prompt, logits_to_keep=1).context
             seen.append([getattr(context, name)[:, -1] for name in ("pooled", "newest", "hidden", "executed")])
         return Context(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
 

@@ -33,8 +33,8 @@ class Request:
         runs: (B, T, L) bool, a plan to run instead of the router's.
         gates: (B, T, L) with gradients, for straight-through training.
         prompt: length of the prompt in these tokens; None in generation, where the first forward is the prompt.
-        everything: compute each layer on every token and choose afterwards.
-        weighted: multiply what each layer adds by a layerwise router's weight, with gradients.
+        compute_all_layers: compute each layer on every token and choose afterwards.
+        gate_weighted: multiply what each layer adds by a layerwise router's weight, with gradients.
         choose: K (B,) for the contexts (B,) of prompts, where a predictor chooses it.
     """
 
@@ -42,8 +42,8 @@ class Request:
     runs: Tensor | None = None
     gates: Tensor | None = None
     prompt: int | None = None
-    everything: bool = False
-    weighted: bool = False
+    compute_all_layers: bool = False
+    gate_weighted: bool = False
     choose: Callable[[Context], Tensor] | None = None
 
 
@@ -128,7 +128,7 @@ def wants_cache(config: PreTrainedConfig, kwargs: dict[str, Any]) -> bool:
 
 
 @dataclass
-class Ran:
+class ForwardRecord:
     """What one forward planned and ran.
 
     Attributes:
@@ -177,11 +177,11 @@ class Record:
     """What ran while a request held, one entry a forward.
 
     Attributes:
-        asked: K for each row, where a budget predictor chose it last.
+        auto_executed: K for each row, where a budget predictor chose it last.
     """
 
-    forwards: list[Ran] = field(default_factory=list)
-    asked: tuple[int, ...] = ()
+    forwards: list[ForwardRecord] = field(default_factory=list)
+    auto_executed: tuple[int, ...] = ()
 
     @property
     def executed(self) -> list[Tensor]:
@@ -225,7 +225,7 @@ class Output:
 Score = Callable[[Context], Tensor]
 
 
-class Pass:
+class RoutedForward:
     """What the layers of a routed model share during one forward.
 
     Args:
@@ -257,9 +257,9 @@ class Pass:
         self.context_layer = settings.context_layer
         # For each layer: everyone runs it (True), nobody (False), some (how many tokens of each row), or it goes its
         # own way (None): the context layer, those undecided, and all after it where everything is computed.
-        self.who: list[bool | list[int] | None] = [True] * settings.layers
-        self.who[settings.context_layer - 1] = None
-        self.everything = request.everything or request.gates is not None
+        self.active_rows: list[bool | list[int] | None] = [True] * settings.layers
+        self.active_rows[settings.context_layer - 1] = None
+        self.compute_all_layers = request.compute_all_layers or request.gates is not None
         self.valid, self.positions = None, None
         if mask is not None:
             self.valid = mask[:, -shape[1] :].bool()
@@ -269,7 +269,7 @@ class Pass:
         self._runs: Tensor | None = None
         self._rows_on: list[list[bool]] | None = None  # (L, B): a plan for one new token, held by the host
         self._kv_width = 0
-        self._patient: list[bool] | None = None
+        self._deferrable: list[bool] | None = None
         self.remember: Callable[[int], SinkStates] | None = None  # sinks' states, where their tokens are known
         self._sink_states: SinkStates | None = None
         self.whole = 0  # layers that ran on every token
@@ -292,7 +292,7 @@ class Pass:
         self.context = Context(pooled, newest, hidden.float(), executed)
         if request.runs is not None:
             self._take(request.runs)
-        elif self.everything and full:
+        elif self.compute_all_layers and full:
             self._take(self.runs)
         elif not full:
             self._decide(prompt, only_last)
@@ -322,12 +322,12 @@ class Pass:
             self._runs = self.runs
         return self._runs[..., layer]
 
-    def ran(self) -> Ran:
+    def ran(self) -> ForwardRecord:
         """What the layers recorded so far, and the plan."""
         device, layers = self.context.executed.device, self.settings.layers
         plan = self._rows_on if self._runs is None else self._runs
         sinks = self.sinks() if self.past < self.settings.sink_tokens or self.valid is not None else None
-        return Ran(self.shape, layers, device, plan, sinks, self.whole, self.parts)
+        return ForwardRecord(self.shape, layers, device, plan, sinks, self.whole, self.parts)
 
     def sinks(self) -> Tensor:
         """(B, T) bool, the positions that run at full depth whatever the budget."""
@@ -360,20 +360,20 @@ class Pass:
             self._sink_states, self.remember = self.remember(count), None  # asked once, whatever the answer
         return self._sink_states
 
-    def may_wait(self, layer: int) -> bool:
+    def can_defer(self, layer: int) -> bool:
         """Whether states that skip `layer` may wait in the cache: one token's always, a prompt's if memory allows.
 
         One state of D values waits for a run of skipped layers, in place of keys and values for each of them.
         """
         if self.shape[1] == 1:
             return True
-        if self._patient is None:
-            self._patient = self._patience()
-        return self._patient[layer]
+        if self._deferrable is None:
+            self._deferrable = self._deferrable_layers()
+        return self._deferrable[layer]
 
-    def _patience(self) -> list[bool]:
+    def _deferrable_layers(self) -> list[bool]:
         width, kv = self.context.hidden.shape[-1], 2 * self._kv_width
-        idle = [who is False or (isinstance(who, list) and self.only_sinks(who)) for who in self.who]
+        idle = [who is False or (isinstance(who, list) and self.only_sinks(who)) for who in self.active_rows]
         runs = [list(group) for on, group in groupby(range(len(idle)), key=idle.__getitem__) if on]
         if len(runs) * width <= sum(map(len, runs)) * kv:
             return [True] * len(idle)
@@ -443,7 +443,7 @@ class Pass:
         """Hold a plan (B, T, L)."""
         self._runs = runs = self._completed(runs)
         counts = runs.sum(1).t().tolist()  # (L, B); the layers need them on the host
-        self._say([who_of(each, self.shape[1]) for each in counts])
+        self._set_active_rows([row_summary(each, self.shape[1]) for each in counts])
 
     def _completed(self, runs: Tensor) -> Tensor:
         """A plan (B, T, …) with full depth for sinks, where padding follows its row if the row is whole."""
@@ -464,13 +464,13 @@ class Pass:
             for index in order[k:]:
                 on[first + index][row] = False
         self._rows_on = on
-        self._say([row[0] for row in on] if rows == 1 else [who_of(row, 1) for row in on])
+        self._set_active_rows([row[0] for row in on] if rows == 1 else [row_summary(row, 1) for row in on])
 
-    def _say(self, who: list[bool | list[int]]) -> None:
+    def _set_active_rows(self, who: list[bool | list[int]]) -> None:
         first = self.context_layer
-        self.who[first:] = [None] * (len(who) - first) if self.everything else who[first:]
+        self.active_rows[first:] = [None] * (len(who) - first) if self.compute_all_layers else who[first:]
 
 
-def who_of(counts: list[int], most: int) -> bool | list[int]:
+def row_summary(counts: list[int], most: int) -> bool | list[int]:
     """True where every row's count is `most`, False where each is 0, else the counts."""
     return True if min(counts) == most else counts if max(counts) else False

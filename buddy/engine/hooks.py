@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from buddy.engine.forward import Pass, Record, Request, checked_mask, for_rows, wants_cache
+from buddy.engine.forward import Record, Request, RoutedForward, checked_mask, for_rows, wants_cache
 from buddy.engine.kv_cache import Pool, RoutedCache, adopt
 from buddy.engine.layers import Seat, attach, detach, probes
-from buddy.engine.layerwise import GatedPass
+from buddy.engine.layerwise import LayerwiseForward
 from buddy.engine.sinks import SinkMemory, SinkStates
 from buddy.errors import BuddyError, BudgetError
 from buddy.router import LayerwiseRouter
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from buddy.engine.model import RoutedLM
 
 
-class Host:
+class ForwardHooks:
     """Makes a pass for each forward of the backbone's decoder, and keeps what ran.
 
     Args:
@@ -41,14 +41,14 @@ class Host:
         self._last: Any = None
         self.sinks = SinkMemory(backbone.base)
         attach(backbone.layers, self._seat, probes(backbone))
-        self._hooks = [
+        self._handles = [
             backbone.base.register_forward_pre_hook(self._begin, with_kwargs=True),
             backbone.base.register_forward_hook(self._end, always_call=True),
         ]
 
     def leave(self) -> None:
         """Give the stock classes back, and take the hooks off."""
-        for hook in self._hooks:
+        for hook in self._handles:
             hook.remove()
         detach(self._routed.backbone.layers)
 
@@ -114,12 +114,14 @@ class Host:
         )
         return past
 
-    def _pass(self, request: Request, shape: tuple[int, int], past: int, mask: Tensor | None, cache: Any) -> Pass:
+    def _pass(
+        self, request: Request, shape: tuple[int, int], past: int, mask: Tensor | None, cache: Any
+    ) -> RoutedForward:
         routed = self._routed
         rest = request, shape, past, mask, cache, Pool(routed.pool) if cache is None else cache.pool
         if isinstance(routed.router, LayerwiseRouter):
-            return GatedPass(routed.settings, routed.router, *rest)
-        return Pass(routed.settings, routed.router.score, *rest)
+            return LayerwiseForward(routed.settings, routed.router, *rest)
+        return RoutedForward(routed.settings, routed.router.score, *rest)
 
     def _chosen(self, request: Request, kwargs: dict[str, Any], before: RoutedCache | None) -> Request:
         """The request with K for each row as the budget predictor chooses; it holds for the forwards that follow.
@@ -135,7 +137,7 @@ class Host:
         seen = self._routed.context(kwargs["input_ids"], cache=copy.deepcopy(before), **places)
         executed = tuple(request.choose(seen).tolist())
         self._request = replace(request, executed=executed)
-        self._record.asked = executed
+        self._record.auto_executed = executed
         return self._request
 
     def sink_states(self, ids: Tensor, positions: Tensor | None) -> SinkStates | None:

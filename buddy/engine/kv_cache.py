@@ -104,14 +104,14 @@ SHORT = 256  # positions up to which a copy a token is cheaper than keeping a bu
 Waiting = tuple[Tensor, Any]  # a hidden state (B, T, D) and its position embeddings, owed keys and values
 
 
-class OwingLayer:
+class DeferringLayer:
     """What both kinds of layer share: hidden states whose keys and values are owed (policy `fill`).
 
     Attributes:
-        owed: in order of position; they follow the positions that the layer holds.
+        pending: in order of position; they follow the positions that the layer holds.
     """
 
-    owed: list[Waiting]
+    pending: list[Waiting]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store what follows the positions held.
@@ -119,21 +119,21 @@ class OwingLayer:
         Raises:
             RuntimeError: states still wait, as when a routed model's cache is given to the stock model after `detach`.
         """
-        if self.owed:
+        if self.pending:
             raise RuntimeError("Skipped states still wait in this cache; go on with the routed model that filled it.")
         return super().update(key_states, value_states, *args, **kwargs)
 
     @property
-    def owed_length(self) -> int:
+    def pending_length(self) -> int:
         """Positions that wait."""
-        return sum(hidden.shape[1] for hidden, _ in self.owed)
+        return sum(hidden.shape[1] for hidden, _ in self.pending)
 
     def get_seq_length(self) -> int:
-        return super().get_seq_length() + self.owed_length
+        return super().get_seq_length() + self.pending_length
 
     def reset(self) -> None:
         super().reset()
-        self.owed = []
+        self.pending = []
 
     # Stock asks for the length before it moves rows; here all of it may be owed, with nothing to move.
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -150,16 +150,16 @@ class OwingLayer:
 
     def crop(self, tokens_to_remove: int) -> None:
         remove = -tokens_to_remove
-        while remove > 0 and self.owed:
-            hidden, embeddings = self.owed.pop()
+        while remove > 0 and self.pending:
+            hidden, embeddings = self.pending.pop()
             keep = max(hidden.shape[1] - remove, 0)
             remove -= hidden.shape[1] - keep
             if keep:
-                self.owed.append((hidden[:, :keep], each(embeddings, lambda x: x[:, :keep])))  # noqa: B023
+                self.pending.append((hidden[:, :keep], each(embeddings, lambda x: x[:, :keep])))  # noqa: B023
         super().crop(-remove if tokens_to_remove <= 0 else tokens_to_remove)
 
 
-class GrowingLayer(OwingLayer, DynamicLayer):
+class GrowingLayer(DeferringLayer, DynamicLayer):
     """Full attention. Long caches are views of buffers that grow by `ROOM` positions; stock copies them for each."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class GrowingLayer(OwingLayer, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         held = self.keys.shape[-2] if self.keys.dim() == 4 else 0
         length = held + key_states.shape[-2]
-        if held < SHORT or self.owed:
+        if held < SHORT or self.pending:
             return super().update(key_states, value_states)
         if self.keys is not self.view or self.buffers[0].shape[2] < length:
             self.buffers = _grown(self.keys, held, length), _grown(self.values, held, length)
@@ -184,7 +184,7 @@ def growing(layer: DynamicLayer) -> DynamicLayer:
     if type(layer) is not DynamicLayer:
         return layer
     grown = GrowingLayer.__new__(GrowingLayer)
-    grown.__dict__.update(layer.__dict__, owed=[], view=None)
+    grown.__dict__.update(layer.__dict__, pending=[], view=None)
     return grown
 
 
@@ -194,11 +194,11 @@ def _grown(held: Tensor, length: int, needed: int) -> Tensor:
     return buffer
 
 
-class SlidingLayer(OwingLayer, DynamicSlidingWindowLayer):
+class SlidingLayer(DeferringLayer, DynamicSlidingWindowLayer):
     """Sliding-window attention: holds the last window, as stock does, and never lets a state wait."""
 
 
-class HoleLayer(OwingLayer, DynamicLayer):
+class HoleLayer(DeferringLayer, DynamicLayer):
     """Policy `hole`: holds only the positions that some row ran, full or sliding attention alike.
 
     Attributes:
@@ -323,9 +323,9 @@ class RoutedCache:
             self.scores = self.scores[rows]
         moved: dict[Any, Any] = {}  # a state waits in every layer of a run, and embeddings with many states
         for layer in self.layers:
-            layer.owed = [
+            layer.pending = [
                 (_rows(h, rows, moved), each(e, lambda x: _rows(x, rows, moved) if x.shape[0] > 1 else x))
-                for h, e in layer.owed
+                for h, e in layer.pending
             ]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -423,10 +423,10 @@ def _adopted(cache: Any, context: int, kind: str, policy: str, model: str, valid
     return cache
 
 
-def _adopted_layer(layer: Any, policy: str) -> OwingLayer:
+def _adopted_layer(layer: Any, policy: str) -> DeferringLayer:
     kind: Any = HoleLayer if policy == "hole" else _LAYERS[type(layer)]
     adopted = kind.__new__(kind)
-    adopted.__dict__.update(layer.__dict__, owed=[], view=None)
+    adopted.__dict__.update(layer.__dict__, pending=[], view=None)
     if kind is HoleLayer:
         adopted.is_sliding, adopted.window = layer.is_sliding, getattr(layer, "sliding_window", None)
         adopted.seen, adopted.unbroken = layer.get_seq_length(), True

@@ -2,7 +2,7 @@
 
 `Fill` computes their K/V from the hidden state that passed the layer, `Zero` leaves zeros as the paper does, `Hole`
 leaves nothing. Each has the same duties: `idle`, where no token of the forward runs the layer, `writer`, where some do,
-and `settle`, before all do.
+and `flush`, before all do.
 
 K/V of one layer in one forward, stored for all positions of all rows (policies `fill` and `zero`).
 
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from buddy.engine.forward import Pass
+from buddy.engine.forward import RoutedForward
 from buddy.engine.selection import Blocks, Group, blocks_of, take, taken
 from buddy.errors import BuddyError
 
@@ -37,7 +37,7 @@ class View(Protocol):
         """How the attention of the call may be cut, given that mask."""
 
 
-class Rectangular:
+class RectangularKVWriter:
     """Puts together the K/V that one layer writes in one forward: all positions of all rows.
 
     Args:
@@ -48,7 +48,7 @@ class Rectangular:
         write: makes K and V of (G, n, D) hidden states that skip the layer, with their position embeddings.
     """
 
-    def __init__(self, layer: nn.Module, current: Pass, hidden: Tensor, kwargs: dict, write: Any) -> None:
+    def __init__(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict, write: Any) -> None:
         self.layer, self.current, self.hidden, self.write = layer, current, hidden, write
         self.cache, self.embeddings = kwargs.get("cache"), kwargs.get("position_embeddings")
         self.new: KV | None = None
@@ -105,7 +105,7 @@ class RectangularView:
         new: K and V, each (G, heads, T, size), after the call.
     """
 
-    def __init__(self, current: Pass, group: Group, rest: KV | None, past: KV | None) -> None:
+    def __init__(self, current: RoutedForward, group: Group, rest: KV | None, past: KV | None) -> None:
         self.current, self.group, self.past = current, group, past
         self.length = current.shape[1]
         self.new: KV | None = None
@@ -147,10 +147,10 @@ class RectangularView:
         return to
 
 
-class Ragged:
+class RaggedKVWriter:
     """Puts together the K/V of one layer under `hole`: the positions that any row ran, marked for those that did."""
 
-    def __init__(self, layer: nn.Module, current: Pass, hidden: Tensor, kwargs: dict) -> None:
+    def __init__(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict) -> None:
         self.layer, self.current, self.cache = layer, current, kwargs.get("cache")
         chosen = current.chosen(layer._index)
         if current.valid is not None:
@@ -185,7 +185,7 @@ class Ragged:
 class RaggedView:
     """K/V of the stored positions for one group of rows."""
 
-    def __init__(self, writer: Ragged, group: Group) -> None:
+    def __init__(self, writer: RaggedKVWriter, group: Group) -> None:
         self.writer, self.group = writer, group
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
@@ -237,37 +237,37 @@ class Fill:
 
     name = "fill"
 
-    def idle(self, layer: nn.Module, current: Pass, hidden: Tensor, cache: Any, embeddings: Any) -> None:
+    def idle(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, cache: Any, embeddings: Any) -> None:
         """Nobody runs the layer for these tokens: the states wait until somebody does, or until too many wait.
 
         A prompt's states wait where that takes no more memory than their keys and values.
         """
         held = cache.layers[layer._index]
-        owed = held.owed
-        owed.append((hidden, embeddings))
-        full = len(owed) >= BOUND or held.is_sliding  # a window forgets; nothing may be late
+        pending = held.pending
+        pending.append((hidden, embeddings))
+        full = len(pending) >= BOUND or held.is_sliding  # a window forgets; nothing may be late
         if not full and current.shape[1] == 1:  # a step of decoding comes here for each layer it skips
             return
-        chunk = len(owed) > 1 and hidden.shape[1] > 1  # only a prompt waits whole
-        if full or chunk or not current.may_wait(layer._index):
-            self.settle(layer, cache)
+        chunk = len(pending) > 1 and hidden.shape[1] > 1  # only a prompt waits whole
+        if full or chunk or not current.can_defer(layer._index):
+            self.flush(layer, cache)
 
-    def settle(self, layer: nn.Module, cache: Any) -> None:
-        """Compute what is owed, in one product for all waiting positions."""
+    def flush(self, layer: nn.Module, cache: Any) -> None:
+        """Compute what is pending, in one product for all waiting positions."""
         held = cache.layers[layer._index]
-        if not held.owed:
+        if not held.pending:
             return
-        owed, held.owed = held.owed, []
-        states, embeddings = zip(*owed, strict=True)
+        pending, held.pending = held.pending, []
+        states, embeddings = zip(*pending, strict=True)
         hidden = torch.cat(states, 1) if len(states) > 1 else states[0]
         written = layer._write_kv(layer, hidden, _joined(embeddings, hidden.shape[0]))
         held.update(*written)
 
-    def writer(self, layer: nn.Module, current: Pass, hidden: Tensor, kwargs: dict) -> Rectangular:
+    def writer(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
         """Some run the layer."""
         if kwargs.get("cache") is not None:
-            self.settle(layer, kwargs["cache"])
-        return Rectangular(layer, current, hidden, kwargs, layer._write_kv)
+            self.flush(layer, kwargs["cache"])
+        return RectangularKVWriter(layer, current, hidden, kwargs, layer._write_kv)
 
 
 class Zero:
@@ -275,16 +275,16 @@ class Zero:
 
     name = "zero"
 
-    def idle(self, layer: nn.Module, current: Pass, hidden: Tensor, cache: Any, embeddings: Any) -> None:
+    def idle(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, cache: Any, embeddings: Any) -> None:
         """Nobody runs the layer for these tokens."""
         cache.update(*self._zeros(layer, hidden, embeddings), layer._index)
 
-    def settle(self, layer: nn.Module, cache: Any) -> None:
+    def flush(self, layer: nn.Module, cache: Any) -> None:
         """Nothing waits."""
 
-    def writer(self, layer: nn.Module, current: Pass, hidden: Tensor, kwargs: dict) -> Rectangular:
+    def writer(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
         """Some run the layer."""
-        return Rectangular(layer, current, hidden, kwargs, self._zeros)
+        return RectangularKVWriter(layer, current, hidden, kwargs, self._zeros)
 
     @staticmethod
     def _zeros(layer: nn.Module, hidden: Tensor, _: Any) -> KV:
@@ -298,16 +298,16 @@ class Hole:
 
     name = "hole"
 
-    def idle(self, layer: nn.Module, current: Pass, hidden: Tensor, cache: Any, embeddings: Any) -> None:
+    def idle(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, cache: Any, embeddings: Any) -> None:
         """Nobody runs the layer for these tokens: the positions go by."""
         cache.layers[layer._index].pass_by(hidden.shape[1])
 
-    def settle(self, layer: nn.Module, cache: Any) -> None:
+    def flush(self, layer: nn.Module, cache: Any) -> None:
         """Nothing waits."""
 
-    def writer(self, layer: nn.Module, current: Pass, hidden: Tensor, kwargs: dict) -> Ragged:
+    def writer(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict) -> RaggedKVWriter:
         """Some run the layer."""
-        return Ragged(layer, current, hidden, kwargs)
+        return RaggedKVWriter(layer, current, hidden, kwargs)
 
 
 Policy = Fill | Hole | Zero

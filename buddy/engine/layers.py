@@ -2,7 +2,7 @@
 
 `attach` swaps the class of each decoder layer for a subclass, so module names, `isinstance`, `save_pretrained` and
 deepcopy keep working and no modelling code is copied; `detach` gives the stock classes back. A routed layer asks the
-current `Pass` which tokens run; without one it is the stock layer.
+current `RoutedForward` which tokens run; without one it is the stock layer.
 
 Weights of k_proj and v_proj side by side in memory, so that one product gives keys and values.
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
-from buddy.engine.forward import Pass
+from buddy.engine.forward import RoutedForward
 from buddy.engine.kv_cache import Capture, each
 from buddy.engine.kv_policies import Policy, View
 from buddy.engine.selection import Group, by_blocks, groups, take, taken
@@ -266,7 +266,7 @@ class Seat:
     """Where the layers find the pass that is under way, and the cache policy. One per routed model."""
 
     def __init__(self, policy: Policy) -> None:
-        self.current: Pass | None = None
+        self.current: RoutedForward | None = None
         self.policy = policy
 
 
@@ -279,7 +279,7 @@ class RoutedLayer:
         """Where everybody or nobody runs the layer, the short way, past torch's module machinery."""
         current = self._seat[0].current
         if current is not None and not (self._forward_hooks or self._forward_pre_hooks or self.training):
-            who = current.who[self._index]
+            who = current.active_rows[self._index]
             if who is True:
                 return self._whole(current, hidden_states, args, kwargs)
             if who is False:
@@ -290,7 +290,7 @@ class RoutedLayer:
         current = self._seat[0].current
         if current is None:
             return super().forward(hidden_states, *args, **kwargs)
-        who = current.who[self._index]
+        who = current.active_rows[self._index]
         if who is True:
             return self._whole(current, hidden_states, args, kwargs)
         if who is False:
@@ -301,40 +301,40 @@ class RoutedLayer:
             return self._sinks(current, hidden_states, args, kwargs, who[0])
         return self._some(current, hidden_states, args, kwargs, who)
 
-    def _own_way(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _own_way(self, current: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """The context layer; one that decides now, which is then like any other; or one computed for all."""
         if self._index < current.context_layer:
             return self._with_context(current, hidden, args, kwargs)
         if current.undecided:
-            if current.request.weighted:
+            if current.request.gate_weighted:
                 return self._weighted(current, hidden, args, kwargs)
             current.decide(self._index, hidden)
-            if not current.everything:
+            if not current.compute_all_layers:
                 return self.forward(hidden, *args, **kwargs)
         return self._everything(current, hidden, args, kwargs)
 
-    def _whole(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _whole(self, current: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """All tokens run: the stock layer."""
         cache, policy = kwargs.get("cache"), self._seat[0].policy
         if cache is not None:
             if policy.name == "hole" and not cache.layers[self._index].whole:  # the stock mask knows no holes
                 return self._some(current, hidden, args, kwargs, [current.shape[1]] * current.shape[0])
-            if cache.layers[self._index].owed:
-                policy.settle(self, cache)
+            if cache.layers[self._index].pending:
+                policy.flush(self, cache)
         current.whole += 1
         return self.stock.forward(self, hidden, *args, **kwargs)
 
-    def _nobody(self, current: Pass, hidden: Tensor, kwargs: dict) -> Tensor:
+    def _nobody(self, current: RoutedForward, hidden: Tensor, kwargs: dict) -> Tensor:
         """No token runs: the policy sees to the cache."""
         cache = kwargs.get("cache")
         if cache is not None:
             self._seat[0].policy.idle(self, current, hidden, cache, kwargs.get("position_embeddings"))
         return hidden
 
-    def _sinks(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict, count: int) -> Tensor:
+    def _sinks(self, current: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict, count: int) -> Tensor:
         """Only the first `count` tokens run, and need nobody's keys but their own; the others' are not urgent."""
         cache, policy = kwargs["cache"], self._seat[0].policy
-        policy.settle(self, cache)
+        policy.flush(self, cache)
         out = self._remembered_sinks(current, cache, count)
         if out is None:
             out = self._run_sinks(hidden, args, kwargs, count)
@@ -348,7 +348,7 @@ class RoutedLayer:
         hidden[:, :count] = out  # in place, so that a run of skipped layers shares one waiting state
         return hidden
 
-    def _remembered_sinks(self, current: Pass, cache: Any, count: int) -> Tensor | None:
+    def _remembered_sinks(self, current: RoutedForward, cache: Any, count: int) -> Tensor | None:
         """The sinks' states (B, count, D) as they leave this layer, where they are known for these token ids."""
         if self._forward_hooks or self._forward_pre_hooks or torch.is_grad_enabled():
             return None
@@ -369,7 +369,7 @@ class RoutedLayer:
         }
         return self.stock.forward(self, hidden[:, :count], *args, **inputs)
 
-    def _with_context(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _with_context(self, current: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """The context layer: run for all, then plan from what it wrote."""
         capture = Capture(kwargs.get("cache"))
         kwargs["cache"] = capture
@@ -378,7 +378,7 @@ class RoutedLayer:
         current.make_plan(out, capture.keys, capture.values)
         return out
 
-    def _everything(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _everything(self, current: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """All tokens computed, chosen afterwards; with gates, exactly hard forward and their gradients backward."""
         runs = current.chosen(self._index)
         out = super().forward(hidden, *args, **kwargs)
@@ -390,14 +390,14 @@ class RoutedLayer:
         gate = gates[..., self._index, None]
         return chosen + (gate - gate.detach()).to(out.dtype) * (out - hidden)
 
-    def _weighted(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _weighted(self, current: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """All tokens computed, and what the layer adds to them multiplied by the weights of its gate."""
         weight = current.weigh(self._index, hidden)
         out = super().forward(hidden, *args, **kwargs)
         current.whole += 1
         return hidden + weight[..., None].to(out.dtype) * (out - hidden)
 
-    def _some(self, current: Pass, hidden: Tensor, args: tuple, kwargs: dict, counts: list[int]) -> Tensor:
+    def _some(self, current: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict, counts: list[int]) -> Tensor:
         """Run the chosen tokens of the chosen rows; the policy sees to the others."""
         ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         writer = self._seat[0].policy.writer(self, current, hidden, kwargs)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.engine.forward import Pass, Settings, deciders, who_of
+from buddy.engine.forward import RoutedForward, Settings, deciders, row_summary
 from buddy.plan import gate_order
 from buddy.router import LayerwiseRouter
 
 
-class GatedPass(Pass):
-    """A `Pass` that asks a gate for one layer after the other and holds every token to exactly K layers.
+class LayerwiseForward(RoutedForward):
+    """A `RoutedForward` that asks a gate for one layer after the other and holds every token to exactly K layers.
 
     Whose gates hold for whom is as for scores: a shared prompt follows its last token, and `reroute_every` other than 1
     lets only some tokens decide. Tokens that all follow a decision from before these positions need no gate at all:
@@ -36,18 +36,18 @@ class GatedPass(Pass):
         self._before: Tensor | None = None  # (B, 1, R) bool, gates that were open at the decision before these tokens
         self._open: list[Tensor] = []  # (B, T) bool each, of the layers so far
         self._columns: dict[int, Tensor] = {}  # layer → (B, T) bool, the tokens that run it
-        self._owed: Tensor | None = None  # (B, T) long, routable layers that each token has still to run
+        self._remaining: Tensor | None = None  # (B, T) long, routable layers that each token has still to run
 
     def decide(self, layer: int, hidden: Tensor) -> None:
         """Called by a layer that is undecided, with the hidden state (B, T, D) that arrives: who runs it."""
         index, routable = layer - self.context_layer, self.settings.layers - self.context_layer - 1
         is_open = self._opened(index, hidden)
-        runs = (is_open & (self._owed > 0)) | (self._owed == routable - index)
-        self._owed = self._owed - runs.long()
+        runs = (is_open & (self._remaining > 0)) | (self._remaining == routable - index)
+        self._remaining = self._remaining - runs.long()
         self._open.append(is_open)
         self._columns[layer] = runs = self._with_sinks(runs)
-        if not self.everything:
-            self.who[layer] = who_of(runs.sum(1).tolist(), self.shape[1])
+        if not self.compute_all_layers:
+            self.active_rows[layer] = row_summary(runs.sum(1).tolist(), self.shape[1])
         if index == routable - 1:
             self._finish()
 
@@ -64,9 +64,9 @@ class GatedPass(Pass):
         """(B, T) bool, the tokens that run `layer`."""
         return self._columns[layer] if layer in self._columns else super().chosen(layer)
 
-    def may_wait(self, layer: int) -> bool:
+    def can_defer(self, layer: int) -> bool:
         """One token's state always may; of a prompt's it is not known yet how many layers it would wait in."""
-        return self.shape[1] == 1 if self._gated else super().may_wait(layer)
+        return self.shape[1] == 1 if self._gated else super().can_defer(layer)
 
     def _decide(self, prompt: int, only_last: bool) -> None:
         """Follow the decision from before these tokens where all of them do; else leave it to the layers."""
@@ -85,14 +85,14 @@ class GatedPass(Pass):
         self._sinks = self.sinks()
         self._padding = None if self.valid is None or bool(self.valid.all()) else ~self.valid
         executed = self.context.executed.expand(self.shape)
-        self._owed = executed - self.context_layer - 1
+        self._remaining = executed - self.context_layer - 1
         self._asking, self._executed = slice(None), executed
         if self._at is not None:  # only those are asked whom somebody follows
             asking, back = self._at.clamp(min=0).unique(return_inverse=True)
             self._asking, self._back, self._follows = asking.to(device), back.to(device), (self._at < 0).to(device)
             self._executed = executed[:, self._asking]
-        self.who[self.context_layer : -1] = [None] * routable
-        self.who[-1] = None if self.everything else True
+        self.active_rows[self.context_layer : -1] = [None] * routable
+        self.active_rows[-1] = None if self.compute_all_layers else True
 
     def _followed(self, prompt: int) -> Tensor | None:
         """(T,) long on the host: whose decision each token follows, negative for the one before these tokens."""

@@ -14,7 +14,7 @@ from buddy.backbone.load import Backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
 from buddy.engine.checks import check_forward
 from buddy.engine.forward import Output, Record, Request, Settings, held_scores, plan_tokens, within_scope
-from buddy.engine.hooks import Host
+from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import policy_named
 from buddy.engine.layers import adjoin_all
 from buddy.errors import BudgetError
@@ -86,7 +86,7 @@ class RoutedLM(nn.Module):
         )
         self._given, self.settings = settings, within_scope(router, settings)
         self._held = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
-        self._host = Host(self)
+        self._hooks = ForwardHooks(self)
         self.table: Callable[[RoutedLM], Table] | None = None
         self.chooser: Callable[[int], Choose] | None = None
         self.adapter: Any | None = None
@@ -108,7 +108,7 @@ class RoutedLM(nn.Module):
 
     def detach(self) -> None:
         """Give the stock model back, class by class and hook by hook, without an adapter."""
-        self._host.leave()
+        self._hooks.leave()
         if self.adapter is not None:
             self.adapter.remove()
             self.adapter = None
@@ -128,7 +128,7 @@ class RoutedLM(nn.Module):
     @contextmanager
     def stock(self) -> Iterator[None]:
         """Within this block the backbone is the stock model: nothing is routed, and an adapter is off."""
-        with self._host.requested(None), self._unadapted():
+        with self._hooks.requested(None), self._unadapted():
             yield
 
     def executed_layers(self, budget: Budget) -> int:
@@ -149,7 +149,7 @@ class RoutedLM(nn.Module):
 
     def forget_sinks(self) -> None:
         """Let go of remembered attention sinks; needed only after a weight was written through `.data`."""
-        self._host.sinks.forget()
+        self._hooks.sinks.forget()
 
     @contextmanager
     def changed(self, **settings: Any) -> Iterator[None]:
@@ -190,7 +190,7 @@ class RoutedLM(nn.Module):
         asked = budgets if executed is None else [f"{count}layers" for count in executed]
         if not asked:
             raise BudgetError("No budget was given; give one for all rows, or one per row.")
-        with self._host.requested(self._asked(asked)) as record:
+        with self._hooks.requested(self._asked(asked)) as record:
             yield record
 
     def choosing(self, budget: str) -> Choose:
@@ -221,10 +221,10 @@ class RoutedLM(nn.Module):
         """
         runs = torch.ones(*input_ids.shape, self.geometry.layers, dtype=torch.bool, device=input_ids.device)
         runs[..., self.geometry.context_layer : -1] = False
-        with self._host.requested(Request(runs=runs, prompt=0)):
+        with self._hooks.requested(Request(runs=runs, prompt=0)):
             kept = {"use_cache": False} if cache is None else {"use_cache": True, "cache": cache}
             self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, **kept, **places)
-            seen = self._host.taken().context
+            seen = self._hooks.taken().context
         return Context(seen.pooled[:, -1], seen.newest[:, -1], seen.hidden[:, -1], seen.executed[:, -1])
 
     def forward(
@@ -236,9 +236,9 @@ class RoutedLM(nn.Module):
         runs: Tensor | None = None,
         gates: Tensor | None = None,
         prompt: int = 0,
-        keep: Tensor | int = 0,
-        everything: bool = False,
-        weighted: bool = False,
+        logits_to_keep: Tensor | int = 0,
+        compute_all_layers: bool = False,
+        gate_weighted: bool = False,
     ) -> Output:
         """The parallel form: every token routed on its own prefix, as step-by-step decoding would.
 
@@ -249,25 +249,26 @@ class RoutedLM(nn.Module):
             runs: (B, T, L) bool, a plan to run instead of the router's.
             gates: (B, T, L) with gradients for straight-through training, beside `runs`.
             prompt: tokens at the start that share one plan where `prompt_plan` is "shared".
-            keep: positions whose logits are wanted, as transformers' `logits_to_keep`; 0 for all.
-            everything: compute each layer on every token and choose afterwards. Slower, but no shape, and so no
+            logits_to_keep: positions whose logits are wanted, as transformers' argument of that name; 0 for all.
+            compute_all_layers: compute each layer on every token and choose afterwards. Slower, but no shape, and so no
                 rounding, depends on the plan; gates imply it.
-            weighted: multiply what each layer adds by the weight of a layerwise router's gate, with gradients. Every
-                layer is computed on every token, so the cache policy has no say.
+            gate_weighted: multiply what each layer adds by the weight of a layerwise router's gate, with gradients.
+                Every layer is computed on every token, so the cache policy does not matter.
 
         Raises:
-            BuddyError: `everything` or `gates` under a policy other than "fill"; `weighted` without a layerwise router.
+            BuddyError: `compute_all_layers` or `gates` under a policy other than "fill"; `gate_weighted` without a
+                layerwise router.
         """
-        check_forward(self, everything or gates is not None, gates is not None, weighted)
+        check_forward(self, compute_all_layers or gates is not None, gates is not None, gate_weighted)
         asked = None if executed is None else tuple(executed.tolist())
         adapted = nullcontext() if executed is not None or runs is not None else self._unadapted()
-        with adapted, self._host.requested(Request(asked, runs, gates, prompt, everything, weighted)):
+        with adapted, self._hooks.requested(Request(asked, runs, gates, prompt, compute_all_layers, gate_weighted)):
             logits = self.backbone.model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep
             ).logits
-            done = self._host.taken()
+            done = self._hooks.taken()
         ran = done.ran()
-        weights = torch.stack(done.weights, -1) if weighted and done.weights else None
+        weights = torch.stack(done.weights, -1) if gate_weighted and done.weights else None
         return Output(logits, done.context, done.scores, ran.runs, ran.executed, ran.sinks, weights)
 
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
@@ -282,11 +283,13 @@ class RoutedLM(nn.Module):
         return torch.cat([scores[:, prompt - 1 : prompt].expand(-1, prompt, -1), scores[:, prompt:]], 1)
 
     @torch.no_grad()
-    def dense(self, input_ids: Tensor, attention_mask: Tensor | None = None, keep: Tensor | int = 0) -> Tensor:
+    def dense(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: Tensor | int = 0
+    ) -> Tensor:
         """Logits (B, T', V) of the stock model, routing and adapter left out."""
         with self.stock():
             return self.backbone.model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep
             ).logits
 
     def _unadapted(self) -> AbstractContextManager[None]:

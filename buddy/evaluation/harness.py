@@ -239,7 +239,9 @@ class BuddyLM(HFLM):
         # Padding after the end changes nothing before it, unless rows share the mean of their scores.
         mask = real.long() if self._routes and self.routed.settings.batch_plan == "shared" else None
         keep = torch.arange(first, ids.shape[1], device=device) if first else 0
-        output = self.routed(ids, mask, executed=torch.full((len(ids),), self.layers), prompt=prompt, keep=keep)
+        output = self.routed(
+            ids, mask, executed=torch.full((len(ids),), self.layers), prompt=prompt, logits_to_keep=keep
+        )
         self.executed.add(output.executed[real & ~output.sinks])
         return output.logits
 

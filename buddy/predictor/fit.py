@@ -14,8 +14,8 @@ from buddy.config import Recipe
 from buddy.console import errors, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
-from buddy.errors import BudgetError, RunError
-from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json
+from buddy.errors import BudgetError, DamagedError, RunError
+from buddy.io import load_tensors, read_json, save_tensors, write_json
 from buddy.predictor.features import Targets, digest_of, measure, ordered, size_of
 from buddy.predictor.grpo import BudgetPolicy, Progress, Weights, random_entropy, train_policy
 from buddy.predictor.regress import CurvePredictor
@@ -43,7 +43,7 @@ def load_predictor(folder: Path, geometry: Geometry) -> AnyPredictor | None:
     """The predictor of a run, None where it has none.
 
     Raises:
-        RunError: a file is missing or damaged, or it was made for another model.
+        RunError: a file is missing or DamagedError, or it was made for another model.
     """
     if not (folder / PREDICTOR_FACTS).exists() and not (folder / PREDICTOR).exists():
         return None
@@ -51,7 +51,7 @@ def load_predictor(folder: Path, geometry: Geometry) -> AnyPredictor | None:
     try:
         made = make_predictor(facts["name"], geometry, facts["layers"], facts["options"])
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(folder / PREDICTOR_FACTS, f"it does not describe a predictor: {error}") from error
+        raise DamagedError(folder / PREDICTOR_FACTS, f"it does not describe a predictor: {error}") from error
     try:
         made.load_state_dict(load_tensors(folder / PREDICTOR))
     except RuntimeError as error:
@@ -141,7 +141,7 @@ def _targets(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arm
 
 def _last_step(recipe: Recipe) -> int:
     """After it neither the router nor an adapter was given the windows."""
-    return max(recipe.trainer.max_steps, recipe.adapter.steps if recipe.adapter else 0)
+    return max(recipe.trainer["max_steps"], recipe.adapter.steps if recipe.adapter else 0)
 
 
 def _regressed(predictor: CurvePredictor, targets: Targets, folder: Path) -> dict[str, Any]:

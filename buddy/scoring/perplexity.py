@@ -122,7 +122,7 @@ def evaluate(
         context = routed.context(ids[:, :prompt]) if choosing else None
         for key in tallies:
             executed = choosing[key](context) if key in choosing else torch.full((len(ids),), key)
-            output = routed(ids, executed=executed, prompt=prompt, keep=scored)
+            output = routed(ids, executed=executed, prompt=prompt, logits_to_keep=scored)
             losses = cross_entropy(output.logits, ids[:, scored + 1]), kl_to_dense(dense, output.logits)
             ours[number, key] = _Measured.of(output, *losses, executed if key in choosing else None)
     measured = dict(item for part in distributed.gather(ours) for item in part.items())

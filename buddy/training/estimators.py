@@ -145,7 +145,7 @@ class Perturbed:
         noise = self._noise(scores, generator, *places)
         rows, executed = (x.repeat(self.plans, *[1] * (x.dim() - 1)) for x in (batch.input_ids, batch.executed))
         runs = routed.plan((scores + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
-        logits = routed(rows, runs=runs, keep=batch.scored).logits.unflatten(0, (self.plans, -1))
+        logits = routed(rows, runs=runs, logits_to_keep=batch.scored).logits.unflatten(0, (self.plans, -1))
         values = torch.stack([self.objective(dense, plan, targets) for plan in logits])
         return values, runs.unflatten(0, (self.plans, -1))[:, :, batch.scored]
 
@@ -184,7 +184,7 @@ class StraightThrough:
         scores = routed.router.score(context)
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
         gates = self._gates(routed, routed.held(scores, batch.prompt), runs)
-        logits = routed(batch.input_ids, runs=runs, gates=gates, keep=batch.scored).logits
+        logits = routed(batch.input_ids, runs=runs, gates=gates, logits_to_keep=batch.scored).logits
         value = self.objective(dense, logits, targets)
         return Estimate(value.mean(), value.detach().mean(1), runs, context)
 
@@ -225,8 +225,8 @@ class Weighted:
             nothing = sum(parameter.sum() for parameter in router.parameters() if parameter.requires_grad) * 0.0
             return Estimate(nothing, value, runs, None)
         ids, executed = batch.input_ids[free], batch.executed[free]
-        dense = Dense(routed.dense(ids, keep=batch.scored))
-        output = routed(ids, executed=executed, prompt=batch.prompt, keep=batch.scored, weighted=True)
+        dense = Dense(routed.dense(ids, logits_to_keep=batch.scored))
+        output = routed(ids, executed=executed, prompt=batch.prompt, logits_to_keep=batch.scored, gate_weighted=True)
         objective = self.objective(dense, output.logits, ids[:, batch.scored + 1]).mean(1)
         value[free] = objective.detach()
         runs[free] = routed.plan(gate_order(output.weights.detach() > 0.5), executed, batch.prompt)
@@ -240,7 +240,7 @@ def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]
         name = type(routed.router).__name__
         raise TrainingError(f"{name} decides layer by layer and has no scores; train it by the weights of its gates.")
     with torch.no_grad():
-        output = routed(batch.input_ids, keep=batch.scored)
+        output = routed(batch.input_ids, logits_to_keep=batch.scored)
         seen = output.context
         executed = batch.executed[:, None].expand(batch.input_ids.shape)
         context = Context(seen.pooled, seen.newest, seen.hidden, executed)

@@ -149,9 +149,9 @@ class HealingModule(LightningModule):
         """The loss of the adapter, and the objective (B,) of each row; under the router's plans, or those given."""
         ids, scored, routed = batch.input_ids, batch.scored, self.routed
         if dense is None and self.objective.kl:
-            dense = Dense(routed.dense(ids, keep=scored))
+            dense = Dense(routed.dense(ids, logits_to_keep=scored))
         asked = {"executed": batch.executed} if runs is None else {"runs": runs}
-        logits = routed(ids, **asked, prompt=batch.prompt, keep=scored).logits
+        logits = routed(ids, **asked, prompt=batch.prompt, logits_to_keep=scored).logits
         value = self.objective(dense, logits, ids[:, scored + 1]).mean(1)
         return value.mean(), value.detach()
 

@@ -55,4 +55,4 @@ class Ledger:
 
 def _named(recipe: Recipe) -> Recipe:
     """Without what changes from one beginning of a fit to the next."""
-    return replace(recipe, trainer=replace(recipe.trainer, ckpt_path=None))
+    return replace(recipe, ckpt_path=None)

@@ -32,7 +32,7 @@ def test_skipped_states_wait_and_are_counted():
     routed = routed_tiny(batch_plan="shared", reroute_every=None)
     with routed.at(executed=[3]):
         _, cache = decoded(routed, 12)
-    owing = [layer for layer in cache.layers if layer.owed]
+    owing = [layer for layer in cache.layers if layer.pending]
     assert len(owing) == 3
     assert all(layer.get_seq_length() == 12 for layer in cache.layers)
     assert all(layer.keys is None or layer.keys.shape[2] < 12 for layer in owing if layer.is_initialized)
@@ -45,7 +45,7 @@ def test_waiting_is_bounded():
         cache = model(IDS[:, :1], use_cache=True).cache
         for _ in range(100):
             model(IDS[:, :1], cache=cache, use_cache=True)
-            assert all(layer.owed_length < 64 for layer in cache.layers)
+            assert all(layer.pending_length < 64 for layer in cache.layers)
 
 
 def test_a_copied_cache_goes_on_by_itself():
@@ -81,7 +81,7 @@ def test_a_routed_cache_without_a_request_goes_on_at_full_depth():
 
 def test_a_long_cache_grows_in_place_and_equals_stock():
     stock, ours = DynamicCache(), GrowingLayer()
-    ours.owed, ours.view = [], None
+    ours.pending, ours.view = [], None
     generator = torch.Generator().manual_seed(0)
     pointers = set()
     for length in [SHORT - 2, 1, 1, *[1] * (3 * ROOM), 7]:

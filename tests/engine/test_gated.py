@@ -186,11 +186,11 @@ def test_another_budget_goes_on_with_the_gates_that_were_open():
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_later_tokens_change_nothing_before_them(family, everything):
     routed = routed_tiny(family)
-    whole = routed(IDS, executed=EXECUTED, everything=everything)
+    whole = routed(IDS, executed=EXECUTED, compute_all_layers=everything)
     for cut in range(1, LENGTH):
         changed = IDS.clone()
         changed[:, cut:] = (changed[:, cut:] + cut) % 250 + 3
-        after = routed(changed, executed=EXECUTED, everything=everything)
+        after = routed(changed, executed=EXECUTED, compute_all_layers=everything)
         assert torch.equal(whole.runs[:, :cut], after.runs[:, :cut])
         if everything:  # no shape depends on the plan
             assert torch.equal(whole.logits[:, :cut], after.logits[:, :cut])
@@ -254,7 +254,7 @@ def test_weights_multiply_what_layers_add(scope):
 
     for index in range(1, 5):
         stock.model.layers[index].register_forward_hook(weigh(index))
-    output = routed(IDS, executed=EXECUTED, prompt=PROMPT, weighted=True)
+    output = routed(IDS, executed=EXECUTED, prompt=PROMPT, gate_weighted=True)
     torch.testing.assert_close(output.logits, stock(IDS).logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(output.weights, torch.stack([weights[i] for i in range(4)], -1))
     assert (output.executed == 6).all(), "every layer was computed"
@@ -264,7 +264,7 @@ def test_gates_without_doubt_weigh_as_the_hard_plan():
     routed = routed_tiny()
     routed.router.gate = lambda index, hidden, _: hidden.new_full(hidden.shape[:-1], 1e3 if index in (0, 2) else -1e3)
     executed = torch.tensor([4, 4, 4])
-    soft, hard = (routed(IDS, executed=executed, weighted=weighted) for weighted in (True, False))
+    soft, hard = (routed(IDS, executed=executed, gate_weighted=weighted) for weighted in (True, False))
     torch.testing.assert_close(soft.logits, hard.logits, atol=1e-4, rtol=1e-4)
     assert hard.runs[0, 1].tolist() == [True, True, False, True, False, True]
 
@@ -272,7 +272,7 @@ def test_gates_without_doubt_weigh_as_the_hard_plan():
 def test_weights_need_gates():
     ordinary = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
     with pytest.raises(BuddyError, match="Fickle has no gates to weigh layers by"):
-        ordinary(IDS, executed=EXECUTED, weighted=True)
+        ordinary(IDS, executed=EXECUTED, gate_weighted=True)
 
 
 def test_a_decision_that_is_cropped_away_is_made_again_and_rows_may_move():

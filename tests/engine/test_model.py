@@ -81,11 +81,11 @@ def test_full_depth_equals_stock_exactly(family):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_later_tokens_change_nothing_before_them(family):
     routed, ids = routed_tiny(family), tokens()
-    whole, chosen = (routed(ids, executed=EXECUTED, everything=everything) for everything in (True, False))
+    whole, chosen = (routed(ids, executed=EXECUTED, compute_all_layers=everything) for everything in (True, False))
     for cut in range(1, LENGTH):
         changed = ids.clone()
         changed[:, cut:] = tokens(seed=cut)[:, cut:]
-        after = routed(changed, executed=EXECUTED, everything=True)
+        after = routed(changed, executed=EXECUTED, compute_all_layers=True)
         assert torch.equal(whole.runs[:, :cut], after.runs[:, :cut])
         assert torch.equal(whole.logits[:, :cut], after.logits[:, :cut])
         # Running only the chosen tokens changes the shapes of the products, and so their last bit.
@@ -246,7 +246,7 @@ def test_parallel_form_decides_as_seldom_as_decode(reroute_every, prompt_plan):
 @pytest.mark.parametrize("policy", ["hole", "zero"])
 def test_computing_everything_needs_fill(policy):
     with pytest.raises(BuddyError, match="needs the policy 'fill'"):
-        routed_tiny(policy=policy)(tokens(), executed=EXECUTED, everything=True)
+        routed_tiny(policy=policy)(tokens(), executed=EXECUTED, compute_all_layers=True)
 
 
 def test_a_routed_model_can_be_saved_copied_and_checkpointed(tmp_path):

@@ -35,12 +35,12 @@ def routed(smollm2):
 @torch.no_grad()
 def test_later_tokens_change_nothing_before_them(routed, tokens):
     model, executed = routed(Fickle), torch.tensor([20])
-    whole = model(tokens, executed=executed, everything=True)
+    whole = model(tokens, executed=executed, compute_all_layers=True)
     assert len(whole.runs[0].unique(dim=0)) > 10, "plans should change from token to token"
     for cut in (1, 7, tokens.shape[1] - 1):
         changed = tokens.clone()
         changed[:, cut:] = (changed[:, cut:] + 1234) % 49152
-        after = model(changed, executed=executed, everything=True)
+        after = model(changed, executed=executed, compute_all_layers=True)
         assert torch.equal(whole.runs[:, :cut], after.runs[:, :cut])
         assert torch.equal(whole.logits[:, :cut], after.logits[:, :cut])
         assert not torch.equal(whole.logits[:, cut], after.logits[:, cut])

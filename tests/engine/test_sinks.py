@@ -30,11 +30,11 @@ def prompt_and_step(routed: RoutedLM, ids: torch.Tensor, **options) -> torch.Ten
 @torch.no_grad()
 def without_memory(routed: RoutedLM, ids: torch.Tensor, **options) -> torch.Tensor:
     """The same with every sink run through every layer."""
-    routed._host.sink_states = lambda *_: None
+    routed._hooks.sink_states = lambda *_: None
     try:
         return prompt_and_step(routed, ids, **options)
     finally:
-        del routed._host.sink_states
+        del routed._hooks.sink_states
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,13 +44,13 @@ def test_remembered_sinks_change_nothing(family, sinks):
     expected = without_memory(routed, IDS)
     for _ in range(2):  # computed, then remembered
         torch.testing.assert_close(prompt_and_step(routed, IDS), expected, atol=1e-5, rtol=1e-4)
-    assert len(routed._host.sinks._held) == 3
+    assert len(routed._hooks.sinks._held) == 3
 
 
 def test_a_beginning_is_computed_once(monkeypatch):
     routed = routed_tiny()
     prompt_and_step(routed, IDS)
-    monkeypatch.setattr(routed._host.sinks, "_computed", lambda ids: pytest.fail(f"computed {ids.tolist()} again"))
+    monkeypatch.setattr(routed._hooks.sinks, "_computed", lambda ids: pytest.fail(f"computed {ids.tolist()} again"))
     torch.testing.assert_close(prompt_and_step(routed, IDS.flip(0)), prompt_and_step(routed, IDS).flip(0))
 
 
@@ -101,8 +101,8 @@ class Switched(torch.nn.Linear):
 def test_several_sinks_are_run_where_the_rotation_depends_on_the_length():
     routed = routed_tiny(sink_tokens=2)
     routed.backbone.base.config.rope_parameters["rope_type"] = "dynamic"
-    assert routed._host.sinks.states(IDS[:, :2]) is None
-    assert routed._host.sinks.states(IDS[:, :1]) is not None
+    assert routed._hooks.sinks.states(IDS[:, :2]) is None
+    assert routed._hooks.sinks.states(IDS[:, :1]) is not None
 
 
 def test_weights_made_under_inference_mode_serve():
@@ -115,7 +115,7 @@ def test_memory_is_let_go():
     routed = routed_tiny()
     prompt_and_step(routed, IDS)
     routed.forget_sinks()
-    assert not routed._host.sinks._held
+    assert not routed._hooks.sinks._held
 
 
 def test_other_positions_are_run():
@@ -138,11 +138,11 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr("buddy.engine.sinks.KEPT", 2)
     routed = routed_tiny()
     prompt_and_step(routed, IDS)
-    assert list(routed._host.sinks._held) == [(int(row[0]),) for row in IDS[1:]]
+    assert list(routed._hooks.sinks._held) == [(int(row[0]),) for row in IDS[1:]]
 
 
 def test_the_memory_is_asked_once_a_prompt_even_where_it_has_no_answer():
     routed, asked = routed_tiny(), []
-    routed._host.sinks.states = lambda ids, positions: asked.append(ids.shape)  # None: not known
+    routed._hooks.sinks.states = lambda ids, positions: asked.append(ids.shape)  # None: not known
     prompt_and_step(routed, IDS)
     assert asked == [(3, 1)]

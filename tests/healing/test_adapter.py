@@ -180,7 +180,7 @@ def test_gradients_through_chosen_layers_equal_those_of_the_masked_whole(policy,
 
     output = routed(IDS, executed=EXECUTED)
     ours = gradients(output.logits)
-    with routed._host.requested(None):
+    with routed._hooks.requested(None):
         whole = reference_logits.__wrapped__(routed.backbone.model, IDS, output.runs, None, policy)
     torch.testing.assert_close(output.logits, whole, **CLOSE)
     theirs = gradients(whole)

@@ -70,7 +70,7 @@ def test_generation_holds_what_was_chosen_for_each_row(routed):
     assert set(wanted) == {3, 5}
     with routed.at("auto") as record:
         routed.backbone.model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert list(record.asked) == wanted
+    assert list(record.auto_executed) == wanted
     for executed, sinks in zip(record.executed, record.sinks, strict=True):
         for row, count in enumerate(wanted):
             assert set(executed[row][~sinks[row]].tolist()) == {count}
@@ -81,7 +81,7 @@ def test_what_is_written_is_what_the_chosen_budget_writes(routed):
         ids = tokens(1, 10, seed)
         with routed.at("auto") as record:
             written = routed.backbone.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-        with routed.at(f"{record.asked[0]}layers"):
+        with routed.at(f"{record.auto_executed[0]}layers"):
             again = routed.backbone.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert torch.equal(written, again)
 
@@ -91,7 +91,7 @@ def test_each_prompt_in_a_block_is_chosen_for_anew(routed):
     with routed.at("auto") as record, torch.no_grad():
         for seed in range(8):
             routed.backbone.model(tokens(1, 6, seed))
-            asked.append(record.asked[0])
+            asked.append(record.auto_executed[0])
     assert set(asked) == {3, 5}
 
 
@@ -115,7 +115,7 @@ def test_what_follows_a_kept_cache_is_chosen_for_by_all_that_was_read(routed, po
         whole = routed.context(ids, mask)
     for name in ("pooled", "newest", "hidden"):
         torch.testing.assert_close(getattr(seen[1], name), getattr(whole, name), atol=1e-5, rtol=1e-5)
-    assert list(record.asked) == choose(whole).tolist()
+    assert list(record.auto_executed) == choose(whole).tolist()
     assert ours.cache.get_seq_length() == 14, "it was read once"
 
 
@@ -124,7 +124,7 @@ def test_beams_follow_their_row(routed):
     with routed.at("auto") as record:
         routed.backbone.model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
     wanted = routed.choosing("auto")(routed.context(ids)).repeat_interleave(2).tolist()
-    assert list(record.asked) == wanted
+    assert list(record.auto_executed) == wanted
 
 
 @pytest.mark.parametrize(

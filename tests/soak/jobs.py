@@ -26,7 +26,7 @@ from tests.small import Small, write_text
 from tests.soak.victim import run
 from tests.tiny import tiny_folder
 
-STEPS = ["trainer.max_steps=40", "trainer.checkpoint_every=4", "rivals=[shortgpt]"]
+STEPS = ["trainer.max_steps=40", "checkpoint_every=4", "rivals=[shortgpt]"]
 KEPT = (".lock", embedded.STAMP)  # ends of hidden files that stay: a lock that nobody holds blocks nobody
 
 
@@ -210,8 +210,7 @@ class Compare(Job):
         return self.place / "out"
 
     def act(self) -> None:
-        from buddy.comparison.asked import Asked
-        from buddy.comparison.compare import compare
+        from buddy.compare import Asked, compare
 
         recipe = self.small(self.work / "runs", "trainer.max_steps=12")  # its output is told in the results
         options = {"routers": "buddy,shortgpt,random", "seeds": 1, "domains": str(self.other), "speed": False}
@@ -295,7 +294,7 @@ class Export(Job):
             run(lambda: fit(self.small(self.work / "runs", "router=shortgpt", "rivals=[]"), "small"), log)
 
     def act(self) -> None:
-        from buddy.handover.export import export_run
+        from buddy.hub.export import export_run
 
         if not self.out.exists():  # one that is there is whole, and is refused
             export_run(self.work / "runs" / "small" / "shortgpt", budget="0.5", out=self.out)

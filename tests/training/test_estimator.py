@@ -141,7 +141,7 @@ def test_straight_through_runs_the_exact_plan():
     routed = tiny()
     given = batch(3, 4, 5, 6)
     estimate = StraightThrough(Objective(kl=0.0, ce=1.0))(routed, given, generator())
-    logits = routed(given.input_ids, executed=given.executed, keep=given.scored).logits
+    logits = routed(given.input_ids, executed=given.executed, logits_to_keep=given.scored).logits
     expected = nn.functional.cross_entropy(
         logits.flatten(0, 1), given.input_ids[:, given.scored + 1].flatten(), reduction="none"
     )

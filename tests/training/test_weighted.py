@@ -54,7 +54,7 @@ def test_the_loss_is_the_objective_and_the_penalty():
     routed = tiny(gates="soft", penalty_weight=7.0, budget_aware=False, start=0.4)
     given, executed = batch(3, 4), torch.tensor([3, 4])
     result = estimate(routed, 3, 4, kl=0.0, ce=1.0)
-    output = routed(given.input_ids, executed=executed, prompt=PROMPT, keep=given.scored, weighted=True)
+    output = routed(given.input_ids, executed=executed, prompt=PROMPT, logits_to_keep=given.scored, gate_weighted=True)
     targets = given.input_ids[:, given.scored + 1]
     expected = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, -1).mean(1)
     torch.testing.assert_close(result.objective, expected.detach())
@@ -71,7 +71,7 @@ def test_the_plans_are_those_of_the_open_gates():
     result = estimate(routed, 3, 6, 4)
     assert result.runs[1].all()
     executed = torch.tensor([3, 6, 4])
-    weights = routed(IDS[:3], executed=executed, prompt=PROMPT, weighted=True).weights
+    weights = routed(IDS[:3], executed=executed, prompt=PROMPT, gate_weighted=True).weights
     for row in (0, 2):
         for t in range(24):
             count = int(executed[row]) - 2
@@ -100,7 +100,7 @@ def test_training_lowers_its_loss_and_closes_gates(gates):
         optimizer.step()
         losses.append(result.loss.item())
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    weights = routed(IDS, executed=torch.tensor([3, 4, 3, 4]), prompt=PROMPT, weighted=True).weights
+    weights = routed(IDS, executed=torch.tensor([3, 4, 3, 4]), prompt=PROMPT, gate_weighted=True).weights
     assert weights.mean() < 0.5, "nearly all were open"
 
 
