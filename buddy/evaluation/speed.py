@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache, PreTrainedModel
 
-from buddy.engine.kv_cache import growing
+from buddy.engine.kv_cache import growing_layer
 from buddy.engine.model import RoutedLM
 from buddy.evaluation.pruned import pruned_model
 
@@ -81,7 +81,7 @@ class Contender:
         if self.name not in ("dense", "pruned"):
             return None
         cache = DynamicCache(config=self.model.config)
-        cache.layers[:] = [growing(layer) for layer in cache.layers]
+        cache.layers[:] = [growing_layer(layer) for layer in cache.layers]
         return cache
 
 
