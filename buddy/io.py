@@ -1,15 +1,19 @@
-"""Atomic writes, reading with plain errors, and sentences for a full disk and for memory that runs out."""
+"""Atomic writes, files read with plain errors, a key → file store, and sentences for a full disk or memory."""
+
+from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from buddy.errors import DamagedError, RunError
 
@@ -17,42 +21,80 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PART = ".part"  # ends the name of a file that is being written
-SUM = "checksum"  # in a file of `write_sealed`
-REFUSALS = {  # what a disk says: it is full, read-only, somebody else's, or failing
+SUM = "checksum"  # the key that `write_with_checksum` adds
+REFUSALS = {  # what a disk says when it is full, read-only, another user's, or failing
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
     if hasattr(errno, name)
 }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside `path` and rename over it, so that a kill leaves the old text or the new one.
+# Writing
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file atomically: a kill or a power cut leaves the old content or the new one, never a part.
+
+    The content goes to a temporary file beside `path`, is synced to the disk, and is renamed over `path`.
 
     Raises:
-        RunError: the place cannot be written.
+        RunError: the file cannot be written.
     """
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PART}")
+    with writing(path):
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:  # Ctrl-C too leaves nothing behind
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON as `write_text` does."""
+    """`write_bytes` of a value as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON with a sum of its content, by which `read_json` knows whether it is still what was written."""
-    write_json(path, {**value, SUM: _sum(value)})
+def write_with_checksum(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_json` with a checksum of the value, by which `read_json` notices any later change."""
+    write_json(path, {**value, SUM: _checksum_of(value)})
 
 
-def check_place(path: Path, *read: Path) -> None:
-    """Raises RunError when no file can be written to `path`, before the work whose result it is to hold.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """`write_bytes` of safetensors; tensors are copied to the CPU, so that views are allowed."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, dict(metadata)))
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the temporary files of killed processes, in a folder that no other process writes now."""
+    for part in list(folder.rglob(f".*{PART}")):
+        part.unlink(missing_ok=True)
+
+
+def check_output_path(path: Path, *inputs: Path) -> None:
+    """Check, before long work, that its result can be written to `path`; an existing file is replaced.
 
     Args:
-        path: where the result goes; an older file there is replaced.
-        read: what the work is done on, which stays.
+        path: the file to write.
+        inputs: files that the work reads, which must not be overwritten.
+
+    Raises:
+        RunError: no file can be written there.
     """
     path = path.absolute()
-    if any(os.path.exists(each) and os.path.exists(path) and os.path.samefile(each, path) for each in read):
+    if any(os.path.exists(each) and os.path.exists(path) and os.path.samefile(each, path) for each in inputs):
         raise RunError(f"{path} is what this command reads; name another file for what it writes.")
     if os.path.isdir(path):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
         raise RunError(f"{path} is a folder; name a file in it.")
@@ -62,37 +104,68 @@ def check_place(path: Path, *read: Path) -> None:
         raise RunError(f"{path} cannot be written (the folder is read-only); choose another place.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file, without the sum of `write_sealed`.
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all: the block fills a folder beside `path`, which then takes its name.
+
+    Where the block fails, nothing is left; what a killed process left there is removed by the next call.
 
     Raises:
-        RunError: missing, not JSON, not a mapping, or not what the sum was made of.
+        RunError: `path` exists, before the block or after it, or its parent is missing or cannot be written.
+    """
+    path = path.absolute()
+    check_new(path)
+    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with writing(path):
+        for leftover in path.parent.glob(f"{glob.escape(f'.{path.name}.partial-')}*"):
+            pid = leftover.name.rpartition("-")[2]
+            if pid.isdecimal() and (int(pid) == os.getpid() or not alive(int(pid))):
+                shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir()
+    try:
+        yield beside
+        check_new(path)  # another process may have been quicker
+        with writing(path):
+            beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_new(path: Path) -> None:
+    """Raises RunError where `new_folder` cannot make a folder: something is there, or its parent is missing."""
+    path = path.absolute()
+    if os.path.lexists(path):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
+        raise RunError(f"{path} exists and is not overwritten; name a new folder.")
+    if not os.path.isdir(path.parent):
+        raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
+
+
+# Reading
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file, without the checksum of `write_with_checksum`.
+
+    Raises:
+        DamagedError: it is missing, not JSON, not a mapping, or its checksum is wrong.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, getattr(error, "strerror", None) or str(error)) from error
+        raise DamagedError(path, getattr(error, "strerror", None) or str(error)) from error
     if not isinstance(value, dict):
-        raise damaged(path, "it is not a mapping")
+        raise DamagedError(path, "it is not a mapping")
     written = value.pop(SUM, None)
-    if written is not None and written != _sum(value):
-        raise damaged(path, "it is not what was written")
+    if written is not None and written != _checksum_of(value):
+        raise DamagedError(path, "it is not what was written")
     return value
 
 
-def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
-    """Write safetensors as `write_text` does; tensors are copied to the CPU, so views are fine."""
-    from safetensors.torch import save
-
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(path, save(plain, dict(metadata)))
-
-
-def load_tensors(path: Path) -> dict[str, "Tensor"]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
-        RunError: missing or damaged.
+        DamagedError: it is missing or damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -100,25 +173,61 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise damaged(path, str(error)) from error
+        raise DamagedError(path, str(error)) from error
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal digits; RunError when it cannot be read."""
+    """SHA-256 of a file in hexadecimal digits; DamagedError where it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise damaged(path, error.strerror or str(error)) from error
+        raise DamagedError(path, error.strerror or str(error)) from error
 
 
-def damaged(path: Path, reason: str) -> DamagedError:
-    """The error for a file of a run that cannot be used."""
-    return DamagedError(path, " ".join(reason.split()))
+class FileStore:
+    """A cache on disk: one JSON file for each key, shared by all processes that name the same folder.
+
+    Args:
+        folder: where the files are kept; made by the first `put`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, key: str) -> Any | None:
+        """The value of a key; None where there is none, or where its file is damaged."""
+        try:
+            stored = read_json(self.path(key))
+        except DamagedError:
+            return None
+        return stored["value"] if stored.get("key") == key and "value" in stored else None
+
+    def put(self, key: str, value: Any) -> None:
+        """Store a JSON value under a key, in place of an older one.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        write_with_checksum(self.path(key), {"key": key, "value": value})
+
+    def remove(self, key: str) -> None:
+        """Remove a key and its value, where they are there."""
+        with writing(self._folder):
+            self.path(key).unlink(missing_ok=True)
+
+    def path(self, key: str) -> Path:
+        """The file of a key, whether it exists or not."""
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+# What the machine refuses
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the system says against writing to `path` into a RunError."""
+    """Turn every OSError within this block into a RunError that says `path` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -128,17 +237,17 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def on_disk(path: Path) -> Iterator[None]:
-    """As `writing`, around long work that writes now and then: only what a disk refuses becomes a RunError.
+    """`writing` around long work: only errors of the disk itself (see `REFUSALS`) become a RunError.
 
-    TensorBoard writes in a thread of its own, and raises what stopped it where it is next asked to; so the thread's own
+    TensorBoard writes in a thread of its own and raises that thread's error at its next call; so the thread's own
     traceback is not printed.
     """
     before = threading.excepthook
-    threading.excepthook = lambda args: None if _refused(args.exc_value) else before(args)
+    threading.excepthook = lambda args: None if _is_refusal(args.exc_value) else before(args)
     try:
         yield
     except OSError as error:
-        if not _refused(error):
+        if not _is_refusal(error):
             raise
         with writing(path):
             raise
@@ -146,61 +255,9 @@ def on_disk(path: Path) -> Iterator[None]:
         threading.excepthook = before
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write as `write_text` does, through to the disk, so that a power cut too leaves the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}{PART}")
-    with writing(path):
-        _forget_killed(path)
-        try:
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except BaseException:  # Ctrl-C too leaves nothing behind
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise
-
-
-def alive(pid: int) -> bool:
-    """Whether there is a process of this number."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove what killed processes were writing in a folder and below; call it with the folder's lock held."""
-    for part in list(folder.rglob(f".*{PART}")):
-        part.unlink(missing_ok=True)
-
-
-def _refused(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) and error.errno in REFUSALS
-
-
-def _sum(value: Mapping[str, Any]) -> str:
-    """Of the values as JSON gives them back: tuples are lists, and keys are texts."""
-    plain = json.loads(json.dumps(value))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def _forget_killed(path: Path) -> None:
-    """Remove what a process that was killed left of this file."""
-    for part in path.parent.glob(f".{escape(path.name)}.*{PART}"):
-        number = part.name.removesuffix(PART).rpartition(".")[2]
-        if number.isdigit() and not alive(int(number)):
-            part.unlink(missing_ok=True)
-
-
 @contextmanager
 def within_memory(what: str, advice: str) -> Iterator[None]:
-    """Turn a failed allocation into a `RunError`; torch says it in three ways.
+    """Turn a failed allocation, on the CPU or an accelerator, into a RunError.
 
     Args:
         what: the sizes that did not fit, as in "a batch of 8 × 512 tokens".
@@ -212,8 +269,47 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator has no exception of its own.
-        cuda, cpu = type(error).__name__ == "OutOfMemoryError", "allocate memory" in str(error)
-        if not (cuda or cpu or isinstance(error, MemoryError)):
+        # torch.OutOfMemoryError is a RuntimeError; torch's allocator for the CPU has no exception of its own.
+        accelerator, cpu = type(error).__name__ == "OutOfMemoryError", "allocate memory" in str(error)
+        if not (accelerator or cpu or isinstance(error, MemoryError)):
             raise
         raise RunError(f"Memory does not suffice for {what}; {advice}.") from error
+
+
+def alive(pid: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in REFUSALS
+
+
+def _checksum_of(value: Mapping[str, Any]) -> str:
+    """SHA-256 of the value as JSON gives it back: tuples are lists, and keys are texts."""
+    plain = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+# The user's caches
+
+
+def cache_root() -> Path:
+    """The folder of all caches: the environment's BUDDY_CACHE, else the user's cache folder."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("BUDDY_CACHE") or user_cache_dir("buddy")).expanduser().absolute()
+
+
+def cache_folder(name: str) -> Path | None:
+    """The folder of one cache: the environment's BUDDY_<NAME>_CACHE, None where that is empty, else in `cache_root`."""
+    folder = os.environ.get(f"BUDDY_{name.upper()}_CACHE")
+    if folder is None:
+        return cache_root() / name
+    return Path(folder).expanduser().absolute() if folder else None

@@ -26,18 +26,8 @@ from filelock import FileLock, Timeout
 
 import buddy
 from buddy.config import Recipe, load_recipe, storable, to_yaml
-from buddy.errors import BuddyError, RunError, nearest
-from buddy.io import (
-    checksum,
-    damaged,
-    load_tensors,
-    read_json,
-    remove_parts,
-    save_tensors,
-    write_json,
-    write_text,
-    writing,
-)
+from buddy.errors import BuddyError, DamagedError, RunError, nearest
+from buddy.io import checksum, load_tensors, read_json, remove_parts, save_tensors, write_json, write_text, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -285,12 +275,12 @@ def save_router(folder: Path, state: Mapping[str, "Tensor"]) -> None:
 
 
 def load_router(folder: Path) -> dict[str, "Tensor"]:
-    """The state dict in router.safetensors; RunError when missing or damaged."""
+    """The state dict in router.safetensors; RunError when missing or DamagedError."""
     return load_tensors(folder / ROUTER)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The results in metrics.json; RunError when missing or damaged."""
+    """The results in metrics.json; RunError when missing or DamagedError."""
     return read_json(folder / METRICS)
 
 
@@ -298,7 +288,7 @@ def read_run(folder: str | Path) -> Run:
     """Everything of a run but its tensors (`load_router`) and results (`read_metrics`).
 
     Raises:
-        RunError: the folder is missing, a file of it is missing or damaged, or a newer Buddy made it.
+        RunError: the folder is missing, a file of it is missing or DamagedError, or a newer Buddy made it.
     """
     folder = Path(folder)
     try:
@@ -311,7 +301,7 @@ def read_run(folder: str | Path) -> Run:
     try:
         recipe = load_recipe(folder / RECIPE)
     except BuddyError as error:
-        raise damaged(folder / RECIPE, str(error).rstrip(".")) from error
+        raise DamagedError(folder / RECIPE, str(error).rstrip(".")) from error
     return Run(folder=folder, recipe=recipe, **facts)
 
 
@@ -333,14 +323,14 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     kinds = {"format": int, **dict.fromkeys(_TEXTS, str), **dict.fromkeys(_MAPPINGS, dict)}
     for name, kind in kinds.items():
         if not isinstance(facts.get(name), kind) or not storable(facts[name]):
-            raise damaged(path, f"{name} is missing or wrong")
+            raise DamagedError(path, f"{name} is missing or wrong")
     sums = facts.get("checksums", {})
     if not isinstance(sums, dict) or not all(map(_lies_within, sums)):
-        raise damaged(path, "checksums is wrong")
+        raise DamagedError(path, "checksums is wrong")
     for name, written in sums.items():
         there = name in (RECIPE, ROUTER) or os.path.lexists(folder / name)  # the others need not be handed on
         if there and checksum(folder / name) != written:
-            raise damaged(folder / name, "it is not what was written")
+            raise DamagedError(folder / name, "it is not what was written")
     return {name: facts[name] for name in (*_TEXTS, *_MAPPINGS)}
 
 

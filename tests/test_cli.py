@@ -52,9 +52,9 @@ def calls(monkeypatch):
 
     stand_in("buddy.fit", "fit")
     stand_in("buddy.evaluation.evaluate", "evaluate_run")
-    stand_in("buddy.comparison.compare", "compare")
+    stand_in("buddy.compare", "compare")
     stand_in("buddy.comparison.rewrite", "rewrite")
-    stand_in("buddy.serve", "generate")
+    stand_in("buddy.hub.load", "generate")
     return made
 
 
@@ -129,7 +129,7 @@ def test_compare_refuses_what_does_not_go_together(calls, words, message):
 
 
 def test_what_failed_in_a_comparison_ends_it_with_1(monkeypatch):
-    monkeypatch.setattr("buddy.comparison.compare.compare", lambda asked: 2)
+    monkeypatch.setattr("buddy.compare.compare", lambda asked: 2)
     assert call("compare", "--recipe", "quickstart").exit_code == 1
 
 
@@ -290,7 +290,7 @@ def test_ctrl_c_is_one_sentence_and_exit_130(calls, monkeypatch):
     result = call("fit", "--recipe", "quickstart")
     assert result.exit_code == 130
     assert result.stderr == "\nStopped. Repeat the command to go on from the last checkpoint.\n"
-    monkeypatch.setattr(sys.modules["buddy.serve"], "generate", fail_with(KeyboardInterrupt()))
+    monkeypatch.setattr(sys.modules["buddy.hub.load"], "generate", fail_with(KeyboardInterrupt()))
     result = call("generate", "--run", "r", "--budget", "1", "hi")
     assert (result.exit_code, result.stderr) == (130, "\nStopped.\n")
 

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from buddy.build import load_model
 from buddy.errors import BudgetError, DataError
-from buddy.handover.model import summary
-from buddy.serve import generate
+from buddy.hub.load import generate, summary
 
 PROMPT = "budget depth layer router"
 NEW = 12
@@ -63,7 +62,7 @@ def test_a_chat_template_is_used_where_there_is_one(finished, tiny_llama_folder,
         routed.backbone.tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
         return routed
 
-    monkeypatch.setattr("buddy.serve.load_model", with_template)
+    monkeypatch.setattr("buddy.hub.load.load_model", with_template)
     generate(finished / "buddy", prompt="plan", budget="1.0", max_new_tokens=NEW, chat=True)
     assert capsys.readouterr().out == stock(tiny_llama_folder, "[plan]>", do_sample=False)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from buddy.backbone.load import ATTENTION, Backbone, fingerprint
-from buddy.testing.model import CONTEXT, VOCABULARY, random_model
-from buddy.testing.model import byte_tokenizer as tiny_tokenizer
+from buddy.testing.subject import CONTEXT, VOCABULARY, random_model
+from buddy.testing.subject import byte_tokenizer as tiny_tokenizer
 
 # family -> (model_type, what its configuration needs beyond the common sizes)
 FAMILIES = {

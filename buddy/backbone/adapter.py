@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
-from buddy.errors import RunError, TrainingError, nearest
-from buddy.io import damaged, load_tensors, read_json, save_tensors, write_json, writing
+from buddy.errors import DamagedError, RunError, TrainingError, nearest
+from buddy.io import load_tensors, read_json, save_tensors, write_json, writing
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -127,7 +127,7 @@ class Adapter:
         """The adapter in a folder, frozen, on a backbone without one.
 
         Raises:
-            RunError: missing, damaged, or made for another backbone.
+            RunError: missing, DamagedError, or made for another backbone.
         """
         made = read_json(folder / MADE_FOR)
         if made.get("fingerprint") != backbone.fingerprint:
@@ -140,7 +140,7 @@ class Adapter:
         try:
             adapter = cls(backbone, config)
         except (TypeError, ValueError) as error:  # peft finds none of the modules, or words for numbers
-            raise damaged(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
+            raise DamagedError(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
         try:
             adapter._take(tensors, folder / WEIGHTS)
         except BaseException:
@@ -229,7 +229,7 @@ class Adapter:
         held = self._state()
         wrong = sorted({*held} ^ {*given} | {k for k in {*held} & {*given} if held[k].shape != given[k].shape})
         if wrong:
-            raise damaged(path, f"it differs from its configuration in {', '.join(wrong[:3])}")
+            raise DamagedError(path, f"it differs from its configuration in {', '.join(wrong[:3])}")
         for name, tensor in held.items():
             tensor.copy_(given[name])
 
@@ -251,8 +251,8 @@ def _read_config(folder: Path) -> LoraConfig:
 
     held = read_json(folder / CONFIG)
     if held.get("peft_type") != "LORA":
-        raise damaged(folder / CONFIG, "it describes no LoRA adapter")
+        raise DamagedError(folder / CONFIG, "it describes no LoRA adapter")
     try:
         return LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:
-        raise damaged(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
+        raise DamagedError(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error

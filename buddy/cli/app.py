@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from buddy import distributed
+from buddy import distributed as processes
 from buddy.errors import BuddyError
 
-ORDER = (  # in --help
+VERBS = (  # in the order of --help; each is a module of this package
     *("fit", "compare", "evaluate", "bench", "inspect", "generate"),
     *("export", "push", "pull", "plan", "routers", "recipes"),
 )
@@ -25,17 +25,17 @@ class Verbs(TyperGroup):
     """Ends with one plain sentence where a person made a mistake or pressed Ctrl-C."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=lambda verb: ORDER.index(verb) if verb in ORDER else len(ORDER))
+        return sorted(super().list_commands(ctx), key=VERBS.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BuddyError as error:
-            if distributed.speaks():
-                typer.echo(f"Error{distributed.whose()}: {error}", err=True)
+            if processes.speaks():
+                typer.echo(f"Error{processes.whose()}: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
         except KeyboardInterrupt as error:
-            if distributed.leads():
+            if processes.leads():
                 typer.echo(f"\nStopped.{ONWARD.get(ctx.invoked_subcommand, '')}", err=True)
             raise typer.Exit(INTERRUPTED) from error
 

@@ -21,6 +21,6 @@ def export(
     ] = True,
 ) -> None:
     """Cut the backbone to one plan, for stock transformers."""
-    from buddy.handover.export import export_run
+    from buddy.hub.export import export_run
 
     export_run(run, budget=budget, out=out, data=data, check=check)

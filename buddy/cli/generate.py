@@ -18,7 +18,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
 ) -> None:
     """Write on from a prompt at one budget."""
-    from buddy.serve import generate as run_generate
+    from buddy.hub.load import generate as run_generate
 
     run_generate(
         run,

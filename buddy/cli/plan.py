@@ -29,7 +29,7 @@ def plan(
 ) -> None:
     """Say how much memory training and serving take."""
     asked = budgets_of(budgets)
-    from buddy.footprint.plan import plan_memory
+    from buddy.footprint import plan_memory
 
     plan_memory(
         backbone,

@@ -21,6 +21,6 @@ def pull(
     ] = False,
 ) -> None:
     """Get a run that was pushed, as a run folder."""
-    from buddy.handover.pull import pull as run_pull
+    from buddy.hub.push_pull import pull as run_pull
 
     run_pull(source, out=out, revision=revision, backbone=backbone, trust_remote_code=trust_remote_code)

@@ -17,6 +17,6 @@ def push(
     ] = None,
 ) -> None:
     """Hand a run over, to a folder or the hub."""
-    from buddy.handover.push import push as run_push
+    from buddy.hub.push_pull import push as run_push
 
     run_push(run, to=to, private=private, licence=license)

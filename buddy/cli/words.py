@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from buddy import distributed
+from buddy import distributed as processes
 from buddy.errors import BuddyError, BudgetError
 
 
@@ -21,9 +21,9 @@ def refuse(options: dict[str, Any], why: str) -> None:
 
 def alone(what: str) -> None:
     """Raise `BuddyError` where torchrun began several processes for what is done by one."""
-    if distributed.from_torchrun() > 1:
+    if processes.from_torchrun() > 1:
         raise BuddyError(
-            f"{what} by one process, not by {distributed.from_torchrun()}; give the command without torchrun (fit and "
+            f"{what} by one process, not by {processes.from_torchrun()}; give the command without torchrun (fit and "
             "evaluate go with it, and compare has --jobs)."
         )
 

@@ -14,7 +14,7 @@ from buddy.comparison.record import read_record
 from buddy.comparison.tables import all_grids
 from buddy.comparison.view import Comparison
 from buddy.errors import RunError
-from buddy.io import check_place
+from buddy.io import check_output_path
 
 
 def rewrite(files: Sequence[Path], markdown: Path | None) -> None:
@@ -30,7 +30,7 @@ def rewrite(files: Sequence[Path], markdown: Path | None) -> None:
     records = {path: _read(path) for path in dict.fromkeys(files)}
     comparison = Comparison(joined(records))
     if markdown:
-        check_place(markdown, *files)
+        check_output_path(markdown, *files)
         write_markdown(comparison, markdown, f"{markdown.stem}-")
     for grid in all_grids(comparison):
         show(grid)

@@ -16,7 +16,7 @@ from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.report import show_run
-from buddy.io import check_place, within_memory, write_json
+from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
 from buddy.scoring.perplexity import Scores, as_json, evaluate
@@ -47,7 +47,7 @@ def evaluate_run(
     console.errors.quiet = console.results.quiet = not distributed.leads()
     run = _spread(read_run(folder), devices)
     if json_file and distributed.leads():
-        check_place(json_file, *([Path(data)] if data else []))
+        check_output_path(json_file, *([Path(data)] if data else []))
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
     _refuse_times(budgets, math.prod(distributed.shape(run.recipe.trainer)))

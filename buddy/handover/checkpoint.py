@@ -14,8 +14,8 @@ from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import ATTENTION, Backbone
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
-from buddy.evaluation.pruned import PER_LAYER, pruned_model
 from buddy.io import writing
+from buddy.scoring.timing import PER_LAYER, pruned_model
 
 CLOSE = 1e-4  # how far logits in float32 may lie apart
 

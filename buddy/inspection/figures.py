@@ -1,7 +1,4 @@
-"""Pictures: which share of tokens runs each layer, and which layers each token of one text ran.
-
-Colours are told apart by people who see few of them, and in grey: the more ink, the more ran.
-"""
+"""Pictures of plans: shares of tokens by layer, and token by token, as PNG files and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from buddy.evaluation.figure import figure_at
-from buddy.inspection.measures import changed_layers
+from buddy.inspection.routing import Inspection, changed_layers, pooled_share
+from buddy.io import writing
 
 LABELLED, WHOLE = 60, 1024  # tokens of a text that are drawn with their words, and without
 SPELT_LAYERS = 48  # deeper models get no numbers in the cells of a heat map
@@ -150,3 +148,78 @@ def _percent(share: float, _: int) -> str:
 
 def _cut(name: str, longest: int) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+ENDING = ".inspect"  # of the event files written here, by which older ones are known
+Pictures = Mapping[tuple[str, int], Path]
+
+
+def draw_all(inspection: Inspection, folder: Path) -> dict[tuple[str, int], Path]:
+    """Draw every picture into a folder that exists.
+
+    Returns:
+        File by kind and step: ("budgets", 0) with a column for each budget, ("domains", K) with one for each text
+        where there are several, ("tokens", K) with the first text token by token. Of full depth, whose picture says
+        nothing, the last two are drawn only where no other budget was asked for.
+    """
+    drawn = {("budgets", 0): _draw_budgets(inspection, folder / "budgets.png")}
+    below = {name: count for name, count in inspection.asked.items() if count < inspection.geometry.layers}
+    for budget, count in (below or inspection.asked).items():
+        if len(inspection.domains) > 1:
+            drawn["domains", count] = _draw_domains(inspection, budget, folder / f"domains-{budget}.png")
+        drawn["tokens", count] = _draw_tokens(inspection, budget, folder / f"tokens-{budget}.png")
+    return drawn
+
+
+def write_tensorboard(inspection: Inspection, drawn: Pictures, folder: Path) -> None:
+    """The pictures as images and how plans change as curves, in place of those that an earlier call left there."""
+    from matplotlib.image import imread
+    from torch.utils.tensorboard import SummaryWriter
+
+    with writing(folder):
+        older = list(folder.glob(f"events.out.tfevents.*{ENDING}"))
+        with SummaryWriter(str(folder), filename_suffix=ENDING) as writer:
+            for (kind, step), path in sorted(drawn.items()):
+                writer.add_image(f"routing/{kind}", imread(path)[..., :3], step, dataformats="HWC")
+            for count in sorted(set(inspection.asked.values())):
+                for label, found in inspection.measures[count].items():
+                    curves = {
+                        "plan_changes": found.changes,
+                        "layers_apart": found.apart,
+                        "distinct_plans": found.distinct,
+                        "commonest_plan": found.commonest,
+                        "off_commonest": found.off_commonest,
+                    }
+                    for name, value in curves.items():
+                        if value is not None:
+                            writer.add_scalar(f"routing/{name}/{label}", value, count)
+        for path in older:
+            path.unlink(missing_ok=True)
+
+
+def _draw_budgets(inspection: Inspection, path: Path) -> Path:
+    columns = {f"{budget}\n({count})": pooled_share(inspection.at(count)) for budget, count in inspection.asked.items()}
+    names = ", ".join(domain.label for domain in inspection.domains)
+    title = f"{inspection.router}: tokens that ran each layer\n{names}"
+    draw_shares(path, columns, title=title, label="budget (executed layers)")  # type: ignore[arg-type]  # arrays
+    return path
+
+
+def _draw_domains(inspection: Inspection, budget: str, path: Path) -> Path:
+    count = inspection.asked[budget]
+    columns = {label: found.share for label, found in inspection.measures[count].items()}
+    title = f"{inspection.router}: tokens that ran each layer\n{_spelt(inspection, budget)}"
+    draw_shares(path, columns, title=title, label="text")
+    return path
+
+
+def _draw_tokens(inspection: Inspection, budget: str, path: Path) -> Path:
+    first = inspection.domains[0]
+    routing = inspection.routings[first.label, inspection.asked[budget]]
+    title = f"{inspection.router} on {first.label}: layers that each token ran, {_spelt(inspection, budget)}"
+    draw_tokens(path, routing.runs[0], inspection.words, sinks=routing.sinks, always=inspection.always, title=title)
+    return path
+
+
+def _spelt(inspection: Inspection, budget: str) -> str:
+    return f"budget {budget} ({inspection.asked[budget]} of {inspection.geometry.layers} layers)"

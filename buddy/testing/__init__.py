@@ -17,17 +17,15 @@ from typing import Any
 
 from buddy.backbone.load import Backbone
 from buddy.router import AnyRouter
+from buddy.testing import answers, engine, state
 from buddy.testing.check import Check, Failed, Result
-from buddy.testing.model import tiny_backbone
-from buddy.testing.subject import Subject
-
-from . import answers, declared, kept, moved, running, trained
+from buddy.testing.subject import Subject, tiny_backbone
 
 __all__ = ["CHECKS", "Check", "Failed", "Result", "Subject", "check_router", "tiny_backbone"]
 
 CHECKS: tuple[Check, ...] = (
-    declared.description,
-    declared.calibration,
+    answers.description,
+    answers.calibration,
     answers.shape,
     answers.dtype,
     answers.budgets,
@@ -40,18 +38,18 @@ CHECKS: tuple[Check, ...] = (
     answers.rows,
     answers.alone,
     answers.kind,
-    kept.seed,
-    kept.seeded,
-    kept.saved,
-    kept.geometry,
-    moved.device,
-    moved.bfloat16,
-    running.counts,
-    running.decoding,
-    running.speed,
-    trained.groups,
-    trained.weights,
-    trained.gradients,
+    state.seed,
+    state.seeded,
+    state.saved,
+    state.geometry,
+    engine.device,
+    engine.bfloat16,
+    engine.counts,
+    engine.decoding,
+    engine.speed,
+    state.groups,
+    state.weights,
+    state.gradients,
 )
 
 

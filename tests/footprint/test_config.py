@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from buddy.backbone.load import load_backbone
 from buddy.errors import BackboneError
-from buddy.footprint.config import hollow_model
+from buddy.footprint import hollow_model
 
 
 def test_it_is_the_model_without_its_weights(tiny_llama_folder):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from buddy import footprint as memory
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.footprint import memory
-from buddy.footprint.memory import cache_bytes, router_bytes, shape_of, step_bytes, weight_bytes
+from buddy.footprint import cache_bytes, router_bytes, shape_of, step_bytes, weight_bytes
 from buddy.losses import Objective
 from buddy.registry import build
 from buddy.training.estimators import Batch, Perturbed

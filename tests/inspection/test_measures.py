@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.inspection.measures import SPAN, Routing, changed_layers, commonest_plan, measure, pooled_share
+from buddy.inspection.routing import SPAN, Routing, changed_layers, commonest_plan, measure, pooled_share
 
 
 @st.composite

@@ -7,8 +7,7 @@ import torch
 
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.inspection.domains import Domain
-from buddy.inspection.observe import observe
+from buddy.inspection.routing import Domain, observe
 from tests.inspection.planted import TwoOrders, planted_runs
 from tests.tiny import tiny_backbone
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from buddy.inspection.labels import LONGEST, labels_of
-from buddy.inspection.terminal import legend, share_line, token_lines
+from buddy.inspection.inspect import LONGEST, labels_of, legend, share_line, token_lines
 from tests.tiny import tiny_tokenizer
 
 

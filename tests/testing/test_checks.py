@@ -7,7 +7,8 @@ import torch
 
 from buddy import plan, testing
 from buddy.registry import installed
-from buddy.testing import CHECKS, Subject, answers, check_router, running
+from buddy.testing import CHECKS, Subject, answers, check_router
+from buddy.testing import engine as running
 from tests.testing.bad import FAULTS, BufferMeddler, DropsOut, Meddler, PeeksAhead, Sound, SoundGates, Whole
 
 NAMES = [entry.name for entry in installed() if entry.distribution == "buddy-depth"]

@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 
 from buddy.cli import app
 from buddy.errors import RegistryError
-from buddy.testing import CHECKS, Failed, Subject, answers, check_router, moved, trained
+from buddy.testing import CHECKS, Failed, Subject, answers, check_router
+from buddy.testing import engine as moved
+from buddy.testing import state as trained
 from tests.documents import ROOT
 from tests.testing.bad import Noisy, PeeksAhead, Sound
 

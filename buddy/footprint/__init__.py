@@ -1,1 +1,0 @@
-"""How much memory training and serving need, from a configuration alone."""

@@ -1,1 +1,0 @@
-"""What was learned, handed over: pruned checkpoints, runs on the hub, models in Python."""

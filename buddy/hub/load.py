@@ -1,0 +1,283 @@
+"""`buddy.load` and `buddy generate`: a run as a model that writes text at any budget."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, TextIteratorStreamer, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from buddy.budget import Budget, auto_of, latency_of
+from buddy.build import load_model
+from buddy.console import counted, errors, status
+from buddy.engine.forward import Record
+from buddy.engine.model import RoutedLM
+from buddy.errors import DataError, check_text, reason
+from buddy.hub.push_pull import check_files, download, folder_of, hub_name, with_backbone
+from buddy.io import within_memory
+from buddy.run import read_run
+
+Prompt = str | Sequence[Mapping[str, str]]
+MIN_TEMPERATURE = 1e-6  # a lower one makes logits infinite
+
+
+def load(
+    run: str | Path, *, backbone: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Model:
+    """The model of a run, ready to generate: `buddy.load("runs/quickstart/buddy").generate("Once", budget=0.75)`.
+
+    Args:
+        run: a run folder, one that `buddy push` or `buddy pull` made, or `owner/name` on the hub.
+        backbone: loaded instead of the one that the run names, for one that is elsewhere here.
+        revision: branch, tag or commit, on the hub only.
+        trust_remote_code: let a run from the hub ask for the Python of its backbone's repository.
+
+    Raises:
+        BuddyError: the run or its backbone cannot be used.
+    """
+    source = run if isinstance(run, str) else str(run.absolute())  # a Path is never a name on the hub
+    name = hub_name(source, revision)
+    if name is None:
+        found = read_run(folder_of(source))
+    else:
+        found = check_files(download(name, revision), shown_as=name, trust_remote_code=trust_remote_code)
+    return Model(load_model(found if backbone is None else with_backbone(found, backbone), merged=True))
+
+
+def generate(
+    folder: Path,
+    *,
+    prompt: str,
+    budget: str = "1.0",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> None:
+    """Stream a continuation to standard output, then print on the error stream which layers ran.
+
+    Args:
+        folder: a finished run.
+        prompt: text to continue, or to answer with `chat`.
+        budget: a fraction, a count such as "22layers", a latency such as "15ms" a token, or "auto".
+        max_new_tokens: at most so many.
+        temperature: 0 takes the most likely token, above 0 samples.
+        seed: of the sampling.
+        chat: put the prompt into the model's chat template.
+
+    Raises:
+        BuddyError: the run, the budget or the prompt cannot be used.
+    """
+    _check_options(prompt, max_new_tokens, temperature, seed)
+    with status(f"Loading {folder} …"):
+        model = load(folder)
+    model.write(
+        prompt,
+        budget,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        streamer=TextStreamer(model.routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    errors.print(model.ran, soft_wrap=True)
+
+
+class Model:
+    """A backbone with its router.
+
+    Args:
+        routed: the two together.
+
+    Attributes:
+        routed: gives everything else: its backbone, tokenizer, `at`, `forward`.
+        ran: one sentence on the layers that the last text really ran; None before there is one.
+    """
+
+    def __init__(self, routed: RoutedLM) -> None:
+        self.routed = routed
+        self.ran: str | None = None
+
+    def __repr__(self) -> str:
+        router, geometry = type(self.routed.router).__name__, self.routed.geometry
+        return f"<buddy model: {self.routed.backbone.name}, {geometry.layers} layers, router {router}>"
+
+    def generate(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> str:
+        """The continuation of a prompt.
+
+        Args:
+            prompt: text to continue, or messages {"role": …, "content": …} to answer.
+            budget: a fraction such as 0.75, a count such as "22layers", a latency such as "15ms", or "auto".
+            options: those of `write`: max_new_tokens, temperature, seed, chat.
+
+        Raises:
+            BuddyError: the prompt, the budget or an option cannot be used.
+        """
+        return self.write(prompt, budget, **options)
+
+    def stream(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> Iterator[str]:
+        """The same, piece by piece as it is generated; leaving the loop stops the model.
+
+        Raises:
+            BuddyError: as `generate` does, at the first piece.
+        """
+        tokenizer = self.routed.backbone.tokenizer
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop, failed = Stop(), []
+
+        def work() -> None:
+            try:
+                self.write(prompt, budget, streamer=streamer, stop=stop, **options)
+            except BaseException as error:  # raised again in the thread that reads the pieces
+                failed.append(error)
+                streamer.on_finalized_text("", stream_end=True)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from filter(None, streamer)
+        finally:
+            stop.now = True
+            thread.join()
+        if failed:
+            raise failed[0]
+
+    @torch.no_grad()
+    def write(
+        self,
+        prompt: Prompt,
+        budget: Budget = 1.0,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        chat: bool = False,
+        streamer: BaseStreamer | None = None,
+        stop: Stop | None = None,
+    ) -> str:
+        """The continuation of a prompt without special tokens; sets `ran`.
+
+        Args:
+            prompt: text to continue, or to answer with `chat`; or messages to answer.
+            budget: as for `generate`.
+            max_new_tokens: at most so many.
+            temperature: 0 takes the most likely token, above 0 samples.
+            seed: of the sampling.
+            chat: put the prompt into the model's chat template.
+            streamer: of transformers; gets the tokens as they come.
+            stop: ends the text after the token at which its `now` is set.
+
+        Raises:
+            BuddyError: the prompt, the budget or an option cannot be used.
+        """
+        routed, device = self.routed, self.routed.backbone.device
+        _check_options(prompt, max_new_tokens, temperature, seed)
+        inputs = self._encode(prompt, chat)
+        depth, length = routed.geometry.layers, inputs["input_ids"].shape[1]
+        if length + max_new_tokens > routed.backbone.context_length:
+            raise DataError(
+                f"The prompt has {length} tokens, and {max_new_tokens} new ones go past the "
+                f"{routed.backbone.context_length} positions that {routed.backbone.name} was made for; shorten the "
+                "prompt or set a smaller max_new_tokens."
+            )
+        auto = auto_of(budget) is not None
+        layers = depth if auto else routed.executed_layers(budget)  # a latency may be measured here
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        sizes = f"{length} + {max_new_tokens} tokens through {layers} of {depth} layers"
+        with (
+            within_memory(sizes, "shorten the prompt or max_new_tokens"),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            routed.at(budget if auto else f"{layers}layers") as record,
+        ):
+            torch.manual_seed(seed)
+            ids = routed.backbone.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                stopping_criteria=None if stop is None else [stop],
+                pad_token_id=routed.backbone.tokenizer.pad_token_id,
+                **sampling,
+            )
+        self.ran = summary(record, record.auto_executed[0] if auto else layers, depth, budget)
+        return routed.backbone.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+
+    def _encode(self, prompt: Prompt, chat: bool) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask, (1, T) long each."""
+        backbone, tokenizer = self.routed.backbone, self.routed.backbone.tokenizer
+        chat = chat or not isinstance(prompt, str)
+        if chat:
+            if not tokenizer.chat_template:
+                raise DataError(f"{backbone.name} has no chat template; give plain text and leave chat out.")
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            try:
+                prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            except Exception as error:  # a template is a program of the model's authors, and may raise anything
+                raise DataError(
+                    f"The chat template of {backbone.name} does not take these messages ({reason(error)}); give a list "
+                    'of {"role": …, "content": …}, with texts for both.'
+                ) from error
+        check_text(str(prompt), "The prompt")
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(backbone.device)
+        return {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+
+
+class Stop(StoppingCriteria):
+    """Stops generation once `now` is set."""
+
+    now = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
+
+
+def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0) -> str:
+    """One sentence: the layers that the tokens of prompt and decoding really ran, and how many plans they had.
+
+    Args:
+        record: of one row.
+        executed: K.
+        layers: L.
+        budget: as it was asked for.
+    """
+    latency = latency_of(budget)
+    asked = f"The budget {budget} chose" if auto_of(budget) else "Asked for"
+    if latency is not None:
+        asked = f"Asked for {latency:g} ms, which here are"
+    text = f"{asked} {executed} of {layers} layers a token. Prompt: "
+    text += _range(record.executed[0], record.sinks[0], layers)
+    if len(record.executed) > 1:
+        steps, sinks, runs = (torch.cat(each[1:], 1) for each in (record.executed, record.sinks, record.runs))
+        text += f"; {counted(steps.shape[1], 'decode step')}: {_range(steps, sinks, layers)}"
+        if not sinks.all():
+            text += f", {counted(len(runs[~sinks].unique(dim=0)), 'distinct plan')}"
+    return text + "."
+
+
+def _range(executed: torch.Tensor, sinks: torch.Tensor, layers: int) -> str:
+    """Least, mean and most layers of the routed tokens in (1, T); where a prompt is short, decode steps have sinks."""
+    routed, full = executed[~sinks], int(sinks.sum())
+    text = "no routed token"
+    if len(routed):
+        least, mean, most = routed.min().item(), routed.float().mean().item(), routed.max().item()
+        text = f"{least} / {mean:.1f} / {most} layers (min / mean / max)"
+    return f"{text} ({counted(full, 'sink token')} at {layers})" if full else text
+
+
+def _check_options(prompt: Prompt, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Raises DataError for what no model can do."""
+    if not (prompt.strip() if isinstance(prompt, str) else prompt):
+        raise DataError("The prompt is empty; give some text to continue.")
+    if max_new_tokens < 1:
+        raise DataError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
+    if not 0 <= seed < 2**64:
+        raise DataError(f"The seed is {seed}; give one from 0 to 2⁶⁴ − 1.")
+    if not temperature >= 0:
+        raise DataError(f"The temperature is {temperature}; give 0 or more.")
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise DataError(
+            f"The temperature is {temperature}; give 0 for the most likely token, or {MIN_TEMPERATURE:g} or more."
+        )

@@ -1,0 +1,407 @@
+"""Text → the plans that really ran for its tokens, and what they say in numbers."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from buddy.build import build_held_out, build_windows
+from buddy.data.text import same_source
+from buddy.data.windows import Windows
+from buddy.engine.model import Output, RoutedLM
+from buddy.errors import DataError, check_text
+from buddy.router import Geometry
+from buddy.run import Run
+
+SPAN = 128  # tokens among which distinct plans are counted
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The plans that ran over one text at one budget.
+
+    Attributes:
+        runs: (N, T, L) bool for N windows.
+        sinks: first tokens of each window, at full depth whatever the budget; they are left out of all measures.
+    """
+
+    runs: np.ndarray
+    sinks: int
+
+    @property
+    def plans(self) -> np.ndarray:
+        """(N, T − sinks, L) bool, the routed tokens alone."""
+        return self.runs[:, self.sinks :]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Numbers of one text at one budget. Shares are from 0 to 1; sinks are left out of all.
+
+    Attributes:
+        tokens: routed tokens.
+        executed: least, mean and most layers of a token.
+        share: (L,) tokens that ran each layer, as a share.
+        plans: distinct plans in the whole text.
+        changes: share of tokens whose plan differs from that of the token before; None without such a token.
+        apart: mean number of layers in which these two plans differ (Hamming distance); None without such a token.
+        span: tokens in a stretch: 128, or the whole window where it is shorter.
+        distinct: mean number of distinct plans in a stretch of `span` tokens.
+        commonest: share of tokens whose plan is the text's most frequent one.
+        off_commonest: share of the chosen layers (those that run and need not) which the most frequent plan of all
+            texts at this budget does not run.
+    """
+
+    tokens: int
+    executed: tuple[int, float, int]
+    share: tuple[float, ...]
+    plans: int
+    changes: float | None
+    apart: float | None
+    span: int
+    distinct: float
+    commonest: float
+    off_commonest: float
+
+
+def measure(routing: Routing, reference: np.ndarray, always_on: int) -> Measures:
+    """The numbers of a text.
+
+    Args:
+        routing: what ran, with at least one routed token.
+        reference: (L,) bool, the plan that `off_commonest` holds the others against.
+        always_on: layers that every plan runs.
+    """
+    plans = routing.plans
+    executed = plans.sum(-1)
+    numbers, counts = _numbered(plans)
+    apart = (plans[:, 1:] != plans[:, :-1]).sum(-1)
+    span, distinct = _distinct(numbers)
+    chosen = int((executed - always_on).sum())
+    return Measures(
+        tokens=executed.size,
+        executed=(int(executed.min()), float(executed.mean()), int(executed.max())),
+        share=tuple(plans.mean((0, 1)).tolist()),
+        plans=len(counts),
+        changes=float((apart > 0).mean()) if apart.size else None,
+        apart=float(apart.mean()) if apart.size else None,
+        span=span,
+        distinct=distinct,
+        commonest=float(counts.max() / executed.size),
+        off_commonest=float((plans & ~reference).sum() / chosen) if chosen else 0.0,
+    )
+
+
+def commonest_plan(routings: Sequence[Routing]) -> np.ndarray:
+    """(L,) bool, the most frequent plan over all routed tokens; of equally frequent ones, that with later layers."""
+    packed = np.concatenate([_packed(routing.plans) for routing in routings])
+    distinct, counts = np.unique(packed, axis=0, return_counts=True)
+    return np.unpackbits(distinct[counts.argmax()], count=routings[0].runs.shape[-1]).astype(bool)
+
+
+def pooled_share(routings: Sequence[Routing]) -> np.ndarray:
+    """(L,) share of the routed tokens of all texts together that ran each layer."""
+    return np.concatenate([routing.plans.reshape(-1, routing.runs.shape[-1]) for routing in routings]).mean(0)
+
+
+def changed_layers(runs: np.ndarray, sinks: int) -> np.ndarray:
+    """(T,) layers in which each token's plan differs from that of the token before; 0 up to the first routed token.
+
+    Args:
+        runs: (T, L) bool.
+        sinks: first tokens at full depth whatever the budget.
+    """
+    changed = np.zeros(len(runs), dtype=int)
+    changed[sinks + 1 :] = (runs[sinks + 1 :] != runs[sinks:-1]).sum(-1)
+    return changed
+
+
+def _numbered(plans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Plans (N, T, L) as numbers (N, T), equal where the plans are, and how often each occurs (P,)."""
+    _, numbers, counts = np.unique(_packed(plans), axis=0, return_inverse=True, return_counts=True)
+    return numbers.reshape(plans.shape[:2]), counts
+
+
+def _packed(plans: np.ndarray) -> np.ndarray:
+    """(N · T, bytes) uint8, a bit for each layer."""
+    return np.packbits(plans.reshape(-1, plans.shape[-1]), axis=-1)
+
+
+def _distinct(numbers: np.ndarray) -> tuple[int, float]:
+    """Tokens in a stretch, and the mean number of distinct plans in one.
+
+    As many stretches as cover each window (N, T), evenly spaced, so that they may overlap.
+    """
+    tokens = numbers.shape[1]
+    span = min(SPAN, tokens)
+    starts = np.linspace(0, tokens - span, -(-tokens // span)).round().astype(int)
+    found = [len(np.unique(row[start : start + span])) for row in numbers for start in starts]
+    return span, float(np.mean(found))
+
+
+TYPED = "text"  # label of a text given by itself
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Windows of one text.
+
+    Attributes:
+        label: what it is called in tables and pictures.
+        source: where it was read from; None for a text given by itself.
+        windows: (N, W) tokens of it.
+        prompt: tokens at the start of each window that share a plan where prompts do.
+    """
+
+    label: str
+    source: str | None
+    windows: Windows
+    prompt: int
+
+
+def sources_of(domains: str | None, own: str) -> dict[str, str]:
+    """Label → source of each domain in "SOURCE,label=SOURCE,…"; the recipe's own source where there is none.
+
+    A source without a label is called by its file's name without the ending.
+
+    Raises:
+        DataError: nothing is named, a label or source is empty, or two domains have one label.
+    """
+    if domains is None:
+        return {_label(own): own}
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in domains.split(","))):
+        label, source = _labelled(part)
+        if label in found:
+            raise DataError(
+                f"Two domains are called {label!r}; tell them apart, as in --domains one={found[label]},two={source}."
+            )
+        found[label] = source
+    if not found:
+        raise DataError("--domains is empty; name at least one text, or leave it out for the recipe's own.")
+    return found
+
+
+def read_domains(run: Run, routed: RoutedLM, sources: dict[str, str], count: int) -> list[Domain]:
+    """Up to `count` windows of each source, as `buddy evaluate` cuts them; of the recipe's own text, its test windows.
+
+    Raises:
+        DataError: a text cannot be read, or is too short for one window.
+    """
+    return [_read(run, routed, label, source, count) for label, source in sources.items()]
+
+
+def typed(routed: RoutedLM, text: str) -> Domain:
+    """One window with exactly this text; all of it is the prompt, as in `buddy generate`.
+
+    Raises:
+        DataError: the text is empty, too short for one routed token, or longer than the backbone reads.
+    """
+    if not text.strip():
+        raise DataError("The text to look at is empty; give some words.")
+    check_text(text, "The text to look at")
+    ids = routed.backbone.tokenizer(text, return_tensors="pt").input_ids
+    tokens, most = ids.shape[1], routed.backbone.context_length
+    if tokens <= routed.sink_tokens:
+        raise DataError(
+            f"The text has too few tokens, {tokens}: the first {routed.sink_tokens} run at full depth whatever the "
+            "budget (routing.sink_tokens); give a longer one."
+        )
+    if tokens > most:
+        raise DataError(f"The text has {tokens} tokens, but {routed.backbone.name} reads at most {most}; shorten it.")
+    return Domain(TYPED, None, Windows(ids, torch.zeros(1, dtype=torch.long)), tokens)
+
+
+def _read(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> Domain:
+    section = run.recipe.data
+    if same_source(source, section.source):  # of the text that the run was trained on, test windows alone
+        test = build_held_out(run.recipe, routed.backbone).test
+        windows = Windows(test.input_ids[:count], test.documents[:count])
+    else:
+        windows = build_windows(run.recipe, routed.backbone.tokenizer, source, count=count)
+    return Domain(label, source, windows, section.prompt)
+
+
+def _labelled(part: str) -> tuple[str, str]:
+    if "=" not in part or os.path.exists(os.path.expanduser(part)):
+        return _label(part), part
+    label, _, source = (word.strip() for word in part.partition("="))
+    if not label or not source:
+        raise DataError(f"The domain {part!r} lacks its label or its source; write label=SOURCE, or SOURCE alone.")
+    return label, source
+
+
+def _label(source: str) -> str:
+    return Path(source).stem or source
+
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+@torch.no_grad()
+def observe(
+    routed: RoutedLM, domains: Sequence[Domain], counts: Iterable[int], *, batch_size: int = 4, track: Track = iter
+) -> dict[tuple[str, int], Routing]:
+    """What ran, by domain label and executed layers K.
+
+    Args:
+        routed: model and router.
+        domains: the texts.
+        counts: the K's to run at.
+        batch_size: windows a forward.
+        track: wraps the list of forwards to show progress.
+    """
+    jobs = [
+        (domain, count, rows)
+        for domain in domains
+        for rows in torch.arange(len(domain.windows)).split(batch_size)
+        for count in dict.fromkeys(counts)
+    ]
+    found: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
+    for domain, count, rows in track(jobs):
+        ids = domain.windows.input_ids[rows].to(routed.backbone.device)
+        output = routed(ids, executed=torch.full((len(ids),), count), prompt=domain.prompt, logits_to_keep=1)
+        found[domain.label, count].append(_ran(output, routed.sink_tokens))
+    return {key: Routing(np.concatenate(parts), routed.sink_tokens) for key, parts in found.items()}
+
+
+def _ran(output: Output, sinks: int) -> np.ndarray:
+    """(B, T, L) bool, the plans; by the layers' own records each token ran as many layers as its plan has."""
+    if not torch.equal(output.runs.sum(-1), output.executed):
+        raise RuntimeError("The layers that ran are not those of the plan.")
+    if not bool(output.sinks[:, :sinks].all()) or bool(output.sinks[:, sinks:].any()):
+        raise RuntimeError(f"The tokens at full depth are not the first {sinks}.")
+    return output.runs.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that was seen of one run.
+
+    Attributes:
+        router: its name.
+        geometry: sizes of the backbone.
+        asked: budget as it was asked for → K, deepest first.
+        domains: the texts.
+        routings: what ran, by domain label and K.
+        words: short labels of the tokens of the first text's first window.
+    """
+
+    router: str
+    geometry: Geometry
+    asked: dict[str, int]
+    domains: Sequence[Domain]
+    routings: Mapping[tuple[str, int], Routing]
+    words: Sequence[str]
+
+    @property
+    def always(self) -> tuple[int, int]:
+        """How many layers always run at the beginning and at the end."""
+        return self.geometry.context_layer, 1
+
+    def at(self, count: int) -> list[Routing]:
+        """What ran at K, text by text."""
+        return [self.routings[domain.label, count] for domain in self.domains]
+
+    @cached_property
+    def measures(self) -> dict[int, dict[str, Measures]]:
+        """The numbers by K and domain label."""
+        return {count: self._measured(count) for count in set(self.asked.values())}
+
+    def _measured(self, count: int) -> dict[str, Measures]:
+        routings = self.at(count)
+        reference = commonest_plan(routings)
+        found = (measure(routing, reference, self.geometry.always_on) for routing in routings)
+        return dict(zip((domain.label for domain in self.domains), found, strict=True))
+
+
+def as_json(inspection: Inspection) -> dict[str, Any]:
+    """Everything in numbers: domains, each budget's measures by domain, and the first text token by token.
+
+    A token's plan is a text of L signs, "1" for a layer that ran.
+    """
+    first = inspection.domains[0]
+    budgets = []
+    for budget, count in inspection.asked.items():
+        measures = {label: asdict(found) for label, found in inspection.measures[count].items()}
+        runs = inspection.routings[first.label, count].runs[0]
+        budgets.append(
+            {
+                "budget": budget,
+                "layers": count,
+                "share": pooled_share(inspection.at(count)).tolist(),
+                "commonest_plan": commonest_plan(inspection.at(count)).nonzero()[0].tolist(),
+                "domains": measures,
+                "text": ["".join("01"[ran] for ran in token) for token in runs.astype(int)],
+            }
+        )
+    return {
+        "router": inspection.router,
+        "layers": inspection.geometry.layers,
+        "always_on": sorted({*range(inspection.geometry.context_layer), inspection.geometry.layers - 1}),
+        "sink_tokens": inspection.routings[first.label, next(iter(inspection.asked.values()))].sinks,
+        "domains": {domain.label: _described(domain) for domain in inspection.domains},
+        "text": {"domain": first.label, "tokens": first.windows.input_ids[0].tolist(), "words": [*inspection.words]},
+        "budgets": budgets,
+    }
+
+
+def _described(domain: Domain) -> dict[str, Any]:
+    windows, tokens = domain.windows.input_ids.shape
+    documents = len(domain.windows.documents.unique())
+    return {"source": domain.source, "windows": windows, "tokens_a_window": tokens, "documents": documents}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, and what tokens asked for. Sink tokens, which run every layer whatever the budget, are left out.
+
+    Attributes:
+        kept: indices of its layers, rising.
+        layers: L, the depth of the backbone.
+        tokens: routed tokens that were looked at.
+        plans: distinct plans among them.
+        share: tokens that asked for this very plan, from 0 to 1.
+        overlap: of the layers that tokens chose (those that need not run), the share that this plan has.
+    """
+
+    kept: tuple[int, ...]
+    layers: int
+    tokens: int
+    plans: int
+    share: float
+    overlap: float
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Indices of the layers that it lacks, rising."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.kept)
+
+
+def most_frequent(
+    routed: RoutedLM, windows: Windows, executed: int, *, prompt: int, batch_size: int = 4, track: Track = iter
+) -> Choice:
+    """The plan that most routed tokens of a text run.
+
+    Args:
+        routed: model and router.
+        windows: of the text.
+        executed: K.
+        prompt: tokens at the start of each window that share a plan where prompts do.
+        batch_size: windows a forward.
+        track: wraps the list of forwards to show progress.
+    """
+    domain = Domain("text", None, windows, prompt)
+    ((_, routing),) = observe(routed, [domain], [executed], batch_size=batch_size, track=track).items()
+    plan = commonest_plan([routing])
+    seen = measure(routing, plan, routed.geometry.always_on)
+    kept = tuple(plan.nonzero()[0].tolist())
+    return Choice(kept, len(plan), seen.tokens, seen.plans, seen.commonest, 1 - seen.off_commonest)

@@ -1,0 +1,214 @@
+"""A small complete package for a router of one's own: `buddy routers new NAME`."""
+
+import os
+import re
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+
+from buddy.errors import RegistryError
+from buddy.io import new_folder, writing
+from buddy.registry import installed
+
+NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
+LONGEST = 40  # letters of a name
+OTHERWISE = "all", "false", "no", "null", "off", "on", "true", "yes"  # a command line reads these as something else
+
+
+def new_router(name: str, out: Path) -> Path:
+    """Write the package `out/buddy-router-NAME`, whole or not at all; returns its folder.
+
+    Raises:
+        RegistryError: no name for a router, or one that is taken.
+        RunError: the place is taken or cannot be written.
+    """
+    check_name(name)
+    folder = out / f"buddy-router-{name}"
+    _check_place(out, folder)
+    with new_folder(folder) as made, writing(folder):
+        for path, text in package(name).items():
+            (made / path).parent.mkdir(exist_ok=True)
+            (made / path).write_text(text, "utf-8")
+    return folder
+
+
+def package(name: str) -> dict[str, str]:
+    """Path inside the package → text, for a checked name."""
+    module = f"buddy_router_{name.replace('-', '_')}"
+    cls = "".join(part.capitalize() for part in name.removesuffix("-router").split("-")) + "Router"
+    words = {"name": name, "module": module, "class": cls, "title": name.replace("-", " ")}
+    return {path.format(**words): text.substitute(words) for path, text in FILES.items()}
+
+
+def check_name(name: str) -> None:
+    """Raises RegistryError unless a new router, its distribution and its module can have this name."""
+    if not re.fullmatch(NAME, name):
+        tidy = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-0123456789")
+        hint = f", such as {tidy!r}" if re.fullmatch(NAME, tidy) else ", such as 'my-router'"
+        raise RegistryError(
+            f"{name!r} is no name for a router; take lower-case letters and digits, joined by hyphens{hint}."
+        )
+    if len(name) > LONGEST:
+        raise RegistryError(f"The name {name!r} has {len(name)} letters; take at most {LONGEST}.")
+    if name in OTHERWISE:
+        raise RegistryError(f"{name!r} means something else on the command line; choose another name.")
+    for entry in installed():
+        if entry.name == name:
+            raise RegistryError(
+                f"A router named {name!r} is installed already, by {entry.distribution!r}; choose another name."
+            )
+    module = f"buddy_router_{name.replace('-', '_')}"
+    if _is_installed(f"buddy-router-{name}") or find_spec(module) is not None:
+        raise RegistryError(f"A package buddy-router-{name} is installed already; choose another name.")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _check_place(out: Path, folder: Path) -> None:
+    if not os.path.isdir(out):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
+        trouble = "is a file" if os.path.exists(out) else "is not there"
+        raise RegistryError(f"The folder {out} {trouble}; name a folder that is, with --out.")
+    if os.path.lexists(folder):
+        raise RegistryError(f"{folder} exists and is not overwritten; choose another name, or another --out.")
+
+
+PROJECT = """\
+[build-system]
+requires = ["setuptools>=70.1"]
+build-backend = "setuptools.build_meta"
+"""
+
+SETUP = """\
+[metadata]
+name = buddy-router-$name
+version = 0.1.0
+description = The router $name for Buddy
+long_description = file: README.md
+long_description_content_type = text/markdown
+
+[options]
+python_requires = >=3.11
+py_modules = $module
+install_requires =
+    buddy-depth
+
+[options.extras_require]
+test =
+    pytest
+
+[options.entry_points]
+buddy.routers =
+    $name = $module:$class
+
+[tool:pytest]
+testpaths = tests
+"""
+
+MODULE = '''\
+"""The router $name for Buddy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from buddy import Context, Geometry, Router
+
+if TYPE_CHECKING:
+    from buddy import Probe
+
+
+class $class(Router):
+    """Learned: one linear map of the token's hidden state, added to what each layer changes on average.
+
+    Args:
+        geometry: sizes of the backbone.
+        prior_weight: how much the average counts beside the token.
+
+    Raises:
+        ValueError: a negative weight.
+    """
+
+    kind = "learned"
+
+    def __init__(self, geometry: Geometry, *, prior_weight: float = 0.3) -> None:
+        super().__init__(geometry)
+        if prior_weight < 0:
+            raise ValueError(f"prior_weight is {prior_weight}; give 0 or more")
+        self.prior_weight = prior_weight
+        self.read = nn.Linear(geometry.hidden, geometry.routable)
+        nn.init.zeros_(self.read.weight)  # so training starts from the order of the prior
+        nn.init.zeros_(self.read.bias)
+        self.register_buffer("prior", torch.zeros(geometry.routable))
+
+    def calibrate(self, probe: Probe) -> None:
+        """Measure once how much each layer changes the hidden state (Block Influence), standardised."""
+        influence = probe.block_influence
+        self.prior.copy_(F.layer_norm(influence, influence.shape))
+
+    def score(self, context: Context) -> Tensor:
+        """(..., R) float32: larger is more worth running; the engine runs the best of them."""
+        hidden = F.layer_norm(context.hidden, context.hidden.shape[-1:])
+        return self.read(hidden) + self.prior_weight * self.prior
+'''
+
+TEST = '''\
+"""The router $name keeps what all routers promise; run `pytest` in the folder above."""
+
+import pytest
+
+from buddy.testing import CHECKS, Check, Subject
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    """The router as it is installed, on a tiny random model."""
+    return Subject("$name")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_it_keeps_its_promises(check: Check, subject: Subject) -> None:
+    check(subject)
+'''
+
+README = """\
+# buddy-router-$name
+
+The router `$name` for Buddy (`buddy-depth`): how much is each layer of a language model worth
+for a token? The class is `$class` in `$module.py`.
+
+```bash
+pip install -e '.[test]'
+buddy routers
+buddy routers check $name
+pytest
+```
+
+`buddy routers` lists it, and `check` and the test hold it to what all routers promise, in seconds. Then fit it, and
+hold it against another:
+
+```bash
+buddy fit --recipe quickstart router=$name 'rivals=[uniform]'
+buddy compare --recipe quickstart --routers $name,buddy,shortgpt
+```
+
+The keyword arguments of the class are its options: `router.options.prior_weight=0.5`.
+"""
+
+FILES = {
+    "pyproject.toml": Template(PROJECT),
+    "setup.cfg": Template(SETUP),
+    "README.md": Template(README),
+    "{module}.py": Template(MODULE),
+    "tests/test_{module}.py": Template(TEST),
+}

@@ -1,0 +1,309 @@
+"""What a budget costs in time: prefill and decode of routed, dense and physically pruned models, taken in turn."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import DynamicCache, PreTrainedModel
+
+import buddy
+from buddy.engine.kv_cache import growing_layer
+from buddy.engine.layers import stock_class
+from buddy.engine.model import RoutedLM
+
+PROMPT, STEPS = 64, 32  # tokens before the decode steps that are timed, and their number
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+@dataclass
+class Timings:
+    """Milliseconds of one contender, one entry a round; decode is the mean of a round's steps.
+
+    Attributes:
+        prefill: by length of the prompt.
+        decode: by batch size, after `PROMPT` tokens.
+        decode_late: batch 1, after a long context.
+    """
+
+    prefill: dict[int, list[float]] = field(default_factory=dict)
+    decode: dict[int, list[float]] = field(default_factory=dict)
+    decode_late: list[float] = field(default_factory=list)
+    cache_bytes: int = 0
+    flops: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model under a way of calling it.
+
+    Attributes:
+        name: "dense", "full" (the engine at full depth), "routed", "shared" (routed, one plan for the prompt) or
+            "pruned".
+        layers: K.
+        model: what is called.
+        spends: opens the context in which it runs.
+        decodes: whether its decoding is timed too.
+    """
+
+    name: str
+    layers: int
+    model: PreTrainedModel
+    spends: Callable[[], AbstractContextManager]
+    decodes: bool = True
+
+    def prefill(self, ids: Tensor) -> Any:
+        """The cache after a prompt (B, T)."""
+        return self.model(ids, cache=self._cache(), use_cache=True, logits_to_keep=1).cache
+
+    def step(self, ids: Tensor, cache: Any) -> float:
+        """Milliseconds of one step on (B, 1)."""
+        _wait(ids)
+        start = time.perf_counter()
+        self.model(ids, cache=cache, use_cache=True)
+        _wait(ids)
+        return 1e3 * (time.perf_counter() - start)
+
+    def _cache(self) -> DynamicCache | None:
+        """For a stock model an empty cache that grows as the engine's does; the engine makes its own."""
+        if self.name not in ("dense", "pruned"):
+            return None
+        cache = DynamicCache(config=self.model.config)
+        cache.layers[:] = [growing_layer(layer) for layer in cache.layers]
+        return cache
+
+
+def contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Contender]:
+    """Dense and full once; routed, shared and pruned for each K below L, pruned to the router's commonest layers."""
+    model, layers = routed.backbone.model, routed.geometry.layers
+    found = [
+        Contender("dense", layers, pruned_model(model, range(layers)), nullcontext),
+        Contender("full", layers, model, lambda: routed.at(executed=[layers])),
+    ]
+    for count in counts:
+        if count < layers:
+            runs = routed(ids[:1], executed=torch.tensor([count])).runs[0].sum(0)
+            kept = sorted(runs.argsort(descending=True, stable=True)[:count].tolist())
+            found.append(Contender("routed", count, model, lambda count=count: routed.at(executed=[count])))  # type: ignore[misc]
+            found.append(Contender("shared", count, model, lambda count=count: _shared(routed, count), decodes=False))  # type: ignore[misc]
+            found.append(Contender("pruned", count, pruned_model(model, kept), nullcontext))
+    return found
+
+
+@contextmanager
+def _shared(routed: RoutedLM, count: int) -> Iterator[None]:
+    with routed.changed(prompt_plan="shared"), routed.at(executed=[count]):
+        yield
+
+
+@torch.inference_mode()
+def race(
+    field_: Sequence[Contender],
+    ids: Tensor,
+    *,
+    prompts: Sequence[int] = (64, 512),
+    batches: Sequence[int] = (1, 8),
+    late: Tensor | None = None,
+    rounds: int = 7,
+    track: Track = iter,
+) -> dict[tuple[str, int], Timings]:
+    """Timings by (name, layers).
+
+    Args:
+        field_: who runs.
+        ids: (B, T) long, text to read; T is at least the longest prompt, B the largest batch.
+        prompts: lengths of the prompts whose prefill is timed, in a batch of one.
+        batches: batch sizes whose decoding is timed.
+        late: (1, T) long, a text whose last `STEPS` tokens are decoded after all before them; None for none.
+        rounds: each contender runs once in each, after one round that is not counted.
+        track: wraps the rounds to show progress.
+    """
+    timings = {(each.name, each.layers): Timings() for each in field_}
+    decoding, draw = [each for each in field_ if each.decodes], random.Random(0)
+    for number in track(range(rounds + 1)):
+        for each in draw.sample(field_, len(field_)):
+            mine = timings[each.name, each.layers]
+            with each.spends():
+                for length in prompts:
+                    spent = _prefill_ms(each, ids[:1, :length])
+                    mine.prefill.setdefault(length, []).extend([spent] if number else [])
+        steps = {batch: decode_in_turn(decoding, ids[:batch, : PROMPT + STEPS], PROMPT, draw) for batch in batches}
+        after = [] if late is None else decode_in_turn(decoding, late, late.shape[1] - STEPS, draw)
+        for place, each in enumerate(decoding if number else ()):
+            mine = timings[each.name, each.layers]
+            for batch, spent_by_each in steps.items():
+                mine.decode.setdefault(batch, []).append(spent_by_each[place])
+            mine.decode_late.extend(after[place : place + 1])
+    for each in field_:
+        _weigh(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
+    return timings
+
+
+def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int, draw: random.Random) -> list[float]:
+    """Mean milliseconds of a step for each contender, over the tokens after the first `prompt` of (B, T).
+
+    All take one token before any takes the next, so that what disturbs the machine for a moment meets them alike; who
+    comes after whom is drawn anew for each token.
+    """
+    caches = []
+    for each in field_:
+        with each.spends():
+            caches.append(each.prefill(ids[:, :prompt]))
+    spent = [0.0] * len(caches)
+    for at in range(prompt, ids.shape[1]):
+        for place in draw.sample(range(len(field_)), len(field_)):
+            with field_[place].spends():
+                spent[place] += field_[place].step(ids[:, at : at + 1], caches[place])
+    return [total / (ids.shape[1] - prompt) for total in spent]
+
+
+@torch.inference_mode()
+def mixed_prefill(routed: RoutedLM, field_: Sequence[Contender], ids: Tensor, rounds: int = 5) -> float:
+    """Prefill of a batch whose rows have budgets of their own, over what its executed layers cost when pruned.
+
+    The denominator is the mean, over rows, of the pruned stock model's time for the whole batch at that row's K.
+    """
+    pruned = {each.layers: each for each in field_ if each.name == "pruned"}
+    pruned[routed.geometry.layers] = next(each for each in field_ if each.name == "dense")
+    depths = sorted(pruned)
+    asked = [depths[row % len(depths)] for row in range(len(ids))]
+    ratios = []
+    for number in range(rounds + 1):
+        with routed.at(executed=asked):
+            ours = _prefill_ms(Contender("mixed", 0, routed.backbone.model, nullcontext), ids)
+        alone = {depth: _prefill_ms(pruned[depth], ids) for depth in set(asked)}
+        if number:
+            ratios.append(ours / statistics.mean(alone[depth] for depth in asked))
+    return statistics.median(ratios)
+
+
+def _prefill_ms(contender: Contender, ids: Tensor) -> float:
+    _wait(ids)
+    start = time.perf_counter()
+    contender.prefill(ids)
+    _wait(ids)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _weigh(contender: Contender, ids: Tensor, timings: Timings) -> None:
+    """Floating-point operations of a prefill, with and without the head, and bytes of the cache it leaves."""
+    flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    with contender.spends(), FlopCounterMode(display=False, custom_mapping={flash: _attention_flops}) as counter:
+        cache = contender.prefill(ids)
+    head = 2 * contender.model.lm_head.weight.numel()
+    timings.flops = {"total": counter.get_total_flops(), "without_head": counter.get_total_flops() - head}
+    timings.cache_bytes = cache_bytes(cache)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that a cache holds: keys, values and, once each, the hidden states that wait in a routed one."""
+    held = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+    owed = [hidden for layer in cache.layers for hidden, _ in getattr(layer, "pending", ())]
+    waiting = {hidden.data_ptr(): hidden for hidden in owed}
+    return sum(x.numel() * x.element_size() for x in (*held, *waiting.values()))
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _wait(ids: Tensor) -> None:
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
+
+
+PER_LAYER = ("layer_types", "no_rope_layers")  # what a configuration says of each layer
+
+
+def pruned_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A stock model of the kept layers, in their order; it shares the weights of `model` and copies none.
+
+    Args:
+        model: the whole model, routed or not.
+        kept: layer indices, rising.
+    """
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(kept)
+    for name in PER_LAYER:
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[index] for index in kept])
+    with torch.device("meta"):
+        small = type(model)(config)
+    small.model.layers = nn.ModuleList(_renumbered(model.model.layers[old], new) for new, old in enumerate(kept))
+    for name, part in model.model.named_children():
+        if name != "layers":
+            setattr(small.model, name, part)
+    small.lm_head = model.lm_head
+    small.config._attn_implementation = model.config._attn_implementation
+    return small.eval()
+
+
+def _renumbered(layer: nn.Module, index: int) -> nn.Module:
+    """A stock copy of a layer that shares its weights and writes to the cache at `index`."""
+    shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+    plain = layer.__class__
+    layer.__class__ = stock_class(layer)  # a routed layer's copy must not look for a pass
+    try:
+        twin = copy.deepcopy(layer, shared | {id(config): config for config in _configs(layer)})
+    finally:
+        layer.__class__ = plain
+    twin.self_attn.layer_idx = index
+    return twin
+
+
+def _configs(layer: nn.Module) -> list[object]:
+    return [module.config for module in layer.modules() if hasattr(module, "config")]
+
+
+PACKAGES = ("torch", "transformers", "lightning", "datasets", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python, Buddy and the libraries that results depend on."""
+    found = {"python": platform.python_version(), "buddy": buddy.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # installed without metadata
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, accelerator."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator) if accelerator else None
+    return {"processor": _processor(), "cores": _cores(), "memory_gib": _memory(), "accelerator": name}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):  # not every system tells
+        return None
