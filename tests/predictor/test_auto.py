@@ -197,7 +197,7 @@ def test_what_the_command_refuses(finished, words, named):
 
 
 def test_a_text_that_is_too_long_is_refused_before_anything_is_timed(finished, monkeypatch):
-    monkeypatch.setattr("buddy.latency.measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr("buddy.latency.measure_latencies", lambda *_: pytest.fail("timed"))
     result = call("generate", "--run", finished / "buddy", "--budget", "15ms", "--max-new-tokens", 10**6, "text")
     assert result.exit_code == 2, result.output
 
