@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,30 +22,26 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from buddy import console, distributed
 from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
-from buddy.backbone.sharding import STRATEGY, check, join, settle, shard, shards
+from buddy.backbone.sharding import STRATEGY, check_sharding, finish_sharding, is_sharded, join, shard
 from buddy.build import attach_predictor, build_adapter, build_backbone, build_data, build_model, heals, restore_router
-from buddy.calibration.probe import Probe
-from buddy.calibration.store import cache_folder
+from buddy.calibration.probe import CalibrationProbe
 from buddy.config import ClassSpec, PredictorSection, Recipe, Rival, with_router
 from buddy.console import errors, status, track, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import show_comparison, write_results
-from buddy.io import on_disk, within_memory
+from buddy.io import cache_folder, on_disk, within_memory
 from buddy.losses import Objective
-from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
+from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
 from buddy.registry import load
 from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
-from buddy.run import ADAPTER, RunPlace, folder_name, read_metrics, save_router, write_facts
+from buddy.run import ADAPTER, RunFolder, Stopwatch, input_digests, read_metrics, save_router
 from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
-from buddy.training.callbacks import Keeper, TrainingBar, WholeCheckpoints, quiet
+from buddy.training.callbacks import Keeper, SaveSeconds, TrainingBar, WholeCheckpoints, quiet
 from buddy.training.estimators import Estimator, Perturbed, StraightThrough, Weighted
 from buddy.training.healing import HealingModule, Together
-from buddy.training.inputs import inputs_of
-from buddy.training.ledger import Ledger
 from buddy.training.module import NotFinite, RoutingModule
-from buddy.training.stopwatch import Stopwatch
 
 
 def fit(recipe: Recipe, recipe_name: str) -> None:
@@ -66,52 +61,45 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     console.errors.quiet = console.results.quiet = not leads
     rivals = {rival.label: _rival(recipe, rival) for rival in recipe.rivals if rival.label != recipe.router.name}
     labels, recipes = [*rivals, recipe.router.name], [*rivals.values(), recipe]
-    places = [RunPlace(RunPlace.of(recipe, recipe_name).final.with_name(folder_name(label))) for label in labels]
-    for place in places if leads else ():
-        place.settle()
+    places = [RunFolder.of(each, recipe_name, label) for label, each in zip(labels, recipes, strict=True)]
     session = _begin(recipes, places)
     with distributed.linked():
         if not leads:
             return session.follow(recipes, places)
-        ledger, scores = Ledger(places[-1]), {}
+        scores = {}
         for number, (label, each, place) in enumerate(zip(labels, recipes, places, strict=True), start=1):
-            kept = session.kept(each, place, ledger)
+            kept = session.stored(each, place)
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
                 console.errors.print(f"Router {number} of {len(recipes)}: {label}{done}", soft_wrap=True)
             distributed.tell(kept is not None)
             scores[label] = session.run(each, recipe_name, place) if kept is None else kept
-            ledger.note(label)
     ordered = {name: scores[name] for name in (recipe.router.name, *rivals)}
-    folders = {label: place.final for label, place in zip(labels, places, strict=True)}
+    folders = {label: place.path for label, place in zip(labels, places, strict=True)}
     show_comparison(ordered, folders, recipe.router.name)
-    ledger.close()
 
 
-def _begin(recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> Session:
+def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
     """Backbone and text in each process, once the first has found all well, and the processes together."""
     leads, trainer = distributed.leads(), recipes[-1].trainer
     if not leads or distributed.from_torchrun() > 1:
         join(trainer)  # all are there already
-    with distributed.one_by_one(trainer) if shards(trainer) else distributed.leader_first():
+    with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.leader_first():
         session = Session(*prepare(recipes))
         for place in places if leads else ():
             with place.lock():  # a second fit is refused here, before it does anything
                 pass
         join(trainer)
-        if shards(trainer):
+        if is_sharded(trainer):
             shard(session.backbone, trainer["accelerator"])
-    if shards(trainer):
-        settle(session.backbone)
+    if is_sharded(trainer):
+        finish_sharding(session.backbone)
     return session
 
 
 def _rival(recipe: Recipe, rival: Rival) -> Recipe:
     """The recipe for another router; a checkpoint and the budget predictor are the recipe's own router's."""
     return replace(with_router(recipe, rival), ckpt_path=None, predictor=PredictorSection())
-
-
-WATCH = "seconds.json"  # in the folder of an unfinished run
 
 
 def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
@@ -127,16 +115,16 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         trainer_of(recipe, logger=False)
     for spec in (*recipe.callbacks, *filter(None, [recipe.logger])):
         instantiate(spec)
-    check(recipe)
+    check_sharding(recipe)
     if recipe.ckpt_path:
         check_checkpoint(recipe.ckpt_path)
     with status(f"Loading {recipe.backbone.name} …"):
-        backbone = build_backbone(recipe, stays=shards(recipe.trainer))
+        backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
         for each in recipes:
             routed = build_model(each, backbone)
             _check_start(each, routed.router)
             if each.predictor.name is not None:
-                arms_of(each, routed)
+                predictor_arms(each, routed)
             routed.detach()
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
@@ -168,37 +156,36 @@ class Session:
 
     def __init__(self, backbone: Backbone, data: TextData) -> None:
         self.backbone, self.data = backbone, data
-        self._probe: Probe | None = None
+        self._probe: CalibrationProbe | None = None
         self._watch: Stopwatch | None = None
         self._reference = Reference()
 
-    def kept(self, recipe: Recipe, place: RunPlace, ledger: Ledger) -> list[Scores] | None:
-        """The results of a router that an earlier beginning of the same fit finished; None where none did."""
-        return ledger.scores(recipe, place, inputs_of(recipe, self.backbone, self.data))
+    def digests(self, recipe: Recipe) -> dict[str, str]:
+        """Digests of what a run of the recipe is made from."""
+        data = self.data
+        return input_digests(
+            recipe.router.name, self.backbone.fingerprint, data.fingerprint, data.train_fingerprint or ""
+        )
 
-    def run(self, recipe: Recipe, recipe_name: str, place: RunPlace, lent: Path | None = None) -> list[Scores]:
-        """Fit, evaluate and publish one router.
+    def stored(self, recipe: Recipe, place: RunFolder) -> list[Scores] | None:
+        """The results of a complete run of the same recipe and inputs; None where there is none."""
+        digests = self.digests(recipe)
+        if not place.is_complete or place.differences(recipe, digests):
+            return None
+        place.warn_of_changed_code(digests)
+        return scores_of(read_metrics(place.path))
+
+    def run(self, recipe: Recipe, recipe_name: str, place: RunFolder, lent: Path | None = None) -> list[Scores]:
+        """Fit, evaluate and complete one run.
 
         Args:
-            lent: a finished run of the same recipe but for the adapter, whose router is taken as it is.
+            lent: a complete run of the same recipe but for the adapter, whose router is taken as it is.
         """
-        with on_disk(place.final), place.lock(), self.routed(recipe) as routed:
-            inputs = inputs_of(recipe, self.backbone, self.data)
-            if distributed.count() == 1 and place.sealed(recipe, inputs):
-                _tidy(place.partial)
-                return scores_of(read_metrics(place.publish()))
-            folder = place.open_partial(recipe, inputs)
-            watch, fitted = Stopwatch(folder / WATCH), False
+        with on_disk(place.path), place.lock(), self.routed(recipe) as routed:
+            folder = place.begin(recipe, recipe_name, self.digests(recipe), routed.geometry)
+            watch, fitted = Stopwatch(folder), False
             self._watch = watch
             try:
-                write_facts(
-                    folder,
-                    recipe,
-                    recipe_name,
-                    backbone=self.backbone.name,
-                    fingerprint=self.backbone.fingerprint,
-                    geometry=routed.geometry,
-                )
                 distributed.wait()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
@@ -214,21 +201,20 @@ class Session:
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:
                     routed.adapter.save(folder / ADAPTER)
-                write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint)
-                place.seal()
+                metrics = write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint)
                 _tidy(folder)
+                place.complete(metrics)
             except BaseException as error:
-                goes_on = isinstance(error, KeyboardInterrupt) or any(folder.rglob("*.ckpt"))
-                if not goes_on:
-                    shutil.rmtree(folder, ignore_errors=True)
-                elif not fitted:  # evaluation's time is not saved as fitting's
+                if not isinstance(error, KeyboardInterrupt):
+                    with suppress(BuddyError):
+                        place.abandon()
+                if not fitted and folder.exists():  # evaluation's time is not saved as fitting's
                     with suppress(BuddyError):  # on a full disk, say
-                        watch.save()  # there is something to go on from, if only the time that was spent
+                        watch.save()
                 raise
-            place.publish()
         return scores
 
-    def follow(self, recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> None:
+    def follow(self, recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> None:
         """Take part in the training and evaluation of all routers beside the process that leads."""
         for recipe, place in zip(recipes, places, strict=True):
             if distributed.tell():  # it is finished
@@ -236,7 +222,7 @@ class Session:
             with self.routed(recipe) as routed:
                 distributed.wait()
                 try:
-                    self._fit(recipe, routed, place.partial)
+                    self._fit(recipe, routed, place.work)
                     self._evaluate(recipe, routed)
                 except (TrainingError, KeyboardInterrupt) as error:
                     raise SystemExit(2) from error
@@ -254,7 +240,7 @@ class Session:
     def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path, lent: Path | None = None) -> None:
         """Calibrate, train and heal."""
         self.data.train_seed = recipe.seed
-        callbacks = [self._watch] if self._watch else []
+        callbacks = [SaveSeconds(self._watch)] if self._watch else []
         if lent is not None:
             restore_router(routed, lent)
             (folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # of a router begun here before
@@ -273,22 +259,24 @@ class Session:
 
         Others follow where something may be left for training that is in no state; they find what it kept on disk.
         """
-        with nullcontext() if shards(recipe.trainer) else distributed.leader_first():
-            if distributed.leads() or shards(recipe.trainer) or routed.router.trainable:
+        with nullcontext() if is_sharded(recipe.trainer) else distributed.leader_first():
+            if distributed.leads() or is_sharded(recipe.trainer) or routed.router.trainable:
                 probe = self._calibration(recipe, routed)
                 routed.router.calibrate(probe)
                 probe.release()
         distributed.alike(routed.router)
 
-    def _calibration(self, recipe: Recipe, routed: RoutedLM) -> Probe:
+    def _calibration(self, recipe: Recipe, routed: RoutedLM) -> CalibrationProbe:
         """One probe for all routers: what one measured, the next need not."""
         if self._probe is None:
             windows, data = self.data.calibration.input_ids, recipe.data
-            store = None if shards(recipe.trainer) else cache_folder()  # all together: none may know more than another
+            store = (
+                None if is_sharded(recipe.trainer) else cache_folder("calibration")
+            )  # all together: none may know more than another
             options: dict[str, Any] = {"prompt": data.prompt, "store": store}
             # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
             size = 1 if self.backbone.device.type == "cpu" else data.batch_size
-            self._probe = Probe(routed, windows, size, self._track, **options)
+            self._probe = CalibrationProbe(routed, windows, size, self._track, **options)
         self._probe.seed = recipe.seed
         self._probe.serve(
             routed, [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)]
@@ -325,9 +313,8 @@ def _parameters(routed: RoutedLM) -> int:
 
 def _tidy(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
-    (folder / WATCH).unlink(missing_ok=True)
     forget(folder)
-    forget_targets(folder)
+    remove_targets(folder)
 
 
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")

@@ -25,6 +25,8 @@ def test_another_fit_finds_what_one_measured(small, tmp_path, monkeypatch):
     for name in ("first", "second"):
         fit(small(tmp_path / name, "router=shortgpt", "rivals=[]"), "small")
     assert measured == [1]
-    first, second = (load_router(tmp_path / name / "small/shortgpt")["influence"] for name in ("first", "second"))
+    first, second = (
+        load_router(tmp_path / name / "small/shortgpt/seed-0")["influence"] for name in ("first", "second")
+    )
     assert torch.equal(first, second)
     assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 1
