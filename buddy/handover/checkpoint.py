@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import ATTENTION, Backbone
 from buddy.engine.model import RoutedLM
+from buddy.engine.twins import PER_LAYER, pruned_model
 from buddy.errors import RunError
 from buddy.io import writing
-from buddy.scoring.timing import PER_LAYER, pruned_model
 
 CLOSE = 1e-4  # how far logits in float32 may lie apart
 
