@@ -14,7 +14,6 @@ from buddy.console import results
 from buddy.evaluation.curves import write_run
 from buddy.evaluation.figure import band, figure_at
 from buddy.io import write_json
-from buddy.run import METRICS
 from buddy.scoring.perplexity import Scores, as_json, paired_difference, with_documents
 from buddy.scoring.statistics import mixed
 
@@ -62,7 +61,7 @@ def show_comparison(scores: Mapping[str, Sequence[Scores]], folders: Mapping[str
 
     Args:
         scores: by router.
-        folders: the run folder of each router, all in one folder.
+        folders: the run folder of each router.
         main: the router whose recipe it is.
     """
     results.print(_perplexities(scores))
@@ -76,7 +75,7 @@ def show_comparison(scores: Mapping[str, Sequence[Scores]], folders: Mapping[str
     for line in (
         f"Figure:      {place}.png",
         f"Runs:        {', '.join(map(str, folders.values()))}",
-        f"TensorBoard: tensorboard --logdir {folders[main].parent}",
+        f"TensorBoard: tensorboard --logdir {folders[main].parent.parent}",
     ):
         results.print(line, soft_wrap=True)
 
@@ -89,8 +88,8 @@ def write_results(
     fit: Mapping[str, float],
     windows: str,
     rates: Mapping[float, float] | None = None,
-) -> None:
-    """Into a run folder: metrics.json with the sums per document, the figure, and TensorBoard's curves and settings.
+) -> dict[str, Any]:
+    """Write the figure and TensorBoard's curves and settings into a run folder; what metrics.json is to hold.
 
     Args:
         folder: of the run.
@@ -104,9 +103,9 @@ def write_results(
     if rates:
         found["fit"]["adapter_lr"] = min(rates, key=rates.__getitem__)
         found["rates"] = {str(rate): value if math.isfinite(value) else None for rate, value in rates.items()}
-    write_json(folder / METRICS, with_documents(scores) | found)
     draw({recipe.router.name: scores}, folder / FIGURE)
     write_curves(folder, recipe, scores, found["fit"])
+    return with_documents(scores) | found
 
 
 def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Mapping[str, float]) -> None:

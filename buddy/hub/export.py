@@ -21,11 +21,11 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
 from buddy.hub.card import export_card, export_warnings
-from buddy.hub.push_pull import CARD, finished
+from buddy.hub.push_pull import CARD
 from buddy.inspection.routing import Choice, most_frequent
 from buddy.io import new_folder, within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
-from buddy.run import Run
+from buddy.run import Run, read_run
 from buddy.scoring.perplexity import Reference, Scores, evaluate
 from buddy.scoring.timing import PER_LAYER, pruned_model
 
@@ -48,7 +48,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         BuddyError: the run, the budget or the text cannot be used, or `out` cannot be written. Nothing is left at
             `out` then.
     """
-    run = finished(folder)
+    run = read_run(folder)
     if data is not None and not data.strip():
         raise DataError("The text to choose the plan on has no name; name one, or leave --data out.")
     section = run.recipe.data

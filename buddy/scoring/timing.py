@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache, PreTrainedModel
 
 import buddy
-from buddy.engine.kv_cache import growing
+from buddy.engine.kv_cache import growing_layer
 from buddy.engine.layers import stock_class
 from buddy.engine.model import RoutedLM
 
@@ -82,7 +82,7 @@ class Contender:
         if self.name not in ("dense", "pruned"):
             return None
         cache = DynamicCache(config=self.model.config)
-        cache.layers[:] = [growing(layer) for layer in cache.layers]
+        cache.layers[:] = [growing_layer(layer) for layer in cache.layers]
         return cache
 
 
