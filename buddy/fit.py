@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from buddy import console, distributed
 from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
-from buddy.backbone.sharding import STRATEGY, check, join, settle, shard, shards
+from buddy.backbone.sharding import STRATEGY, check_sharding, finish_sharding, is_sharded, join, shard
 from buddy.build import attach_predictor, build_adapter, build_backbone, build_data, build_model, heals, restore_router
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import PredictorSection, Recipe, with_router
@@ -85,16 +85,16 @@ def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
     leads, trainer = distributed.leads(), recipes[-1].trainer
     if not leads or distributed.from_torchrun() > 1:
         join(trainer)  # all are there already
-    with distributed.one_by_one(trainer) if shards(trainer) else distributed.leader_first():
+    with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.leader_first():
         session = Session(*prepare(recipes))
         for place in places if leads else ():
             with place.lock():  # a second fit is refused here, before it does anything
                 pass
         join(trainer)
-        if shards(trainer):
+        if is_sharded(trainer):
             shard(session.backbone, trainer.accelerator)
-    if shards(trainer):
-        settle(session.backbone)
+    if is_sharded(trainer):
+        finish_sharding(session.backbone)
     return session
 
 
@@ -115,11 +115,11 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         load(each.router.name)
     with quiet():
         trainer_of(recipe, logger=False)
-    check(recipe)
+    check_sharding(recipe)
     if recipe.trainer.ckpt_path:
         check_checkpoint(recipe.trainer.ckpt_path)
     with status(f"Loading {recipe.backbone.name} …"):
-        backbone = build_backbone(recipe, stays=shards(recipe.trainer))
+        backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
         for each in recipes:
             routed = build_model(each, backbone)
             _check_start(each, routed.router)
@@ -268,8 +268,8 @@ class Session:
 
         Others follow where something may be left for training that is in no state; they find what it kept on disk.
         """
-        with nullcontext() if shards(recipe.trainer) else distributed.leader_first():
-            if distributed.leads() or shards(recipe.trainer) or routed.router.trainable:
+        with nullcontext() if is_sharded(recipe.trainer) else distributed.leader_first():
+            if distributed.leads() or is_sharded(recipe.trainer) or routed.router.trainable:
                 probe = self._calibration(recipe, routed)
                 routed.router.calibrate(probe)
                 probe.release()
@@ -280,7 +280,7 @@ class Session:
         if self._probe is None:
             windows, data = self.data.calibration.input_ids, recipe.data
             store = (
-                None if shards(recipe.trainer) else cache_folder("calibration")
+                None if is_sharded(recipe.trainer) else cache_folder("calibration")
             )  # all together: none may know more than another
             options: dict[str, Any] = {"prompt": data.prompt, "store": store}
             # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.

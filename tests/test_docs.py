@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from buddy.backbone.load import ROUTABLE
+from buddy.backbone.load import FAMILIES
 from buddy.comparison.markdown import WRITTEN
 from buddy.config import list_recipes, load_recipe, shown, to_yaml
 from buddy.errors import BuddyError
@@ -166,5 +166,5 @@ def test_the_dependencies_are_explained():
 
 def test_the_families_are_named():
     text = re.sub(r"[\s-]", "", README.read_text("utf-8").lower())
-    for family in ROUTABLE:
+    for family in FAMILIES:
         assert family.removesuffix("_text") in text

@@ -25,7 +25,7 @@ GOING = {
     "handover": "hub",
     "healing": "training",
     "signals": "io",
-}  # packages still to be moved
+}  # to be moved
 EXCEPTIONS = {  # (importing module, imported module): this set only shrinks
     ("compare", "inspection.routing"),
     ("distributed", "config"),

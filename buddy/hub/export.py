@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from buddy.backbone.embedded import quiet_transformers
-from buddy.backbone.load import ATTENTION, Backbone
+from buddy.backbone.load import FAMILIES, Backbone
 from buddy.budget import fraction_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status, tracker
@@ -138,7 +138,7 @@ def largest_difference(folder: Path, routed: RoutedLM, kept: Sequence[int], ids:
     runs[..., list(kept)] = True
     with routed.changed(sink_tokens=0):
         ours = routed(ids, runs=runs).logits
-    attention = ATTENTION.get(backbone.model.config.model_type, "sdpa")
+    attention = FAMILIES[backbone.model.config.model_type].attention
     with quiet_transformers():
         small = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     theirs = small.eval().to(ids.device)(ids, use_cache=False).logits
