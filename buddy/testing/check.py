@@ -78,9 +78,10 @@ class Check:
 
     def examine(self, subject: Subject) -> Result:
         """How the check ends, found once for each subject."""
-        if self.name not in subject.results:
-            subject.results[self.name] = self._examine(subject)
-        return subject.results[self.name]
+        found: Result | None = subject.results.get(self.name)
+        if found is None:
+            found = subject.results[self.name] = self._examine(subject)
+        return found
 
     def _examine(self, subject: Subject) -> Result:
         for need in self.needs:
