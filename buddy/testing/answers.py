@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from buddy.router import AnyRouter, Router
-from buddy.testing.check import Failed, check, raised
-from buddy.testing.subject import LENGTH, PARTS, ROWS, Sight, Subject, alike, answer, decisions, outputs, seeded
+from buddy.testing.check import Failed, check
+from buddy.testing.subject import LENGTH, PARTS, ROWS, Sight, Subject, alike, answer, decisions, outputs, raised, seeded
 
 KINDS, SCOPES = ("static", "learned", "random"), ("token", "prompt")
 

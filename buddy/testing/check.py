@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from unittest import SkipTest
 
-if TYPE_CHECKING:
-    from buddy.testing.subject import Subject
+from buddy.testing.subject import Subject, raised
 
 State = Literal["passed", "failed", "left out", "waits"]
 
@@ -81,9 +78,10 @@ class Check:
 
     def examine(self, subject: Subject) -> Result:
         """How the check ends, found once for each subject."""
-        if self.name not in subject.results:
-            subject.results[self.name] = self._examine(subject)
-        return subject.results[self.name]
+        found: Result | None = subject.results.get(self.name)
+        if found is None:
+            found = subject.results[self.name] = self._examine(subject)
+        return found
 
     def _examine(self, subject: Subject) -> Result:
         for need in self.needs:
@@ -105,16 +103,3 @@ class Check:
 def check(asks: str, *needs: Check) -> Callable[[Callable[[Subject], str]], Check]:
     """Makes a function a `Check` of the same name."""
     return lambda function: Check(function.__name__.replace("_", " "), asks, function, needs)
-
-
-def raised(error: BaseException, cls: type) -> str:
-    """An error in words, with the place in the router's own file where there is one."""
-    text = str(error).strip().partition("\n")[0].rstrip(".")
-    words = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    try:
-        file = inspect.getfile(cls)
-    except (OSError, TypeError):  # made in a notebook, say
-        file = ""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    place = f" (line {frames[-1].lineno} of {file.rpartition('/')[2]})" if frames else ""
-    return f"{cls.__name__} raises {words}{place}"

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from buddy.engine.model import RoutedLM
 from buddy.testing.answers import alone
-from buddy.testing.check import Failed, LeftOut, check, raised
+from buddy.testing.check import Failed, LeftOut, check
 from buddy.testing.state import saved
-from buddy.testing.subject import LENGTH, PROMPT, ROWS, Subject, answer, outputs, tiny_backbone
+from buddy.testing.subject import LENGTH, PROMPT, ROWS, Subject, answer, outputs, raised, tiny_backbone
 
 TURNS, LONGEST = 30, 0.5  # timed answers at most, and seconds for all of them
 ABSURD = 0.1  # seconds for one token, which a whole model decodes in less

@@ -15,8 +15,8 @@ from buddy.errors import BuddyError
 from buddy.io import load_tensors, save_tensors
 from buddy.router import AnyRouter, LayerwiseRouter
 from buddy.testing.answers import alone, finite, repeatable
-from buddy.testing.check import Failed, LeftOut, check, raised
-from buddy.testing.subject import PROMPT, ROWS, Subject, answer, outputs
+from buddy.testing.check import Failed, LeftOut, check
+from buddy.testing.subject import PROMPT, ROWS, Subject, answer, outputs, raised
 
 SIZES: tuple[tuple[int, int, PoolKind], ...] = ((5, 2, "value"), (7, 1, "both"))  # layers, context layer, pool
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +23,6 @@ from buddy.engine.model import PoolKind, RoutedLM, geometry_of
 from buddy.errors import BuddyError, RegistryError
 from buddy.registry import load, make
 from buddy.router import AnyRouter, Context, Router
-from buddy.testing.check import Result, raised
 
 SPECIALS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
 VOCABULARY = len(SPECIALS) + 256  # then one token for each byte
@@ -194,7 +195,7 @@ class Subject:
     ) -> None:
         self.cls = load(router) if isinstance(router, str) else router
         self.name = router if isinstance(router, str) else getattr(router, "__name__", repr(router))
-        self.options, self.results = dict(options or {}), dict[str, Result]()
+        self.options, self.results = dict(options or {}), dict[str, Any]()
         self.pool: PoolKind = pool
         self.backbone = tiny_backbone() if backbone is None else backbone
         self.geometry = geometry_of(self.backbone, context_layer, pool)
@@ -323,3 +324,16 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             numpy.random.set_state(before[1])
+
+
+def raised(error: BaseException, cls: type) -> str:
+    """An error in words, with the place in the router's own file where there is one."""
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    words = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    try:
+        file = inspect.getfile(cls)
+    except (OSError, TypeError):  # made in a notebook, say
+        file = ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = f" (line {frames[-1].lineno} of {file.rpartition('/')[2]})" if frames else ""
+    return f"{cls.__name__} raises {words}{place}"
