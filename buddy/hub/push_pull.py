@@ -30,8 +30,10 @@ from buddy.run import (
     RECIPE,
     ROUTER,
     Run,
+    checksums_of,
     read_metrics,
     read_run,
+    update_checksums,
 )
 
 HUB = "hf://"  # marks a hub name that could be a folder too
@@ -54,8 +56,8 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
         RunError: the run cannot be read, or the target cannot be written.
     """
     name = hub_name(to)
-    check_files(folder, trust_remote_code=True)  # a missing file is found here and not by those who pull
-    run = finished(folder)
+    run = read_run(folder)
+    check_files(run.folder, trust_remote_code=True)  # a missing file is found here and not by those who pull
     if name is None:
         if private:
             raise RunError(f"--private is for the hub, and {to} is a folder; leave it out.")
@@ -198,14 +200,6 @@ def download(name: str, revision: str | None = None, folder: Path | None = None)
 # Files
 
 
-def finished(folder: Path) -> Run:
-    """A run that is complete; RunError where it is not."""
-    run = read_run(folder)
-    if run.status != "finished":
-        raise RunError(f"The run {folder} is not finished; go on with the same `buddy fit` that began it.")
-    return run
-
-
 def check_files(folder: Path, *, shown_as: str | None = None, trust_remote_code: bool = False) -> Run:
     """Read every file of a run that somebody else may have made.
 
@@ -224,13 +218,13 @@ def check_files(folder: Path, *, shown_as: str | None = None, trust_remote_code:
                 raise RunError(
                     f"{folder} holds no run: {name} is missing; name what `buddy push` made, or a run folder."
                 )
-        sums = read_json(folder / FACTS).get("checksums", {})
-        if not isinstance(sums, dict) or not sums.keys() <= set(FILES):
-            raise DamagedError(folder / FACTS, "checksums is not what Buddy writes")
+        sums = checksums_of(folder)
+        if not sums.keys() <= set(FILES):
+            raise RunError(f"{folder} has checksums of files that no run has; name what `buddy push` made.")
         for name in sums.keys() - {CONFIG, CARD}:
             if checksum(folder / name) != sums[name]:
                 raise DamagedError(folder / name, "it is not what was written")
-        run = finished(folder)
+        run = read_run(folder)
         for path in filter(Path.is_file, (folder / name for name in FILES)):
             if path.suffix == ".safetensors":
                 load_tensors(path)
@@ -302,9 +296,8 @@ def _rename_backbone(made: Path, run: Run, backbone: str) -> None:
     write_text(made / RECIPE, to_yaml(renamed.recipe))
     if (made / CONFIG).is_file():
         _write_config(made, renamed)
-    facts = read_json(made / FACTS)
-    sums = facts.get("checksums", {}) | {RECIPE: checksum(made / RECIPE)}
-    write_json(made / FACTS, facts | {"backbone": backbone, "checksums": sums})
+    write_json(made / FACTS, read_json(made / FACTS) | {"backbone": backbone})
+    update_checksums(made)
 
 
 def _local_paths(run: Run) -> str:
@@ -314,7 +307,7 @@ def _local_paths(run: Run) -> str:
         "data.source": [data.source],
         "data.train_sources": [*data.train_sources],
         "data.calibration_sources": [*data.calibration_sources],
-        "trainer.ckpt_path": [recipe.trainer.ckpt_path],
+        "ckpt_path": [recipe.ckpt_path],
         "output": [recipe.output],
     }
     found = [f"backbone.name {recipe.backbone.name}"] if is_local(recipe.backbone.name) else []
