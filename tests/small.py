@@ -14,7 +14,8 @@ RECIPE = """
 backbone: {{name: {model}, dtype: float32}}
 data: {{source: {text}, window: 48, prompt: 12, calibration_windows: 6, validation_windows: 2, test_windows: 6}}
 budgets: [1.0, 0.75, 0.5]
-trainer: {{accelerator: cpu, max_steps: 8, checkpoint_every: 3, log_every: 2}}
+trainer: {{accelerator: cpu, max_steps: 8, log_every_n_steps: 2}}
+checkpoint_every: 3
 """
 WORDS = "budget depth layer router token plan text model order learn skip run measure"
 COMMAND = Path(sys.executable).with_name("buddy")

@@ -190,7 +190,7 @@ def test_a_kill_in_the_evaluation_costs_no_healing(small, healed, tmp_path, monk
 
 def test_a_trained_router_is_healed_without_training_it_again(small, finished, healed, tmp_path, capsys):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
-    fit(small(tmp_path, f"trainer.ckpt_path={checkpoint}", *HEALED), "small")
+    fit(small(tmp_path, f"ckpt_path={checkpoint}", *HEALED), "small")
     assert "Training buddy" not in capsys.readouterr().err
     assert_same(weights(healed / "buddy"), weights(tmp_path / "small" / "buddy" / "seed-0"))
 
@@ -232,7 +232,7 @@ def test_a_healing_of_other_modules_is_not_gone_on_from(small, tmp_path, monkeyp
             fit(small(tmp_path, *HEALED, *BRIEFLY), "small")
     checkpoints = tmp_path / "small" / "buddy" / "seed-0" / "checkpoints"
     before = (checkpoints / "healing.ckpt").read_bytes()
-    named = f"trainer.ckpt_path={checkpoints / 'last.ckpt'}"
+    named = f"ckpt_path={checkpoints / 'last.ckpt'}"
     with pytest.raises(
         TrainingError, match=r"healing.ckpt is of another healing .it differs in adapter.rank.; delete it"
     ):
