@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what type checkers and editors read; `__getattr__` is what runs
     from buddy.budget import executed_grid as executed_grid
     from buddy.budget import executed_layers as executed_layers
-    from buddy.calibration.probe import Probe as Probe
     from buddy.errors import BuddyError as BuddyError
     from buddy.errors import BudgetError as BudgetError
     from buddy.hub.load import load as load
@@ -17,6 +16,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `__getattr__` is what 
     from buddy.router import Context as Context
     from buddy.router import Geometry as Geometry
     from buddy.router import LayerwiseRouter as LayerwiseRouter
+    from buddy.router import Probe as Probe
     from buddy.router import Router as Router
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ _HOMES = {
     "Geometry": "buddy.router",
     "LayerwiseRouter": "buddy.router",
     "Plan": "buddy.plan",
-    "Probe": "buddy.calibration",
+    "Probe": "buddy.router",
     "Router": "buddy.router",
     "executed_grid": "buddy.budget",
     "executed_layers": "buddy.budget",

@@ -17,7 +17,8 @@ from buddy.data.text import same_source
 from buddy.data.windows import Windows, windows_of
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
-from buddy.latency import Latencies, cache_folder
+from buddy.io import cache_folder
+from buddy.latency import Latencies
 from buddy.predictor.features import Predictor
 from buddy.predictor.fit import load_predictor
 from buddy.registry import build
@@ -70,7 +71,7 @@ def attach_router(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> Rout
         reroute_every=routing.reroute_every,
         batch_plan=routing.batch_plan,  # type: ignore[arg-type]
     )
-    routed.table = Latencies(cache_folder())
+    routed.table = Latencies(cache_folder("latency"))
     return routed
 
 

@@ -7,6 +7,7 @@ the command line prints it without a traceback and exits with 2.
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 
 
 class BuddyError(Exception):
@@ -53,6 +54,11 @@ class DamagedError(RunError):
 
 class TrainingError(BuddyError):
     """A training step whose numbers stopped being finite."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line of at most 200 characters and without a full stop, to stand in brackets."""
+    return shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
 
 
 def nearest(word: str, accepted: Iterable[str], limit: int = 3) -> str:

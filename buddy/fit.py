@@ -25,15 +25,14 @@ from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
 from buddy.backbone.sharding import STRATEGY, check, join, settle, shard, shards
 from buddy.build import attach_predictor, build_adapter, build_backbone, build_data, build_model, heals, restore_router
-from buddy.calibration.probe import Probe
-from buddy.calibration.store import cache_folder
+from buddy.calibration.probe import CalibrationProbe
 from buddy.config import PredictorSection, Recipe, with_router
 from buddy.console import errors, status, track, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import show_comparison, write_results
-from buddy.io import on_disk, within_memory
+from buddy.io import cache_folder, on_disk, within_memory
 from buddy.losses import Objective
 from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
 from buddy.registry import check_names, load
@@ -169,7 +168,7 @@ class Session:
 
     def __init__(self, backbone: Backbone, data: TextData) -> None:
         self.backbone, self.data = backbone, data
-        self._probe: Probe | None = None
+        self._probe: CalibrationProbe | None = None
         self._watch: Stopwatch | None = None
         self._reference = Reference()
 
@@ -287,15 +286,17 @@ class Session:
                 probe.release()
         distributed.alike(routed.router)
 
-    def _calibration(self, recipe: Recipe, routed: RoutedLM) -> Probe:
+    def _calibration(self, recipe: Recipe, routed: RoutedLM) -> CalibrationProbe:
         """One probe for all routers: what one measured, the next need not."""
         if self._probe is None:
             windows, data = self.data.calibration.input_ids, recipe.data
-            store = None if shards(recipe.trainer) else cache_folder()  # all together: none may know more than another
+            store = (
+                None if shards(recipe.trainer) else cache_folder("calibration")
+            )  # all together: none may know more than another
             options: dict[str, Any] = {"prompt": data.prompt, "store": store}
             # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
             size = 1 if self.backbone.device.type == "cpu" else data.batch_size
-            self._probe = Probe(routed, windows, size, self._track, **options)
+            self._probe = CalibrationProbe(routed, windows, size, self._track, **options)
         self._probe.seed = recipe.seed
         self._probe.serve(
             routed, [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)]

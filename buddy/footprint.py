@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from buddy.backbone.load import DTYPES, EMBEDDED, check_routable
 from buddy.budget import executed_layers
 from buddy.config import ObjectiveSection, Recipe
 from buddy.console import results
-from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, nearest
+from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, nearest, reason
 from buddy.io import check_output_path, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, Geometry, LayerwiseRouter
@@ -414,13 +413,9 @@ def _read_hub(name: str) -> dict[str, Any]:
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
-        raise BackboneError(f"No model {name!r} was found ({_reason(error)}); give {CHOICES}.") from error
+        raise BackboneError(f"No model {name!r} was found ({reason(error)}); give {CHOICES}.") from error
     return values
 
 
 def _damaged(name: str, error: Exception) -> BackboneError:
-    return BackboneError(f"The configuration of {name!r} cannot be used ({_reason(error)}); mend it, or name another.")
-
-
-def _reason(error: Exception) -> str:
-    return shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
+    return BackboneError(f"The configuration of {name!r} cannot be used ({reason(error)}); mend it, or name another.")

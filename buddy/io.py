@@ -257,3 +257,21 @@ def _checksum_of(value: Mapping[str, Any]) -> str:
     """SHA-256 of the value as JSON gives it back: tuples are lists, and keys are texts."""
     plain = json.loads(json.dumps(value))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+# The user's caches
+
+
+def cache_root() -> Path:
+    """The folder of all caches: the environment's BUDDY_CACHE, else the user's cache folder."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("BUDDY_CACHE") or user_cache_dir("buddy")).expanduser().absolute()
+
+
+def cache_folder(name: str) -> Path | None:
+    """The folder of one cache: the environment's BUDDY_<NAME>_CACHE, None where that is empty, else in `cache_root`."""
+    folder = os.environ.get(f"BUDDY_{name.upper()}_CACHE")
+    if folder is None:
+        return cache_root() / name
+    return Path(folder).expanduser().absolute() if folder else None

@@ -23,15 +23,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from buddy.backbone.embedded import cache_root
-from buddy.comparison.machine import machine
 from buddy.console import errors, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
-from buddy.evaluation.speed import Contender, decode_in_turn
 from buddy.io import read_json, write_json
+from buddy.scoring.timing import Contender, decode_in_turn, machine
 
-PLACE, LOCK = "BUDDY_LATENCY_CACHE", "measuring.lock"
+LOCK = "measuring.lock"
 LAYOUT = 2  # raise it when tokens are timed in another way: older tables are then not found
 POINTS, ROUNDS = 5, 5
 PROMPT, STEPS = 64, 16  # tokens before those that are timed, and their number
@@ -102,14 +100,6 @@ class Latencies:
             yield True
         finally:
             lock.release()
-
-
-def cache_folder() -> Path | None:
-    """Where tables are kept: BUDDY_LATENCY_CACHE, nowhere if that is empty, else in the model cache."""
-    place = os.environ.get(PLACE)
-    if place is None:
-        return cache_root() / "latency"
-    return Path(place).expanduser().absolute() if place else None
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from buddy.errors import RegistryError, nearest
+from buddy.errors import RegistryError, nearest, reason
 
 if TYPE_CHECKING:
     from buddy.router import AnyRouter, Geometry
@@ -188,5 +188,4 @@ def _words(hint: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__

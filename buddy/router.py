@@ -8,16 +8,15 @@ after the other; it sees the hidden state that arrives, and the engine holds it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
 from buddy.errors import BudgetError
 
-if TYPE_CHECKING:
-    from buddy.calibration.probe import Probe
+Criterion = Literal["ce", "kl"]  # next-token cross-entropy, or KL to the dense model
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,82 @@ class Context:
     newest: Tensor
     hidden: Tensor
     executed: Tensor
+
+
+class Probe(Protocol):
+    """Measurements of the frozen model on N calibration windows of W tokens, for `AnyRouter.calibrate`.
+
+    All routers of a recipe share one probe. It measures nothing twice, and keeps what it measured on disk, so that a
+    search that was interrupted resumes when it asks the same questions again.
+
+    Attributes:
+        geometry: sizes of the model.
+        asked: executed layers K below full depth that the recipe's budgets stand for, deepest first.
+        seed: the recipe's seed, for searches with randomness.
+        count: N, the number of windows.
+        prompt: tokens of a window that count as its prompt.
+    """
+
+    geometry: Geometry
+    asked: tuple[int, ...]
+    seed: int
+    count: int
+    prompt: int
+
+    @property
+    def block_influence(self) -> Tensor:
+        """(R,) float32: 1 − E[cos(h_in, h_out)] over tokens (ShortGPT, 2403.03853, eq. 1), without the sinks."""
+
+    @property
+    def angular_distance(self) -> Tensor:
+        """(R + 1, R + 1) float32: arccos(cos) / π between states of the windows' last tokens (2403.17887, eq. 6–7).
+
+        Entry [i, j], i < j, is the mean distance between the inputs of routable layers i and j; j = R stands for the
+        output of the last routable layer. Other entries are 0.
+        """
+
+    @property
+    def loss_increase(self) -> Tensor:
+        """(R,) float32: rise of the perplexity when one layer is skipped (Shortened LLaMA, 2402.02834, section 3.2)."""
+
+    @property
+    def taylor(self) -> Tensor:
+        """(R,) float32: Σ |w · ∂L/∂w| over a layer's linear weights (Shortened LLaMA, 2402.02834, section 3.1)."""
+
+    def losses(
+        self,
+        runs: Tensor,
+        criterion: Criterion = "ce",
+        windows: int | Sequence[int] | None = None,
+        *,
+        what: str | None = None,
+    ) -> Tensor:
+        """Mean nats a token of each window under each plan, (P, N') float64.
+
+        Plans that begin alike share the work up to the first layer where they differ, so one call with many plans is
+        cheaper than many calls.
+
+        Args:
+            runs: (P, L) bool, a plan in each row for all tokens; sinks run every layer.
+            criterion: "ce", next-token cross-entropy, or "kl", KL(dense ‖ plan), over positions 0 … W − 2.
+            windows: N', the first so many windows; or the numbers of some windows, ascending; all by default.
+            what: label of the progress bar.
+
+        Raises:
+            ValueError: a plan skips a layer that always runs, or an argument is out of range.
+        """
+
+    def loss(self, runs: Tensor) -> float:
+        """Mean next-token cross-entropy in nats under one plan for all tokens, runs (L,) bool."""
+
+    def plan_without(self, removed: Iterable[int]) -> Tensor:
+        """(L,) bool, the plan that skips some routable layers, counted from 0 to R − 1."""
+
+    def contexts(self) -> Context:
+        """What a router sees at the last token of each window's prompt, leading dimension (N,); K is full depth."""
+
+    def track(self, items: Sequence[Any], words: str) -> Iterator[Any]:
+        """Iterate over items with a progress bar labelled `words`, unless one is shown already."""
 
 
 class AnyRouter(nn.Module, ABC):

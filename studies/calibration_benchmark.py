@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from buddy.build import build_backbone, build_data, build_model
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
 from buddy.console import errors, results, track
-from buddy.evaluation.pruned import pruned_model
 from buddy.losses import cross_entropy
+from buddy.scoring.timing import pruned_model
 
 
 @dataclass
@@ -72,7 +72,9 @@ def _cross_entropy(model: PreTrainedModel, batch: Tensor) -> Tensor:
     return tokens[:, :-1].double().mean(1).cpu()
 
 
-def search(probe: Probe, batches: tuple[Tensor, ...], removals: int, clocks: tuple[Clock, Clock]) -> Iterator[Round]:
+def search(
+    probe: CalibrationProbe, batches: tuple[Tensor, ...], removals: int, clocks: tuple[Clock, Clock]
+) -> Iterator[Round]:
     """Remove layers greedily, each round timed both ways; the naive way's choice is the one that holds."""
     removed: list[int] = []
     for turn in track(range(removals), "Rounds"):
@@ -133,7 +135,7 @@ def main(
     removals = model.num_layers - max(to, routed.geometry.always_on)
     clocks = Clock(), Clock()
     with tempfile.TemporaryDirectory() as folder:
-        probe = Probe(routed, ids, batch_size, store=Path(folder))
+        probe = CalibrationProbe(routed, ids, batch_size, store=Path(folder))
         turns = list(search(probe, ids.split(batch_size), min(removals, rounds or removals), clocks))
     show(turns, clocks, f"{len(ids)} × {tokens} tokens, {backbone} in {dtype}")
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from buddy.evaluation.mixture import layers_at
 from buddy.predictor.grpo import BudgetPolicy, Weights, train_policy
 from buddy.predictor.regress import CurvePredictor
+from buddy.scoring.statistics import layers_at
 
 
 def by_epsilon(increase: np.ndarray, arms: np.ndarray, epsilon: float) -> np.ndarray:

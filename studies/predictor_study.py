@@ -22,12 +22,12 @@ from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
 from buddy.evaluation.figure import figure_at
-from buddy.evaluation.mixture import hull
 from buddy.inspection.routing import Domain, read_domains, sources_of
 from buddy.io import check_output_path, write_json, writing
 from buddy.predictor.features import digest_of, measure, ordered
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
+from buddy.scoring.statistics import hull
 from studies.predictor_choices import FOLDS, Measured, choices, compared
 
 FIGURE, NUMBERS = "predictor.png", "predictor.json"

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from buddy.build import build_backbone, build_data, build_model
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
 from buddy.console import errors, results, track
 from buddy.engine.model import RoutedLM
@@ -174,7 +174,7 @@ def measure(rounds: int, steps: int) -> tuple[list[float], list[float]]:
     data.prepare_data()
     data.setup()
     routed = build_model(recipe, backbone)
-    routed.router.calibrate(Probe(routed, data.calibration.input_ids[:4]))
+    routed.router.calibrate(CalibrationProbe(routed, data.calibration.input_ids[:4]))
     asked = {routed.executed_layers(budget) for budget in recipe.budgets}
     grid = sorted(asked - {routed.geometry.layers}) or sorted(asked)  # as the module draws them
     ours, bare = [], []

@@ -52,7 +52,7 @@ def calls(monkeypatch):
 
     stand_in("buddy.fit", "fit")
     stand_in("buddy.evaluation.evaluate", "evaluate_run")
-    stand_in("buddy.comparison.compare", "compare")
+    stand_in("buddy.compare", "compare")
     stand_in("buddy.comparison.rewrite", "rewrite")
     stand_in("buddy.hub.load", "generate")
     return made
@@ -129,7 +129,7 @@ def test_compare_refuses_what_does_not_go_together(calls, words, message):
 
 
 def test_what_failed_in_a_comparison_ends_it_with_1(monkeypatch):
-    monkeypatch.setattr("buddy.comparison.compare.compare", lambda asked: 2)
+    monkeypatch.setattr("buddy.compare.compare", lambda asked: 2)
     assert call("compare", "--recipe", "quickstart").exit_code == 1
 
 

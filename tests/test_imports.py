@@ -269,7 +269,7 @@ def test_the_walk_sees_what_it_must(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(
         "from buddy import embedded, Router\nimport buddy.plan\nfrom typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from buddy.calibration import Probe\n"
+        "if TYPE_CHECKING:\n    from buddy.calibration.probe import CalibrationProbe\n"
         "def f():\n    from buddy.engine.model import RoutedLM\n"
     )
     assert ours(path) == {"embedded", "__init__", "plan", "engine.model"}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from buddy import latency
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
-from buddy.latency import Latencies, cache_folder, interpolated, measure, points_of, setting_of
+from buddy.latency import Latencies, interpolated, measure, points_of, setting_of
 from tests.engine.reference import Fickle
 from tests.healing.made import adapted
 from tests.tiny import tiny_backbone
@@ -170,15 +170,6 @@ def test_a_file_in_the_way(routed, timed, tmp_path, capsys):
     (tmp_path / "latency").write_text("")
     assert Latencies(tmp_path / "latency")(routed)[6] == 8.0
     assert "Latencies cannot be kept" in capsys.readouterr().err
-
-
-def test_where_tables_are_kept(monkeypatch, tmp_path):
-    assert cache_folder() is None  # of tests
-    monkeypatch.setenv("BUDDY_LATENCY_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("BUDDY_LATENCY_CACHE")
-    monkeypatch.setenv("BUDDY_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path / "latency"
 
 
 def test_a_model_resolves_latencies_by_its_table(routed, timed):

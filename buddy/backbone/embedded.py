@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy.errors import BackboneError
+from buddy.io import cache_root
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,6 @@ def smollm2_folder() -> Path:
         trouble = f"The model cache {folder.parent} cannot be written ({error.strerror or error})"
         raise BackboneError(f"{trouble}; set BUDDY_CACHE to a folder with 300 MB free.") from error
     return folder
-
-
-def cache_root() -> Path:
-    """The folder of converted models: the environment's BUDDY_CACHE, else the user's cache folder."""
-    from platformdirs import user_cache_dir
-
-    return Path(os.environ.get("BUDDY_CACHE") or user_cache_dir("buddy")).expanduser().absolute()
 
 
 def fault(folder: Path) -> str | None:

@@ -11,14 +11,13 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from buddy.backbone import embedded
-from buddy.errors import BackboneError, nearest
+from buddy.errors import BackboneError, nearest, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -208,7 +207,7 @@ def _read_config(name: str, source: str, revision: str) -> dict:
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         if os.path.isdir(source):
             raise _damaged(repr(name), error) from error
-        why = "HF_HUB_OFFLINE is set and the hub's cache lacks it" if is_offline_mode() else _reason(error)
+        why = "HF_HUB_OFFLINE is set and the hub's cache lacks it" if is_offline_mode() else reason(error)
         raise BackboneError(f"No model {name!r} was found ({why}); check the name, or give {CHOICES}.") from error
 
 
@@ -242,9 +241,4 @@ def _load_tokenizer(name: str, source: str, **options: Any) -> PreTrainedTokeniz
 
 
 def _damaged(what: str, error: Exception) -> BackboneError:
-    return BackboneError(f"{what} cannot be loaded ({_reason(error)}); mend that, or download the model again.")
-
-
-def _reason(error: Exception) -> str:
-    """The error's own words on one line, for the brackets in ours."""
-    return shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
+    return BackboneError(f"{what} cannot be loaded ({reason(error)}); mend that, or download the model again.")

@@ -1,4 +1,4 @@
-"""`Probe`: what a router may measure on the calibration windows before use.
+"""`CalibrationProbe`: the implementation of `buddy.router.Probe`, what a router may measure before use.
 
 One probe serves all routers of a recipe, so they see the same windows, and what one measured is not measured again.
 """
@@ -6,46 +6,39 @@ One probe serves all routers of a recipe, so they see the same windows, and what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from buddy.calibration.measures import CRITERIA, Batch, Criterion, Losses, Pair, importance, similarities
-from buddy.calibration.store import Memo, Store, setting_of
+from buddy.calibration.measures import Batch, Pair, PlanLosses, similarities, taylor_importance
+from buddy.calibration.store import Measurements, setting_of
 from buddy.engine.model import RoutedLM
-from buddy.router import Context
+from buddy.router import Context, Criterion
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
+SIMILARITIES = ("block influence", "angular distance")
+TAYLOR = "Taylor importance"
 
 
-def _silent(items: Sequence[Any], _: str) -> Iterable[Any]:
-    return items
-
-
-class Probe:
-    """Measures a frozen model on calibration windows.
+class CalibrationProbe:
+    """Measures a frozen model on calibration windows; its methods are described in `buddy.router.Probe`.
 
     Args:
-        routed: the model; its router is not asked, only plans given here are run.
+        routed: the model; its router is not used, only plans given here run.
         windows: (N, W) long, calibration tokens.
         batch_size: windows per forward.
-        track: wraps a loop to show progress, given what it runs over and a few words.
+        track: wraps a loop to show progress, given its items and a few words; None shows nothing.
         asked: executed layers K that the budgets stand for.
         seed: for searches with randomness.
         prompt: tokens of a window that count as its prompt; half of them by default.
-        store: the folder where measured values are kept, so that a search that was killed goes on where it was; None
-            keeps them in memory only.
+        store: the folder where measured values are stored, so that an interrupted search resumes; None keeps them in
+            memory only.
 
     Attributes:
         routed: the model.
-        geometry: its sizes.
-        asked: executed layers K below full depth that will be asked for, deepest first.
-        seed: for searches with randomness.
-        count: N, the number of windows.
-        prompt: tokens of a window that count as its prompt.
+        geometry, asked, seed, count, prompt: see `buddy.router.Probe`.
     """
 
     def __init__(
@@ -53,7 +46,7 @@ class Probe:
         routed: RoutedLM,
         windows: Tensor,
         batch_size: int = 4,
-        track: Track = _silent,
+        track: Track | None = None,
         *,
         asked: Iterable[int] = (),
         seed: int = 0,
@@ -65,12 +58,13 @@ class Probe:
         self.seed, self.count = seed, len(windows)
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt
         self._batches, self._size = windows.split(batch_size), batch_size
-        make = None if store is None else (lambda: Store(store, setting_of(self.routed, windows, batch_size)))
-        self._memo = Memo(make)
+        setting = None if store is None else setting_of(routed, windows, batch_size)
+        self._measured = Measurements(store, setting)
+        self._losses: PlanLosses | None = None
         self._track, self._tracking = track, False
 
     def serve(self, routed: RoutedLM, asked: Iterable[int]) -> None:
-        """Measure for another router of the same backbone and routing; what was measured stays.
+        """Measure for another router of the same backbone and routing; measured values stay.
 
         Args:
             routed: the model with that router attached.
@@ -85,13 +79,13 @@ class Probe:
         self.asked = tuple(sorted({k for k in asked if k < self.geometry.layers}, reverse=True))
 
     def release(self) -> None:
-        """Free the memory that speeds up a search of many calls; what was measured stays."""
-        if "_losses" in vars(self):
+        """Free the memory that speeds up a search of many calls; measured values stay."""
+        if self._losses is not None:
             self._losses.release()
 
     def track(self, items: Sequence[Any], words: str) -> Iterator[Any]:
-        """The items one by one, with a progress bar, unless one is shown already or there are none."""
-        if self._tracking or not items:
+        """See `Probe.track`."""
+        if self._track is None or self._tracking or not items:
             yield from items
             return
         self._tracking = True
@@ -108,77 +102,64 @@ class Probe:
         *,
         what: str | None = None,
     ) -> Tensor:
-        """Mean nats a token of each window under each plan, (P, N') float64; nothing is measured twice.
-
-        Plans that begin alike share the work up to the first layer where they differ, so many plans in one call cost
-        less than one by one.
-
-        Args:
-            runs: (P, L) bool, a plan for all tokens in each row; sinks run every layer.
-            criterion: "ce", next-token cross-entropy, or "kl", KL(dense ‖ plan), over positions 0 … W − 2.
-            windows: N', only the first so many; or the numbers of some, in rising order; all by default.
-            what: said beside the progress bar.
-
-        Raises:
-            ValueError: a plan leaves out a layer that always runs, or something else is out of range.
-        """
+        """See `Probe.losses`."""
         self._check(runs, criterion, windows)
+        windows = self.count if windows is None else windows
+        batches: Sequence[Batch]  # the first ones, by number, or batches of some windows
+        if isinstance(windows, int):
+            batches, count = range(-(-windows // self._size)), windows
+        else:
+            batches = [tuple(windows[at : at + self._size]) for at in range(0, len(windows), self._size)]
+            count = len(windows)
         plans = ["".join("01"[on] for on in plan) for plan in runs.tolist()]
-        batches = self._batched(self.count if windows is None else windows)
         wanted = {_key(criterion, b, plan): (b, plan) for b in batches for plan in sorted(set(plans), reverse=True)}
-        missing = [wanted[key] for key in self._memo.missing(wanted)]
+        missing = [wanted[key] for key in self._measured.missing(wanted)]
         if missing:
-            count = len({plan for _, plan in missing})
-            self._measure(missing, criterion, what or f"losses of {count} plan{'s' if count > 1 else ''}")
-        wide = windows if isinstance(windows, int) else None  # the last of the first windows may lie within a batch
-        rows = [torch.cat([self._memo[_key(criterion, b, plan)] for b in batches])[:wide] for plan in plans]
-        count = self.count if windows is None else wide or len(windows)  # type: ignore[arg-type]  # 0 is refused
+            number = len({plan for _, plan in missing})
+            self._measure(missing, criterion, what or f"losses of {number} plan{'s' if number > 1 else ''}")
+        rows = [torch.cat([self._measured[_key(criterion, b, plan)] for b in batches])[:count] for plan in plans]
         return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
 
     def loss(self, runs: Tensor) -> float:
-        """Mean next-token cross-entropy in nats under one plan for all tokens, runs (L,) bool."""
+        """See `Probe.loss`."""
         return self.losses(runs[None]).mean().item()
 
     def plan_without(self, removed: Iterable[int]) -> Tensor:
-        """(L,) bool, the plan that leaves out some routable layers, counted from 0 to R − 1."""
+        """See `Probe.plan_without`."""
         runs = torch.ones(self.geometry.layers, dtype=torch.bool)
         runs[[self.geometry.context_layer + index for index in removed]] = False
         return runs
 
     @property
     def block_influence(self) -> Tensor:
-        """(R,) float32: 1 − E[cos(h_in, h_out)] over tokens (ShortGPT, 2403.03853, eq. 1), sinks left out."""
-        return self._similarity("block influence")
+        """See `Probe.block_influence`."""
+        return self._similarity(SIMILARITIES[0])
 
     @property
     def angular_distance(self) -> Tensor:
-        """(R + 1, R + 1) float32: arccos(cos) / π between the states of windows' last tokens (2403.17887, eq. 6–7).
-
-        [i, j], i < j, is the mean between what enters routable layers i and j; j = R stands for what leaves the last
-        of them. Other entries are 0.
-        """
-        return self._similarity("angular distance")
+        """See `Probe.angular_distance`."""
+        return self._similarity(SIMILARITIES[1])
 
     @property
     def loss_increase(self) -> Tensor:
-        """(R,) float32: rise of the perplexity when one layer is skipped (Shortened LLaMA, 2402.02834, section 3.2)."""
+        """See `Probe.loss_increase`."""
         plans = [self.plan_without(removed) for removed in ([], *([i] for i in range(self.geometry.routable)))]
         perplexity = self.losses(torch.stack(plans), what="perplexity without a layer").mean(1).exp()
         return (perplexity[1:] - perplexity[0]).float()
 
     @property
     def taylor(self) -> Tensor:
-        """(R,) float32: Σ |w · ∂L/∂w| over a layer's linear weights (Shortened LLaMA, 2402.02834, section 3.1)."""
-        first, words = self.geometry.context_layer, "Taylor importance"
-        if self._memo.missing([words]):
-            layers, batches = range(first, first + self.geometry.routable), self.track(self._batches, words)
-            self._memo[words] = importance(self.routed.backbone, batches, layers, self.count)
-            self._memo.save()
-        return self._memo[words].clone()
+        """See `Probe.taylor`."""
+        first = self.geometry.context_layer
+        if self._measured.missing([TAYLOR]):
+            layers, batches = range(first, first + self.geometry.routable), self.track(self._batches, TAYLOR)
+            self._measured[TAYLOR] = taylor_importance(self.routed.backbone, batches, layers, self.count)
+            self._measured.save()
+        return self._measured[TAYLOR].clone()  # the caller may change the result
 
     @torch.no_grad()
     def contexts(self) -> Context:
-        """What a router sees at the last token of each window's prompt, leading dimension (N,); K is full depth."""
+        """See `Probe.contexts`."""
         seen = []
         for batch in self.track(self._batches, "contexts of the prompts"):
             prompt = batch[:, : self.prompt].to(self.routed.backbone.device)
@@ -188,52 +169,43 @@ class Probe:
 
     def _similarity(self, name: str) -> Tensor:
         """Block Influence or the angular distances; one pass gives both."""
-        names = ("block influence", "angular distance")
-        if self._memo.missing(names):
-            first, batches = self.geometry.context_layer, self.track(self._batches, " and ".join(names))
+        if self._measured.missing(SIMILARITIES):
+            first, batches = self.geometry.context_layer, self.track(self._batches, " and ".join(SIMILARITIES))
             both = similarities(self.routed.backbone, batches, first, self.routed.sink_tokens)
-            for key, values in zip(names, both, strict=True):
-                self._memo[key] = values
-            self._memo.save()
-        return self._memo[name].clone()  # whoever asks may change what is given
-
-    def _batched(self, windows: int | Sequence[int]) -> Sequence[Batch]:
-        """The batches to measure: the first ones, by number, or some windows, by their numbers."""
-        if isinstance(windows, int):
-            return range(-(-windows // self._size))
-        return [tuple(windows[at : at + self._size]) for at in range(0, len(windows), self._size)]
+            for key, values in zip(SIMILARITIES, both, strict=True):
+                self._measured[key] = values
+            self._measured.save()
+        return self._measured[name].clone()
 
     def _measure(self, missing: Sequence[Pair], criterion: Criterion, what: str) -> None:
+        if self._losses is None:
+            self._losses = PlanLosses(self.routed.backbone, self._batches, self.routed.sink_tokens)
         try:
             for b, plan, losses in self._losses.measure(missing, criterion, lambda pairs: self.track(pairs, what)):
-                self._memo[_key(criterion, b, plan)] = losses
+                self._measured[_key(criterion, b, plan)] = losses
         finally:
-            self._memo.save()
-
-    @cached_property
-    def _losses(self) -> Losses:
-        return Losses(self.routed.backbone, self._batches, self.routed.sink_tokens)
+            self._measured.save()
 
     def _check(self, runs: Tensor, criterion: str, windows: int | Sequence[int] | None) -> None:
         layers, first = self.geometry.layers, self.geometry.context_layer
         if runs.dtype != torch.bool or runs.dim() != 2 or runs.shape[1] != layers:
             raise ValueError(f"runs is {runs.dtype} {tuple(runs.shape)}; give plans (P, {layers}) of bool")
         if not (runs[:, :first].all() and runs[:, -1].all()):
-            raise ValueError(f"a plan leaves out a layer that always runs; keep the first {first} and the last")
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion is {criterion!r}; choose one of {', '.join(CRITERIA)}")
+            raise ValueError(f"a plan skips a layer that always runs; keep the first {first} and the last")
+        if criterion not in get_args(Criterion):
+            raise ValueError(f"criterion is {criterion!r}; choose one of {', '.join(get_args(Criterion))}")
         if isinstance(windows, Sequence):
             if list(windows) != sorted({*windows} & {*range(self.count)}) or not windows:
-                raise ValueError(f"windows is {list(windows)}; give rising numbers from 0 to {self.count - 1}")
+                raise ValueError(f"windows is {list(windows)}; give ascending numbers from 0 to {self.count - 1}")
         elif windows is not None and not 1 <= windows <= self.count:
             raise ValueError(f"windows is {windows}; there are {self.count} calibration windows")
 
 
 def _key(criterion: str, batch: Batch, plan: str) -> str:
-    """What a plan's losses on a batch are kept under."""
+    """The key of a plan's losses on a batch."""
     return f"{criterion} {batch} {plan}"
 
 
 def _frame(routed: RoutedLM) -> tuple[Any, ...]:
-    """What must be the same for one probe."""
+    """What all models that one probe serves have in common."""
     return routed.backbone.model, routed.geometry, routed.sink_tokens

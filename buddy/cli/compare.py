@@ -76,8 +76,8 @@ def compare(
     from buddy.config import load_recipe, recipe_name
 
     resolved = load_recipe(recipe, overrides or [])
-    from buddy.comparison.asked import Asked, Tasks
-    from buddy.comparison.compare import compare as run_compare
+    from buddy.compare import Asked, Tasks
+    from buddy.compare import compare as run_compare
 
     asked = Asked(
         resolved,

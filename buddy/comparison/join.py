@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from buddy.comparison.planned import FREE
 from buddy.errors import RunError
 
+FREE = ("output", "rivals", "trainer.ckpt_path")  # keys that change nothing in the run
 MADE = ("command", "created", "versions", "machine")  # how each part was made
 RATES = "adapter.rates"  # of healing, of which each run keeps the best: kept with each part and told, not compared
 OWN = ("router.", "seed", RATES, *FREE)  # beginnings of keys that say which runs were asked for, and nothing of how

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from buddy.comparison.asked import Asked
 from buddy.comparison.figures import draw_all
 from buddy.comparison.grid import show
 from buddy.comparison.longform import as_csv
@@ -20,19 +19,19 @@ from buddy.io import write_text
 JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "results.md"
 
 
-def write_all(asked: Asked, record: dict[str, Any]) -> None:
+def write_all(record: dict[str, Any], folder: Path, markdown: Path | None = None) -> None:
     """Everything into the folder, and the tables on the screen."""
-    folder, comparison = asked.folder, Comparison(record)
+    comparison = Comparison(record)
     write_record(folder / JSON, record)
     write_text(folder / CSV, as_csv(comparison))
     figures = write_markdown(comparison, folder / MARKDOWN)
     place = write_tensorboard(comparison, folder, figures)
     for grid in all_grids(comparison):
         show(grid)
-    if asked.markdown:
-        write_markdown(comparison, asked.markdown, f"{asked.markdown.stem}-")
+    if markdown:
+        write_markdown(comparison, markdown, f"{markdown.stem}-")
     lines = {
-        "Results": asked.markdown or folder / MARKDOWN,
+        "Results": markdown or folder / MARKDOWN,
         "Figures": ", ".join(map(str, figures.values())),
         "Data": f"{folder / JSON}, {folder / CSV}",
         "TensorBoard": f"tensorboard --logdir {place}",

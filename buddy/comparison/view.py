@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-from buddy.comparison.statistics import accuracy_difference, difference, loss_interval, mean_loss
-from buddy.evaluation.flips import flipped
 from buddy.evaluation.report import FEWEST
 from buddy.scoring.perplexity import Scores, scores_of
+from buddy.scoring.statistics import accuracy_difference, difference, flipped, loss_interval, mean_loss
 
 
 @dataclass(frozen=True)

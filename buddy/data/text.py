@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from buddy.errors import DataError, nearest
+from buddy.errors import DataError, nearest, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -382,8 +382,7 @@ def _cache() -> Path:
 
 def _reason(error: BaseException) -> str:
     """The first line of what really went wrong: `datasets` wraps it in an error of its own that says nothing."""
-    cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
+    return reason(error.__cause__ or error)
 
 
 HYPHEN, RARE = " @-@ ", "<unk>"

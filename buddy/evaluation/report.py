@@ -13,10 +13,10 @@ from buddy.config import Recipe, flatten
 from buddy.console import results
 from buddy.evaluation.curves import write_run
 from buddy.evaluation.figure import band, figure_at
-from buddy.evaluation.mixture import mixed
 from buddy.io import write_json
 from buddy.run import METRICS
 from buddy.scoring.perplexity import Scores, as_json, paired_difference, with_documents
+from buddy.scoring.statistics import mixed
 
 FIGURE = "loss.png"
 COMPARISON = "comparison"

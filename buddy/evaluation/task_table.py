@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from buddy.console import results
-from buddy.evaluation.flips import flipped
+from buddy.scoring.statistics import flipped
 
 Entry = Mapping[str, Any]
 FULL = 1.0  # the budget of the full depth

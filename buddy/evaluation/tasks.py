@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddy.budget import auto_of, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, results, status
-from buddy.errors import BudgetError, DataError
-from buddy.evaluation.task_source import FEWSHOT_SEED, hushed, load_tasks, reason_of, require_lm_eval
+from buddy.errors import BudgetError, DataError, nearest, reason
 from buddy.evaluation.task_table import show_tasks
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
@@ -19,6 +23,7 @@ from buddy.run import Run, read_run
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
 
     from buddy.evaluation.harness import BuddyLM
 
@@ -170,7 +175,7 @@ def _refusals_told(name: str) -> Iterator[None]:
         yield
     except (ValueError, AssertionError) as error:
         raise DataError(
-            f"{name} cannot be scored ({reason_of(error)}); mend its definition or its items, or leave it out."
+            f"{name} cannot be scored ({reason(error)}); mend its definition or its items, or leave it out."
         ) from error
 
 
@@ -180,3 +185,262 @@ def _metric(values: dict[str, Any]) -> tuple[str, str]:
     metrics = {metric: filtered for metric, filtered in reversed(pairs) if not metric.endswith("_stderr")}
     metric = next((name for name in ("acc_norm", "acc") if name in metrics), None) or list(metrics)[-1]
     return metric, metrics[metric]
+
+
+NEEDED = ("lm_eval", "accelerate")
+FEWSHOT_SEED = 1234  # of lm-eval's command
+
+
+def require_lm_eval() -> None:
+    """Raises DataError, which says what to install, where lm-eval is missing."""
+    if any(find_spec(name) is None for name in NEEDED):
+        raise DataError("Tasks need lm-eval, which is not installed; run: pip install 'buddy-depth[tasks]'")
+
+
+def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: Path | None = None) -> dict[str, Task]:
+    """The tasks of these names, those of a group or tag one by one, as lm-eval's command prepares them.
+
+    Args:
+        names: of tasks, groups or tags.
+        task_data: a folder with NAME.jsonl for each task, instead of the hub's data sets.
+        task_path: a folder of definitions (YAML) of one's own, beside lm-eval's.
+
+    Raises:
+        DataError: an unknown name, data that cannot be had, or a task that runs code or needs more than text.
+    """
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise DataError("No task was named; name at least one, such as piqa.")
+    if task_data is not None and task_path is not None:
+        raise DataError("Items come from --task-data, or as the definitions in --task-path say; give one of the two.")
+    if task_data is not None:
+        check_local(names, task_data)
+        tasks = local_tasks(names, task_data, own_manager())
+    else:
+        tasks = _defined(names, own_manager() if task_path is None else _manager_with(task_path, names))
+    for name, task in tasks.items():
+        _check_kind(name, task)
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return tasks
+
+
+@cache
+def own_manager() -> TaskManager:
+    """The index of lm-eval's own definitions, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Within this block lm-eval writes no log lines but errors, and no bar over items that it only puts into words."""
+    from lm_eval.api import task
+
+    logger = logging.getLogger("lm_eval")
+    level, bar = logger.level, getattr(task, "tqdm", None)
+    logger.setLevel(logging.ERROR)
+    task.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task.tqdm = bar
+
+
+def _check_kind(name: str, task: Task) -> None:
+    """What lm-eval itself refuses, only later."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise DataError(
+            f"{name} runs code that the model writes, which may do harm; leave it out, or run it where it can do none "
+            "by python -m buddy.evaluation.lm_eval with --confirm_run_unsafe_code."
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise DataError(f"{name} has pictures or sound in it, and Buddy's models read text alone; leave it out.")
+
+
+def _manager_with(folder: Path, names: Sequence[str]) -> TaskManager:
+    """An index with a folder's definitions; lm-eval's own are in it where these alone do not do."""
+    from lm_eval.tasks import TaskManager
+
+    if not folder.is_dir() or not any(folder.rglob("*.yaml")):
+        raise DataError(f"{folder} is no folder with task definitions (.yaml) in it; check --task-path.")
+    alone = TaskManager(include_path=str(folder), include_defaults=False)
+    return alone if {*names} <= {*alone.all_subtasks} else TaskManager(include_path=str(folder))
+
+
+def _defined(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
+    from huggingface_hub.constants import is_offline_mode
+
+    for name in names:
+        if name not in manager.task_index:
+            hint = nearest(name, manager.task_index) or "; `lm_eval ls tasks` lists all."
+            raise DataError(f"lm-eval has no task named {name!r}{hint}")
+    try:
+        return manager.load(names)["tasks"]
+    except Exception as error:  # data sets and definitions fail in as many ways as there are to write one
+        advice = "connect to the network if its data are on the hub, mend its definition, or give items by --task-data"
+        if is_offline_mode():
+            advice = "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by --task-data"
+        raise DataError(f"{' or '.join(names)} cannot be loaded ({reason(error)}); {advice}.") from error
+
+
+Line = Mapping[str, Any]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a task's lines hold, and how one becomes the document that lm-eval's definition reads.
+
+    Attributes:
+        texts: fields that must be texts.
+        document: of a checked line.
+        choices: how many there are; None for two or more.
+        fixed: the choices themselves, where the task has no others.
+        config: what is changed in lm-eval's definition.
+    """
+
+    texts: tuple[str, ...]
+    document: Callable[[Line], dict[str, Any]]
+    choices: int | None = None
+    fixed: tuple[str, ...] | None = None
+    config: Mapping[str, Any] | None = None
+
+
+def _lettered(question: str) -> Callable[[Line], dict[str, Any]]:
+    """Documents of ARC and OpenBookQA: the right choice is named by its letter."""
+
+    def document(line: Line) -> dict[str, Any]:
+        letters = list(LETTERS[: len(line["choices"])])
+        choices = {"text": line["choices"], "label": letters}
+        return {question: line["question"], "choices": choices, "answerKey": letters[line["label"]]}
+
+    return document
+
+
+def _piqa(line: Line) -> dict[str, Any]:
+    one, other = line["choices"]
+    return {"goal": line["question"], "sol1": one, "sol2": other, "label": line["label"]}
+
+
+def _boolq(line: Line) -> dict[str, Any]:
+    return {"passage": line["context"], "question": line["question"], "label": line["label"]}
+
+
+def _hellaswag(line: Line) -> dict[str, Any]:
+    return {"query": line["context"], "choices": line["choices"], "label": str(line["label"])}
+
+
+def _social_iqa(line: Line) -> dict[str, Any]:
+    answers = dict(zip(("answerA", "answerB", "answerC"), line["choices"], strict=True))
+    return {"context": line["context"], "question": line["question"], **answers, "label": str(line["label"] + 1)}
+
+
+def _winogrande(line: Line) -> dict[str, Any]:
+    if line["question"].count("_") != 1:
+        raise ValueError("its question needs one '_' where the choices go")
+    one, other = line["choices"]
+    return {"sentence": line["question"], "option1": one, "option2": other, "answer": str(line["label"] + 1)}
+
+
+FORMS = {
+    "arc_challenge": Form(("question",), _lettered("question")),
+    "arc_easy": Form(("question",), _lettered("question")),
+    "boolq": Form(("context", "question"), _boolq, fixed=("no", "yes")),
+    # lm-eval cleans WikiHow's brackets away first; the context here is the query after that.
+    "hellaswag": Form(("context",), _hellaswag, config={"process_docs": None}),
+    "openbookqa": Form(("question",), _lettered("question_stem")),
+    "piqa": Form(("question",), _piqa, choices=2),
+    "social_iqa": Form(("context", "question"), _social_iqa, choices=3),
+    "winogrande": Form(("question",), _winogrande, choices=2),
+}
+
+
+def check_local(names: Sequence[str], folder: Path) -> None:
+    """Raises DataError where a task has no local form or no file in the folder."""
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder} of task files; check --task-data.")
+    for name in names:
+        if name not in FORMS:
+            hint = nearest(name, FORMS) or f"; choose from {', '.join(FORMS)}."
+            raise DataError(f"No task over local files is named {name!r}{hint}")
+        if not (folder / f"{name}.jsonl").is_file():
+            found = sorted(path.stem for path in folder.glob("*.jsonl") if path.stem in FORMS)
+            there = f"it has those for {', '.join(found)}" if found else "it has none for any task"
+            raise DataError(f"{folder} has no {name}.jsonl; {there}.")
+
+
+def local_documents(name: str, path: Path) -> list[dict[str, Any]]:
+    """The documents in a file, in the fields of the task's data set on the hub.
+
+    Raises:
+        DataError: a line that is not what the task needs, with its number; or no line.
+    """
+    documents = [_document(FORMS[name], text, f"{path} line {number}") for number, text in _lines(path)]
+    if not documents:
+        raise DataError(f"{path} is empty; give it one JSON object a line.")
+    return documents
+
+
+def local_tasks(names: Sequence[str], folder: Path, manager: TaskManager) -> dict[str, Task]:
+    """lm-eval's tasks of these names over the folder's files.
+
+    Raises:
+        DataError: see `check_local` and `local_documents`.
+    """
+    check_local(names, folder)
+    members = [{"task": name, **_over(name, local_documents(name, folder / f"{name}.jsonl"))} for name in names]
+    # As members of a group the definitions are found by name and overlaid.
+    return manager.load([{"group": "local", "task": members}])["tasks"]
+
+
+def _over(name: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is laid over a task's definition to make it read these documents and no others."""
+    from datasets import Dataset
+
+    split = "validation"
+    held = {split: Dataset.from_list(documents)}
+    splits = {"training_split": None, "validation_split": split, "test_split": None, "fewshot_split": None}
+    return {"custom_dataset": lambda **_: held, **splits, **(FORMS[name].config or {})}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); give it one JSON object a line, in UTF-8.") from error
+    # Not splitlines, which also breaks at signs that JSON lets stand in its strings.
+    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def _document(form: Form, text: str, place: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON ({error}); mend or remove it.") from error
+    try:
+        _check(form, line)
+        return form.document(line)
+    except ValueError as error:
+        raise DataError(f"{place} cannot be used: {error}; mend or remove it.") from error
+
+
+def _check(form: Form, line: Any) -> None:
+    """Raises ValueError where a line lacks what its task needs."""
+    if not isinstance(line, dict):
+        raise ValueError("it is not an object in braces")
+    for name in form.texts:
+        if not isinstance(line.get(name), str) or not line[name].strip():
+            raise ValueError(f"it needs the text {name!r}")
+    choices, label = line.get("choices"), line.get("label")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
+        raise ValueError("it needs 'choices', a list of texts")
+    if form.fixed is not None and tuple(choices) != form.fixed:
+        raise ValueError(f"its choices must be {list(form.fixed)}")
+    if not 2 <= len(choices) <= len(LETTERS) or (form.choices is not None and len(choices) != form.choices):
+        raise ValueError(f"it has {len(choices)} choices, not {form.choices or '2 or more'}")
+    if type(label) is not int or not 0 <= label < len(choices):
+        raise ValueError(f"its label is {label!r}, not the index of a choice, from 0 to {len(choices) - 1}")

@@ -21,7 +21,6 @@ from buddy.console import results, status, tracker
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
-from buddy.evaluation.pruned import PER_LAYER, pruned_model
 from buddy.hub.card import cautions, export_card
 from buddy.hub.push_pull import CARD, finished, whole_folder
 from buddy.inspection.routing import Choice, most_frequent
@@ -29,6 +28,7 @@ from buddy.io import within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run
 from buddy.scoring.perplexity import Reference, Scores, evaluate
+from buddy.scoring.timing import PER_LAYER, pruned_model
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are held against the engine's

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
-from textwrap import shorten
 
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
 from buddy.config import to_yaml
 from buddy.console import results, status
-from buddy.errors import DamagedError, RunError
+from buddy.errors import DamagedError, RunError, reason
 from buddy.hub.card import is_local, run_card
 from buddy.io import alive, checksum, load_tensors, read_json, write_json, write_text, writing
 from buddy.run import (
@@ -256,8 +255,7 @@ def download(name: str, revision: str | None = None, folder: Path | None = None)
 
 
 def _refused(what: str, error: Exception, advice: str) -> RunError:
-    reason = shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
-    return RunError(f"{what} ({reason}); {advice}.")
+    return RunError(f"{what} ({reason(error)}); {advice}.")
 
 
 def push(folder: Path, *, to: str, private: bool = False, licence: str | None = None) -> None:

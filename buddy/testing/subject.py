@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from buddy.backbone.load import Backbone, fingerprint
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import PoolKind, RoutedLM, geometry_of
 from buddy.errors import BuddyError, RegistryError
 from buddy.registry import load, make
@@ -198,7 +198,7 @@ class Subject:
         self.pool: PoolKind = pool
         self.backbone = tiny_backbone() if backbone is None else backbone
         self.geometry = geometry_of(self.backbone, context_layer, pool)
-        self._probe: Probe | None = None
+        self._probe: CalibrationProbe | None = None
         self._try()
 
     @property
@@ -285,11 +285,11 @@ class Subject:
         except (Exception, SystemExit) as error:  # strangers' code may raise anything
             raise RegistryError(f"The router {self.name!r} cannot be made: {raised(error, self.cls)}.") from error
 
-    def _serving(self, routed: RoutedLM, seed: int) -> Probe:
+    def _serving(self, routed: RoutedLM, seed: int) -> CalibrationProbe:
         """One probe for all routers: what one measured, the next need not."""
         asked = [self.middle, self.depths[0]]
         if self._probe is None:
-            self._probe = Probe(routed, self._tokens(WINDOWS, WIDTH, seed=2))
+            self._probe = CalibrationProbe(routed, self._tokens(WINDOWS, WIDTH, seed=2))
         self._probe.seed = seed
         self._probe.serve(routed, asked)
         return self._probe

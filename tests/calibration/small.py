@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
@@ -18,9 +18,9 @@ def routed(family: str = "llama", context_layer: int = 1, sinks: int = 1, **conf
     return RoutedLM(backbone, Fickle(geometry_of(backbone, context_layer)), sink_tokens=sinks)
 
 
-def probe(model: RoutedLM | None = None, windows: Tensor = WINDOWS, batch_size: int = 2, **options) -> Probe:
+def probe(model: RoutedLM | None = None, windows: Tensor = WINDOWS, batch_size: int = 2, **options) -> CalibrationProbe:
     """A probe of five windows in batches of two, two and one."""
-    return Probe(model or routed(), windows, batch_size, **options)
+    return CalibrationProbe(model or routed(), windows, batch_size, **options)
 
 
 def plans(count: int, layers: int = LAYERS, context_layer: int = 1, seed: int = 0) -> Tensor:

@@ -1,6 +1,8 @@
 """What a router may measure, against brute force on a fresh stock model."""
 
 import math
+from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import torch
@@ -9,12 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from buddy.calibration import measures
 from buddy.losses import Dense, kl_to_dense
 from tests.calibration.small import LAYERS, WINDOWS, count_calls, plans, probe, routed
 from tests.engine.reference import reference_logits
 from tests.tiny import FAMILIES, tiny_model
 
 SINKS = 1
+SHARED = routed()
+
+
+@cache
+def alone(criterion: str) -> tuple[Tensor, Tensor]:
+    """All 16 plans (16, L), and the losses (16, N) that a probe of its own measures for each."""
+    runs = torch.ones(16, LAYERS, dtype=torch.bool)
+    runs[:, 1:5] = torch.tensor([[bool(plan >> bit & 1) for bit in range(4)] for plan in range(16)])
+    return runs, torch.cat([probe(SHARED).losses(plan[None], criterion) for plan in runs])
 
 
 def loss(logits: Tensor) -> Tensor:
@@ -60,47 +72,26 @@ def test_taylor(batch_size):
     torch.testing.assert_close(probe(batch_size=batch_size).taylor, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
-def is_frozen(model: torch.nn.Module) -> bool:
-    return not any(p.requires_grad or p.grad is not None for p in model.parameters())
-
-
-def test_after_taylor_the_model_is_frozen_again():
-    measured = probe()
-    assert (measured.taylor > 0).all()
-    assert is_frozen(measured.routed.backbone.model)
-
-
-def test_a_stopped_taylor_leaves_the_model_frozen():
+def test_taylor_leaves_the_model_frozen_even_when_it_is_stopped():
     def stop_after_one(batches, _):
         yield batches[0]
         raise KeyboardInterrupt
 
-    measured = probe(track=stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        _ = measured.taylor
-    assert is_frozen(measured.routed.backbone.model)
+    for track in (None, stop_after_one):
+        measured = probe(track=track)
+        with pytest.raises(KeyboardInterrupt) if track else nullcontext():
+            assert (measured.taylor > 0).all()
+        assert not any(p.requires_grad or p.grad is not None for p in measured.routed.backbone.model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("measure", "words"),
-    [
-        ("block_influence", ["block influence and angular distance"]),
-        ("loss_increase", ["perplexity without a layer"]),
-        ("taylor", ["Taylor importance"]),
-    ],
-)
-def test_nothing_is_measured_twice(measure, words):
+@pytest.mark.parametrize("measure", ["block_influence", "loss_increase", "taylor"])
+def test_nothing_is_measured_twice(measure):
     shown = []
-
-    def track(items, said):
-        shown.append(said)
-        return items
-
-    measured = probe(track=track)
+    measured = probe(track=lambda items, words: shown.append(words) or items)
     first, second = getattr(measured, measure), getattr(measured, measure)
     assert torch.equal(first, second)
-    assert first.data_ptr() != second.data_ptr()  # whoever asks may change what is given
-    assert shown == words
+    assert first.data_ptr() != second.data_ptr()  # the caller may change the result
+    assert len(shown) == 1
 
 
 def test_the_loss_under_a_plan_is_over_all_windows():
@@ -109,9 +100,10 @@ def test_the_loss_under_a_plan_is_over_all_windows():
     assert measured.loss(whole) == pytest.approx(loss(tiny_model("llama")(WINDOWS).logits).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("sinks", [0, 1, 2])
-@pytest.mark.parametrize("context_layer", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "context_layer", "sinks"),
+    [*((family, 1, 1) for family in FAMILIES), ("llama", 3, 0), ("gemma2", 3, 2), ("mistral-sliding", 1, 0)],
+)
 def test_losses_are_those_of_a_routed_forward(family, context_layer, sinks):
     model = routed(family, context_layer, sinks)
     runs = plans(6, context_layer=context_layer, seed=sinks)
@@ -126,7 +118,7 @@ def test_losses_are_those_of_a_routed_forward(family, context_layer, sinks):
         torch.testing.assert_close(kl[index], kl_to_dense(dense, logits).double().mean(1), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_losses_are_those_of_a_stock_model_by_brute_force(family):
     measured = probe(routed(family, sinks=2))
     for plan in plans(4, seed=3):
@@ -152,34 +144,35 @@ def test_kl_of_the_dense_plan_is_nothing():
 
 def test_fewer_windows_are_the_first_ones_bit_for_bit():
     runs = plans(4)
-    whole = probe().losses(runs)
-    for count in (1, 2, 3, 5):
-        assert torch.equal(probe().losses(runs, windows=count), whole[:, :count])
-    grown = probe()
+    whole, grown = probe().losses(runs), probe()
     for count in (1, 4, 5):
         assert torch.equal(grown.losses(runs, windows=count), whole[:, :count])
+    assert torch.equal(probe().losses(runs, windows=3), whole[:, :3])
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("criterion", ["ce", "kl"])
+def test_some_windows_have_the_losses_that_they_have_among_all(criterion):
+    measured, runs = probe(SHARED), plans(4)
+    whole = measured.losses(runs, criterion)
+    for chosen in ([0], [1, 4], range(1, 4)):
+        some = measured.losses(runs, criterion, chosen)
+        torch.testing.assert_close(some, whole[:, list(chosen)], atol=1e-6, rtol=1e-6)
+
+
+def test_only_the_chosen_windows_run():
+    measured, seen = probe(), []
+    layer = measured.routed.backbone.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]) if args[0].shape[1] > 1 else None)
+    measured.losses(plans(3), windows=[0, 2, 4])
+    assert sum(rows for rows, _ in set(seen)) == 3
+
+
+@settings(max_examples=10, deadline=None)
 @given(calls=st.lists(st.lists(st.integers(0, 15), min_size=1, max_size=6), min_size=1, max_size=4))
 def test_losses_do_not_depend_on_what_else_was_asked(calls):
-    runs = torch.ones(16, LAYERS, dtype=torch.bool)
-    runs[:, 1:5] = torch.tensor([[bool(plan >> bit & 1) for bit in range(4)] for plan in range(16)])
-    alone = _alone(runs)
-    measured = probe(SHARED)
+    measured, (runs, expected) = probe(SHARED), alone("ce")
     for rows in calls:
-        assert torch.equal(measured.losses(runs[rows]), alone[rows])
-
-
-SHARED = routed()
-KNOWN: list[Tensor] = []
-
-
-def _alone(runs: Tensor) -> Tensor:
-    """Each plan measured by a probe of its own, once for all examples."""
-    if not KNOWN:
-        KNOWN.append(torch.cat([probe(SHARED).losses(plan[None]) for plan in runs]))
-    return KNOWN[0]
+        assert torch.equal(measured.losses(runs[rows]), expected[rows])
 
 
 def test_a_layer_runs_once_for_all_plans_that_begin_alike():
@@ -209,13 +202,35 @@ def test_the_next_round_goes_on_from_the_last():
 
 @pytest.mark.parametrize("room", [0, 1, 3, 7])
 def test_little_room_for_states_changes_nothing(room, monkeypatch):
-    monkeypatch.setattr("buddy.calibration.measures.room_for", lambda *_: room)
+    monkeypatch.setattr(measures, "states_that_fit", lambda *_: room)
     measured = probe(SHARED)
     for removed in ([], [3], [3, 1]):
-        runs = torch.stack([measured.plan_without([*removed, index]) for index in range(4) if index not in removed])
+        bits = [sum(1 << bit for bit in range(4) if bit not in (*removed, index)) for index in range(4)]
         for criterion in ("ce", "kl"):
-            alone = torch.cat([probe(SHARED).losses(plan[None], criterion) for plan in runs])
-            assert torch.equal(measured.losses(runs, criterion), alone)
+            runs, expected = alone(criterion)
+            assert torch.equal(measured.losses(runs[bits], criterion), expected[bits])
+
+
+PLANS = st.lists(st.text("01", min_size=8, max_size=8), min_size=1, max_size=12)
+
+
+@settings(max_examples=50)
+@given(plans=PLANS, room=st.integers(0, 100))
+def test_states_are_kept_at_as_many_layers_as_fit(plans, room):
+    kept = measures.prefixes_to_keep(plans, 8, room)
+    ends = {len(start) for start in kept}
+    assert len(kept) <= room
+    assert kept == {plan[:end] for plan in plans for end in ends}
+    if len(ends) < 7:
+        ends = {round(8 * number / (len(ends) + 2)) for number in range(1, len(ends) + 2)}
+        assert len({plan[:end] for plan in plans for end in ends}) > room
+
+
+def test_the_memory_for_states_is_bounded_and_shared_by_the_batches():
+    size, fit = 1 << 20, measures.states_that_fit
+    assert 0 < fit(size, WINDOWS.device, 1) <= measures.MAX_CACHE >> 20
+    assert fit(size, WINDOWS.device, 4) == fit(size, WINDOWS.device, 1) // 4
+    assert fit(measures.MAX_CACHE + 1, WINDOWS.device, 1) == 0
 
 
 def test_a_round_in_parts_goes_on_from_the_last_too():
@@ -229,15 +244,6 @@ def test_a_round_in_parts_goes_on_from_the_last_too():
     assert called == [5, 5, 5] * 3
 
 
-def test_states_wait_for_as_many_batches_as_there_are():
-    measured = probe(SHARED)  # batches of two, two and one
-    for start in range(5):
-        measured.losses(plans(2), windows=[start])
-    assert list(measured._losses._kept) == [(2,), (3,), (4,)]
-    measured.release()
-    assert not measured._losses._kept
-
-
 def test_a_round_of_kl_runs_the_dense_model_once():
     model = routed()
     measured, called = probe(model, WINDOWS[:2]), count_calls(model)
@@ -248,31 +254,28 @@ def test_a_round_of_kl_runs_the_dense_model_once():
     assert called == [5]
 
 
-def test_what_plans_cannot_be():
-    match = "keep the first 3 and the last"
+def test_what_is_refused():
     measured = probe(routed(context_layer=3))
     runs = plans(2, context_layer=3)
-    wrong = runs.clone()
-    wrong[0, 2] = False
-    with pytest.raises(ValueError, match=match):
-        measured.losses(wrong)
-    wrong = runs.clone()
-    wrong[1, 5] = False
-    with pytest.raises(ValueError, match=match):
-        measured.losses(wrong)
-    with pytest.raises(ValueError, match=r"give plans \(P, 6\) of bool"):
-        measured.losses(runs[0])
-    with pytest.raises(ValueError, match=r"give plans \(P, 6\) of bool"):
-        measured.losses(runs.float())
-    with pytest.raises(ValueError, match="criterion is 'mse'; choose one of ce, kl"):
+    for layer in (2, 5):
+        wrong = runs.clone()
+        wrong[0, layer] = False
+        with pytest.raises(ValueError, match="always runs"):
+            measured.losses(wrong)
+    for wrong in (runs[0], runs.float()):
+        with pytest.raises(ValueError, match="runs"):
+            measured.losses(wrong)
+    with pytest.raises(ValueError, match="mse"):
         measured.losses(runs, "mse")
-    for count in (0, 6):
-        with pytest.raises(ValueError, match=f"windows is {count}; there are 5 calibration windows"):
-            measured.losses(runs, windows=count)
+    for windows in (0, 6, [], [5], [-1], [2, 1], [1, 1]):
+        with pytest.raises(ValueError, match="windows"):
+            measured.losses(runs, windows=windows)
 
 
 def test_no_plans_have_no_losses():
-    assert probe().losses(torch.ones(0, LAYERS, dtype=torch.bool)).shape == (0, 5)
+    none = torch.ones(0, LAYERS, dtype=torch.bool)
+    assert probe().losses(none).shape == (0, 5)
+    assert probe().losses(none, windows=[0, 3]).shape == (0, 2)
 
 
 def test_plan_without():

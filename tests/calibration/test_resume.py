@@ -1,19 +1,24 @@
-"""A search that is stopped goes on where it was, to the same numbers bit for bit."""
+"""An interrupted search resumes when it is asked again, with the same numbers bit for bit."""
 
+import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from buddy.calibration.probe import Probe
+from buddy.calibration.measures import similarities
+from buddy.calibration.probe import CalibrationProbe
+from buddy.fit import fit
+from buddy.run import load_router
+from routers.shortgpt import ShortGPT
 from tests.calibration.small import WINDOWS, count_calls, plans, probe, routed
 from tests.documents import ROOT
 
 MODEL = routed()
 RUNS = plans(12)
+PAIRS = len(set(map(tuple, RUNS.tolist()))) * 3  # plans × batches
 MEASURES = ("block_influence", "angular_distance", "taylor", "loss_increase")
 
 
@@ -30,20 +35,19 @@ class Shown:
             raise KeyboardInterrupt
 
 
-def stopped(folder: Path, done: int, runs=RUNS, **options) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        probe(MODEL, store=folder, track=Shown(done), **options).losses(runs)
+@pytest.fixture(scope="module")
+def undisturbed():
+    return {criterion: probe(MODEL).losses(RUNS, criterion) for criterion in ("ce", "kl")}
 
 
-@pytest.mark.parametrize("done", [0, 1, 14])
-@pytest.mark.parametrize("criterion", ["ce", "kl"])
-def test_what_was_measured_is_not_measured_again(tmp_path, done, criterion):
+@pytest.mark.parametrize(("criterion", "done"), [("ce", 0), ("ce", 14), ("kl", 1)])
+def test_what_was_measured_is_not_measured_again(tmp_path, undisturbed, criterion, done):
     with pytest.raises(KeyboardInterrupt):
         probe(MODEL, store=tmp_path, track=Shown(done)).losses(RUNS, criterion)
     shown = Shown()
     resumed = probe(MODEL, store=tmp_path, track=shown).losses(RUNS, criterion)
-    assert shown.sizes == [len(set(map(tuple, RUNS.tolist()))) * 3 - done]
-    assert torch.equal(resumed, probe(MODEL).losses(RUNS, criterion))
+    assert shown.sizes == [PAIRS - done]
+    assert torch.equal(resumed, undisturbed[criterion])
 
 
 def test_a_finished_search_measures_nothing_again(tmp_path):
@@ -57,7 +61,7 @@ def test_a_finished_search_measures_nothing_again(tmp_path):
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before, after, strict=True))
 
 
-def greedy(measured: Probe, removals: int = 3) -> tuple[list[int], list[float]]:
+def greedy(measured: CalibrationProbe, removals: int = 3) -> tuple[list[int], list[float]]:
     removed, losses = [], []
     for _ in range(removals):
         left = [index for index in range(4) if index not in removed]
@@ -68,37 +72,20 @@ def greedy(measured: Probe, removals: int = 3) -> tuple[list[int], list[float]]:
 
 
 def test_a_greedy_search_stopped_in_any_round_ends_as_an_undisturbed_one(tmp_path):
-    undisturbed = greedy(probe(MODEL))
+    expected = greedy(probe(MODEL))
     for turn in range(3):
         with pytest.raises(KeyboardInterrupt):
             greedy(probe(MODEL, store=tmp_path, track=Shown(2 + turn)))
-    assert greedy(probe(MODEL, store=tmp_path)) == undisturbed
+    assert greedy(probe(MODEL, store=tmp_path)) == expected
 
 
-def test_the_first_round_of_a_greedy_search_is_the_rise_without_one_layer(tmp_path):
-    _ = probe(MODEL, store=tmp_path).loss_increase
-    shown = Shown()
-    greedy(probe(MODEL, store=tmp_path, track=shown), removals=1)
-    assert shown.sizes == []
-
-
-@pytest.mark.parametrize("options", [{"batch_size": 3}, {"windows": WINDOWS + 1}, {"windows": WINDOWS[:4]}])
+@pytest.mark.parametrize("options", [{"batch_size": 3}, {"windows": WINDOWS + 1}])
 def test_other_windows_and_batches_are_measured_for_themselves(tmp_path, options):
-    stopped(tmp_path, 5)
+    probe(MODEL, store=tmp_path).losses(RUNS[:1])
     shown = Shown()
     probe(MODEL, store=tmp_path, track=shown, **options).losses(RUNS[:1])
-    assert shown.sizes == [2 if len(options.get("windows", WINDOWS)) == 4 or "batch_size" in options else 3]
+    assert shown.sizes == [2 if "batch_size" in options else 3]
     assert len(list(tmp_path.glob("*.sqlite"))) == 2
-
-
-def test_damage_costs_time_only(tmp_path, capfd):
-    stopped(tmp_path, 9)
-    (path,) = tmp_path.glob("*.sqlite")
-    path.write_bytes(path.read_bytes()[:5000])
-    shown = Shown()
-    resumed = probe(MODEL, store=tmp_path, track=shown).losses(RUNS)
-    assert torch.equal(resumed, probe(MODEL).losses(RUNS))
-    assert "is damaged" in capfd.readouterr().err
 
 
 KILLED = """
@@ -118,10 +105,29 @@ probe(store=Path(sys.argv[1]), track=track).losses(plans(12))
 """
 
 
-def test_a_kill_costs_only_what_was_not_written(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+@pytest.mark.slow
+def test_a_kill_costs_only_what_was_not_written(tmp_path, undisturbed):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, env=environment)
+    assert done.returncode == -signal.SIGKILL
     shown = Shown()
     resumed = probe(MODEL, store=tmp_path, track=shown).losses(RUNS)
-    assert shown.sizes == [len(set(map(tuple, RUNS.tolist()))) * 3 - 7]
-    assert torch.equal(resumed, probe(MODEL).losses(RUNS))
+    assert shown.sizes == [PAIRS - 7]
+    assert torch.equal(resumed, undisturbed["ce"])
+
+
+# `buddy fit`
+
+
+def test_the_probe_knows_the_recipe_and_the_next_fit_finds_what_one_measured(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("BUDDY_CALIBRATION_CACHE", str(tmp_path / "cache"))
+    probes, measured = [], []
+    calibrate = ShortGPT.calibrate
+    monkeypatch.setattr(ShortGPT, "calibrate", lambda self, given: probes.append(given) or calibrate(self, given))
+    monkeypatch.setattr("buddy.calibration.probe.similarities", lambda *args: measured.append(1) or similarities(*args))
+    for name in ("first", "second"):
+        fit(small(tmp_path / name, "router=shortgpt", "rivals=[]", "seed=3", "budgets=[0.5,1.0,0.84]"), "small")
+    assert measured == [1]
+    assert {(each.asked, each.seed, each.prompt, each.count) for each in probes} == {((5, 3), 3, 12, 6)}
+    first, second = (load_router(tmp_path / name / "small/shortgpt")["influence"] for name in ("first", "second"))
+    assert torch.equal(first, second)

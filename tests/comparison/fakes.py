@@ -47,7 +47,7 @@ class FakeWorker:
 
 
 if __name__ == "__main__":
-    from buddy.comparison.pool import side_by_side
+    from buddy.executors import side_by_side
 
     try:
         side_by_side(FakeStart(Path(sys.argv[1])), sys.argv[3:], int(sys.argv[2]), print, print)

@@ -14,8 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from buddy.comparison.asked import Asked
-from buddy.comparison.compare import compare
+from buddy.compare import Asked, compare
 from buddy.comparison.tables import costs
 from buddy.comparison.view import Comparison
 from buddy.config import load_recipe
@@ -317,7 +316,7 @@ def test_a_router_of_other_code_is_not_lent(ask, whole, tmp_path, monkeypatch):
 def stopping(monkeypatch) -> Iterator[list[str]]:
     """Every evaluation is noted; the fourth one is interrupted as long as the list holds "stop" first."""
     seen: list[str] = []
-    for module in ("buddy.comparison.work", "buddy.fit"):
+    for module in ("buddy.compare", "buddy.fit"):
         evaluate = __import__(module, fromlist=["evaluate"]).evaluate
 
         def noted(*args, evaluate=evaluate, **options):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.comparison.contestants import Contestant, contestants, split_outside
+from buddy.compare import Contestant, contestants, split_outside
 from buddy.config import Recipe, RouterSection, load_recipe
 from buddy.errors import RecipeError, RegistryError
 from buddy.registry import describe

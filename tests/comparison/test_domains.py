@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from buddy.comparison.domains import Domain, domains_of, read_domain
+from buddy.compare import Domain, domains_of, read_domain
 from buddy.config import DataSection, Recipe, load_recipe
 from buddy.data.module import TextData
 from buddy.errors import DataError

@@ -23,10 +23,10 @@ from buddy.comparison.longform import as_csv
 from buddy.comparison.markdown import render
 from buddy.comparison.record import read_record, write_record
 from buddy.comparison.rewrite import rewrite
-from buddy.comparison.statistics import difference
 from buddy.comparison.tensorboard import write_tensorboard
 from buddy.comparison.view import Comparison
 from buddy.errors import RunError
+from buddy.scoring.statistics import difference
 from tests.comparison import made
 from tests.hparams import row_of_table
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from buddy.comparison.pool import LOADING, side_by_side
+from buddy.executors import LOADING, side_by_side
 from tests.comparison.fakes import FakeStart
 
 

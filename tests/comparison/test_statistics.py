@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buddy.comparison.statistics import accuracy_difference, difference, loss_interval, mean_loss
 from buddy.scoring.perplexity import Scores, paired_difference, resamples
+from buddy.scoring.statistics import accuracy_difference, difference, loss_interval, mean_loss
 
 
 def made(losses: np.ndarray, tokens: np.ndarray) -> Scores:

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 import buddy.evaluation.tasks as tasks
-from buddy.comparison.asked import Asked, Tasks
-from buddy.comparison.compare import compare
+from buddy.compare import Asked, Tasks, compare
 from buddy.config import load_recipe
 from buddy.io import read_json
 

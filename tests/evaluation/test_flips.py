@@ -1,6 +1,6 @@
 import pytest
 
-from buddy.evaluation.flips import flipped
+from buddy.scoring.statistics import flipped
 
 
 def test_an_answer_that_turns_either_way_is_a_flip():

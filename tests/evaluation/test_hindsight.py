@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from buddy.build import load_model
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
-from buddy.evaluation.hindsight import hindsight, main, search
 from buddy.run import read_run
 from buddy.scoring.perplexity import evaluate
+from studies.hindsight import hindsight, main, search
 
 APP = typer.Typer()
 APP.command()(main)

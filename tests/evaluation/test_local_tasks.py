@@ -7,8 +7,7 @@ import pytest
 from datasets import Dataset
 
 from buddy.errors import DataError
-from buddy.evaluation.local_tasks import FORMS, check_local, local_documents, local_tasks
-from buddy.evaluation.task_source import own_manager
+from buddy.evaluation.tasks import FORMS, check_local, local_documents, local_tasks, own_manager
 
 ARC = {"question": "What melts?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "1"}
 MELTS = {"question": "What melts?", "choices": ["ice", "fire"], "label": 0}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.evaluation.pruned import pruned_model
+from buddy.scoring.timing import pruned_model
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone
 

@@ -278,6 +278,6 @@ def test_a_router_that_runs_every_layer(finished, items):
 
 
 def test_without_lm_eval(finished, monkeypatch):
-    monkeypatch.setattr("buddy.evaluation.task_source.find_spec", lambda name: None)
+    monkeypatch.setattr("buddy.evaluation.tasks.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"not installed; run: pip install 'buddy-depth\[tasks\]'$"):
         evaluate_tasks(finished / "buddy", tasks=["piqa"])

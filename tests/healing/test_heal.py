@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from buddy.build import build_data, load_model
 from buddy.cli import app
-from buddy.comparison.asked import Asked
-from buddy.comparison.compare import compare
+from buddy.compare import Asked, compare
 from buddy.errors import RunError, TrainingError
 from buddy.fit import fit
 from buddy.io import load_tensors, save_tensors

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from buddy import Geometry
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from routers.angular import Angular
 from tests.routers.landscape import Landscape, left_out
@@ -27,7 +27,7 @@ def test_each_number_of_layers_loses_the_block_that_brute_force_finds(seed, cont
     states = uneven_backbone(seed).model(WINDOWS, output_hidden_states=True).hidden_states
     backbone = uneven_backbone(seed)
     router = Angular(geometry_of(backbone, context_layer))
-    router.calibrate(Probe(RoutedLM(backbone, router), WINDOWS, 2))
+    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 2))
     routable, starts = LAYERS - context_layer - 1, set()
     for n in range(1, routable + 1):
         angles = [

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buddy import Geometry
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RegistryError
 from buddy.registry import build
@@ -20,10 +20,10 @@ from tests.tiny import tiny_backbone
 SIZES = Geometry(layers=6, context_layer=1, hidden=12, features=4)
 
 
-def calibrated(prior: str, layers: int = 6) -> tuple[BuddyRouter, Probe]:
+def calibrated(prior: str, layers: int = 6) -> tuple[BuddyRouter, CalibrationProbe]:
     backbone = tiny_backbone("llama", num_hidden_layers=layers)
     router = BuddyRouter(geometry_of(backbone), prior=prior)
-    probe = Probe(RoutedLM(backbone, router), WINDOWS)
+    probe = CalibrationProbe(RoutedLM(backbone, router), WINDOWS)
     router.calibrate(probe)
     return router, probe
 

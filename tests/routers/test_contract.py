@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from buddy import Context, Geometry, Plan, Router
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.registry import build, installed, load
 from tests.tiny import tiny_backbone
@@ -22,7 +22,7 @@ def make(name: str, seed: int = 0, **options) -> tuple[Router, Geometry]:
     geometry = geometry_of(backbone)
     torch.manual_seed(seed)
     router = build(name, geometry, options)
-    router.calibrate(Probe(RoutedLM(backbone, router), WINDOWS, asked=[5, 3]))
+    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, asked=[5, 3]))
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.add_(torch.randn_like(parameter))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buddy import Geometry
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RegistryError
 from buddy.registry import build
@@ -26,7 +26,7 @@ SMALL = {"generations": 15, "offspring": 8, "initial": 8, "survivors": [3, 1], "
 def searched(asked: list[int], seed: int = 0, model: int = 0, **options) -> EvoPress:
     backbone = uneven_backbone(model)
     router = EvoPress(geometry_of(backbone), **SMALL | options)
-    router.calibrate(Probe(RoutedLM(backbone, router), WINDOWS, 1, asked=asked, seed=seed))
+    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 1, asked=asked, seed=seed))
     return router
 
 

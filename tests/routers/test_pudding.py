@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buddy import Context, Geometry
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.registry import build
 from routers.pudding import PuDDing, alike, ridge
@@ -21,9 +21,9 @@ def routed(router: PuDDing | None = None, **options) -> RoutedLM:
     return RoutedLM(backbone, router or PuDDing(geometry_of(backbone), **options))
 
 
-def calibrated(windows=WINDOWS, seed: int = 0, asked=(6, 4), **options) -> tuple[RoutedLM, Probe]:
+def calibrated(windows=WINDOWS, seed: int = 0, asked=(6, 4), **options) -> tuple[RoutedLM, CalibrationProbe]:
     model = routed(**options)
-    probe = Probe(model, windows, asked=asked, seed=seed, prompt=8)
+    probe = CalibrationProbe(model, windows, asked=asked, seed=seed, prompt=8)
     model.router.calibrate(probe)
     return model, probe
 

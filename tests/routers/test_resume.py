@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 import torch
 
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.registry import build
 from tests.routers.uneven import WINDOWS, uneven_backbone
@@ -27,7 +27,7 @@ def search(name: str, store, stop_after: int | None = None) -> tuple[dict[str, t
             yield item
 
     router = build(name, geometry_of(backbone), OPTIONS[name])
-    probe = Probe(RoutedLM(backbone, router), WINDOWS, 1, track, asked=[9, 7], seed=1, store=store)
+    probe = CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 1, track, asked=[9, 7], seed=1, store=store)
     measure = probe._measure
     probe._measure = lambda missing, *rest: (measured.append(len(missing)), measure(missing, *rest))
     with suppress(KeyboardInterrupt):

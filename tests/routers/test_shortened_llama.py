@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from buddy import Geometry
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RegistryError
 from buddy.registry import build
@@ -28,7 +28,7 @@ def order(router: ShortenedLlama) -> list[int]:
 def calibrated(seed: int, **options) -> ShortenedLlama:
     backbone = uneven_backbone(seed)
     router = ShortenedLlama(geometry_of(backbone), **options)
-    router.calibrate(Probe(RoutedLM(backbone, router), WINDOWS, 2))
+    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 2))
     return router
 
 

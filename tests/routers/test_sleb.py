@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buddy import Geometry
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RegistryError
 from buddy.registry import build
@@ -30,7 +30,7 @@ def greedy(loss, routable: int, rounds: int) -> list[int]:
 def searched(asked: list[int], seed: int = 0, **options) -> SLEB:
     backbone = uneven_backbone(seed)
     router = SLEB(geometry_of(backbone), **options)
-    router.calibrate(Probe(RoutedLM(backbone, router), WINDOWS, 2, asked=asked))
+    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 2, asked=asked))
     return router
 
 
@@ -106,7 +106,7 @@ def test_a_second_search_measures_nothing():
         shown.append(words)
         return items
 
-    probe = Probe(RoutedLM(backbone, router), WINDOWS, track=track, asked=[10])
+    probe = CalibrationProbe(RoutedLM(backbone, router), WINDOWS, track=track, asked=[10])
     router.calibrate(probe)
     first = router.rank.clone()
     probe._measure = None  # any further measurement would fail

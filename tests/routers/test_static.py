@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from buddy import BudgetError, Geometry
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from routers.full import FullDepth
 from routers.reverse_order import ReverseOrder
@@ -31,7 +31,7 @@ def test_shortgpt_drops_the_layers_that_turn_the_hidden_state_least(seed):
     model(WINDOWS)
     backbone = uneven_backbone(seed)
     router = ShortGPT(geometry_of(backbone))
-    router.calibrate(Probe(RoutedLM(backbone, router), WINDOWS, 2))
+    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 2))
     torch.testing.assert_close(router.influence, torch.stack(turned))
     order = torch.stack(turned).argsort().tolist()
     for n in range(11):

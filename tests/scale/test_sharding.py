@@ -6,7 +6,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from buddy import distributed
 from buddy.backbone.sharding import check, settle, shard, shards
-from buddy.calibration.probe import Probe
+from buddy.calibration.probe import CalibrationProbe
 from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
@@ -41,7 +41,7 @@ def routed_on(family: str, router, shared_out: bool, dtype: torch.dtype = torch.
 def answers(family: str, policy: str, dtype: torch.dtype, shared_out: bool) -> dict:
     """What is asked of a model all along a fit, the same questions in every process."""
     routed = routed_on(family, BuddyRouter, shared_out, dtype, policy=policy)
-    probe = Probe(routed, IDS, 2)
+    probe = CalibrationProbe(routed, IDS, 2)
     batch = Batch(IDS, torch.tensor([3, 4, 3, 5]), torch.arange(4, 23), prompt=5)
     found = {"dense": routed.dense(IDS), "routed": routed(IDS, executed=batch.executed, prompt=5).logits}
     found |= {"losses": probe.losses(PLANS), "kl": probe.losses(PLANS, "kl")}

@@ -158,17 +158,17 @@ class Calibration(Job):
 
     def act(self) -> None:
         from buddy.backbone.load import load_backbone
-        from buddy.calibration import store as memo
-        from buddy.calibration.probe import Probe
+        from buddy.calibration import store
+        from buddy.calibration.probe import CalibrationProbe
         from buddy.engine.model import RoutedLM, geometry_of
         from buddy.io import save_tensors
         from routers.sleb import SLEB
 
-        memo.WRITE_EVERY = 0.02  # seconds: many writes, for kills to fall into
+        store.WRITE_EVERY = 0.02  # seconds: many writes, for kills to fall into
         backbone = load_backbone(str(self.model), "float32")
         routed = RoutedLM(backbone, SLEB(geometry_of(backbone, 1, "value")))
         windows = torch.randint(3, 259, (4, 48), generator=torch.Generator().manual_seed(0))
-        routed.router.calibrate(Probe(routed, windows, 1, asked=[5], store=self.place / "store"))
+        routed.router.calibrate(CalibrationProbe(routed, windows, 1, asked=[5], store=self.place / "store"))
         save_tensors(self.place / "order.safetensors", routed.router.state_dict(), {})
 
     def check(self) -> str:
@@ -210,8 +210,7 @@ class Compare(Job):
         return self.place / "out"
 
     def act(self) -> None:
-        from buddy.comparison.asked import Asked
-        from buddy.comparison.compare import compare
+        from buddy.compare import Asked, compare
 
         recipe = self.small(self.work / "runs", "trainer.max_steps=12")  # its output is told in the results
         options = {"routers": "buddy,shortgpt,random", "seeds": 1, "domains": str(self.other), "speed": False}

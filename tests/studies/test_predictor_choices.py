@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.evaluation.mixture import hull, layers_at, mixed
+from buddy.scoring.statistics import hull, layers_at, mixed
 from studies.predictor_choices import (
     Measured,
     along,

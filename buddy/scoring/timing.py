@@ -1,28 +1,29 @@
-"""What a budget costs in time: prefill and decode at each, against the dense and the physically pruned stock model.
-
-All contenders live in one process and share the weights. They run in turn, round by round, and in decoding token by
-token, so that a drift of the machine's speed meets them all, and in another order each time, so that nobody always
-follows the same one; figures are medians over rounds and ratios within this one run.
-"""
+"""What a budget costs in time: prefill and decode of routed, dense and physically pruned models, taken in turn."""
 
 from __future__ import annotations
 
+import copy
+import os
+import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache, PreTrainedModel
 
+import buddy
 from buddy.engine.kv_cache import growing
+from buddy.engine.layers import stock_class
 from buddy.engine.model import RoutedLM
-from buddy.evaluation.pruned import pruned_model
 
 PROMPT, STEPS = 64, 32  # tokens before the decode steps that are timed, and their number
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -222,3 +223,87 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any =
 def _wait(ids: Tensor) -> None:
     if ids.device.type == "cuda":
         torch.cuda.synchronize(ids.device)
+
+
+PER_LAYER = ("layer_types", "no_rope_layers")  # what a configuration says of each layer
+
+
+def pruned_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A stock model of the kept layers, in their order; it shares the weights of `model` and copies none.
+
+    Args:
+        model: the whole model, routed or not.
+        kept: layer indices, rising.
+    """
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(kept)
+    for name in PER_LAYER:
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[index] for index in kept])
+    with torch.device("meta"):
+        small = type(model)(config)
+    small.model.layers = nn.ModuleList(_renumbered(model.model.layers[old], new) for new, old in enumerate(kept))
+    for name, part in model.model.named_children():
+        if name != "layers":
+            setattr(small.model, name, part)
+    small.lm_head = model.lm_head
+    small.config._attn_implementation = model.config._attn_implementation
+    return small.eval()
+
+
+def _renumbered(layer: nn.Module, index: int) -> nn.Module:
+    """A stock copy of a layer that shares its weights and writes to the cache at `index`."""
+    shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+    plain = layer.__class__
+    layer.__class__ = stock_class(layer)  # a routed layer's copy must not look for a pass
+    try:
+        twin = copy.deepcopy(layer, shared | {id(config): config for config in _configs(layer)})
+    finally:
+        layer.__class__ = plain
+    twin.self_attn.layer_idx = index
+    return twin
+
+
+def _configs(layer: nn.Module) -> list[object]:
+    return [module.config for module in layer.modules() if hasattr(module, "config")]
+
+
+PACKAGES = ("torch", "transformers", "lightning", "datasets", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python, Buddy and the libraries that results depend on."""
+    found = {"python": platform.python_version(), "buddy": buddy.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # installed without metadata
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, accelerator."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator) if accelerator else None
+    return {"processor": _processor(), "cores": _cores(), "memory_gib": _memory(), "accelerator": name}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):  # not every system tells
+        return None

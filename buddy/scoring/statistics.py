@@ -1,12 +1,8 @@
-"""What may be said of routers that were fitted with several seeds and measured on the same documents.
-
-Documents and seeds are both samples. Every resample draws documents once for all routers (so that differences are
-paired) and, for each router by itself, as many of its seeds as it has.
-"""
+"""Paired bootstrap over documents and seeds, flips of answers, and mixtures of fixed budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -83,3 +79,58 @@ def _resampled(scores: Sequence[Scores], stream: int) -> np.ndarray:
     tokens, losses = scores[0].tokens, np.stack([each.loss for each in scores])
     drawn = resamples(len(tokens))
     return _over_seeds(losses[:, drawn].sum(2) / tokens[drawn].sum(1), stream)
+
+
+def flipped(full: Sequence[int], pruned: Sequence[int]) -> list[int]:
+    """1 for each item that one of both answers rightly and the other wrongly, else 0.
+
+    Args:
+        full: 0 or 1 for each item, at full depth.
+        pruned: the same items with layers left out.
+
+    Raises:
+        ValueError: not as many items.
+    """
+    return [int(one != other) for one, other in zip(full, pruned, strict=True)]
+
+
+def hull(points: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Layers and losses, rising in layers, of those fixed budgets that no coin between two others beats.
+
+    Args:
+        points: layers → mean loss of each fixed budget.
+    """
+    kept: list[tuple[float, float]] = []
+    for layers, loss in sorted(points.items()):
+        while len(kept) > 1 and _above(kept[-2], kept[-1], (layers, loss)):
+            kept.pop()
+        kept.append((layers, loss))
+    return tuple(np.array(column, dtype=np.float64) for column in zip(*kept, strict=True))  # type: ignore[return-value]
+
+
+def mixed(points: Mapping[float, float], layers: float) -> float | None:
+    """The least mean loss of a coin between two fixed budgets that runs so many layers on average.
+
+    None where there are fewer than two budgets or `layers` lies outside of them.
+    """
+    if len(points) < 2 or not min(points) <= layers <= max(points):
+        return None
+    return float(np.interp(layers, *hull(points)))
+
+
+def layers_at(points: Mapping[float, float], loss: float) -> float | None:
+    """The layers that the best coin between two fixed budgets runs on average to reach a mean loss.
+
+    None where no coin reaches it, or the smallest budget is better already.
+    """
+    layers, losses = hull(points)
+    falling = np.minimum.accumulate(losses)
+    if not falling[-1] <= loss <= falling[0]:
+        return None
+    return float(np.interp(-loss, -falling, layers))
+
+
+def _above(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
+    """Whether the middle point lies on or above the line between the others."""
+    (x, y), (u, v), (w, z) = first, middle, last
+    return (v - y) * (w - x) >= (z - y) * (u - x)

@@ -16,24 +16,20 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
-from typing import TYPE_CHECKING
+from typing import Any
 
 from buddy import console, distributed
 from buddy.signals import handled
 
-if TYPE_CHECKING:
-    from buddy.comparison.planned import Planned
-    from buddy.comparison.work import Start
-
-    Done = Callable[[Planned, str | None], None]
-    Heard = Callable[[Planned, str, bool], None]
+Done = Callable[[Any, str | None], None]
+Heard = Callable[[Any, str, bool], None]
 
 PATIENCE = 60.0  # seconds for a training step to end after an interrupt
 NOT_BEGUN = "Its process could not begin"
 LOADING = "Loading the model and the texts …"
 
 
-def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done, on_line: Heard) -> None:
+def side_by_side(start: Any, runs: Sequence[Any], jobs: int, on_done: Done, on_line: Heard) -> None:
     """Do all runs, `jobs` at once.
 
     Args:
@@ -67,7 +63,7 @@ def side_by_side(start: Start, runs: Sequence[Planned], jobs: int, on_done: Done
             raise
 
 
-def _see_to(helpers: Sequence[_Helper], waiting: list[Planned], on_done: Done, on_line: Heard) -> None:
+def _see_to(helpers: Sequence[_Helper], waiting: list[Any], on_done: Done, on_line: Heard) -> None:
     """Pass on what helpers say, and give one that is done the next run, until all are done."""
     while busy := {helper.pipe: helper for helper in helpers if helper.run}:
         for pipe in wait([*busy]):
@@ -81,7 +77,7 @@ def _see_to(helpers: Sequence[_Helper], waiting: list[Planned], on_done: Done, o
                 _give(helper, waiting.pop(0), on_line)
 
 
-def _give(helper: _Helper, run: Planned, on_line: Heard) -> None:
+def _give(helper: _Helper, run: Any, on_line: Heard) -> None:
     """Have it do a run; a new process has half a minute of loading before it can say anything itself."""
     if helper.begin(run):
         on_line(run, LOADING, True)
@@ -98,14 +94,14 @@ class _Line:
 class _Helper:
     """One process that works, on a GPU of its own where there are several; another takes its place where it dies."""
 
-    def __init__(self, start: Start, place: int) -> None:
+    def __init__(self, start: Any, place: int) -> None:
         self._start, self._place, self._context = start, place, get_context("spawn")
         self._stopped = self._context.Event()
-        self.run: Planned | None = None
+        self.run: Any = None
         self.pipe: Connection | None = None
         self.process: BaseProcess | None = None
 
-    def begin(self, run: Planned) -> bool:
+    def begin(self, run: Any) -> bool:
         """Give it a run; whether a new process had to begin for that."""
         self.run = run
         began = self.process is None or not self.process.is_alive()
@@ -165,7 +161,7 @@ class _Helper:
         theirs.close()  # so that the pipe ends when the process does
 
 
-def _work(pipe: Connection, stopped: Event, start: Start, every: float) -> None:
+def _work(pipe: Connection, stopped: Event, start: Any, every: float) -> None:
     """What a process does until its pipe ends; it tells its bars every so many seconds."""
 
     def tell(text: str, passing: bool) -> None:
