@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -154,3 +156,22 @@ def relay(say: Callable[[str, bool], None], every: float) -> None:
 
 def _clock(seconds: float | None) -> str:
     return str(timedelta(seconds=round(seconds or 0)))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning without its advice: what devices there are, how many workers to use, tips."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
+        warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped .* view")  # true, and nobody writes into it
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -118,7 +118,7 @@ def join(section: TrainerSection) -> None:
     from lightning.fabric import Fabric
     from torch import distributed
 
-    from buddy.training.callbacks import quiet
+    from buddy.console import quiet
 
     with quiet():
         try:

@@ -120,7 +120,9 @@ def _entry(point: EntryPoint) -> Entry:
 
 
 def _import(entry: Entry) -> Any:
-    subject = f"The {_NOUNS[entry.group]} {entry.name!r}" + (f" of distribution {entry.distribution!r}" if entry.distribution else "")
+    subject = f"The {_NOUNS[entry.group]} {entry.name!r}" + (
+        f" of distribution {entry.distribution!r}" if entry.distribution else ""
+    )
     if not entry.distribution and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that nothing in the folder hides an installed module
     try:

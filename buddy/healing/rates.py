@@ -14,17 +14,17 @@ from lightning.pytorch.callbacks import Callback
 
 from buddy import distributed
 from buddy.backbone.adapter import WEIGHTS, Adapter
+from buddy.build import healing_identity
 from buddy.config import PredictorSection, Recipe, to_yaml
-from buddy.console import errors, tracker
+from buddy.console import errors
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
-from buddy.fit import forget, heal, identity_of
+from buddy.fit import forget, heal
 from buddy.io import checksum, read_json, write_json
 from buddy.router import available_budgets
 from buddy.run import ADAPTER
-from buddy.scoring.perplexity import evaluate
-from buddy.training.module import NotFinite
+from buddy.training.module import NotFinite, evaluate
 
 RATES = "rates"  # in the folder of an unfinished run, with a folder for each rate
 FOUND = "validation.json"  # in that of a rate, once it was tried
@@ -122,7 +122,7 @@ def _objective(recipe: Recipe, routed: RoutedLM, data: TextData) -> float:
         available_budgets(routed.router, recipe.budgets),
         prompt=recipe.data.prompt,
         batch_size=recipe.data.batch_size,
-        track=tracker(f"Validating a rate of {recipe.adapter.lr:g}"),
+        description=f"Validating a rate of {recipe.adapter.lr:g}",
     )
     kl, ce = recipe.objective.kl, recipe.objective.ce
     mean = sum(
@@ -157,4 +157,4 @@ def _made_of(recipe: Recipe, routed: RoutedLM, data: TextData) -> dict[str, str]
     trainer, adapter = replace(recipe.trainer, ckpt_path=None), replace(recipe.adapter, rates=[])
     alone = replace(recipe, output="", rivals=[], predictor=PredictorSection(), trainer=trainer, adapter=adapter)
     texts = f"{data.fingerprint} {data.train_fingerprint}"
-    return {"recipe": to_yaml(alone), "texts": texts, **identity_of(recipe, routed.router)}
+    return {"recipe": to_yaml(alone), "texts": texts, **healing_identity(recipe, routed.router)}

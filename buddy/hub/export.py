@@ -27,8 +27,9 @@ from buddy.inspection.routing import Choice, most_frequent
 from buddy.io import within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run
-from buddy.scoring.perplexity import Reference, Scores, evaluate
+from buddy.scoring.perplexity import Reference, Scores
 from buddy.scoring.timing import PER_LAYER, pruned_model
+from buddy.training.module import evaluate
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are held against the engine's
@@ -121,13 +122,13 @@ def _measure(
         "batch_size": run.recipe.data.batch_size,
         "reference": Reference(),
     }
-    (ours,) = evaluate(routed, windows, [asked], track=tracker("Measuring the run"), **how)
+    (ours,) = evaluate(routed, windows, [asked], description="Measuring the run", **how)
     adapter, routed.adapter = routed.adapter, None  # so that it stays on the backbone
     routed.detach()
     cut = RoutedLM(backbone, OnePlan(routed.geometry, choice.kept), sink_tokens=0)
     if adapter is not None:
         cut.adapt(adapter)
-    (theirs,) = evaluate(cut, windows, [asked], track=tracker("Measuring the checkpoint's plan"), **how)
+    (theirs,) = evaluate(cut, windows, [asked], description="Measuring the checkpoint's plan", **how)
     return [ours, theirs], cut
 
 

@@ -176,7 +176,7 @@ def measure(
             executed = model.choosing(key)(context)
         else:
             executed = torch.full((len(ids),), key)
-        output = model(ids, executed=executed, prompt=prompt, keep=scored)
+        output = model(ids, executed=executed, prompt=prompt, logits_to_keep=scored)
         losses = cross_entropy(output.logits, targets), kl_to_dense(dense, output.logits)
         sums = [[row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in losses]
         new = [
@@ -232,7 +232,7 @@ def _scores_at(key: int | str, rows: Sequence[Row]) -> Scores:
     executed = min(row.least for row in rows), mean, max(row.most for row in rows)
     chosen = dict(Counter(row.chosen for row in rows)) if isinstance(key, str) else None
     layers = round(mean) if isinstance(key, str) else key
-    return Scores(1.0, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)  # type: ignore[arg-type]
+    return Scores(1.0, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)
 
 
 def _counts(ran: Tensor) -> tuple[int, int, int, int]:
@@ -282,6 +282,7 @@ def quantiles(values: np.ndarray, level: float) -> tuple[float, float]:
     """The bounds between which the middle `level` of the values lie."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
 
 def as_json(scores: Sequence[Scores]) -> dict[str, Any]:
     """{"results": [one entry a budget]}; losses in nats, `interval` is the perplexity's 95 % bootstrap interval."""

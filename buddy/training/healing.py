@@ -120,9 +120,9 @@ class HealingModule(BudgetModule):
         """The loss of the adapter, and the objective (B,) of each row; under the router's plans, or those given."""
         ids, scored, model = batch.input_ids, batch.scored, self.model
         if dense is None and self.objective.kl:
-            dense = Dense(model.dense(ids, keep=scored))
+            dense = Dense(model.dense(ids, logits_to_keep=scored))
         asked = {"executed": batch.executed} if runs is None else {"runs": runs}
-        logits = model(ids, **asked, prompt=batch.prompt, keep=scored).logits
+        logits = model(ids, **asked, prompt=batch.prompt, logits_to_keep=scored).logits
         value = self.objective(dense, logits, ids[:, scored + 1]).mean(1)
         return value.mean(), value.detach()
 

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from buddy.calibration.probe import Probe
-from buddy.calibration.store import cache_folder
+from buddy.calibration.probe import CalibrationProbe
+from buddy.console import quiet
 from buddy.data.module import WindowBatches, Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
+from buddy.io import cache_folder
 from buddy.losses import Objective, draw_budgets
 from buddy.router import Context
 from buddy.scoring.perplexity import Reference, Row, Scores, keys_of, measure, scores_from
-from buddy.training.callbacks import quiet
+from buddy.training.callbacks import ProgressLine
 from buddy.training.estimators import Batch, Estimate, Estimator, estimator_for
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class BudgetModule(LightningModule):
         self.keys = keys_of(model, budgets)
         self.prompt, self.seed = prompt, seed
         self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
-        self.grid = sorted({key for key in self.keys.values() if isinstance(key, int)})
+        self.grid = [key for key in self.keys.values() if isinstance(key, int)]
         self.train_means, self.val_kl, self.val_loss = (self._metrics() for _ in range(3))
         self._reference, self._val_reference = reference or Reference(most=0), Reference(VALIDATION_STATES)
         self.rows: list[Row] = []
@@ -98,7 +98,7 @@ class BudgetModule(LightningModule):
     @property
     def below(self) -> list[int]:
         """K of the budgets below full depth, or of all where none is."""
-        return [k for k in self.grid if k < self.model.geometry.layers] or self.grid
+        return sorted({k for k in self.grid if k < self.model.geometry.layers}) or sorted({*self.grid})
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Groups of parameters to train, each with its learning rate."""
@@ -144,7 +144,9 @@ class BudgetModule(LightningModule):
         """
         by_value = gradient_clip_algorithm == "value"
         parameters = [parameter for params, _ in self.groups() for parameter in params]
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if by_value or not gradient_clip_val else gradient_clip_val)
+        norm = nn.utils.clip_grad_norm_(
+            parameters, math.inf if by_value or not gradient_clip_val else gradient_clip_val
+        )
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             self._require_finite("gradient", norm)
         if by_value:
@@ -153,7 +155,7 @@ class BudgetModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the windows of a batch at every budget."""
-        for row in self._measured(batch, batch_idx, self.grid, self._val_reference):
+        for row in self._measured(batch, batch_idx, list(dict.fromkeys(self.grid)), self._val_reference):
             for metric, value in ((self.val_kl, row.kl), (self.val_loss, row.loss)):
                 metric[str(row.key)].update(value / row.tokens, row.tokens)
 
@@ -236,7 +238,7 @@ class BudgetModule(LightningModule):
 
     def _log_scores(self, stage: str, found: Mapping[float | str, tuple[Tensor, Tensor]]) -> None:
         """Log KL and cross-entropy for each budget, and their means over the budgets below full depth."""
-        values = {}
+        values: dict[str, Tensor] = {}
         for budget, (kl, loss) in found.items():
             names = (f"{stage}/kl/{budget}", f"{stage}/loss/{budget}", f"{stage}/perplexity/{budget}")
             values |= dict(zip(names, (kl, loss, loss.exp()), strict=True))
@@ -271,7 +273,7 @@ class BudgetModule(LightningModule):
             )
 
     def _metrics(self) -> nn.ModuleDict:
-        return nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in self.grid})
+        return nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
 
 
 class RoutingModule(BudgetModule):
@@ -333,39 +335,46 @@ class RoutingModule(BudgetModule):
         """The router's own groups, each with its factor on the learning rate."""
         return [(group["params"], self.settings["lr"] * group["scale"]) for group in self.router.parameter_groups()]
 
-    def calibrate(self, source: TextData | Probe) -> None:
+    def calibrate(self, source: TextData | CalibrationProbe) -> None:
         """Let the router measure what it needs; its buffers are set in place.
 
         Args:
             source: the text, set up, whose calibration windows are measured; or a probe, which several routers of one
                 recipe may share.
         """
-        probe = source if isinstance(source, Probe) else self._probe(source)
+        probe = source if isinstance(source, CalibrationProbe) else self._probe(source)
         probe.serve(self.model, self.grid)
         probe.seed = self.seed
         self.router.calibrate(probe)
         probe.release()
-        self.start_from_here()
+        self.mark_calibrated()
 
-    def start_from_here(self) -> None:
+    def mark_calibrated(self) -> None:
         """The router is calibrated; training starts from its present state."""
-        self.start = copy.deepcopy(self.router).requires_grad_(False)
+        self.start.load_state_dict(self.router.state_dict())
         self.calibrated = True
 
     def setup(self, stage: str) -> None:
-        """As `BudgetModule.setup`; then calibrate the router, by the first process, unless training is resumed.
+        """As `BudgetModule.setup`.
 
         Raises:
-            TrainingError: nothing to train, or no calibration windows.
+            TrainingError: nothing to train.
         """
         super().setup(stage)
-        if stage != "fit":
-            return
-        if not self.router.trainable:
+        if stage == "fit" and not self.router.trainable:
             raise TrainingError(
                 f"{type(self.router).__name__} has nothing to train; call calibrate(data), and use the model."
             )
-        if self.calibrated or self.trainer.ckpt_path:
+
+    def on_fit_start(self) -> None:
+        """Calibrate the router, by the first process, unless that was done: a checkpoint is loaded by now.
+
+        Only buffers are written, and in place, so the optimizer and DDP need not know.
+
+        Raises:
+            TrainingError: no calibration windows.
+        """
+        if self.calibrated:
             return
         data = self.trainer.datamodule
         if not hasattr(data, "calibration"):
@@ -374,7 +383,7 @@ class RoutingModule(BudgetModule):
             self.calibrate(data)
         state = {name: tensor.cpu() for name, tensor in self.router.state_dict().items()}
         self.router.load_state_dict(self.trainer.strategy.broadcast(state))
-        self.start_from_here()
+        self.mark_calibrated()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""
@@ -399,11 +408,13 @@ class RoutingModule(BudgetModule):
         self.calibrated = checkpoint.get("calibrated", True)  # those of version 0.1 do not say so
         super().on_load_checkpoint(checkpoint)
 
-    def _probe(self, data: TextData) -> Probe:
+    def _probe(self, data: TextData) -> CalibrationProbe:
         # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
         size = 1 if self.model.backbone.device.type == "cpu" else data.batch_size
         windows = data.calibration.input_ids
-        return Probe(self.model, windows, size, prompt=self._prompt(windows), store=cache_folder())
+        return CalibrationProbe(
+            self.model, windows, size, prompt=self._prompt(windows), store=cache_folder("calibration")
+        )
 
     @torch.no_grad()
     def _log(self, estimate: Estimate, batch: Batch) -> None:
@@ -439,7 +450,7 @@ def evaluate(
     prompt: int,
     batch_size: int = 4,
     reference: Reference | None = None,
-    callbacks: Sequence[Callback] = (),
+    description: str | None = None,
 ) -> list[Scores]:
     """Scores of the model's router at each budget, by `Trainer.test`.
 
@@ -453,7 +464,7 @@ def evaluate(
         prompt: tokens of each window that are not scored.
         batch_size: windows per forward.
         reference: keeps what all routers share, where several are evaluated on the same windows in the same way.
-        callbacks: Lightning's, such as a progress bar.
+        description: of the progress line; None shows none.
 
     Raises:
         BudgetError: a budget out of range, or "auto" without a budget predictor.
@@ -466,10 +477,10 @@ def evaluate(
             devices=[device.index] if device.index is not None else 1,
             logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
+            enable_progress_bar=description is not None,
             enable_model_summary=False,
             inference_mode=False,
-            callbacks=list(callbacks),
+            callbacks=[] if description is None else [ProgressLine(description)],
         )
         trainer.test(module, WindowBatches(windows, batch_size), verbose=False)
     return module.scores

@@ -19,8 +19,8 @@ from buddy.fit import fit
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
 from buddy.run import read_run
-from buddy.scoring.perplexity import evaluate
 from buddy.training.healing import HealingModule
+from buddy.training.module import evaluate
 from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights
 from tests.small import write_text
 

@@ -13,7 +13,7 @@ from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.hub.export import OnePlan, export_run
 from buddy.run import read_run
-from buddy.scoring.perplexity import evaluate
+from buddy.training.module import evaluate
 from tests.small import write_text
 from tests.tiny import tiny_folder
 
