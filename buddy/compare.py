@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -24,10 +23,9 @@ from buddy.backbone.adapter import WEIGHTS
 from buddy.backbone.load import Backbone
 from buddy.build import build_windows, heals, restore
 from buddy.comparison.command import shown_command, shown_path, shown_text
-from buddy.comparison.join import FREE
 from buddy.comparison.output import write_all
 from buddy.comparison.record import FORMAT
-from buddy.config import PredictorSection, Recipe, flatten, load_recipe, override, shown, with_router
+from buddy.config import PredictorSection, Recipe, Rival, flatten, with_router
 from buddy.console import Bar, errors, status
 from buddy.data.module import TextData
 from buddy.data.text import same_source
@@ -39,24 +37,23 @@ from buddy.executors import side_by_side
 from buddy.fit import Session, prepare
 from buddy.inspection.routing import sources_of
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
-from buddy.registry import build, check_names, describe, load
+from buddy.registry import build, describe, load
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import (
     ADAPTER,
     FACTS,
     METRICS,
-    RECIPE,
     ROUTER,
-    RunPlace,
+    RunFolder,
     check_backbone,
+    complete_seeds,
     folder_name,
-    inputs_in,
+    input_digests,
     read_metrics,
     read_run,
 )
 from buddy.scoring.perplexity import Reference, scores_of, with_documents
 from buddy.scoring.timing import machine, versions
-from buddy.training.inputs import inputs_of
 from buddy.training.module import evaluate
 
 ALL = "all"
@@ -64,58 +61,35 @@ OPENING, CLOSING = "[{(", "]})"
 KINDS = ("learned", "static", "random")  # the order of `all`
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A router with options, one row of the tables.
-
-    Attributes:
-        name: an installed name or "my_module:MyRouter".
-        options: "key=value" texts, laid over the options that the recipe has for this router.
-    """
-
-    name: str
-    options: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """`name`, or `name[key=value;key=value]`."""
-        return f"{self.name}[{';'.join(self.options)}]" if self.options else self.name
-
-    @property
-    def folder(self) -> str:
-        """The label as a folder's name; where signs had to go, a digest of it keeps two labels apart."""
-        spelt = self.label.replace("[", "_", 1).replace(";", ",").removesuffix("]")
-        plain = re.sub(r"[^\w.=,-]+", "-", spelt).strip(".")
-        return plain if plain == spelt else f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
-
-    def recipe(self, base: Recipe) -> Recipe:
-        """The recipe with this router, at its own learning rate where the recipe has one for it.
-
-        Raises:
-            RecipeError: an option that no recipe could hold.
-        """
-        options = [f"router.options.{option}" for option in self.options]
-        own = override(base, [f"router.name={json.dumps(self.name)}", *options], f"The router {self.label}")
-        return with_router(own, self.name)
+def folder_of(label: str) -> str:
+    """A label as a folder's name; where characters had to go, a digest of it keeps two labels apart."""
+    spelt = label.replace("[", "_", 1).replace(";", ",").removesuffix("]")
+    plain = re.sub(r"[^\w.=,-]+", "-", spelt).strip(".")
+    return plain if plain == spelt else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
 
 
-def contestants(text: str | None, recipe: Recipe) -> list[Contestant]:
+def contestants(text: str | None, recipe: Recipe) -> list[Rival]:
     """Those in "a,b[key=value;key=value],all"; without a text the recipe's router and its rivals.
 
-    `all` stands for every installed router that can be used and is not named beside it.
+    A key with a dot is a recipe's, as in first[optimizer.lr=3e-3]; one without is an option of the router. A name alone
+    has the overrides of the recipe's rival of that name. `all` stands for every installed router that can be used and
+    is not named beside it.
 
     Raises:
         RegistryError: nothing is named, one is named twice, or brackets or options cannot be read.
     """
-    named = [recipe.router.name, *recipe.rivals] if text is None else split_outside(text, ",")
-    named = list(dict.fromkeys(named)) if text is None else named
-    found = [_parse(part) for part in named if part != ALL]
+    if text is None:
+        return list(dict.fromkeys([Rival(recipe.router.name), *recipe.rivals]))
+    rivals = {rival.name: rival for rival in reversed(recipe.rivals) if rival.name != recipe.router.name}
+    named = split_outside(text, ",")
+    found = [_parse(part, rivals) for part in named if part != ALL]
     labels = [each.label for each in found]
     for label in labels:
         if labels.count(label) > 1:
             raise RegistryError(f"--routers names {label} twice; name it once.")
     if ALL in named:
-        found += [Contestant(name) for name in _installed(recipe) if name not in labels]
+        others = [rivals.get(name, Rival(name)) for name in _installed(recipe)]
+        found += [each for each in others if each.label not in labels]
     if not found:
         raise RegistryError("--routers is empty; name at least one, such as --routers buddy,shortgpt, or all.")
     return found
@@ -145,19 +119,21 @@ def split_outside(text: str, sign: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _parse(text: str) -> Contestant:
+def _parse(text: str, rivals: Mapping[str, Rival]) -> Rival:
     match = re.fullmatch(r"(?P<name>[^\[\]]+?)\s*(\[(?P<options>.*)\])?", text, re.DOTALL)
     if not match:
         raise RegistryError(f"{text!r} is no router; write a name, or name[key=value;key=value].")
     options = split_outside(match["options"] or "", ";")
-    return Contestant(match["name"], tuple(_option(option, text) for option in options))
+    if not options:
+        return rivals.get(match["name"], Rival(match["name"]))
+    return Rival(match["name"], tuple(_option(option, text) for option in options))
 
 
 def _option(option: str, text: str) -> str:
     key, equals, value = (part.strip() for part in option.partition("="))
-    if not equals or not value or not re.fullmatch(r"[A-Za-z_]\w*", key):
+    if not equals or not value or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
         raise RegistryError(f"{option!r} in {text} is no option; write key=value, as in random[per=input].")
-    return f"{key}={value}"
+    return f"{key}={value}" if "." in key else f"router.options.{key}={value}"
 
 
 def _installed(recipe: Recipe) -> list[str]:
@@ -309,15 +285,15 @@ def check(asked: Asked) -> None:
         raise RecipeError(f"seed is {asked.recipe.seed}, too large for {seeds} seeds from it on; set it smaller.")
     if asked.jobs < 1:
         raise RecipeError(f"--jobs is {asked.jobs}; give 1 or more.")
-    if asked.recipe.trainer.devices * asked.recipe.trainer.nodes > 1:
+    if asked.recipe.trainer["devices"] * asked.recipe.trainer["num_nodes"] > 1:
         raise RecipeError(
-            "buddy compare trains each router on one device; set trainer.devices=1 and trainer.nodes=1, and --jobs for "
-            "several at once."
+            "buddy compare trains each router on one device; set trainer.devices=1, trainer.num_nodes=1 and --jobs "
+            "for several at once."
         )
     if asked.trained is not None:
         _check_lender(asked)
-    if asked.recipe.trainer.ckpt_path:
-        raise RecipeError("buddy compare goes on by itself from what it left; leave trainer.ckpt_path out.")
+    if asked.recipe.ckpt_path:
+        raise RecipeError("buddy compare goes on by itself from what it left; leave ckpt_path out.")
     if asked.folder.exists() and not asked.folder.is_dir():
         raise RunError(f"{asked.folder} is a file; name a folder as --out.")
     if (asked.folder / FACTS).exists():
@@ -344,7 +320,7 @@ def _check_lender(asked: Asked) -> None:
         raise RunError(f"{trained} holds the unhealed runs, which stay; give another --out for the healed ones.")
 
 
-TRAINING = ("trainer.", "objective.", "optimizer.", "data.train_sources")  # change nothing in what is not trained
+TRAINING = ("trainer.", "callbacks", "objective.", "optimizer.", "data.train_sources")  # of no effect without training
 
 
 @dataclass(frozen=True)
@@ -368,9 +344,9 @@ class Planned:
         return self.recipe.seed
 
     @property
-    def place(self) -> RunPlace:
+    def place(self) -> RunFolder:
         """Where the run is kept."""
-        return RunPlace(self.folder)
+        return RunFolder(self.folder)
 
     @property
     def words(self) -> str:
@@ -388,7 +364,7 @@ def base_of(recipe: Recipe) -> Recipe:
         data=replace(recipe.data, seed=recipe.data_seed),
         rivals=[],
         predictor=PredictorSection(),
-        trainer=replace(recipe.trainer, ckpt_path=None),
+        ckpt_path=None,
     )
 
 
@@ -399,14 +375,8 @@ def planned(label: str, recipe: Recipe, folder: Path, seeds: int, trained: bool 
 
 
 def is_finished(run: Planned) -> bool:
-    """Whether the run is whole in its folder."""
-    return (run.folder / FACTS).is_file()
-
-
-def finished_seeds(folder: Path) -> list[int]:
-    """The seeds of the finished runs in the folder of one router, in order."""
-    names = (facts.parent.name.removeprefix("seed-") for facts in folder.glob(f"seed-*/{FACTS}"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    """Whether the run is complete in its folder."""
+    return run.place.is_complete
 
 
 def with_lent(run: Planned, lender: Planned, made_of: Mapping[str, str], windows: str) -> Planned:
@@ -426,12 +396,14 @@ def with_lent(run: Planned, lender: Planned, made_of: Mapping[str, str], windows
         healed = read_run(lender.folder).recipe.adapter is not None
     if healed:
         raise RunError(f"{lender.folder} was healed itself; name the comparison that it came from as --trained.")
-    free = (*FREE, "adapter", *(() if lender.trained else TRAINING))
-    keys = list(_differing(lender, free))
-    changed = _changed(lender, made_of)
-    if keys or changed:
-        reason = f"another recipe ({'; '.join(keys)})" if keys else f"another {' and another '.join(changed)}"
-        raise RunError(f"{lender.folder} was made with {reason} and cannot lend its router; leave --trained out.")
+    reasons = lender.place.differences(
+        lender.recipe, made_of, ignore=("adapter", *(() if lender.trained else TRAINING))
+    )
+    if reasons:
+        raise RunError(
+            f"{lender.folder} was made otherwise ({'; '.join(reasons)}) and cannot lend its router; leave "
+            "--trained out."
+        )
     _check_whole(lender, made_of["model"], windows)
     return replace(run, lent=lender.folder)
 
@@ -446,29 +418,23 @@ def check_reuse(runs: Sequence[Planned], made_of: Mapping[str, Mapping[str, str]
     Raises:
         RunError: other recipes, with the keys that differ; another backbone; another text.
     """
-    found = [(run, list(_differing(run))) for run in runs]
-    wrong = [run for run, keys in found if keys]
+    found = {run.folder: _differences(run, made_of[run.recipe.router.name]) for run in runs}
+    wrong = [folder for folder, reasons in found.items() if reasons]
     if wrong:
-        first, *others = wrong
-        keys = "; ".join(dict.fromkeys(key for _, keys in found for key in keys))
-        more = f" and {len(others)} more were" if others else " was"
+        reasons = "; ".join(dict.fromkeys(reason for each in found.values() for reason in each))
+        more = f" and {len(wrong) - 1} more were" if len(wrong) > 1 else " was"
         raise RunError(
-            f"{_where(first)}{more} made with another recipe ({keys}) and cannot stand in this comparison; give "
-            "another --out, or delete that folder."
+            f"{wrong[0]}{more} made otherwise ({reasons}) and cannot stand in this comparison; give another --out, or "
+            "delete that folder."
         )
-    for run in filter(is_finished, runs):  # unfinished ones begin anew where something changed
-        changed = _changed(run, made_of[run.recipe.router.name])
-        if changed:
-            raise RunError(
-                f"{run.folder} was made before the {' and the '.join(changed)} changed and cannot stand in this "
-                "comparison; give another --out, or delete that folder."
-            )
+    for run in runs:
+        run.place.warn_of_changed_code(made_of[run.recipe.router.name])
+    for run in filter(is_finished, runs):
         _check_whole(run, made_of[run.recipe.router.name]["model"], windows)
 
 
-def _changed(run: Planned, made_of: Mapping[str, str]) -> list[str]:
-    """What a finished run was made of that is another now."""
-    return [name for name, digest in (inputs_in(run.folder) or {}).items() if made_of.get(name) != digest]
+def _differences(run: Planned, made_of: Mapping[str, str]) -> list[str]:
+    return run.place.differences(run.recipe, made_of, ignore=() if run.trained else TRAINING)
 
 
 def again(error: DamagedError, folder: Path) -> RunError:
@@ -508,36 +474,6 @@ def _is_complete(metrics: Mapping[str, Any]) -> bool:
         return all(math.isfinite(metrics["fit"][name]) for name in ("seconds", "parameters"))
     except (LookupError, TypeError, ValueError):
         return False
-
-
-def _where(run: Planned) -> Path:
-    """What there is of a run: its folder, or that of an unfinished one."""
-    return run.folder if is_finished(run) else run.place.partial
-
-
-def _differing(run: Planned, free: Sequence[str] | None = None) -> Iterator[str]:
-    """ "key: there, here" for each key of the recipe that differs from that of the run in the folder.
-
-    Args:
-        free: beginnings of keys that may differ; by default those that change nothing in the run.
-    """
-    if is_finished(run):
-        with _mendable(run):
-            there = read_run(run.folder).recipe
-    else:
-        try:
-            there = load_recipe(run.place.partial / RECIPE)
-        except BuddyError:  # none, or one that was cut: it starts anew
-            return
-    one, other = flatten(there), flatten(run.recipe)
-    free = free or (FREE if run.trained else (*FREE, *TRAINING))
-    for key in dict.fromkeys([*one, *other]):
-        if not key.startswith(tuple(free)) and one.get(key) != other.get(key):
-            yield f"{key}: {_spelt(one, key)} there, {_spelt(other, key)} here"
-
-
-def _spelt(flat: Mapping[str, object], key: str) -> str:
-    return shown(flat[key]) if key in flat else "not set"
 
 
 EVALUATIONS, TASKS = "evaluations", "tasks"  # in a run folder
@@ -728,14 +664,18 @@ def compare(asked: Asked) -> int:
     base = base_of(asked.recipe)
     if asked.recipe.predictor.name is not None:
         errors.print("A comparison fits no budget predictor: all routers have the recipe's budgets.", soft_wrap=True)
-    check_names(base.optimizer.lr_by_router)
-    recipes = {each: each.recipe(base) for each in contestants(asked.routers, asked.recipe)}
+    recipes = {each: with_router(base, each) for each in contestants(asked.routers, asked.recipe)}
     domains = domains_of(asked.domains, asked.recipe)
     backbone, data = prepare(list(recipes.values()))
     with status("Reading text …"):
         texts = {domain: read_domain(domain, base, data) for domain in domains}
     runs = {each.label: _planned(asked, each, recipe, backbone) for each, recipe in recipes.items()}
-    made_of = {recipe.router.name: inputs_of(recipe, backbone, data) for recipe in recipes.values()}
+    made_of = {
+        recipe.router.name: input_digests(
+            recipe.router.name, backbone.fingerprint, data.fingerprint, data.train_fingerprint or ""
+        )
+        for recipe in recipes.values()
+    }
     windows = data.test.fingerprint
     check_reuse([run for group in runs.values() for run in group], made_of, windows)
     if asked.trained is not None and not asked.finished:
@@ -778,17 +718,17 @@ def _compare(
     return len(failures) + bool(problem)
 
 
-def _planned(asked: Asked, each: Contestant, recipe: Recipe, backbone: Backbone) -> list[Planned]:
+def _planned(asked: Asked, each: Rival, recipe: Recipe, backbone: Backbone) -> list[Planned]:
     """The runs of one router.
 
     It has all the seeds where they matter: not for what is measured alone, nor where an option fixes the draws. The
     recipe's training has a part in the router, or in its adapter, or in neither.
     """
-    router, folder = _built_router(recipe, backbone), asked.folder / RUNS / each.folder
+    router, folder = _built_router(recipe, backbone), asked.folder / RUNS / folder_of(each.label)
     trained = router.trainable or heals(recipe, router)
     seeds = asked.seeds or SEEDS
     if asked.finished and asked.seeds is None:
-        seeds = max([seed - recipe.seed + 1 for seed in finished_seeds(folder)] + [1])
+        seeds = max([seed - recipe.seed + 1 for seed in complete_seeds(folder)] + [1])
     return planned(each.label, recipe, folder, seeds if trained or _draws(recipe, router) else 1, trained)
 
 
@@ -818,7 +758,7 @@ def _with_lent(
         first = group[0]
         router, inputs = _built_router(first.recipe, backbone), made_of[first.recipe.router.name]
         there = folder / first.folder.parent.name
-        shared = [] if _draws(first.recipe, router) else finished_seeds(there)
+        shared = [] if _draws(first.recipe, router) else complete_seeds(there)
         recipes = [replace(run.recipe, seed=shared[0]) if shared else run.recipe for run in group]
         lenders = [planned(label, recipe, there, 1, router.trainable)[0] for recipe in recipes]
         found[label] = [with_lent(run, lender, inputs, windows) for run, lender in zip(group, lenders, strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -13,13 +12,13 @@ from typing import Any
 
 import lightning
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import console, distributed
 from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
-from buddy.backbone.sharding import check, join, settle, shard, shards
+from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, join, shard
 from buddy.build import (
     attach_predictor,
     build_adapter,
@@ -30,34 +29,33 @@ from buddy.build import (
     build_module,
     build_trainer,
     heals,
+    instantiate,
     restore_router,
     trains_both,
 )
 from buddy.calibration.probe import CalibrationProbe
-from buddy.config import PredictorSection, Recipe, with_router
+from buddy.config import PredictorSection, Recipe, Rival, with_router
 from buddy.console import errors, quiet, status, track
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import show_comparison, write_results
 from buddy.io import cache_folder, on_disk, within_memory
-from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
-from buddy.registry import check_names, load
+from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
+from buddy.registry import load
 from buddy.router import AnyRouter, available_budgets
-from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
+from buddy.run import ADAPTER, RunFolder, Stopwatch, input_digests, read_metrics, save_router
 from buddy.scoring.perplexity import Reference, Scores, scores_of
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
     GracefulStop,
     LastCheckpoint,
     ProgressLine,
+    SaveSeconds,
     check_checkpoint,
     unusable,
 )
-from buddy.training.inputs import inputs_of
-from buddy.training.ledger import Ledger
 from buddy.training.module import NotFinite, evaluate
-from buddy.training.stopwatch import Stopwatch
 
 
 def fit(recipe: Recipe, recipe_name: str) -> None:
@@ -75,56 +73,47 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     """
     leads = distributed.leads()  # the others of a distributed run are begun by the same command
     console.errors.quiet = console.results.quiet = not leads
-    check_names(recipe.optimizer.lr_by_router)
-    own = with_router(recipe, recipe.router.name)
-    recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), own]
-    places = [RunPlace.of(each, recipe_name) for each in recipes]
-    for place in places if leads else ():
-        place.settle()
+    rivals = {rival.label: _rival(recipe, rival) for rival in recipe.rivals if rival.label != recipe.router.name}
+    labels, recipes = [*rivals, recipe.router.name], [*rivals.values(), recipe]
+    places = [RunFolder.of(each, recipe_name, label) for label, each in zip(labels, recipes, strict=True)]
     session = _begin(recipes, places)
     with distributed.linked():
         if not leads:
             return session.follow(recipes, places)
-        ledger, scores = Ledger(places[-1]), {}
-        for number, (each, place) in enumerate(zip(recipes, places, strict=True), start=1):
-            kept = session.kept(each, place, ledger)
+        scores = {}
+        for number, (label, each, place) in enumerate(zip(labels, recipes, places, strict=True), start=1):
+            kept = session.stored(each, place)
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
-                console.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
+                console.errors.print(f"Router {number} of {len(recipes)}: {label}{done}", soft_wrap=True)
             distributed.tell(kept is not None)
-            scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
-            ledger.note(each.router.name)
-    ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
-    folders = {each.router.name: place.final for each, place in zip(recipes, places, strict=True)}
+            scores[label] = session.run(each, recipe_name, place) if kept is None else kept
+    ordered = {name: scores[name] for name in (recipe.router.name, *rivals)}
+    folders = {label: place.path for label, place in zip(labels, places, strict=True)}
     show_comparison(ordered, folders, recipe.router.name)
-    ledger.close()
 
 
-def _begin(recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> Session:
+def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
     """Backbone and text in each process, once the first has found all well, and the processes together."""
     leads, trainer = distributed.leads(), recipes[-1].trainer
     if not leads or distributed.from_torchrun() > 1:
         join(trainer)  # all are there already
-    with distributed.one_by_one(trainer) if shards(trainer) else distributed.leader_first():
+    with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.leader_first():
         session = Session(*prepare(recipes))
         for place in places if leads else ():
             with place.lock():  # a second fit is refused here, before it does anything
                 pass
         join(trainer)
-        if shards(trainer):
-            shard(session.backbone, trainer.accelerator)
-    if shards(trainer):
-        settle(session.backbone)
+        if is_sharded(trainer):
+            shard(session.backbone, trainer["accelerator"])
+    if is_sharded(trainer):
+        finish_sharding(session.backbone)
     return session
 
 
-def _rival(recipe: Recipe, name: str) -> Recipe:
+def _rival(recipe: Recipe, rival: Rival) -> Recipe:
     """The recipe for another router; a checkpoint and the budget predictor are the recipe's own router's."""
-    trainer = replace(recipe.trainer, ckpt_path=None)
-    return replace(with_router(recipe, name), trainer=trainer, predictor=PredictorSection())
-
-
-WATCH = "seconds.json"  # in the folder of an unfinished run
+    return replace(with_router(recipe, rival), ckpt_path=None, predictor=PredictorSection())
 
 
 def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
@@ -138,16 +127,18 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         load(each.router.name)
     with quiet():
         build_trainer(recipe, logger=False)
-    check(recipe)
-    if recipe.trainer.ckpt_path:
-        check_checkpoint(recipe.trainer.ckpt_path)
+    for spec in (*recipe.callbacks, *filter(None, [recipe.logger])):
+        instantiate(spec)
+    check_sharding(recipe)
+    if recipe.ckpt_path:
+        check_checkpoint(recipe.ckpt_path)
     with status(f"Loading {recipe.backbone.name} …"):
-        backbone = build_backbone(recipe, stays=shards(recipe.trainer))
+        backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
         for each in recipes:
             routed = build_model(each, backbone)
             _check_start(each, routed.router)
             if each.predictor.name is not None:
-                arms_of(each, routed)
+                predictor_arms(each, routed)
             routed.detach()
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
@@ -161,12 +152,11 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
 
 def _check_start(recipe: Recipe, router: AnyRouter) -> None:
     """Raises RecipeError for a checkpoint to go on from where no training would read it."""
-    if recipe.trainer.ckpt_path and not router.trainable:
-        raise RecipeError(f"The router {recipe.router.name} is not trained; leave trainer.ckpt_path out.")
-    if recipe.trainer.ckpt_path and trains_both(recipe, router):
+    if recipe.ckpt_path and not router.trainable:
+        raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
+    if recipe.ckpt_path and trains_both(recipe, router):
         raise RecipeError(
-            "adapter.joint=true trains router and adapter from the start; leave trainer.ckpt_path out, or set it to "
-            "false."
+            "adapter.joint=true trains router and adapter from the start; leave ckpt_path out, or set it to false."
         )
 
 
@@ -184,38 +174,37 @@ class Session:
         self._watch: Stopwatch | None = None
         self._reference = Reference()
 
-    def kept(self, recipe: Recipe, place: RunPlace, ledger: Ledger) -> list[Scores] | None:
-        """The results of a router that an earlier beginning of the same fit finished; None where none did."""
-        return ledger.scores(recipe, place, inputs_of(recipe, self.backbone, self.data))
+    def digests(self, recipe: Recipe) -> dict[str, str]:
+        """Digests of what a run of the recipe is made from."""
+        data = self.data
+        return input_digests(
+            recipe.router.name, self.backbone.fingerprint, data.fingerprint, data.train_fingerprint or ""
+        )
 
-    def run(self, recipe: Recipe, recipe_name: str, place: RunPlace, lent: Path | None = None) -> list[Scores]:
-        """Fit, evaluate and publish one router.
+    def stored(self, recipe: Recipe, place: RunFolder) -> list[Scores] | None:
+        """The results of a complete run of the same recipe and inputs; None where there is none."""
+        digests = self.digests(recipe)
+        if not place.is_complete or place.differences(recipe, digests):
+            return None
+        place.warn_of_changed_code(digests)
+        return scores_of(read_metrics(place.path))
+
+    def run(self, recipe: Recipe, recipe_name: str, place: RunFolder, lent: Path | None = None) -> list[Scores]:
+        """Fit, evaluate and complete one run.
 
         Args:
-            lent: a finished run of the same recipe but for the adapter, whose router is taken as it is.
+            lent: a complete run of the same recipe but for the adapter, whose router is taken as it is.
         """
-        with on_disk(place.final), place.lock(), self.routed(recipe) as routed:
-            inputs = inputs_of(recipe, self.backbone, self.data)
-            if distributed.count() == 1 and place.sealed(recipe, inputs):
-                _tidy(place.partial)
-                return scores_of(read_metrics(place.publish()))
-            folder = place.open_partial(recipe, inputs)
-            watch, fitted = Stopwatch(folder / WATCH), False
+        with on_disk(place.path), place.lock(), self.routed(recipe) as routed:
+            folder = place.begin(recipe, recipe_name, self.digests(recipe), routed.geometry)
+            watch, fitted = Stopwatch(folder), False
             self._watch = watch
             try:
-                write_facts(
-                    folder,
-                    recipe,
-                    recipe_name,
-                    backbone=self.backbone.name,
-                    fingerprint=self.backbone.fingerprint,
-                    geometry=routed.geometry,
-                )
                 distributed.wait()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
                     before = 0.0 if lent is None else read_metrics(lent)["fit"]["seconds"]
-                    rates = self._fit(recipe, routed, folder, lent)
+                    self._fit(recipe, routed, folder, lent)
                     spent = {"seconds": before + watch.seconds, "parameters": _parameters(routed)}
                     watch.save()
                     fitted = True
@@ -226,21 +215,20 @@ class Session:
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:
                     routed.adapter.save(folder / ADAPTER)
-                write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint, rates=rates)
-                place.seal()
+                metrics = write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint)
                 _tidy(folder)
+                place.complete(metrics)
             except BaseException as error:
-                goes_on = isinstance(error, KeyboardInterrupt) or any(folder.rglob("*.ckpt"))
-                if not goes_on:
-                    shutil.rmtree(folder, ignore_errors=True)
-                elif not fitted:  # evaluation's time is not saved as fitting's
+                if not isinstance(error, KeyboardInterrupt):
+                    with suppress(BuddyError):
+                        place.abandon()
+                if not fitted and folder.exists():  # evaluation's time is not saved as fitting's
                     with suppress(BuddyError):  # on a full disk, say
-                        watch.save()  # there is something to go on from, if only the time that was spent
+                        watch.save()
                 raise
-            place.publish()
         return scores
 
-    def follow(self, recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> None:
+    def follow(self, recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> None:
         """Take part in the training and evaluation of all routers beside the process that leads."""
         for recipe, place in zip(recipes, places, strict=True):
             if distributed.tell():  # it is finished
@@ -248,7 +236,7 @@ class Session:
             with self.routed(recipe) as routed:
                 distributed.wait()
                 try:
-                    self._fit(recipe, routed, place.partial)
+                    self._fit(recipe, routed, place.work)
                     self._evaluate(recipe, routed)
                 except (TrainingError, KeyboardInterrupt) as error:
                     raise SystemExit(2) from error
@@ -263,10 +251,10 @@ class Session:
         finally:
             routed.detach()
 
-    def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path, lent: Path | None = None) -> dict[float, float]:
-        """Calibrate, train and heal; what validation windows said of the adapter's rates, where several are asked."""
+    def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path, lent: Path | None = None) -> None:
+        """Calibrate, train and heal."""
         self.data.train_seed = recipe.seed
-        callbacks = [self._watch] if self._watch else []
+        callbacks = [SaveSeconds(self._watch)] if self._watch else []
         if lent is not None:
             restore_router(routed, lent)
             (folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # of a router begun here before
@@ -277,22 +265,16 @@ class Session:
                 train(recipe, routed, self.data, folder, callbacks)
             if not both:
                 routed.router.eval().requires_grad_(False)
-        if not heals(recipe, routed.router):
-            return {}
-        if recipe.adapter.rates:
-            from buddy.healing.rates import heal_at_the_best
-
-            return heal_at_the_best(recipe, routed, self.data, folder, callbacks)
-        heal(recipe, routed, self.data, folder, callbacks)
-        return {}
+        if heals(recipe, routed.router):
+            heal(recipe, routed, self.data, folder, callbacks)
 
     def _calibrate(self, recipe: Recipe, routed: RoutedLM) -> None:
         """Let the router measure: by all together where weights are shared out, else by the first process.
 
         Others follow where something may be left for training that is in no state; they find what it kept on disk.
         """
-        with nullcontext() if shards(recipe.trainer) else distributed.leader_first():
-            if distributed.leads() or shards(recipe.trainer) or routed.router.trainable:
+        with nullcontext() if is_sharded(recipe.trainer) else distributed.leader_first():
+            if distributed.leads() or is_sharded(recipe.trainer) or routed.router.trainable:
                 probe = self._calibration(recipe, routed)
                 routed.router.calibrate(probe)
                 probe.release()
@@ -303,7 +285,7 @@ class Session:
         if self._probe is None:
             windows, data = self.data.calibration.input_ids, recipe.data
             store = (
-                None if shards(recipe.trainer) else cache_folder("calibration")
+                None if is_sharded(recipe.trainer) else cache_folder("calibration")
             )  # all together: none may know more than another
             options: dict[str, Any] = {"prompt": data.prompt, "store": store}
             # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
@@ -345,16 +327,12 @@ def _parameters(routed: RoutedLM) -> int:
 
 def _tidy(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
-    from buddy.healing.rates import forget_rates
-
-    (folder / WATCH).unlink(missing_ok=True)
     forget(folder)
-    forget_rates(folder)
-    forget_targets(folder)
+    remove_targets(folder)
 
 
 def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
-    """Train the router in place, from `trainer.ckpt_path` or from what an interrupted run left in `folder`.
+    """Train the router in place, from `ckpt_path` or from what an interrupted run left in `folder`.
 
     Args:
         recipe: the whole run.
@@ -373,10 +351,10 @@ def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callba
     def failed(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
         kept = checkpoints / "before-failure.ckpt"
         trainer.save_checkpoint(kept)
-        return TrainingError(f"{error}, and start anew or from the step before with trainer.ckpt_path={kept}.")
+        return TrainingError(f"{error}, and start anew or from the step before with ckpt_path={kept}.")
 
     line = ProgressLine(f"Training {recipe.router.name}")
-    start = _start(recipe.trainer.ckpt_path, last)
+    start = _start(recipe.ckpt_path, last)
     module = build_module(recipe, routed)
     module.mark_calibrated()
     run(recipe, module, data, last, start, line, callbacks, failed)
@@ -411,12 +389,16 @@ def run(
     if start:
         check_checkpoint(start)
         errors.print(f"Going on from {start}", soft_wrap=True)
-    stop, saver = GracefulStop(), LastCheckpoint(last, recipe.trainer.checkpoint_every)
+    stop, saver = GracefulStop(), LastCheckpoint(last, recipe.checkpoint_every)
+    asked = [instantiate(spec) for spec in recipe.callbacks]
+    shown = recipe.trainer.get("enable_progress_bar", True) and not any(isinstance(c, ProgressBar) for c in asked)
     with quiet():
         trainer = build_trainer(
             recipe,
-            callbacks=[stop, line, *callbacks, saver],
-            logger=TensorBoardLogger(last.parent.parent, name="", version="", default_hp_metric=False),
+            callbacks=[stop, *([line] if shown else []), *callbacks, *asked, saver],
+            logger=instantiate(recipe.logger)
+            if recipe.logger
+            else TensorBoardLogger(last.parent.parent, name="", version="", default_hp_metric=False),
             plugins=[AtomicCheckpointIO()],
         )
         try:
@@ -431,7 +413,7 @@ def run(
                 raise unusable(start, f"{type(error).__name__}: {error}") from error
             raise
     if stop.requested:
-        errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer.max_steps} is kept.")
+        errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer['max_steps']} is kept.")
         raise KeyboardInterrupt
 
 
@@ -472,12 +454,12 @@ def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbac
     path = folder / "checkpoints" / CHECKPOINT
     routed.adapt(build_adapter(recipe, routed.backbone, routed.geometry.context_layer))
     routed.adapter.train()
-    steps = replace(recipe, trainer=replace(recipe.trainer, max_steps=recipe.adapter.steps))
+    steps = replace(recipe, trainer={**recipe.trainer, "max_steps": recipe.adapter.steps})
     line = ProgressLine(f"Healing {recipe.router.name}", "heal/objective")
 
     def failed(_: Trainer, error: NotFinite) -> TrainingError:
         trained = folder / "checkpoints" / "last.ckpt"
-        kept = f", and give trainer.ckpt_path={trained} to keep the router" if trained.exists() else ""
+        kept = f", and give ckpt_path={trained} to keep the router" if trained.exists() else ""
         return TrainingError(f"{error}; lower adapter.lr{kept}.")
 
     start = path if path.exists() else None

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from buddy.config import Recipe, RouterSection, TrainerSection, load_recipe, to_yaml
+from buddy.config import Recipe, RouterSection, load_recipe, to_yaml
 from buddy.errors import RunError
 from buddy.router import Geometry
 from buddy.run import RunPlace, check_backbone, load_router, read_metrics, read_run, save_router, write_facts
@@ -140,13 +140,12 @@ def test_a_damaged_partial_folder_is_emptied(place, recipe):
 
 def test_a_checkpoint_inside_the_partial_folder_is_never_deleted(place, recipe):
     checkpoint = place.partial / "last.ckpt"
-    longer = TrainerSection(max_steps=999, ckpt_path=str(checkpoint))
     with place.lock():
         place.open_partial(recipe)
         checkpoint.write_text("step 50")
-        place.open_partial(replace(recipe, trainer=replace(recipe.trainer, ckpt_path=str(checkpoint))))
+        place.open_partial(replace(recipe, ckpt_path=str(checkpoint)))
         assert checkpoint.exists()
-        place.open_partial(replace(recipe, trainer=longer))
+        place.open_partial(replace(recipe, trainer={**recipe.trainer, "max_steps": 999}, ckpt_path=str(checkpoint)))
         assert checkpoint.exists()
 
 

@@ -14,7 +14,6 @@ from buddy.console import results
 from buddy.evaluation.curves import write_run
 from buddy.evaluation.figure import band, figure_at
 from buddy.io import write_json
-from buddy.run import METRICS
 from buddy.scoring.perplexity import Scores, as_json, paired_difference, with_documents
 from buddy.scoring.statistics import mixed
 
@@ -62,7 +61,7 @@ def show_comparison(scores: Mapping[str, Sequence[Scores]], folders: Mapping[str
 
     Args:
         scores: by router.
-        folders: the run folder of each router, all in one folder.
+        folders: the run folder of each router.
         main: the router whose recipe it is.
     """
     results.print(_perplexities(scores))
@@ -76,7 +75,7 @@ def show_comparison(scores: Mapping[str, Sequence[Scores]], folders: Mapping[str
     for line in (
         f"Figure:      {place}.png",
         f"Runs:        {', '.join(map(str, folders.values()))}",
-        f"TensorBoard: tensorboard --logdir {folders[main].parent}",
+        f"TensorBoard: tensorboard --logdir {folders[main].parent.parent}",
     ):
         results.print(line, soft_wrap=True)
 
@@ -88,9 +87,8 @@ def write_results(
     *,
     fit: Mapping[str, float],
     windows: str,
-    rates: Mapping[float, float] | None = None,
-) -> None:
-    """Into a run folder: metrics.json with the sums per document, the figure, and TensorBoard's curves and settings.
+) -> dict[str, Any]:
+    """Write the figure and TensorBoard's curves and settings into a run folder; what metrics.json is to hold.
 
     Args:
         folder: of the run.
@@ -98,15 +96,11 @@ def write_results(
         scores: on the recipe's test windows.
         fit: "seconds" that calibration and training took and "parameters" of the router.
         windows: fingerprint of the test windows.
-        rates: objective on validation windows for each of `adapter.rates`; the least has the adapter that was kept.
     """
     found: dict[str, Any] = {"fit": dict(fit), "windows": windows}
-    if rates:
-        found["fit"]["adapter_lr"] = min(rates, key=rates.__getitem__)
-        found["rates"] = {str(rate): value if math.isfinite(value) else None for rate, value in rates.items()}
-    write_json(folder / METRICS, with_documents(scores) | found)
     draw({recipe.router.name: scores}, folder / FIGURE)
     write_curves(folder, recipe, scores, found["fit"])
+    return with_documents(scores) | found
 
 
 def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Mapping[str, float]) -> None:
@@ -120,7 +114,6 @@ def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Ma
     metrics = {f"perplexity_at_{s.budget:g}": s.perplexity for s in ordered}
     metrics |= {f"fit_{name}": value for name, value in fit.items()}
     columns = [f"perplexity_at_{budget:g}" for budget in recipe.budgets]
-    columns += ["fit_adapter_lr"] if recipe.adapter is not None and recipe.adapter.rates else []
     text = "\n".join(f"    {key}: {value}" for key, value in flatten(recipe).items())
     write_run(folder, curves, settings_of(recipe), metrics, {"recipe": text}, columns)
 

@@ -8,7 +8,6 @@ paired differences resample documents, not tokens.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from torch import Tensor
 
 from buddy.backbone.load import Backbone
 from buddy.budget import auto_of
 from buddy.engine.model import RoutedLM
+from buddy.engine.twins import head_logits
 from buddy.losses import Dense, cross_entropy, kl_to_dense
 
 RESAMPLES = 2000
@@ -127,7 +126,7 @@ class Reference:
             if states.nbytes <= self._room:
                 self._room -= states.nbytes
                 self._states[key] = states.cpu()
-        return _head(backbone, states.to(ids.device), ids)
+        return head_logits(backbone.model, states.to(ids.device))
 
     def full_depth(self, ids: Tensor) -> list[Row] | None:
         """The rows of a batch at full depth, if a router was measured on it before."""
@@ -242,24 +241,6 @@ def _counts(ran: Tensor) -> tuple[int, int, int, int]:
 
 def _key(ids: Tensor) -> bytes:
     return ids.cpu().numpy().tobytes()
-
-
-class _GivenStates(nn.Module):
-    """Stands in for the decoder and returns hidden states that were computed before."""
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-    def forward(self, **_: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.states)
-
-
-def _head(backbone: Backbone, states: Tensor, ids: Tensor) -> Tensor:
-    """Logits by the model's own code, which in some families does more than one product."""
-    twin = copy.copy(backbone.model)
-    twin._modules = {**backbone.model._modules, "model": _GivenStates(states)}
-    return twin(input_ids=ids, use_cache=False).logits
 
 
 def paired_difference(ours: Scores, theirs: Scores, level: float = 0.95) -> tuple[float, tuple[float, float]]:

@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from buddy.console import Bar, errors
 from buddy.errors import TrainingError
 from buddy.io import write_bytes, writing
+from buddy.run import Stopwatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")  # in a checkpoint
@@ -167,7 +168,7 @@ class ProgressLine(ProgressBar):
 def check_checkpoint(path: str | Path) -> None:
     """Raises TrainingError unless the file is a whole checkpoint of a training; what is pickled in it is not run."""
     if not os.path.isfile(path):
-        raise TrainingError(f"There is no checkpoint {path}; leave trainer.ckpt_path out or name an existing file.")
+        raise TrainingError(f"There is no checkpoint {path}; leave ckpt_path out or name an existing file.")
     try:
         missing = {*NEEDED} - {*torch.load(path, map_location="cpu", weights_only=True)}
         with zipfile.ZipFile(path) as parts:  # torch itself does not look at the sums
@@ -182,5 +183,20 @@ def unusable(path: str | Path, reason: str) -> TrainingError:
     """The error for a checkpoint that cannot be resumed from."""
     return TrainingError(
         f"The checkpoint {path} is damaged or not one of Buddy's ({shorten(reason, 200, placeholder=' …')}); delete it "
-        "and start anew, or name another as trainer.ckpt_path."
+        "and start anew, or name another as ckpt_path."
     )
+
+
+class SaveSeconds(Callback):
+    """Saves the time spent on a run now and then while training goes on.
+
+    Args:
+        stopwatch: of the run.
+    """
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.is_global_zero:
+            self._stopwatch.tick()

@@ -402,7 +402,7 @@ class RoutingModule(BudgetModule):
         wrong = self.differing_weights(checkpoint)
         if wrong:
             raise TrainingError(
-                f"The checkpoint is of another router (it differs in {', '.join(wrong[:3])}); give trainer.ckpt_path a "
+                f"The checkpoint is of another router (it differs in {', '.join(wrong[:3])}); give ckpt_path a "
                 "checkpoint of this recipe, or leave it out."
             )
         self.calibrated = checkpoint.get("calibrated", True)  # those of version 0.1 do not say so

@@ -10,7 +10,7 @@ from buddy.build import build_held_out
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.evaluation.evaluate import evaluate_run
 from buddy.fit import fit
-from buddy.run import read_run
+from buddy.run import read_run, update_checksums
 from tests.small import write_text
 from tests.tiny import tiny_backbone
 
@@ -59,7 +59,7 @@ def test_texts_that_were_trained_on_are_not_needed(small, tmp_path):
     texts = [write_text(tmp_path / f"{name}.jsonl", 40, seed=7) for name in ("trained", "calibrated")]
     more = [f"data.train_sources=[{texts[0]}]", f"data.calibration_sources=[{texts[1]}]"]
     fit(small(tmp_path / "runs", "rivals=[]", "trainer.max_steps=1", *more), "small")
-    run = tmp_path / "runs" / "small" / "buddy"
+    run = tmp_path / "runs" / "small" / "buddy" / "seed-0"
     for text in texts:
         text.unlink()
     evaluate_run(run, json_file=tmp_path / "curve.json")
@@ -88,10 +88,8 @@ def test_what_cannot_be_evaluated(finished, tmp_path):
 def test_a_router_that_changed_its_shape_since(finished, tmp_path):
     folder = tmp_path / "buddy"
     shutil.copytree(finished / "buddy", folder)
-    facts = json.loads((folder / "run.json").read_text())
-    del facts["checksums"]
-    (folder / "run.json").write_text(json.dumps(facts))
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("options: {}", "options: {hidden: 7}"))
+    update_checksums(folder)
     with pytest.raises(RunError, match="does not fit its class any more; make the run again"):
         evaluate_run(folder)

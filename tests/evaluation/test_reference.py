@@ -50,7 +50,7 @@ def test_sharing_changes_no_number_and_full_depth_runs_once():
         routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
         options = {"prompt": 5, "batch_size": 2}
         alone = evaluate(routed, WINDOWS, [1.0, 0.99, 0.75, 0.5], **options)
-        routed.register_forward_hook(lambda *_: forwards.append(seed))
+        routed.register_forward_hook(lambda *_, seed=seed: forwards.append(seed))
         shared = evaluate(routed, WINDOWS, [1.0, 0.99, 0.75, 0.5], reference=reference, **options)
         routed.detach()
         for one, other in zip(alone, shared, strict=True):

@@ -225,7 +225,11 @@ def test_a_router_is_calibrated_once_before_the_first_step(run, tmp_path, monkey
     module = make(calibrated=False)
     run(module, 1).save_checkpoint(tmp_path / "one.ckpt")
     (probe,) = calls
-    assert (probe.count, probe.prompt, probe.asked) == (module.trainer.datamodule.calibration.input_ids.shape[0], 8, (4, 3))
+    assert (probe.count, probe.prompt, probe.asked) == (
+        module.trainer.datamodule.calibration.input_ids.shape[0],
+        8,
+        (4, 3),
+    )
     assert module.calibrated
     assert module.start.prior.any()
     resumed = make(calibrated=False)
