@@ -203,14 +203,14 @@ def test_a_trained_router_is_healed_without_training_it_again(small, finished, h
     [
         (["adapter.targets=[q_porj]"], "adapter.targets holds 'q_porj', but the linear modules in a layer of"),
         (["adapter.targets=lm_head"], "down_proj; choose from these, or all-linear"),
-        (["adapter.targets=[]"], "adapter.targets is empty; list modules such as [q_proj, v_proj]"),
+        (["adapter.targets=[]"], "adapter.targets is empty"),
         (["adapter.rank=0"], "adapter.rank is 0, but must be at least 1"),
         (["adapter.rang=4"], "The key 'adapter.rang' is unknown; did you mean 'rank'"),
         (["adapter.dropout=1.0"], "adapter.dropout is 1.0, but must be at most 0.9"),
         (["adapter.kind=prefix"], "adapter.kind cannot be 'prefix' (accepted: lora)"),
         (
             ["adapter=lora"],
-            "adapter is a section with the keys kind, rank, alpha, dropout, targets, steps, lr, rates, joint",
+            "adapter is a section",
         ),
         (["adapter.lr=0"], "adapter.lr is 0.0, but must be above 0"),
     ],
@@ -246,7 +246,7 @@ def test_a_step_that_is_not_finite_says_what_to_do(small, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(HealingModule, "_healing", lambda *args: [part * float("nan") for part in healing(*args)])
         with pytest.raises(
-            TrainingError, match=r"step 1 because the loss is not finite; lower adapter.lr, and give trai"
+            TrainingError, match=r"adapter.lr, and give ckpt_path"
         ):
             fit(small(tmp_path, *HEALED, *BRIEFLY), "small")
 
