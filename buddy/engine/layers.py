@@ -7,7 +7,6 @@ current `RoutedForward` which tokens run; without one it is the stock layer.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -244,23 +243,20 @@ def projected_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV
     """K and V, each (B, kv heads, T, size), that a layer would write for hidden states (B, T, D).
 
     By the layer's input norm and its attention's projections, the optional norm of the keys, and the usual rotary
-    embedding. Modules are called past torch's module machinery where they have no hook: decoding feels it.
+    embedding. Decoding feels the cost of torch's module machinery, so modules are found where torch keeps them and are
+    called past it where they have no hook.
     """
-    keys, values = _project(layer, hidden)
-    if embeddings is not None and layer.self_attn.__dict__.get("use_rope", True):
+    attention = layer._modules["self_attn"]
+    modules, settings = attention._modules, attention.__dict__
+    states = _call(layer._modules["input_layernorm"], hidden)
+    shape = (*states.shape[:-1], -1, settings["head_dim"])
+    keys, norm = _call(modules["k_proj"], states).view(shape), modules.get("k_norm")
+    keys = (keys if norm is None else norm(keys)).transpose(1, 2)
+    values = _call(modules["v_proj"], states).view(shape).transpose(1, 2)
+    if embeddings is not None and settings.get("use_rope", True):
         cos, sin = embeddings
         first, second = keys.chunk(2, -1)
         keys = keys * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
-    return keys, values
-
-
-def rotated_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV:
-    """`projected_kv` with the family's own rotary embedding."""
-    keys, values = _project(layer, hidden)
-    attention = layer.self_attn
-    if embeddings is not None and getattr(attention, "use_rope", True):
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        _, keys = rotate(keys[:, :0], keys, *embeddings)  # without a query
     return keys, values
 
 
@@ -278,13 +274,11 @@ def captured_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV:
 
 
 def choose_projection(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> WriteKV:
-    """The quickest way that reproduces the K and V of the real attention on a probe (B, T, D)."""
-    with torch.no_grad():
+    """`projected_kv` where it equals the K and V of the real attention on a probe (B, T, D), else `captured_kv`."""
+    with torch.no_grad(), suppress(AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         truth = captured_kv(layer, hidden, embeddings)
-        for way, equal in ((projected_kv, torch.equal), (rotated_kv, _close)):
-            with suppress(AttributeError, LookupError, TypeError, ValueError, RuntimeError):
-                if all(map(equal, way(layer, hidden, embeddings), truth)):
-                    return way
+        if all(map(torch.equal, projected_kv(layer, hidden, embeddings), truth)):
+            return projected_kv
     return captured_kv
 
 
@@ -301,24 +295,8 @@ def gathered(layer: nn.Module) -> Iterator[nn.Module]:
         layer.reshard()
 
 
-def _project(layer: nn.Module, hidden: Tensor) -> KV:
-    """Keys without their rotation, and values. Modules are found where torch keeps them, which is quicker."""
-    attention = layer._modules["self_attn"]
-    modules = attention._modules
-    states = _call(layer._modules["input_layernorm"], hidden)
-    shape = (*states.shape[:-1], -1, attention.__dict__["head_dim"])
-    keys = _call(modules["k_proj"], states).view(shape)
-    norm = modules.get("k_norm")
-    keys = keys if norm is None else norm(keys)
-    return keys.transpose(1, 2), _call(modules["v_proj"], states).view(shape).transpose(1, 2)
-
-
 def _call(module: nn.Module, states: Tensor) -> Tensor:
     return module(states) if module._forward_hooks or module._forward_pre_hooks else module.forward(states)
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-2, atol=1e-5)
 
 
 class _Reached(Exception):
