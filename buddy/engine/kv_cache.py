@@ -373,6 +373,19 @@ def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, mode
     return 0
 
 
+class WrittenKV:
+    """Stands in for a layer's cache, if any, and keeps the newest keys and values, each (B, heads, T, size)."""
+
+    def __init__(self, cache: Any | None) -> None:
+        self.cache = cache
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = keys, values
+        return (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *args, **kwargs)
+
+
 def map_embeddings(embeddings: Embeddings, function: Callable[[Tensor], Tensor]) -> Embeddings:
     """`function` of each part of position embeddings."""
     return tuple(function(part) for part in embeddings) if isinstance(embeddings, tuple) else embeddings

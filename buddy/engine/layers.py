@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from buddy.backbone.load import Backbone
 from buddy.engine.forward import RoutedForward
-from buddy.engine.kv_cache import Embeddings, map_embeddings
+from buddy.engine.kv_cache import Embeddings, WrittenKV, map_embeddings
 from buddy.engine.kv_policies import KV, RaggedView, RectangularView, WriteKV
 from buddy.engine.layerwise import LayerwiseForward
 from buddy.engine.selection import Group, attend_by_blocks, groups, take, take_nested
@@ -33,6 +33,8 @@ class RoutedLayer:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Where all tokens or none run the layer, go past torch's module machinery, which decoding feels."""
         forward = self._current_forward[0]
+        if forward is not None and forward.sink is not None and len(forward.sink.outputs) == self._index:
+            forward.sink.run(self, hidden_states, kwargs)
         if forward is not None and not (self._forward_hooks or self._forward_pre_hooks or self.training):
             rows = forward.active_rows[self._index]
             if rows is True:
@@ -97,7 +99,11 @@ class RoutedLayer:
             "position_embeddings": map_embeddings(embeddings, lambda x: x[:, :count]),
             "position_ids": None if ids is None else ids[:, :count],
         }
-        out = self.stock.forward(self, hidden[:, :count], *args, **inputs)
+        if forward.sink is None:
+            out = self.stock.forward(self, hidden[:, :count], *args, **inputs)
+        else:
+            keys, values, out = (x[self._index] for x in (forward.sink.keys, forward.sink.values, forward.sink.outputs))
+            cache.update(*(x.expand(len(hidden), -1, -1, -1) for x in (keys, values)), self._index)
         ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         ran[:, :count] = True
         forward.partial_layers.append(ran)
@@ -110,7 +116,7 @@ class RoutedLayer:
 
     def _run_context_layer(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """Run for all tokens, then plan from the keys and values that it wrote."""
-        kwargs["cache"] = written = _WrittenKV(kwargs.get("cache"))
+        kwargs["cache"] = written = WrittenKV(kwargs.get("cache"))
         out = super().forward(hidden, *args, **kwargs)
         forward.full_layers += 1
         forward.make_plan(out, written.keys, written.values)
@@ -178,19 +184,6 @@ class RoutedLayer:
         result = result.reshape(-1, width)
         result = result if real is None else result[real]
         return out.reshape(-1, width).index_copy(0, flat, result).view(hidden.shape)
-
-
-class _WrittenKV:
-    """Stands in for the context layer's cache and keeps the newest keys and values, each (B, heads, T, size)."""
-
-    def __init__(self, cache: Any | None) -> None:
-        self.cache = cache
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> KV:
-        self.keys, self.values = keys, values
-        return (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *args, **kwargs)
 
 
 _ROUTED: dict[type, type] = {}
