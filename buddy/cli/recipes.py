@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
-from buddy.cli.app import HELP, PLAIN, app
-from buddy.cli.words import print_table
+from buddy.cli.app import PLAIN, app, print_table
 
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="An installed recipe (`buddy recipes`).")]
 
-recipes_app = typer.Typer(invoke_without_command=True, context_settings=HELP, **PLAIN)
+recipes_app = typer.Typer(invoke_without_command=True, **PLAIN)
 app.add_typer(recipes_app, name="recipes", epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
 
 

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from buddy.cli.app import FAILED, HELP, PLAIN, app
-from buddy.cli.words import print_table
+from buddy.cli.app import FAILED, PLAIN, app, print_table
 
-routers_app = typer.Typer(invoke_without_command=True, context_settings=HELP, **PLAIN)
+routers_app = typer.Typer(invoke_without_command=True, **PLAIN)
 app.add_typer(routers_app, name="routers", epilog="\b\nExample: buddy routers check shortgpt")
 
 
