@@ -440,10 +440,10 @@ def _resolve(folder: Path) -> Path:
         if seeds:
             names = ", ".join(f"seed-{seed}" for seed in seeds)
             raise RunError(f"{folder} holds the runs {names}; name one of them, such as {folder}/seed-{seeds[0]}.")
-        if below:
-            raise RunError(f"{folder} is not a run but holds the runs {', '.join(below)}; name one of them.")
         if any(folder.glob(f"seed-*/{RECIPE}")):
             raise _unfinished(folder)
+        if below:
+            raise RunError(f"{folder} is not a run but holds the runs {', '.join(below)}; name one of them.")
         raise RunError(f"{folder} is not a run folder; name one, such as runs/quickstart/buddy.")
     missing = [name for name in (RECIPE, FACTS, ROUTER) if not (folder / name).is_file()]
     if not _is_complete(folder) and (missing or _legacy_sums(folder) is None):
@@ -454,7 +454,9 @@ def _resolve(folder: Path) -> Path:
 
 
 def _unfinished(folder: Path) -> RunError:
-    return RunError(f"The run {folder} is unfinished; go on with the same `buddy fit` that began it.")
+    return RunError(
+        f"The run {folder} is unfinished: {METRICS} is missing; go on with the same `buddy fit` that began it."
+    )
 
 
 def _runs_in(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ def write_text(path: Path, documents: int = 32, seed: int = 0) -> Path:
     texts = (" ".join(draw.choices(WORDS.split(), k=draw.randint(20, 60))) for _ in range(documents))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def only_seeds(folder: Path) -> Path:
+    """Put each run `<folder>/<router>/seed-0` in the place of the router's folder, for tests that have no others."""
+    for run in list(folder.glob("*/seed-0")):
+        router, moved = run.parent, run.rename(folder / ".moved")
+        shutil.rmtree(router)
+        moved.rename(router)
+    return folder
 
 
 def start_buddy(*words: str, folder: Path) -> subprocess.Popen:

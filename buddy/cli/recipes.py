@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from buddy.cli.app import HELP, PLAIN, app
-from buddy.cli.words import print_table
+from buddy.console import print_table
 
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="An installed recipe (`buddy recipes`).")]
 
