@@ -186,7 +186,7 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
 def _backbone_from(run: Run) -> Backbone:
     """The run's backbone, sharded where its recipe says so and several processes are together."""
     trainer = run.recipe.trainer
-    sharded = distributed.together() and is_sharded(trainer)
+    sharded = distributed.is_distributed() and is_sharded(trainer)
     with distributed.one_by_one(trainer) if sharded else nullcontext():
         backbone = build_backbone(run.recipe, on_cpu=sharded)
         check_backbone(run, backbone.fingerprint)

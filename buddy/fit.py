@@ -26,7 +26,7 @@ from buddy.backbone.sharding import STRATEGY, check_sharding, finish_sharding, i
 from buddy.build import attach_predictor, build_adapter, build_backbone, build_data, build_model, heals, restore_router
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import ClassSpec, PredictorSection, Recipe, Rival, with_router
-from buddy.console import errors, status, track, tracker
+from buddy.console import errors, quiet, status, track, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
@@ -38,7 +38,7 @@ from buddy.registry import load
 from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
 from buddy.run import ADAPTER, RunFolder, Stopwatch, input_digests, read_metrics, save_router
 from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
-from buddy.training.callbacks import Keeper, SaveSeconds, TrainingBar, WholeCheckpoints, quiet
+from buddy.training.callbacks import Keeper, SaveSeconds, TrainingBar, WholeCheckpoints
 from buddy.training.estimators import Estimator, Perturbed, StraightThrough, Weighted
 from buddy.training.healing import HealingModule, Together
 from buddy.training.module import NotFinite, RoutingModule
@@ -57,13 +57,13 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
         BuddyError: anything that a person can mend; what was finished before stays.
         KeyboardInterrupt: stopped in good order; the same call goes on from a checkpoint.
     """
-    leads = distributed.leads()  # the others of a distributed run are begun by the same command
+    leads = distributed.is_global_zero()  # the others of a distributed run are begun by the same command
     console.errors.quiet = console.results.quiet = not leads
     rivals = {rival.label: _rival(recipe, rival) for rival in recipe.rivals if rival.label != recipe.router.name}
     labels, recipes = [*rivals, recipe.router.name], [*rivals.values(), recipe]
     places = [RunFolder.of(each, recipe_name, label) for label, each in zip(labels, recipes, strict=True)]
     session = _begin(recipes, places)
-    with distributed.linked():
+    with distributed.lost_peers_reported():
         if not leads:
             return session.follow(recipes, places)
         scores = {}
@@ -72,7 +72,7 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
                 console.errors.print(f"Router {number} of {len(recipes)}: {label}{done}", soft_wrap=True)
-            distributed.tell(kept is not None)
+            distributed.broadcast(kept is not None)
             scores[label] = session.run(each, recipe_name, place) if kept is None else kept
     ordered = {name: scores[name] for name in (recipe.router.name, *rivals)}
     folders = {label: place.path for label, place in zip(labels, places, strict=True)}
@@ -81,10 +81,10 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
 
 def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
     """Backbone and text in each process, once the first has found all well, and the processes together."""
-    leads, trainer = distributed.leads(), recipes[-1].trainer
-    if not leads or distributed.from_torchrun() > 1:
+    leads, trainer = distributed.is_global_zero(), recipes[-1].trainer
+    if not leads or distributed.torchrun_world_size() > 1:
         join(trainer)  # all are there already
-    with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.leader_first():
+    with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.rank_zero_first():
         session = Session(*prepare(recipes))
         for place in places if leads else ():
             with place.lock():  # a second fit is refused here, before it does anything
@@ -129,7 +129,7 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
     data = build_data(recipe, backbone)
-    data.check_shares(math.prod(distributed.shape(recipe.trainer)))
+    data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
     with status(f"Reading {recipe.data.source} …"):
         data.prepare_data()
         data.setup()
@@ -186,7 +186,7 @@ class Session:
             watch, fitted = Stopwatch(folder), False
             self._watch = watch
             try:
-                distributed.wait()  # the others look into the folder from here on
+                distributed.barrier()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
                     before = 0.0 if lent is None else read_metrics(lent)["fit"]["seconds"]
@@ -217,10 +217,10 @@ class Session:
     def follow(self, recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> None:
         """Take part in the training and evaluation of all routers beside the process that leads."""
         for recipe, place in zip(recipes, places, strict=True):
-            if distributed.tell():  # it is finished
+            if distributed.broadcast():  # it is finished
                 continue
             with self.routed(recipe) as routed:
-                distributed.wait()
+                distributed.barrier()
                 try:
                     self._fit(recipe, routed, place.work)
                     self._evaluate(recipe, routed)
@@ -259,12 +259,12 @@ class Session:
 
         Others follow where something may be left for training that is in no state; they find what it kept on disk.
         """
-        with nullcontext() if is_sharded(recipe.trainer) else distributed.leader_first():
-            if distributed.leads() or is_sharded(recipe.trainer) or routed.router.trainable:
+        with nullcontext() if is_sharded(recipe.trainer) else distributed.rank_zero_first():
+            if distributed.is_global_zero() or is_sharded(recipe.trainer) or routed.router.trainable:
                 probe = self._calibration(recipe, routed)
                 routed.router.calibrate(probe)
                 probe.release()
-        distributed.alike(routed.router)
+        distributed.broadcast_state(routed.router)
 
     def _calibration(self, recipe: Recipe, routed: RoutedLM) -> CalibrationProbe:
         """One probe for all routers: what one measured, the next need not."""
@@ -286,7 +286,7 @@ class Session:
     def _evaluate(self, recipe: Recipe, routed: RoutedLM) -> list[Scores]:
         """By all processes, with one and the same router and adapter."""
         for part in (routed.router, *([] if routed.adapter is None else [routed.adapter.parts])):
-            distributed.alike(part)
+            distributed.broadcast_state(part)
         return evaluate(
             routed,
             self.data.test,
@@ -388,7 +388,7 @@ def run(
             plugins=[WholeCheckpoints()],
         )
         try:
-            with distributed.linked():
+            with distributed.lost_peers_reported():
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
             raise _ended(failed(trainer, error), keeper.asked) from error
@@ -444,7 +444,7 @@ def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:
         raise TrainingError(
             f"trainer.strategy={keywords['strategy']} cannot carry a routed model to its processes; choose ddp instead."
         )
-    devices, nodes = distributed.shape(keywords)
+    devices, nodes = distributed.device_counts(keywords)
     shared_out = "ddp" if devices * nodes > 1 else "auto"  # the weights; the router is whole on each device
     try:
         return lightning.Trainer(

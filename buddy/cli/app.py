@@ -1,6 +1,6 @@
 """The application that verbs register with, its errors, and what several verbs share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,11 +32,11 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except BuddyError as error:
-            if distributed.speaks():
-                typer.echo(f"Error{distributed.whose()}: {error}", err=True)
+            if distributed.prints_errors():
+                typer.echo(f"Error{distributed.rank_suffix()}: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
         except KeyboardInterrupt as error:
-            if distributed.leads():
+            if distributed.is_global_zero():
                 typer.echo(f"\nStopped.{RESUME.get(ctx.invoked_subcommand, '')}", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
@@ -82,23 +82,9 @@ def refuse_options(options: Mapping[str, Any], why: str) -> None:
 
 def require_one_process(what: str) -> None:
     """Raise `BuddyError` where torchrun started several processes for what one process does."""
-    if distributed.from_torchrun() > 1:
+    launched = distributed.torchrun_world_size()
+    if launched > 1:
         raise BuddyError(
-            f"{what} by one process, not by {distributed.from_torchrun()}; give the command without torchrun (fit and "
-            "evaluate go with it, and compare has --jobs)."
+            f"{what} by one process, not by {launched}; give the command without torchrun (fit and evaluate go with "
+            "it, and compare has --jobs)."
         )
-
-
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns; into a pipe or file each row is one line."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=1000)
-    table = Table(*headings, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in a cell are no markup
-    console.print(table)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from buddy.cli.app import PLAIN, app, print_table
+from buddy.cli.app import PLAIN, app
 
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="An installed recipe (`buddy recipes`).")]
 
@@ -25,6 +25,7 @@ def _recipes(ctx: typer.Context) -> None:
 def list_recipes() -> None:
     """List the recipes (as `buddy recipes` alone does)."""
     from buddy.config import installed_recipes
+    from buddy.console import print_table
 
     rows = [(name, _first_comment(path)) for name, path in installed_recipes().items()]
     print_table(("name", "what it is"), rows)
