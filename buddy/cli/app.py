@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from buddy import distributed as processes
+from buddy import distributed
 from buddy.errors import BuddyError
 
 VERBS = (  # in the order of --help; each is a module of this package
@@ -31,11 +31,11 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except BuddyError as error:
-            if processes.speaks():
-                typer.echo(f"Error{processes.whose()}: {error}", err=True)
+            if distributed.prints_errors():
+                typer.echo(f"Error{distributed.rank_suffix()}: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
         except KeyboardInterrupt as error:
-            if processes.leads():
+            if distributed.is_global_zero():
                 typer.echo(f"\nStopped.{ONWARD.get(ctx.invoked_subcommand, '')}", err=True)
             raise typer.Exit(INTERRUPTED) from error
 

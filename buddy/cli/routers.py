@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from buddy.cli.app import FAILED, HELP, PLAIN, app
-from buddy.cli.words import print_table
+from buddy.console import print_table
 
 routers_app = typer.Typer(invoke_without_command=True, context_settings=HELP, **PLAIN)
 app.add_typer(routers_app, name="routers", epilog="\b\nExample: buddy routers check shortgpt")
@@ -56,7 +56,7 @@ def check(
     ] = None,
 ) -> None:
     """Hold a router to what all routers promise."""
-    from buddy.testing.command import check_named
+    from buddy.testing.kit import check_named
 
     results = check_named(name, backbone=backbone, options=options or [])
     failed = sum(result.state == "failed" for result in results)
