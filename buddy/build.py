@@ -40,7 +40,7 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
         section.name, section.dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     if not on_cpu:
-        backbone.model.to(distributed.device(recipe.trainer.accelerator))
+        backbone.model.to(distributed.device(recipe.trainer["accelerator"]))
     return backbone
 
 
@@ -120,7 +120,7 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
         data.source,
         window=data.window,
         batch_size=data.batch_size,
-        steps=recipe.trainer.max_steps,
+        steps=recipe.trainer["max_steps"],
         seed=recipe.data_seed,
         train_seed=recipe.seed,
         calibration_windows=data.calibration_windows,
@@ -186,12 +186,12 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
 def _backbone_from(run: Run) -> Backbone:
     """The run's backbone, sharded where its recipe says so and several processes are together."""
     trainer = run.recipe.trainer
-    sharded = distributed.together() and is_sharded(trainer)
+    sharded = distributed.is_distributed() and is_sharded(trainer)
     with distributed.one_by_one(trainer) if sharded else nullcontext():
         backbone = build_backbone(run.recipe, on_cpu=sharded)
         check_backbone(run, backbone.fingerprint)
         if sharded:
-            shard(backbone, trainer.accelerator)
+            shard(backbone, trainer["accelerator"])
     if sharded:
         finish_sharding(backbone)
     return backbone

@@ -25,12 +25,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from buddy.build import build_backbone, build_data, build_model
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
-from buddy.console import errors, results, track
+from buddy.console import errors, quiet, results, track
 from buddy.engine.model import RoutedLM
 from buddy.fit import module_of
 from buddy.losses import draw_budgets
 from buddy.plan import Plan
-from buddy.training.callbacks import quiet
 
 
 class BareLoop:

@@ -6,14 +6,15 @@ plans never deadlock. Everything outside the layers (embeddings, last norm, head
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from buddy import distributed
 from buddy.backbone.load import Backbone
-from buddy.config import Recipe, TrainerSection
+from buddy.config import Recipe
 from buddy.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 STRATEGY = "fsdp"
 
 
-def is_sharded(section: TrainerSection) -> bool:
+def is_sharded(trainer: Mapping[str, Any]) -> bool:
     """Whether weights are sharded: the recipe asks for it, and for more than one device."""
-    devices, nodes = distributed.shape(section)
-    return section.strategy == STRATEGY and devices * nodes > 1
+    devices, nodes = distributed.device_counts(trainer)
+    return trainer["strategy"] == STRATEGY and devices * nodes > 1
 
 
 def check_sharding(recipe: Recipe) -> None:
@@ -44,11 +45,11 @@ def check_sharding(recipe: Recipe) -> None:
         )
 
 
-def join(section: TrainerSection) -> None:
-    """`distributed.join`, and the device mesh that the shards lie on."""
-    distributed.join(section)
-    if is_sharded(section):
-        _mesh(section.accelerator)
+def join(trainer: Mapping[str, Any]) -> None:
+    """`distributed.launch`, and the device mesh that the shards lie on."""
+    distributed.launch(trainer)
+    if is_sharded(trainer):
+        _mesh(trainer["accelerator"])
 
 
 def shard(backbone: Backbone, accelerator: str) -> None:
@@ -77,4 +78,4 @@ def finish_sharding(backbone: Backbone) -> None:
 def _mesh(accelerator: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(distributed.device(accelerator).type, (distributed.count(),))
+    return init_device_mesh(distributed.device(accelerator).type, (distributed.world_size(),))

@@ -113,7 +113,7 @@ def evaluate(
     tallies = {key: _Tally(windows) for key in asked.values() if key not in full}
     batches, ours = torch.arange(len(windows)).split(batch_size), {}
     scored = torch.arange(prompt - 1, windows.input_ids.shape[1] - 1, device=routed.backbone.device)
-    for number in track(distributed.shared_out(len(batches))) if tallies else ():
+    for number in track(distributed.share_of(len(batches))) if tallies else ():
         rows = batches[number]
         ids = windows.input_ids[rows].to(routed.backbone.device)
         with routed.stock():
@@ -124,7 +124,7 @@ def evaluate(
             output = routed(ids, executed=executed, prompt=prompt, logits_to_keep=scored)
             losses = cross_entropy(output.logits, ids[:, scored + 1]), kl_to_dense(dense, output.logits)
             ours[number, key] = _Measured.of(output, *losses, executed if key in choosing else None)
-    measured = dict(item for part in distributed.gather(ours) for item in part.items())
+    measured = dict(item for part in distributed.all_gather(ours) for item in part.items())
     for number, rows in enumerate(batches):
         for key, tally in tallies.items():
             tally.add(rows, measured[number, key])

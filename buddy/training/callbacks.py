@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
 import signal
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,25 +93,6 @@ class WholeCheckpoints(TorchCheckpointIO):
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content.getbuffer())
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning without its advice: what devices there are, how many workers to use, tips."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
-        warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped .* view")  # true, and nobody writes into it
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 class TrainingBar(Callback):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from buddy.console import quiet
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
-from buddy.training.callbacks import quiet
 from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
 from buddy.training.healing import HealingModule, Together
 from buddy.training.module import NotFinite

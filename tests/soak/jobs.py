@@ -26,7 +26,7 @@ from tests.small import Small, write_text
 from tests.soak.victim import run
 from tests.tiny import tiny_folder
 
-STEPS = ["trainer.max_steps=40", "trainer.checkpoint_every=4", "rivals=[shortgpt]"]
+STEPS = ["trainer.max_steps=40", "checkpoint_every=4", "rivals=[shortgpt]"]
 KEPT = (".lock", embedded.STAMP)  # ends of hidden files that stay: a lock that nobody holds blocks nobody
 
 

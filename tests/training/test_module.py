@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from buddy.console import quiet
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
-from buddy.training.callbacks import quiet
 from buddy.training.estimators import Perturbed
 from buddy.training.module import NotFinite, RoutingModule
 from routers.buddy import BuddyRouter
