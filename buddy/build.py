@@ -196,7 +196,7 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
 def _backbone_from(run: Run) -> Backbone:
     """The run's backbone, sharded where its recipe says so and several processes are together."""
     trainer = run.recipe.trainer
-    sharded = distributed.together() and is_sharded(trainer)
+    sharded = distributed.is_distributed() and is_sharded(trainer)
     with distributed.one_by_one(trainer) if sharded else nullcontext():
         backbone = build_backbone(run.recipe, on_cpu=sharded)
         check_backbone(run, backbone.fingerprint)
@@ -304,7 +304,7 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
         raise TrainingError(
             f"trainer.strategy={strategy} cannot start processes for a routed model; choose ddp instead."
         )
-    devices, nodes = distributed.shape(keywords)
+    devices, nodes = distributed.device_counts(keywords)
     if strategy == STRATEGY:  # the backbone is sharded before; the router is whole on each device
         strategy = "ddp" if devices * nodes > 1 else "auto"
     settings = {**keywords, "devices": devices, "num_nodes": nodes, "strategy": strategy}

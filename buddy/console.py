@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no terminal
@@ -180,3 +181,13 @@ def quiet() -> Iterator[None]:
 def counted(number: int, noun: str) -> str:
     """ "1 token", "2 tokens"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns that line up; brackets in a cell are no markup."""
+    # Into a pipe or file: one line a row, whatever its length.
+    console = Console(highlight=False, width=None if results.is_terminal else 1000)
+    table = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)

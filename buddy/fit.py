@@ -71,13 +71,13 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
         BuddyError: anything that a person can mend; what was finished before stays.
         KeyboardInterrupt: stopped in good order; the same call goes on from a checkpoint.
     """
-    leads = distributed.leads()  # the others of a distributed run are begun by the same command
+    leads = distributed.is_global_zero()  # the others of a distributed run are begun by the same command
     console.errors.quiet = console.results.quiet = not leads
     rivals = {rival.label: _rival(recipe, rival) for rival in recipe.rivals if rival.label != recipe.router.name}
     labels, recipes = [*rivals, recipe.router.name], [*rivals.values(), recipe]
     places = [RunFolder.of(each, recipe_name, label) for label, each in zip(labels, recipes, strict=True)]
     session = _begin(recipes, places)
-    with distributed.linked():
+    with distributed.lost_peers_reported():
         if not leads:
             return session.follow(recipes, places)
         scores = {}
@@ -86,7 +86,7 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
                 console.errors.print(f"Router {number} of {len(recipes)}: {label}{done}", soft_wrap=True)
-            distributed.tell(kept is not None)
+            distributed.broadcast(kept is not None)
             scores[label] = session.run(each, recipe_name, place) if kept is None else kept
     ordered = {name: scores[name] for name in (recipe.router.name, *rivals)}
     folders = {label: place.path for label, place in zip(labels, places, strict=True)}
@@ -95,10 +95,10 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
 
 def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
     """Backbone and text in each process, once the first has found all well, and the processes together."""
-    leads, trainer = distributed.leads(), recipes[-1].trainer
-    if not leads or distributed.from_torchrun() > 1:
+    leads, trainer = distributed.is_global_zero(), recipes[-1].trainer
+    if not leads or distributed.torchrun_world_size() > 1:
         join(trainer)  # all are there already
-    with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.leader_first():
+    with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.rank_zero_first():
         session = Session(*prepare(recipes))
         for place in places if leads else ():
             with place.lock():  # a second fit is refused here, before it does anything
@@ -143,7 +143,7 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
     data = build_data(recipe, backbone)
-    data.check_shares(math.prod(distributed.shape(recipe.trainer)))
+    data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
     with status(f"Reading {recipe.data.source} …"):
         data.prepare_data()
         data.setup()
@@ -200,7 +200,7 @@ class Session:
             watch, fitted = Stopwatch(folder), False
             self._watch = watch
             try:
-                distributed.wait()  # the others look into the folder from here on
+                distributed.barrier()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
                     before = 0.0 if lent is None else read_metrics(lent)["fit"]["seconds"]
@@ -231,10 +231,10 @@ class Session:
     def follow(self, recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> None:
         """Take part in the training and evaluation of all routers beside the process that leads."""
         for recipe, place in zip(recipes, places, strict=True):
-            if distributed.tell():  # it is finished
+            if distributed.broadcast():  # it is finished
                 continue
             with self.routed(recipe) as routed:
-                distributed.wait()
+                distributed.barrier()
                 try:
                     self._fit(recipe, routed, place.work)
                     self._evaluate(recipe, routed)
@@ -273,12 +273,12 @@ class Session:
 
         Others follow where something may be left for training that is in no state; they find what it kept on disk.
         """
-        with nullcontext() if is_sharded(recipe.trainer) else distributed.leader_first():
-            if distributed.leads() or is_sharded(recipe.trainer) or routed.router.trainable:
+        with nullcontext() if is_sharded(recipe.trainer) else distributed.rank_zero_first():
+            if distributed.is_global_zero() or is_sharded(recipe.trainer) or routed.router.trainable:
                 probe = self._calibration(recipe, routed)
                 routed.router.calibrate(probe)
                 probe.release()
-        distributed.alike(routed.router)
+        distributed.broadcast_state(routed.router)
 
     def _calibration(self, recipe: Recipe, routed: RoutedLM) -> CalibrationProbe:
         """One probe for all routers: what one measured, the next need not."""
@@ -300,7 +300,7 @@ class Session:
     def _evaluate(self, recipe: Recipe, routed: RoutedLM) -> list[Scores]:
         """By all processes, with one and the same router and adapter."""
         for part in (routed.router, *([] if routed.adapter is None else [routed.adapter.parts])):
-            distributed.alike(part)
+            distributed.broadcast_state(part)
         return evaluate(
             routed,
             self.data.test,
@@ -402,7 +402,7 @@ def run(
             plugins=[AtomicCheckpointIO()],
         )
         try:
-            with distributed.linked():
+            with distributed.lost_peers_reported():
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
             raise _ended(failed(trainer, error), stop.requested) from error

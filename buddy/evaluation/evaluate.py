@@ -45,23 +45,23 @@ def evaluate_run(
     Raises:
         BuddyError: the run, a budget or the text cannot be used.
     """
-    console.errors.quiet = console.results.quiet = not distributed.leads()
+    console.errors.quiet = console.results.quiet = not distributed.is_global_zero()
     run = _spread(read_run(folder), devices)
-    if json_file and distributed.leads():
+    if json_file and distributed.is_global_zero():
         check_output_path(json_file, *([Path(data)] if data else []))
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
-    _refuse_times(budgets, math.prod(distributed.shape(run.recipe.trainer)))
+    _refuse_times(budgets, math.prod(distributed.device_counts(run.recipe.trainer)))
     join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     asked = _asked(routed, run, budgets)
-    with status("Reading text …"), distributed.leader_first():
+    with status("Reading text …"), distributed.rank_zero_first():
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {run.recipe.data.batch_size} × {windows.input_ids.shape[1]} tokens"
-    with within_memory(sizes, "free some, or use a machine with more"), distributed.linked():
+    with within_memory(sizes, "free some, or use a machine with more"), distributed.lost_peers_reported():
         scores = _scores(run, routed, windows, asked)
-    if not distributed.leads():
+    if not distributed.is_global_zero():
         return
     show_run(scores, f"{run.router_name} on {data or run.recipe.data.source}")
     if json_file:

@@ -87,9 +87,9 @@ def gradients(kind: str, shared_out: bool) -> dict:
     """Of the router, or of the adapter where it is healed, for other windows in each process."""
     router = FiRST if kind == "weighted" else BuddyRouter
     routed = routed_on("llama", router, shared_out)
-    share = slice(distributed.rank(), None, distributed.count())
+    share = slice(distributed.global_rank(), None, distributed.world_size())
     executed = torch.tensor([3, 4, 3, 5])
-    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, distributed.rank())
+    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, distributed.global_rank())
     if kind == "healed":
         adapter = new_adapter(routed.backbone)
         stirred(adapter)
