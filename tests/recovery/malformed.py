@@ -24,6 +24,8 @@ from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
 from buddy.fit import check_checkpoint
 from buddy.router import Geometry
 from buddy.run import RunFolder
+from buddy.run import RunPlace
+from buddy.training.callbacks import check_checkpoint
 from tests.comparison.made import record
 from tests.recovery.asking import ask
 from tests.small import Small

@@ -16,6 +16,8 @@ from buddy.config import RouterSection
 from buddy.errors import BackboneError, BuddyError, TrainingError
 from buddy.fit import check_checkpoint, fit
 from buddy.run import RunFolder, update_checksums
+from buddy.fit import fit
+from buddy.training.callbacks import check_checkpoint
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import copied
 
