@@ -21,10 +21,8 @@ from buddy.backbone.load import load_backbone
 from buddy.config import Recipe, flatten, load_recipe
 from buddy.data.text import load_texts
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
-from buddy.fit import check_checkpoint
 from buddy.router import Geometry
 from buddy.run import RunFolder
-from buddy.run import RunPlace
 from buddy.training.callbacks import check_checkpoint
 from tests.comparison.made import record
 from tests.recovery.asking import ask
