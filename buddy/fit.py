@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import lightning
-import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import console, distributed
 from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
-from buddy.backbone.sharding import STRATEGY, check, join, settle, shard, shards
-from buddy.build import attach_predictor, build_adapter, build_backbone, build_data, build_model, heals, restore_router
+from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, join, shard
+from buddy.build import (
+    attach_predictor,
+    build_adapter,
+    build_backbone,
+    build_data,
+    build_healing,
+    build_model,
+    build_module,
+    build_trainer,
+    heals,
+    instantiate,
+    restore_router,
+    trains_both,
+)
 from buddy.calibration.probe import CalibrationProbe
-from buddy.config import PredictorSection, Recipe, with_router
-from buddy.console import errors, status, track, tracker
+from buddy.config import PredictorSection, Recipe, Rival, with_router
+from buddy.console import errors, quiet, status, track
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import show_comparison, write_results
 from buddy.io import cache_folder, on_disk, within_memory
-from buddy.losses import Objective
 from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
-from buddy.registry import check_names, load
-from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
+from buddy.registry import load
+from buddy.router import AnyRouter, available_budgets
 from buddy.run import ADAPTER, RunFolder, Stopwatch, input_digests, read_metrics, save_router
-from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
-from buddy.training.callbacks import Keeper, SaveSeconds, TrainingBar, WholeCheckpoints, quiet
-from buddy.training.estimators import Estimator, Perturbed, StraightThrough, Weighted
-from buddy.training.healing import HealingModule, Together
-from buddy.training.module import NotFinite, RoutingModule
+from buddy.scoring.perplexity import Reference, Scores, scores_of
+from buddy.training.callbacks import (
+    AtomicCheckpointIO,
+    GracefulStop,
+    LastCheckpoint,
+    ProgressLine,
+    SaveSeconds,
+    check_checkpoint,
+    unusable,
+)
+from buddy.training.module import NotFinite, evaluate
 
 
 def fit(recipe: Recipe, recipe_name: str) -> None:
@@ -57,51 +71,49 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
         BuddyError: anything that a person can mend; what was finished before stays.
         KeyboardInterrupt: stopped in good order; the same call goes on from a checkpoint.
     """
-    leads = distributed.leads()  # the others of a distributed run are begun by the same command
+    leads = distributed.is_global_zero()  # the others of a distributed run are begun by the same command
     console.errors.quiet = console.results.quiet = not leads
-    check_names(recipe.optimizer.lr_by_router)
-    own = with_router(recipe, recipe.router.name)
-    recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), own]
-    places = [RunFolder.of(each, recipe_name) for each in recipes]
+    rivals = {rival.label: _rival(recipe, rival) for rival in recipe.rivals if rival.label != recipe.router.name}
+    labels, recipes = [*rivals, recipe.router.name], [*rivals.values(), recipe]
+    places = [RunFolder.of(each, recipe_name, label) for label, each in zip(labels, recipes, strict=True)]
     session = _begin(recipes, places)
-    with distributed.linked():
+    with distributed.lost_peers_reported():
         if not leads:
             return session.follow(recipes, places)
         scores = {}
-        for number, (each, place) in enumerate(zip(recipes, places, strict=True), start=1):
+        for number, (label, each, place) in enumerate(zip(labels, recipes, places, strict=True), start=1):
             kept = session.stored(each, place)
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
-                console.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
-            distributed.tell(kept is not None)
-            scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
-    ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
-    folders = {each.router.name: place.path for each, place in zip(recipes, places, strict=True)}
+                console.errors.print(f"Router {number} of {len(recipes)}: {label}{done}", soft_wrap=True)
+            distributed.broadcast(kept is not None)
+            scores[label] = session.run(each, recipe_name, place) if kept is None else kept
+    ordered = {name: scores[name] for name in (recipe.router.name, *rivals)}
+    folders = {label: place.path for label, place in zip(labels, places, strict=True)}
     show_comparison(ordered, folders, recipe.router.name)
 
 
 def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
     """Backbone and text in each process, once the first has found all well, and the processes together."""
-    leads, trainer = distributed.leads(), recipes[-1].trainer
-    if not leads or distributed.from_torchrun() > 1:
+    leads, trainer = distributed.is_global_zero(), recipes[-1].trainer
+    if not leads or distributed.torchrun_world_size() > 1:
         join(trainer)  # all are there already
-    with distributed.one_by_one(trainer) if shards(trainer) else distributed.leader_first():
+    with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.rank_zero_first():
         session = Session(*prepare(recipes))
         for place in places if leads else ():
             with place.lock():  # a second fit is refused here, before it does anything
                 pass
         join(trainer)
-        if shards(trainer):
-            shard(session.backbone, trainer.accelerator)
-    if shards(trainer):
-        settle(session.backbone)
+        if is_sharded(trainer):
+            shard(session.backbone, trainer["accelerator"])
+    if is_sharded(trainer):
+        finish_sharding(session.backbone)
     return session
 
 
-def _rival(recipe: Recipe, name: str) -> Recipe:
+def _rival(recipe: Recipe, rival: Rival) -> Recipe:
     """The recipe for another router; a checkpoint and the budget predictor are the recipe's own router's."""
-    trainer = replace(recipe.trainer, ckpt_path=None)
-    return replace(with_router(recipe, name), trainer=trainer, predictor=PredictorSection())
+    return replace(with_router(recipe, rival), ckpt_path=None, predictor=PredictorSection())
 
 
 def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
@@ -114,12 +126,14 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
     for each in recipes:
         load(each.router.name)
     with quiet():
-        trainer_of(recipe, logger=False)
-    check(recipe)
-    if recipe.trainer.ckpt_path:
-        check_checkpoint(recipe.trainer.ckpt_path)
+        build_trainer(recipe, logger=False)
+    for spec in (*recipe.callbacks, *filter(None, [recipe.logger])):
+        instantiate(spec)
+    check_sharding(recipe)
+    if recipe.ckpt_path:
+        check_checkpoint(recipe.ckpt_path)
     with status(f"Loading {recipe.backbone.name} …"):
-        backbone = build_backbone(recipe, stays=shards(recipe.trainer))
+        backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
         for each in recipes:
             routed = build_model(each, backbone)
             _check_start(each, routed.router)
@@ -129,7 +143,7 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
     data = build_data(recipe, backbone)
-    data.check_shares(math.prod(distributed.shape(recipe.trainer)))
+    data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
     with status(f"Reading {recipe.data.source} …"):
         data.prepare_data()
         data.setup()
@@ -138,12 +152,11 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
 
 def _check_start(recipe: Recipe, router: AnyRouter) -> None:
     """Raises RecipeError for a checkpoint to go on from where no training would read it."""
-    if recipe.trainer.ckpt_path and not router.trainable:
-        raise RecipeError(f"The router {recipe.router.name} is not trained; leave trainer.ckpt_path out.")
-    if recipe.trainer.ckpt_path and trains_both(recipe, router):
+    if recipe.ckpt_path and not router.trainable:
+        raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
+    if recipe.ckpt_path and trains_both(recipe, router):
         raise RecipeError(
-            "adapter.joint=true trains router and adapter from the start; leave trainer.ckpt_path out, or set it to "
-            "false."
+            "adapter.joint=true trains router and adapter from the start; leave ckpt_path out, or set it to false."
         )
 
 
@@ -187,11 +200,11 @@ class Session:
             watch, fitted = Stopwatch(folder), False
             self._watch = watch
             try:
-                distributed.wait()  # the others look into the folder from here on
+                distributed.barrier()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
                     before = 0.0 if lent is None else read_metrics(lent)["fit"]["seconds"]
-                    rates = self._fit(recipe, routed, folder, lent)
+                    self._fit(recipe, routed, folder, lent)
                     spent = {"seconds": before + watch.seconds, "parameters": _parameters(routed)}
                     watch.save()
                     fitted = True
@@ -202,9 +215,7 @@ class Session:
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:
                     routed.adapter.save(folder / ADAPTER)
-                metrics = write_results(
-                    folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint, rates=rates
-                )
+                metrics = write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint)
                 _tidy(folder)
                 place.complete(metrics)
             except BaseException as error:
@@ -220,10 +231,10 @@ class Session:
     def follow(self, recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> None:
         """Take part in the training and evaluation of all routers beside the process that leads."""
         for recipe, place in zip(recipes, places, strict=True):
-            if distributed.tell():  # it is finished
+            if distributed.broadcast():  # it is finished
                 continue
             with self.routed(recipe) as routed:
-                distributed.wait()
+                distributed.barrier()
                 try:
                     self._fit(recipe, routed, place.work)
                     self._evaluate(recipe, routed)
@@ -240,8 +251,8 @@ class Session:
         finally:
             routed.detach()
 
-    def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path, lent: Path | None = None) -> dict[float, float]:
-        """Calibrate, train and heal; what validation windows said of the adapter's rates, where several are asked."""
+    def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path, lent: Path | None = None) -> None:
+        """Calibrate, train and heal."""
         self.data.train_seed = recipe.seed
         callbacks = [SaveSeconds(self._watch)] if self._watch else []
         if lent is not None:
@@ -254,33 +265,27 @@ class Session:
                 train(recipe, routed, self.data, folder, callbacks)
             if not both:
                 routed.router.eval().requires_grad_(False)
-        if not heals(recipe, routed.router):
-            return {}
-        if recipe.adapter.rates:
-            from buddy.healing.rates import heal_at_the_best
-
-            return heal_at_the_best(recipe, routed, self.data, folder, callbacks)
-        heal(recipe, routed, self.data, folder, callbacks)
-        return {}
+        if heals(recipe, routed.router):
+            heal(recipe, routed, self.data, folder, callbacks)
 
     def _calibrate(self, recipe: Recipe, routed: RoutedLM) -> None:
         """Let the router measure: by all together where weights are shared out, else by the first process.
 
         Others follow where something may be left for training that is in no state; they find what it kept on disk.
         """
-        with nullcontext() if shards(recipe.trainer) else distributed.leader_first():
-            if distributed.leads() or shards(recipe.trainer) or routed.router.trainable:
+        with nullcontext() if is_sharded(recipe.trainer) else distributed.rank_zero_first():
+            if distributed.is_global_zero() or is_sharded(recipe.trainer) or routed.router.trainable:
                 probe = self._calibration(recipe, routed)
                 routed.router.calibrate(probe)
                 probe.release()
-        distributed.alike(routed.router)
+        distributed.broadcast_state(routed.router)
 
     def _calibration(self, recipe: Recipe, routed: RoutedLM) -> CalibrationProbe:
         """One probe for all routers: what one measured, the next need not."""
         if self._probe is None:
             windows, data = self.data.calibration.input_ids, recipe.data
             store = (
-                None if shards(recipe.trainer) else cache_folder("calibration")
+                None if is_sharded(recipe.trainer) else cache_folder("calibration")
             )  # all together: none may know more than another
             options: dict[str, Any] = {"prompt": data.prompt, "store": store}
             # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
@@ -295,14 +300,14 @@ class Session:
     def _evaluate(self, recipe: Recipe, routed: RoutedLM) -> list[Scores]:
         """By all processes, with one and the same router and adapter."""
         for part in (routed.router, *([] if routed.adapter is None else [routed.adapter.parts])):
-            distributed.alike(part)
+            distributed.broadcast_state(part)
         return evaluate(
             routed,
             self.data.test,
             available_budgets(routed.router, recipe.budgets),
             prompt=recipe.data.prompt,
             batch_size=recipe.data.batch_size,
-            track=tracker(f"Evaluating {recipe.router.name}"),
+            description=f"Evaluating {recipe.router.name}",
             reference=self._reference,
         )
 
@@ -322,18 +327,12 @@ def _parameters(routed: RoutedLM) -> int:
 
 def _tidy(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
-    from buddy.healing.rates import forget_rates
-
     forget(folder)
-    forget_rates(folder)
     remove_targets(folder)
 
 
-NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
-
-
 def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
-    """Train the router in place, from `trainer.ckpt_path` or from what an interrupted run left in `folder`.
+    """Train the router in place, from `ckpt_path` or from what an interrupted run left in `folder`.
 
     Args:
         recipe: the whole run.
@@ -352,12 +351,13 @@ def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callba
     def failed(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
         kept = checkpoints / "before-failure.ckpt"
         trainer.save_checkpoint(kept)
-        return TrainingError(f"{error}, and start anew or from the step before with trainer.ckpt_path={kept}.")
+        return TrainingError(f"{error}, and start anew or from the step before with ckpt_path={kept}.")
 
-    bar = TrainingBar(f"Training {recipe.router.name}")
-    start = _start(recipe.trainer.ckpt_path, last)
-    run(recipe, module_of(recipe, routed), data, last, start, bar, callbacks, failed)
-    routed.router.to(routed.backbone.device)  # Lightning brings its module back to the CPU, not the backbone
+    line = ProgressLine(f"Training {recipe.router.name}")
+    start = _start(recipe.ckpt_path, last)
+    module = build_module(recipe, routed)
+    module.mark_calibrated()
+    run(recipe, module, data, last, start, line, callbacks, failed)
 
 
 def run(
@@ -366,7 +366,7 @@ def run(
     data: TextData,
     last: Path,
     start: str | Path | None,
-    bar: TrainingBar,
+    line: ProgressLine,
     callbacks: Sequence[Callback],
     failed: Callable[[lightning.Trainer, NotFinite], TrainingError],
 ) -> None:
@@ -378,7 +378,7 @@ def run(
         data: the text, set up.
         last: where its newest checkpoint is kept, in a folder of the run's folder.
         start: a checkpoint to go on from.
-        bar: shows progress.
+        line: shows progress.
         callbacks: Lightning's, beside these.
         failed: what to say where a step was not finite.
 
@@ -389,26 +389,31 @@ def run(
     if start:
         check_checkpoint(start)
         errors.print(f"Going on from {start}", soft_wrap=True)
-    keeper = Keeper(last, recipe.trainer.checkpoint_every)
-    with quiet(), keeper.listening():
-        trainer = trainer_of(
+    stop, saver = GracefulStop(), LastCheckpoint(last, recipe.checkpoint_every)
+    asked = [instantiate(spec) for spec in recipe.callbacks]
+    shown = recipe.trainer.get("enable_progress_bar", True) and not any(isinstance(c, ProgressBar) for c in asked)
+    with quiet():
+        trainer = build_trainer(
             recipe,
-            callbacks=[keeper, bar, *callbacks],
-            logger=TensorBoardLogger(last.parent.parent, name="", version="", default_hp_metric=False),
-            log_every_n_steps=recipe.trainer.log_every,
-            plugins=[WholeCheckpoints()],
+            callbacks=[stop, *([line] if shown else []), *callbacks, *asked, saver],
+            logger=instantiate(recipe.logger)
+            if recipe.logger
+            else TensorBoardLogger(last.parent.parent, name="", version="", default_hp_metric=False),
+            plugins=[AtomicCheckpointIO()],
         )
         try:
-            with distributed.linked():
+            with distributed.lost_peers_reported():
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
-            raise _ended(failed(trainer, error), keeper.asked) from error
+            raise _ended(failed(trainer, error), stop.requested) from error
+        except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
+            raise KeyboardInterrupt if isinstance(error.__context__, KeyboardInterrupt) else error from None
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            if start and not keeper.began:  # it has the right parts, and something else in them
-                raise _unusable(start, f"{type(error).__name__}: {error}") from error
+            if start and not stop.began:  # it has the right parts, and something else in them
+                raise unusable(start, f"{type(error).__name__}: {error}") from error
             raise
-    if keeper.asked:
-        errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer.max_steps} is kept.")
+    if stop.requested:
+        errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer['max_steps']} is kept.")
         raise KeyboardInterrupt
 
 
@@ -429,91 +434,7 @@ def _start(asked: str | None, last: Path) -> str | Path | None:
     return last if last.exists() and not named else asked
 
 
-def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:
-    """Lightning's trainer with the settings of a recipe.
-
-    Raises:
-        TrainingError: it refuses them.
-    """
-    section = recipe.trainer
-    if any(way in section.strategy for way in ("spawn", "fork", "notebook")):
-        raise TrainingError(
-            f"trainer.strategy={section.strategy} cannot carry a routed model to its processes; choose ddp instead."
-        )
-    devices, nodes = distributed.shape(section)
-    shared_out = "ddp" if devices * nodes > 1 else "auto"  # the weights; the router is whole on each device
-    try:
-        return lightning.Trainer(
-            max_steps=section.max_steps,
-            max_epochs=-1,
-            accelerator=section.accelerator,
-            devices=devices,
-            num_nodes=nodes,
-            strategy=shared_out if section.strategy == STRATEGY else section.strategy,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            deterministic="warn",
-            **options,
-        )
-    except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
-        raise TrainingError(
-            f"trainer.accelerator={section.accelerator}, devices={devices} and strategy={section.strategy} do "
-            f"not work here ({reason}); change them."
-        ) from error
-
-
-def check_checkpoint(path: str | Path) -> None:
-    """Raises TrainingError unless the file is a whole checkpoint of a training; what is pickled in it is not run."""
-    if not os.path.isfile(path):
-        raise TrainingError(f"There is no checkpoint {path}; leave trainer.ckpt_path out or name an existing file.")
-    try:
-        missing = {*NEEDED} - {*torch.load(path, map_location="cpu", weights_only=True)}
-        with zipfile.ZipFile(path) as parts:  # torch itself does not look at the sums
-            missing = missing or {name for name in [parts.testzip()] if name}
-    except Exception as error:  # cut, overwritten and foreign files show as a dozen kinds of error
-        missing = {type(error).__name__}
-    if missing:
-        raise _unusable(path, ", ".join(sorted(missing)))
-
-
-def _unusable(path: str | Path, reason: str) -> TrainingError:
-    return TrainingError(
-        f"The checkpoint {path} is damaged or not one of Buddy's ({shorten(reason, 200, placeholder=' …')}); delete it "
-        "and start anew, or name another as trainer.ckpt_path."
-    )
-
-
-def estimator_of(recipe: Recipe, router: AnyRouter) -> Estimator:
-    """The recipe's estimator with its objective; a layerwise router has a way of its own."""
-    section = recipe.objective
-    objective = Objective(section.kl, section.ce)
-    if isinstance(router, LayerwiseRouter):
-        return Weighted(objective)
-    if section.estimator == "perturbed":
-        return Perturbed(objective, section.plans, section.sigma, section.shared)
-    return StraightThrough(objective)
-
-
-def module_of(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
-    """The LightningModule for a recipe."""
-    optimizer = recipe.optimizer
-    return RoutingModule(
-        routed,
-        estimator_of(recipe, routed.router),
-        [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)],
-        prompt=recipe.data.prompt,
-        lr=optimizer.lr,
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        clip=optimizer.clip,
-        seed=recipe.seed,
-    )
-
-
 CHECKPOINT = "healing.ckpt"
-CHANGEABLE = {"kind", "lr", "rates", "steps"}  # of the section, from one beginning to the next
 
 
 def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
@@ -533,17 +454,16 @@ def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbac
     path = folder / "checkpoints" / CHECKPOINT
     routed.adapt(build_adapter(recipe, routed.backbone, routed.geometry.context_layer))
     routed.adapter.train()
-    steps = replace(recipe, trainer=replace(recipe.trainer, max_steps=recipe.adapter.steps))
-    bar = TrainingBar(f"Healing {recipe.router.name}", "heal/objective")
+    steps = replace(recipe, trainer={**recipe.trainer, "max_steps": recipe.adapter.steps})
+    line = ProgressLine(f"Healing {recipe.router.name}", "heal/objective")
 
     def failed(_: Trainer, error: NotFinite) -> TrainingError:
         trained = folder / "checkpoints" / "last.ckpt"
-        kept = f", and give trainer.ckpt_path={trained} to keep the router" if trained.exists() else ""
+        kept = f", and give ckpt_path={trained} to keep the router" if trained.exists() else ""
         return TrainingError(f"{error}; lower adapter.lr{kept}.")
 
     start = path if path.exists() else None
-    run(steps, healing_module_of(recipe, routed, path), data, path, start, bar, callbacks, failed)
-    routed.router.to(routed.backbone.device)
+    run(steps, build_healing(recipe, routed, path), data, path, start, line, callbacks, failed)
     routed.adapter.freeze()
     routed.router.eval().requires_grad_(False)
 
@@ -554,36 +474,3 @@ def forget(folder: Path) -> None:
     path.unlink(missing_ok=True)
     if path.parent.is_dir() and not any(path.parent.iterdir()):
         path.parent.rmdir()
-
-
-def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
-    """Whether healing trains the router too."""
-    return recipe.adapter is not None and recipe.adapter.joint and router.trainable
-
-
-def healing_module_of(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
-    """The LightningModule of a recipe's healing, with the place of its checkpoint."""
-    optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
-    return HealingModule(
-        routed,
-        Objective(recipe.objective.kl, recipe.objective.ce),
-        [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)],
-        prompt=recipe.data.prompt,
-        lr=recipe.adapter.lr,
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        clip=optimizer.clip,
-        seed=recipe.seed,
-        identity=identity_of(recipe, routed.router),
-        checkpoint=str(checkpoint),
-        together=Together(estimator_of(recipe, routed.router), optimizer.lr) if both else None,
-    )
-
-
-def identity_of(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
-    """What an interrupted healing must have been begun with, so that going on makes sense."""
-    settings = {f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in CHANGEABLE}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(router.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return {**settings, "the router": digest.hexdigest()[:16]}

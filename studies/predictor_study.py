@@ -1,8 +1,8 @@
 """`python -m studies.predictor_study`: what choosing a budget for each request saves, on texts that differ.
 
-Windows of all texts are measured at every budget. Predictors are fitted on some documents and choose for others, so
-nobody is asked about what it was fitted on. All ways of choosing are swept over their one setting, and held against
-fixed budgets and coins between two of them at the same mean loss. Best in hindsight shows what there is to win.
+Windows of all texts are measured at every budget. Predictors are fitted on some documents and choose for others. All
+methods are swept over their one setting, and compared with fixed budgets and mixtures of two of them at the same mean
+loss. "hindsight" chooses from the true losses: the most that there is to win.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ OWN = "the run's own"
 
 
 def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: Sequence[str] | None = None) -> None:
-    """Measure, choose in every way, print a table, and leave a figure and JSON in `out`.
+    """Measure, choose by every method, print a table, and write a figure and JSON to `out`.
 
     Args:
         run_folder: a finished run; nothing is written there.
         domains: texts as "SOURCE,label=SOURCE,…".
         windows: of each text at most so many.
-        out: a folder, made where it is missing. Losses are kept there, so that the same call goes on where it was.
-        budgets: to choose from, instead of the recipe's; full depth is always among them.
+        out: a folder, made where it is missing. Losses are stored there, so that the same call resumes.
+        budgets: to choose from, instead of the recipe's; full depth is always added.
 
     Raises:
         BuddyError: the run, a text, a budget or the folder cannot be used.
@@ -74,7 +74,7 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
 
 
 def _own(routed: RoutedLM, texts: Sequence[Domain], measured: Measured, prompt: int) -> np.ndarray:
-    """(N,) places that the run's own predictor chooses; for budgets that are none of the arms, the next larger arm."""
+    """(N,) indices that the run's own predictor chooses; for other budgets than the arms, the next larger arm."""
     choose, chosen = routed.choosing("auto"), []
     for text in texts:
         for ids in text.windows.input_ids.split(8):
@@ -102,7 +102,7 @@ def _measured(run: Run, routed: RoutedLM, texts: Sequence[Domain], arms: tuple[i
 
 
 def _typical(measured: Measured, chosen: list[np.ndarray]) -> np.ndarray:
-    """(N,) the places whose mean is nearest to the middle between all layers and the fewest."""
+    """(N,) the indices whose mean is nearest to the middle between all layers and the fewest."""
     middle = (measured.arms[0] + measured.arms[-1]) / 2
     return min(chosen, key=lambda places: abs(measured.arms[places].mean() - middle))
 
@@ -112,7 +112,7 @@ def _itself(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _show(report: dict[str, Any], router: str) -> None:
-    """One row for each fixed budget: what each way of choosing needs for the same loss."""
+    """One row for each fixed budget: what each method needs for the same loss."""
     ways = list(report["fixed"][0]["ways"])
     table = Table(title=f"{router}: layers a token at the mean loss of a fixed budget (saved; 95 % interval)")
     for heading in ("fixed", "nats a token", *ways):
@@ -121,8 +121,8 @@ def _show(report: dict[str, Any], router: str) -> None:
         table.add_row(f"{row['layers']:g}", f"{row['loss']:.3f}", *(_cell(row["ways"][way]) for way in ways))
     results.print(table)
     for name, found in report["single"].items():
-        told = "no coin reaches its loss" if found is None else f"{_cell(found)} at {found['loss']:.3f} nats a token"
-        results.print(f"{name}: {told}")
+        text = "no mixture reaches its loss" if found is None else f"{_cell(found)} at {found['loss']:.3f} nats a token"
+        results.print(f"{name}: {text}")
     results.print(f"{report['windows']} windows. regress, priced and grpo were fitted on other documents.")
 
 
@@ -160,14 +160,14 @@ STYLES = {"hindsight": ":", "grpo": "s--"}
 def draw(
     report: Mapping[str, Any], arms: np.ndarray, domains: Sequence[str], chosen: np.ndarray, title: str, path: Path
 ) -> None:
-    """Left: mean loss above that of a coin with as many layers, by way of choosing. Right: shares of budgets by text.
+    """Left: mean loss above a mixture with as many layers, by method. Right: shares of budgets by text.
 
     Args:
         report: of `compared`.
         arms: (A,) executed layers, deepest first.
         domains: (N,) text of each window.
-        chosen: (N,) places of the arms that are shown on the right.
-        title: what chose them.
+        chosen: (N,) indices of the arms that are shown on the right.
+        title: of the right half.
         path: a PNG file.
     """
     with figure_at(path, ncols=2, figsize=(12, 4.5), width_ratios=(3, 2)) as (left, right):
@@ -183,11 +183,11 @@ def _curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, float]]]) -> N
         layers, losses = np.array(sorted((point["layers"], point["loss"]) for point in each)).T
         above = losses - np.interp(layers, *coin)
         if name == "fixed":
-            axes.axhline(0, color="black", linewidth=1, label="coin between fixed budgets")
+            axes.axhline(0, color="black", linewidth=1, label="mixture of fixed budgets")
             axes.plot(layers, above, "o", color="black", label="fixed budgets")
         else:
             axes.plot(layers, above, STYLES.get(name, "-" if len(layers) > 1 else "*"), label=name)
-    axes.set(xlabel="mean executed layers", ylabel="mean loss above the coin's (nats a token)")
+    axes.set(xlabel="mean executed layers", ylabel="mean loss above the mixture's (nats a token)")
     axes.set_title("lower is better")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)

@@ -8,7 +8,8 @@ from typing import Any
 
 from buddy.errors import RunError
 
-FREE = ("output", "rivals", "trainer.ckpt_path")  # keys that change nothing in the run
+# Keys that change nothing in a run; those of trainer are Buddy 0.1's.
+FREE = ("output", "rivals", "ckpt_path", "checkpoint_every", "logger", "trainer.ckpt_path", "trainer.checkpoint_every")
 MADE = ("command", "created", "versions", "machine")  # how each part was made
 RATES = "adapter.rates"  # of healing, of which each run keeps the best: kept with each part and told, not compared
 OWN = ("router.", "seed", RATES, *FREE)  # beginnings of keys that say which runs were asked for, and nothing of how

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from buddy.comparison.view import Comparison
-from buddy.config import shown
 from buddy.evaluation.curves import Scalar, write_pictures, write_run
 from buddy.io import writing
+from buddy.values import shown
 
 FOLDER, PICTURES = "tensorboard", "_figures"
 

@@ -1,139 +1,85 @@
-"""What the attention sinks become in each layer, computed once for the tokens they are.
+"""The attention sink's states in each layer, kept for the next prompt that begins with the same token.
 
-A sink runs every layer whatever the budget, alone where a layer's other tokens skip it; all of the layer's weights are
-then read for one token. But the first positions see nothing before them, so their way through the model depends on
-their token ids alone, and prompts begin alike: with the same token of beginning, the same chat template.
+The sink runs every layer whatever the budget; where all other tokens of a prompt skip a layer, its weights would be
+read for one token. The first position sees nothing before it, so its states depend on its token id alone.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-KEPT = 64  # beginnings that are remembered
-Beginning = tuple[int, ...]
+from buddy.engine.kv_cache import WrittenKV, map_embeddings
+
+MAX_TOKENS = 64  # token ids whose states are kept
 
 
-@dataclass(frozen=True)
 class SinkStates:
-    """One beginning of s tokens, or a batch of B.
+    """What one token becomes at the first position. The first prompt that begins with it fills this layer by layer.
 
     Attributes:
-        hidden: for each layer (B, s, D), the states that leave it.
-        keys, values: for each layer (B, heads, s, size).
+        outputs: for each layer (1, 1, D), the state that leaves it.
+        keys, values: for each layer (1, kv heads, 1, size).
     """
 
-    hidden: list[Tensor]
-    keys: list[Tensor]
-    values: list[Tensor]
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
-    @property
-    def _parts(self) -> tuple[list[Tensor], ...]:
-        return self.hidden, self.keys, self.values
-
-    @staticmethod
-    def batch(rows: list[SinkStates]) -> SinkStates:
-        """Rows as one batch."""
-        if len(rows) == 1:
-            return rows[0]
-        return SinkStates(
-            *([torch.cat(x) for x in zip(*each, strict=True)] for each in zip(*(r._parts for r in rows), strict=True))
-        )
+    def run(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Run the next layer on the token by itself, so that no result depends on which prompt came first."""
+        written, ids = WrittenKV(None), kwargs.get("position_ids")
+        first = {
+            "cache": written,
+            "attention_mask": None,
+            "position_embeddings": map_embeddings(kwargs.get("position_embeddings"), lambda x: x[:1, :1]),
+            "position_ids": None if ids is None else ids[:1, :1],
+        }
+        state = self.outputs[-1] if self.outputs else hidden[:1, :1].clone()
+        self.outputs.append(layer.stock.forward(layer, state, **{**kwargs, **first}))
+        self.keys.append(written.keys)
+        self.values.append(written.values)
 
 
 class SinkMemory:
-    """Remembers the states of beginnings; forgets them all when the model is seen to have changed.
+    """`SinkStates` by token id; forgets them all when the model is seen to have changed."""
 
-    What is looked at are the weights' storage and version and which adapters are switched on. A weight written through
-    `.data` shows no change: whoever does that calls `forget`.
-
-    Args:
-        base: the decoder, called as the stock model.
-    """
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        self._base = (base,)  # in a tuple, so that a copy of the owner does not copy the model twice
-        self._held: OrderedDict[Beginning, SinkStates] = OrderedDict()
-        self._state: list[Any] = []
-
-    def forget(self) -> None:
-        """Let go of all that is remembered."""
-        self._held.clear()
-
-    def states(self, ids: Tensor, positions: Tensor | None = None) -> SinkStates | None:
-        """Of beginnings ids (B, s) long; each not met before is computed by a stock forward of its own.
-
-        None where a beginning's states depend on more than its tokens: at other `positions` (B or 1, T) than the first,
-        under a hook or autocast, or where the rotary embedding of several tokens depends on how many follow.
-        """
-        base, length = self._base[0], ids.shape[1]
-        if positions is not None and bool((positions[..., :length] != torch.arange(length).to(ids)).any()):
-            return None
-        if torch.is_autocast_enabled(ids.device.type) or (length > 1 and _rotates_by_length(base.config)):
-            return None
-        state = _state([base.embed_tokens, base.layers])
-        if state is None:
-            return None
-        if state != self._state:
-            self.forget()
-            self._state = state
-        return SinkStates.batch([self._row(beginning, ids.device) for beginning in map(tuple, ids.tolist())])
-
-    def _row(self, beginning: Beginning, device: torch.device) -> SinkStates:
-        if beginning not in self._held:
-            self._held[beginning] = self._computed(torch.tensor([beginning], device=device))
-        self._held.move_to_end(beginning)
-        found = self._held[beginning]
-        if len(self._held) > KEPT:
-            self._held.popitem(last=False)
-        return found
+    def __init__(self) -> None:
+        self._states: dict[int, SinkStates] = {}
+        self._model: list[Any] | None = None
 
     @torch.no_grad()
-    def _computed(self, ids: Tensor) -> SinkStates:
-        base = self._base[0]
-        cache = DynamicCache(config=base.config)
-        with _outputs(base.layers) as hidden:
-            base(input_ids=ids, cache=cache, use_cache=True)
-        return SinkStates(hidden, [x.keys for x in cache.layers], [x.values for x in cache.layers])
+    def states(self, base: nn.Module, ids: Tensor, positions: Tensor | None) -> SinkStates | None:
+        """Those of the token that all prompts (B, T) begin with; None where they depend on more than the token.
 
-
-def _state(modules: list[nn.Module]) -> list[Any] | None:
-    """What changes when a module in these is written to, replaced, or its adapters (peft) are switched; None: a hook.
-
-    Asked at each prompt of hundreds of modules, so it goes past torch's own walk, which takes twice as long.
-    """
-    found: list[Any] = []
-    while modules:
-        own = modules.pop().__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        That is at another position than the first, with a hook on a module, and under autocast.
+        """
+        first = set(ids[:, 0].tolist())
+        elsewhere = positions is not None and bool(positions[..., 0].any())
+        if len(first) > 1 or elsewhere or torch.is_autocast_enabled(ids.device.type):
             return None
-        found += (own.get("_disable_adapters"), str(own.get("_active_adapter")))
-        for weight in own["_parameters"].values():
+        model = _fingerprint(base)
+        if model != self._model:
+            self._states, self._model = {}, model
+        if model is None:
+            return None
+        token = first.pop()
+        if token not in self._states and len(self._states) == MAX_TOKENS:
+            del self._states[next(iter(self._states))]
+        return self._states.setdefault(token, SinkStates())
+
+
+def _fingerprint(base: nn.Module) -> list[Any] | None:
+    """What changes when a weight is replaced or written to or an adapter is switched; None where a module has hooks."""
+    found: list[Any] = []
+    for module in [base.embed_tokens, *base.layers.modules()]:
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        found.append(module.__dict__.get("_disable_adapters"))
+        for weight in module._parameters.values():
             if weight is not None:
-                found += (id(weight), weight.data_ptr(), -1 if weight.is_inference() else weight._version)
-        modules += [module for module in own["_modules"].values() if module is not None]
+                found += (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
     return found
-
-
-def _rotates_by_length(config: PreTrainedConfig) -> bool:
-    kinds = str(getattr(config, "rope_parameters", None))
-    return "dynamic" in kinds or "longrope" in kinds
-
-
-@contextmanager
-def _outputs(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """What each layer gives within this block."""
-    found: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, out: found.append(out)) for layer in layers]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -87,7 +87,6 @@ def write_results(
     *,
     fit: Mapping[str, float],
     windows: str,
-    rates: Mapping[float, float] | None = None,
 ) -> dict[str, Any]:
     """Write the figure and TensorBoard's curves and settings into a run folder; what metrics.json is to hold.
 
@@ -97,12 +96,8 @@ def write_results(
         scores: on the recipe's test windows.
         fit: "seconds" that calibration and training took and "parameters" of the router.
         windows: fingerprint of the test windows.
-        rates: objective on validation windows for each of `adapter.rates`; the least has the adapter that was kept.
     """
     found: dict[str, Any] = {"fit": dict(fit), "windows": windows}
-    if rates:
-        found["fit"]["adapter_lr"] = min(rates, key=rates.__getitem__)
-        found["rates"] = {str(rate): value if math.isfinite(value) else None for rate, value in rates.items()}
     draw({recipe.router.name: scores}, folder / FIGURE)
     write_curves(folder, recipe, scores, found["fit"])
     return with_documents(scores) | found
@@ -119,7 +114,6 @@ def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Ma
     metrics = {f"perplexity_at_{s.budget:g}": s.perplexity for s in ordered}
     metrics |= {f"fit_{name}": value for name, value in fit.items()}
     columns = [f"perplexity_at_{budget:g}" for budget in recipe.budgets]
-    columns += ["fit_adapter_lr"] if recipe.adapter is not None and recipe.adapter.rates else []
     text = "\n".join(f"    {key}: {value}" for key, value in flatten(recipe).items())
     write_run(folder, curves, settings_of(recipe), metrics, {"recipe": text}, columns)
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from buddy.backbone.embedded import quiet_transformers
-from buddy.backbone.load import ATTENTION, Backbone
+from buddy.backbone.load import FAMILIES, Backbone
 from buddy.budget import fraction_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status, tracker
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
+from buddy.engine.twins import PER_LAYER, pruned_model
 from buddy.errors import DataError, RunError
 from buddy.hub.card import export_card, export_warnings
 from buddy.hub.push_pull import CARD
@@ -26,8 +27,8 @@ from buddy.inspection.routing import Choice, most_frequent
 from buddy.io import new_folder, within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import Reference, Scores, evaluate
-from buddy.scoring.timing import PER_LAYER, pruned_model
+from buddy.scoring.perplexity import Reference, Scores
+from buddy.training.module import evaluate
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are compared with the engine's
@@ -138,7 +139,7 @@ def largest_difference(folder: Path, routed: RoutedLM, kept: Sequence[int], ids:
     runs[..., list(kept)] = True
     with routed.changed(sink_tokens=0):
         ours = routed(ids, runs=runs).logits
-    attention = ATTENTION.get(backbone.model.config.model_type, "sdpa")
+    attention = FAMILIES[backbone.model.config.model_type].attention
     with quiet_transformers():
         small = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     theirs = small.eval().to(ids.device)(ids, use_cache=False).logits
@@ -199,13 +200,13 @@ def _measure(
     budgets = [fraction_of(budget, len(choice.kept), routed.geometry.layers)]
     section = run.recipe.data
     options: dict[str, Any] = {"prompt": section.prompt, "batch_size": section.batch_size, "reference": Reference()}
-    (ours,) = evaluate(routed, windows, budgets, track=tracker("Measuring the run"), **options)
+    (ours,) = evaluate(routed, windows, budgets, description="Measuring the run", **options)
     adapter, routed.adapter = routed.adapter, None  # so that `detach` leaves it on the backbone
     routed.detach()
     cut = RoutedLM(backbone, OnePlan(routed.geometry, choice.kept), sink_tokens=0)
     if adapter is not None:
         cut.adapt(adapter)
-    (theirs,) = evaluate(cut, windows, budgets, track=tracker("Measuring the checkpoint's plan"), **options)
+    (theirs,) = evaluate(cut, windows, budgets, description="Measuring the checkpoint's plan", **options)
     return [ours, theirs], cut
 
 

@@ -12,10 +12,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from buddy import distributed
-from buddy.config import TrainerSection
+from buddy.config import Recipe
 
 PATIENCE = 120.0  # seconds
-CPU = TrainerSection(accelerator="cpu")
+CPU = {**Recipe().trainer, "accelerator": "cpu"}
 
 
 def side_by_side(work: Callable[..., Any], *given: Any, count: int = 2) -> list[Any]:
@@ -60,10 +60,10 @@ def free_port() -> int:
 def _work(pipe: Connection, rank: int, count: int, port: int, work: Callable[..., Any], given: tuple) -> None:
     os.environ.update(launcher(rank, count, port))
     try:
-        distributed.join(CPU)
+        distributed.launch(CPU)
         answer = (True, work(*given))
     except BaseException:
         answer = (False, f"process {rank}: {traceback.format_exc()}")
     pipe.send_bytes(pickle.dumps(answer))  # not `send`, which leaves tensors here for the other side to fetch
     with suppress(BaseException):
-        distributed.wait()
+        distributed.barrier()

@@ -8,7 +8,7 @@ from buddy import distributed
 from buddy.config import load_recipe
 from buddy.errors import DataError
 from buddy.fit import fit
-from buddy.training.callbacks import Keeper
+from buddy.training.callbacks import GracefulStop
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import side_by_side
 
@@ -16,7 +16,7 @@ HEALED = ("adapter.steps=4", "adapter.rank=2", "trainer.max_steps=3")
 
 
 def words(small, output, *overrides: str) -> list[str]:
-    return [str(small.file), f"output={output}", "trainer.log_every=1", *overrides]
+    return [str(small.file), f"output={output}", "trainer.log_every_n_steps=1", *overrides]
 
 
 def fitted(given: list[str]) -> None:
@@ -36,13 +36,13 @@ def test_healing_follows_the_curve_of_one_process(small, tmp_path, settings, str
 
 def stopped(given: list[str]) -> str:
     """A fit whose first process is asked to stop at the third step."""
-    follow_up = Keeper.on_train_batch_end
+    follow_up = GracefulStop.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *rest) -> None:
-        self.asked = self.asked or (distributed.leads() and trainer.global_step == 3)
+        self.requested = self.requested or (distributed.is_global_zero() and trainer.global_step == 3)
         follow_up(self, trainer, *rest)
 
-    Keeper.on_train_batch_end = on_train_batch_end
+    GracefulStop.on_train_batch_end = on_train_batch_end
     try:
         fitted(given)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -53,7 +53,7 @@ def stopped(given: list[str]) -> str:
 def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
     fitted(words(small, tmp_path / "one"))
     assert side_by_side(stopped, words(small, tmp_path / "two")) == ["KeyboardInterrupt", "SystemExit"]
-    assert not (tmp_path / "two" / "small" / "buddy" / "seed-0").exists()
+    assert not (tmp_path / "two" / "small" / "buddy" / "seed-0" / "metrics.json").exists()
     fitted(words(small, tmp_path / "two"))
     assert_alike(*(tmp_path / folder / "small" / "buddy" / "seed-0" for folder in ("one", "two")))
 
@@ -82,5 +82,5 @@ def test_what_is_finished_is_not_done_again(small, tmp_path, capfd):
 
 def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):
     with pytest.raises(DataError, match=r"4 windows cannot be shared by 6 devices; .* to a multiple of 6"):
-        fitted(words(small, tmp_path / "out", "trainer.devices=3", "trainer.nodes=2"))
+        fitted(words(small, tmp_path / "out", "trainer.devices=3", "trainer.num_nodes=2"))
     assert not (tmp_path / "out").exists()

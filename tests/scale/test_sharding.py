@@ -5,15 +5,15 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from buddy import distributed
-from buddy.backbone.sharding import check, settle, shard, shards
+from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, shard
 from buddy.calibration.probe import CalibrationProbe
+from buddy.console import quiet
 from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
-from buddy.scoring.perplexity import evaluate
-from buddy.training.callbacks import quiet
 from buddy.training.estimators import Batch, StraightThrough, Weighted
+from buddy.training.module import evaluate
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
 from tests.healing.made import new_adapter, stirred
@@ -29,7 +29,7 @@ def routed_on(family: str, router, shared_out: bool, dtype: torch.dtype = torch.
     backbone.model.to(dtype)
     if shared_out:
         shard(backbone, "cpu")
-        settle(backbone)
+        finish_sharding(backbone)
     torch.manual_seed(0)
     routed = RoutedLM(backbone, router(geometry_of(backbone)), **options)
     with torch.no_grad():
@@ -87,9 +87,9 @@ def gradients(kind: str, shared_out: bool) -> dict:
     """Of the router, or of the adapter where it is healed, for other windows in each process."""
     router = FiRST if kind == "weighted" else BuddyRouter
     routed = routed_on("llama", router, shared_out)
-    share = slice(distributed.rank(), None, distributed.count())
+    share = slice(distributed.global_rank(), None, distributed.world_size())
     executed = torch.tensor([3, 4, 3, 5])
-    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, distributed.rank())
+    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, distributed.global_rank())
     if kind == "healed":
         adapter = new_adapter(routed.backbone)
         stirred(adapter)
@@ -118,11 +118,11 @@ def test_the_mean_gradient_over_the_processes_is_that_of_the_whole_batch(kind):
 
 def test_what_cannot_be_shared_out_is_refused(small, tmp_path):
     two = ("trainer.devices=2", "trainer.strategy=fsdp")
-    assert shards(small(tmp_path, *two).trainer)
-    assert not shards(small(tmp_path, "trainer.strategy=fsdp").trainer)
-    assert not shards(small(tmp_path, "trainer.devices=2").trainer)
-    check(small(tmp_path, "predictor.name=regress"))
-    with pytest.raises(TrainingError, match=r"is measured by one process .* trainer\.strategy=ddp or predictor"):
-        check(small(tmp_path, *two, "predictor.name=regress"))
-    with pytest.raises(TrainingError, match=r"set adapter\.joint=false or trainer\.strategy=ddp"):
-        check(small(tmp_path, *two, "adapter.joint=true"))
+    assert is_sharded(small(tmp_path, *two).trainer)
+    assert not is_sharded(small(tmp_path, "trainer.strategy=fsdp").trainer)
+    assert not is_sharded(small(tmp_path, "trainer.devices=2").trainer)
+    check_sharding(small(tmp_path, "predictor.name=regress"))
+    with pytest.raises(TrainingError, match="predictor"):
+        check_sharding(small(tmp_path, *two, "predictor.name=regress"))
+    with pytest.raises(TrainingError, match="joint"):
+        check_sharding(small(tmp_path, *two, "adapter.joint=true"))

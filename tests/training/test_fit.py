@@ -100,9 +100,18 @@ def test_other_ways_to_train(small, finished, tmp_path, settings):
 
 
 def test_each_router_is_trained_at_its_own_rate(small, tmp_path):
-    fit(small(tmp_path, "rivals=[first]", "optimizer.lr_by_router={buddy: 0.03, first: 0.02}"), "small")
-    kept = [load_recipe(tmp_path / "small" / name / "seed-0" / "recipe.yaml").optimizer for name in ("buddy", "first")]
-    assert [(each.lr, each.lr_by_router) for each in kept] == [(0.03, {}), (0.02, {})]
+    fit(small(tmp_path, "rivals=[{name: first, overrides: [optimizer.lr=0.02]}]", "optimizer.lr=0.03"), "small")
+    paths = sorted((tmp_path / "small").glob("*/seed-0/recipe.yaml"))
+    assert [load_recipe(path).optimizer.lr for path in paths] == [0.03, 0.02]
+
+
+def test_callbacks_and_logger_are_those_of_the_recipe(small, tmp_path):
+    logger = (
+        f"logger={{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {tmp_path}, name: csv}}}}"
+    )
+    monitor = "callbacks=[{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]"
+    fit(small(tmp_path, "rivals=[]", logger, monitor), "small")
+    assert "lr-AdamW" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
 
 def test_a_static_router_is_fitted_alone_and_only_once(small, tmp_path):
@@ -138,11 +147,11 @@ def test_another_main_router_leaves_the_comparison_of_the_first(small, tmp_path)
 
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
-    recipe = small(tmp_path, f"trainer.ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")
+    recipe = small(tmp_path, f"ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")
     fit(recipe, "small")
     saved = torch.load(tmp_path / "small/buddy/seed-0/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 9
-    assert read_run(tmp_path / "small" / "uniform" / "seed-0").recipe.trainer.ckpt_path is None
+    assert read_run(tmp_path / "small" / "uniform" / "seed-0").recipe.ckpt_path is None
 
 
 # Wrong
@@ -154,19 +163,20 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
         (["rivals=[unifrom]"], RegistryError, "No router is named 'unifrom'; did you mean 'uniform'"),
         (["budgets=[0.1]"], BuddyError, "below the layers that always run; ask for 2layers"),
         (["trainer.strategy=dpp"], TrainingError, "strategy=dpp do not work here"),
-        (["trainer.ckpt_path=nowhere.ckpt"], TrainingError, r"There is no checkpoint nowhere\.ckpt"),
+        (["ckpt_path=nowhere.ckpt"], TrainingError, r"There is no checkpoint nowhere\.ckpt"),
         (
-            ["trainer.ckpt_path=CHECKPOINT", "router=uniform"],
+            ["ckpt_path=CHECKPOINT", "router=uniform"],
             RecipeError,
-            "The router uniform is not trained; leave trainer",
+            "The router uniform is not trained; leave ckpt_path",
         ),
         (
-            ["trainer.ckpt_path=CHECKPOINT", "adapter.joint=true"],
+            ["ckpt_path=CHECKPOINT", "adapter.joint=true"],
             RecipeError,
             "joint=true trains router and adapter from",
         ),
+        (["callbacks=[{class_path: no.Such}]"], RecipeError, r"no\.Such"),
+        (["logger={class_path: logging.Logger}"], RecipeError, r"logging\.Logger"),
         (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden is unknown"),
-        (["optimizer.lr_by_router.budy=0.1"], RegistryError, "No router is named 'budy'; did you mean 'buddy'"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(small, finished, tmp_path, settings, error, message):
@@ -187,7 +197,7 @@ def test_the_text_itself_is_not_more_text_to_learn_from(small, tmp_path, key):
 
 def test_a_checkpoint_of_another_router_leaves_nothing_behind(small, finished, tmp_path):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
-    recipe = small(tmp_path, f"trainer.ckpt_path={checkpoint}", "router.options.hidden=5", "trainer.max_steps=20")
+    recipe = small(tmp_path, f"ckpt_path={checkpoint}", "router.options.hidden=5", "trainer.max_steps=20")
     with pytest.raises(TrainingError, match="The checkpoint is of another router"):
         fit(recipe, "small")
     assert not (tmp_path / "small" / "buddy" / "seed-0").exists()
@@ -195,7 +205,7 @@ def test_a_checkpoint_of_another_router_leaves_nothing_behind(small, finished, t
 
 # Stopped
 
-LONG = ["trainer.max_steps=60", "trainer.checkpoint_every=5"]
+LONG = ["trainer.max_steps=60", "checkpoint_every=5"]
 
 
 def begin(small, output: Path, work: str = "seed-0") -> subprocess.Popen:
