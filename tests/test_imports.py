@@ -27,7 +27,6 @@ GOING = {
     "signals": "io",
 }  # to be moved
 EXCEPTIONS = {  # (importing module, imported module): this set only shrinks
-    ("compare", "inspection.routing"),
     ("fit", "evaluation.report"),
     ("healing.rates", "fit"),
 }
