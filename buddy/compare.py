@@ -26,7 +26,7 @@ from buddy.comparison.command import shown_command, shown_path, shown_text
 from buddy.comparison.output import write_all
 from buddy.comparison.record import FORMAT
 from buddy.config import PredictorSection, Recipe, Rival, flatten, with_router
-from buddy.console import Bar, errors, status, tracker
+from buddy.console import Bar, errors, status
 from buddy.data.module import TextData
 from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
@@ -51,8 +51,9 @@ from buddy.run import (
     read_metrics,
     read_run,
 )
-from buddy.scoring.perplexity import Reference, evaluate, scores_of, with_documents
+from buddy.scoring.perplexity import Reference, scores_of, with_documents
 from buddy.scoring.timing import machine, versions
+from buddy.training.module import evaluate
 
 ALL = "all"
 OPENING, CLOSING = "[{(", "]})"
@@ -567,7 +568,7 @@ class Worker:
                 available_budgets(routed.router, run.recipe.budgets),
                 prompt=data.prompt,
                 batch_size=data.batch_size,
-                track=tracker(f"Evaluating {run.label} on {domain.label}"),
+                description=f"Evaluating {run.label} on {domain.label}",
                 reference=self._references[domain],
             )
         write_with_checksum(evaluation_file(run, domain), self._asked(run, domain) | with_documents(scores))
