@@ -26,16 +26,15 @@ from buddy.comparison.command import shown_command, shown_path, shown_text
 from buddy.comparison.output import write_all
 from buddy.comparison.record import FORMAT
 from buddy.config import PredictorSection, Recipe, Rival, flatten, with_router
-from buddy.console import Bar, errors, status, tracker
+from buddy.console import Bar, errors, status
 from buddy.data.module import TextData
-from buddy.data.text import same_source
+from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, DamagedError, DataError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.evaluation.bench import measured
 from buddy.executors import side_by_side
 from buddy.fit import Session, prepare
-from buddy.inspection.routing import sources_of
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
 from buddy.registry import build, describe, load
 from buddy.router import AnyRouter, available_budgets
@@ -52,8 +51,9 @@ from buddy.run import (
     read_metrics,
     read_run,
 )
-from buddy.scoring.perplexity import Reference, evaluate, scores_of, with_documents
+from buddy.scoring.perplexity import Reference, scores_of, with_documents
 from buddy.scoring.timing import machine, versions
+from buddy.training.module import evaluate
 
 ALL = "all"
 OPENING, CLOSING = "[{(", "]})"
@@ -157,8 +157,8 @@ def domains_of(text: str | None, recipe: Recipe) -> list[Domain]:
         DataError: nothing is named, two have one label, or a label cannot be a file's name.
     """
     source = recipe.data.source
-    (own,) = sources_of(None, source)
-    others = {} if text is None else sources_of(text, source)
+    (own,) = named_sources(None, source)
+    others = {} if text is None else named_sources(text, source)
     for label in [label for label, other in others.items() if same_source(other, source)]:
         own = label
         del others[label]
@@ -568,7 +568,7 @@ class Worker:
                 available_budgets(routed.router, run.recipe.budgets),
                 prompt=data.prompt,
                 batch_size=data.batch_size,
-                track=tracker(f"Evaluating {run.label} on {domain.label}"),
+                description=f"Evaluating {run.label} on {domain.label}",
                 reference=self._references[domain],
             )
         write_with_checksum(evaluation_file(run, domain), self._asked(run, domain) | with_documents(scores))

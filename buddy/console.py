@@ -159,21 +159,6 @@ def _clock(seconds: float | None) -> str:
     return str(timedelta(seconds=round(seconds or 0)))
 
 
-def counted(number: int, noun: str) -> str:
-    """ "1 token", "2 tokens"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns that line up; brackets in a cell are no markup."""
-    # Into a pipe or file: one line a row, whatever its length.
-    console = Console(highlight=False, width=None if results.is_terminal else 1000)
-    table = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Lightning without its advice: what devices there are, how many workers to use, tips."""
@@ -191,3 +176,18 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns that line up; brackets in a cell are no markup."""
+    # Into a pipe or file: one line a row, whatever its length.
+    console = Console(highlight=False, width=None if results.is_terminal else 1000)
+    table = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)

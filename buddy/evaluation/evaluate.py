@@ -11,7 +11,7 @@ from buddy import console, distributed
 from buddy.backbone.sharding import join
 from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
-from buddy.console import results, status, tracker
+from buddy.console import results, status
 from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
@@ -19,7 +19,8 @@ from buddy.evaluation.report import show_run
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import Scores, as_json, evaluate
+from buddy.scoring.perplexity import Scores, as_json
+from buddy.training.module import evaluate
 
 
 def evaluate_run(
@@ -90,7 +91,7 @@ def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float 
         asked,
         prompt=run.recipe.data.prompt,
         batch_size=run.recipe.data.batch_size,
-        track=tracker(f"Evaluating {run.router_name}"),
+        description=f"Evaluating {run.router_name}",
     )
 
 
