@@ -31,7 +31,7 @@ from buddy.console import errors, status, track, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
-from buddy.evaluation.report import show_comparison, write_results
+from buddy.evaluation.report import show_comparison, write_run_results
 from buddy.io import cache_folder, on_disk, within_memory
 from buddy.losses import Objective
 from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
@@ -214,7 +214,7 @@ class Session:
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:
                     routed.adapter.save(folder / ADAPTER)
-                write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint, rates=rates)
+                write_run_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint, rates=rates)
                 place.seal()
                 _tidy(folder)
             except BaseException as error:

@@ -21,7 +21,7 @@ from buddy.build import load_model
 from buddy.console import results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
-from buddy.evaluation.figure import figure_at
+from buddy.evaluation.figures import figure_at
 from buddy.inspection.routing import Domain, read_domains, sources_of
 from buddy.io import check_output_path, write_json, writing
 from buddy.predictor.features import digest_of, measure, ordered

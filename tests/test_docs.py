@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from buddy.backbone.load import ROUTABLE
-from buddy.comparison.markdown import WRITTEN
+from buddy.evaluation.report import WRITTEN
 from buddy.config import list_recipes, load_recipe, shown, to_yaml
 from buddy.errors import BuddyError
 from buddy.registry import installed, load

@@ -36,6 +36,7 @@ ROUTABLE = {
 }
 ATTENTION = {"gemma2": "eager"}  # sdpa elsewhere; Gemma 2 caps its attention scores, which sdpa cannot
 EMBEDDED = {embedded.NAME: embedded.smollm2_folder}
+TITLES = {embedded.NAME: embedded.TITLE}
 CHOICES = f"a folder in the hub's layout, owner/name on the hub, or {' or '.join(map(repr, EMBEDDED))}"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIN_LAYERS = 3  # a context layer, a last layer, and one between that may be skipped
@@ -59,6 +60,11 @@ class Backbone:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+
+    @property
+    def title(self) -> str:
+        """The full name, for results; see `title_of`."""
+        return title_of(self.name)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -127,6 +133,11 @@ def load_backbone(
         model = _load_model(name, source, revision=revision, dtype=DTYPES[dtype], attn_implementation=attention)
         tokenizer = _load_tokenizer(name, source, revision=revision, trust_remote_code=trust_remote_code)
     return Backbone(name, model, tokenizer, fingerprint(model))
+
+
+def title_of(name: str) -> str:
+    """The full name of a backbone: which model, and how its weights were stored; `name` where nothing more is known."""
+    return TITLES.get(name, name)
 
 
 def check_routable(name: str, config: dict) -> None:

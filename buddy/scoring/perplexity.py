@@ -25,8 +25,8 @@ from buddy.data.windows import Windows
 from buddy.engine.forward import Output
 from buddy.engine.model import RoutedLM
 from buddy.losses import Dense, cross_entropy, kl_to_dense
+from buddy.scoring.statistics import quantiles, resamples
 
-RESAMPLES = 2000
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
@@ -68,17 +68,6 @@ class Scores:
         """Bootstrap interval of the perplexity over documents (percentile method)."""
         drawn = resamples(len(self.tokens))
         return quantiles(np.exp(self.loss[drawn].sum(1) / self.tokens[drawn].sum(1)), level)
-
-
-def paired_difference(ours: Scores, theirs: Scores, level: float = 0.95) -> tuple[float, tuple[float, float]]:
-    """Difference of mean cross-entropy (ours − theirs, nats a token) on the same documents, and its interval.
-
-    Every resample draws documents once and takes both routers' losses on them.
-    """
-    difference = ours.loss - theirs.loss
-    drawn = resamples(len(difference))
-    estimates = difference[drawn].sum(1) / ours.tokens[drawn].sum(1)
-    return float(difference.sum() / ours.tokens.sum()), quantiles(estimates, level)
 
 
 @torch.no_grad()
@@ -184,17 +173,6 @@ class _Tally:
         executed = (int(self._least), mean, self._most)
         layers, chosen = (round(mean), dict(self._chosen)) if isinstance(asked, str) else (asked, None)
         return Scores(1.0, layers, executed, self._sinks, self._loss, self._kl, self._tokens, chosen)
-
-
-def resamples(documents: int) -> np.ndarray:
-    """(RESAMPLES, documents) indices, the same for every router so that differences are paired."""
-    return np.random.default_rng(0).integers(documents, size=(RESAMPLES, documents))
-
-
-def quantiles(values: np.ndarray, level: float) -> tuple[float, float]:
-    """The bounds between which the middle `level` of the values lie."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 MOST = 2**30  # bytes

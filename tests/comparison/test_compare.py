@@ -15,8 +15,8 @@ import torch
 from filelock import FileLock
 
 from buddy.compare import Asked, compare
-from buddy.comparison.tables import costs
-from buddy.comparison.view import Comparison
+from buddy.evaluation.tables import costs
+from buddy.evaluation.results import Results
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
 from buddy.fit import Session
@@ -58,8 +58,8 @@ def whole(ask, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def comparison(whole) -> Comparison:
-    return Comparison(read_json(whole / "comparison.json"))
+def comparison(whole) -> Results:
+    return Results(read_json(whole / "comparison.json"))
 
 
 def router_files(out: Path) -> dict[str, Path]:
@@ -204,7 +204,7 @@ def test_what_is_finished_is_not_done_again(again, ask, monkeypatch):
     before = stamps(again)
     assert compare(ask(again, routers="shortgpt,random", seeds=1)) == 0
     assert stamps(again) == before
-    assert Comparison(read_json(again / "comparison.json")).labels == ["shortgpt", "random"]
+    assert Results(read_json(again / "comparison.json")).labels == ["shortgpt", "random"]
 
 
 # Healed with routers of an earlier comparison
@@ -229,7 +229,7 @@ def test_lent_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, caps
         assert ours == theirs, name
     before = read_json(whole / "runs/buddy/seed-0/metrics.json")["fit"]["seconds"]
     assert read_json(lent["buddy/seed-0"] / "metrics.json")["fit"]["seconds"] > before
-    table = costs(Comparison(read_json(tmp_path / "lent" / "comparison.json")))
+    table = costs(Results(read_json(tmp_path / "lent" / "comparison.json")))
     rates = {row[0]: row[table.head.index("adapter's rate")] for row in table.rows}
     assert rates["full"] == "–"
     assert {*rates["shortgpt"].split()} <= {"0.02", "0.001"}

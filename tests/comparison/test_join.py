@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from buddy.comparison.join import joined
-from buddy.comparison.markdown import render
-from buddy.comparison.record import write_record
-from buddy.comparison.rewrite import rewrite
-from buddy.comparison.tables import all_grids
-from buddy.comparison.view import Comparison
+from buddy.evaluation.record import joined
+from buddy.evaluation.report import render
+from buddy.evaluation.record import write_record
+from buddy.evaluation.report import show_files
+from buddy.evaluation.tables import all_grids
+from buddy.evaluation.results import Results
 from buddy.errors import RunError
 from tests.comparison import made
 
@@ -38,13 +38,13 @@ def test_parts_give_the_tables_of_the_whole():
     order = {each["label"]: place for place, each in enumerate(together["routers"])}
     whole["routers"].sort(key=lambda each: order[each["label"]])
     whole["runs"].sort(key=lambda run: order[run["router"]])
-    assert list(all_grids(Comparison(together))) == list(all_grids(Comparison(whole)))
+    assert list(all_grids(Results(together))) == list(all_grids(Results(whole)))
 
 
 def test_the_document_says_how_each_part_was_made():
     machine = {"processor": "another", "cores": 4, "memory_gib": None, "accelerator": "one"}
     together = joined({A: part(("ours", 0)), B: part(("best", 0), machine=machine, created="2030-01-01T00:00:00")})
-    text = render(Comparison(together), {})
+    text = render(Results(together), {})
     assert "buddy compare --routers ours\n" in text
     assert "buddy compare --routers best\n" in text
     assert "2030-01-01, another, 4 cores, one." in text
@@ -72,7 +72,7 @@ def test_seeds_may_be_healed_at_the_rate_that_another_seed_has_chosen(rates, wor
     lora = {"adapter.rank": 8, "adapter.steps": 100, "adapter.lr": 0.001, "data.batch_size": 4}
     one, other = (made.record()["recipe"] | lora | {"adapter.rates": tried} for tried in rates)
     together = joined({A: part(("ours", 0), recipe=one), B: part(("ours", 1), ("best", 0), recipe=other)})
-    assert words in render(Comparison(together), {})
+    assert words in render(Results(together), {})
 
 
 def test_a_run_that_failed_in_one_part_and_not_in_another_has_not_failed():
@@ -90,7 +90,7 @@ def test_a_run_that_failed_in_one_part_and_not_in_another_has_not_failed():
     ],
 )
 def test_the_document_says_how_many_seeds_there_are(runs, words):
-    assert words in render(Comparison(joined({A: part(*runs)})), {})
+    assert words in render(Results(joined({A: part(*runs)})), {})
 
 
 def test_one_record_stays_as_it_is():
@@ -126,6 +126,6 @@ def test_files_are_read_joined_and_written(tmp_path, capsys):
     files = [tmp_path / "one.json", tmp_path / "two.json"]
     for path, label in zip(files, ("ours", "best"), strict=True):
         write_record(path, part((label, 0)))
-    rewrite(files, tmp_path / "results.md")
+    show_files(files, tmp_path / "results.md")
     assert "Perplexity on web" in capsys.readouterr().out
     assert {"| ours |", "| best |"} <= {line[:8] for line in (tmp_path / "results.md").read_text().splitlines()}

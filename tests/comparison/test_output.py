@@ -15,16 +15,16 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.comparison import grid as grid_module
-from buddy.comparison import tables
-from buddy.comparison.command import shown_command
-from buddy.comparison.figures import LAYERS, TIME, draw_all
+from buddy.evaluation import tables
+from buddy.evaluation.record import shown_command
+from buddy.evaluation.figures import LAYERS, TIME, draw_all
 from buddy.comparison.grid import Grid, number, show
 from buddy.comparison.longform import as_csv
-from buddy.comparison.markdown import render
-from buddy.comparison.record import read_record, write_record
-from buddy.comparison.rewrite import rewrite
+from buddy.evaluation.report import render
+from buddy.evaluation.record import read_record, write_record
+from buddy.evaluation.report import show_files
 from buddy.comparison.tensorboard import write_tensorboard
-from buddy.comparison.view import Comparison
+from buddy.evaluation.results import Results
 from buddy.errors import RunError
 from buddy.scoring.statistics import difference
 from tests.comparison import made
@@ -32,8 +32,8 @@ from tests.hparams import row_of_table
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Comparison:
-    return Comparison(json.loads(json.dumps(made.record())))
+def comparison() -> Results:
+    return Results(json.loads(json.dumps(made.record())))
 
 
 def row(grid: Grid, label: str) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ def test_a_difference_over_few_documents_is_never_marked(comparison):
 def test_without_a_static_router_there_are_no_differences():
     record = made.record()
     record["runs"] = [run for run in record["runs"] if run["router"] in ("ours", "full")]
-    comparison = Comparison(record)
+    comparison = Results(record)
     assert tables.differences(comparison, "web").rows == ()
     assert not any("Difference" in grid.title for grid in tables.all_grids(comparison))
 
@@ -110,7 +110,7 @@ def turned(record: dict, items: dict[tuple[str, str], list[int]]) -> dict:
 def test_flips_are_answers_that_turn_right_or_wrong():
     items = {("ours", "piqa"): [0, 8, 9], ("best", "piqa"): [1, 2], ("best", "boolq"): [0, 1, 2, 3]}
     record = turned(json.loads(json.dumps(made.record())), items | {("worse[a=1;b=2]", "boolq"): [*range(10)]})
-    shares, apart = tables.flips(Comparison(record))
+    shares, apart = tables.flips(Results(record))
     assert shares.head == ("router", "0.75 (6)", "0.5 (4)")
     assert row(shares, "ours")[1:] == ("0.0", "7.5")  # of two seeds and two tasks, (3/10 + 0 + 0 + 0) / 4
     assert row(shares, "best")[1:] == ("0.0†", "30.0†")
@@ -119,28 +119,28 @@ def test_flips_are_answers_that_turn_right_or_wrong():
     assert row(apart, "ours")[2].startswith("-22.5 (-")
     assert row(apart, "worse[a=1;b=2]")[2].startswith("+20.0 (")
     assert row(apart, "best")[2] == "†"
-    assert "**Flips against full depth, %**" in render(Comparison(record), {})
+    assert "**Flips against full depth, %**" in render(Results(record), {})
 
 
 def test_flips_need_answers_at_full_depth():
     record = json.loads(json.dumps(made.record()))
     for run in record["runs"]:
         run["tasks"] = [entry for entry in run["tasks"] if entry["budget"] < 1]
-    assert tables.flips(Comparison(record)) == []
+    assert tables.flips(Results(record)) == []
 
 
 def test_tasks_whose_answers_are_not_known_have_no_difference():
     record = made.record()
     for entry in record["runs"][0]["tasks"]:
         entry["correct"] = None
-    _, second, _ = tables.tasks(Comparison(record))
+    _, second, _ = tables.tasks(Results(record))
     assert row(second, "ours")[1:] == ("85.0", "95.0", "90.0", "–")
 
 
 def test_layers_that_ran_otherwise_than_asked_are_shown():
     record = made.record()
     record["runs"][0]["domains"]["web"]["results"][1]["executed"] = {"min": 5, "mean": 5.5, "max": 6}
-    assert row(tables.costs(Comparison(record)), "ours")[-1] == "6: 5/5.88/6"
+    assert row(tables.costs(Results(record)), "ours")[-1] == "6: 5/5.88/6"
 
 
 @given(st.floats(1.0, 1e12))
@@ -192,7 +192,7 @@ def test_the_markdown_has_every_table(comparison):
 
 
 def test_the_markdown_depends_on_the_record_alone(comparison):
-    again = Comparison(json.loads(json.dumps(made.record())))
+    again = Results(json.loads(json.dumps(made.record())))
     assert render(again, {LAYERS: "a.png"}) == render(comparison, {LAYERS: "a.png"})
 
 
@@ -202,12 +202,12 @@ def test_the_markdown_depends_on_the_record_alone(comparison):
 def test_what_was_healed_says_how(rates, words):
     record = made.record()
     lora = {"adapter.rank": 8, "adapter.steps": 100, "adapter.lr": 0.001, "adapter.rates": rates}
-    text = render(Comparison(record | {"recipe": record["recipe"] | {"data.batch_size": 4} | lora}), {})
+    text = render(Results(record | {"recipe": record["recipe"] | {"data.batch_size": 4} | lora}), {})
     assert "# Results, healed" in text
     assert "one LoRA adapter of rank 8 for all budgets beside the frozen weights, 100 steps of 4 windows on " in text
     assert f", at the {words}. It is on at full depth too" in text
     assert "At full depth all routers are the dense model" not in text
-    assert "At full depth all routers are the dense model" in render(Comparison(record), {})
+    assert "At full depth all routers are the dense model" in render(Results(record), {})
 
 
 def test_the_csv_has_a_line_for_each_run_text_and_budget(comparison):
@@ -228,7 +228,7 @@ def test_the_csv_has_a_line_for_each_run_text_and_budget(comparison):
 
 
 def test_without_times_the_columns_are_empty_and_there_is_no_figure(tmp_path):
-    comparison = Comparison(made.record() | {"speed": None})
+    comparison = Results(made.record() | {"speed": None})
     (tmp_path / f"{TIME}.png").write_text("of an earlier comparison")
     assert list(draw_all(comparison, tmp_path)) == [LAYERS]
     assert [path.name for path in tmp_path.iterdir()] == [f"{LAYERS}.png"]
@@ -261,26 +261,26 @@ def test_what_is_no_record_is_told(content, message, tmp_path):
     if content is not None:
         path.write_text(content)
     with pytest.raises(RunError, match=message):
-        rewrite([path], None)
+        show_files([path], None)
 
 
 def test_a_folder_is_no_record(tmp_path):
     with pytest.raises(RunError, match=r"is a folder; name the comparison\.json in it"):
-        rewrite([tmp_path], None)
+        show_files([tmp_path], None)
 
 
 def test_what_is_read_is_not_written_over(tmp_path):
     path = tmp_path / "comparison.json"
     write_record(path, made.record())
     with pytest.raises(RunError, match=r"comparison\.json is what this command reads; name another file for what it"):
-        rewrite([path], tmp_path / "." / "comparison.json")
+        show_files([path], tmp_path / "." / "comparison.json")
     assert read_record(path)
 
 
 def test_a_record_becomes_a_document_with_its_figures(comparison, tmp_path, capsys):
     write_record(tmp_path / "comparison.json", made.record())
     (tmp_path / "docs").mkdir()
-    rewrite([tmp_path / "comparison.json"], tmp_path / "docs" / "results.md")
+    show_files([tmp_path / "comparison.json"], tmp_path / "docs" / "results.md")
     text = (tmp_path / "docs" / "results.md").read_text()
     links = re.findall(r"\]\((.*?)\)", text)
     assert links == ["results-quality-layers.png", "results-quality-time.png"]
@@ -312,7 +312,7 @@ def test_figures_have_a_panel_for_each_text(comparison, tmp_path):
     figures = draw_all(comparison, tmp_path, "x-")
     assert [path.name for path in figures.values()] == ["x-quality-layers.png", "x-quality-time.png"]
     assert min(map(width, figures.values())) > 1400
-    one = Comparison(made.record() | {"domains": made.record()["domains"][:1]})
+    one = Results(made.record() | {"domains": made.record()["domains"][:1]})
     assert width(draw_all(one, tmp_path)[LAYERS]) < 1000
 
 
@@ -345,13 +345,13 @@ def test_curves_overlay_and_the_table_has_a_row_for_each_router(comparison, tmp_
 
 def test_the_document_says_what_was_learned_from():
     record = made.record()
-    assert "calibrated or trained on speeches, at the budgets" in render(Comparison(record), {})
+    assert "calibrated or trained on speeches, at the budgets" in render(Results(record), {})
     rates = {"optimizer.lr": 0.003, "optimizer.lr_by_router": "{dice: 0.006, absent: 0.1}"}
     own = record | {"recipe": record["recipe"] | rates}
     words = "trained on speeches (learning rate 0.003; dice: 0.006), at the budgets"
-    assert words in render(Comparison(own), {})
+    assert words in render(Results(own), {})
     record["recipe"]["data.train_sources"] = "[web/c4.jsonl, a/fine.jsonl]"
     words = "on speeches, and those with weights trained on speeches, c4.jsonl and fine.jsonl in turn, at"
-    assert words in render(Comparison(record), {})
+    assert words in render(Results(record), {})
     record["recipe"]["data.calibration_sources"] = "[web/c4.jsonl, a/fine.jsonl]"
-    assert "calibrated or trained on speeches, c4.jsonl and fine.jsonl in turn, at" in render(Comparison(record), {})
+    assert "calibrated or trained on speeches, c4.jsonl and fine.jsonl in turn, at" in render(Results(record), {})

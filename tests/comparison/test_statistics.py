@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buddy.scoring.perplexity import Scores, paired_difference, resamples
+from buddy.scoring.perplexity import Scores, paired_difference
+from buddy.scoring.statistics import resamples
 from buddy.scoring.statistics import accuracy_difference, difference, loss_interval, mean_loss
 
 

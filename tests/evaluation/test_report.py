@@ -10,7 +10,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.config import flatten
-from buddy.evaluation.report import draw, settings_of, show_comparison, show_run, write_results
+from buddy.evaluation.report import draw, settings_of, show_comparison, write_run_results
+from buddy.evaluation.tables import show_scores
 from buddy.scoring.perplexity import Scores, as_json
 from tests.hparams import row_of_table
 
@@ -45,7 +46,7 @@ def test_json_has_the_layout_that_others_read():
 
 
 def test_the_table_of_one_run(capsys):
-    show_run(OURS, "buddy on /data/[/odd].txt")
+    show_scores(OURS, "buddy on /data/[/odd].txt")
     out = capsys.readouterr().out
     low, high = OURS[0].interval()
     assert "buddy on /data/[/odd].txt" in out
@@ -106,7 +107,7 @@ def test_the_figure(tmp_path):
 
 def test_curves_have_executed_layers_as_steps(small, tmp_path):
     recipe = small(tmp_path)
-    write_results(tmp_path, recipe, OURS, **REST)
+    write_run_results(tmp_path, recipe, OURS, **REST)
     events = EventAccumulator(str(tmp_path)).Reload()
     curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     expected = {layers: math.exp(mean) for layers, mean in ((3, 4.0), (4, 3.5), (6, 3.0))}
@@ -119,7 +120,7 @@ def test_curves_have_executed_layers_as_steps(small, tmp_path):
 
 def test_settings_and_results_are_a_row_of_the_table_of_hyper_parameters(small, tmp_path):
     recipe = small(tmp_path, "router.options.hidden=3", "router.options.prior=none")
-    write_results(tmp_path, recipe, OURS, **REST)
+    write_run_results(tmp_path, recipe, OURS, **REST)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [], "and in no run of its own"
     events = EventAccumulator(str(tmp_path)).Reload()
     settings, columns = row_of_table(events)
@@ -130,13 +131,13 @@ def test_settings_and_results_are_a_row_of_the_table_of_hyper_parameters(small, 
     assert values["hparams/perplexity_at_0.5"] == pytest.approx(math.exp(4.0))
     assert values["hparams/fit_seconds"] == 1.5
     (tmp_path / "full").mkdir()
-    write_results(tmp_path / "full", recipe, ONLY, **REST)
+    write_run_results(tmp_path / "full", recipe, ONLY, **REST)
     assert set(row_of_table(EventAccumulator(str(tmp_path / "full")).Reload())[1]) == set(columns)
     assert settings_of(recipe).keys() == settings_of(small(tmp_path, "router=uniform")).keys()
 
 
 def test_metrics_hold_the_sums_of_every_document(small, tmp_path):
-    write_results(tmp_path, small(tmp_path), OURS, **REST)
+    write_run_results(tmp_path, small(tmp_path), OURS, **REST)
     saved = json.loads((tmp_path / "metrics.json").read_text())
     assert {"fit": saved["fit"], "windows": saved["windows"]} == REST
     assert saved["results"] == as_json(OURS)["results"]

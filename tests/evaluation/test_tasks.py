@@ -13,7 +13,7 @@ from buddy.build import load_model
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.harness import BuddyLM
-from buddy.evaluation.task_table import show_tasks
+from buddy.evaluation.tables import show_tasks
 from buddy.evaluation.tasks import evaluate_tasks, task_scores
 
 CHOICES = ["the right depth", "a layer", "no plan at all", "one"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from buddy.evaluation.figure import figure_at
+from buddy.evaluation.figures import figure_at
 from buddy.inspection import figures
 from buddy.inspection.figures import ALWAYS, CHOSEN, KINDS, LABELLED, SINK, SKIPPED, draw_shares, draw_tokens
 
