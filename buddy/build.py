@@ -18,7 +18,7 @@ from buddy.data.windows import Windows, windows_of
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError
 from buddy.io import cache_folder
-from buddy.latency import Latencies
+from buddy.latency import LatencyTable
 from buddy.predictor.features import Predictor
 from buddy.predictor.fit import load_predictor
 from buddy.registry import build
@@ -71,14 +71,14 @@ def attach_router(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> Rout
         reroute_every=routing.reroute_every,
         batch_plan=routing.batch_plan,  # type: ignore[arg-type]
     )
-    routed.table = Latencies(cache_folder("latency"))
+    routed.table = LatencyTable(cache_folder("latency"))
     return routed
 
 
 def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
     """Attach a budget predictor, which never passes the recipe's cap; `--budget auto` asks it from now on."""
     cap = routed.executed_layers(recipe.predictor.cap)
-    routed.chooser = lambda most: predictor.under(min(most, cap))
+    routed.chooser = lambda most: predictor.chooser(min(most, cap))
 
 
 def heals(recipe: Recipe, router: AnyRouter) -> bool:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,46 +23,37 @@ from filelock import FileLock, Timeout
 from buddy.backbone.adapter import WEIGHTS
 from buddy.backbone.load import Backbone
 from buddy.build import build_windows, heals, restore
-from buddy.config import PredictorSection, Recipe, flatten, load_recipe, override, shown, with_router
+from buddy.evaluation.record import EVALUATIONS, TASKS, collect, evaluation_file, shown_command, task_file, text_entry
+from buddy.evaluation import report
+from buddy.config import PredictorSection, Recipe, flatten, override, with_router
 from buddy.console import Bar, errors, status, tracker
 from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, DamagedError, DataError, RecipeError, RegistryError, RunError, TrainingError
-from buddy.evaluation import report
 from buddy.evaluation.bench import measured
-from buddy.evaluation.record import (
-    EVALUATIONS,
-    FREE,
-    TASKS,
-    collect,
-    evaluation_file,
-    shown_command,
-    task_file,
-    text_entry,
-)
 from buddy.executors import side_by_side
 from buddy.fit import Session, prepare
 from buddy.inspection.routing import sources_of
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
-from buddy.registry import build, check_names, describe
+from buddy.registry import build, check_names, describe, load
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import (
     ADAPTER,
     FACTS,
     METRICS,
-    RECIPE,
     ROUTER,
-    RunPlace,
+    RunFolder,
     check_backbone,
+    complete_seeds,
     folder_name,
-    inputs_in,
+    input_digests,
     read_metrics,
     read_run,
 )
 from buddy.scoring.perplexity import Reference, evaluate, scores_of, with_documents
-from buddy.training.inputs import inputs_of
+from buddy.scoring.timing import machine, versions
 
 ALL = "all"
 OPENING, CLOSING = "[{(", "]})"
@@ -372,9 +363,9 @@ class Planned:
         return self.recipe.seed
 
     @property
-    def place(self) -> RunPlace:
+    def place(self) -> RunFolder:
         """Where the run is kept."""
-        return RunPlace(self.folder)
+        return RunFolder(self.folder)
 
     @property
     def words(self) -> str:
@@ -403,14 +394,8 @@ def planned(label: str, recipe: Recipe, folder: Path, seeds: int, trained: bool 
 
 
 def is_finished(run: Planned) -> bool:
-    """Whether the run is whole in its folder."""
-    return (run.folder / FACTS).is_file()
-
-
-def finished_seeds(folder: Path) -> list[int]:
-    """The seeds of the finished runs in the folder of one router, in order."""
-    names = (facts.parent.name.removeprefix("seed-") for facts in folder.glob(f"seed-*/{FACTS}"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    """Whether the run is complete in its folder."""
+    return run.place.is_complete
 
 
 def with_lent(run: Planned, lender: Planned, made_of: Mapping[str, str], windows: str) -> Planned:
@@ -430,12 +415,14 @@ def with_lent(run: Planned, lender: Planned, made_of: Mapping[str, str], windows
         healed = read_run(lender.folder).recipe.adapter is not None
     if healed:
         raise RunError(f"{lender.folder} was healed itself; name the comparison that it came from as --trained.")
-    free = (*FREE, "adapter", *(() if lender.trained else TRAINING))
-    keys = list(_differing(lender, free))
-    changed = _changed(lender, made_of)
-    if keys or changed:
-        reason = f"another recipe ({'; '.join(keys)})" if keys else f"another {' and another '.join(changed)}"
-        raise RunError(f"{lender.folder} was made with {reason} and cannot lend its router; leave --trained out.")
+    reasons = lender.place.differences(
+        lender.recipe, made_of, ignore=("adapter", *(() if lender.trained else TRAINING))
+    )
+    if reasons:
+        raise RunError(
+            f"{lender.folder} was made otherwise ({'; '.join(reasons)}) and cannot lend its router; leave "
+            "--trained out."
+        )
     _check_whole(lender, made_of["model"], windows)
     return replace(run, lent=lender.folder)
 
@@ -450,29 +437,23 @@ def check_reuse(runs: Sequence[Planned], made_of: Mapping[str, Mapping[str, str]
     Raises:
         RunError: other recipes, with the keys that differ; another backbone; another text.
     """
-    found = [(run, list(_differing(run))) for run in runs]
-    wrong = [run for run, keys in found if keys]
+    found = {run.folder: _differences(run, made_of[run.recipe.router.name]) for run in runs}
+    wrong = [folder for folder, reasons in found.items() if reasons]
     if wrong:
-        first, *others = wrong
-        keys = "; ".join(dict.fromkeys(key for _, keys in found for key in keys))
-        more = f" and {len(others)} more were" if others else " was"
+        reasons = "; ".join(dict.fromkeys(reason for each in found.values() for reason in each))
+        more = f" and {len(wrong) - 1} more were" if len(wrong) > 1 else " was"
         raise RunError(
-            f"{_where(first)}{more} made with another recipe ({keys}) and cannot stand in this comparison; give "
-            "another --out, or delete that folder."
+            f"{wrong[0]}{more} made otherwise ({reasons}) and cannot stand in this comparison; give another --out, or "
+            "delete that folder."
         )
-    for run in filter(is_finished, runs):  # unfinished ones begin anew where something changed
-        changed = _changed(run, made_of[run.recipe.router.name])
-        if changed:
-            raise RunError(
-                f"{run.folder} was made before the {' and the '.join(changed)} changed and cannot stand in this "
-                "comparison; give another --out, or delete that folder."
-            )
+    for run in runs:
+        run.place.warn_of_changed_code(made_of[run.recipe.router.name])
+    for run in filter(is_finished, runs):
         _check_whole(run, made_of[run.recipe.router.name]["model"], windows)
 
 
-def _changed(run: Planned, made_of: Mapping[str, str]) -> list[str]:
-    """What a finished run was made of that is another now."""
-    return [name for name, digest in (inputs_in(run.folder) or {}).items() if made_of.get(name) != digest]
+def _differences(run: Planned, made_of: Mapping[str, str]) -> list[str]:
+    return run.place.differences(run.recipe, made_of, ignore=() if run.trained else TRAINING)
 
 
 def again(error: DamagedError, folder: Path) -> RunError:
@@ -512,36 +493,6 @@ def _is_complete(metrics: Mapping[str, Any]) -> bool:
         return all(math.isfinite(metrics["fit"][name]) for name in ("seconds", "parameters"))
     except (LookupError, TypeError, ValueError):
         return False
-
-
-def _where(run: Planned) -> Path:
-    """What there is of a run: its folder, or that of an unfinished one."""
-    return run.folder if is_finished(run) else run.place.partial
-
-
-def _differing(run: Planned, free: Sequence[str] | None = None) -> Iterator[str]:
-    """ "key: there, here" for each key of the recipe that differs from that of the run in the folder.
-
-    Args:
-        free: beginnings of keys that may differ; by default those that change nothing in the run.
-    """
-    if is_finished(run):
-        with _mendable(run):
-            there = read_run(run.folder).recipe
-    else:
-        try:
-            there = load_recipe(run.place.partial / RECIPE)
-        except BuddyError:  # none, or one that was cut: it starts anew
-            return
-    one, other = flatten(there), flatten(run.recipe)
-    free = free or (FREE if run.trained else (*FREE, *TRAINING))
-    for key in dict.fromkeys([*one, *other]):
-        if not key.startswith(tuple(free)) and one.get(key) != other.get(key):
-            yield f"{key}: {_spelt(one, key)} there, {_spelt(other, key)} here"
-
-
-def _spelt(flat: Mapping[str, object], key: str) -> str:
-    return shown(flat[key]) if key in flat else "not set"
 
 
 Texts = dict[Domain, Windows]
@@ -639,9 +590,8 @@ class Worker:
                 track=tracker(f"Evaluating {run.label} on {domain.label}"),
                 reference=self._references[domain],
             )
-        write_with_checksum(
-            evaluation_file(run.folder, domain.label, domain.own), self._asked(run, domain) | with_documents(scores)
-        )
+        path = evaluation_file(run.folder, domain.label, domain.own)
+        write_with_checksum(path, self._asked(run, domain) | with_documents(scores))
 
     def _is_measured(self, run: Planned, domain: Domain) -> bool:
         return _is_kept(evaluation_file(run.folder, domain.label, domain.own), self._asked(run, domain))
@@ -730,7 +680,12 @@ def compare(asked: Asked) -> int:
     with status("Reading text …"):
         texts = {domain: read_domain(domain, base, data) for domain in domains}
     runs = {each.label: _planned(asked, each, recipe, backbone) for each, recipe in recipes.items()}
-    made_of = {recipe.router.name: inputs_of(recipe, backbone, data) for recipe in recipes.values()}
+    made_of = {
+        recipe.router.name: input_digests(
+            recipe.router.name, backbone.fingerprint, data.fingerprint, data.train_fingerprint or ""
+        )
+        for recipe in recipes.values()
+    }
     windows = data.test.fingerprint
     check_reuse([run for group in runs.values() for run in group], made_of, windows)
     if asked.trained is not None and not asked.finished:
@@ -784,7 +739,7 @@ def _planned(asked: Asked, each: Contestant, recipe: Recipe, backbone: Backbone)
     trained = router.trainable or heals(recipe, router)
     seeds = asked.seeds or SEEDS
     if asked.finished and asked.seeds is None:
-        seeds = max([seed - recipe.seed + 1 for seed in finished_seeds(folder)] + [1])
+        seeds = max([seed - recipe.seed + 1 for seed in complete_seeds(folder)] + [1])
     return planned(each.label, recipe, folder, seeds if trained or _draws(recipe, router) else 1, trained)
 
 
@@ -814,7 +769,7 @@ def _with_lent(
         first = group[0]
         router, inputs = _built_router(first.recipe, backbone), made_of[first.recipe.router.name]
         there = folder / first.folder.parent.name
-        shared = [] if _draws(first.recipe, router) else finished_seeds(there)
+        shared = [] if _draws(first.recipe, router) else complete_seeds(there)
         recipes = [replace(run.recipe, seed=shared[0]) if shared else run.recipe for run in group]
         lenders = [planned(label, recipe, there, 1, router.trainable)[0] for recipe in recipes]
         found[label] = [with_lent(run, lender, inputs, windows) for run, lender in zip(group, lenders, strict=True)]

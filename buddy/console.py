@@ -195,3 +195,8 @@ def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 
 def _clock(seconds: float | None) -> str:
     return str(timedelta(seconds=round(seconds or 0)))
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

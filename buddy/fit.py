@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -29,23 +28,22 @@ from buddy.calibration.probe import CalibrationProbe
 from buddy.config import PredictorSection, Recipe, with_router
 from buddy.console import errors, status, track, tracker
 from buddy.data.module import TextData
+from buddy.data.text import sources_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
-from buddy.evaluation.report import show_comparison, write_run_results
+from buddy.evaluation import report
+from buddy.evaluation.record import collect, shown_command, text_entry
 from buddy.io import cache_folder, on_disk, within_memory
 from buddy.losses import Objective
-from buddy.predictor.fit import arms_of, fit_predictor, forget_targets
+from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
 from buddy.registry import check_names, load
 from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
-from buddy.run import ADAPTER, RunPlace, read_metrics, save_router, write_facts
+from buddy.run import ADAPTER, RunFolder, Stopwatch, input_digests, read_metrics, save_router
 from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
-from buddy.training.callbacks import Keeper, TrainingBar, WholeCheckpoints, quiet
+from buddy.training.callbacks import Keeper, SaveSeconds, TrainingBar, WholeCheckpoints, quiet
 from buddy.training.estimators import Estimator, Perturbed, StraightThrough, Weighted
 from buddy.training.healing import HealingModule, Together
-from buddy.training.inputs import inputs_of
-from buddy.training.ledger import Ledger
 from buddy.training.module import NotFinite, RoutingModule
-from buddy.training.stopwatch import Stopwatch
 
 
 def fit(recipe: Recipe, recipe_name: str) -> None:
@@ -66,29 +64,33 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     check_names(recipe.optimizer.lr_by_router)
     own = with_router(recipe, recipe.router.name)
     recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), own]
-    places = [RunPlace.of(each, recipe_name) for each in recipes]
-    for place in places if leads else ():
-        place.settle()
+    places = [RunFolder.of(each, recipe_name) for each in recipes]
     session = _begin(recipes, places)
     with distributed.linked():
         if not leads:
             return session.follow(recipes, places)
-        ledger, scores = Ledger(places[-1]), {}
         for number, (each, place) in enumerate(zip(recipes, places, strict=True), start=1):
-            kept = session.kept(each, place, ledger)
+            kept = session.stored(each, place)
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
                 console.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
             distributed.tell(kept is not None)
-            scores[each.router.name] = session.run(each, recipe_name, place) if kept is None else kept
-            ledger.note(each.router.name)
-    ordered = {name: scores[name] for name in (recipe.router.name, *recipe.rivals)}
-    folders = {each.router.name: place.final for each, place in zip(recipes, places, strict=True)}
-    show_comparison(ordered, folders, recipe.router.name)
-    ledger.close()
+            if kept is None:
+                session.run(each, recipe_name, place)
+    folders = {each.router.name: [place.path] for each, place in zip(recipes, places, strict=True)}
+    source = recipe.data.source
+    (label,) = sources_of(None, source)
+    record = collect(
+        {name: folders[name] for name in (recipe.router.name, *recipe.rivals)},
+        command=shown_command(["buddy", "fit", "--recipe", recipe_name]),
+        recipe=own,
+        layers=session.backbone.num_layers,
+        texts=[text_entry(label, source, session.data.test, own=True)],
+    )
+    report.write(record, places[-1].path.parent.parent)
 
 
-def _begin(recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> Session:
+def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
     """Backbone and text in each process, once the first has found all well, and the processes together."""
     leads, trainer = distributed.leads(), recipes[-1].trainer
     if not leads or distributed.from_torchrun() > 1:
@@ -112,9 +114,6 @@ def _rival(recipe: Recipe, name: str) -> Recipe:
     return replace(with_router(recipe, name), trainer=trainer, predictor=PredictorSection())
 
 
-WATCH = "seconds.json"  # in the folder of an unfinished run
-
-
 def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
     """Backbone and text; whatever is wrong with the recipes is found here, before anything long or written begins.
 
@@ -135,7 +134,7 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
             routed = build_model(each, backbone)
             _check_start(each, routed.router)
             if each.predictor.name is not None:
-                arms_of(each, routed)
+                predictor_arms(each, routed)
             routed.detach()
         if recipe.adapter is not None:
             check_targets(recipe.adapter.targets, backbone)
@@ -172,33 +171,32 @@ class Session:
         self._watch: Stopwatch | None = None
         self._reference = Reference()
 
-    def kept(self, recipe: Recipe, place: RunPlace, ledger: Ledger) -> list[Scores] | None:
-        """The results of a router that an earlier beginning of the same fit finished; None where none did."""
-        return ledger.scores(recipe, place, inputs_of(recipe, self.backbone, self.data))
+    def digests(self, recipe: Recipe) -> dict[str, str]:
+        """Digests of what a run of the recipe is made from."""
+        data = self.data
+        return input_digests(
+            recipe.router.name, self.backbone.fingerprint, data.fingerprint, data.train_fingerprint or ""
+        )
 
-    def run(self, recipe: Recipe, recipe_name: str, place: RunPlace, lent: Path | None = None) -> list[Scores]:
-        """Fit, evaluate and publish one router.
+    def stored(self, recipe: Recipe, place: RunFolder) -> list[Scores] | None:
+        """The results of a complete run of the same recipe and inputs; None where there is none."""
+        digests = self.digests(recipe)
+        if not place.is_complete or place.differences(recipe, digests):
+            return None
+        place.warn_of_changed_code(digests)
+        return scores_of(read_metrics(place.path))
+
+    def run(self, recipe: Recipe, recipe_name: str, place: RunFolder, lent: Path | None = None) -> list[Scores]:
+        """Fit, evaluate and complete one run.
 
         Args:
-            lent: a finished run of the same recipe but for the adapter, whose router is taken as it is.
+            lent: a complete run of the same recipe but for the adapter, whose router is taken as it is.
         """
-        with on_disk(place.final), place.lock(), self.routed(recipe) as routed:
-            inputs = inputs_of(recipe, self.backbone, self.data)
-            if distributed.count() == 1 and place.sealed(recipe, inputs):
-                _tidy(place.partial)
-                return scores_of(read_metrics(place.publish()))
-            folder = place.open_partial(recipe, inputs)
-            watch, fitted = Stopwatch(folder / WATCH), False
+        with on_disk(place.path), place.lock(), self.routed(recipe) as routed:
+            folder = place.begin(recipe, recipe_name, self.digests(recipe), routed.geometry)
+            watch, fitted = Stopwatch(folder), False
             self._watch = watch
             try:
-                write_facts(
-                    folder,
-                    recipe,
-                    recipe_name,
-                    backbone=self.backbone.name,
-                    fingerprint=self.backbone.fingerprint,
-                    geometry=routed.geometry,
-                )
                 distributed.wait()  # the others look into the folder from here on
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
@@ -214,21 +212,22 @@ class Session:
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:
                     routed.adapter.save(folder / ADAPTER)
-                write_run_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint, rates=rates)
-                place.seal()
+                metrics = report.write_run_results(
+                    folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint, rates=rates
+                )
                 _tidy(folder)
+                place.complete(metrics)
             except BaseException as error:
-                goes_on = isinstance(error, KeyboardInterrupt) or any(folder.rglob("*.ckpt"))
-                if not goes_on:
-                    shutil.rmtree(folder, ignore_errors=True)
-                elif not fitted:  # evaluation's time is not saved as fitting's
+                if not isinstance(error, KeyboardInterrupt):
+                    with suppress(BuddyError):
+                        place.abandon()
+                if not fitted and folder.exists():  # evaluation's time is not saved as fitting's
                     with suppress(BuddyError):  # on a full disk, say
-                        watch.save()  # there is something to go on from, if only the time that was spent
+                        watch.save()
                 raise
-            place.publish()
         return scores
 
-    def follow(self, recipes: Sequence[Recipe], places: Sequence[RunPlace]) -> None:
+    def follow(self, recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> None:
         """Take part in the training and evaluation of all routers beside the process that leads."""
         for recipe, place in zip(recipes, places, strict=True):
             if distributed.tell():  # it is finished
@@ -236,7 +235,7 @@ class Session:
             with self.routed(recipe) as routed:
                 distributed.wait()
                 try:
-                    self._fit(recipe, routed, place.partial)
+                    self._fit(recipe, routed, place.work)
                     self._evaluate(recipe, routed)
                 except (TrainingError, KeyboardInterrupt) as error:
                     raise SystemExit(2) from error
@@ -254,7 +253,7 @@ class Session:
     def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path, lent: Path | None = None) -> dict[float, float]:
         """Calibrate, train and heal; what validation windows said of the adapter's rates, where several are asked."""
         self.data.train_seed = recipe.seed
-        callbacks = [self._watch] if self._watch else []
+        callbacks = [SaveSeconds(self._watch)] if self._watch else []
         if lent is not None:
             restore_router(routed, lent)
             (folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # of a router begun here before
@@ -335,10 +334,9 @@ def _tidy(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
     from buddy.healing.rates import forget_rates
 
-    (folder / WATCH).unlink(missing_ok=True)
     forget(folder)
     forget_rates(folder)
-    forget_targets(folder)
+    remove_targets(folder)
 
 
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -100,6 +102,42 @@ def check_output_path(path: Path, *inputs: Path) -> None:
         raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
     if not os.access(path.parent, os.W_OK):
         raise RunError(f"{path} cannot be written (the folder is read-only); choose another place.")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all: the block fills a folder beside `path`, which then takes its name.
+
+    Where the block fails, nothing is left; what a killed process left there is removed by the next call.
+
+    Raises:
+        RunError: `path` exists, before the block or after it, or its parent is missing or cannot be written.
+    """
+    path = path.absolute()
+    check_new(path)
+    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with writing(path):
+        for leftover in path.parent.glob(f"{glob.escape(f'.{path.name}.partial-')}*"):
+            pid = leftover.name.rpartition("-")[2]
+            if pid.isdecimal() and (int(pid) == os.getpid() or not alive(int(pid))):
+                shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir()
+    try:
+        yield beside
+        check_new(path)  # another process may have been quicker
+        with writing(path):
+            beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_new(path: Path) -> None:
+    """Raises RunError where `new_folder` cannot make a folder: something is there, or its parent is missing."""
+    path = path.absolute()
+    if os.path.lexists(path):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
+        raise RunError(f"{path} exists and is not overwritten; name a new folder.")
+    if not os.path.isdir(path.parent):
+        raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
 
 
 # Reading

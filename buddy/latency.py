@@ -1,14 +1,12 @@
-"""What a generated token takes on this machine at each number of layers: measured once, and kept in the user's cache.
+"""Milliseconds per generated token on this machine at each number of layers, measured once and stored.
 
 A budget such as 15ms is looked up here. Decode time is close to affine in the layers that run, so a few numbers of
-layers are timed, in turns so that a drift of the machine meets them all, and what lies between is interpolated.
+layers are timed, in turns so that a drift of the machine affects all alike, and values between are interpolated.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +24,7 @@ from torch import Tensor
 from buddy.console import errors, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
-from buddy.io import read_json, write_json
+from buddy.io import FileStore
 from buddy.scoring.timing import Contender, decode_in_turn, machine
 
 LOCK = "measuring.lock"
@@ -42,11 +40,11 @@ TEXT = (
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
-class Latencies:
-    """Milliseconds a token of one model at every K; measured on first use, unless an earlier process did so.
+class LatencyTable:
+    """Milliseconds per token of one model at each K, measured on first use unless they are stored.
 
     Args:
-        folder: where tables are kept; None keeps this one in memory only.
+        folder: where tables are stored; None keeps this one in memory only.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -54,37 +52,48 @@ class Latencies:
         self._table: dict[int, float] | None = None
 
     def __call__(self, routed: RoutedLM) -> dict[int, float]:
-        """The table, K → milliseconds, for every K that can be asked for."""
+        """The table, K → milliseconds, for every K that a budget can resolve to."""
         if self._table is None:
             self._table = interpolated(self._points(routed, ROUNDS, fresh=False))
         return self._table
 
     def remeasure(self, routed: RoutedLM, rounds: int = ROUNDS) -> dict[int, float]:
-        """Measure anew and keep it in place of an older table; what was measured, K → milliseconds."""
+        """Measure again and replace the stored table; returns the measured points, K → milliseconds."""
         points = self._points(routed, rounds, fresh=True)
         self._table = interpolated(points)
         return points
 
     def _points(self, routed: RoutedLM, rounds: int, fresh: bool) -> dict[int, float]:
         setting = setting_of(routed)
-        path = None if self._folder is None else self._folder / f"{_digest(setting)}.json"
-        found = None if fresh else _read(path, setting)  # without waiting for somebody who measures another model
-        if found is not None:
-            return found
-        with self._locked() as kept:
-            found = None if fresh else _read(path, setting)  # another process may just have done it
-            if found is not None:
-                return found
-            if path is not None and not fresh and os.path.exists(path):
-                errors.print(f"The table of latencies {path} cannot be used; measuring anew.", soft_wrap=True)
-            found = measure(routed, rounds, tracker(f"Timing tokens at {_span(routed)} layers"))
-            if kept:
-                _write(path, setting, found, rounds)
-        return found
+        key = json.dumps(setting, sort_keys=True)
+        points = None if fresh else self._stored(key)  # a stored table waits for no other process
+        if points is not None:
+            return points
+        with self._alone() as writable:
+            points = None if fresh else self._stored(key)  # another process may have measured it meanwhile
+            if points is None:
+                counts = points_of(routed)
+                span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+                points = measure_latencies(routed, rounds, tracker(f"Timing tokens at {span} layers"))
+                if writable:
+                    self._store(key, setting, points, rounds)
+        return points
+
+    def _stored(self, key: str) -> dict[int, float] | None:
+        stored = None if self._folder is None else FileStore(self._folder).get(key)
+        return None if stored is None else {int(count): float(x) for count, x in stored["milliseconds"].items()}
+
+    def _store(self, key: str, setting: Mapping[str, Any], points: Mapping[int, float], rounds: int) -> None:
+        measured = datetime.now(UTC).isoformat(timespec="seconds")
+        table = {"setting": setting, "measured": measured, "rounds": rounds, "context": PROMPT, "milliseconds": points}
+        try:
+            FileStore(self._folder).put(key, table)
+        except RunError as error:
+            errors.print(f"Latencies are not stored: {error}", soft_wrap=True)
 
     @contextmanager
-    def _locked(self) -> Iterator[bool]:
-        """While nobody else measures, whatever the model: they would slow each other down. Whether tables are kept."""
+    def _alone(self) -> Iterator[bool]:
+        """Excludes other measurements, of any model, which would slow this one; yields whether the folder is usable."""
         if self._folder is None:
             yield False
             return
@@ -93,7 +102,7 @@ class Latencies:
             self._folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except OSError as error:
-            errors.print(f"Latencies cannot be kept in {self._folder} ({error.strerror or error}).", soft_wrap=True)
+            errors.print(f"Latencies are not stored in {self._folder} ({error.strerror or error}).", soft_wrap=True)
             yield False
             return
         try:
@@ -103,8 +112,8 @@ class Latencies:
 
 
 @torch.no_grad()
-def measure(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter) -> dict[int, float]:
-    """Median milliseconds a decode step at a few K, batch 1, with an adapter off: a run is served with it merged.
+def measure_latencies(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter) -> dict[int, float]:
+    """Median milliseconds of a decode step at a few K, batch 1, with an adapter off: runs are served with it merged.
 
     Args:
         routed: the model.
@@ -112,19 +121,19 @@ def measure(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter) -> dict
         track: wraps the rounds to show progress.
     """
     counts, ids, model = points_of(routed), _text(routed), routed.backbone.model
-    alone = nullcontext() if routed.adapter is None else routed.adapter.off()
-    spends = [lambda count=count: routed.at(executed=[count]) for count in counts]
-    field = [Contender("routed", count, model, each) for count, each in zip(counts, spends, strict=True)]
+    unadapted = nullcontext() if routed.adapter is None else routed.adapter.off()
+    contexts = [lambda count=count: routed.at(executed=[count]) for count in counts]
+    contenders = [Contender("routed", count, model, each) for count, each in zip(counts, contexts, strict=True)]
     draw, start = random.Random(0), ids.shape[1] - STEPS
-    with alone:
-        spent = [decode_in_turn(field, ids, start, draw) for _ in track(range(rounds + 1))]
-    return {count: statistics.median(each) for count, each in zip(counts, zip(*spent[1:], strict=True), strict=True)}
+    with unadapted:
+        times = [decode_in_turn(contenders, ids, start, draw) for _ in track(range(rounds + 1))]
+    return {count: statistics.median(each) for count, each in zip(counts, zip(*times[1:], strict=True), strict=True)}
 
 
 def interpolated(points: Mapping[int, float]) -> dict[int, float]:
-    """Milliseconds at every K between the least and the most, linear between points.
+    """Milliseconds at every K between the smallest and the largest, linear between points.
 
-    More layers never take less: where noise says so, the point before holds.
+    More layers never take less: where noise says so, the point before is used.
     """
     counts = sorted(points)
     values = np.maximum.accumulate([points[count] for count in counts])
@@ -133,7 +142,7 @@ def interpolated(points: Mapping[int, float]) -> dict[int, float]:
 
 
 def points_of(routed: RoutedLM) -> list[int]:
-    """The K's to be timed: evenly spaced from the layers that always run to full depth."""
+    """The K to time: evenly spaced from the layers that always run to full depth."""
     layers, least = routed.geometry.layers, routed.geometry.always_on
     if routed.router.full_depth:
         return [layers]
@@ -141,7 +150,7 @@ def points_of(routed: RoutedLM) -> list[int]:
 
 
 def setting_of(routed: RoutedLM) -> dict[str, Any]:
-    """All that the time of a token depends on, but for what else the machine does."""
+    """All that the time of a token depends on, except other load on the machine."""
     backbone, here = routed.backbone, machine()
     beside = 0 if routed.adapter is None else routed.adapter.size
     return {
@@ -161,39 +170,7 @@ def setting_of(routed: RoutedLM) -> dict[str, Any]:
 
 
 def _text(routed: RoutedLM) -> Tensor:
-    """(1, T) long: what is read, and the tokens that are timed at its end."""
+    """(1, T) long: a prompt, and the `STEPS` tokens that are timed at its end."""
     tokens = routed.backbone.tokenizer(TEXT, add_special_tokens=False).input_ids
     length = min(PROMPT + STEPS, routed.backbone.context_length)
     return torch.tensor([(tokens * length)[:length]], device=routed.backbone.device)
-
-
-def _span(routed: RoutedLM) -> str:
-    counts = points_of(routed)
-    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-
-
-def _digest(setting: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _read(path: Path | None, setting: Mapping[str, Any]) -> dict[int, float] | None:
-    """The points in a file, or None where there is none that can be used."""
-    if path is None or not os.path.exists(path):
-        return None
-    try:
-        saved = read_json(path)
-        points = {int(count): float(taken) for count, taken in saved["milliseconds"].items()}
-        if saved["setting"] == json.loads(json.dumps(setting)) and points and min(points.values()) > 0:
-            return points
-    except (RunError, KeyError, TypeError, ValueError, AttributeError):
-        pass
-    return None
-
-
-def _write(path: Path, setting: Mapping[str, Any], points: Mapping[int, float], rounds: int) -> None:
-    measured = datetime.now(UTC).isoformat(timespec="seconds")
-    found = {"setting": setting, "measured": measured, "rounds": rounds, "context": PROMPT, "milliseconds": points}
-    try:
-        write_json(path, found)
-    except RunError as error:
-        errors.print(f"Latencies are not kept: {error}", soft_wrap=True)

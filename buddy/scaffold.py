@@ -8,8 +8,7 @@ from pathlib import Path
 from string import Template
 
 from buddy.errors import RegistryError
-from buddy.hub.push_pull import whole_folder
-from buddy.io import writing
+from buddy.io import new_folder, writing
 from buddy.registry import installed
 
 NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
@@ -27,7 +26,7 @@ def new_router(name: str, out: Path) -> Path:
     check_name(name)
     folder = out / f"buddy-router-{name}"
     _check_place(out, folder)
-    with whole_folder(folder) as made, writing(folder):
+    with new_folder(folder) as made, writing(folder):
         for path, text in package(name).items():
             (made / path).parent.mkdir(exist_ok=True)
             (made / path).write_text(text, "utf-8")

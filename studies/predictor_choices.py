@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buddy.predictor.grpo import BudgetPolicy, Weights, train_policy
+from buddy.predictor.grpo import BudgetPolicy, RewardWeights, train_policy
 from buddy.predictor.regress import CurvePredictor
 from buddy.scoring.statistics import layers_at
 
@@ -221,7 +221,7 @@ def _left_out(measured: Measured, fold: np.ndarray) -> np.ndarray:
         size, arms = measured.features.shape[1], measured.arms.tolist()
         predictor = CurvePredictor(size, arms, pooled=measured.pooled, epsilon=0.0)
         predictor.fit(measured.features[rest], torch.from_numpy(measured.increase[rest]))
-        predicted[own] = predictor.increase_of(measured.features[own]).double().numpy()
+        predicted[own] = predictor.increase(measured.features[own]).double().numpy()
     return predicted
 
 
@@ -234,7 +234,7 @@ def _policies(measured: Measured, fold: np.ndarray, cost: float) -> np.ndarray:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)
             policy = BudgetPolicy(measured.features.shape[1], measured.arms.tolist())
-        weights = Weights(cost=cost)
+        weights = RewardWeights(cost=cost)
         train_policy(policy, measured.features[rest], losses[rest], layers, weights, seed=number, points=1, **POLICY)
         with torch.no_grad():
             places[own] = policy(measured.features[own]).argmax(-1).numpy()

@@ -23,14 +23,14 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
 from buddy.evaluation.figures import figure_at
 from buddy.inspection.routing import Domain, read_domains, sources_of
-from buddy.io import check_output_path, write_json, writing
-from buddy.predictor.features import digest_of, measure, ordered
+from buddy.io import FileStore, check_output_path, write_json, writing
+from buddy.predictor.features import measure_targets, sorted_arms
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
 from buddy.scoring.statistics import hull
 from studies.predictor_choices import FOLDS, Measured, choices, compared
 
-FIGURE, NUMBERS = "predictor.png", "predictor.json"
+FIGURE, NUMBERS, LOSSES = "predictor.png", "predictor.json", "losses"
 OWN = "the run's own"
 
 
@@ -53,7 +53,7 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     asked = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
-    arms = ordered([routed.geometry.layers, *(routed.executed_layers(budget) for budget in asked)])
+    arms = sorted_arms([routed.geometry.layers, *(routed.executed_layers(budget) for budget in asked)])
     with status("Reading texts …"):
         texts = read_domains(run, routed, sources, windows)
     with writing(out):
@@ -84,12 +84,13 @@ def _own(routed: RoutedLM, texts: Sequence[Domain], measured: Measured, prompt: 
 
 def _measured(run: Run, routed: RoutedLM, texts: Sequence[Domain], arms: tuple[int, ...], out: Path) -> Measured:
     size, prompt, found = run.recipe.data.batch_size, run.recipe.data.prompt, []
+    store = FileStore(out / LOSSES)
     for text in texts:
         ids = text.windows.input_ids
-        place = out / f"losses-{digest_of(routed, text.windows.fingerprint, arms, prompt, size)}.safetensors"
         batches = [partial(_itself, part) for part in ids.split(size)]
-        words = tracker(f"Losses on {text.label}")
-        found.append(measure(routed, batches, arms, prompt=prompt, place=place, track=words))
+        track = tracker(f"Losses on {text.label}")
+        key = text.windows.fingerprint, size
+        found.append(measure_targets(routed, batches, arms, prompt=prompt, store=store, key=key, track=track))
     return Measured(
         np.array(arms),
         torch.cat([each.at(arms) for each in found]).numpy(),

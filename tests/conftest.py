@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, and models that are made or loaded once."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client, which reads it once
 os.environ["BUDDY_CALIBRATION_CACHE"] = os.environ["BUDDY_LATENCY_CACHE"] = ""  # nothing that tests measure is kept
@@ -42,12 +43,15 @@ def small(tiny_llama_folder, datasets_cache, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(small, tmp_path_factory):
-    """The folder `<output>/small` after a whole `fit` with four rivals; read it, never write into it."""
+    """A folder with the complete run of each of five routers under its name; read it, never write into it."""
     from buddy.fit import fit
 
     output = tmp_path_factory.mktemp("finished")
     fit(small(output, "rivals=[shortgpt,uniform,random,full]"), "small")
-    return output / "small"
+    for run in (output / "small").glob("*/seed-0"):
+        run.rename(output / run.parent.name)
+    shutil.rmtree(output / "small")
+    return output
 
 
 @pytest.fixture(scope="session")

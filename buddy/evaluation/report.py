@@ -14,8 +14,7 @@ from buddy.evaluation.figures import CAPTIONS, draw_all, draw_scores, write_scor
 from buddy.evaluation.record import write_record
 from buddy.evaluation.results import Results, read_results
 from buddy.evaluation.tables import Table, costs, differences, flips, kl, perplexities, seeds, show, speeds, tasks
-from buddy.io import check_output_path, write_json, write_text
-from buddy.run import METRICS
+from buddy.io import check_output_path, write_text
 from buddy.scoring.perplexity import Scores, with_documents
 
 JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "results.md"
@@ -57,8 +56,8 @@ def write_run_results(
     fit: Mapping[str, float],
     windows: str,
     rates: Mapping[float, float] | None = None,
-) -> None:
-    """Write a run's figure, TensorBoard's curves and settings and, last, metrics.json with the sums of every document.
+) -> dict[str, Any]:
+    """Write a run's figure and TensorBoard's curves and settings.
 
     Args:
         folder: of the run.
@@ -67,6 +66,9 @@ def write_run_results(
         fit: "seconds" that calibration and training took and "parameters" of the router.
         windows: fingerprint of the test windows.
         rates: objective on validation windows for each of `adapter.rates`; the least has the adapter that was kept.
+
+    Returns:
+        The content of metrics.json, with the sums of every document; the run is complete once it is written.
     """
     found: dict[str, Any] = {"fit": dict(fit), "windows": windows}
     if rates:
@@ -74,7 +76,7 @@ def write_run_results(
         found["rates"] = {str(rate): value if math.isfinite(value) else None for rate, value in rates.items()}
     draw_scores(scores, folder / FIGURE)
     write_scores(folder, recipe, scores, found["fit"])
-    write_json(folder / METRICS, with_documents(scores) | found)
+    return with_documents(scores) | found
 
 
 def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,16 @@ from transformers.generation.streamers import BaseStreamer
 
 from buddy.budget import Budget, auto_of, latency_of
 from buddy.build import load_model
-from buddy.console import errors, status
+from buddy.console import counted, errors, status
 from buddy.engine.forward import Record
 from buddy.engine.model import RoutedLM
-from buddy.errors import DataError, RunError, check_text
+from buddy.errors import DataError, check_text, reason
 from buddy.hub.push_pull import check_files, download, folder_of, hub_name, with_backbone
 from buddy.io import within_memory
 from buddy.run import read_run
+
+Prompt = str | Sequence[Mapping[str, str]]
+MIN_TEMPERATURE = 1e-6  # a lower one makes logits infinite
 
 
 def load(
@@ -30,26 +32,59 @@ def load(
 
     Args:
         run: a run folder, one that `buddy push` or `buddy pull` made, or `owner/name` on the hub.
-        backbone: loaded instead of the one that the run names, for one that lies elsewhere here.
+        backbone: loaded instead of the one that the run names, for one that is elsewhere here.
         revision: branch, tag or commit, on the hub only.
         trust_remote_code: let a run from the hub ask for the Python of its backbone's repository.
 
     Raises:
         BuddyError: the run or its backbone cannot be used.
     """
-    folder = folder_of(str(run))
-    name = None if isinstance(run, Path) or os.path.isdir(folder) else hub_name(run)
-    if name is None and revision is not None:
-        raise RunError(f"{run} is a folder and has no revisions; leave out revision {revision!r}.")
+    source = run if isinstance(run, str) else str(run.absolute())  # a Path is never a name on the hub
+    name = hub_name(source, revision)
     if name is None:
-        found = read_run(folder)
+        found = read_run(folder_of(source))
     else:
-        found = check_files(download(name, revision), called=name, trust_remote_code=trust_remote_code)
+        found = check_files(download(name, revision), shown_as=name, trust_remote_code=trust_remote_code)
     return Model(load_model(found if backbone is None else with_backbone(found, backbone), merged=True))
 
 
-Prompt = str | Sequence[Mapping[str, str]]
-COLDEST = 1e-6  # a temperature below it makes logits infinite
+def generate(
+    folder: Path,
+    *,
+    prompt: str,
+    budget: str = "1.0",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> None:
+    """Stream a continuation to standard output, then print on the error stream which layers ran.
+
+    Args:
+        folder: a finished run.
+        prompt: text to continue, or to answer with `chat`.
+        budget: a fraction, a count such as "22layers", a latency such as "15ms" a token, or "auto".
+        max_new_tokens: at most so many.
+        temperature: 0 takes the most likely token, above 0 samples.
+        seed: of the sampling.
+        chat: put the prompt into the model's chat template.
+
+    Raises:
+        BuddyError: the run, the budget or the prompt cannot be used.
+    """
+    _check_options(prompt, max_new_tokens, temperature, seed)
+    with status(f"Loading {folder} …"):
+        model = load(folder)
+    model.write(
+        prompt,
+        budget,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        streamer=TextStreamer(model.routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    errors.print(model.ran, soft_wrap=True)
 
 
 class Model:
@@ -59,7 +94,7 @@ class Model:
         routed: the two together.
 
     Attributes:
-        routed: for all that is not here: its backbone, tokenizer, `at`, `forward`.
+        routed: gives everything else: its backbone, tokenizer, `at`, `forward`.
         ran: one sentence on the layers that the last text really ran; None before there is one.
     """
 
@@ -77,7 +112,7 @@ class Model:
         Args:
             prompt: text to continue, or messages {"role": …, "content": …} to answer.
             budget: a fraction such as 0.75, a count such as "22layers", a latency such as "15ms", or "auto".
-            options: as `write` has them: max_new_tokens, temperature, seed, chat.
+            options: those of `write`: max_new_tokens, temperature, seed, chat.
 
         Raises:
             BuddyError: the prompt, the budget or an option cannot be used.
@@ -85,7 +120,7 @@ class Model:
         return self.write(prompt, budget, **options)
 
     def stream(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> Iterator[str]:
-        """The same, piece by piece as it is written; leaving the loop stops it.
+        """The same, piece by piece as it is generated; leaving the loop stops the model.
 
         Raises:
             BuddyError: as `generate` does, at the first piece.
@@ -97,7 +132,7 @@ class Model:
         def work() -> None:
             try:
                 self.write(prompt, budget, streamer=streamer, stop=stop, **options)
-            except BaseException as error:  # raised again where the pieces are read
+            except BaseException as error:  # raised again in the thread that reads the pieces
                 failed.append(error)
                 streamer.on_finalized_text("", stream_end=True)
 
@@ -124,37 +159,42 @@ class Model:
         streamer: BaseStreamer | None = None,
         stop: Stop | None = None,
     ) -> str:
-        """The continuation of a prompt, special tokens left out; `ran` says what it took.
+        """The continuation of a prompt without special tokens; sets `ran`.
 
         Args:
             prompt: text to continue, or to answer with `chat`; or messages to answer.
-            budget: as `generate` has it.
+            budget: as for `generate`.
             max_new_tokens: at most so many.
             temperature: 0 takes the most likely token, above 0 samples.
             seed: of the sampling.
             chat: put the prompt into the model's chat template.
-            streamer: of transformers; is given the tokens as they come.
+            streamer: of transformers; gets the tokens as they come.
             stop: ends the text after the token at which its `now` is set.
 
         Raises:
             BuddyError: the prompt, the budget or an option cannot be used.
         """
         routed, device = self.routed, self.routed.backbone.device
-        check_options(prompt, max_new_tokens, temperature, seed)
-        depth, auto = routed.geometry.layers, auto_of(budget) is not None
-        inputs = _encoded(routed, prompt, chat)
-        held = inputs["input_ids"].shape[1]
-        _check_length(routed, held, max_new_tokens)
-        layers = depth if auto else routed.executed_layers(budget)  # a latency may have to be measured first
+        _check_options(prompt, max_new_tokens, temperature, seed)
+        inputs = self._encode(prompt, chat)
+        depth, length = routed.geometry.layers, inputs["input_ids"].shape[1]
+        if length + max_new_tokens > routed.backbone.context_length:
+            raise DataError(
+                f"The prompt has {length} tokens, and {max_new_tokens} new ones go past the "
+                f"{routed.backbone.context_length} positions that {routed.backbone.name} was made for; shorten the "
+                "prompt or set a smaller max_new_tokens."
+            )
+        auto = auto_of(budget) is not None
+        layers = depth if auto else routed.executed_layers(budget)  # a latency may be measured here
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        sizes = f"{held} + {max_new_tokens} tokens through {layers} of {depth} layers"
+        sizes = f"{length} + {max_new_tokens} tokens through {layers} of {depth} layers"
         with (
             within_memory(sizes, "shorten the prompt or max_new_tokens"),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            routed.at(budget) as record,
+            routed.at(budget if auto else f"{layers}layers") as record,
         ):
             torch.manual_seed(seed)
-            written = routed.backbone.model.generate(
+            ids = routed.backbone.model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
@@ -163,29 +203,71 @@ class Model:
                 **sampling,
             )
         self.ran = summary(record, record.auto_executed[0] if auto else layers, depth, budget)
-        return routed.backbone.tokenizer.decode(written[0, held:], skip_special_tokens=True)
+        return routed.backbone.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+
+    def _encode(self, prompt: Prompt, chat: bool) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask, (1, T) long each."""
+        backbone, tokenizer = self.routed.backbone, self.routed.backbone.tokenizer
+        chat = chat or not isinstance(prompt, str)
+        if chat:
+            if not tokenizer.chat_template:
+                raise DataError(f"{backbone.name} has no chat template; give plain text and leave chat out.")
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            try:
+                prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            except Exception as error:  # a template is a program of the model's authors, and may raise anything
+                raise DataError(
+                    f"The chat template of {backbone.name} does not take these messages ({reason(error)}); give a list "
+                    'of {"role": …, "content": …}, with texts for both.'
+                ) from error
+        check_text(str(prompt), "The prompt")
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(backbone.device)
+        return {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
 
 
-def summary(record: Record, asked: int, layers: int, budget: Budget | None = None) -> str:
-    """Layers that prompt and generated tokens really ran, and how often the plan changed."""
-    spread = _spread(record.executed[0], record.sinks[0], layers)
-    text = f"{_said(budget)} {asked} of {layers} layers a token. Prompt: {spread}"
+class Stop(StoppingCriteria):
+    """Stops generation once `now` is set."""
+
+    now = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
+
+
+def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0) -> str:
+    """One sentence: the layers that the tokens of prompt and decoding really ran, and how many plans they had.
+
+    Args:
+        record: of one row.
+        executed: K.
+        layers: L.
+        budget: as it was asked for.
+    """
+    latency = latency_of(budget)
+    asked = f"The budget {budget} chose" if auto_of(budget) else "Asked for"
+    if latency is not None:
+        asked = f"Asked for {latency:g} ms, which here are"
+    text = f"{asked} {executed} of {layers} layers a token. Prompt: "
+    text += _range(record.executed[0], record.sinks[0], layers)
     if len(record.executed) > 1:
         steps, sinks, runs = (torch.cat(each[1:], 1) for each in (record.executed, record.sinks, record.runs))
-        text += f"; {_counted(steps.shape[1], 'decode step')}: {_spread(steps, sinks, layers)}"
+        text += f"; {counted(steps.shape[1], 'decode step')}: {_range(steps, sinks, layers)}"
         if not sinks.all():
-            text += f", {_counted(len(runs[~sinks].unique(dim=0)), 'distinct plan')}"
+            text += f", {counted(len(runs[~sinks].unique(dim=0)), 'distinct plan')}"
     return text + "."
 
 
-def _said(budget: Budget | None) -> str:
-    if budget is not None and auto_of(budget):
-        return f"The budget {budget} chose"
-    latency = None if budget is None else latency_of(budget)
-    return "Asked for" if latency is None else f"Asked for {latency:g} ms, which here are"
+def _range(executed: torch.Tensor, sinks: torch.Tensor, layers: int) -> str:
+    """Least, mean and most layers of the routed tokens in (1, T); where a prompt is short, decode steps have sinks."""
+    routed, full = executed[~sinks], int(sinks.sum())
+    text = "no routed token"
+    if len(routed):
+        least, mean, most = routed.min().item(), routed.float().mean().item(), routed.max().item()
+        text = f"{least} / {mean:.1f} / {most} layers (min / mean / max)"
+    return f"{text} ({counted(full, 'sink token')} at {layers})" if full else text
 
 
-def check_options(prompt: Prompt, max_new_tokens: int, temperature: float, seed: int = 0) -> None:
+def _check_options(prompt: Prompt, max_new_tokens: int, temperature: float, seed: int) -> None:
     """Raises DataError for what no model can do."""
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         raise DataError("The prompt is empty; give some text to continue.")
@@ -195,103 +277,7 @@ def check_options(prompt: Prompt, max_new_tokens: int, temperature: float, seed:
         raise DataError(f"The seed is {seed}; give one from 0 to 2⁶⁴ − 1.")
     if not temperature >= 0:
         raise DataError(f"The temperature is {temperature}; give 0 or more.")
-    if 0 < temperature < COLDEST:
-        raise DataError(f"The temperature is {temperature}; give 0 for the likeliest token, or {COLDEST:g} or more.")
-
-
-class Stop(StoppingCriteria):
-    """Stops when somebody sets `now`."""
-
-    now = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _spread(executed: torch.Tensor, sinks: torch.Tensor, layers: int) -> str:
-    """What the routed tokens of (1, T) ran; a short prompt leaves sinks to the first decode steps."""
-    routed, full = executed[~sinks], int(sinks.sum())
-    text = "no routed token"
-    if len(routed):
-        least, mean, most = routed.min().item(), routed.float().mean().item(), routed.max().item()
-        text = f"{least} / {mean:.1f} / {most} layers (min / mean / max)"
-    return f"{text} ({_counted(full, 'sink token')} at {layers})" if full else text
-
-
-def _check_length(routed: RoutedLM, prompt: int, new: int) -> None:
-    most = routed.backbone.context_length
-    if prompt + new > most:
+    if 0 < temperature < MIN_TEMPERATURE:
         raise DataError(
-            f"The prompt has {prompt} tokens, and {new} new ones go past the {most} positions that "
-            f"{routed.backbone.name} was made for; shorten the prompt or set a smaller max_new_tokens."
+            f"The temperature is {temperature}; give 0 for the most likely token, or {MIN_TEMPERATURE:g} or more."
         )
-
-
-def _encoded(routed: RoutedLM, prompt: Prompt, chat: bool) -> dict[str, torch.Tensor]:
-    tokenizer = routed.backbone.tokenizer
-    chat = chat or not isinstance(prompt, str)
-    if chat:
-        if not tokenizer.chat_template:
-            raise DataError(f"{routed.backbone.name} has no chat template; give plain text and leave chat out.")
-        prompt = _from_messages(routed, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-    check_text(str(prompt), "The prompt")
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(routed.backbone.device)
-    return {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-
-
-def _from_messages(routed: RoutedLM, messages: Sequence[Mapping[str, str]]) -> str:
-    try:
-        text: str = routed.backbone.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template is a program of the model's makers, and may raise anything
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"The chat template of {routed.backbone.name} does not take these messages ({reason}); give a list of "
-            '{"role": …, "content": …}, with texts for both.'
-        ) from error
-    return text
-
-
-def generate(
-    folder: Path,
-    *,
-    prompt: str,
-    budget: str = "1.0",
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = False,
-) -> None:
-    """Stream a continuation to standard output, then say on the error stream what ran.
-
-    Args:
-        folder: a finished run.
-        prompt: text to continue, or to answer with `chat`.
-        budget: a fraction, a count such as "22layers", a latency such as "15ms" a token, or "auto".
-        max_new_tokens: at most so many.
-        temperature: 0 takes the most likely token, above 0 samples.
-        seed: of the sampling.
-        chat: put the prompt into the model's chat template.
-
-    Raises:
-        BuddyError: the run, the budget or the prompt cannot be used.
-    """
-    run = read_run(folder)
-    check_options(prompt, max_new_tokens, temperature)
-    with status(f"Loading {run.backbone} …"):
-        model = Model(load_model(run, merged=True))
-    model.write(
-        prompt,
-        budget,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        streamer=TextStreamer(model.routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    errors.print(model.ran, soft_wrap=True)

@@ -69,7 +69,7 @@ def inspect_run(
         BuddyError: the run, a budget, a text or a place cannot be used.
     """
     run = read_run(folder)
-    place = out or folder / FOLDER
+    place = out or run.folder / FOLDER
     _check(place, json_file, text, domains, windows)
     sources = None if text is not None else sources_of(domains, run.recipe.data.source)
     with status(f"Loading {run.backbone} …"):
@@ -84,7 +84,7 @@ def inspect_run(
     show(inspection)
     if text is not None:
         show_tokens(inspection, _usual(inspection))
-    _write(inspection, place, out or folder, json_file or place / NUMBERS)
+    _write(inspection, place, out or run.folder, json_file or place / NUMBERS)
 
 
 def _check(place: Path, json_file: Path | None, text: str | None, domains: str | None, windows: int | None) -> None:

@@ -167,29 +167,6 @@ class Domain:
     prompt: int
 
 
-def sources_of(domains: str | None, own: str) -> dict[str, str]:
-    """Label → source of each domain in "SOURCE,label=SOURCE,…"; the recipe's own source where there is none.
-
-    A source without a label is called by its file's name without the ending.
-
-    Raises:
-        DataError: nothing is named, a label or source is empty, or two domains have one label.
-    """
-    if domains is None:
-        return {_label(own): own}
-    found: dict[str, str] = {}
-    for part in filter(None, (part.strip() for part in domains.split(","))):
-        label, source = _labelled(part)
-        if label in found:
-            raise DataError(
-                f"Two domains are called {label!r}; tell them apart, as in --domains one={found[label]},two={source}."
-            )
-        found[label] = source
-    if not found:
-        raise DataError("--domains is empty; name at least one text, or leave it out for the recipe's own.")
-    return found
-
-
 def read_domains(run: Run, routed: RoutedLM, sources: dict[str, str], count: int) -> list[Domain]:
     """Up to `count` windows of each source, as `buddy evaluate` cuts them; of the recipe's own text, its test windows.
 
@@ -228,19 +205,6 @@ def _read(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> Do
     else:
         windows = build_windows(run.recipe, routed.backbone.tokenizer, source, count=count)
     return Domain(label, source, windows, section.prompt)
-
-
-def _labelled(part: str) -> tuple[str, str]:
-    if "=" not in part or os.path.exists(os.path.expanduser(part)):
-        return _label(part), part
-    label, _, source = (word.strip() for word in part.partition("="))
-    if not label or not source:
-        raise DataError(f"The domain {part!r} lacks its label or its source; write label=SOURCE, or SOURCE alone.")
-    return label, source
-
-
-def _label(source: str) -> str:
-    return Path(source).stem or source
 
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]

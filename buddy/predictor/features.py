@@ -1,12 +1,10 @@
-"""What both predictors see of a prompt, what they may choose, and the losses that they learn from."""
+"""What budget predictors see of a prompt, the budgets they choose from, and the measured losses they are fitted to."""
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,62 +13,68 @@ from torch.nn import functional as F
 
 from buddy.backbone.load import fingerprint
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, BudgetError
-from buddy.io import load_tensors, save_tensors
+from buddy.errors import BudgetError
+from buddy.io import FileStore
 from buddy.losses import cross_entropy
 from buddy.router import Context, Geometry
 
 Choose = Callable[[Context], Tensor]
+Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class Predictor(Protocol):
-    """The interface of both; they share no code but this module's."""
+    """What serves `--budget auto`: chooses how many layers each prompt is worth.
+
+    Attributes:
+        name: "regress" or "grpo".
+        arms: executed layers K to choose from, deepest first.
+    """
 
     name: str
     arms: tuple[int, ...]
 
-    def under(self, most: int) -> Choose:
-        """What chooses one of the arms (...) long for contexts (...), none of them above `most` layers."""
+    def chooser(self, most: int) -> Choose:
+        """A function from contexts (...) to the chosen arms (...) long, none above `most` layers.
+
+        Raises:
+            BudgetError: every arm has more layers.
+        """
 
 
-def size_of(geometry: Geometry) -> int:
-    """Length of the feature vector."""
+def feature_size(geometry: Geometry) -> int:
+    """Length of the feature vector, 2F + D."""
     return 2 * geometry.features + geometry.hidden
 
 
-def features_of(context: Context) -> Tensor:
+def prompt_features(context: Context) -> Tensor:
     """(..., 2F + D) float32: pooled states, newest states, the newest hidden state; each with mean 0 and variance 1."""
     parts = (context.pooled, context.newest, context.hidden)
     return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in parts], -1)
 
 
-def ordered(arms: Sequence[int]) -> tuple[int, ...]:
-    """Executed layers K to choose from, each once, deepest first."""
-    return tuple(sorted(set(arms), reverse=True))
+def sorted_arms(counts: Iterable[int]) -> tuple[int, ...]:
+    """Each number of layers once, deepest first."""
+    return tuple(sorted(set(counts), reverse=True))
 
 
-def allowed(arms: Sequence[int], most: int) -> list[int]:
-    """Places of the arms that do not pass a cap.
+def arms_within(arms: Sequence[int], most: int) -> list[int]:
+    """Indices of the arms that have at most so many layers.
 
     Raises:
-        BudgetError: none.
+        BudgetError: there are none.
     """
-    places = [place for place, arm in enumerate(arms) if arm <= most]
-    if not places:
+    indices = [index for index, arm in enumerate(arms) if arm <= most]
+    if not indices:
         raise BudgetError(
             f"The cap leaves {most} layers, but this run's predictor chooses from {min(arms)} on; raise the cap to "
             f"{min(arms)}layers or more, or ask for {most}layers without auto."
         )
-    return places
-
-
-SAVE_EVERY = 5.0  # seconds: what a kill may cost, with the batch that it interrupts
-Track = Callable[[Sequence[Any]], Iterable[Any]]
+    return indices
 
 
 @dataclass(frozen=True)
 class Targets:
-    """N requests, each a window whose first tokens are the prompt.
+    """Measurements of N requests, each a window whose first tokens are the prompt.
 
     Attributes:
         counts: executed layers K that were measured, deepest first; the first is full depth.
@@ -87,51 +91,54 @@ class Targets:
         return self.losses[:, [self.counts.index(arm) for arm in arms]]
 
     def increase(self, arms: Sequence[int]) -> Tensor:
-        """(N, arms) float64: how much more is lost under each arm than at full depth."""
+        """(N, arms) float64: how much higher the loss is under each arm than at full depth."""
         return self.at(arms) - self.losses[:, :1]
 
 
 @torch.no_grad()
-def measure(
+def measure_targets(
     routed: RoutedLM,
     batches: Sequence[Callable[[], Tensor]],
     arms: Sequence[int],
     *,
     prompt: int,
-    place: Path | None = None,
+    store: FileStore | None = None,
+    key: object = (),
     track: Track = iter,
 ) -> Targets:
     """Run windows under the router's own plans at each arm and at full depth.
 
     Args:
         routed: model and router, as they will serve.
-        batches: each gives windows (B, W) long.
+        batches: each returns windows (B, W) long.
         arms: executed layers K.
         prompt: tokens of a window that the predictor sees; the others are scored.
-        place: a file that keeps what was measured, so that the same call goes on where it was killed; None for none.
+        store: keeps what was measured of each batch, so that the same call resumes after an interruption.
+        key: all that the windows depend on, in that store.
         track: wraps the batches to show progress.
     """
-    counts = tuple(sorted({*arms, routed.geometry.layers}, reverse=True))
-    features, losses, done = _kept(place)
-    saved = time.monotonic()
+    counts = sorted_arms([*arms, routed.geometry.layers])
+    digest = "" if store is None else _digest(routed, key, counts, prompt)
+    features, losses = [], []
     for number, batch in enumerate(track(batches)):
-        if number < done:
-            continue
-        ids = batch().to(routed.backbone.device)
-        features.append(features_of(routed.context(ids[:, :prompt])).cpu())
-        losses.append(_losses(routed, ids, counts, prompt))
-        if place and (time.monotonic() - saved >= SAVE_EVERY or number == len(batches) - 1):
-            _keep(place, features, losses, number + 1)
-            saved = time.monotonic()
+        measured = None if store is None else store.get(f"{digest} {number}")
+        if measured is None:
+            ids = batch().to(routed.backbone.device)
+            seen, lost = prompt_features(routed.context(ids[:, :prompt])).cpu(), _losses(routed, ids, counts, prompt)
+            measured = {"features": seen.tolist(), "losses": lost.tolist()}  # JSON keeps every bit of a number
+            if store is not None:
+                store.put(f"{digest} {number}", measured)
+        features.append(torch.tensor(measured["features"], dtype=torch.float32))
+        losses.append(torch.tensor(measured["losses"], dtype=torch.float64))
     return Targets(counts, torch.cat(features), torch.cat(losses))
 
 
-def digest_of(routed: RoutedLM, *others: object) -> str:
-    """20 hexadecimal digits of the router's and the model's state, and of what else measured losses depend on."""
+def _digest(routed: RoutedLM, *others: object) -> str:
+    """Of the state of router and model, and of all else that measured losses depend on."""
     model = fingerprint(routed.backbone.model)  # as it is now, with an adapter where it has one
     digest = hashlib.sha256(repr((model, routed.settings, routed.pool, routed.policy.name, others)).encode())
     for name, tensor in sorted(routed.router.state_dict().items()):
-        flat = tensor.detach().cpu().flatten()  # a single number too has a dimension then
+        flat = tensor.detach().cpu().flatten()  # gives a single number a dimension too
         digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:20]
 
@@ -139,23 +146,8 @@ def digest_of(routed: RoutedLM, *others: object) -> str:
 def _losses(routed: RoutedLM, ids: Tensor, counts: Sequence[int], prompt: int) -> Tensor:
     """(B, counts) float64, mean cross-entropy of the tokens after the prompt."""
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
-    found = []
+    losses = []
     for count in counts:
-        logits = routed(ids, executed=torch.full((len(ids),), count), prompt=prompt, keep=scored).logits
-        found.append(cross_entropy(logits, ids[:, scored + 1]).double().mean(1))
-    return torch.stack(found, 1).cpu()
-
-
-def _keep(place: Path, features: Sequence[Tensor], losses: Sequence[Tensor], done: int) -> None:
-    tensors = {"features": torch.cat(list(features)), "losses": torch.cat(list(losses)), "done": torch.tensor(done)}
-    save_tensors(place, tensors, {"format": "pt"})
-
-
-def _kept(place: Path | None) -> tuple[list[Tensor], list[Tensor], int]:
-    if place is None or not place.exists():
-        return [], [], 0
-    try:
-        found = load_tensors(place)
-        return [found["features"]], [found["losses"]], int(found["done"])
-    except (BuddyError, KeyError):  # cut: measured anew
-        return [], [], 0
+        logits = routed(ids, executed=torch.full((len(ids),), count), prompt=prompt, logits_to_keep=scored).logits
+        losses.append(cross_entropy(logits, ids[:, scored + 1]).double().mean(1))
+    return torch.stack(losses, 1).cpu()

@@ -1,27 +1,26 @@
-"""`grpo`: a policy over budgets, taught by group-relative advantages (2606.09514, budget predictor)."""
+"""`grpo`: a policy over budgets, trained by group-relative advantages (2606.09514, budget predictor)."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.predictor.features import Choose, allowed, features_of, ordered
+from buddy.predictor.features import Choose, Track, arms_within, prompt_features, sorted_arms
+from buddy.router import Context
 
 BATCH = 2  # requests a step, as in the paper
 TINY = 1e-6
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What the policy is rewarded and held by.
+class RewardWeights:
+    """Weights of the policy's reward and of its regularisation.
 
     Attributes:
         quality: of the cross-entropy, nats a token (λ_perf).
@@ -37,7 +36,7 @@ class Weights:
 
 
 class BudgetPolicy(nn.Module):
-    """Logits over budgets from a prompt's context: Linear – SiLU – Linear; the likeliest budget when serving.
+    """Logits over budgets from a prompt's context: Linear – SiLU – Linear; it serves the likeliest budget.
 
     Args:
         size: length of the feature vector.
@@ -49,7 +48,7 @@ class BudgetPolicy(nn.Module):
 
     def __init__(self, size: int, arms: Sequence[int], *, hidden: int = 32) -> None:
         super().__init__()
-        self.arms = ordered(arms)
+        self.arms = sorted_arms(arms)
         self.input = nn.Linear(size, hidden)
         self.output = nn.Linear(hidden, len(self.arms))
 
@@ -57,20 +56,25 @@ class BudgetPolicy(nn.Module):
         """Logits (..., arms) of features (..., size)."""
         return self.output(F.silu(self.input(features)))
 
-    def under(self, most: int) -> Choose:
-        """What chooses K (...) for contexts (...), at most `most` layers; BudgetError where every arm has more."""
-        places = allowed(self.arms, most)
-        arms = torch.tensor(self.arms)[places]
-        return lambda context: arms.to(context.pooled.device)[self(features_of(context))[..., places].argmax(-1)]
+    def chooser(self, most: int) -> Choose:
+        """See `Predictor.chooser`."""
+        indices = arms_within(self.arms, most)
+        arms = torch.tensor(self.arms)[indices]
+
+        def choose(context: Context) -> Tensor:
+            logits = self(prompt_features(context))[..., indices]
+            return arms.to(logits.device)[logits.argmax(-1)]
+
+        return choose
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is, over all requests.
+    """State of a training, over all requests.
 
     Attributes:
         step: steps done.
-        entropy: mean of the policy's, nats; ln(arms) is a policy that chooses at random.
+        entropy: the policy's mean entropy, nats; ln(arms) for one that chooses at random.
         reward: mean expected reward.
         layers: mean expected layers.
     """
@@ -86,7 +90,7 @@ def train_policy(
     features: Tensor,
     losses: Tensor,
     layers: int,
-    weights: Weights,
+    weights: RewardWeights,
     *,
     steps: int,
     lr: float,
@@ -95,60 +99,71 @@ def train_policy(
     points: int = 100,
     track: Track = iter,
 ) -> list[Progress]:
-    """Train in place by GRPO; where it was at some `points` of the way, the beginning and the end among them.
+    """Train in place by GRPO; returns the progress at about `points` steps, the start and the end among them.
 
     For each request M budgets are drawn from the policy and rewarded by −quality · CE − cost · K/L. The advantage is
     the reward normalised within the group, and the loss −mean(A · log π) − β H(π) + kl · KL(π ‖ π at the start). The
-    router is frozen, so the cross-entropy of a request under a budget is a number that need be measured only once.
+    router is frozen, so the cross-entropy of a request under a budget is a number that is measured only once.
 
     Args:
+        policy: the one to train.
         features: (N, size) of the requests' prompts.
         losses: (N, arms) nats a token, of each request under each arm.
         layers: L.
+        weights: of reward and regularisation.
+        steps: of the optimizer, each on `BATCH` requests.
+        lr: learning rate of Adam.
         samples: M.
+        seed: of requests and samples.
+        points: how often progress is noted.
         track: wraps the steps to show progress.
     """
     random = torch.Generator().manual_seed(seed)
     rewards = rewards_of(losses.double(), policy.arms, layers, weights)
     start = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
-    every, seen = max(1, steps // points), [_progress(policy, features, rewards, 0)]
+    every, progress = max(1, steps // points), [_progress(policy, features, rewards, 0)]
     for step in track(range(1, steps + 1)):
         rows = torch.randint(len(features), (BATCH,), generator=random)
         optimizer.zero_grad()
-        loss = _loss(policy, start, features[rows], rewards[rows], weights, samples, random)
-        loss.backward()
+        grpo_loss(policy, start, features[rows], rewards[rows], weights, samples, random).backward()
         optimizer.step()
         if step % every == 0 or step == steps:
-            seen.append(_progress(policy, features, rewards, step))
-    return seen
+            progress.append(_progress(policy, features, rewards, step))
+    return progress
 
 
-def rewards_of(losses: Tensor, arms: Sequence[int], layers: int, weights: Weights) -> Tensor:
-    """(N, arms): what each request earns under each arm; in double precision, if the losses are.
+def rewards_of(losses: Tensor, arms: Sequence[int], layers: int, weights: RewardWeights) -> Tensor:
+    """(N, arms): the reward of each request under each arm; in double precision where the losses are.
 
-    Alike rewards then have no spread: in single precision the mean of three may be off by more than `TINY`.
+    Equal rewards then have no spread: in single precision the mean of three may differ by more than `TINY`.
     """
     return -weights.quality * losses - weights.cost * torch.tensor(arms) / layers
 
 
-def _loss(
+def grpo_loss(
     policy: BudgetPolicy,
     start: BudgetPolicy,
     features: Tensor,
     rewards: Tensor,
-    weights: Weights,
+    weights: RewardWeights,
     samples: int,
     random: torch.Generator,
 ) -> Tensor:
+    """() the loss that `train_policy` minimises, of requests with features (B, size) and rewards (B, arms)."""
     log = policy(features).log_softmax(-1)
     drawn = torch.multinomial(log.detach().exp(), samples, replacement=True, generator=random)
-    earned = rewards.gather(1, drawn)
-    spread = earned.std(1, keepdim=True, correction=0)
-    advantage = (earned - earned.mean(1, keepdim=True)) / (spread + TINY)
-    held = (log.exp() * (log - start(features).log_softmax(-1))).sum(-1)
+    reward = rewards.gather(1, drawn)
+    spread = reward.std(1, keepdim=True, correction=0)
+    advantage = (reward - reward.mean(1, keepdim=True)) / (spread + TINY)
+    kl = (log.exp() * (log - start(features).log_softmax(-1))).sum(-1)
     gain = (advantage.to(log) * log.gather(1, drawn)).mean(1)
-    return (weights.kl * held - gain - weights.entropy * _entropy(log)).mean()
+    return (weights.kl * kl - gain - weights.entropy * _entropy(log)).mean()
+
+
+def random_entropy(arms: Sequence[int]) -> float:
+    """ln A, the entropy in nats of a policy that chooses at random."""
+    return math.log(len(arms))
 
 
 def _entropy(log: Tensor) -> Tensor:
@@ -158,11 +173,6 @@ def _entropy(log: Tensor) -> Tensor:
 @torch.no_grad()
 def _progress(policy: BudgetPolicy, features: Tensor, rewards: Tensor, step: int) -> Progress:
     log = policy(features).log_softmax(-1)
-    chances = log.exp()
-    layers = (chances * torch.tensor(policy.arms)).sum(-1).mean()
-    return Progress(step, _entropy(log).mean().item(), (chances * rewards).sum(-1).mean().item(), layers.item())
-
-
-def random_entropy(arms: Sequence[int]) -> float:
-    """ln R, the entropy of a policy that chooses at random."""
-    return math.log(len(arms))
+    probability = log.exp()
+    layers = (probability * torch.tensor(policy.arms)).sum(-1).mean()
+    return Progress(step, _entropy(log).mean().item(), (probability * rewards).sum(-1).mean().item(), layers.item())

@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from buddy.console import Bar, errors
 from buddy.io import write_bytes, writing
+from buddy.run import Stopwatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -148,3 +149,18 @@ class TrainingBar(Callback):
         if self._bar:
             self._bar.__exit__()
             self._bar = None
+
+
+class SaveSeconds(Callback):
+    """Saves the time spent on a run now and then while training goes on.
+
+    Args:
+        stopwatch: of the run.
+    """
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.is_global_zero:
+            self._stopwatch.tick()

@@ -59,7 +59,7 @@ def test_texts_that_were_trained_on_are_not_needed(small, tmp_path):
     texts = [write_text(tmp_path / f"{name}.jsonl", 40, seed=7) for name in ("trained", "calibrated")]
     more = [f"data.train_sources=[{texts[0]}]", f"data.calibration_sources=[{texts[1]}]"]
     fit(small(tmp_path / "runs", "rivals=[]", "trainer.max_steps=1", *more), "small")
-    run = tmp_path / "runs" / "small" / "buddy"
+    run = tmp_path / "runs" / "small" / "buddy" / "seed-0"
     for text in texts:
         text.unlink()
     evaluate_run(run, json_file=tmp_path / "curve.json")

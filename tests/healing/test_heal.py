@@ -82,8 +82,8 @@ def test_joint_training_moves_both(small, healed, tmp_path):
     fit(small(tmp_path, "rivals=[shortgpt]", "adapter.joint=true", *HEALED), "small")
     first, joint = (load_tensors(runs / "buddy" / "router.safetensors") for runs in (healed, tmp_path / "small"))
     assert not torch.equal(first["output.weight"], joint["output.weight"])
-    assert {path.name for path in (tmp_path / "small" / "buddy").iterdir()}.isdisjoint({"checkpoints"})
-    assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt"))
+    assert {path.name for path in (tmp_path / "small" / "buddy" / "seed-0").iterdir()}.isdisjoint({"checkpoints"})
+    assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt" / "seed-0"))
 
 
 # Read back
@@ -160,7 +160,7 @@ def at_step(monkeypatch, step: int, act) -> None:
     ("name", "act", "raised", "kept"), [("buddy", interrupt, KeyboardInterrupt, 5), ("shortgpt", kill, Killed, 3)]
 )
 def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypatch, capsys, name, act, raised, kept):
-    partial = tmp_path / "small" / f".{name}.partial" / "checkpoints"
+    partial = tmp_path / "small" / name / "seed-0" / "checkpoints"
     with monkeypatch.context() as patch:
         at_step(patch, 5, act)
         with pytest.raises(raised):
@@ -172,8 +172,8 @@ def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypat
     assert f"Going on from {partial / 'healing.ckpt'}" in said
     assert f"Healing {name}: {STEPS} of {STEPS}" in said
     assert "Training buddy" not in said
-    assert_same(weights(healed / name), weights(tmp_path / "small" / name))
-    assert metrics(tmp_path / "small" / name)["results"] == metrics(healed / name)["results"]
+    assert_same(weights(healed / name), weights(tmp_path / "small" / name / "seed-0"))
+    assert metrics(tmp_path / "small" / name / "seed-0")["results"] == metrics(healed / name)["results"]
 
 
 def test_a_kill_in_the_evaluation_costs_no_healing(small, healed, tmp_path, monkeypatch, capsys):
@@ -184,14 +184,14 @@ def test_a_kill_in_the_evaluation_costs_no_healing(small, healed, tmp_path, monk
     capsys.readouterr()
     fit(small(tmp_path, "router=shortgpt", *HEALED), "small")
     assert "Healing shortgpt" not in capsys.readouterr().err
-    assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt"))
+    assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt" / "seed-0"))
 
 
 def test_a_trained_router_is_healed_without_training_it_again(small, finished, healed, tmp_path, capsys):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     fit(small(tmp_path, f"trainer.ckpt_path={checkpoint}", *HEALED), "small")
     assert "Training buddy" not in capsys.readouterr().err
-    assert_same(weights(healed / "buddy"), weights(tmp_path / "small" / "buddy"))
+    assert_same(weights(healed / "buddy"), weights(tmp_path / "small" / "buddy" / "seed-0"))
 
 
 # Wrong
@@ -229,7 +229,7 @@ def test_a_healing_of_other_modules_is_not_gone_on_from(small, tmp_path, monkeyp
         at_step(patch, 5, kill)
         with pytest.raises(Killed):
             fit(small(tmp_path, *HEALED, *BRIEFLY), "small")
-    checkpoints = tmp_path / "small" / ".buddy.partial" / "checkpoints"
+    checkpoints = tmp_path / "small" / "buddy" / "seed-0" / "checkpoints"
     before = (checkpoints / "healing.ckpt").read_bytes()
     named = f"trainer.ckpt_path={checkpoints / 'last.ckpt'}"
     with pytest.raises(

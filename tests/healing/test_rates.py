@@ -31,7 +31,7 @@ def tried(small, tmp_path_factory) -> Path:
     """A run healed at the best of three rates; read it, never write into it."""
     output = tmp_path_factory.mktemp("tried")
     fit(small(output, ONE, *TRIED), "small")
-    return output / "small" / "shortgpt"
+    return output / "small" / "shortgpt" / "seed-0"
 
 
 def test_the_adapter_is_that_of_the_best_rate_alone(small, tried, tmp_path):
@@ -41,8 +41,8 @@ def test_the_adapter_is_that_of_the_best_rate_alone(small, tried, tmp_path):
     assert found["rates"][str(best)] == min(found["rates"].values())
     assert len({*found["rates"].values()}) == len(RATES)
     fit(small(tmp_path, ONE, *HEALED, f"adapter.lr={best}"), "small")
-    assert_same(*map(weights, (tried, tmp_path / "small" / "shortgpt")))
-    assert metrics(tmp_path / "small" / "shortgpt")["results"] == found["results"]
+    assert_same(*map(weights, (tried, tmp_path / "small" / "shortgpt" / "seed-0")))
+    assert metrics(tmp_path / "small" / "shortgpt" / "seed-0")["results"] == found["results"]
 
 
 def test_what_is_compared_is_the_objective_on_validation_windows(small, tried, tmp_path):
@@ -50,7 +50,7 @@ def test_what_is_compared_is_the_objective_on_validation_windows(small, tried, t
     for rate in RATES:
         fit(small(tmp_path, ONE, *HEALED, f"adapter.lr={rate}"), "small")
         file = tmp_path / "validation.json"
-        evaluate_run(tmp_path / "small" / "shortgpt", split="validation", json_file=file)
+        evaluate_run(tmp_path / "small" / "shortgpt" / "seed-0", split="validation", json_file=file)
         results = json.loads(file.read_text())["results"]
         assert sum(each["kl"] for each in results) / len(results) == pytest.approx(found["rates"][str(rate)], rel=1e-6)
 
@@ -78,8 +78,8 @@ def test_what_was_tried_is_not_tried_again(small, tried, tmp_path, monkeypatch):
         fit(small(tmp_path, ONE, *TRIED), "small")
     fit(small(tmp_path, ONE, *TRIED), "small")
     assert [steps[STEPS + 5 :].count(rate) for rate in RATES] == [0, STEPS - 3, STEPS]
-    assert_same(*map(weights, (tried, tmp_path / "small" / "shortgpt")))
-    assert metrics(tmp_path / "small" / "shortgpt")["rates"] == metrics(tried)["rates"]
+    assert_same(*map(weights, (tried, tmp_path / "small" / "shortgpt" / "seed-0")))
+    assert metrics(tmp_path / "small" / "shortgpt" / "seed-0")["rates"] == metrics(tried)["rates"]
 
 
 def diverging(monkeypatch, least: float) -> None:
@@ -96,7 +96,7 @@ def test_a_rate_that_diverges_is_left_out_and_said(small, tmp_path, monkeypatch,
     diverging(monkeypatch, 0.01)
     fit(small(tmp_path, ONE, *TRIED), "small")
     assert "Left out a rate of 0.02: Healing stopped at step 1" in capsys.readouterr().err
-    found = metrics(tmp_path / "small" / "shortgpt")
+    found = metrics(tmp_path / "small" / "shortgpt" / "seed-0")
     assert found["rates"]["0.02"] is None
     assert found["fit"]["adapter_lr"] == 0.001
 
@@ -124,7 +124,7 @@ def test_no_rate_that_stays_finite_is_a_sentence_and_the_router_can_be_kept(smal
             TrainingError, match=r"at none of adapter.rates; give lower ones, and trainer.ckpt_path=.*last.ckpt"
         ):
             fit(small(tmp_path, *briefly, *TRIED), "small")
-    checkpoint = tmp_path / "small" / ".buddy.partial" / "checkpoints" / "last.ckpt"
+    checkpoint = tmp_path / "small" / "buddy" / "seed-0" / "checkpoints" / "last.ckpt"
     capsys.readouterr()
     fit(small(tmp_path, *briefly, *HEALED, "adapter.rates=[0.0005]", f"trainer.ckpt_path={checkpoint}"), "small")
     assert "Training buddy" not in capsys.readouterr().err
@@ -144,7 +144,7 @@ def test_an_objective_that_is_no_number_loses(small, tmp_path, monkeypatch, caps
     monkeypatch.setattr(rates, "evaluate", measured)
     fit(small(tmp_path, ONE, *HEALED, "adapter.rates=[0.02,0.001]"), "small")
     assert "Left out a rate of 0.02: its objective on validation windows is not finite" in capsys.readouterr().err
-    found = metrics(tmp_path / "small" / "shortgpt")
+    found = metrics(tmp_path / "small" / "shortgpt" / "seed-0")
     assert found["fit"]["adapter_lr"] == 0.001
     assert found["rates"]["0.02"] is None
 
@@ -156,7 +156,7 @@ def test_what_was_tried_for_another_recipe_is_tried_again(small, tmp_path, monke
         patch.setattr("buddy.fit.save_router", lambda *_: kill())
         with pytest.raises(Killed):
             fit(small(tmp_path, *briefly, *TRIED), "small")
-    partial = tmp_path / "small" / ".buddy.partial"
+    partial = tmp_path / "small" / "buddy" / "seed-0"
     assert (partial / "rates" / "0.02" / "validation.json").exists()
     named = f"trainer.ckpt_path={partial / 'checkpoints' / 'last.ckpt'}"
     steps, healing = [], HealingModule._healing
@@ -175,10 +175,10 @@ def test_a_tried_adapter_that_was_damaged_is_tried_again(small, tmp_path, monkey
         patch.setattr("buddy.fit.save_router", lambda *_: kill())
         with pytest.raises(Killed):
             fit(small(tmp_path, ONE, *TRIED), "small")
-    place = tmp_path / "small" / ".shortgpt.partial" / "rates" / "0.02" / "adapter"
+    place = tmp_path / "small" / "shortgpt" / "seed-0" / "rates" / "0.02" / "adapter"
     (place / "adapter_model.safetensors").write_bytes(b"cut")
     fit(small(tmp_path, ONE, *TRIED), "small")
-    assert metrics(tmp_path / "small" / "shortgpt")["fit"]["adapter_lr"] == 0.02
+    assert metrics(tmp_path / "small" / "shortgpt" / "seed-0")["fit"]["adapter_lr"] == 0.02
 
 
 @pytest.mark.parametrize(

@@ -1,79 +1,165 @@
-"""`buddy export` of whole runs: the folder, what is said of it, and what is refused."""
+"""`buddy export`: stock transformers computes with the checkpoint what the engine computes with the plan."""
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import buddy
+from buddy.backbone.load import ATTENTION, load_backbone
 from buddy.build import build_data, load_model
 from buddy.cli import app
+from buddy.data.windows import Windows
+from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError, DataError, RunError
-from buddy.hub.export import OnePlan, export_run
+from buddy.fit import fit
+from buddy.hub.export import OnePlan, export_run, is_mixed, largest_difference, write_checkpoint
+from buddy.hub.push_pull import pull, push
+from buddy.inspection.routing import most_frequent
 from buddy.run import read_run
 from buddy.scoring.perplexity import evaluate
+from tests.engine.reference import Fickle, FickleGates, reference_logits
 from tests.small import write_text
-from tests.tiny import tiny_folder
+from tests.tiny import FAMILIES, tiny_backbone, tiny_folder, tiny_model
+
+IDS = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(0))
+WINDOWS = Windows(IDS, torch.arange(len(IDS)))
+KEPT = (0, 2, 3, 5)
 
 
-def calibration_plan(folder, executed: int) -> list[int]:
-    """The plan that most tokens of the calibration windows ask for, by hand."""
-    run = read_run(folder)
-    routed = load_model(run)
-    data = build_data(run.recipe, routed.backbone)
-    data.setup()
-    ids = data.calibration.input_ids
-    runs = routed(ids, executed=torch.full((len(ids),), executed), prompt=run.recipe.data.prompt).runs[:, 1:]
-    plans, counts = runs.flatten(0, 1).unique(dim=0, return_counts=True)
-    return plans[counts.argmax()].nonzero()[:, 0].tolist()
+def plan(kept, ids=IDS) -> torch.Tensor:
+    runs = torch.zeros(*ids.shape, 6, dtype=torch.bool)
+    runs[..., list(kept)] = True
+    return runs
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+# The checkpoint
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_transformers_computes_the_plan(family, tmp_path):
+    backbone = tiny_backbone(family)
+    whole = backbone.model(IDS).logits
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    write_checkpoint(tmp_path, backbone, KEPT)
+    attention = ATTENTION.get(backbone.model.config.model_type, "sdpa")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=attention)
+    assert len(stock.model.layers) == stock.config.num_hidden_layers == 4
+    with torch.no_grad():
+        close(stock(IDS).logits, reference_logits(tiny_model(family), IDS, plan(KEPT)))
+    assert largest_difference(tmp_path, routed, KEPT, IDS) <= 1e-4
+    assert torch.equal(backbone.model(IDS).logits, whole)
+
+
+def test_it_generates_as_the_plan_does(tmp_path):
+    write_checkpoint(tmp_path, tiny_backbone("smollm3"), KEPT)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    out = stock.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False)
+    ids, model = IDS, tiny_model("smollm3")
+    for _ in range(out.shape[1] - IDS.shape[1]):
+        ids = torch.cat([ids, reference_logits(model, ids, plan(KEPT, ids))[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, ids)
+
+
+def test_the_folder_is_in_the_hubs_layout_and_keeps_the_dtype(tmp_path, tiny_llama_folder):
+    backbone = load_backbone(str(tiny_llama_folder), "bfloat16")
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    write_checkpoint(tmp_path, backbone, KEPT)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".pkl", ".py"))}
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    assert AutoTokenizer.from_pretrained(tmp_path)("a plan").input_ids == backbone.tokenizer("a plan").input_ids
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert largest_difference(tmp_path, routed, KEPT, IDS) <= 1e-4
+    with pytest.raises(RunError, match=r"0, 1, 3, 5"):
+        largest_difference(tmp_path, routed, [0, 1, 3, 5], IDS)
+
+
+@pytest.mark.parametrize(
+    ("family", "kept", "several"),
+    [
+        ("llama", KEPT, False),
+        ("smollm3", KEPT, True),
+        ("gemma2", KEPT, True),
+        ("gemma2", [0, 2, 4], False),
+        ("mistral-sliding", KEPT, False),
+    ],
+)
+def test_layers_of_several_kinds_are_known(family, kept, several):
+    assert is_mixed(tiny_model(family).config, kept) is several
+
+
+# The plan
+
+
+@pytest.mark.parametrize("settings", [{"sink_tokens": 0}, {"prompt_plan": "shared", "reroute_every": None}])
+@pytest.mark.parametrize("router", [Fickle, FickleGates])
+def test_the_plan_is_the_one_that_counting_gives(router, settings):
+    backbone = tiny_backbone()
+    routed = RoutedLM(backbone, router(geometry_of(backbone)), **settings)
+    for executed in (3, 4):
+        runs = routed(IDS, executed=torch.full((len(IDS),), executed), prompt=9).runs[:, routed.sink_tokens :]
+        plans = [tuple(plan.nonzero()[:, 0].tolist()) for plan in runs.flatten(0, 1)]
+        counts, choice = Counter(plans), most_frequent(routed, WINDOWS, executed, prompt=9, batch_size=2)
+        assert counts[choice.kept] == max(counts.values())
+        assert (choice.tokens, choice.plans) == (len(plans), len(counts))
+        assert choice.share == pytest.approx(counts[choice.kept] / len(plans))
+        chosen = [{*each} - {0, 5} for each in plans]
+        overlap = sum(len(each & {*choice.kept}) for each in chosen) / sum(map(len, chosen))
+        assert choice.overlap == pytest.approx(overlap)
+        assert sorted({*choice.kept} | {*choice.removed}) == list(range(6))
+
+
+def test_one_plan_runs_its_layers_for_every_token():
+    backbone = tiny_backbone()
+    routed = RoutedLM(backbone, OnePlan(geometry_of(backbone), KEPT), sink_tokens=0)
+    assert torch.equal(routed(IDS, executed=torch.full((len(IDS),), 4)).runs, plan(KEPT))
+
+
+# Whole runs
+
+
+def exported(folder, out, **options) -> dict:
+    export_run(folder, **{"budget": "0.75", "out": out, **options})
+    return json.loads((out / "buddy_export.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["shortgpt", "buddy"])
-def test_the_checkpoint_is_the_plan_and_says_so(finished, tmp_path, capsys, name):
-    out = tmp_path / "out"
-    export_run(finished / name, budget="0.75", out=out)
-    record = json.loads((out / "buddy_export.json").read_text())
-    kept = calibration_plan(finished / name, 4)
-    assert record["kept"] == kept
-    assert (record["layers"], record["router"], record["budget"]) == (6, name, "0.75")
-    assert record["largest_logit_difference"] <= 1e-4
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(out)("budget depth layer router", return_tensors="pt").input_ids
-    routed = load_model(read_run(finished / name))
-    runs = torch.zeros(1, ids.shape[1], 6, dtype=torch.bool)
-    runs[..., kept] = True
-    with torch.no_grad(), routed.changed(sink_tokens=0):
-        torch.testing.assert_close(routed(ids, runs=runs).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
-    said, card = capsys.readouterr().out, (out / "README.md").read_text()
-    for text in (said, card):
-        assert "runs the first token (an attention sink) of each text through all layers" in text
-        assert "routed tokens" in text
-    assert f'from_pretrained("{out}")' in said
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert 'AutoModelForCausalLM.from_pretrained("out")' in card
-
-
-def test_its_perplexity_is_that_of_the_plan_without_sinks(finished, tmp_path):
-    export_run(finished / "shortgpt", budget="4layers", out=tmp_path / "out", check=False)
-    record = json.loads((tmp_path / "out" / "buddy_export.json").read_text())
-    assert record["largest_logit_difference"] is None
-    run = read_run(finished / "shortgpt")
+def test_a_run_is_exported(finished, tmp_path, name):
+    record = exported(finished / name, tmp_path / "out")
+    run = read_run(finished / name)
     routed = load_model(run)
     data = build_data(run.recipe, routed.backbone)
     data.setup()
-    (ours,) = evaluate(routed, data.validation, [4 / 6], prompt=run.recipe.data.prompt)
+    prompt = run.recipe.data.prompt
+    choice = most_frequent(routed, data.calibration, 4, prompt=prompt)
+    assert record["kept"] == list(choice.kept)
+    assert (record["layers"], record["router"], record["budget"]) == (6, name, "0.75")
+    assert record["largest_logit_difference"] <= 1e-4
+    (ours,) = evaluate(routed, data.validation, [0.75], prompt=prompt)
     assert record["perplexity"]["run"] == pytest.approx(ours.perplexity, rel=1e-5)
-    routed.router = OnePlan(routed.geometry, record["kept"])
-    with routed.changed(sink_tokens=0):
-        (theirs,) = evaluate(routed, data.validation, [4 / 6], prompt=run.recipe.data.prompt)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    routed.router = OnePlan(routed.geometry, choice.kept)
+    with torch.no_grad(), routed.changed(sink_tokens=0):
+        close(routed(IDS, runs=plan(choice.kept)).logits, stock(IDS).logits)
+        (theirs,) = evaluate(routed, data.validation, [4 / 6], prompt=prompt)
     assert record["perplexity"]["checkpoint"] == pytest.approx(theirs.perplexity, rel=1e-5)
-    assert theirs.perplexity != ours.perplexity
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "attention sink" in card
+    assert 'from_pretrained("out")' in card
 
 
 def test_full_depth_is_the_backbone_itself(finished, small, tmp_path):
-    export_run(finished / "full", budget="1.0", out=tmp_path / "out")
+    exported(finished / "full", tmp_path / "out", budget="1.0")
     whole, cut = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (small.model, tmp_path / "out"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -82,60 +168,73 @@ def test_full_depth_is_the_backbone_itself(finished, small, tmp_path):
 
 def test_another_text_can_choose_the_plan(finished, tmp_path):
     text = write_text(tmp_path / "other.jsonl", documents=8, seed=5)
-    export_run(finished / "buddy", budget="0.5", out=tmp_path / "out", data=str(text), check=False)
-    assert json.loads((tmp_path / "out" / "buddy_export.json").read_text())["tokens"] > 0
+    record = exported(finished / "buddy", tmp_path / "out", data=str(text), check=False)
+    assert record["tokens"] > 0
+    assert record["largest_logit_difference"] is None
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "error", "named"),
     [
-        ({"budget": "1.5"}, BudgetError, "not above 0 and at most 1"),
-        ({"budget": "1layer"}, BudgetError, "below the layers that always run"),
-        ({"budget": "auto"}, BudgetError, "chosen for each request"),
-        ({"data": " "}, DataError, "has no name; name one, or leave --data out"),
-        ({"data": "/no/such.txt"}, DataError, "There is no file or folder /no/such.txt"),
+        ({"budget": "1.5"}, BudgetError, "1.5"),
+        ({"budget": "auto"}, BudgetError, "auto"),
+        ({"data": " "}, DataError, "--data"),
+        ({"data": "/no/such.txt"}, DataError, "/no/such.txt"),
+        ({"data": "one.txt"}, DataError, "one window"),
     ],
 )
-def test_what_is_refused_leaves_nothing(finished, tmp_path, options, error, message):
-    with pytest.raises(error, match=message):
-        export_run(finished / "buddy", **{"budget": "0.5", "out": tmp_path / "out", **options})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_text_of_one_window_is_too_short(finished, tmp_path):
+def test_what_is_refused_leaves_nothing(finished, tmp_path, monkeypatch, options, error, named):
     (tmp_path / "one.txt").write_text("budget depth layer router token plan text model order")
-    with pytest.raises(DataError, match="gives one window of 48 tokens, and two are needed"):
-        export_run(finished / "buddy", budget="0.5", out=tmp_path / "out", data=str(tmp_path / "one.txt"))
-
-
-def test_an_existing_folder_is_refused_before_anything_is_loaded(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("buddy.hub.export.load_model", lambda run: pytest.fail("loaded"))
-    with pytest.raises(RunError, match="exists and is not overwritten"):
-        export_run(finished / "buddy", budget="0.5", out=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=named):
+        exported(finished / "buddy", tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.txt"]
 
 
 def test_an_unfinished_run_is_refused(finished, tmp_path):
     shutil.copytree(finished / "buddy", tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts | {"status": "running"}))
-    with pytest.raises(RunError, match="is not finished; go on with the same `buddy fit`"):
-        export_run(tmp_path / "run", budget="0.5", out=tmp_path / "out")
+    with pytest.raises(RunError, match="buddy fit"):
+        exported(tmp_path / "run", tmp_path / "out")
 
 
-def test_a_checkpoint_that_is_wrong_is_not_kept(finished, tmp_path, monkeypatch):
+def test_a_wrong_checkpoint_is_not_kept(finished, tmp_path, monkeypatch):
     def write_another(folder, backbone, kept):
         tiny_folder(folder, seed=3, num_hidden_layers=len(kept))
 
     monkeypatch.setattr("buddy.hub.export.write_checkpoint", write_another)
-    with pytest.raises(RunError, match="more than rounding; nothing was written"):
-        export_run(finished / "shortgpt", budget="0.75", out=tmp_path / "out")
+    with pytest.raises(RunError, match="more than rounding"):
+        exported(finished / "shortgpt", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command(finished, tmp_path):
     words = ["export", "--run", finished / "shortgpt", "--budget", "0.5", "--out", tmp_path / "out", "--no-check"]
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    again = CliRunner().invoke(app, [str(word) for word in words])
+    assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 0
+    again = CliRunner().invoke(app, [str(word) for word in words])  # the folder exists now
     assert (again.exit_code, again.stdout) == (2, "")
-    assert again.stderr.startswith("Error: ")
+
+
+def test_adapter_and_predictor_are_exported_and_shared(small, tmp_path):
+    adapter = ("adapter.rank=2", "adapter.steps=2", "adapter.lr=0.05")
+    predictor = ("predictor.name=regress", "predictor.windows=8")
+    fit(small(tmp_path / "runs", "rivals=[]", "trainer.max_steps=2", *adapter, *predictor), "small")
+    healed = tmp_path / "runs" / "small" / "buddy"
+    kept = exported(healed, tmp_path / "out", budget="0.5")["kept"]
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    routed = load_model(read_run(healed))
+    with torch.no_grad(), routed.changed(sink_tokens=0):
+        close(stock(IDS).logits, routed(IDS, runs=plan(kept)).logits)
+        with routed.adapter.off():
+            assert not torch.allclose(stock(IDS).logits, routed(IDS, runs=plan(kept)).logits, atol=1e-2)
+    assert not [name for name in stock.state_dict() if "lora" in name]
+
+    push(healed, to=str(tmp_path / "pushed"))
+    pull(str(tmp_path / "pushed"), out=tmp_path / "pulled")
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "predictor.safetensors"):
+        assert (tmp_path / "pulled" / name).read_bytes() == (healed / name).read_bytes()
+    models = [buddy.load(folder) for folder in (healed, tmp_path / "pulled")]
+    texts = [model.generate("budget", "auto", max_new_tokens=6) for model in models]
+    assert texts[0] == texts[1]
+    assert "auto" in models[0].ran

@@ -23,7 +23,7 @@ def healed(small, tmp_path_factory):
     adapter = ("adapter.rank=2", "adapter.steps=2", "adapter.lr=0.05")
     predictor = ("predictor.name=regress", "predictor.windows=8")
     fit(small(output, "rivals=[]", "trainer.max_steps=2", *adapter, *predictor), "small")
-    return output / "small" / "buddy"
+    return output / "small" / "buddy" / "seed-0"
 
 
 def test_the_adapter_is_in_the_checkpoint(healed, small, tmp_path):

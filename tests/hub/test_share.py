@@ -288,7 +288,7 @@ def test_a_place_with_a_space_is_quoted_in_what_to_type(finished, tmp_path, monk
 def test_folders_of_texts_are_named(small, tmp_path, capsys):
     more = write_text(tmp_path / "more.jsonl", 40, seed=3)
     fit(small(tmp_path / "runs", "rivals=[]", "router=uniform", f"data.train_sources=[{more}]"), "small")
-    push(tmp_path / "runs" / "small" / "uniform", to=str(tmp_path / "pushed"))
+    push(tmp_path / "runs" / "small" / "uniform" / "seed-0", to=str(tmp_path / "pushed"))
     assert f"data.train_sources {more}, output {tmp_path}/runs" in capsys.readouterr().out
 
 

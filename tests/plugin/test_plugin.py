@@ -71,7 +71,7 @@ def test_they_keep_what_routers_promise(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_they_fit_and_evaluate_as_they_stand(name, small, tmp_path):
     fit(small(tmp_path, f"router={name}", "rivals=[]"), "small")
-    run = tmp_path / "small" / name
+    run = tmp_path / "small" / name / "seed-0"
     assert [round(row["executed"]["mean"]) for row in read_metrics(run)["results"]] == [6, 4, 3]
     result = CliRunner().invoke(app, ["evaluate", "--run", str(run), "--budgets", "0.5"])
     assert result.exit_code == 0, result.output

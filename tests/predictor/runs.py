@@ -13,5 +13,5 @@ def predicting(small, tmp_path_factory):
         output = tmp_path_factory.mktemp(name)
         options = ["predictor.windows=10", "predictor.steps=20", "predictor.lr=1e-3", "predictor.epsilon=0.3"]
         fit(small(output, "router=shortgpt", f"predictor.name={name}", *options), "small")
-        folders[name] = output / "small" / "shortgpt"
+        folders[name] = output / "small" / "shortgpt" / "seed-0"
     return folders

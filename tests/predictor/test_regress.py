@@ -1,14 +1,13 @@
 """Regression of loss curves, and the budget that they ask for."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from buddy.errors import BudgetError
-from buddy.predictor.features import features_of, size_of
-from buddy.predictor.regress import STRENGTHS, CurvePredictor, ridge, within
+from buddy.predictor.features import feature_size, prompt_features
+from buddy.predictor.regress import STRENGTHS, CurvePredictor, ridge, smallest_within
 from buddy.router import Context, Geometry
 
 ARMS = (6, 4, 3)
@@ -24,35 +23,37 @@ def contexts(rows: int, seed: int = 0) -> Context:
 def linear(rows: int, seed: int = 0) -> tuple[Context, torch.Tensor]:
     """Contexts, and increases that are linear in them, the more the shallower."""
     context = contexts(rows, seed)
-    features = features_of(context).double()
-    slope = torch.randn(size_of(GEOMETRY), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    features = prompt_features(context).double()
+    slope = torch.randn(feature_size(GEOMETRY), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     hardness = 1 + 0.2 * features @ slope / len(slope) ** 0.5
     return context, torch.stack([0 * hardness, hardness, 2 * hardness], 1)
 
 
 def test_what_is_linear_is_learned():
-    predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=1.0)
+    predictor = CurvePredictor(feature_size(GEOMETRY), ARMS, pooled=4, epsilon=1.0)
     context, increase = linear(200)
-    predictor.fit(features_of(context), increase)
+    predictor.fit(prompt_features(context), increase)
     other, truth = linear(50, seed=1)
-    torch.testing.assert_close(predictor.increase(other).double(), truth, atol=0.02, rtol=0)
+    torch.testing.assert_close(predictor.increase(prompt_features(other)).double(), truth, atol=0.02, rtol=0)
 
 
 def test_where_prompts_tell_nothing_the_mean_serves_all():
     off = []
     for seed in range(5):
-        predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=1.0)
+        predictor = CurvePredictor(feature_size(GEOMETRY), ARMS, pooled=4, epsilon=1.0)
         noise = torch.randn(60, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        predictor.fit(features_of(contexts(60, seed=50 + seed)), noise)
-        off.append((predictor.increase(contexts(40, seed=90 + seed)) - noise.mean(0)).square().mean().sqrt())
+        predictor.fit(prompt_features(contexts(60, seed=50 + seed)), noise)
+        off.append(
+            (predictor.increase(prompt_features(contexts(40, seed=90 + seed))) - noise.mean(0)).square().mean().sqrt()
+        )
     assert torch.stack(off).mean() < 0.2  # the noise itself has a spread of 1
 
 
 def test_only_what_helps_is_seen():
     """Where the pooled states say it all, the other features' noise is left out; where they say nothing, it is not."""
     for place, told in ((0, slice(0, 4)), (9, slice(0, 16))):
-        predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=1.0)
-        features = features_of(contexts(60))
+        predictor = CurvePredictor(feature_size(GEOMETRY), ARMS, pooled=4, epsilon=1.0)
+        features = prompt_features(contexts(60))
         predictor.fit(features, features[:, place : place + 1].double() * torch.tensor([0.0, 1.0, 2.0]))
         assert bool((predictor.slope[:, told] != 0).any())
         assert bool((predictor.slope[1, 4:] != 0).any()) == (place == 9)
@@ -91,8 +92,8 @@ def _ridge_with_level(features, targets, strength, wanted):
 def test_the_smallest_budget_within_epsilon():
     arms = torch.tensor(ARMS)
     increase = torch.tensor([[0.0, 0.04, 0.2], [0.0, 0.01, 0.05], [0.0, 0.3, 0.4], [0.1, 0.2, 0.3]])
-    assert within(increase, arms, 0.05).tolist() == [4, 3, 6, 6]
-    assert within(increase[:, 1:], arms[1:], 0.05).tolist() == [4, 3, 4, 4]
+    assert smallest_within(increase, arms, 0.05).tolist() == [4, 3, 6, 6]
+    assert smallest_within(increase[:, 1:], arms[1:], 0.05).tolist() == [4, 3, 4, 4]
 
 
 @given(
@@ -102,30 +103,19 @@ def test_the_smallest_budget_within_epsilon():
 )
 def test_a_larger_epsilon_never_chooses_more(increase, one, other):
     arms = torch.tensor([9, 7, 5, 2])
-    small, large = (within(torch.tensor(increase), arms, epsilon) for epsilon in sorted((one, other)))
+    small, large = (smallest_within(torch.tensor(increase), arms, epsilon) for epsilon in sorted((one, other)))
     assert bool((large <= small).all())
 
 
 @given(st.integers(3, 8), st.integers(0, 1000))
 def test_a_cap_is_never_passed(most, seed):
-    predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=0.0)
+    predictor = CurvePredictor(feature_size(GEOMETRY), ARMS, pooled=4, epsilon=0.0)
     predictor.level.copy_(torch.tensor([0.0, 1.0, 2.0]))
-    chosen = predictor.under(most)(contexts(5, seed))
+    chosen = predictor.chooser(most)(contexts(5, seed))
     assert chosen.dtype == torch.long
     assert chosen.tolist() == [max(arm for arm in ARMS if arm <= most)] * 5
 
 
 def test_a_cap_below_all_budgets():
-    predictor = CurvePredictor(size_of(GEOMETRY), ARMS, pooled=4, epsilon=0.0)
-    with pytest.raises(BudgetError, match="leaves 2 layers, but this run's predictor chooses from 3 on; raise the cap"):
-        predictor.under(2)
-
-
-def test_the_rule_of_the_study_is_that_of_serving():
-    from studies.predictor_choices import by_epsilon
-
-    arms = np.array([9, 7, 5, 2])
-    increase = np.random.default_rng(0).normal(0.5, 0.5, (50, 4))
-    for epsilon in (0.0, 0.3, 1.0):
-        served = within(torch.from_numpy(increase), torch.from_numpy(arms), epsilon)
-        assert arms[by_epsilon(increase, arms, epsilon)].tolist() == served.tolist()
+    with pytest.raises(BudgetError, match="2 layers"):
+        CurvePredictor(feature_size(GEOMETRY), ARMS, pooled=4, epsilon=0.0).chooser(2)

@@ -29,7 +29,7 @@ def fitted(given: list[str]) -> None:
 def test_healing_follows_the_curve_of_one_process(small, tmp_path, settings, strategy):
     fitted(words(small, tmp_path / "one", *HEALED, *settings))
     side_by_side(fitted, words(small, tmp_path / "two", *HEALED, *settings, f"trainer.strategy={strategy}"))
-    one, two = (tmp_path / folder / "small" / "buddy" for folder in ("one", "two"))
+    one, two = (tmp_path / folder / "small" / "buddy" / "seed-0" for folder in ("one", "two"))
     assert_alike(one, two)
     assert [step for step, _ in curves(two)["heal/objective"]] == [*range(4)]
 
@@ -53,9 +53,9 @@ def stopped(given: list[str]) -> str:
 def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
     fitted(words(small, tmp_path / "one"))
     assert side_by_side(stopped, words(small, tmp_path / "two")) == ["KeyboardInterrupt", "SystemExit"]
-    assert not (tmp_path / "two" / "small" / "buddy").exists()
+    assert not (tmp_path / "two" / "small" / "buddy" / "seed-0").exists()
     fitted(words(small, tmp_path / "two"))
-    assert_alike(*(tmp_path / folder / "small" / "buddy" for folder in ("one", "two")))
+    assert_alike(*(tmp_path / folder / "small" / "buddy" / "seed-0" for folder in ("one", "two")))
 
 
 def cut_short(given: list[str]) -> None:

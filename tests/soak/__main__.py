@@ -96,7 +96,7 @@ def _bench(work: Path) -> Bench:
     made = small(work)
     with redirect_stdout(io.StringIO()):
         fit(made(work / "runs", "trainer.max_steps=2"), "small")
-    return Bench(work / "work", made, work / "runs" / "small" / "buddy")
+    return Bench(work / "work", made, work / "runs" / "small" / "buddy" / "seed-0")
 
 
 if __name__ == "__main__":

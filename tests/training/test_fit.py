@@ -16,7 +16,7 @@ from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.fit import fit
 from buddy.io import load_tensors
-from buddy.run import read_run
+from buddy.run import load_router, read_metrics, read_run
 from tests.small import start_buddy
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
@@ -42,7 +42,7 @@ def test_a_run_folder_for_every_router(finished):
         trained = {"checkpoints", "hparams.yaml", *BESIDE} if name == "buddy" else set()
         assert names(finished / name) == FILES | trained
         run = read_run(finished / name)
-        assert (run.recipe_name, run.router_name, run.status) == ("small", name, "finished")
+        assert (run.recipe_name, run.router_name) == ("small", name)
         budgets = [result["budget"] for result in json.loads((finished / name / "metrics.json").read_text())["results"]]
         assert budgets == ([1.0] if name == "full" else [1.0, 0.75, 0.5])
 
@@ -50,15 +50,13 @@ def test_a_run_folder_for_every_router(finished):
 def test_the_recipe_in_the_folder_makes_the_run_again(finished, tmp_path):
     recipe = load_recipe(finished / "buddy" / "recipe.yaml", [f"output={tmp_path}", "rivals=[]"])
     fit(recipe, "again")
-    again, first = (load_tensors(folder / "buddy/router.safetensors") for folder in (tmp_path / "again", finished))
+    again, first = (load_router(read_run(folder / "buddy").folder) for folder in (tmp_path / "again", finished))
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
 def test_the_seed_draws_the_first_weights(small, finished, tmp_path):
     fit(small(tmp_path, "optimizer.lr=1e-12", "seed=1"), "small")
-    other, first = (
-        load_tensors(f / "buddy/router.safetensors")["input.weight"] for f in (tmp_path / "small", finished)
-    )
+    other, first = (load_router(read_run(f / "buddy").folder)["input.weight"] for f in (tmp_path / "small", finished))
     assert (other - first).abs().max() > 0.01
 
 
@@ -89,28 +87,28 @@ def test_results_and_progress_go_to_streams_of_their_own(small, tmp_path, capsys
     assert "objective 0." in err
     for part in ("Perplexity on held-out text", "│ buddy ", "│ shortgpt ", "buddy minus others"):
         assert part in out
-    assert f"Figure:      {tmp_path}/small/buddy/comparison.png\n" in out
+    assert f"Figure:      {tmp_path}/small/buddy/seed-0/comparison.png\n" in out
     assert f"TensorBoard: tensorboard --logdir {tmp_path}/small\n" in out
 
 
 @pytest.mark.parametrize("settings", [["objective.estimator=straight-through"], ["routing.prompt_plan=shared"]])
 def test_other_ways_to_train(small, finished, tmp_path, settings):
     fit(small(tmp_path, "optimizer.lr=0.1", *settings), "small")
-    trained, first = (load_tensors(f / "buddy/router.safetensors") for f in (tmp_path / "small", finished))
+    trained, first = (load_router(read_run(f / "buddy").folder) for f in (tmp_path / "small", finished))
     assert (trained["output.weight"] - first["output.weight"]).abs().max() > 0
     assert all(tensor.isfinite().all() for tensor in trained.values())
 
 
 def test_each_router_is_trained_at_its_own_rate(small, tmp_path):
     fit(small(tmp_path, "rivals=[first]", "optimizer.lr_by_router={buddy: 0.03, first: 0.02}"), "small")
-    kept = [load_recipe(tmp_path / "small" / name / "recipe.yaml").optimizer for name in ("buddy", "first")]
+    kept = [load_recipe(tmp_path / "small" / name / "seed-0" / "recipe.yaml").optimizer for name in ("buddy", "first")]
     assert [(each.lr, each.lr_by_router) for each in kept] == [(0.03, {}), (0.02, {})]
 
 
 def test_a_static_router_is_fitted_alone_and_only_once(small, tmp_path):
     fit(small(tmp_path, "router=shortgpt", "rivals=[shortgpt,uniform]"), "small")
     assert names(tmp_path / "small") == {"shortgpt", "uniform"}
-    assert not (tmp_path / "small" / "shortgpt" / "checkpoints").exists()
+    assert not (tmp_path / "small" / "shortgpt" / "seed-0" / "checkpoints").exists()
 
 
 def test_one_measure_serves_all(small, tmp_path, monkeypatch):
@@ -123,7 +121,7 @@ def test_one_measure_serves_all(small, tmp_path, monkeypatch):
 def test_a_second_fit_takes_the_place_of_the_first(small, tmp_path):
     fit(small(tmp_path, "router=random"), "small")
     fit(small(tmp_path, "router=random", "router.options.seed=1"), "small")
-    assert read_run(tmp_path / "small" / "random").recipe.router.options == {"seed": 1}
+    assert read_run(tmp_path / "small" / "random" / "seed-0").recipe.router.options == {"seed": 1}
     assert names(tmp_path / "small") == {"random"}
 
 
@@ -131,17 +129,20 @@ def test_another_main_router_leaves_the_comparison_of_the_first(small, tmp_path)
     fit(small(tmp_path, "router=shortgpt", "rivals=[uniform]"), "small")
     fit(small(tmp_path, "router=random", "rivals=[uniform]"), "small")
     for name in ("shortgpt", "random"):
-        assert list(json.loads((tmp_path / "small" / name / "comparison.json").read_text()))[:2] == [name, "uniform"]
-    assert names(tmp_path / "small" / "uniform") == FILES
+        assert list(json.loads((tmp_path / "small" / name / "seed-0" / "comparison.json").read_text()))[:2] == [
+            name,
+            "uniform",
+        ]
+    assert names(tmp_path / "small" / "uniform" / "seed-0") == FILES
 
 
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     recipe = small(tmp_path, f"trainer.ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")
     fit(recipe, "small")
-    saved = torch.load(tmp_path / "small/buddy/checkpoints/last.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "small/buddy/seed-0/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 9
-    assert read_run(tmp_path / "small" / "uniform").recipe.trainer.ckpt_path is None
+    assert read_run(tmp_path / "small" / "uniform" / "seed-0").recipe.trainer.ckpt_path is None
 
 
 # Wrong
@@ -189,7 +190,7 @@ def test_a_checkpoint_of_another_router_leaves_nothing_behind(small, finished, t
     recipe = small(tmp_path, f"trainer.ckpt_path={checkpoint}", "router.options.hidden=5", "trainer.max_steps=20")
     with pytest.raises(TrainingError, match="The checkpoint is of another router"):
         fit(recipe, "small")
-    assert names(tmp_path / "small") == set()
+    assert not (tmp_path / "small" / "buddy" / "seed-0").exists()
 
 
 # Stopped
@@ -197,12 +198,10 @@ def test_a_checkpoint_of_another_router_leaves_nothing_behind(small, finished, t
 LONG = ["trainer.max_steps=60", "trainer.checkpoint_every=5"]
 
 
-def begin(small, output: Path, *overrides: str) -> subprocess.Popen:
+def begin(small, output: Path, work: str = "seed-0") -> subprocess.Popen:
     """`buddy fit` in a process of its own, given back when it has saved a checkpoint."""
-    process = start_buddy(
-        "fit", "--recipe", str(small.file), f"output={output}", *LONG, *overrides, folder=output.parent
-    )
-    checkpoint, patience = output / "small" / ".buddy.partial" / "checkpoints" / "last.ckpt", time.monotonic() + 60
+    process = start_buddy("fit", "--recipe", str(small.file), f"output={output}", *LONG, folder=output.parent)
+    checkpoint, patience = output / "small" / "buddy" / work / "checkpoints" / "last.ckpt", time.monotonic() + 60
     while not checkpoint.exists():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < patience
@@ -218,7 +217,7 @@ def steps(folder: Path) -> int:
 def uninterrupted(small, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("uninterrupted")
     fit(small(output, *LONG), "small")
-    return output / "small" / "buddy"
+    return output / "small" / "buddy" / "seed-0"
 
 
 def assert_same_run(one: Path, two: Path) -> None:
@@ -227,7 +226,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (one, two)]
     for part in ("state_dict", "optimizer_states"):
         torch.testing.assert_close(checkpoints[0][part], checkpoints[1][part], atol=0, rtol=0)
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    metrics = [read_metrics(folder) for folder in (one, two)]
     assert all(each.pop("fit")["seconds"] > 0 for each in metrics)
     assert metrics[0] == metrics[1]
 
@@ -235,35 +234,34 @@ def assert_same_run(one: Path, two: Path) -> None:
 def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(small, uninterrupted, tmp_path):
     output = tmp_path / "runs"
     process = begin(small, output)
-    with pytest.raises(RunError, match=f"Process {process.pid} is making {output}/small/buddy; wait for it or stop it"):
+    with pytest.raises(RunError, match=f"{output}/small/buddy/seed-0"):
         fit(small(output, *LONG), "small")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert out == ""
-    stopped = steps(output / "small" / ".buddy.partial")
+    stopped = steps(output / "small" / "buddy" / "seed-0")
     assert 5 <= stopped < 60
     assert f"Stopping after this step …\nTraining buddy: {stopped} of 60" in err
     assert err.endswith("\nStopped. Repeat the command to go on from the last checkpoint.\n")
     assert "Traceback" not in err
     fit(small(output, *LONG), "small")
     assert names(output / "small") == {"buddy"}
-    assert_same_run(uninterrupted, output / "small" / "buddy")
+    assert_same_run(uninterrupted, output / "small" / "buddy" / "seed-0")
 
 
 def test_a_kill_leaves_the_published_run_and_a_checkpoint(small, uninterrupted, tmp_path):
     output = tmp_path / "runs"
-    fit(small(output, "seed=1"), "small")
-    before = contents(output / "small" / "buddy")
-    process = begin(small, output)
+    fit(small(output, "trainer.max_steps=5"), "small")
+    before = contents(output / "small" / "buddy" / "seed-0")
+    process = begin(small, output, work=".seed-0.new")
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
     assert process.returncode == -signal.SIGKILL
-    assert contents(output / "small" / "buddy") == before
-    assert 5 <= steps(output / "small" / ".buddy.partial") < 60
+    assert contents(output / "small" / "buddy" / "seed-0") == before
+    assert 5 <= steps(output / "small" / "buddy" / ".seed-0.new") < 60
     fit(small(output, *LONG), "small")
-    assert read_run(output / "small" / "buddy").recipe.seed == 0
-    assert_same_run(uninterrupted, output / "small" / "buddy")
+    assert_same_run(uninterrupted, output / "small" / "buddy" / "seed-0")
 
 
 def test_a_kill_in_the_evaluation_costs_no_training(small, uninterrupted, tmp_path, monkeypatch, capsys):
@@ -277,4 +275,4 @@ def test_a_kill_in_the_evaluation_costs_no_training(small, uninterrupted, tmp_pa
     capsys.readouterr()
     fit(small(tmp_path, *LONG), "small")
     assert "Training buddy" not in capsys.readouterr().err
-    assert_same_run(uninterrupted, tmp_path / "small" / "buddy")
+    assert_same_run(uninterrupted, tmp_path / "small" / "buddy" / "seed-0")

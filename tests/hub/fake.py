@@ -1,0 +1,37 @@
+"""Stands in for the hub's client: repositories are folders."""
+
+import shutil
+from pathlib import Path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class FakeHub:
+    """Repositories below `root`, used in place of huggingface_hub's client while `patch` lasts."""
+
+    def __init__(self, root: Path, patch) -> None:
+        self.root, self.created = root, []
+        patch.setattr("huggingface_hub.HfApi", lambda: self)
+        patch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
+
+    def create_repo(self, repo_id, *, private=None, exist_ok=False):
+        assert exist_ok
+        self.created.append((repo_id, private))
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+        for name in contents(self.root / repo_id).keys() & {*delete_patterns}:
+            (self.root / repo_id / name).unlink()
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+
+    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, local_dir=None):
+        if not (self.root / repo_id).is_dir():
+            raise OSError(f"404 Client Error.\nRepository Not Found for {repo_id}.")
+        target = Path(local_dir or self.root / "cache")
+        for name, content in contents(self.root / repo_id).items():
+            if name in allow_patterns:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).write_bytes(content)
+        return str(target)

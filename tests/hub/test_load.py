@@ -1,0 +1,191 @@
+"""`buddy.load` and `buddy generate`: what is written, which layers ran, and what is refused."""
+
+import re
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import buddy
+from buddy.errors import BackboneError, BudgetError, DataError, RunError
+from buddy.hub.load import Stop, generate, summary
+from buddy.hub.push_pull import push
+from tests.hub.fake import FakeHub
+
+PROMPT = "budget depth layer router"
+NEW = 9
+
+
+@pytest.fixture(scope="module")
+def model(finished):
+    return buddy.load(finished / "buddy")
+
+
+@pytest.fixture
+def chatting(model, monkeypatch):
+    monkeypatch.setattr(
+        model.routed.backbone.tokenizer, "chat_template", "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
+    )
+    return model
+
+
+def stock(folder, prompt: str, **options) -> str:
+    """What transformers alone writes."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, **options)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_full_depth_writes_what_stock_transformers_writes(finished, model, tiny_llama_folder):
+    expected = stock(tiny_llama_folder, PROMPT, do_sample=False)
+    assert model.generate(PROMPT, max_new_tokens=NEW) == expected
+    assert buddy.load(finished / "full").generate(PROMPT, max_new_tokens=NEW) == expected
+    assert model.generate(PROMPT, "3layers", max_new_tokens=NEW) != expected
+
+
+def test_the_command_streams_what_the_model_writes(finished, model, capsys):
+    text = model.generate(PROMPT, "4layers", max_new_tokens=NEW)
+    generate(finished / "buddy", prompt=PROMPT, budget="4layers", max_new_tokens=NEW)
+    assert capsys.readouterr() == (f"{text}\n", f"{model.ran}\n")
+    prompt, steps = re.findall(r"(\d) / ([\d.]+) / (\d) layers", model.ran)
+    assert prompt == steps == ("4", "4.0", "4")
+
+
+def test_sampling_follows_the_seed_and_keeps_the_callers_generator(model, tiny_llama_folder):
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    texts = [model.generate(PROMPT, 1.0, max_new_tokens=NEW, temperature=0.8, seed=seed) for seed in (3, 3, 4)]
+    assert torch.equal(torch.rand(1), expected)
+    torch.manual_seed(3)
+    assert texts[0] == texts[1] == stock(tiny_llama_folder, PROMPT, do_sample=True, temperature=0.8)
+    assert texts[0] != texts[2]
+
+
+def test_streaming_gives_the_same_in_pieces(model):
+    whole = model.generate(PROMPT, 0.5, max_new_tokens=NEW)
+    ran = model.ran
+    assert "".join(model.stream(PROMPT, 0.5, max_new_tokens=NEW)) == whole
+    assert model.ran == ran
+    with pytest.raises(BudgetError):
+        list(model.stream(PROMPT, 1.5))
+
+
+def test_leaving_a_stream_stops_the_model(model, monkeypatch):
+    before, written = threading.active_count(), []
+
+    def write(prompt, budget, *, streamer, stop):
+        while not stop(torch.zeros(1, 1), None).all():
+            written.append(time.sleep(0.001))
+            streamer.on_finalized_text("word ")
+
+    monkeypatch.setattr(model, "write", write)
+    stream = model.stream(PROMPT, 0.5)
+    assert next(stream) == "word "
+    stream.close()
+    assert threading.active_count() == before
+    assert written
+
+
+def test_stop_ends_a_text(model):
+    stop = Stop()
+    stop.now = True
+    model.write(PROMPT, 0.5, max_new_tokens=50, stop=stop)
+    assert "decode step" not in model.ran
+
+
+def test_chat_and_messages(chatting):
+    expected = chatting.generate("[plan]>", 0.5, max_new_tokens=6)
+    messages = [{"role": "user", "content": "plan"}]
+    assert chatting.generate("plan", 0.5, max_new_tokens=6, chat=True) == expected
+    assert chatting.generate(messages, 0.5, max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize("messages", [["plan"], {"role": "user", "content": "plan"}, b"plan"])
+def test_messages_of_another_form_are_refused(chatting, monkeypatch, messages):
+    monkeypatch.setattr(chatting.routed.backbone.tokenizer, "chat_template", "{{ '[' + messages[0]['content'] }}")
+    with pytest.raises(DataError):
+        chatting.generate(messages, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"prompt": " \n"}, DataError, "prompt"),
+        ({"prompt": []}, DataError, "prompt"),
+        ({"temperature": -1.0}, DataError, "-1.0"),
+        ({"temperature": 1e-300}, DataError, "1e-300"),
+        ({"temperature": float("nan")}, DataError, "nan"),
+        ({"seed": 2**64}, DataError, "seed"),
+        ({"max_new_tokens": 0}, DataError, "max_new_tokens"),
+        ({"max_new_tokens": 600}, DataError, "600"),
+        ({"chat": True}, DataError, "chat template"),
+        ({"budget": "half"}, BudgetError, "half"),
+        ({"budget": "1layer"}, BudgetError, "2layers"),
+        ({"budget": "auto"}, BudgetError, "predictor"),
+    ],
+)
+def test_what_is_refused(model, options, error, named):
+    with pytest.raises(error, match=named):
+        model.generate(**{"prompt": PROMPT, **options})
+
+
+def forwards(*passes: tuple[list[int], int]) -> SimpleNamespace:
+    """A record of one row: for each forward the executed layers of its tokens, and how many of them are sinks."""
+    return SimpleNamespace(
+        executed=[torch.tensor([executed]) for executed, _ in passes],
+        sinks=[(torch.arange(len(executed)) < sinks)[None] for executed, sinks in passes],
+        runs=[torch.eye(4)[number % 3].bool().expand(1, len(e), 4) for number, (e, _) in enumerate(passes)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("passes", "numbers"),
+    [
+        ([([9, 9, 3, 5], 2), ([4], 0), ([2], 0), ([3], 0)], "3 9 3 4.0 5 2 9 3 2 3.0 4 3"),
+        ([([9], 1), ([9], 1), ([2], 0), ([4], 0)], "3 9 1 9 3 2 3.0 4 1 9 2"),
+        ([([9], 1)], "3 9 1 9"),
+    ],
+)
+def test_the_summary_counts_what_ran(passes, numbers):
+    """K, L; least, mean, most and sinks of the prompt; steps, their least, mean, most and sinks; plans."""
+    assert re.findall(r"\d+(?:\.\d+)?", summary(forwards(*passes), 3, 9)) == numbers.split()
+
+
+# Sources
+
+
+def test_a_pushed_folder_and_a_name_on_the_hub_are_loaded(finished, model, tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub", monkeypatch)
+    expected = model.generate(PROMPT, 0.5, max_new_tokens=6)
+    push(finished / "buddy", to=str(tmp_path / "pushed"))
+    assert buddy.load(tmp_path / "pushed").generate(PROMPT, 0.5, max_new_tokens=6) == expected
+    push(finished / "buddy", to="someone/router")
+    assert buddy.load("someone/router").generate(PROMPT, 0.5, max_new_tokens=6) == expected
+    (hub.root / "someone" / "router" / "run.json").write_text("{}")
+    with pytest.raises(RunError, match=r"someone/router/run\.json"):
+        buddy.load("someone/router")
+
+
+def test_a_backbone_that_is_elsewhere(finished, small, tmp_path):
+    shutil.copytree(small.model, tmp_path / "model")
+    loaded = buddy.load(finished / "buddy", backbone=str(tmp_path / "model"))
+    assert loaded.routed.backbone.name == str(tmp_path / "model")
+    with pytest.raises(BackboneError, match="/no/such"):
+        buddy.load(finished / "buddy", backbone="/no/such")
+
+
+def test_what_is_no_run(finished):
+    with pytest.raises(RunError, match="did you mean 'buddy'"):
+        buddy.load(finished / "budy")
+    for name in ("nowhere", "someone/router"):
+        with pytest.raises(RunError, match=name):
+            buddy.load(name)
+    with pytest.raises(RunError, match="main"):
+        buddy.load(finished / "buddy", revision="main")

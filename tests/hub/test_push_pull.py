@@ -1,0 +1,270 @@
+"""`buddy push` and `buddy pull`: a run goes to a folder or the hub and comes back to the bit, and nothing else does."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+import buddy
+from buddy.cli import app
+from buddy.errors import RunError
+from buddy.hub.push_pull import hub_name, pull, push
+from buddy.io import checksum
+from buddy.run import read_run
+from tests.hub.fake import FakeHub, contents
+
+RUN = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "inputs.json"}
+SHARED = RUN | {"README.md", "config.json"}
+
+
+@pytest.fixture(scope="module")
+def original(finished, tmp_path_factory):
+    """What `push` makes of a run; read it, never write into it."""
+    folder = tmp_path_factory.mktemp("original") / "pushed"
+    push(finished / "buddy", to=str(folder))
+    return folder
+
+
+@pytest.fixture
+def pushed(original, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(original, tmp_path / "pushed")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    return FakeHub(tmp_path / "hub", monkeypatch)
+
+
+def test_the_files_of_a_run_are_pushed_as_they_are(finished, original):
+    held = contents(original)
+    assert held.keys() == SHARED
+    assert {name: held[name] for name in RUN} == {name: (finished / "buddy" / name).read_bytes() for name in RUN}
+    config, run = json.loads(held["config.json"]), read_run(original)
+    assert config["recipe"] == json.loads(json.dumps(asdict(run.recipe)))
+    assert (config["router"], config["fingerprint"]) == ("buddy", run.fingerprint)
+
+
+def test_the_card_has_results_and_use(finished, original):
+    card = ModelCard.load(original / "README.md")
+    assert card.data.library_name == "buddy-depth"
+    assert {"buddy-depth", "buddy"} <= {*card.data.tags}
+    assert (card.data.license, card.data.base_model) == (None, None)
+    for entry in json.loads((finished / "buddy" / "metrics.json").read_text())["results"]:
+        assert f"| {entry['budget']:g} | {entry['executed']['mean']:.2f} | {entry['perplexity']:.2f} |" in card.text
+    assert 'buddy.load("./pushed", backbone="FOLDER")' in card.text
+    assert str(original.parent) not in card.text
+
+
+def test_a_licence_and_the_embedded_backbone_are_named(original, tmp_path):
+    run = shutil.copytree(original, tmp_path / "run")
+    forge(run, backbone="smollm2-135m")
+    push(run, to=str(tmp_path / "again"), licence="mit")
+    card = ModelCard.load(tmp_path / "again" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert "SmolLM2-135M-Instruct (Q4_1, dequantised)" in card.text
+    assert "backbone=" not in card.text
+
+
+def test_a_round_trip_through_a_folder(finished, pushed, tmp_path):
+    pull(str(pushed), out=tmp_path / "pulled")
+    assert contents(tmp_path / "pulled") == contents(pushed)
+    folders = finished / "buddy", tmp_path / "pulled"
+    texts = [buddy.load(folder).generate("budget depth", 0.5, max_new_tokens=8) for folder in folders]
+    assert texts[0] == texts[1]
+    push(tmp_path / "pulled", to=str(tmp_path / "again"))
+    assert {name: contents(tmp_path / "again")[name] for name in RUN} == {name: contents(pushed)[name] for name in RUN}
+
+
+def test_a_round_trip_through_the_hub(finished, hub, tmp_path):
+    repository = hub.root / "someone" / "router"
+    (repository / "adapter").mkdir(parents=True)
+    (repository / "adapter" / "backbone.json").write_text("{}")  # of an earlier run
+    (repository / "evil.pkl").write_text("x")
+    push(finished / "buddy", to="someone/router", private=True)
+    assert hub.created == [("someone/router", True)]
+    assert contents(repository).keys() == SHARED | {"evil.pkl"}
+    assert 'buddy.load("someone/router"' in (repository / "README.md").read_text()
+    pull("hf://someone/router", out=tmp_path / "pulled")
+    pulled = contents(tmp_path / "pulled")
+    assert pulled.keys() == SHARED
+    assert all(pulled[name] == (finished / "buddy" / name).read_bytes() for name in RUN)
+
+
+def test_what_the_hub_refuses(finished, hub, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="404 Client Error"):
+        pull("someone/else", out=tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: (_ for _ in ()).throw(ValueError("no token")))
+    with pytest.raises(RunError, match="no token"):
+        push(finished / "buddy", to="someone/router")
+
+
+def test_without_a_network(finished, tmp_path):
+    with pytest.raises(RunError, match="someone/router"):
+        pull("someone/router", out=tmp_path / "pulled")
+    with pytest.raises(RunError, match="someone/router"):
+        push(finished / "buddy", to="someone/router")
+
+
+def test_a_backbone_that_is_elsewhere(pushed, small, tmp_path):
+    shutil.copytree(small.model, tmp_path / "model")
+    pull(str(pushed), out=tmp_path / "pulled", backbone=str(tmp_path / "model"))
+    run = read_run(tmp_path / "pulled")
+    assert run.recipe.backbone.name == run.backbone == str(tmp_path / "model")
+    config = json.loads((tmp_path / "pulled" / "config.json").read_text())
+    assert (config["backbone"], config["recipe"]) == (run.backbone, json.loads(json.dumps(asdict(run.recipe))))
+    assert buddy.load(tmp_path / "pulled").routed.backbone.name == run.backbone
+
+
+# Folders of strangers
+
+
+def forge(folder: Path, **facts) -> None:
+    held = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(held | facts))
+
+
+def refuse(folder: Path, tmp_path: Path, named: str) -> None:
+    with pytest.raises(RunError, match=named):
+        pull(str(folder), out=tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_other_files_stay_behind(pushed, tmp_path):
+    for name in ("router.py", "checkpoints/last.ckpt", "adapter/evil.bin"):
+        (pushed / name).parent.mkdir(exist_ok=True)
+        (pushed / name).write_bytes(b"x")
+    pull(str(pushed), out=tmp_path / "pulled")
+    assert contents(tmp_path / "pulled").keys() == SHARED
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "router.safetensors", "README.md", "adapter/backbone.json"])
+def test_links_are_refused(pushed, tmp_path, name):
+    (tmp_path / "secret").write_text("x")
+    (pushed / name).parent.mkdir(exist_ok=True)
+    (pushed / name).unlink(missing_ok=True)
+    (pushed / name).symlink_to(tmp_path / "secret")
+    refuse(pushed, tmp_path, name)
+
+
+def test_a_linked_folder_is_refused(pushed, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "backbone.json").write_text("{}")
+    (pushed / "adapter").symlink_to(tmp_path / "elsewhere")
+    refuse(pushed, tmp_path, "pushed/adapter/")
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "other.json"])
+def test_names_that_lead_outside_are_refused(pushed, tmp_path, name):
+    forge(pushed, checksums={name: "0"})
+    refuse(pushed, tmp_path, r"run\.json")
+
+
+@pytest.mark.parametrize("name", sorted(RUN))
+def test_damage_is_found(pushed, tmp_path, name):
+    (pushed / name).write_bytes((pushed / name).read_bytes()[:-9])
+    refuse(pushed, tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["predictor.json", "predictor.safetensors", "adapter/adapter_model.safetensors"])
+def test_damage_is_found_without_a_checksum(pushed, tmp_path, name):
+    (pushed / name).parent.mkdir(exist_ok=True)
+    (pushed / name).write_bytes(b"[1")
+    refuse(pushed, tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "router.safetensors"])
+def test_a_missing_file_is_named(pushed, tmp_path, name):
+    (pushed / name).unlink()
+    refuse(pushed, tmp_path, name)
+
+
+def test_a_run_that_lacks_a_file_is_not_pushed(finished, tmp_path):
+    shutil.copytree(finished / "buddy", tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    with pytest.raises(RunError, match=r"metrics\.json"):
+        push(tmp_path / "run", to=str(tmp_path / "pushed"))
+    assert not (tmp_path / "pushed").exists()
+
+
+def test_pickle_is_never_loaded(pushed, tmp_path):
+    (pushed / "router.safetensors").write_bytes(b"cos\nsystem\n(S'touch " + os.fsencode(tmp_path / "bad") + b"'\ntR.")
+    forge(pushed, checksums={})
+    refuse(pushed, tmp_path, r"router\.safetensors")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_code_of_a_repository_has_to_be_allowed(pushed, tmp_path):
+    recipe = pushed / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    sums = json.loads((pushed / "run.json").read_text())["checksums"]
+    forge(pushed, checksums=sums | {"recipe.yaml": checksum(recipe)})
+    refuse(pushed, tmp_path, "--trust-remote-code")
+    pull(str(pushed), out=tmp_path / "pulled", trust_remote_code=True)
+    assert read_run(tmp_path / "pulled").recipe.backbone.trust_remote_code
+
+
+# Names and commands
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("owner/name", "owner/name"),
+        ("hf://here/name", "here/name"),
+        ("My-Org_2/some.router-v1", "My-Org_2/some.router-v1"),
+        ("./owner/name", None),
+        ("~/name", None),
+        ("a/b/c", None),
+        ("name", None),
+        ("owner/..", None),
+        ("owner/a--b", None),
+        ("here/run", None),
+    ],
+)
+def test_what_is_a_name_on_the_hub(text, name, tmp_path, monkeypatch):
+    (tmp_path / "here" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_name(text) == name
+
+
+@pytest.mark.parametrize("text", ["", "  ", "hf://", "hf://owner", "hf://owner/../x", "here/other"])
+def test_what_is_neither(text, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="hf://owner/name" if "here" not in text else "hf://here/other"):
+        hub_name(text)
+
+
+def test_the_commands(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        return result.exit_code, result.stderr if result.exit_code else result.stdout
+
+    run = finished / "uniform"
+    code, out = call("push", "--run", run, "--to", "./to share")
+    assert (code, "backbone.name /" in out, "output /" in out, "'./to share'" in out) == (0, True, True, True)
+    assert call("pull", "./to share", "--out", "pulled")[0] == 0
+    for named, *words in (
+        ("to share", "push", "--run", run, "--to", "./to share"),
+        ("pulled", "pull", "./to share", "--out", "pulled"),
+        ("hf://pulled/x", "push", "--run", run, "--to", "pulled/x"),
+        ("--private", "push", "--run", run, "--to", "./x", "--private"),
+        ("nowhere", "push", "--run", "nowhere", "--to", "./x"),
+        ("nowhere", "pull", "./nowhere", "--out", "new"),
+        ("main", "pull", "pulled", "--out", "new", "--revision", "main"),
+        ("--backbone", "pull", "pulled", "--out", "new", "--backbone", " "),
+        ("/no", "pull", "pulled", "--out", "new", "--backbone", "/no"),
+    ):
+        code, error = call(*words)
+        assert (code, error.count("\n")) == (2, 1)
+        assert named in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pulled", "to share"]

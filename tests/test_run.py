@@ -1,0 +1,478 @@
+"""Run folders: whole or not at all, one writer at a time, resumed in place, and plain errors for what is wrong."""
+
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from buddy import run as runs
+from buddy.config import OptimizerSection, Recipe, RouterSection, TrainerSection, load_recipe, to_yaml
+from buddy.errors import DamagedError, RunError
+from buddy.io import write_json
+from buddy.router import Geometry
+from buddy.run import (
+    RunFolder,
+    Stopwatch,
+    check_backbone,
+    checksums_of,
+    code_digest,
+    load_router,
+    read_metrics,
+    read_run,
+    save_router,
+    update_checksums,
+)
+from tests.recovery.damage import DAMAGES
+
+GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
+DIGESTS = {"model": "f00d", "text": "a", "router's code": "c"}
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    return Recipe(output=str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def folder(recipe) -> RunFolder:
+    return RunFolder.of(recipe, "quick")
+
+
+def begin(folder: RunFolder, recipe: Recipe, digests: dict[str, str] = DIGESTS) -> Path:
+    return folder.begin(recipe, "quick", digests, GEOMETRY)
+
+
+def make(folder: RunFolder, recipe: Recipe, mark: float = 1.0, digests: dict[str, str] = DIGESTS) -> Path:
+    """A complete run whose router's weights are all `mark`."""
+    with folder.lock():
+        save_router(begin(folder, recipe, digests), {"weight": torch.full((2, 3), mark)})
+        return folder.complete({"results": []})
+
+
+def leave_checkpoint(folder: RunFolder, recipe: Recipe) -> Path:
+    """An incomplete run with a checkpoint."""
+    with folder.lock():
+        path = begin(folder, recipe) / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    path.write_text("step 50")
+    return path
+
+
+def mark_of(path: Path) -> float:
+    return load_router(path)["weight"][0, 0].item()
+
+
+def names(path: Path) -> set[str]:
+    return {each.name for each in path.iterdir() if each.suffix != ".lock"}
+
+
+# Written and read
+
+
+def test_a_complete_run_reads_back(folder, recipe, tmp_path):
+    path = make(folder, recipe)
+    assert path == tmp_path / "runs" / "quick" / "buddy" / "seed-0"
+    assert folder.is_complete
+    run = read_run(path)
+    assert (run.folder, run.recipe, run.recipe_name, run.router_name) == (path, recipe, "quick", "buddy")
+    assert (run.backbone, run.fingerprint) == (recipe.backbone.name, "f00d")
+    assert Geometry(**run.geometry) == GEOMETRY
+    assert run.versions.keys() == {"python", "buddy", "torch", "lightning", "transformers"}
+    assert read_metrics(path) == {"results": []}
+    assert checksums_of(path).keys() == {"recipe.yaml", "run.json", "inputs.json", "router.safetensors"}
+    assert names(path.parent) == {"seed-0"}
+    moved = shutil.move(path, tmp_path / "elsewhere")
+    assert read_run(moved).recipe == recipe
+
+
+def test_tensors_come_back_as_they_were(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    state = {"view": base.T, "again": base, "flags": torch.tensor([True]), "half": base.bfloat16()}
+    for saved in (state, {}):
+        save_router(tmp_path, saved)
+        loaded = load_router(tmp_path)
+        assert loaded.keys() == saved.keys()
+        assert all(loaded[name].dtype == saved[name].dtype and loaded[name].equal(saved[name]) for name in saved)
+
+
+def test_names_become_folders(recipe):
+    odd = replace(recipe, router=RouterSection("my_module:MyRouter"), seed=7)
+    assert RunFolder.of(odd, "a/../b c").path.parts[-3:] == ("a-..-b-c", "my_module-MyRouter", "seed-7")
+    assert RunFolder.of(recipe, "..").path.parts[-3:] == ("-", "buddy", "seed-0")
+
+
+def test_a_router_folder_stands_for_its_only_seed(folder, recipe):
+    path = make(folder, recipe)
+    assert read_run(path.parent).folder == path
+    make(RunFolder.of(replace(recipe, seed=3), "quick"), replace(recipe, seed=3))
+    with pytest.raises(RunError, match="seed-0, seed-3"):
+        read_run(path.parent)
+
+
+@pytest.mark.parametrize(
+    "run", sorted((ROOT / "docs" / "comparison").glob("**/seed-0")), ids=lambda path: path.parent.name
+)
+def test_runs_of_version_0_1_read_as_they_are(run, tmp_path):
+    found = read_run(run)
+    assert (found.backbone, found.router_name) == ("smollm2-135m", run.parent.name.partition("_")[0].partition("=")[0])
+    copy = shutil.copytree(run, tmp_path / "run")
+    content = (copy / "router.safetensors").read_bytes()
+    (copy / "router.safetensors").write_bytes(content[:-1] + b"x")
+    with pytest.raises(DamagedError):
+        read_run(copy)
+    (copy / "router.safetensors").write_bytes(content)
+    before = read_metrics(copy)
+    update_checksums(copy)
+    assert read_run(copy).recipe == found.recipe
+    assert read_metrics(copy) == before
+
+
+# Resumed, and begun anew
+
+
+def test_an_interrupted_run_resumes_in_place(folder, recipe):
+    checkpoint = leave_checkpoint(folder, recipe)
+    assert not folder.is_complete
+    assert folder.last_checkpoint == checkpoint
+    with folder.lock():
+        assert begin(folder, replace(recipe, rivals=["uniform"])) == folder.path
+    assert checkpoint.exists()
+
+
+@pytest.mark.parametrize("what", ["recipe", "model", "text", "training text"])
+def test_another_run_starts_from_an_empty_folder(folder, recipe, what):
+    checkpoint = leave_checkpoint(folder, recipe)
+    other = replace(recipe, optimizer=OptimizerSection(lr=0.5)) if what == "recipe" else recipe
+    digests = DIGESTS if what == "recipe" else DIGESTS | {what: "other"}
+    with folder.lock():
+        begin(folder, other, digests)
+    assert not checkpoint.exists()
+    assert names(folder.path.parent) == {"seed-0"}
+    assert load_recipe(folder.path / "recipe.yaml") == other
+
+
+def test_changed_code_of_the_router_only_warns(folder, recipe, capsys):
+    changed, checkpoint = DIGESTS | {"router's code": "other"}, leave_checkpoint(folder, recipe)
+    assert folder.differences(recipe, changed) == []
+    with folder.lock():
+        begin(folder, recipe, changed)
+    assert checkpoint.exists()
+    assert "Warning" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_the_recipe_names_is_never_deleted(folder, recipe):
+    checkpoint = leave_checkpoint(folder, recipe)
+    longer = replace(recipe, trainer=TrainerSection(max_steps=999, ckpt_path=str(checkpoint)))
+    with folder.lock():
+        begin(folder, longer)
+    assert checkpoint.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "missing"])
+def test_a_checkpoint_of_an_unknown_recipe_is_kept(folder, recipe, damage):
+    checkpoint = leave_checkpoint(folder, recipe)
+    (folder.path / "recipe.yaml").write_text("seed: [")
+    if damage != "cut":
+        DAMAGES[damage](folder.path / "recipe.yaml")
+    with folder.lock(), pytest.raises(RunError, match=str(folder.path)):
+        begin(folder, recipe)
+    assert checkpoint.exists()
+
+
+def test_differences_name_keys_inputs_and_damaged_files(folder, recipe):
+    assert folder.differences(recipe, DIGESTS) == []
+    path = make(folder, recipe)
+    other = replace(recipe, optimizer=OptimizerSection(lr=0.5), rivals=["uniform"], output="elsewhere")
+    (key, text) = folder.differences(other, DIGESTS | {"text": "b"})
+    assert key.startswith("optimizer.lr: ")
+    assert "text" in text
+    assert folder.differences(other, DIGESTS, ignore=("optimizer.",)) == []
+    DAMAGES["flipped"](path / "router.safetensors")
+    (reason,) = folder.differences(recipe, DIGESTS)
+    assert "router.safetensors" in reason
+
+
+def test_a_run_without_anything_to_resume_from_can_be_abandoned(folder, recipe):
+    with folder.lock():
+        begin(folder, recipe)
+        folder.abandon()
+    assert names(folder.path.parent) == set()
+    checkpoint = leave_checkpoint(folder, recipe)
+    folder.abandon()
+    assert checkpoint.exists()
+
+
+# Made again, and killed meanwhile
+
+
+def test_a_refit_leaves_the_complete_run_until_it_is_complete_itself(folder, recipe):
+    path, other = make(folder, recipe, 1.0), replace(recipe, trainer=TrainerSection(max_steps=7))
+    with folder.lock():
+        work = begin(folder, other)
+        assert work != path
+        save_router(work, {"weight": torch.full((2, 3), 2.0)})
+        assert mark_of(path) == 1.0
+        assert read_run(path).recipe == recipe
+        folder.complete({"results": [2]})
+    assert mark_of(path) == 2.0
+    assert read_run(path).recipe == other
+    assert names(path.parent) == {"seed-0"}
+
+
+def test_a_refit_resumes_too(folder, recipe):
+    make(folder, recipe)
+    other = replace(recipe, trainer=TrainerSection(max_steps=7))
+    checkpoint = leave_checkpoint(folder, other)
+    with folder.lock():
+        assert begin(folder, other) == checkpoint.parent.parent
+        assert checkpoint.exists()
+        begin(folder, replace(recipe, trainer=TrainerSection(max_steps=8)))
+        assert not checkpoint.exists()
+
+
+KILLED = """
+import os, pathlib, shutil, sys
+from buddy import run
+folder, left = run.RunFolder(pathlib.Path(sys.argv[1])), [int(sys.argv[2])]
+def counted(work):
+    def step(*given, **options):
+        if left[0] == 0:
+            os.kill(os.getpid(), 9)
+        left[0] -= 1
+        return work(*given, **options)
+    return step
+os.replace, pathlib.Path.rename, shutil.rmtree = map(counted, (os.replace, pathlib.Path.rename, shutil.rmtree))
+with folder.lock():
+    folder.complete({"results": []})
+print(left[0])
+"""
+
+
+def test_a_kill_at_any_step_of_completion_leaves_the_old_run_or_the_new(folder, recipe):
+    """The process is killed before each rename and each removal in turn; the next reader finds one whole run."""
+    other, seen, step = replace(recipe, trainer=TrainerSection(max_steps=7)), set(), 0
+    while True:
+        shutil.rmtree(folder.path.parent, ignore_errors=True)
+        make(folder, recipe, 1.0)
+        with folder.lock():
+            save_router(begin(folder, other), {"weight": torch.full((2, 3), 2.0)})
+        done = subprocess.run([sys.executable, "-c", KILLED, folder.path, str(step)], cwd=ROOT, check=False)
+        found = read_run(folder.path)
+        assert mark_of(folder.path) == {200: 1.0, 7: 2.0}[found.recipe.trainer.max_steps]
+        seen.add((done.returncode, found.recipe.trainer.max_steps))
+        assert mark_of(make(folder, recipe, 3.0)) == 3.0
+        assert names(folder.path.parent) <= {"seed-0"}
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+        step += 1
+    assert step >= 4
+    assert seen == {(-signal.SIGKILL, 200), (-signal.SIGKILL, 7), (0, 7)}
+
+
+def test_what_a_killed_process_was_deleting_is_not_resumed(folder, recipe, monkeypatch):
+    leave_checkpoint(folder, recipe)
+
+    def killed(path: Path, **_: object) -> None:
+        if Path(path).exists():
+            (Path(path) / "recipe.yaml").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, folder.lock():
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin(folder, recipe, DIGESTS | {"text": "other"})
+    with folder.lock():
+        assert not list(begin(folder, recipe).glob("checkpoints/*"))
+    assert names(folder.path.parent) == {"seed-0"}
+
+
+def test_a_run_without_a_router_is_not_completed(folder, recipe):
+    make(folder, recipe, 1.0)
+    other = replace(recipe, trainer=TrainerSection(max_steps=7))
+    with folder.lock():
+        begin(folder, other)
+        with pytest.raises(DamagedError):
+            folder.complete({"results": []})
+    assert mark_of(folder.path) == 1.0
+
+
+def test_seconds_add_up_over_the_sessions_of_a_run(folder, recipe, monkeypatch):
+    with folder.lock():
+        watch = Stopwatch(begin(folder, recipe))
+    time.sleep(0.02)
+    watch.tick()
+    assert json.loads((folder.path / "run.json").read_text())["seconds"] == 0.0
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0.0)
+    watch.tick()
+    with folder.lock():
+        again = Stopwatch(begin(folder, recipe))
+    assert 0.02 <= again.seconds < 5
+    (folder.path / "run.json").write_text("{")
+    with folder.lock():
+        assert Stopwatch(begin(folder, recipe)).seconds < 5
+
+
+# Two at once, and things in the way
+
+
+def test_a_second_process_is_refused(folder, recipe):
+    code = "import sys\nfrom pathlib import Path\nfrom buddy.run import RunFolder\n"
+    code += "with RunFolder(Path(sys.argv[1])).lock():\n    print('held', flush=True)\n    input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", code, folder.path], cwd=ROOT, **pipes)
+    with first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=str(folder.path)), folder.lock():
+            pass
+        with RunFolder.of(replace(recipe, seed=1), "quick").lock():  # another run is free
+            pass
+        first.kill()
+    with folder.lock():  # a killed holder frees it
+        begin(folder, recipe)
+
+
+def test_a_folder_that_is_no_run_is_never_replaced(folder, recipe):
+    folder.path.mkdir(parents=True)
+    (folder.path / "thesis.txt").write_text("mine")
+    with folder.lock(), pytest.raises(RunError, match=str(folder.path)):
+        begin(folder, recipe)
+    assert names(folder.path) == {"thesis.txt"}
+
+
+def test_a_run_of_version_0_1_is_not_hidden_below_a_new_one(folder, recipe):
+    folder.path.parent.mkdir(parents=True)
+    (folder.path.parent / "run.json").write_text("{}")
+    with folder.lock(), pytest.raises(RunError, match=str(folder.path.parent)):
+        begin(folder, recipe)
+
+
+def test_an_output_that_cannot_be_written(tmp_path, recipe):
+    (tmp_path / "file").write_text("")
+    folder = RunFolder.of(replace(recipe, output=str(tmp_path / "file")), "quick")
+    with pytest.raises(RunError, match="cannot be written"), folder.lock():
+        pass
+
+
+# Read, and something is wrong
+
+
+def test_a_missing_folder_gets_the_nearest_name(folder, recipe, tmp_path):
+    path = make(folder, recipe)
+    with pytest.raises(RunError, match="'buddy'"):
+        read_run(path.parent.with_name("budy"))
+    with pytest.raises(RunError, match="'seed-0'"):
+        read_run(path.with_name("seed-1"))
+    with pytest.raises(RunError, match="buddy"):
+        read_run(path.parent.parent)
+    for nothing in (tmp_path / "zzz" / "zzz", tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(RunError):
+            read_run(nothing)
+
+
+def test_an_unfinished_run_is_not_read(folder, recipe):
+    leave_checkpoint(folder, recipe)
+    for path in (folder.path, folder.path.parent):
+        with pytest.raises(RunError, match="unfinished"):
+            read_run(path)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "router.safetensors", "metrics.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "zeros", "another mapping", "pickle"])
+def test_a_damaged_file_is_named(folder, recipe, name, damage):
+    path = make(folder, recipe)
+    DAMAGES[damage](path / name)
+    with pytest.raises(RunError, match=str(path)) as raised:
+        read_run(path)
+    assert name in str(raised.value) or (name, damage) == ("metrics.json", "missing")
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": 3}, {"format": None}, {"geometry": 3}, {"fingerprint": None}, {"backbone": "a\0b"}]
+)
+def test_facts_that_cannot_be_used(folder, recipe, change):
+    path = make(folder, recipe)
+    write_json(path / "run.json", json.loads((path / "run.json").read_text()) | change)
+    update_checksums(path)
+    with pytest.raises(RunError, match="newer" if change == {"format": 3} else next(iter(change))):
+        read_run(path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "\0"])
+def test_a_run_names_no_file_outside_of_it(folder, recipe, name):
+    path = make(folder, recipe)
+    metrics = json.loads((path / "metrics.json").read_text())
+    del metrics["checksum"]
+    metrics["checksums"][name] = "0" * 64
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(DamagedError):
+        read_run(path)
+
+
+@pytest.mark.parametrize("more", ["sed: 3\n", "output: ${oc.env:HOME}\n"])
+def test_a_recipe_that_cannot_be_used(folder, recipe, more):
+    path = make(folder, recipe)
+    (path / "recipe.yaml").write_text(to_yaml(replace(recipe, output="x")).replace("output: x\n", "") + more)
+    update_checksums(path)
+    with pytest.raises(DamagedError) as raised:
+        read_run(path)
+    assert raised.value.path == path / "recipe.yaml"
+
+
+def test_another_backbone(folder, recipe):
+    run = read_run(make(folder, recipe))
+    check_backbone(run, "f00d")
+    with pytest.raises(RunError, match="beef"):
+        check_backbone(run, "beef")
+
+
+# The digest of a router's code
+
+CODE = '''
+"""A module."""
+import torch
+class Mine:
+    """A class."""
+    def score(self, x):
+        # why
+        return torch.relu(x) + 1
+'''
+
+
+def digest(folder: Path, text: str) -> str:
+    path = folder / f"made_{len(list(folder.iterdir()))}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, path.stem, module)
+        spec.loader.exec_module(module)
+        return code_digest(module.Mine)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("# why", "# another reason", True),
+        ('"""A class."""', '"""A class, in more words."""', True),
+        ('"""A module."""', "", True),
+        ("torch.relu(x) + 1", "torch.relu(\n            x,\n        ) + 1", True),
+        ("+ 1", "+ 2", False),
+        ("relu", "tanh", False),
+    ],
+)
+def test_the_digest_of_code_is_of_what_it_does(tmp_path, old, new, same):
+    assert (digest(tmp_path, CODE.replace(old, new)) == digest(tmp_path, CODE)) is same
+
+
+def test_a_class_without_a_file_has_a_digest():
+    assert code_digest(type("Made", (), {"__module__": "nowhere"})) == "unknown"
