@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,20 @@ from filelock import FileLock, Timeout
 from buddy.backbone.adapter import WEIGHTS
 from buddy.backbone.load import Backbone
 from buddy.build import build_windows, heals, restore
-from buddy.evaluation.record import EVALUATIONS, TASKS, collect, evaluation_file, shown_command, task_file, text_entry
-from buddy.evaluation import report
-from buddy.config import PredictorSection, Recipe, flatten, override, with_router
+from buddy.config import PredictorSection, Recipe, override, with_router
 from buddy.console import Bar, errors, status, tracker
 from buddy.data.module import TextData
-from buddy.data.text import same_source
+from buddy.data.text import same_source, sources_of
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, DamagedError, DataError, RecipeError, RegistryError, RunError, TrainingError
+from buddy.evaluation import report
 from buddy.evaluation.bench import measured
+from buddy.evaluation.record import EVALUATIONS, TASKS, collect, evaluation_file, shown_command, task_file, text_entry
 from buddy.executors import side_by_side
 from buddy.fit import Session, prepare
-from buddy.inspection.routing import sources_of
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
-from buddy.registry import build, check_names, describe, load
+from buddy.registry import build, check_names, describe
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import (
     ADAPTER,
@@ -53,7 +52,6 @@ from buddy.run import (
     read_run,
 )
 from buddy.scoring.perplexity import Reference, evaluate, scores_of, with_documents
-from buddy.scoring.timing import machine, versions
 
 ALL = "all"
 OPENING, CLOSING = "[{(", "]})"

@@ -19,10 +19,11 @@ from rich.table import Table
 
 from buddy.build import load_model
 from buddy.console import results, status, tracker
+from buddy.data.text import sources_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
 from buddy.evaluation.figures import figure_at
-from buddy.inspection.routing import Domain, read_domains, sources_of
+from buddy.inspection.routing import Domain, read_domains
 from buddy.io import FileStore, check_output_path, write_json, writing
 from buddy.predictor.features import measure_targets, sorted_arms
 from buddy.router import available_budgets

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from buddy.backbone.load import ROUTABLE
-from buddy.evaluation.report import WRITTEN
 from buddy.config import list_recipes, load_recipe, shown, to_yaml
 from buddy.errors import BuddyError
+from buddy.evaluation.report import WRITTEN
 from buddy.registry import installed, load
 from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg
 from tests.small import write_text

@@ -184,7 +184,7 @@ def write_run(
 
     tags = {f"{TABLE}/{name}": 0.0 for name in (*metrics, *columns)}  # only the names of these are written
     with on_disk(folder), SummaryWriter(str(folder)) as writer:
-        for tag, points in (curves | {f"{TABLE}/{name}": [(0, value)] for name, value in metrics.items()}).items():
+        for tag, points in {**curves, **{f"{TABLE}/{name}": [(0, value)] for name, value in metrics.items()}}.items():
             for step, value in points:
                 writer.add_scalar(tag, value, step)
         for summary in hparams(dict(settings), tags):

@@ -17,7 +17,7 @@ from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RunError
 from buddy.io import read_json, write_text
 from buddy.registry import load
-from buddy.run import FREE_KEYS, METRICS, read_metrics, read_run
+from buddy.run import CKPT_KEYS, FREE_KEYS, METRICS, read_metrics, read_run
 from buddy.scoring.timing import machine, versions
 
 FORMAT = 1
@@ -37,7 +37,8 @@ KEYS = (
 EVALUATIONS, TASKS = "evaluations", "tasks"  # folders in a run folder: results on further texts, and on tasks
 PROVENANCE = ("command", "created", "versions", "machine")  # how each part of a joined comparison was made
 RATES = "adapter.rates"  # of comparisons made by 0.1: kept with each part and shown, not compared
-OWN = ("router.", "seed", RATES, *FREE_KEYS)  # beginnings of keys that say which runs were asked for, not how they were made
+# Beginnings of recipe keys that say which runs were asked for, and nothing of how they were made.
+OWN = ("router.", "seed", RATES, *FREE_KEYS, *CKPT_KEYS)
 
 
 def collect(

@@ -59,7 +59,7 @@ def show_scores(scores: Sequence[Scores], title: str) -> None:
         (least, average, most), (low, high) = each.executed, each.interval()
         budget = [f"{each.budget:g}", f"{each.layers}"] if each.chosen is None else [f"{each.budget}", f"{average:.1f}"]
         executed, interval = f"{least} / {average:.2f} / {most}", f"{low:.2f} – {high:.2f}"
-        rows.append([*budget, executed, f"{each.perplexity:.2f}", interval, f"{max(each.averagekl, 0.0):.4f}"])
+        rows.append([*budget, executed, f"{each.perplexity:.2f}", interval, f"{max(each.mean_kl, 0.0):.4f}"])
     note = f"{int(scores[0].tokens.sum())} scored tokens in {len(scores[0].tokens)} documents"
     if scores[0].sinks:
         note += f"; sink tokens, run at full depth and counted apart: {scores[0].sinks} a window"

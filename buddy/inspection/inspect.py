@@ -15,20 +15,11 @@ from rich.text import Text
 from buddy.budget import shown
 from buddy.build import load_model
 from buddy.console import results, status, tracker
+from buddy.data.text import sources_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
 from buddy.inspection.figures import draw_all, write_tensorboard
-from buddy.inspection.routing import (
-    Domain,
-    Inspection,
-    Measures,
-    as_json,
-    changed_layers,
-    observe,
-    read_domains,
-    sources_of,
-    typed,
-)
+from buddy.inspection.routing import Domain, Inspection, Measures, as_json, changed_layers, observe, read_domains, typed
 from buddy.io import check_output_path, on_disk, within_memory, write_json, writing
 from buddy.router import available_budgets
 from buddy.run import Run, read_run

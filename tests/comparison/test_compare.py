@@ -15,10 +15,10 @@ import torch
 from filelock import FileLock
 
 from buddy.compare import Asked, compare
-from buddy.evaluation.tables import costs
-from buddy.evaluation.results import Results
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
+from buddy.evaluation.results import Results
+from buddy.evaluation.tables import costs
 from buddy.fit import Session
 from buddy.io import load_tensors, read_json
 from buddy.run import read_run

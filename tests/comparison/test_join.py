@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from buddy.evaluation.record import joined
-from buddy.evaluation.report import render
-from buddy.evaluation.record import write_record
-from buddy.evaluation.report import show_files
-from buddy.evaluation.tables import all_grids
-from buddy.evaluation.results import Results
 from buddy.errors import RunError
+from buddy.evaluation.record import joined, write_record
+from buddy.evaluation.report import render, show_files
+from buddy.evaluation.results import Results
+from buddy.evaluation.tables import all_grids
 from tests.comparison import made
 
 A, B = Path("a/comparison.json"), Path("b/comparison.json")

@@ -9,23 +9,21 @@ import statistics
 from pathlib import Path
 
 import pytest
+from buddy.comparison import grid as grid_module
+from buddy.comparison.grid import Grid, number, show
+from buddy.comparison.longform import as_csv
+from buddy.comparison.tensorboard import write_tensorboard
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from buddy.comparison import grid as grid_module
-from buddy.evaluation import tables
-from buddy.evaluation.record import shown_command
-from buddy.evaluation.figures import LAYERS, TIME, draw_all
-from buddy.comparison.grid import Grid, number, show
-from buddy.comparison.longform import as_csv
-from buddy.evaluation.report import render
-from buddy.evaluation.record import read_record, write_record
-from buddy.evaluation.report import show_files
-from buddy.comparison.tensorboard import write_tensorboard
-from buddy.evaluation.results import Results
 from buddy.errors import RunError
+from buddy.evaluation import tables
+from buddy.evaluation.figures import LAYERS, TIME, draw_all
+from buddy.evaluation.record import read_record, shown_command, write_record
+from buddy.evaluation.report import render, show_files
+from buddy.evaluation.results import Results
 from buddy.scoring.statistics import difference
 from tests.comparison import made
 from tests.hparams import row_of_table

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buddy.scoring.perplexity import Scores, paired_difference
-from buddy.scoring.statistics import resamples
-from buddy.scoring.statistics import accuracy_difference, difference, loss_interval, mean_loss
+from buddy.scoring.statistics import accuracy_difference, difference, loss_interval, mean_loss, resamples
 
 
 def made(losses: np.ndarray, tokens: np.ndarray) -> Scores:
