@@ -1,4 +1,4 @@
-"""Recipe or run folder → the objects they name. The one place where configuration meets classes."""
+"""Recipe or run folder → backbone, router, model, data. The one place where configuration meets classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from buddy import distributed
 from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone, load_backbone
-from buddy.backbone.sharding import settle, shard, shards
+from buddy.backbone.sharding import finish_sharding, is_sharded, shard
 from buddy.config import Recipe
 from buddy.data.module import TextData
 from buddy.data.text import same_source
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def build_backbone(recipe: Recipe, *, stays: bool = False) -> Backbone:
+def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
     """The backbone that a recipe names, on this process's accelerator where there is one and else on the CPU.
 
     Args:
-        stays: on the CPU, since its weights will be shared out.
+        on_cpu: leave it on the CPU, since its weights will be sharded.
     """
     section = recipe.backbone
     backbone = load_backbone(
         section.name, section.dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
-    if not stays:
-        backbone.model.to(distributed.device(recipe.trainer.accelerator))
+    if not on_cpu:
+        backbone.model.to(distributed.device(recipe.trainer["accelerator"]))
     return backbone
 
 
@@ -52,19 +52,10 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     """
     routing = recipe.routing
     geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
-    routed = attach_router(recipe, backbone, build(recipe.router.name, geometry, recipe.router.options))
-    for budget in available_budgets(routed.router, recipe.budgets):
-        routed.executed_layers(budget)
-    return routed
-
-
-def attach_router(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> RoutedLM:
-    """The backbone with a router attached in the way that the recipe's routing says."""
-    routing = recipe.routing
     routed = RoutedLM(
         backbone,
-        router,
-        pool=routing.pool,  # type: ignore[arg-type]  # the schema accepts these words alone
+        build(recipe.router.name, geometry, recipe.router.options),
+        pool=routing.pool,  # type: ignore[arg-type]  # a recipe accepts these words alone
         sink_tokens=routing.sink_tokens,
         prompt_plan=routing.prompt_plan,  # type: ignore[arg-type]
         policy=routing.policy,
@@ -72,17 +63,19 @@ def attach_router(recipe: Recipe, backbone: Backbone, router: AnyRouter) -> Rout
         batch_plan=routing.batch_plan,  # type: ignore[arg-type]
     )
     routed.table = LatencyTable(cache_folder("latency"))
+    for budget in available_budgets(routed.router, recipe.budgets):
+        routed.executed_layers(budget)
     return routed
 
 
 def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
-    """Attach a budget predictor, which never passes the recipe's cap; `--budget auto` asks it from now on."""
+    """Let `--budget auto` use a budget predictor, up to the recipe's cap."""
     cap = routed.executed_layers(recipe.predictor.cap)
     routed.chooser = lambda most: predictor.chooser(min(most, cap))
 
 
 def heals(recipe: Recipe, router: AnyRouter) -> bool:
-    """Whether an adapter belongs to a router: where the recipe has one, to all that skip layers at all."""
+    """Whether a router gets an adapter: where the recipe has one, every router that skips layers does."""
     return recipe.adapter is not None and not router.full_depth
 
 
@@ -105,17 +98,17 @@ def build_adapter(recipe: Recipe, backbone: Backbone, context_layer: int) -> Ada
 
 
 def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
-    """The recipe's text, described and not yet read.
+    """The recipe's text, which `prepare_data` and `setup` read later.
 
     Raises:
-        RecipeError: windows longer than the backbone can read, or more texts that are the recipe's own once more.
+        RecipeError: windows longer than the backbone's context, or an additional text that is the recipe's own.
     """
     data = recipe.data
     for key in ("train_sources", "calibration_sources"):
         if any(same_source(each, data.source) for each in getattr(data, key)):
             raise RecipeError(
-                f"data.{key} holds {data.source}, which is data.source: its test windows would be learned from. Leave "
-                "it out; its own share for learning is used anyway."
+                f"data.{key} holds {data.source}, which is data.source: its test windows would be trained on. Leave it "
+                "out; its own training share is used anyway."
             )
     if data.window > backbone.context_length:
         raise RecipeError(
@@ -127,7 +120,7 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
         data.source,
         window=data.window,
         batch_size=data.batch_size,
-        steps=recipe.trainer.max_steps,
+        steps=recipe.trainer["max_steps"],
         seed=recipe.data_seed,
         train_seed=recipe.seed,
         calibration_windows=data.calibration_windows,
@@ -140,10 +133,10 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
 
 
 def build_held_out(recipe: Recipe, backbone: Backbone, *, calibration: bool = False) -> TextData:
-    """The recipe's text, read and split, for those who train nothing: no other text to train on is needed for it.
+    """The recipe's text, read and split, for use without training: additional training texts are not read.
 
     Args:
-        calibration: whether calibration windows are wanted, for which `data.calibration_sources` have to be read.
+        calibration: whether calibration windows are needed, which may need `data.calibration_sources`.
 
     Raises:
         BuddyError: as `build_data`, or the text cannot be read.
@@ -159,7 +152,7 @@ def build_held_out(recipe: Recipe, backbone: Backbone, *, calibration: bool = Fa
 def build_windows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str, *, count: int, window: int | None = None
 ) -> Windows:
-    """Up to `count` windows of a text that is not the recipe's, cut with its seed, as long as its own by default.
+    """Up to `count` windows of another text than the recipe's, cut with its seed, as long as its own by default.
 
     Raises:
         DataError: the text cannot be read, or is too short for one window.
@@ -170,14 +163,14 @@ def build_windows(
 
 
 def load_model(run: Run, merged: bool = False) -> RoutedLM:
-    """The model of a finished run, ready to serve.
+    """The model of a complete run, ready to serve.
 
     Args:
-        merged: add a healed run's adapter to the weights, so that it costs nothing; nothing stands for the stock model
-            then. Without it the adapter stays beside the weights and can be switched off.
+        merged: add a healed run's adapter to the weights, so that it costs no time; there is no stock model then.
+            Otherwise the adapter stays beside the weights and can be switched off.
 
     Raises:
-        RunError: the backbone is another one now, or the saved router, adapter or budget predictor does not fit.
+        RunError: the backbone has changed, or the saved router, adapter or budget predictor does not fit.
     """
     backbone = _backbone_from(run)
     routed = build_model(run.recipe, backbone)
@@ -191,21 +184,21 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
 
 
 def _backbone_from(run: Run) -> Backbone:
-    """The run's backbone; its weights shared out where the recipe says so and the processes are together."""
+    """The run's backbone, sharded where its recipe says so and several processes are together."""
     trainer = run.recipe.trainer
-    shared_out = distributed.together() and shards(trainer)
-    with distributed.one_by_one(trainer) if shared_out else nullcontext():
-        backbone = build_backbone(run.recipe, stays=shared_out)
+    sharded = distributed.together() and is_sharded(trainer)
+    with distributed.one_by_one(trainer) if sharded else nullcontext():
+        backbone = build_backbone(run.recipe, on_cpu=sharded)
         check_backbone(run, backbone.fingerprint)
-        if shared_out:
-            shard(backbone, trainer.accelerator)
-    if shared_out:
-        settle(backbone)
+        if sharded:
+            shard(backbone, trainer["accelerator"])
+    if sharded:
+        finish_sharding(backbone)
     return backbone
 
 
 def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
-    """Bring a model to the state of the finished run in a folder: its router's, and its adapter.
+    """Load router and adapter of the complete run in a folder into a model, frozen.
 
     Raises:
         RunError: the saved router does not fit its class, or the adapter is damaged or for another backbone.
@@ -216,7 +209,7 @@ def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
 
 
 def restore_router(routed: RoutedLM, folder: Path) -> None:
-    """Bring a model's router to the state of the finished run in a folder, frozen.
+    """Load the router of the complete run in a folder into a model, frozen.
 
     Raises:
         RunError: the saved router does not fit its class.

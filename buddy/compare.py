@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 from buddy.backbone.adapter import WEIGHTS
 from buddy.backbone.load import Backbone
 from buddy.build import build_windows, heals, restore
-from buddy.config import PredictorSection, Recipe, override, with_router
+from buddy.config import PredictorSection, Recipe, Rival, with_router
 from buddy.console import Bar, errors, status, tracker
 from buddy.data.module import TextData
 from buddy.data.text import same_source, sources_of
@@ -36,7 +35,7 @@ from buddy.evaluation.record import EVALUATIONS, TASKS, collect, evaluation_file
 from buddy.executors import side_by_side
 from buddy.fit import Session, prepare
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
-from buddy.registry import build, check_names, describe
+from buddy.registry import build, describe
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import (
     ADAPTER,
@@ -58,58 +57,35 @@ OPENING, CLOSING = "[{(", "]})"
 KINDS = ("learned", "static", "random")  # the order of `all`
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A router with options, one row of the tables.
-
-    Attributes:
-        name: an installed name or "my_module:MyRouter".
-        options: "key=value" texts, laid over the options that the recipe has for this router.
-    """
-
-    name: str
-    options: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """`name`, or `name[key=value;key=value]`."""
-        return f"{self.name}[{';'.join(self.options)}]" if self.options else self.name
-
-    @property
-    def folder(self) -> str:
-        """The label as a folder's name; where signs had to go, a digest of it keeps two labels apart."""
-        spelt = self.label.replace("[", "_", 1).replace(";", ",").removesuffix("]")
-        plain = re.sub(r"[^\w.=,-]+", "-", spelt).strip(".")
-        return plain if plain == spelt else f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
-
-    def recipe(self, base: Recipe) -> Recipe:
-        """The recipe with this router, at its own learning rate where the recipe has one for it.
-
-        Raises:
-            RecipeError: an option that no recipe could hold.
-        """
-        options = [f"router.options.{option}" for option in self.options]
-        own = override(base, [f"router.name={json.dumps(self.name)}", *options], f"The router {self.label}")
-        return with_router(own, self.name)
+def folder_of(label: str) -> str:
+    """A label as a folder's name; where characters had to go, a digest of it keeps two labels apart."""
+    spelt = label.replace("[", "_", 1).replace(";", ",").removesuffix("]")
+    plain = re.sub(r"[^\w.=,-]+", "-", spelt).strip(".")
+    return plain if plain == spelt else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
 
 
-def contestants(text: str | None, recipe: Recipe) -> list[Contestant]:
+def contestants(text: str | None, recipe: Recipe) -> list[Rival]:
     """Those in "a,b[key=value;key=value],all"; without a text the recipe's router and its rivals.
 
-    `all` stands for every installed router that can be used and is not named beside it.
+    A key with a dot is a recipe's, as in first[optimizer.lr=3e-3]; one without is an option of the router. A name alone
+    has the overrides of the recipe's rival of that name. `all` stands for every installed router that can be used and
+    is not named beside it.
 
     Raises:
         RegistryError: nothing is named, one is named twice, or brackets or options cannot be read.
     """
-    named = [recipe.router.name, *recipe.rivals] if text is None else split_outside(text, ",")
-    named = list(dict.fromkeys(named)) if text is None else named
-    found = [_parse(part) for part in named if part != ALL]
+    if text is None:
+        return list(dict.fromkeys([Rival(recipe.router.name), *recipe.rivals]))
+    rivals = {rival.name: rival for rival in reversed(recipe.rivals) if rival.name != recipe.router.name}
+    named = split_outside(text, ",")
+    found = [_parse(part, rivals) for part in named if part != ALL]
     labels = [each.label for each in found]
     for label in labels:
         if labels.count(label) > 1:
             raise RegistryError(f"--routers names {label} twice; name it once.")
     if ALL in named:
-        found += [Contestant(name) for name in _installed(recipe) if name not in labels]
+        others = [rivals.get(name, Rival(name)) for name in _installed(recipe)]
+        found += [each for each in others if each.label not in labels]
     if not found:
         raise RegistryError("--routers is empty; name at least one, such as --routers buddy,shortgpt, or all.")
     return found
@@ -139,19 +115,21 @@ def split_outside(text: str, sign: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _parse(text: str) -> Contestant:
+def _parse(text: str, rivals: Mapping[str, Rival]) -> Rival:
     match = re.fullmatch(r"(?P<name>[^\[\]]+?)\s*(\[(?P<options>.*)\])?", text, re.DOTALL)
     if not match:
         raise RegistryError(f"{text!r} is no router; write a name, or name[key=value;key=value].")
     options = split_outside(match["options"] or "", ";")
-    return Contestant(match["name"], tuple(_option(option, text) for option in options))
+    if not options:
+        return rivals.get(match["name"], Rival(match["name"]))
+    return Rival(match["name"], tuple(_option(option, text) for option in options))
 
 
 def _option(option: str, text: str) -> str:
     key, equals, value = (part.strip() for part in option.partition("="))
-    if not equals or not value or not re.fullmatch(r"[A-Za-z_]\w*", key):
+    if not equals or not value or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
         raise RegistryError(f"{option!r} in {text} is no option; write key=value, as in random[per=input].")
-    return f"{key}={value}"
+    return f"{key}={value}" if "." in key else f"router.options.{key}={value}"
 
 
 def _installed(recipe: Recipe) -> list[str]:
@@ -302,15 +280,15 @@ def check(asked: Asked) -> None:
         raise RecipeError(f"seed is {asked.recipe.seed}, too large for {seeds} seeds from it on; set it smaller.")
     if asked.jobs < 1:
         raise RecipeError(f"--jobs is {asked.jobs}; give 1 or more.")
-    if asked.recipe.trainer.devices * asked.recipe.trainer.nodes > 1:
+    if asked.recipe.trainer["devices"] * asked.recipe.trainer["num_nodes"] > 1:
         raise RecipeError(
-            "buddy compare trains each router on one device; set trainer.devices=1 and trainer.nodes=1, and --jobs for "
-            "several at once."
+            "buddy compare trains each router on one device; set trainer.devices=1, trainer.num_nodes=1 and --jobs "
+            "for several at once."
         )
     if asked.trained is not None:
         _check_lender(asked)
-    if asked.recipe.trainer.ckpt_path:
-        raise RecipeError("buddy compare goes on by itself from what it left; leave trainer.ckpt_path out.")
+    if asked.recipe.ckpt_path:
+        raise RecipeError("buddy compare goes on by itself from what it left; leave ckpt_path out.")
     if asked.folder.exists() and not asked.folder.is_dir():
         raise RunError(f"{asked.folder} is a file; name a folder as --out.")
     if (asked.folder / FACTS).exists():
@@ -337,7 +315,7 @@ def _check_lender(asked: Asked) -> None:
         raise RunError(f"{trained} holds the unhealed runs, which stay; give another --out for the healed ones.")
 
 
-TRAINING = ("trainer.", "objective.", "optimizer.", "data.train_sources")  # change nothing in what is not trained
+TRAINING = ("trainer.", "callbacks", "objective.", "optimizer.", "data.train_sources")  # of no effect without training
 
 
 @dataclass(frozen=True)
@@ -381,7 +359,7 @@ def base_of(recipe: Recipe) -> Recipe:
         data=replace(recipe.data, seed=recipe.data_seed),
         rivals=[],
         predictor=PredictorSection(),
-        trainer=replace(recipe.trainer, ckpt_path=None),
+        ckpt_path=None,
     )
 
 
@@ -671,8 +649,7 @@ def compare(asked: Asked) -> int:
     base = base_of(asked.recipe)
     if asked.recipe.predictor.name is not None:
         errors.print("A comparison fits no budget predictor: all routers have the recipe's budgets.", soft_wrap=True)
-    check_names(base.optimizer.lr_by_router)
-    recipes = {each: each.recipe(base) for each in contestants(asked.routers, asked.recipe)}
+    recipes = {each: with_router(base, each) for each in contestants(asked.routers, asked.recipe)}
     domains = domains_of(asked.domains, asked.recipe)
     backbone, data = prepare(list(recipes.values()))
     with status("Reading text …"):
@@ -727,13 +704,13 @@ def _compare(
     return len(failures) + bool(problem)
 
 
-def _planned(asked: Asked, each: Contestant, recipe: Recipe, backbone: Backbone) -> list[Planned]:
+def _planned(asked: Asked, each: Rival, recipe: Recipe, backbone: Backbone) -> list[Planned]:
     """The runs of one router.
 
     It has all the seeds where they matter: not for what is measured alone, nor where an option fixes the draws. The
     recipe's training has a part in the router, or in its adapter, or in neither.
     """
-    router, folder = _built_router(recipe, backbone), asked.folder / each.folder
+    router, folder = _built_router(recipe, backbone), asked.folder / folder_of(each.label)
     trained = router.trainable or heals(recipe, router)
     seeds = asked.seeds or SEEDS
     if asked.finished and asked.seeds is None:

@@ -7,7 +7,7 @@ alone writes and speaks. A process that is alone takes part in nothing of this, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
-    from buddy.config import TrainerSection
 
 PLACES = ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")  # what launchers call a process's number
 WAYS = ("gloo", "NCCL", "ProcessGroup")  # in what torch says of a process that is not there any more
@@ -38,11 +37,11 @@ def from_torchrun() -> int:
     return _number("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
-def shape(section: TrainerSection) -> tuple[int, int]:
+def shape(trainer: Mapping[str, Any]) -> tuple[int, int]:
     """(devices on each node, nodes): those of torchrun where it began this process, else the recipe's."""
     if from_torchrun() > 1:
         return _number("LOCAL_WORLD_SIZE", 1), from_torchrun() // _number("LOCAL_WORLD_SIZE", 1)
-    return section.devices, section.nodes
+    return trainer["devices"], trainer["num_nodes"]
 
 
 def speaks() -> bool:
@@ -98,7 +97,7 @@ def one_gpu(place: int) -> Iterator[None]:
         os.environ.update({SEEN: seen} if seen else {})
 
 
-def join(section: TrainerSection) -> None:
+def join(trainer: Mapping[str, Any]) -> None:
     """Begin the other processes where no launcher did, and wait until all are there; a second call does nothing.
 
     What they tell each other goes over a connection of its own on the CPU, whatever the accelerators use.
@@ -107,12 +106,12 @@ def join(section: TrainerSection) -> None:
         TrainingError: the accelerator or the number of devices is not there, or this is one process too many.
     """
     global _words
-    devices, nodes = shape(section)
+    devices, nodes = shape(trainer)
     if together() or devices * nodes == 1:
         if not together() and not leads():
             raise TrainingError(
                 "A launcher began several processes, and the recipe asks for one device; set trainer.devices (on each "
-                "node) and trainer.nodes to what it began."
+                "node) and trainer.num_nodes to what it began."
             )
         return
     from lightning.fabric import Fabric
@@ -122,11 +121,11 @@ def join(section: TrainerSection) -> None:
 
     with quiet():
         try:
-            fabric = Fabric(accelerator=section.accelerator, devices=devices, num_nodes=nodes, strategy="ddp")
+            fabric = Fabric(accelerator=trainer["accelerator"], devices=devices, num_nodes=nodes, strategy="ddp")
         except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
             raise TrainingError(
-                f"accelerator={section.accelerator} and devices={devices} do not work here ({reason}); change them."
+                f"accelerator={trainer['accelerator']} and devices={devices} do not work here ({reason}); change them."
             ) from error
         fabric.launch()
     _words = distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -167,9 +166,9 @@ def leader_first() -> Iterator[None]:
 
 
 @contextmanager
-def one_by_one(section: TrainerSection) -> Iterator[None]:
+def one_by_one(trainer: Mapping[str, Any]) -> Iterator[None]:
     """The processes of a node go through this block one after the other; it may be the first one that joins in it."""
-    with _turn(_number("LOCAL_RANK"), shape(section)[0] - 1):
+    with _turn(_number("LOCAL_RANK"), shape(trainer)[0] - 1):
         yield
 
 

@@ -22,10 +22,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from buddy import console, distributed
 from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
-from buddy.backbone.sharding import STRATEGY, check, join, settle, shard, shards
+from buddy.backbone.sharding import STRATEGY, check_sharding, finish_sharding, is_sharded, join, shard
 from buddy.build import attach_predictor, build_adapter, build_backbone, build_data, build_model, heals, restore_router
 from buddy.calibration.probe import CalibrationProbe
-from buddy.config import PredictorSection, Recipe, with_router
+from buddy.config import ClassSpec, PredictorSection, Recipe, Rival, with_router
 from buddy.console import errors, status, track, tracker
 from buddy.data.module import TextData
 from buddy.data.text import sources_of
@@ -36,7 +36,7 @@ from buddy.evaluation.record import collect, shown_command, text_entry
 from buddy.io import cache_folder, on_disk, within_memory
 from buddy.losses import Objective
 from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
-from buddy.registry import check_names, load
+from buddy.registry import load
 from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
 from buddy.run import ADAPTER, RunFolder, Stopwatch, input_digests, read_metrics, save_router
 from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
@@ -61,31 +61,30 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     """
     leads = distributed.leads()  # the others of a distributed run are begun by the same command
     console.errors.quiet = console.results.quiet = not leads
-    check_names(recipe.optimizer.lr_by_router)
-    own = with_router(recipe, recipe.router.name)
-    recipes = [*(_rival(recipe, name) for name in recipe.rivals if name != recipe.router.name), own]
-    places = [RunFolder.of(each, recipe_name) for each in recipes]
+    rivals = {rival.label: _rival(recipe, rival) for rival in recipe.rivals if rival.label != recipe.router.name}
+    labels, recipes = [*rivals, recipe.router.name], [*rivals.values(), recipe]
+    places = [RunFolder.of(each, recipe_name, label) for label, each in zip(labels, recipes, strict=True)]
     session = _begin(recipes, places)
     with distributed.linked():
         if not leads:
             return session.follow(recipes, places)
-        for number, (each, place) in enumerate(zip(recipes, places, strict=True), start=1):
+        for number, (label, each, place) in enumerate(zip(labels, recipes, places, strict=True), start=1):
             kept = session.stored(each, place)
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
-                console.errors.print(f"Router {number} of {len(recipes)}: {each.router.name}{done}", soft_wrap=True)
+                console.errors.print(f"Router {number} of {len(recipes)}: {label}{done}", soft_wrap=True)
             distributed.tell(kept is not None)
             if kept is None:
                 session.run(each, recipe_name, place)
-    folders = {each.router.name: [place.path] for each, place in zip(recipes, places, strict=True)}
+    folders = {label: [place.path] for label, place in zip(labels, places, strict=True)}
     source = recipe.data.source
-    (label,) = sources_of(None, source)
+    (text,) = sources_of(None, source)
     record = collect(
-        {name: folders[name] for name in (recipe.router.name, *recipe.rivals)},
+        {label: folders[label] for label in (recipe.router.name, *rivals)},
         command=shown_command(["buddy", "fit", "--recipe", recipe_name]),
-        recipe=own,
+        recipe=recipe,
         layers=session.backbone.num_layers,
-        texts=[text_entry(label, source, session.data.test, own=True)],
+        texts=[text_entry(text, source, session.data.test, own=True)],
     )
     report.write(record, places[-1].path.parent.parent)
 
@@ -95,23 +94,22 @@ def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
     leads, trainer = distributed.leads(), recipes[-1].trainer
     if not leads or distributed.from_torchrun() > 1:
         join(trainer)  # all are there already
-    with distributed.one_by_one(trainer) if shards(trainer) else distributed.leader_first():
+    with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.leader_first():
         session = Session(*prepare(recipes))
         for place in places if leads else ():
             with place.lock():  # a second fit is refused here, before it does anything
                 pass
         join(trainer)
-        if shards(trainer):
-            shard(session.backbone, trainer.accelerator)
-    if shards(trainer):
-        settle(session.backbone)
+        if is_sharded(trainer):
+            shard(session.backbone, trainer["accelerator"])
+    if is_sharded(trainer):
+        finish_sharding(session.backbone)
     return session
 
 
-def _rival(recipe: Recipe, name: str) -> Recipe:
+def _rival(recipe: Recipe, rival: Rival) -> Recipe:
     """The recipe for another router; a checkpoint and the budget predictor are the recipe's own router's."""
-    trainer = replace(recipe.trainer, ckpt_path=None)
-    return replace(with_router(recipe, name), trainer=trainer, predictor=PredictorSection())
+    return replace(with_router(recipe, rival), ckpt_path=None, predictor=PredictorSection())
 
 
 def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
@@ -125,11 +123,13 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
         load(each.router.name)
     with quiet():
         trainer_of(recipe, logger=False)
-    check(recipe)
-    if recipe.trainer.ckpt_path:
-        check_checkpoint(recipe.trainer.ckpt_path)
+    for spec in (*recipe.callbacks, *filter(None, [recipe.logger])):
+        instantiate(spec)
+    check_sharding(recipe)
+    if recipe.ckpt_path:
+        check_checkpoint(recipe.ckpt_path)
     with status(f"Loading {recipe.backbone.name} …"):
-        backbone = build_backbone(recipe, stays=shards(recipe.trainer))
+        backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
         for each in recipes:
             routed = build_model(each, backbone)
             _check_start(each, routed.router)
@@ -148,12 +148,11 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
 
 def _check_start(recipe: Recipe, router: AnyRouter) -> None:
     """Raises RecipeError for a checkpoint to go on from where no training would read it."""
-    if recipe.trainer.ckpt_path and not router.trainable:
-        raise RecipeError(f"The router {recipe.router.name} is not trained; leave trainer.ckpt_path out.")
-    if recipe.trainer.ckpt_path and trains_both(recipe, router):
+    if recipe.ckpt_path and not router.trainable:
+        raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
+    if recipe.ckpt_path and trains_both(recipe, router):
         raise RecipeError(
-            "adapter.joint=true trains router and adapter from the start; leave trainer.ckpt_path out, or set it to "
-            "false."
+            "adapter.joint=true trains router and adapter from the start; leave ckpt_path out, or set it to false."
         )
 
 
@@ -201,7 +200,7 @@ class Session:
                 sizes = f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens"
                 with within_memory(sizes, "set data.batch_size or data.window smaller, or objective.plans=2"):
                     before = 0.0 if lent is None else read_metrics(lent)["fit"]["seconds"]
-                    rates = self._fit(recipe, routed, folder, lent)
+                    self._fit(recipe, routed, folder, lent)
                     spent = {"seconds": before + watch.seconds, "parameters": _parameters(routed)}
                     watch.save()
                     fitted = True
@@ -213,7 +212,7 @@ class Session:
                 if routed.adapter is not None:
                     routed.adapter.save(folder / ADAPTER)
                 metrics = report.write_run_results(
-                    folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint, rates=rates
+                    folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint
                 )
                 _tidy(folder)
                 place.complete(metrics)
@@ -250,8 +249,8 @@ class Session:
         finally:
             routed.detach()
 
-    def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path, lent: Path | None = None) -> dict[float, float]:
-        """Calibrate, train and heal; what validation windows said of the adapter's rates, where several are asked."""
+    def _fit(self, recipe: Recipe, routed: RoutedLM, folder: Path, lent: Path | None = None) -> None:
+        """Calibrate, train and heal."""
         self.data.train_seed = recipe.seed
         callbacks = [SaveSeconds(self._watch)] if self._watch else []
         if lent is not None:
@@ -264,22 +263,16 @@ class Session:
                 train(recipe, routed, self.data, folder, callbacks)
             if not both:
                 routed.router.eval().requires_grad_(False)
-        if not heals(recipe, routed.router):
-            return {}
-        if recipe.adapter.rates:
-            from buddy.healing.rates import heal_at_the_best
-
-            return heal_at_the_best(recipe, routed, self.data, folder, callbacks)
-        heal(recipe, routed, self.data, folder, callbacks)
-        return {}
+        if heals(recipe, routed.router):
+            heal(recipe, routed, self.data, folder, callbacks)
 
     def _calibrate(self, recipe: Recipe, routed: RoutedLM) -> None:
         """Let the router measure: by all together where weights are shared out, else by the first process.
 
         Others follow where something may be left for training that is in no state; they find what it kept on disk.
         """
-        with nullcontext() if shards(recipe.trainer) else distributed.leader_first():
-            if distributed.leads() or shards(recipe.trainer) or routed.router.trainable:
+        with nullcontext() if is_sharded(recipe.trainer) else distributed.leader_first():
+            if distributed.leads() or is_sharded(recipe.trainer) or routed.router.trainable:
                 probe = self._calibration(recipe, routed)
                 routed.router.calibrate(probe)
                 probe.release()
@@ -290,7 +283,7 @@ class Session:
         if self._probe is None:
             windows, data = self.data.calibration.input_ids, recipe.data
             store = (
-                None if shards(recipe.trainer) else cache_folder("calibration")
+                None if is_sharded(recipe.trainer) else cache_folder("calibration")
             )  # all together: none may know more than another
             options: dict[str, Any] = {"prompt": data.prompt, "store": store}
             # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
@@ -332,10 +325,7 @@ def _parameters(routed: RoutedLM) -> int:
 
 def _tidy(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
-    from buddy.healing.rates import forget_rates
-
     forget(folder)
-    forget_rates(folder)
     remove_targets(folder)
 
 
@@ -343,7 +333,7 @@ NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedule
 
 
 def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
-    """Train the router in place, from `trainer.ckpt_path` or from what an interrupted run left in `folder`.
+    """Train the router in place, from `ckpt_path` or from what an interrupted run left in `folder`.
 
     Args:
         recipe: the whole run.
@@ -362,10 +352,10 @@ def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callba
     def failed(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
         kept = checkpoints / "before-failure.ckpt"
         trainer.save_checkpoint(kept)
-        return TrainingError(f"{error}, and start anew or from the step before with trainer.ckpt_path={kept}.")
+        return TrainingError(f"{error}, and start anew or from the step before with ckpt_path={kept}.")
 
     bar = TrainingBar(f"Training {recipe.router.name}")
-    start = _start(recipe.trainer.ckpt_path, last)
+    start = _start(recipe.ckpt_path, last)
     run(recipe, module_of(recipe, routed), data, last, start, bar, callbacks, failed)
     routed.router.to(routed.backbone.device)  # Lightning brings its module back to the CPU, not the backbone
 
@@ -399,13 +389,14 @@ def run(
     if start:
         check_checkpoint(start)
         errors.print(f"Going on from {start}", soft_wrap=True)
-    keeper = Keeper(last, recipe.trainer.checkpoint_every)
+    keeper = Keeper(last, recipe.checkpoint_every)
     with quiet(), keeper.listening():
         trainer = trainer_of(
             recipe,
-            callbacks=[keeper, bar, *callbacks],
-            logger=TensorBoardLogger(last.parent.parent, name="", version="", default_hp_metric=False),
-            log_every_n_steps=recipe.trainer.log_every,
+            callbacks=[keeper, bar, *callbacks, *map(instantiate, recipe.callbacks)],
+            logger=instantiate(recipe.logger)
+            if recipe.logger
+            else TensorBoardLogger(last.parent.parent, name="", version="", default_hp_metric=False),
             plugins=[WholeCheckpoints()],
         )
         try:
@@ -418,8 +409,23 @@ def run(
                 raise _unusable(start, f"{type(error).__name__}: {error}") from error
             raise
     if keeper.asked:
-        errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer.max_steps} is kept.")
+        errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer['max_steps']} is kept.")
         raise KeyboardInterrupt
+
+
+def instantiate(spec: ClassSpec) -> Any:
+    """The object of a class of the recipe's `callbacks` or `logger`.
+
+    Raises:
+        RecipeError: the class cannot be imported, or does not take its arguments.
+    """
+    from lightning.pytorch.cli import instantiate_class
+
+    try:
+        return instantiate_class((), asdict(spec))
+    except Exception as error:  # anyone's code
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise RecipeError(f"{spec.class_path} cannot be made ({type(error).__name__}: {reason}); change it.") from error
 
 
 def _ended(sentence: TrainingError, interrupted: bool) -> BaseException:
@@ -445,31 +451,31 @@ def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:
     Raises:
         TrainingError: it refuses them.
     """
-    section = recipe.trainer
-    if any(way in section.strategy for way in ("spawn", "fork", "notebook")):
+    keywords = recipe.trainer
+    if any(way in keywords["strategy"] for way in ("spawn", "fork", "notebook")):
         raise TrainingError(
-            f"trainer.strategy={section.strategy} cannot carry a routed model to its processes; choose ddp instead."
+            f"trainer.strategy={keywords['strategy']} cannot carry a routed model to its processes; choose ddp instead."
         )
-    devices, nodes = distributed.shape(section)
+    devices, nodes = distributed.shape(keywords)
     shared_out = "ddp" if devices * nodes > 1 else "auto"  # the weights; the router is whole on each device
     try:
         return lightning.Trainer(
-            max_steps=section.max_steps,
-            max_epochs=-1,
-            accelerator=section.accelerator,
-            devices=devices,
-            num_nodes=nodes,
-            strategy=shared_out if section.strategy == STRATEGY else section.strategy,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            deterministic="warn",
+            **{
+                **{"max_epochs": -1, "enable_model_summary": False, "deterministic": "warn"},
+                **keywords,
+                "devices": devices,
+                "num_nodes": nodes,
+                "strategy": shared_out if keywords["strategy"] == STRATEGY else keywords["strategy"],
+                "gradient_clip_val": None,  # RoutingModule clips
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+            },
             **options,
         )
     except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         raise TrainingError(
-            f"trainer.accelerator={section.accelerator}, devices={devices} and strategy={section.strategy} do "
+            f"trainer.accelerator={keywords['accelerator']}, devices={devices} and strategy={keywords['strategy']} do "
             f"not work here ({reason}); change them."
         ) from error
 
@@ -477,7 +483,7 @@ def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:
 def check_checkpoint(path: str | Path) -> None:
     """Raises TrainingError unless the file is a whole checkpoint of a training; what is pickled in it is not run."""
     if not os.path.isfile(path):
-        raise TrainingError(f"There is no checkpoint {path}; leave trainer.ckpt_path out or name an existing file.")
+        raise TrainingError(f"There is no checkpoint {path}; leave ckpt_path out or name an existing file.")
     try:
         missing = {*NEEDED} - {*torch.load(path, map_location="cpu", weights_only=True)}
         with zipfile.ZipFile(path) as parts:  # torch itself does not look at the sums
@@ -491,7 +497,7 @@ def check_checkpoint(path: str | Path) -> None:
 def _unusable(path: str | Path, reason: str) -> TrainingError:
     return TrainingError(
         f"The checkpoint {path} is damaged or not one of Buddy's ({shorten(reason, 200, placeholder=' …')}); delete it "
-        "and start anew, or name another as trainer.ckpt_path."
+        "and start anew, or name another as ckpt_path."
     )
 
 
@@ -517,13 +523,13 @@ def module_of(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
         lr=optimizer.lr,
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
-        clip=optimizer.clip,
+        clip=recipe.trainer["gradient_clip_val"] or 0.0,
         seed=recipe.seed,
     )
 
 
 CHECKPOINT = "healing.ckpt"
-CHANGEABLE = {"kind", "lr", "rates", "steps"}  # of the section, from one beginning to the next
+CHANGEABLE = {"kind", "lr", "steps"}  # of the section, from one beginning to the next
 
 
 def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
@@ -543,12 +549,12 @@ def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbac
     path = folder / "checkpoints" / CHECKPOINT
     routed.adapt(build_adapter(recipe, routed.backbone, routed.geometry.context_layer))
     routed.adapter.train()
-    steps = replace(recipe, trainer=replace(recipe.trainer, max_steps=recipe.adapter.steps))
+    steps = replace(recipe, trainer={**recipe.trainer, "max_steps": recipe.adapter.steps})
     bar = TrainingBar(f"Healing {recipe.router.name}", "heal/objective")
 
     def failed(_: Trainer, error: NotFinite) -> TrainingError:
         trained = folder / "checkpoints" / "last.ckpt"
-        kept = f", and give trainer.ckpt_path={trained} to keep the router" if trained.exists() else ""
+        kept = f", and give ckpt_path={trained} to keep the router" if trained.exists() else ""
         return TrainingError(f"{error}; lower adapter.lr{kept}.")
 
     start = path if path.exists() else None
@@ -582,7 +588,7 @@ def healing_module_of(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> Hea
         lr=recipe.adapter.lr,
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
-        clip=optimizer.clip,
+        clip=recipe.trainer["gradient_clip_val"] or 0.0,
         seed=recipe.seed,
         identity=identity_of(recipe, routed.router),
         checkpoint=str(checkpoint),

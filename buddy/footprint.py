@@ -14,8 +14,9 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from buddy.backbone import embedded
 from buddy.backbone.embedded import quiet_transformers
-from buddy.backbone.load import DTYPES, EMBEDDED, check_routable
+from buddy.backbone.load import DTYPES, check_routable
 from buddy.budget import executed_layers
 from buddy.config import ObjectiveSection, Recipe
 from buddy.console import results
@@ -359,7 +360,7 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-CHOICES = f"a folder with config.json, such a file, owner/name on the hub, or {' or '.join(map(repr, EMBEDDED))}"
+CHOICES = f"a folder with config.json, such a file, owner/name on the hub, or {embedded.NAME!r}"
 
 
 def hollow_model(name: str, dtype: str) -> PreTrainedModel:
@@ -384,8 +385,8 @@ def hollow_model(name: str, dtype: str) -> PreTrainedModel:
 
 def _read(name: str) -> dict[str, Any]:
     path = os.path.expanduser(name)
-    if name in EMBEDDED:
-        path = str(EMBEDDED[name]())
+    if name in embedded.NAMES:
+        path = str(embedded.smollm2_folder())
     if os.path.isdir(path):
         path = os.path.join(path, "config.json")
         if not os.path.isfile(path):
@@ -409,7 +410,7 @@ def _read_hub(name: str) -> dict[str, Any]:
     if not name.strip() or name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise BackboneError(f"There is no configuration at {name!r}; give {CHOICES}.")
     if "/" not in name:  # as in `load_backbone`
-        raise BackboneError(f"No model is named {name!r}{nearest(name, EMBEDDED) or f'; give {CHOICES}.'}")
+        raise BackboneError(f"No model is named {name!r}{nearest(name, embedded.NAMES) or f'; give {CHOICES}.'}")
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:

@@ -1,5 +1,9 @@
-"""Scores → a plan of exactly K executed layers."""
+"""Scores → a plan of exactly K executed layers: the only place where K is enforced.
 
+Each rule has a tensor form and, for one new token or one layer, the form that is quick enough for decoding.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +13,7 @@ from buddy.errors import BudgetError
 
 
 def top_k(scores: Tensor, k: Tensor) -> Tensor:
-    """Exactly k of R layers for each score vector, ties broken by the lower layer index.
+    """Exactly k of R layers for each score vector; ties go to the lower layer index.
 
     Args:
         scores: (..., R), larger = more worth running. Must be finite.
@@ -25,11 +29,18 @@ def top_k(scores: Tensor, k: Tensor) -> Tensor:
     return rank < k.unsqueeze(-1)
 
 
-def gate_order(open_gates: Tensor) -> Tensor:
-    """Scores whose top k are the layers that gates run when they are asked one after the other and held to a count.
+def top_k_on_host(scores: Sequence[float], k: int) -> list[bool]:
+    """`top_k` of one score vector in plain Python: for the few scores of one token that is quicker than tensors."""
+    runs = [False] * len(scores)
+    for index in sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:k]:  # stable, so ties by index
+        runs[index] = True
+    return runs
 
-    A layer runs where its gate is open until k are spent, and whatever its gate says where as many layers are left as
-    are owed. So open gates come first, the earlier before the later; then closed ones, the later before the earlier.
+
+def gate_order(open_gates: Tensor) -> Tensor:
+    """Scores whose top k are the layers that `clamp_gate` would run, one layer after the other.
+
+    Open gates come first, the earlier before the later; then closed ones, the later before the earlier.
 
     Args:
         open_gates: (..., R) bool.
@@ -40,6 +51,20 @@ def gate_order(open_gates: Tensor) -> Tensor:
     routable = open_gates.shape[-1]
     index = torch.arange(routable, dtype=torch.float32, device=open_gates.device)
     return torch.where(open_gates, 2 * routable - index, index)
+
+
+def clamp_gate(open_gate: Tensor, remaining: Tensor, layers_left: int) -> Tensor:
+    """Whether one layer runs when gates are asked one layer after the other and held to exactly k layers.
+
+    A layer runs where its gate is open until k layers are spent, and whatever its gate says once all layers that are
+    left must run to reach k.
+
+    Args:
+        open_gate: (...) bool, the gate of this layer.
+        remaining: (...) long, how many routable layers each token has still to run.
+        layers_left: routable layers from this one on.
+    """
+    return (open_gate & (remaining > 0)) | (remaining == layers_left)
 
 
 @dataclass(frozen=True)
@@ -77,3 +102,56 @@ class Plan:
     def executed(self) -> Tensor:
         """(...) long, the number of layers that run."""
         return self.runs.sum(-1)
+
+
+def plan_rows_on_host(scores: Sequence[Sequence[float]], executed: Sequence[int], layers: int) -> list[list[bool]]:
+    """`Plan.from_scores` for one new token of each row, in plain Python.
+
+    Args:
+        scores: B lists of R.
+        executed: K of each row, or one for all.
+        layers: L.
+
+    Returns:
+        L lists of B: by layer, whether each row runs it.
+    """
+    first = layers - len(scores[0]) - 1
+    each = executed if len(executed) > 1 else [executed[0]] * len(scores)
+    chosen = [top_k_on_host(row, count - first - 1) for row, count in zip(scores, each, strict=True)]
+    always = [True] * len(scores)
+    return [always] * first + [list(layer) for layer in zip(*chosen, strict=True)] + [always]
+
+
+def plan_tokens(scores: Tensor, executed: Tensor, layers: int, shared: int = 0) -> Tensor:
+    """(B, T, L) bool from scores (B, T, R) and K (B, T); the first `shared` tokens take the plan of their last one."""
+    runs = Plan.from_scores(scores, executed, layers).runs
+    if shared:
+        last = runs[:, shared - 1 : shared]
+        runs = torch.cat([last.expand(-1, shared, -1), runs[:, shared:]], 1)
+    return runs
+
+
+def deciding_tokens(length: int, first: int, every: int | None, device: torch.device | None = None) -> Tensor:
+    """(T,) long: for each of `length` tokens the index of the token whose decision it follows.
+
+    Args:
+        first: index of the prompt's last token among them; negative where it precedes them, and so may the results be.
+        every: after the prompt every `every`-th token decides; None: none does.
+    """
+    since = torch.arange(length, device=device) - first  # tokens since the last one of the prompt
+    return first + torch.where(since > 0, since - (since % every if every else since), since)
+
+
+def hold_scores(scores: Tensor, first: int, every: int | None, before: Tensor | None = None) -> Tensor:
+    """Scores (B, T, R) with those of each token replaced by those of the token whose decision it follows.
+
+    Args:
+        first: index of the prompt's last token among the T; negative where it precedes them.
+        every: after the prompt every `every`-th token decides; None: none does.
+        before: (B, 1, R), the scores that hold from before these tokens.
+    """
+    if every == 1:
+        return scores
+    at = deciding_tokens(scores.shape[1], first, every, scores.device)
+    held = scores[:, at.clamp(min=0)]
+    return held if before is None else torch.where((at < 0)[None, :, None], before, held)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 import buddy
-from buddy.config import Recipe, flatten, load_recipe, shown, storable, to_yaml
+from buddy.config import Recipe, flatten, load_recipe, to_yaml
 from buddy.console import errors
 from buddy.errors import BuddyError, DamagedError, RunError, nearest
 from buddy.io import (
@@ -48,6 +48,7 @@ from buddy.io import (
     writing,
 )
 from buddy.registry import load
+from buddy.values import flaw, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,12 +65,9 @@ SUMS = "checksums"  # the key of the checksums in metrics.json
 CODE = "router's code"  # the digest in inputs.json whose change only warns
 SAVE_EVERY = 5.0  # seconds between two writes of the time spent
 
-CKPT_KEYS = ("ckpt_path", "trainer.ckpt_path")
+CKPT_KEYS = ("ckpt_path",)
 # Keys of a recipe that change nothing in the run.
-FREE_KEYS = (
-    *("output", "rivals", "checkpoint_every", "logger"),
-    *("trainer.checkpoint_every", "trainer.log_every", "trainer.log_every_n_steps"),
-)
+FREE_KEYS = (*("output", "rivals", "checkpoint_every", "logger", "trainer.log_every_n_steps"),)
 
 
 # Making
@@ -85,9 +83,13 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def of(cls, recipe: Recipe, recipe_name: str) -> "RunFolder":
-        """`<output>/<recipe>/<router>/seed-N`; characters that do not belong in a file name become hyphens."""
-        names = folder_name(recipe_name), folder_name(recipe.router.name), f"seed-{recipe.seed}"
+    def of(cls, recipe: Recipe, recipe_name: str, label: str | None = None) -> "RunFolder":
+        """`<output>/<recipe>/<router>/seed-N`; characters that do not belong in a file name become hyphens.
+
+        Args:
+            label: of a rival with overrides, in place of the router's name.
+        """
+        names = folder_name(recipe_name), folder_name(label or recipe.router.name), f"seed-{recipe.seed}"
         return cls(Path(recipe.output).joinpath(*names))
 
     @property
@@ -368,7 +370,7 @@ def read_run(folder: str | Path) -> Run:
     facts = _read_facts(found)
     _check_sums(found)
     try:
-        recipe = load_recipe(found / RECIPE)
+        recipe = load_recipe(found / RECIPE, saved=True)
     except BuddyError as error:
         raise DamagedError(found / RECIPE, str(error).rstrip(".")) from error
     return Run(folder=found, recipe=recipe, **facts)
@@ -438,10 +440,10 @@ def _resolve(folder: Path) -> Path:
         if seeds:
             names = ", ".join(f"seed-{seed}" for seed in seeds)
             raise RunError(f"{folder} holds the runs {names}; name one of them, such as {folder}/seed-{seeds[0]}.")
-        if below:
-            raise RunError(f"{folder} is not a run but holds the runs {', '.join(below)}; name one of them.")
         if any(folder.glob(f"seed-*/{RECIPE}")):
             raise _unfinished(folder)
+        if below:
+            raise RunError(f"{folder} is not a run but holds the runs {', '.join(below)}; name one of them.")
         raise RunError(f"{folder} is not a run folder; name one, such as runs/quickstart/buddy.")
     missing = [name for name in (RECIPE, FACTS, ROUTER) if not (folder / name).is_file()]
     if not _is_complete(folder) and (missing or _legacy_sums(folder) is None):
@@ -452,7 +454,9 @@ def _resolve(folder: Path) -> Path:
 
 
 def _unfinished(folder: Path) -> RunError:
-    return RunError(f"The run {folder} is unfinished; go on with the same `buddy fit` that began it.")
+    return RunError(
+        f"The run {folder} is unfinished: {METRICS} is missing; go on with the same `buddy fit` that began it."
+    )
 
 
 def _runs_in(folder: Path) -> list[str]:
@@ -469,7 +473,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder} was made by a newer Buddy (run format {made}); upgrade Buddy to read it.")
     kinds = {"format": int, **dict.fromkeys(_TEXTS, str), **dict.fromkeys(_MAPPINGS, dict)}
     for name, kind in kinds.items():
-        if not isinstance(facts.get(name), kind) or not storable(facts[name]):
+        if not isinstance(facts.get(name), kind) or flaw(facts[name]):
             raise DamagedError(path, f"{name} is missing or wrong")
     return {name: facts[name] for name in (*_TEXTS, *_MAPPINGS)}
 
@@ -493,7 +497,7 @@ def _legacy_sums(folder: Path) -> Any:
 def _lies_within(name: str) -> bool:
     """Whether the name of a file leads nowhere out of its folder."""
     path = PurePath(name)
-    return storable(name) and not path.is_absolute() and ".." not in path.parts
+    return not flaw(name) and not path.is_absolute() and ".." not in path.parts
 
 
 # Comparing and beginning
@@ -505,7 +509,7 @@ def _differences(folder: Path, recipe: Recipe, digests: Mapping[str, str], ignor
             stored = read_run(folder).recipe
             read_metrics(folder)
         else:
-            stored = load_recipe(folder / RECIPE)
+            stored = load_recipe(folder / RECIPE, saved=True)
     except DamagedError as error:
         return [f"{error.path.name} is damaged ({error.reason})"]
     except BuddyError as error:
@@ -542,11 +546,11 @@ def _resumes(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> bool:
     Raises:
         RunError: it holds a checkpoint, and its recipe cannot be read; so nobody knows what would be deleted.
     """
-    checkpoint = recipe.trainer.ckpt_path
+    checkpoint = recipe.ckpt_path
     if checkpoint and Path(os.path.realpath(checkpoint)).is_relative_to(os.path.realpath(folder)):
         return True
     try:
-        load_recipe(folder / RECIPE)
+        load_recipe(folder / RECIPE, saved=True)
     except BuddyError as error:
         if any(folder.rglob("*.ckpt")):
             reason = " ".join(str(error).split()).rstrip(".")

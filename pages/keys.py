@@ -6,20 +6,9 @@ from dataclasses import fields, is_dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from buddy.config import Recipe, section_of, shown
+from buddy.config import Recipe, TrainerKeywords, section_of
+from buddy.values import shown, type_words
 
-WORDS: dict[Any, str] = {
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-    int | None: "whole number or null",
-    str: "text",
-    str | None: "text or null",
-    list[float]: "list of numbers",
-    list[str]: "list of names",
-    dict[str, Any]: "mapping",
-    dict[str, float]: "mapping to numbers",
-}
 ROW = re.compile(r"^\| `([\w.]+)` \|.*\| (.*) \|$")
 
 
@@ -36,6 +25,8 @@ def keys(section: object | None = None, prefix: str = "") -> Iterator[Key]:
     section = Recipe() if section is None else section
     for item in fields(section):  # type: ignore[arg-type]
         name, value, bounds = prefix + item.name, getattr(section, item.name), item.metadata
+        if name == "trainer":
+            value = TrainerKeywords()
         inner = section_of(item.type)
         if inner is not None and value is None:  # a section that may be left out
             value = inner()
@@ -75,6 +66,6 @@ def _named(line: str) -> str:
 
 
 def _kind(hint: Any, bounds: Any) -> str:
-    words = ", ".join(f"`{name}`" for name in bounds["accepted"]) if "accepted" in bounds else WORDS[hint]
-    signs = ((bound, sign) for bound, sign in (("least", "≥"), ("above", ">"), ("most", "≤")) if bound in bounds)
-    return "".join([words, *(f" {sign} {bounds[bound]}" for bound, sign in signs)])
+    choices = ", ".join(f"`{name}`" for name in bounds.get("choices", ()))
+    signs = (f"{sign} {bounds[bound]}" for bound, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤")) if bound in bounds)
+    return " ".join([choices or type_words(hint).removeprefix("a "), *signs])

@@ -30,8 +30,8 @@ from buddy.build import build_backbone, build_data, build_model
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
 from buddy.console import errors, results, track
+from buddy.engine.twins import pruned_model
 from buddy.losses import cross_entropy
-from buddy.scoring.timing import pruned_model
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """What all tests share: no network, one thread, and models that are made or loaded once."""
 
 import os
-import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client, which reads it once
 os.environ["BUDDY_CALIBRATION_CACHE"] = os.environ["BUDDY_LATENCY_CACHE"] = ""  # nothing that tests measure is kept
@@ -45,13 +44,11 @@ def small(tiny_llama_folder, datasets_cache, tmp_path_factory):
 def finished(small, tmp_path_factory):
     """A folder with the complete run of each of five routers under its name; read it, never write into it."""
     from buddy.fit import fit
+    from tests.small import only_seeds
 
     output = tmp_path_factory.mktemp("finished")
     fit(small(output, "rivals=[shortgpt,uniform,random,full]"), "small")
-    for run in (output / "small").glob("*/seed-0"):
-        run.rename(output / run.parent.name)
-    shutil.rmtree(output / "small")
-    return output
+    return only_seeds(output / "small")
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def _ini(block: Block) -> None:
 
 def _buddy(words: list[str], place: str) -> None:
     words = [re.sub(r"^((?:trainer\.max_steps|adapter\.steps)=)(\d+)$", _cut, word) for word in words]
-    words = [re.sub(r"^(trainer\.(?:devices|nodes)=)\d+$", r"\g<1>1", word) for word in words]  # one does it all here
+    words = [re.sub(r"^(trainer\.(?:devices|num_nodes)=)\d+$", r"\g<1>1", word) for word in words]  # one does all
     if words[1] == "evaluate" and "--devices" in words:
         words[words.index("--devices") + 1] = "1"
     if "--rounds" in words:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ RECIPE = """
 backbone: {{name: {model}, dtype: float32}}
 data: {{source: {text}, window: 48, prompt: 12, calibration_windows: 6, validation_windows: 2, test_windows: 6}}
 budgets: [1.0, 0.75, 0.5]
-trainer: {{accelerator: cpu, max_steps: 8, checkpoint_every: 3, log_every: 2}}
+trainer: {{accelerator: cpu, max_steps: 8, log_every_n_steps: 2}}
+checkpoint_every: 3
 """
 WORDS = "budget depth layer router token plan text model order learn skip run measure"
 COMMAND = Path(sys.executable).with_name("buddy")
@@ -36,6 +38,15 @@ def write_text(path: Path, documents: int = 32, seed: int = 0) -> Path:
     texts = (" ".join(draw.choices(WORDS.split(), k=draw.randint(20, 60))) for _ in range(documents))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def only_seeds(folder: Path) -> Path:
+    """Put each run `<folder>/<router>/seed-0` in the place of the router's folder, for tests that have no others."""
+    for run in list(folder.glob("*/seed-0")):
+        router, moved = run.parent, run.rename(folder / ".moved")
+        shutil.rmtree(router)
+        moved.rename(router)
+    return folder
 
 
 def start_buddy(*words: str, folder: Path) -> subprocess.Popen:

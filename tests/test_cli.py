@@ -52,8 +52,8 @@ def calls(monkeypatch):
 
     stand_in("buddy.fit", "fit")
     stand_in("buddy.evaluation.evaluate", "evaluate_run")
-    stand_in("buddy.compare", "compare")
-    stand_in("buddy.comparison.rewrite", "rewrite")
+    monkeypatch.setattr("buddy.compare.compare", lambda asked: made.append(("compare", (asked,), {})))
+    stand_in("buddy.evaluation.report", "show_files")
     stand_in("buddy.hub.load", "generate")
     return made
 
@@ -91,7 +91,7 @@ def test_compare(calls):
     assert call("compare", "--recipe", "quickstart", "--seeds", "2").exit_code == 0
     assert calls.pop()[1][0].seeds == 2
     assert call("compare", "--from", "c.json,d.json", "--markdown", "r.md").exit_code == 0
-    assert calls[1] == ("rewrite", ([Path("c.json"), Path("d.json")], Path("r.md")), {})
+    assert calls[1] == ("show_files", ([Path("c.json"), Path("d.json")], Path("r.md")), {})
 
 
 NEW = [

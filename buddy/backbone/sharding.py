@@ -1,20 +1,20 @@
-"""`trainer.strategy=fsdp`: each device holds a part of every decoder layer (FSDP2), and the router whole.
+"""`trainer.strategy=fsdp`: each device holds a shard of every decoder layer (FSDP2), and the whole router.
 
-A layer is fetched whole when it is called, by all processes together, whether or not its plan runs it for anybody: so
-processes whose windows have other plans never wait for one another in vain. What is not in a layer (embeddings, last
-norm, head) is whole on every device.
+All processes gather a layer together when it is called, whether or not their plans run it, so processes with different
+plans never deadlock. Everything outside the layers (embeddings, last norm, head) is replicated on every device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from buddy import distributed
 from buddy.backbone.load import Backbone
-from buddy.config import Recipe, TrainerSection
+from buddy.config import Recipe
 from buddy.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -23,39 +23,40 @@ if TYPE_CHECKING:
 STRATEGY = "fsdp"
 
 
-def shards(section: TrainerSection) -> bool:
-    """Whether weights are shared out: asked for, and over more than one device."""
-    devices, nodes = distributed.shape(section)
-    return section.strategy == STRATEGY and devices * nodes > 1
+def is_sharded(trainer: Mapping[str, Any]) -> bool:
+    """Whether weights are sharded: the recipe asks for it, and for more than one device."""
+    devices, nodes = distributed.shape(trainer)
+    return trainer["strategy"] == STRATEGY and devices * nodes > 1
 
 
-def check(recipe: Recipe) -> None:
-    """Raises TrainingError for what does not go with weights that are shared out."""
-    if not shards(recipe.trainer):
+def check_sharding(recipe: Recipe) -> None:
+    """Raises TrainingError for parts of a recipe that do not work with sharded weights."""
+    if not is_sharded(recipe.trainer):
         return
     if recipe.predictor.name is not None:
         raise TrainingError(
-            "A budget predictor is measured by one process alone, which fsdp does not let it be; set "
-            "trainer.strategy=ddp or predictor.name=null."
+            "A budget predictor is fitted by one process alone, which fsdp does not allow; set trainer.strategy=ddp or "
+            "predictor.name=null."
         )
     if recipe.adapter is not None and recipe.adapter.joint:
         raise TrainingError(
-            "adapter.joint trains rows at full depth another way than the others, and fsdp needs all processes to do "
-            "the same; set adapter.joint=false or trainer.strategy=ddp."
+            "adapter.joint runs rows at full depth without the router, and fsdp needs all processes to run the same; "
+            "set adapter.joint=false or trainer.strategy=ddp."
         )
 
 
-def join(section: TrainerSection) -> None:
-    """`distributed.join`, and agree on who holds which part."""
-    distributed.join(section)
-    if shards(section):
-        _mesh(section.accelerator)
+def join(trainer: Mapping[str, Any]) -> None:
+    """`distributed.join`, and the device mesh that the shards lie on."""
+    distributed.join(trainer)
+    if is_sharded(trainer):
+        _mesh(trainer["accelerator"])
 
 
 def shard(backbone: Backbone, accelerator: str) -> None:
-    """Leave this process's part of every layer on its device; `settle` comes next. Nothing is attached to the backbone.
+    """Keep only this process's shard of every layer, on its device; call `finish_sharding` next.
 
-    Each layer goes to the device whole, one after the other. No process waits for another here.
+    Nothing may be attached to the backbone. Each layer goes to the device whole, one after the other. No process waits
+    for another here.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -68,8 +69,8 @@ def shard(backbone: Backbone, accelerator: str) -> None:
 
 
 @torch.no_grad()
-def settle(backbone: Backbone) -> None:
-    """The first call, by all processes: it decides what belongs together, so it is the decoder's, and no layer's."""
+def finish_sharding(backbone: Backbone) -> None:
+    """The first forward, by all processes: FSDP takes the module that is called first for its root, the decoder."""
     backbone.base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device), use_cache=False)
 
 

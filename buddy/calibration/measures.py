@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
-from buddy.calibration.shell import Shell
+from buddy.engine.twins import LayerlessModel
 from buddy.losses import Dense, cross_entropy, kl_to_dense
 from buddy.router import Criterion
 
@@ -138,7 +138,7 @@ class PrefixWalk:
 
     def __init__(
         self,
-        shell: Shell,
+        shell: LayerlessModel,
         layers: Sequence[Layer],
         input_ids: Tensor,
         sinks: int,
@@ -147,7 +147,7 @@ class PrefixWalk:
     ) -> None:
         self._layers, self._known, self._wanted = layers, known or {}, wanted
         self.kept = {start: state for start, state in self._known.items() if start in wanted}
-        hidden, self._inputs = shell.enter(input_ids)
+        hidden, self._inputs = shell.embed(input_ids)
         self._sinks = _dense_states(shell, layers, input_ids[:, :sinks]) if sinks else []
         self._plan, self._path = "", {0: State(hidden, True)}  # states by the number of layers before them
 
@@ -187,9 +187,9 @@ class PrefixWalk:
 
 
 @torch.no_grad()
-def _dense_states(shell: Shell, layers: Sequence[Layer], input_ids: Tensor) -> list[Tensor]:
+def _dense_states(shell: LayerlessModel, layers: Sequence[Layer], input_ids: Tensor) -> list[Tensor]:
     """The input of each layer, (B, S, D), where tokens (B, S) run all layers."""
-    hidden, inputs = shell.enter(input_ids)
+    hidden, inputs = shell.embed(input_ids)
     states = []
     for layer, named in zip(layers, inputs, strict=True):
         states.append(hidden)
@@ -208,7 +208,7 @@ class PlanLosses:
 
     def __init__(self, backbone: Backbone, batches: Sequence[Tensor], sinks: int) -> None:
         self._backbone, self._batches, self._sinks = backbone, batches, sinks
-        self._shell = Shell(backbone.model)
+        self._shell = LayerlessModel(backbone.model)
         self._cache: dict[Batch, dict[str, State]] = {}
 
     def measure(
@@ -260,7 +260,9 @@ class PlanLosses:
             del self._cache[next(iter(self._cache))]
 
 
-def _criterion(criterion: Criterion, shell: Shell, input_ids: Tensor, walk: PrefixWalk) -> Callable[[Tensor], Tensor]:
+def _criterion(
+    criterion: Criterion, shell: LayerlessModel, input_ids: Tensor, walk: PrefixWalk
+) -> Callable[[Tensor], Tensor]:
     """A function from the last layer's output (B, T, D) to each window's loss, (B,) float64.
 
     Logits are computed for a few tokens at a time and freed at once: all of them would be the largest tensor in
@@ -270,7 +272,7 @@ def _criterion(criterion: Criterion, shell: Shell, input_ids: Tensor, walk: Pref
         references: Sequence[Any] = _parts(input_ids[:, 1:])
         measure: Callable[[Tensor, Any], Tensor] = cross_entropy
     else:
-        references = [Dense(shell.leave(part)) for part in _parts(walk.dense()[:, :-1])]
+        references = [Dense(shell.logits(part)) for part in _parts(walk.dense()[:, :-1])]
 
         def measure(logits: Tensor, reference: Any) -> Tensor:
             return kl_to_dense(reference, logits)
@@ -278,7 +280,7 @@ def _criterion(criterion: Criterion, shell: Shell, input_ids: Tensor, walk: Pref
     @torch.no_grad()
     def losses(states: Tensor) -> Tensor:
         parts = zip(_parts(states[:, :-1]), references, strict=True)
-        tokens = torch.cat([measure(shell.leave(part), reference) for part, reference in parts])
+        tokens = torch.cat([measure(shell.logits(part), reference) for part, reference in parts])
         return tokens.view(len(states), -1).cpu().double().mean(1)
 
     return losses

@@ -1,5 +1,6 @@
 """`buddy recipes`."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -24,9 +25,10 @@ def _recipes(ctx: typer.Context) -> None:
 @recipes_app.command("list", epilog="\b\nExample: buddy recipes list")
 def list_recipes() -> None:
     """List the recipes (as `buddy recipes` alone does)."""
-    from buddy.config import list_recipes as listed
+    from buddy.config import installed_recipes
 
-    print_table(("name", "what it is"), [(recipe.name, recipe.summary) for recipe in listed()])
+    rows = [(name, _first_comment(path)) for name, path in installed_recipes().items()]
+    print_table(("name", "what it is"), rows)
 
 
 @recipes_app.command(epilog="\b\nExample: buddy recipes show quickstart")
@@ -45,7 +47,18 @@ def copy(
     ] = None,
 ) -> None:
     """Copy a recipe to a new file of your own."""
-    from buddy.config import copy_recipe
+    from buddy.config import recipe_path
+    from buddy.errors import RecipeError
+    from buddy.io import write_text
 
-    target = copy_recipe(name, destination or Path())
+    path, target = recipe_path(name), destination or Path()
+    target = target / path.name if target.is_dir() else target
+    if target.exists():
+        raise RecipeError(f"{target} exists and is not overwritten; name another file.")
+    write_text(target, path.read_text("utf-8"))
     typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {target}")
+
+
+def _first_comment(path: Path) -> str:
+    found = re.search(r"^# *(.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return found[1].rstrip() if found else ""

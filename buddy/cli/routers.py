@@ -56,7 +56,7 @@ def check(
     ] = None,
 ) -> None:
     """Hold a router to what all routers promise."""
-    from buddy.testing.command import check_named
+    from buddy.testing.kit import check_named
 
     results = check_named(name, backbone=backbone, options=options or [])
     failed = sum(result.state == "failed" for result in results)

@@ -1,15 +1,13 @@
-"""The cache of a routed model: an ordinary transformers cache with room to grow and states that wait.
+"""The KV cache of a routed model: a transformers DynamicCache whose layers can store late, grow, or have holes.
 
-A cache is adopted at its first use: its class is swapped for a subclass and its layers for those of `cachelayers`, so
-generation's beams, crops and copies go through it as ever.
-
-The running mean of a context layer's cached states: what routers know of the prefix.
-
-What one layer of a routed cache holds: everything, the last window, or only what some row ran.
+A cache is adopted at its first use, while it is empty: its class and those of its layers are swapped for subclasses, so
+generation's beams and copies go through it as ever. It carries what routing needs between forwards: the pooled context
+and the scores of the last decision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,21 +16,26 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from buddy.errors import BuddyError
 
+ROOM = 64  # positions by which a buffer grows
+SHORT = 256  # positions up to which a copy for each token is cheaper than keeping a buffer
+Embeddings = Any  # position embeddings: a tuple of (B or 1, T, size) tensors, or None
+Pending = tuple[Tensor, Embeddings]  # a hidden state (B, T, D) whose keys and values are not computed yet
 
-def features(keys: Tensor, values: Tensor, kind: str) -> Tensor:
+
+def context_features(keys: Tensor, values: Tensor, kind: str) -> Tensor:
     """Cached states (B, heads, T, size) as (B, T, F) float32: F = heads × size, twice that for "both"."""
     chosen = {"value": (values,), "key": (keys,), "both": (keys, values)}[kind]
     flat = [states.transpose(1, 2).flatten(2) for states in chosen]
     return (flat[0] if len(flat) == 1 else torch.cat(flat, -1)).float()
 
 
-class Pool:
-    """Running sum, per row, of the states of all valid positions so far.
+class ContextPool:
+    """Running mean, per row, of the context layer's cached states: what routers know of the prefix.
 
     Attributes:
         kind: which states are pooled: "value", "key" or "both".
-        total: (B, F) float32, or None before the first token.
-        count: positions in the sum, one number while no row was ever padded, else (B, 1) float32.
+        total: (B, F) float32, the sum over all valid positions so far; None before the first token.
+        count: positions in the sum: one number while no row was ever padded, else (B, 1) float32.
         valid: (B, positions) bool once a row was padded, to take back what a crop removes; None before.
     """
 
@@ -43,22 +46,32 @@ class Pool:
         self.valid: Tensor | None = None
 
     def add(self, states: Tensor, valid: Tensor | None) -> Tensor:
-        """Mean over each prefix, (B, T, F) float32, of states (B, T, F); positions not `valid` (B, T) are left out."""
-        if valid is None and self.valid is None:
-            return self._add_all(states)
+        """Means over each prefix, (B, T, F) float32, of states (B, T, F); positions not in `valid` (B, T) are left out.
+
+        A step of decoding, with T = 1, takes two small sums.
+        """
         batch, length, _ = states.shape
+        if valid is None and self.valid is None:
+            if length == 1:
+                self.total = states[:, 0] if self.total is None else self.total + states[:, 0]
+                self.count += 1
+                return (self.total / self.count)[:, None]
+            totals = self._add_total(states.cumsum(1))
+            counts = torch.arange(1, length + 1, device=states.device) + self.count
+            self.total, self.count = totals[:, -1], self.count + length
+            return totals / counts[:, None]
         if self.valid is None:
             self.valid = torch.ones(batch, int(self.count), dtype=torch.bool, device=states.device)
             self.count = torch.full((batch, 1), float(self.count), device=states.device)
         if valid is None:
             valid = torch.ones(batch, length, dtype=torch.bool, device=states.device)
         self.valid = torch.cat([self.valid, valid], 1)
-        totals = self._onto((states * valid[..., None]).cumsum(1))
+        totals = self._add_total((states * valid[..., None]).cumsum(1))
         counts = valid.to(states.dtype).cumsum(1) + self.count
         self.total, self.count = totals[:, -1], counts[:, -1:]
         return totals / counts.clamp(min=1)[..., None]
 
-    def select(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Keep or repeat rows, as beams do."""
         if self.total is None:
             return
@@ -67,8 +80,8 @@ class Pool:
             self.valid, self.count = self.valid[rows], self.count[rows]  # type: ignore[index]  # a tensor with valid
 
     def crop(self, removed: int, keys: Tensor, values: Tensor) -> None:
-        """Take back the last `removed` positions; their keys and values (B, heads, removed, size) are given."""
-        gone = features(keys, values, self.kind)
+        """Take back the last `removed` positions, given their keys and values (B, heads, removed, size)."""
+        gone = context_features(keys, values, self.kind)
         if self.valid is None:
             self.total, self.count = self.total - gone.sum(1), self.count - removed
             return
@@ -77,47 +90,24 @@ class Pool:
         self.count = self.count - weight.sum(1, keepdim=True)
         self.valid = self.valid[:, :-removed]
 
-    def _add_all(self, states: Tensor) -> Tensor:
-        length = states.shape[1]
-        if length == 1:  # the decode step: two small sums
-            self.total = states[:, 0] if self.total is None else self.total + states[:, 0]
-            self.count += 1
-            return (self.total / self.count)[:, None]
-        totals = self._onto(states.cumsum(1))
-        counts = torch.arange(1, length + 1, device=states.device) + self.count
-        self.total, self.count = totals[:, -1], self.count + length
-        return totals / counts[:, None]
-
-    def _onto(self, totals: Tensor) -> Tensor:
+    def _add_total(self, totals: Tensor) -> Tensor:
         return totals if self.total is None else totals + self.total[:, None]
 
 
-def rebuilt(kind: str, layer: Any, valid: Tensor | None) -> Pool:
-    """The pool of a context layer's cache that was filled without one; `valid` (B, positions) marks padding."""
-    pool = Pool(kind)
-    pool.add(features(layer.keys, layer.values, kind), valid)
-    return pool
-
-
-ROOM = 64  # positions by which a buffer grows
-SHORT = 256  # positions up to which a copy a token is cheaper than keeping a buffer
-Waiting = tuple[Tensor, Any]  # a hidden state (B, T, D) and its position embeddings, owed keys and values
-
-
-class DeferringLayer:
-    """What both kinds of layer share: hidden states whose keys and values are owed (policy `fill`).
+class PendingLayer:
+    """Mixed into a cache layer that may hold hidden states whose keys and values are not computed yet.
 
     Attributes:
-        pending: in order of position; they follow the positions that the layer holds.
+        pending: in order of position; they follow the positions that the layer stores.
     """
 
-    pending: list[Waiting]
+    pending: list[Pending]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store what follows the positions held.
+        """Store what follows the positions stored so far.
 
         Raises:
-            RuntimeError: states still wait, as when a routed model's cache is given to the stock model after `detach`.
+            RuntimeError: states are pending, as when a routed model's cache is given to the stock model after `detach`.
         """
         if self.pending:
             raise RuntimeError("Skipped states still wait in this cache; go on with the routed model that filled it.")
@@ -125,7 +115,7 @@ class DeferringLayer:
 
     @property
     def pending_length(self) -> int:
-        """Positions that wait."""
+        """Positions whose keys and values are not computed yet."""
         return sum(hidden.shape[1] for hidden, _ in self.pending)
 
     def get_seq_length(self) -> int:
@@ -135,7 +125,7 @@ class DeferringLayer:
         super().reset()
         self.pending = []
 
-    # Stock asks for the length before it moves rows; here all of it may be owed, with nothing to move.
+    # The stock methods ask for the length before they move rows; here all positions may be pending, with none to move.
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
             super().reorder_cache(beam_idx)
@@ -155,73 +145,76 @@ class DeferringLayer:
             keep = max(hidden.shape[1] - remove, 0)
             remove -= hidden.shape[1] - keep
             if keep:
-                self.pending.append((hidden[:, :keep], each(embeddings, lambda x: x[:, :keep])))  # noqa: B023
+                self.pending.append((hidden[:, :keep], map_embeddings(embeddings, lambda x: x[:, :keep])))  # noqa: B023
         super().crop(-remove if tokens_to_remove <= 0 else tokens_to_remove)
 
 
-class GrowingLayer(DeferringLayer, DynamicLayer):
-    """Full attention. Long caches are views of buffers that grow by `ROOM` positions; stock copies them for each."""
+class GrowingLayer(PendingLayer, DynamicLayer):
+    """Full attention. A long cache is a view of a buffer that grows by `ROOM` positions; stock copies it at each token.
+
+    Attributes:
+        view: the keys as `update` left them; where `keys` is another tensor, somebody moved rows or cropped.
+    """
+
+    view: Tensor | None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        held = self.keys.shape[-2] if self.keys.dim() == 4 else 0
-        length = held + key_states.shape[-2]
-        if held < SHORT or self.pending:
+        stored = self.keys.shape[-2] if self.keys.dim() == 4 else 0
+        length = stored + key_states.shape[-2]
+        if stored < SHORT or self.pending:
             return super().update(key_states, value_states)
         if self.keys is not self.view or self.buffers[0].shape[2] < length:
-            self.buffers = _grown(self.keys, held, length), _grown(self.values, held, length)
+            self.buffers = _grown(self.keys, length), _grown(self.values, length)
         keys, values = self.buffers
-        keys[:, :, held:length] = key_states
-        values[:, :, held:length] = value_states
+        keys[:, :, stored:length] = key_states
+        values[:, :, stored:length] = value_states
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
         self.view = self.keys
         return self.keys, self.values
 
 
-def growing(layer: DynamicLayer) -> DynamicLayer:
-    """A stock full-attention layer as one that grows by buffers; any other as it is. What it holds stays."""
-    if type(layer) is not DynamicLayer:
-        return layer
-    grown = GrowingLayer.__new__(GrowingLayer)
-    grown.__dict__.update(layer.__dict__, pending=[], view=None)
-    return grown
+def growing_layer(layer: DynamicLayer) -> DynamicLayer:
+    """A stock full-attention cache layer as one that grows by buffers; any other as it is. What it stores stays."""
+    return _swapped(layer, GrowingLayer) if type(layer) is DynamicLayer else layer
 
 
-def _grown(held: Tensor, length: int, needed: int) -> Tensor:
-    buffer = held.new_empty(*held.shape[:2], -(-needed // ROOM) * ROOM, held.shape[3])
-    buffer[:, :, :length] = held
+def _swapped(layer: DynamicLayer, cls: Any) -> Any:
+    swapped = cls.__new__(cls)
+    swapped.__dict__.update(layer.__dict__, pending=[], view=None)
+    return swapped
+
+
+def _grown(stored: Tensor, needed: int) -> Tensor:
+    buffer = stored.new_empty(*stored.shape[:2], -(-needed // ROOM) * ROOM, stored.shape[3])
+    buffer[:, :, : stored.shape[2]] = stored
     return buffer
 
 
-class SlidingLayer(DeferringLayer, DynamicSlidingWindowLayer):
-    """Sliding-window attention: holds the last window, as stock does, and never lets a state wait."""
+class SlidingLayer(PendingLayer, DynamicSlidingWindowLayer):
+    """Sliding-window attention: stores the last window, as stock does; its states never wait."""
 
 
-class HoleLayer(DeferringLayer, DynamicLayer):
-    """Policy `hole`: holds only the positions that some row ran, full or sliding attention alike.
+class HoleLayer(PendingLayer, DynamicLayer):
+    """Policy `hole`: stores only the positions that some row ran, with full or sliding attention alike.
 
     Attributes:
-        seen: positions that went by, stored or not.
+        seen: positions that passed, stored or not.
         slots: (S,) long, the positions that are stored, rising.
         valid: (B, S) bool, which rows ran them.
         window: positions that a sliding layer can still see; None for all.
-        unbroken: whether all of `seen` is stored for all rows.
+        complete: whether every position that passed is stored for every row, so that the stock mask fits.
     """
 
-    unbroken: bool
-    seen: int
-    slots: Tensor | None
-    valid: Tensor | None
-    window: int | None
-
-    @property
-    def whole(self) -> bool:
-        """Whether every position so far is stored for every row, so that the stock mask fits."""
-        return self.unbroken and (self.slots is not None or self.seen == 0)
+    seen: int = 0
+    slots: Tensor | None = None
+    valid: Tensor | None = None
+    window: int | None = None
+    complete: bool = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """All positions of all rows, as stock stores them; only where `whole` holds."""
+        """All positions of all rows, as stock stores them; only where `complete` holds."""
         slots = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
         past = None if self.slots is None else (self.keys, self.values)
         valid = torch.ones(len(key_states), len(slots), dtype=torch.bool, device=key_states.device)
@@ -231,21 +224,25 @@ class HoleLayer(DeferringLayer, DynamicLayer):
         return torch.cat([past[0], key_states], -2), torch.cat([past[1], value_states], -2)
 
     def append(self, keys: Tensor, values: Tensor, slots: Tensor, valid: Tensor, length: int) -> None:
-        """Store K and V (B, heads, U, size) of `slots` (U,) for the rows in `valid` (B, U); `length` positions pass."""
+        """Store K and V (B, heads, U, size) of positions `slots` (U,), for the rows in `valid` (B, U).
+
+        Args:
+            length: positions that pass in this forward, stored or not.
+        """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        held = self.slots is not None
-        self.keys = torch.cat([self.keys, keys], -2) if held else keys
-        self.values = torch.cat([self.values, values], -2) if held else values
-        self.slots = torch.cat([self.slots, slots]) if held else slots
-        self.valid = torch.cat([self.valid, valid], 1) if held else valid
-        unbroken = self.whole and slots.numel() == length and bool(valid.all())
-        self.pass_by(length)
-        self.unbroken = unbroken
+        more = self.slots is not None
+        self.keys = torch.cat([self.keys, keys], -2) if more else keys
+        self.values = torch.cat([self.values, values], -2) if more else values
+        self.slots = torch.cat([self.slots, slots]) if more else slots
+        self.valid = torch.cat([self.valid, valid], 1) if more else valid
+        complete = self.complete and slots.numel() == length and bool(valid.all())
+        self.skip(length)
+        self.complete = complete
 
-    def pass_by(self, length: int) -> None:
-        """`length` positions go by unstored; what leaves the window is let go."""
-        self.seen, self.unbroken = self.seen + length, False
+    def skip(self, length: int) -> None:
+        """`length` positions pass without being stored; what leaves the window is dropped."""
+        self.seen, self.complete = self.seen + length, False
         if self.window is not None and self.slots is not None:
             self._keep(self.slots > self.seen - self.window)
 
@@ -253,8 +250,8 @@ class HoleLayer(DeferringLayer, DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        held = self.seen if self.window is None else min(self.seen, self.window - 1)
-        return held + query_length, self.seen - held
+        stored = self.seen if self.window is None else min(self.seen, self.window - 1)
+        return stored + query_length, self.seen - stored
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -267,7 +264,7 @@ class HoleLayer(DeferringLayer, DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.slots, self.valid, self.unbroken = 0, None, None, True
+        self.seen, self.slots, self.valid, self.complete = 0, None, None, True
 
     def select_rows(self, rows: Tensor) -> None:
         """Rows of K, V and their validity."""
@@ -290,42 +287,35 @@ class HoleLayer(DeferringLayer, DynamicLayer):
             self.slots, self.valid = self.slots[which], self.valid[:, which]
 
 
-def each(embeddings: Any, function: Any) -> Any:
-    """`function` of every part of position embeddings."""
-    return tuple(function(part) for part in embeddings) if isinstance(embeddings, tuple) else embeddings
-
-
 class RoutedCache:
     """Mixed into the class of a cache that a routed model has adopted.
 
     Attributes:
-        pool: what the context is pooled from.
-        context: index of the context layer.
-        policy: the name of the policy that filled it.
-        scores: (B, 1, R) the scores of the last decision, for those who do not decide at every token; or None.
-        model: fingerprint of the backbone that filled it.
+        filled_by: what fills it: the backbone's fingerprint, the policy, the index of the context layer and the states
+            that are pooled. Only the same may go on with it.
+        pool: the context so far.
+        scores: (B, 1, R), those of the last decision, for tokens that do not decide; None where every token decides.
         decided: position of the prompt's last token, from which decisions are counted; None before there is one.
-        decision: position of the token that `scores` are of.
     """
 
-    pool: Pool
-    context: int
-    policy: str
+    filled_by: tuple[str, str, int, str]
+    pool: ContextPool
     scores: Tensor | None
-    model: Any
     decided: int | None
-    decision: int | None
 
     def select_rows(self, rows: Tensor) -> None:
-        """Rows of everything that rides on the cache."""
-        self.pool.select(rows)
+        """Rows of everything but the stored keys and values."""
+        self.pool.select_rows(rows)
         if self.scores is not None:
             self.scores = self.scores[rows]
-        moved: dict[Any, Any] = {}  # a state waits in every layer of a run, and embeddings with many states
+        moved: dict[Any, Any] = {}  # one state is pending in every layer of a run, one embedding with many states
         for layer in self.layers:
             layer.pending = [
-                (_rows(h, rows, moved), each(e, lambda x: _rows(x, rows, moved) if x.shape[0] > 1 else x))
-                for h, e in layer.pending
+                (
+                    _rows(hidden, rows, moved),
+                    map_embeddings(embeddings, lambda x: _rows(x, rows, moved) if x.shape[0] > 1 else x),
+                )
+                for hidden, embeddings in layer.pending
             ]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -343,30 +333,33 @@ class RoutedCache:
             self.select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` positions.
+
+        Raises:
+            BuddyError: not every token decides, so the removed tokens may have decided for others.
+        """
+        if self.scores is not None and tokens_to_remove < 0:
+            raise BuddyError(
+                "Tokens cannot be taken back, as assisted generation does, where one plan holds for several tokens; "
+                "set reroute_every to 1."
+            )
         if tokens_to_remove < 0 and self.pool.total is not None:  # transformers itself refuses positive numbers
-            held = self.layers[self.context]
-            self.pool.crop(-tokens_to_remove, *(x[..., tokens_to_remove:, :] for x in (held.keys, held.values)))
-            kept = held.get_seq_length() + tokens_to_remove
-            if self.decision is not None and self.decision >= kept:
-                self.scores = None  # the token that decided is gone
-            if self.decided is not None and self.decided >= kept:
-                self.decided = None
+            context = self.layers[self.filled_by[2]]
+            self.pool.crop(-tokens_to_remove, *(x[..., tokens_to_remove:, :] for x in (context.keys, context.values)))
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
-        self.pool = Pool(self.pool.kind)
-        self.scores = self.decided = self.decision = None
+        self.pool = ContextPool(self.pool.kind)
+        self.scores = self.decided = None
 
 
-_ADOPTED: dict[type, type] = {}
+_ROUTED: dict[type, type] = {}
 _LAYERS: dict[type, type] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: SlidingLayer}
 
 
-def adopt(
-    cache: Any, *, layers: int, context: int, kind: str, policy: str, model: str, valid: Tensor | None = None
-) -> RoutedCache:
-    """`cache` made fit for routing, in place; what it already holds stays.
+def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, model: str) -> int:
+    """Make an empty `cache` fit for routing, in place, or check that an adopted one belongs to this model.
 
     Args:
         cache: a DynamicCache of this model.
@@ -375,24 +368,21 @@ def adopt(
         kind: which of its states are pooled.
         policy: "fill", "hole" or "zero".
         model: the backbone's fingerprint.
-        valid: (B, positions held) bool, where rows were padded.
+
+    Returns:
+        The number of positions that it holds.
 
     Raises:
-        BuddyError: a cache of another kind, of another model, or filled under another policy.
+        BuddyError: a cache of another kind, of another model, filled without routing or under another policy.
     """
+    filled_by = model, policy, context, kind
     if isinstance(cache, RoutedCache):
-        if (
-            cache.model != model
-            or cache.policy != policy
-            or cache.context != context
-            or cache.pool.kind != kind
-            or len(cache.layers) != layers
-        ):
+        if cache.filled_by != filled_by or len(cache.layers) != layers:
             raise BuddyError(
-                f"This cache was filled by another model or policy ({cache.policy!r}, this one has {policy!r}); "
+                f"This cache was filled by another model or policy ({cache.filled_by[1]!r}, this one has {policy!r}); "
                 "start with an empty cache."
             )
-        return cache
+        return cache.get_seq_length(context)
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < layers:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -403,57 +393,31 @@ def adopt(
             f"Routing needs a DynamicCache of {layers} layers, but was given {type(cache).__name__} with "
             f"{len(cache.layers)} layers ({found}); leave the cache out or make it with DynamicCache(config=…)."
         )
-    return _adopted(cache, context, kind, policy, model, valid)
-
-
-def _adopted(cache: Any, context: int, kind: str, policy: str, model: str, valid: Tensor | None) -> RoutedCache:
+    if cache.get_seq_length(context):
+        raise BuddyError(
+            "This cache was filled by the stock model; start with an empty cache, or fill it under a budget."
+        )
     stock = type(cache)
-    if stock not in _ADOPTED:
-        _ADOPTED[stock] = type(f"Routed{stock.__name__}", (RoutedCache, stock), {"__module__": __name__})
-    held = cache.get_seq_length(context)
-    cache.layers[:] = [_adopted_layer(layer, policy) for layer in cache.layers]
-    cache.__class__ = _ADOPTED[stock]
-    if held:
-        stored = cache.layers[context].keys.shape[2]  # a sliding layer forgot the rest
-        cache.pool = rebuilt(kind, cache.layers[context], None if valid is None else valid[:, -stored:])
-    else:
-        cache.pool = Pool(kind)
-    cache.context, cache.policy, cache.model = context, policy, model
-    cache.scores = cache.decided = cache.decision = None
-    return cache
+    if stock not in _ROUTED:
+        _ROUTED[stock] = type(f"Routed{stock.__name__}", (RoutedCache, stock), {"__module__": __name__})
+    for index, layer in enumerate(cache.layers):
+        cache.layers[index] = _swapped(layer, HoleLayer if policy == "hole" else _LAYERS[type(layer)])
+        if policy == "hole":
+            cache.layers[index].is_sliding = layer.is_sliding
+            cache.layers[index].window = getattr(layer, "sliding_window", None)
+    cache.__class__ = _ROUTED[stock]
+    cache.filled_by, cache.pool, cache.scores, cache.decided = filled_by, ContextPool(kind), None, None
+    return 0
 
 
-def _adopted_layer(layer: Any, policy: str) -> DeferringLayer:
-    kind: Any = HoleLayer if policy == "hole" else _LAYERS[type(layer)]
-    adopted = kind.__new__(kind)
-    adopted.__dict__.update(layer.__dict__, pending=[], view=None)
-    if kind is HoleLayer:
-        adopted.is_sliding, adopted.window = layer.is_sliding, getattr(layer, "sliding_window", None)
-        adopted.seen, adopted.unbroken = layer.get_seq_length(), True
-        held = layer.keys.shape[2] if adopted.seen else 0
-        device = layer.keys.device if held else None
-        adopted.slots = torch.arange(adopted.seen - held, adopted.seen, device=device) if held else None
-        adopted.valid = torch.ones(len(layer.keys), held, dtype=torch.bool, device=device) if held else None
-    return adopted
+def map_embeddings(embeddings: Embeddings, function: Callable[[Tensor], Tensor]) -> Embeddings:
+    """`function` of each part of position embeddings."""
+    return tuple(function(part) for part in embeddings) if isinstance(embeddings, tuple) else embeddings
 
 
 def _rows(tensor: Tensor, rows: Tensor, moved: dict[Any, tuple[Tensor, Tensor]]) -> Tensor:
-    """Rows of a tensor, taken once for all who share it."""
+    """Rows of a tensor, selected once for all layers that share it."""
     key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # layers share a state by views of their own
     if key not in moved:
-        moved[key] = (tensor, tensor[rows])  # the old one is kept so that its place stays its own
+        moved[key] = (tensor, tensor[rows])  # the old tensor is kept, so that its memory is not used again meanwhile
     return moved[key][1]
-
-
-class Capture:
-    """Stands in for the cache of the context layer and keeps the newest keys and values, each (B, heads, T, size)."""
-
-    def __init__(self, cache: Any | None) -> None:
-        self.cache = cache
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Record, then do what the cache does."""
-        self.keys, self.values = keys, values
-        return (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *args, **kwargs)

@@ -1,73 +1,166 @@
-"""What a layer's cache holds for the tokens that skipped it.
+"""What a layer's KV cache holds for the tokens that skipped it.
 
-`Fill` computes their K/V from the hidden state that passed the layer, `Zero` leaves zeros as the paper does, `Hole`
-leaves nothing. Each has the same duties: `idle`, where no token of the forward runs the layer, `writer`, where some do,
-and `flush`, before all do.
-
-K/V of one layer in one forward, stored for all positions of all rows (policies `fill` and `zero`).
-
-K/V of one layer in one forward, stored only for positions that some row ran (policy `hole`).
+`Fill` computes their keys and values from the hidden state that passed the layer, `Zero` stores zeros as the paper
+does, `Hole` stores nothing. Each policy has the same methods: `skip`, where no token of a forward runs the layer;
+`writer`, where some tokens do; and `flush`, before all do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from buddy.engine.forward import RoutedForward
-from buddy.engine.selection import Blocks, Group, blocks_of, take, taken
+from buddy.engine.kv_cache import Embeddings
+from buddy.engine.selection import Blocks, Group, attention_blocks, take, take_nested
 from buddy.errors import BuddyError
 
+MAX_PENDING = 64  # states that may be pending in a layer: a prompt's is one, then one for each token
 KV = tuple[Tensor, Tensor]
+WriteKV = Callable[[nn.Module, Tensor, Embeddings], KV]  # layer, hidden (B, T, D), position embeddings
 
 
-class View(Protocol):
-    """The cache as a layer sees it in the call for one group of rows."""
+class ForwardState(Protocol):
+    """What a policy needs to know of the forward pass that is running.
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> KV:
-        """Take what the call wrote, give all that it may read."""
+    Attributes:
+        shape: (B, T).
+        past: positions before these tokens.
+        valid: (B, T) bool, False for padding; None where nothing is padded.
+    """
 
-    def mask(self, mask: Tensor | None) -> Tensor | None:
-        """The attention mask of the call's queries for what `update` gives, from the layer's own (B or 1, 1, T, S)."""
+    shape: tuple[int, int]
+    past: int
+    valid: Tensor | None
 
-    def blocks(self, mask: Tensor | None) -> Blocks | None:
-        """How the attention of the call may be cut, given that mask."""
+    def chosen(self, layer: int) -> Tensor:
+        """(B, T) bool, the tokens that run a layer."""
+
+    def can_defer(self, layer: int) -> bool:
+        """Whether the states that skip a layer may be pending in the cache."""
+
+
+class Fill:
+    """K/V of a skipped layer are computed from the hidden state that passed it, as late as possible."""
+
+    name = "fill"
+
+    def skip(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
+        """No token runs the layer: the states are pending until one does, or until too many are.
+
+        The states of a prompt are deferred where that takes no more memory than their keys and values.
+        """
+        stored = cache.layers[layer._index]
+        pending = stored.pending
+        pending.append((hidden, embeddings))
+        full = len(pending) >= MAX_PENDING or stored.is_sliding  # a window drops positions, so none may be late
+        if not full and forward.shape[1] == 1:  # the hot path: a step of decoding, for each layer that it skips
+            return
+        chunk = len(pending) > 1 and hidden.shape[1] > 1  # only a whole prompt is deferred
+        if full or chunk or not forward.can_defer(layer._index):
+            self.flush(layer, cache)
+
+    def flush(self, layer: nn.Module, cache: Any) -> None:
+        """Compute K/V of all pending positions, in one product."""
+        stored = cache.layers[layer._index]
+        if not stored.pending:
+            return
+        pending, stored.pending = stored.pending, []
+        states, embeddings = zip(*pending, strict=True)
+        hidden = torch.cat(states, 1) if len(states) > 1 else states[0]
+        stored.update(*layer._write_kv(layer, hidden, _joined(embeddings, hidden.shape[0])))
+
+    def writer(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
+        """Some tokens run the layer."""
+        if kwargs.get("cache") is not None:
+            self.flush(layer, kwargs["cache"])
+        return RectangularKVWriter(layer, forward, hidden, kwargs, layer._write_kv)
+
+
+class Zero:
+    """Zeros in the cache, unmasked, so that they take their share of the softmax: the paper's way (2606.09514)."""
+
+    name = "zero"
+
+    def skip(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
+        """No token runs the layer."""
+        cache.update(*self._zeros(layer, hidden, embeddings), layer._index)
+
+    def flush(self, layer: nn.Module, cache: Any) -> None:
+        """Nothing is ever pending."""
+
+    def writer(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
+        """Some tokens run the layer."""
+        return RectangularKVWriter(layer, forward, hidden, kwargs, self._zeros)
+
+    @staticmethod
+    def _zeros(layer: nn.Module, hidden: Tensor, _: Embeddings) -> KV:
+        heads, size = layer._kv_shape
+        zeros = hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], size)
+        return zeros, zeros
+
+
+class Hole:
+    """A token is absent from the cache of a layer that it skipped, and masked where other rows ran the layer."""
+
+    name = "hole"
+
+    def skip(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
+        """No token runs the layer: their positions pass."""
+        cache.layers[layer._index].skip(hidden.shape[1])
+
+    def flush(self, layer: nn.Module, cache: Any) -> None:
+        """Nothing is ever pending."""
+
+    def writer(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict) -> RaggedKVWriter:
+        """Some tokens run the layer."""
+        return RaggedKVWriter(layer, forward, hidden, kwargs)
+
+
+Policy = Fill | Hole | Zero
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Fill(), Hole(), Zero())}
+
+
+def policy_named(name: str) -> Policy:
+    """The policy of that name; BuddyError lists the accepted names."""
+    if name not in POLICIES:
+        raise BuddyError(f"There is no cache policy {name!r}; choose one of {', '.join(POLICIES)}.")
+    return POLICIES[name]
 
 
 class RectangularKVWriter:
-    """Puts together the K/V that one layer writes in one forward: all positions of all rows.
+    """Collects the K/V that one layer writes in one forward, for all positions of all rows (`fill` and `zero`).
 
     Args:
         layer: a routed layer.
-        current: the pass.
+        forward: the forward pass.
         hidden: (B, T, D) as it enters the layer.
         kwargs: of the layer's forward.
-        write: makes K and V of (G, n, D) hidden states that skip the layer, with their position embeddings.
+        write: makes K and V of hidden states that skip the layer.
     """
 
-    def __init__(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict, write: Any) -> None:
-        self.layer, self.current, self.hidden, self.write = layer, current, hidden, write
+    def __init__(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict, write: WriteKV) -> None:
+        self.layer, self.forward, self.hidden, self.write = layer, forward, hidden, write
         self.cache, self.embeddings = kwargs.get("cache"), kwargs.get("position_embeddings")
         self.new: KV | None = None
-        self.idle = set(range(len(hidden)))
+        self.missing = set(range(len(hidden)))  # rows that no call has written yet
 
     def view(self, group: Group) -> RectangularView:
-        """What the layer sees in the calls for `group`."""
+        """The cache as the layer sees it in the call for `group`."""
         rest = None if group.rest is None else self._write(group.rows, group.rest)
-        return RectangularView(self.current, group, rest, self._past(group.rows))
+        return RectangularView(self.forward.shape, group, rest, self._past(group.rows))
 
-    def put(self, view: RectangularView) -> None:
-        """Keep what the calls for a group wrote, if a cache will want it."""
+    def collect(self, view: RectangularView) -> None:
+        """Keep what the call for a group wrote, if there is a cache."""
         rows = view.group.rows
         if self.cache is None:
             return
         if len(rows) == len(self.hidden):
-            self.new, self.idle = view.new, set()
+            self.new, self.missing = view.new, set()
             return
-        self.idle -= set(rows.tolist())
+        self.missing -= set(rows.tolist())
         if self.new is None:
             keys, values = (part.new_empty(len(self.hidden), *part.shape[1:]) for part in view.new)
             self.new = (keys, values)
@@ -75,54 +168,59 @@ class RectangularKVWriter:
             whole[rows] = part
 
     def finish(self) -> None:
-        """After the last call: hand everything to the real cache."""
+        """After the last call: hand everything to the cache."""
         if self.cache is None:
             return
-        if self.idle:
-            rows = torch.tensor(sorted(self.idle), device=self.hidden.device)
+        if self.missing:
+            rows = torch.tensor(sorted(self.missing), device=self.hidden.device)
             for whole, part in zip(self.new, self._write(rows, None), strict=True):
                 whole[rows] = part
         self.cache.update(*self.new, self.layer._index)
 
     def _write(self, rows: Tensor, positions: Tensor | None) -> KV:
-        embeddings = taken(self.embeddings, rows, positions, len(self.hidden))
+        embeddings = take_nested(self.embeddings, rows, positions, len(self.hidden))
         return self.write(self.layer, take(self.hidden, rows, positions, len(self.hidden)), embeddings)
 
     def _past(self, rows: Tensor) -> KV | None:
         if self.cache is None or not self.cache.layers[self.layer._index].is_initialized:
             return None
-        held = self.cache.layers[self.layer._index]
-        if held.keys.dim() != 4 or not held.keys.shape[2]:
+        stored = self.cache.layers[self.layer._index]
+        if stored.keys.dim() != 4 or not stored.keys.shape[2]:
             return None
-        everyone = len(rows) == len(self.hidden)
-        return (held.keys, held.values) if everyone else (held.keys[rows], held.values[rows])
+        all_rows = len(rows) == len(self.hidden)
+        return (stored.keys, stored.values) if all_rows else (stored.keys[rows], stored.values[rows])
 
 
 class RectangularView:
-    """K/V of a group: those of positions that skip the layer at once, those of its queries as the call brings them.
+    """Stands in for the cache in the call for one group of rows: K/V of all their positions, skipped ones included.
+
+    Args:
+        shape: (B, T) of the forward.
+        group: of the call.
+        rest: K and V of the group's positions that skip the layer.
+        past: K and V that the cache holds for the group's rows.
 
     Attributes:
         new: K and V, each (G, heads, T, size), after the call.
     """
 
-    def __init__(self, current: RoutedForward, group: Group, rest: KV | None, past: KV | None) -> None:
-        self.current, self.group, self.past = current, group, past
-        self.length = current.shape[1]
+    def __init__(self, shape: tuple[int, int], group: Group, rest: KV | None, past: KV | None) -> None:
+        (self.batch, self.length), self.group, self.past = shape, group, past
         self.new: KV | None = None
         self._rows = torch.arange(len(group.rows), device=group.rows.device)
-        self._laid: list[Tensor | None] = [None, None]
+        self._placed: list[Tensor | None] = [None, None]
         if rest is not None:
             flat = (self._rows[:, None] * self.length + group.rest).flatten()
-            self._laid = [self._lay(None, part, flat, None) for part in rest]
+            self._placed = [self._place(None, part, flat, None) for part in rest]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
-        """All K/V that the call may read: the past, and everyone's at the new positions."""
+        """Take what the call wrote; give all K/V that it may read: the past, and all new positions of its rows."""
         if self.group.positions is None:
             self.new = (keys, values)
         else:
             where = self.group.flat(self.length, self._rows)
-            laid = [self._lay(to, part, *where) for to, part in zip(self._laid, (keys, values), strict=True)]
-            keys, values = (part.transpose(1, 2) for part in laid)
+            placed = [self._place(to, part, *where) for to, part in zip(self._placed, (keys, values), strict=True)]
+            keys, values = (part.transpose(1, 2) for part in placed)
             self.new = (keys, values)
         if self.past is None:
             return self.new
@@ -130,15 +228,23 @@ class RectangularView:
         return keys, values
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
-        """That of the queries."""
-        return self.current.mask(mask, self.group, self.group.rows.device)
+        """The attention mask (G, 1, n, S) of the call's queries, from the layer's own (B or 1, 1, T, S)."""
+        rows, positions = self.group.rows, self.group.positions
+        if mask is None:
+            # Stock code leaves the mask out where it is plainly causal; a selection of queries needs it explicitly.
+            if positions is None or self.length == 1:
+                return None
+            return (torch.arange(self.length, device=rows.device) <= positions[..., None])[:, None]
+        if positions is None:
+            return mask[rows] if mask.shape[0] == self.batch > 1 else mask
+        return take(mask[:, 0], rows, positions, self.batch)[:, None]
 
     def blocks(self, mask: Tensor | None) -> Blocks | None:
-        """Keys lie in order of position, so early queries need only the early ones."""
-        return None if self.group.positions is None else blocks_of(self.group.positions, mask, self.length)
+        """Keys lie in order of position, so early queries need only the early keys."""
+        return None if self.group.positions is None else attention_blocks(self.group.positions, mask, self.length)
 
-    def _lay(self, to: Tensor | None, part: Tensor, flat: Tensor, real: Tensor | None) -> Tensor:
-        """`part` (G, heads, n, size) at its places `flat` of `to` (G, T, heads, size)."""
+    def _place(self, to: Tensor | None, part: Tensor, flat: Tensor, real: Tensor | None) -> Tensor:
+        """Write `part` (G, heads, n, size) at indices `flat` of `to` (G, T, heads, size), which it makes if None."""
         groups, heads, _, size = part.shape
         if to is None:
             to = part.new_empty(groups, self.length, heads, size)
@@ -148,181 +254,84 @@ class RectangularView:
 
 
 class RaggedKVWriter:
-    """Puts together the K/V of one layer under `hole`: the positions that any row ran, marked for those that did."""
+    """Collects the K/V of one layer in one forward for the positions that any row ran, marked by row (`hole`)."""
 
-    def __init__(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict) -> None:
-        self.layer, self.current, self.cache = layer, current, kwargs.get("cache")
-        chosen = current.chosen(layer._index)
-        if current.valid is not None:
-            chosen = chosen & current.valid
+    def __init__(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict) -> None:
+        self.forward, cache = forward, kwargs.get("cache")
+        self.stored = None if cache is None else cache.layers[layer._index]
+        chosen = forward.chosen(layer._index)
+        if forward.valid is not None:
+            chosen = chosen & forward.valid
         self.union = chosen.any(0).nonzero()[:, 0]
         self.valid = chosen[:, self.union]
-        self.slot_of = torch.full((chosen.shape[1],), len(self.union), device=hidden.device)  # the last one is a bin
+        # (T,): where each position is stored among the new ones; the last index collects those that are not stored.
+        self.slot_of = torch.full((chosen.shape[1],), len(self.union), device=hidden.device)
         self.slot_of[self.union] = torch.arange(len(self.union), device=hidden.device)
         self.new: list[Tensor] | None = None
 
     def view(self, group: Group) -> RaggedView:
-        """What the layer sees in the calls for `group`."""
+        """The cache as the layer sees it in the call for `group`."""
         return RaggedView(self, group)
 
-    def put(self, view: RaggedView) -> None:
-        """All is kept as it comes."""
+    def collect(self, view: RaggedView) -> None:
+        """The view writes into `new` by itself."""
 
     def finish(self) -> None:
-        """After the last call: hand everything to the real cache."""
-        if self.cache is not None and self.new is not None:
+        """After the last call: hand everything to the cache."""
+        if self.stored is not None and self.new is not None:
             keys, values = (part[:, :, :-1] for part in self.new)
-            slots = self.union + self.current.past
-            self.cache.layers[self.layer._index].append(keys, values, slots, self.valid, self.current.shape[1])
+            self.stored.append(keys, values, self.union + self.forward.past, self.valid, self.forward.shape[1])
 
-    def held(self) -> Any | None:
+    def past(self) -> Any | None:
         """The layer's cache where it holds something."""
-        if self.cache is None or self.cache.layers[self.layer._index].slots is None:
-            return None
-        return self.cache.layers[self.layer._index]
+        return None if self.stored is None or self.stored.slots is None else self.stored
 
 
 class RaggedView:
-    """K/V of the stored positions for one group of rows."""
+    """Stands in for the cache in the call for one group of rows: K/V of the stored positions."""
 
     def __init__(self, writer: RaggedKVWriter, group: Group) -> None:
         self.writer, self.group = writer, group
+        length = writer.forward.shape[1]
+        everywhere = torch.arange(length, device=group.rows.device).expand(len(group.rows), -1)
+        self._positions = everywhere if group.positions is None else group.positions
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
-        """The past and the new stored positions of the group's rows, whoever ran them."""
+        """Take what the call wrote; give the past and the new stored positions of the group's rows, run or not."""
         writer, rows = self.writer, self.group.rows
-        batch, stored = writer.current.shape[0], len(writer.union) + 1
+        batch, stored = writer.forward.shape[0], len(writer.union) + 1
         if writer.new is None:
             writer.new = [part.new_zeros(batch, part.shape[1], stored, part.shape[3]) for part in (keys, values)]
-        slots = writer.slot_of[self._positions()]
+        slots = writer.slot_of[self._positions]
         for whole, part in zip(writer.new, (keys, values), strict=True):
             whole[rows[:, None], :, slots] = part.transpose(1, 2)
         keys, values = (part[rows][:, :, :-1] for part in writer.new)
-        held = writer.held()
-        if held is None:
+        past = writer.past()
+        if past is None:
             return keys, values
-        return torch.cat([held.keys[rows], keys], -2), torch.cat([held.values[rows], values], -2)
+        return torch.cat([past.keys[rows], keys], -2), torch.cat([past.values[rows], values], -2)
 
     def mask(self, mask: Tensor | None) -> Tensor:
-        """(G, 1, n, S) of the stored positions: causal, of the layer's window, and run by the row."""
-        writer, current, rows = self.writer, self.writer.current, self.group.rows
-        held = writer.held()
-        slots, valid = writer.union + current.past, writer.valid[rows]
-        if held is not None:
-            slots, valid = torch.cat([held.slots, slots]), torch.cat([held.valid[rows], valid], 1)
-        queries = self._positions()
+        """(G, 1, n, S) over the stored positions: causal, within the layer's window, and run by the row."""
+        writer, forward, rows = self.writer, self.writer.forward, self.group.rows
+        past = writer.past()
+        slots, valid = writer.union + forward.past, writer.valid[rows]
+        if past is not None:
+            slots, valid = torch.cat([past.slots, slots]), torch.cat([past.valid[rows], valid], 1)
         if mask is None:
-            return (slots <= (queries + current.past)[..., None])[:, None] & valid[:, None, None]
-        offset = current.past + current.shape[1] - mask.shape[-1]  # a sliding layer's mask starts later
-        seen = take(mask[:, 0], rows, queries, current.shape[0])[:, None][..., slots - offset]
+            return (slots <= (self._positions + forward.past)[..., None])[:, None] & valid[:, None, None]
+        offset = forward.past + forward.shape[1] - mask.shape[-1]  # a sliding layer's mask starts later
+        seen = take(mask[:, 0], rows, self._positions, forward.shape[0])[:, None][..., slots - offset]
         if mask.dtype == torch.bool:
             return seen & valid[:, None, None]
         return seen.masked_fill(~valid[:, None, None], torch.finfo(seen.dtype).min)
 
     def blocks(self, mask: Tensor | None) -> None:
-        """Stored positions are few; one call is best."""
-
-    def _positions(self) -> Tensor:
-        if self.group.positions is not None:
-            return self.group.positions
-        length = self.writer.current.shape[1]
-        return torch.arange(length, device=self.group.rows.device).expand(len(self.group.rows), -1)
+        """One call is best: the stored positions are few."""
 
 
-BOUND = 64  # states that may wait in a layer: a prompt's is one, then one for each token
-
-
-class Fill:
-    """K/V of a skipped layer come from the hidden state that passed it, as late as can be."""
-
-    name = "fill"
-
-    def idle(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, cache: Any, embeddings: Any) -> None:
-        """Nobody runs the layer for these tokens: the states wait until somebody does, or until too many wait.
-
-        A prompt's states wait where that takes no more memory than their keys and values.
-        """
-        held = cache.layers[layer._index]
-        pending = held.pending
-        pending.append((hidden, embeddings))
-        full = len(pending) >= BOUND or held.is_sliding  # a window forgets; nothing may be late
-        if not full and current.shape[1] == 1:  # a step of decoding comes here for each layer it skips
-            return
-        chunk = len(pending) > 1 and hidden.shape[1] > 1  # only a prompt waits whole
-        if full or chunk or not current.can_defer(layer._index):
-            self.flush(layer, cache)
-
-    def flush(self, layer: nn.Module, cache: Any) -> None:
-        """Compute what is pending, in one product for all waiting positions."""
-        held = cache.layers[layer._index]
-        if not held.pending:
-            return
-        pending, held.pending = held.pending, []
-        states, embeddings = zip(*pending, strict=True)
-        hidden = torch.cat(states, 1) if len(states) > 1 else states[0]
-        written = layer._write_kv(layer, hidden, _joined(embeddings, hidden.shape[0]))
-        held.update(*written)
-
-    def writer(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
-        """Some run the layer."""
-        if kwargs.get("cache") is not None:
-            self.flush(layer, kwargs["cache"])
-        return RectangularKVWriter(layer, current, hidden, kwargs, layer._write_kv)
-
-
-class Zero:
-    """Zeros in the cache, unmasked, so that they take their share of the softmax: the paper's way (2606.09514)."""
-
-    name = "zero"
-
-    def idle(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, cache: Any, embeddings: Any) -> None:
-        """Nobody runs the layer for these tokens."""
-        cache.update(*self._zeros(layer, hidden, embeddings), layer._index)
-
-    def flush(self, layer: nn.Module, cache: Any) -> None:
-        """Nothing waits."""
-
-    def writer(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
-        """Some run the layer."""
-        return RectangularKVWriter(layer, current, hidden, kwargs, self._zeros)
-
-    @staticmethod
-    def _zeros(layer: nn.Module, hidden: Tensor, _: Any) -> KV:
-        heads, size = layer._kv_shape
-        zeros = hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], size)
-        return zeros, zeros
-
-
-class Hole:
-    """A token is absent from the cache of a layer that it skipped, and masked where other rows ran."""
-
-    name = "hole"
-
-    def idle(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, cache: Any, embeddings: Any) -> None:
-        """Nobody runs the layer for these tokens: the positions go by."""
-        cache.layers[layer._index].pass_by(hidden.shape[1])
-
-    def flush(self, layer: nn.Module, cache: Any) -> None:
-        """Nothing waits."""
-
-    def writer(self, layer: nn.Module, current: RoutedForward, hidden: Tensor, kwargs: dict) -> RaggedKVWriter:
-        """Some run the layer."""
-        return RaggedKVWriter(layer, current, hidden, kwargs)
-
-
-Policy = Fill | Hole | Zero
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Fill(), Hole(), Zero())}
-
-
-def policy_named(name: str) -> Policy:
-    """The policy of that name; BuddyError names the accepted ones."""
-    if name not in POLICIES:
-        raise BuddyError(f"There is no cache policy {name!r}; choose one of {', '.join(POLICIES)}.")
-    return POLICIES[name]
-
-
-def _joined(embeddings: Sequence[Any], batch: int) -> Any:
-    """Position embeddings of consecutive steps as one; where some hold for all rows, for the rows of the others."""
+def _joined(embeddings: Sequence[Embeddings], batch: int) -> Embeddings:
+    """Position embeddings of consecutive forwards as one; those that hold for all rows are expanded where needed."""
     if len(embeddings) == 1 or not isinstance(embeddings[0], tuple):
         return embeddings[0]
     rows = 1 if batch == 1 else max(part.shape[0] for part, *_ in embeddings)

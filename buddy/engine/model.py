@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from buddy.backbone.load import Backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
-from buddy.engine.checks import check_forward
-from buddy.engine.forward import Output, Record, Request, Settings, held_scores, plan_tokens, within_scope
+from buddy.engine.forward import Output, Record, Request, Settings
 from buddy.engine.hooks import ForwardHooks
-from buddy.engine.kv_policies import policy_named
-from buddy.engine.layers import adjoin_all
-from buddy.errors import BudgetError
-from buddy.router import AnyRouter, Context, Geometry
+from buddy.engine.kv_policies import Policy, policy_named
+from buddy.errors import BuddyError, BudgetError
+from buddy.plan import hold_scores, plan_tokens
+from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
 PoolKind = Literal["value", "key", "both"]
 Choose = Callable[[Context], Tensor]  # contexts of prompts (B,) → K (B,) long
@@ -47,9 +46,8 @@ class RoutedLM(nn.Module):
         batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score; it acts in
             evaluation and serving, since the rows of a training batch have nothing in common.
 
-    In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan, and
-    what follows a kept routed cache holds the plan that made it; where candidates of an assistant come with the prompt,
-    a shared plan is the last candidate's, and `reroute_every` other than 1 counts from it.
+    In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan.
+    Assisted generation, which takes tokens back, needs `reroute_every` 1.
 
     Attributes:
         table: measures, or reads, what a token takes at each K; without it no latency can be asked for.
@@ -75,17 +73,18 @@ class RoutedLM(nn.Module):
     ) -> None:
         super().__init__()
         self.router, self.geometry = router.to(backbone.device), router.geometry
-        self.pool, self.policy = pool, policy_named(policy)
         settings = Settings(
             layers=self.geometry.layers,
             context_layer=self.geometry.context_layer,
+            pool=pool,
+            policy=policy_named(policy),
             sink_tokens=sink_tokens,
             prompt_plan=prompt_plan,
             batch_plan=batch_plan,
             reroute_every=reroute_every,
         )
-        self._given, self.settings = settings, within_scope(router, settings)
-        self._held = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
+        self._own_settings, self.settings = settings, settings.for_router(router)
+        self._backbone = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
         self._hooks = ForwardHooks(self)
         self.table: Callable[[RoutedLM], Table] | None = None
         self.chooser: Callable[[int], Choose] | None = None
@@ -94,7 +93,17 @@ class RoutedLM(nn.Module):
     @property
     def backbone(self) -> Backbone:
         """The frozen model, with its tokenizer."""
-        return self._held[0]
+        return self._backbone[0]
+
+    @property
+    def pool(self) -> str:
+        """Which of the context layer's cached states are pooled: "value", "key" or "both"."""
+        return self.settings.pool
+
+    @property
+    def policy(self) -> Policy:
+        """What a layer's cache holds for tokens that skipped it."""
+        return self.settings.policy
 
     @property
     def sink_tokens(self) -> int:
@@ -108,7 +117,7 @@ class RoutedLM(nn.Module):
 
     def detach(self) -> None:
         """Give the stock model back, class by class and hook by hook, without an adapter."""
-        self._hooks.leave()
+        self._hooks.remove()
         if self.adapter is not None:
             self.adapter.remove()
             self.adapter = None
@@ -116,14 +125,11 @@ class RoutedLM(nn.Module):
     def adapt(self, adapter: Any) -> None:
         """Take note of an adapter that was put on the backbone; `detach` takes it off."""
         self.adapter = adapter
-        self.forget_sinks()
 
     def merge(self) -> None:
         """Add the adapter to the backbone's weights for good; nothing stands for the stock model then."""
         self.adapter.merge()
         self.adapter = None
-        adjoin_all(self.backbone.layers)
-        self.forget_sinks()
 
     @contextmanager
     def stock(self) -> Iterator[None]:
@@ -147,15 +153,11 @@ class RoutedLM(nn.Module):
             )
         return count
 
-    def forget_sinks(self) -> None:
-        """Let go of remembered attention sinks; needed only after a weight was written through `.data`."""
-        self._hooks.sinks.forget()
-
     @contextmanager
     def changed(self, **settings: Any) -> Iterator[None]:
         """Within this block other `Settings` hold, such as prompt_plan="shared"."""
         before = self.settings
-        self.settings = within_scope(self.router, replace(before, **settings))
+        self.settings = replace(before, **settings).for_router(self.router)
         try:
             yield
         finally:
@@ -169,7 +171,7 @@ class RoutedLM(nn.Module):
             BuddyError: a router of an unknown scope.
         """
         before = self.router, self.settings
-        self.router, self.settings = router, within_scope(router, self._given)
+        self.router, self.settings = router, self._own_settings.for_router(router)
         try:
             yield
         finally:
@@ -190,7 +192,7 @@ class RoutedLM(nn.Module):
         asked = budgets if executed is None else [f"{count}layers" for count in executed]
         if not asked:
             raise BudgetError("No budget was given; give one for all rows, or one per row.")
-        with self._hooks.requested(self._asked(asked)) as record:
+        with self._hooks.requested(self._request(asked)) as record:
             yield record
 
     def choosing(self, budget: str) -> Choose:
@@ -208,24 +210,20 @@ class RoutedLM(nn.Module):
         return self.chooser(self.geometry.layers if cap is None else self.executed_layers(cap))
 
     @torch.no_grad()
-    def context(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, **places: Tensor
-    ) -> Context:
+    def context(self, input_ids: Tensor, attention_mask: Tensor | None = None, **positions: Tensor) -> Context:
         """What a router sees at the last token of each row, (B,); only the layers that always run are computed.
 
         Args:
             input_ids: (B, T) long, padded on the left where rows differ.
-            attention_mask: (B, past + T), 0 for padding.
-            cache: a routed cache of the tokens before these; it is filled on, so give a copy of one that is needed.
-            places: `position_ids`, as the backbone takes them.
+            attention_mask: (B, T), 0 for padding.
+            positions: `position_ids`, as the backbone takes them.
         """
         runs = torch.ones(*input_ids.shape, self.geometry.layers, dtype=torch.bool, device=input_ids.device)
         runs[..., self.geometry.context_layer : -1] = False
         with self._hooks.requested(Request(runs=runs, prompt=0)):
-            kept = {"use_cache": False} if cache is None else {"use_cache": True, "cache": cache}
-            self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, **kept, **places)
-            seen = self._hooks.taken().context
-        return Context(seen.pooled[:, -1], seen.newest[:, -1], seen.hidden[:, -1], seen.executed[:, -1])
+            self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+            context = self._hooks.take_last().context
+        return Context(context.pooled[:, -1], context.newest[:, -1], context.hidden[:, -1], context.executed[:, -1])
 
     def forward(
         self,
@@ -259,17 +257,17 @@ class RoutedLM(nn.Module):
             BuddyError: `compute_all_layers` or `gates` under a policy other than "fill"; `gate_weighted` without a
                 layerwise router.
         """
-        check_forward(self, compute_all_layers or gates is not None, gates is not None, gate_weighted)
-        asked = None if executed is None else tuple(executed.tolist())
+        self._check_forward(compute_all_layers or gates is not None, gates is not None, gate_weighted)
+        counts = None if executed is None else tuple(executed.tolist())
         adapted = nullcontext() if executed is not None or runs is not None else self._unadapted()
-        with adapted, self._hooks.requested(Request(asked, runs, gates, prompt, compute_all_layers, gate_weighted)):
+        with adapted, self._hooks.requested(Request(counts, runs, gates, prompt, compute_all_layers, gate_weighted)):
             logits = self.backbone.model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep
             ).logits
-            done = self._hooks.taken()
-        ran = done.ran()
+            done = self._hooks.take_last()
+        record = done.record()
         weights = torch.stack(done.weights, -1) if gate_weighted and done.weights else None
-        return Output(logits, done.context, done.scores, ran.runs, ran.executed, ran.sinks, weights)
+        return Output(logits, done.context, done.scores, record.runs, record.executed, record.sinks, weights)
 
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
         """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`."""
@@ -277,7 +275,7 @@ class RoutedLM(nn.Module):
 
     def held(self, scores: Tensor, prompt: int = 0) -> Tensor:
         """Scores (B, T, R) of the token whose decision each token follows, from each token's own."""
-        scores = held_scores(scores, prompt - 1, self.settings.reroute_every)
+        scores = hold_scores(scores, prompt - 1, self.settings.reroute_every)
         if self.prompt_plan != "shared" or not prompt:
             return scores
         return torch.cat([scores[:, prompt - 1 : prompt].expand(-1, prompt, -1), scores[:, prompt:]], 1)
@@ -292,11 +290,32 @@ class RoutedLM(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep
             ).logits
 
+    def _check_forward(self, all_layers: bool, gated: bool, weighted: bool) -> None:
+        """Refuse what a parallel forward cannot do with this policy, router or model.
+
+        Args:
+            all_layers: each layer is computed on every token.
+            gated: gates are given, for straight-through training.
+            weighted: layers are weighted by a layerwise router's gates.
+        """
+        if all_layers and self.policy.name != "fill":
+            raise BuddyError(
+                f"Computing every layer, and so the straight-through estimator, needs the policy 'fill', not "
+                f"{self.policy.name!r}; choose that, or the perturbed estimator."
+            )
+        if weighted and not isinstance(self.router, LayerwiseRouter):
+            raise BuddyError(f"{type(self.router).__name__} has no gates to weigh layers by; a LayerwiseRouter has.")
+        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers)
+        healed = self.adapter is not None and torch.is_grad_enabled()
+        if (weighted or gated or healed) and self.backbone.model.training and checkpointing:
+            what, otherwise = ("Plans", "") if healed else ("Gates", ", or train with perturbed plans")
+            raise BuddyError(f"{what} do not go through gradient checkpointing; turn it off{otherwise}.")
+
     def _unadapted(self) -> AbstractContextManager[None]:
         return nullcontext() if self.adapter is None else self.adapter.off()
 
-    def _asked(self, budgets: Sequence[Budget]) -> Request:
-        """The request that budgets stand for."""
+    def _request(self, budgets: Sequence[Budget]) -> Request:
+        """The request for budgets."""
         auto = [budget for budget in budgets if auto_of(budget)]
         if not auto:
             return Request(executed=tuple(self.executed_layers(each) for each in budgets))

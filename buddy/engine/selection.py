@@ -1,14 +1,12 @@
-"""Which tokens a layer runs on, in as few rectangular calls as cost nothing much.
+"""The tokens that a layer runs on, as few rectangular calls, and attention for selected queries.
 
-A layer of the stock model takes rectangles (rows × tokens). The tokens that chose it are ragged: each row has its own
-number. Rows with similar numbers share a call, filled up with tokens that did not choose the layer and whose output is
+A stock layer takes rectangles (rows × tokens), but each row of a batch may have its own number of tokens that chose the
+layer. Rows with similar numbers share a call, padded with tokens that did not choose the layer and whose output is
 dropped; rows with very different numbers get calls of their own.
 
-Attention of selected queries, block by block.
-
-A causal kernel leaves out the half of the products that lie ahead of the queries; one with a mask computes them and
-throws them away. Queries in rising order need, block by block, only the keys up to their last, which wins most of that
-half back. Only the attention product is cut: the layer's other products stay whole, since small ones are slow.
+Attention is cut into blocks of queries on the CPU: a causal kernel skips the half of the products that lie ahead of the
+queries, while one with an explicit mask computes them and throws them away. Selected queries in rising order need,
+block by block, only the keys up to their last, which wins most of that half back.
 """
 
 from __future__ import annotations
@@ -24,47 +22,50 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-WASTE = 0.15  # the share of a call that may be filling
+WASTE = 0.15  # the share of a call that may be padding
+NAME, STOCK = "sdpa_by_blocks", "sdpa"
+MIN_BLOCK, MAX_BLOCKS = 32, 8  # queries in a block at least, and blocks at most
+Blocks = list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
 class Group:
-    """One call of a layer.
+    """The rows and tokens of one call of a layer.
 
     Attributes:
         rows: (G,) long, rows of the batch.
-        order: (G, T) long, a permutation of each row's positions whose first `length` entries run: those chosen, in
-            rising order, then filling. None where every token runs.
+        order: (G, T) long, a permutation of each row's positions whose first `length` entries run: first those chosen,
+            in rising order, then padding. None where every token runs.
         length: tokens per row in this call.
         counts: (G,) long, how many of the `length` were chosen.
-        least: the smallest of them, known to the host.
+        fewest: the smallest of them, on the host.
     """
 
     rows: Tensor
     order: Tensor | None
     length: int
     counts: Tensor
-    least: int
-
-    @property
-    def rest(self) -> Tensor | None:
-        """(G, T − least) long, with all positions that were not chosen among them; None where all run."""
-        return None if self.order is None else self.order[:, self.least :]
+    fewest: int
 
     @property
     def positions(self) -> Tensor | None:
         """(G, length) long, positions that run; None for all."""
         return None if self.order is None else self.order[:, : self.length]
 
+    @property
+    def rest(self) -> Tensor | None:
+        """(G, T − fewest) long, which includes all positions that were not chosen; None where all run."""
+        return None if self.order is None else self.order[:, self.fewest :]
+
     def flat(self, length: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where its queries lie among `rows` × `length` positions laid flat, and which of them count.
+        """Indices of the chosen tokens in a tensor of `rows` × `length` positions laid flat.
 
         Returns:
-            (n,) long of the queries that were chosen, and (G · length,) bool that tells them from filling; None where
-            there is none.
+            (n,) long of the chosen tokens, and (G · self.length,) bool that tells them from padding; None where there
+            is no padding.
         """
         flat = (rows[:, None] * length + self.positions).flatten()
-        if self.least == self.length:
+        if self.fewest == self.length:
             return flat, None
         real = (torch.arange(self.length, device=flat.device) < self.counts[:, None]).flatten()
         return flat[real], real
@@ -75,7 +76,7 @@ def groups(chosen: Tensor, counts: Sequence[int]) -> list[Group]:
 
     Args:
         chosen: (B, T) bool, the tokens that run.
-        counts: B numbers, the sum of each row of `chosen`, known to the host.
+        counts: B numbers, the sum of each row of `chosen`, on the host.
     """
     return [_group(chosen, rows, counts) for rows in partition(counts)]
 
@@ -96,57 +97,55 @@ def partition(counts: Sequence[int]) -> list[list[int]]:
 def _group(chosen: Tensor, rows: list[int], counts: Sequence[int]) -> Group:
     index = torch.tensor(rows, device=chosen.device)
     ours = [counts[r] for r in rows]
-    length, least = max(ours), min(ours)
+    length, fewest = max(ours), min(ours)
     here = torch.tensor(ours, device=chosen.device)
-    if least == chosen.shape[1]:
-        return Group(index, None, length, here, least)
+    if fewest == chosen.shape[1]:
+        return Group(index, None, length, here, fewest)
     order = chosen[index].to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    return Group(index, order, length, here, least)
+    return Group(index, order, length, here, fewest)
 
 
 def take(x: Tensor, rows: Tensor, positions: Tensor | None, batch: int) -> Tensor:
     """Rows and positions of a (B or 1, T, …) tensor: (G, n, …)."""
-    of_all = (x.shape[0] == 1 and batch > 1) or batch == 1
+    same_for_all = (x.shape[0] == 1 and batch > 1) or batch == 1
     if positions is None:
-        return x if of_all else x[rows]
-    flat = positions if of_all else rows[:, None] * x.shape[1] + positions
+        return x if same_for_all else x[rows]
+    flat = positions if same_for_all else rows[:, None] * x.shape[1] + positions
     # One flat selection of whole rows: several times faster than `gather` with an expanded index.
     return x.reshape(-1, *x.shape[2:]).index_select(0, flat.flatten()).view(*positions.shape, *x.shape[2:])
 
 
-def taken(value: Any, rows: Tensor, positions: Tensor | None, batch: int) -> Any:
-    """Rows and positions of a tensor or a tuple of them; anything else as it is."""
+def take_nested(value: Any, rows: Tensor, positions: Tensor | None, batch: int) -> Any:
+    """`take` of a tensor or of each tensor in a tuple; anything else as it is."""
     if isinstance(value, tuple):
-        return tuple(taken(part, rows, positions, batch) for part in value)
+        return tuple(take_nested(part, rows, positions, batch) for part in value)
     return take(value, rows, positions, batch) if isinstance(value, Tensor) else value
 
 
-NAME, STOCK = "sdpa_by_blocks", "sdpa"
-LEAST, MOST = 32, 8  # queries in a block at least, and blocks at most
-Blocks = list[tuple[int, int, int]]
-
-
-def blocks_of(positions: Tensor, mask: Tensor | None, length: int) -> Blocks | None:
+def attention_blocks(positions: Tensor, mask: Tensor | None, length: int) -> Blocks | None:
     """(first query, end, keys needed) of each block of queries, or None where one call is best.
 
-    On an accelerator the kernel is fast and asking for the bounds would wait for it, so only CPUs have blocks.
+    On an accelerator the kernel is fast and the bounds would cost a synchronisation, so only CPUs use blocks.
 
     Args:
-        positions: (G, n) long, rising in each row but for filling at the end.
+        positions: (G, n) long, rising in each row but for padding at the end.
         mask: (G, 1, n, S), whose last `length` keys are the new positions.
         length: T.
     """
-    pieces = min(MOST, positions.shape[1] // LEAST)
-    if mask is None or pieces < 2 or positions.device.type != "cpu":
+    count = min(MAX_BLOCKS, positions.shape[1] // MIN_BLOCK)
+    if mask is None or count < 2 or positions.device.type != "cpu":
         return None
-    bounds = [positions.shape[1] * piece // pieces for piece in range(pieces + 1)]
+    bounds = [positions.shape[1] * block // count for block in range(count + 1)]
     needed = (positions.amax(0).cummax(0).values + (mask.shape[-1] - length + 1)).tolist()
     return [(a, b, needed[b - 1]) for a, b in pairwise(bounds)]
 
 
 @contextmanager
-def by_blocks(layer: nn.Module, blocks: Blocks | None) -> Iterator[dict[str, Blocks]]:
-    """Within this, the layer's forward takes what is given here as an option; nothing where it runs another kernel."""
+def attend_by_blocks(layer: nn.Module, blocks: Blocks | None) -> Iterator[dict[str, Blocks]]:
+    """Within this block the layer's attention is cut; yields keyword arguments for its forward.
+
+    They are empty, and nothing changes, without blocks or where the layer uses another kernel than sdpa.
+    """
     config = layer.self_attn.config
     if blocks is None or config._attn_implementation != STOCK:
         yield {}

@@ -17,24 +17,14 @@ from buddy.backbone.load import Backbone
 from buddy.build import build_model, build_windows, load_model
 from buddy.console import errors, results, status, tracker
 from buddy.engine.model import RoutedLM
+from buddy.engine.twins import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_json, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import ROUTER, Run, load_router, read_run
-from buddy.scoring.timing import (
-    PROMPT,
-    STEPS,
-    Contender,
-    Timings,
-    contenders,
-    machine,
-    mixed_prefill,
-    pruned_model,
-    race,
-    versions,
-)
+from buddy.scoring.timing import PROMPT, STEPS, Contender, Timings, contenders, machine, mixed_prefill, race, versions
 
 FIGURE = "speed.png"
 LONG, BATCH = 512, 8

@@ -70,7 +70,7 @@ def evaluate_run(
 
 def _spread(run: Run, devices: int) -> Run:
     """The run on so many devices of this machine, whatever it was made on."""
-    trainer = replace(run.recipe.trainer, devices=devices, nodes=1)
+    trainer = {**run.recipe.trainer, "devices": devices, "num_nodes": 1}
     return replace(run, recipe=replace(run.recipe, trainer=trainer))
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from buddy.config import Recipe, flatten, shown
+from buddy.config import Recipe, flatten
 from buddy.evaluation.results import Results
 from buddy.io import on_disk, write_bytes, writing
 from buddy.scoring.perplexity import Scores
+from buddy.values import shown
 
 LAYERS, TIME = "quality-layers", "quality-time"
 CAPTIONS = {

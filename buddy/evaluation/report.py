@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 from buddy import console
 from buddy.config import Recipe
 from buddy.evaluation.figures import CAPTIONS, draw_all, draw_scores, write_scores, write_tensorboard
-from buddy.evaluation.record import write_record
-from buddy.evaluation.results import Results, read_results
+from buddy.evaluation.record import damaged_record, join, read_record, write_record
+from buddy.evaluation.results import Results
 from buddy.evaluation.tables import Table, costs, differences, flips, kl, perplexities, seeds, show, speeds, tasks
 from buddy.io import check_output_path, write_text
 from buddy.scoring.perplexity import Scores, with_documents
@@ -34,7 +33,7 @@ def write(record: Mapping[str, Any], folder: Path, markdown: Path | None = None)
     write_record(folder / JSON, record)
     write_text(folder / CSV, results.csv())
     figures = write_markdown(results, folder / MARKDOWN)
-    events = write_tensorboard(results, folder, figures)
+    write_tensorboard(results, folder, figures)
     show(results)
     if markdown:
         write_markdown(results, markdown, f"{markdown.stem}-")
@@ -42,7 +41,7 @@ def write(record: Mapping[str, Any], folder: Path, markdown: Path | None = None)
         "Results": markdown or folder / MARKDOWN,
         "Figures": ", ".join(map(str, figures.values())),
         "Data": f"{folder / JSON}, {folder / CSV}",
-        "TensorBoard": f"tensorboard --logdir {events}",
+        "TensorBoard": f"tensorboard --logdir {folder}",
     }
     for name, where in lines.items():
         console.results.print(f"{name + ':':12} {where}", soft_wrap=True)
@@ -55,7 +54,6 @@ def write_run_results(
     *,
     fit: Mapping[str, float],
     windows: str,
-    rates: Mapping[float, float] | None = None,
 ) -> dict[str, Any]:
     """Write a run's figure and TensorBoard's curves and settings.
 
@@ -65,18 +63,13 @@ def write_run_results(
         scores: on the recipe's test windows.
         fit: "seconds" that calibration and training took and "parameters" of the router.
         windows: fingerprint of the test windows.
-        rates: objective on validation windows for each of `adapter.rates`; the least has the adapter that was kept.
 
     Returns:
         The content of metrics.json, with the sums of every document; the run is complete once it is written.
     """
-    found: dict[str, Any] = {"fit": dict(fit), "windows": windows}
-    if rates:
-        found["fit"]["adapter_lr"] = min(rates, key=rates.__getitem__)
-        found["rates"] = {str(rate): value if math.isfinite(value) else None for rate, value in rates.items()}
     draw_scores(scores, folder / FIGURE)
-    write_scores(folder, recipe, scores, found["fit"])
-    return with_documents(scores) | found
+    write_scores(folder, recipe, scores, fit)
+    return with_documents(scores) | {"fit": dict(fit), "windows": windows}
 
 
 def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:
@@ -89,7 +82,14 @@ def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:
     Raises:
         RunError: a file is no comparison, they cannot be joined, or the document cannot be written.
     """
-    results = read_results(files)
+    records = {path: read_record(path) for path in dict.fromkeys(files)}
+    for path, record in records.items():
+        try:
+            render(results := Results(record), {})
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # wherever it is read
+            raise damaged_record(path) from error
+    if len(records) > 1:
+        results = Results(join(records))
     if markdown:
         check_output_path(markdown, *files)
         write_markdown(results, markdown, f"{markdown.stem}-")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from buddy.backbone.load import title_of
-from buddy.evaluation.record import damaged_record, join, read_record
 from buddy.scoring.statistics import accuracy_difference, difference, flips, loss_interval, mean_loss
 
 FEWEST = 5  # documents or items that a mark of significance needs
@@ -37,6 +35,7 @@ CSV = {  # columns of comparison.csv after router, kind, seed, domain and budget
     "seconds": "fit_seconds",
     "parameters": "parameters",
 }
+WHOLE = ("layers", "executed_min", "executed_max", "documents", "tokens", "parameters")  # columns of whole numbers
 
 
 def frame(record: Mapping[str, Any]) -> pd.DataFrame:
@@ -149,7 +148,9 @@ class Results:
         wide["prefill_tokens_per_second"] = 1e3 * speed["tokens"] / wide.prefill_ms
         columns = ["router", "kind", "seed", "domain", "budget", *CSV.values()]
         columns += ["decode_tokens_per_second", "prefill_tokens_per_second"]
-        return wide.rename(columns=CSV | {"text": "domain"})[columns].to_csv(index=False)
+        return (
+            wide.rename(columns=CSV | {"text": "domain"})[columns].astype(dict.fromkeys(WHOLE, int)).to_csv(index=False)
+        )
 
     def _scores_at(self, text: str, budget: float) -> Iterator[dict[str, Any]]:
         """Loss, its interval and the difference to the best static router, for each router on a text at a budget."""
@@ -225,22 +226,6 @@ class Results:
         order = {"router": list(self.routers.index), "text": self.texts, "budget": list(self.budgets)}
         places = {name: {value: place for place, value in enumerate(values)} for name, values in order.items()}
         return wide.sort_index(key=lambda index: index.map(places[index.name]) if index.name in places else index)
-
-
-def read_results(files: Sequence[Path]) -> Results:
-    """The results in one comparison.json, or in several that are joined.
-
-    Raises:
-        RunError: a file is no comparison or is damaged, or they cannot be joined.
-    """
-    records = {path: read_record(path) for path in dict.fromkeys(files)}
-    for path, record in records.items():
-        try:
-            found = Results(record)
-            found.scores, found.task_scores if found.tasks else None, found.fits  # noqa: B018  computed here
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise damaged_record(path) from error
-    return found if len(records) == 1 else Results(join(records))
 
 
 def _rows(record: Mapping[str, Any]) -> Iterator[tuple]:

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from buddy.backbone.embedded import quiet_transformers
-from buddy.backbone.load import ATTENTION, Backbone
+from buddy.backbone.load import FAMILIES, Backbone
 from buddy.budget import fraction_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status, tracker
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
+from buddy.engine.twins import PER_LAYER, pruned_model
 from buddy.errors import DataError, RunError
 from buddy.hub.card import export_card, export_warnings
 from buddy.hub.push_pull import CARD
@@ -27,7 +28,6 @@ from buddy.io import new_folder, within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run, read_run
 from buddy.scoring.perplexity import Reference, Scores, evaluate
-from buddy.scoring.timing import PER_LAYER, pruned_model
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are compared with the engine's
@@ -138,7 +138,7 @@ def largest_difference(folder: Path, routed: RoutedLM, kept: Sequence[int], ids:
     runs[..., list(kept)] = True
     with routed.changed(sink_tokens=0):
         ours = routed(ids, runs=runs).logits
-    attention = ATTENTION.get(backbone.model.config.model_type, "sdpa")
+    attention = FAMILIES[backbone.model.config.model_type].attention
     with quiet_transformers():
         small = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     theirs = small.eval().to(ids.device)(ids, use_cache=False).logits

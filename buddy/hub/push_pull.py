@@ -307,7 +307,7 @@ def _local_paths(run: Run) -> str:
         "data.source": [data.source],
         "data.train_sources": [*data.train_sources],
         "data.calibration_sources": [*data.calibration_sources],
-        "trainer.ckpt_path": [recipe.trainer.ckpt_path],
+        "ckpt_path": [recipe.ckpt_path],
         "output": [recipe.output],
     }
     found = [f"backbone.name {recipe.backbone.name}"] if is_local(recipe.backbone.name) else []

@@ -121,7 +121,7 @@ def predictor_arms(recipe: Recipe, routed: RoutedLM) -> tuple[int, ...]:
 def _measure(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arms: tuple[int, ...]) -> Targets:
     data.train_seed = recipe.seed
     # From this step on, neither the router nor an adapter was given the windows.
-    first = max(recipe.trainer.max_steps, recipe.adapter.steps if recipe.adapter else 0)
+    first = max(recipe.trainer["max_steps"], recipe.adapter.steps if recipe.adapter else 0)
     count = -(-recipe.predictor.windows // data.batch_size)
     batches = [partial(data.batch, first + number) for number in range(count)]
     return measure_targets(

@@ -6,7 +6,6 @@ prefix. Sums are kept per document, so that intervals and paired differences res
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from torch import Tensor
 
 from buddy import distributed
 from buddy.backbone.load import Backbone
@@ -24,6 +22,7 @@ from buddy.budget import auto_of
 from buddy.data.windows import Windows
 from buddy.engine.forward import Output
 from buddy.engine.model import RoutedLM
+from buddy.engine.twins import head_logits
 from buddy.losses import Dense, cross_entropy, kl_to_dense
 from buddy.scoring.statistics import quantiles, resamples
 
@@ -207,25 +206,7 @@ class Reference:
             if states.nbytes <= self._room:
                 self._room -= states.nbytes
                 self._states[batch] = states.cpu()
-        return _head(backbone, states.to(ids.device), ids)
-
-
-class _Given(nn.Module):
-    """Stands where the decoder is, and says what it was given to say."""
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-    def forward(self, **_: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.states)
-
-
-def _head(backbone: Backbone, states: Tensor, ids: Tensor) -> Tensor:
-    """Logits by the model's own code, which in some families does more than one product."""
-    twin = copy.copy(backbone.model)
-    twin._modules = {**backbone.model._modules, "model": _Given(states)}
-    return twin(input_ids=ids, use_cache=False).logits
+        return head_logits(backbone.model, states.to(ids.device))
 
 
 def as_json(scores: Sequence[Scores]) -> dict[str, Any]:

@@ -1,50 +1,47 @@
-"""A check of a router: what it asks for, what has to hold before it can be asked, and how it ends."""
+"""A check of a router: the promise, the checks that have to pass first, and its result."""
 
 from __future__ import annotations
 
-import inspect
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from unittest import SkipTest
 
-if TYPE_CHECKING:
-    from buddy.testing.subject import Subject
+from buddy.testing.subject import Subject, describe, seeded
 
-State = Literal["passed", "failed", "left out", "waits"]
+State = Literal["passed", "failed", "skipped", "blocked"]
 
 
 class Failed(AssertionError):
-    """The router does not keep what routers promise; the message is a sentence that says what to change."""
+    """The router breaks a promise; the message is a sentence that says what to change."""
 
 
-class LeftOut(Exception):
-    """The check has nothing to ask of this router; the message says why."""
+class Skipped(Exception):
+    """The check does not apply to this router; the message says why."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How one check ended.
+    """The result of one check.
 
     Attributes:
         check: its name.
-        asks: the promise.
-        state: "left out" where it does not apply to the router, "waits" where one that it builds on failed.
-        words: what was seen, or for "failed" what to change.
-        error: what was raised, for "failed".
+        promise: what routers promise.
+        state: "skipped" where the check does not apply to the router, "blocked" where a check that it needs failed.
+        message: what was measured, or for "failed" what to change.
+        error: the exception, for "failed".
     """
 
     check: str
-    asks: str
+    promise: str
     state: State
-    words: str
+    message: str
     error: BaseException | None = None
 
     @property
     def line(self) -> str:
-        """What was asked and what was seen; of a failure only what to change."""
-        return self.words if self.error else f"{self.asks} ({self.words})"
+        """Promise and message; for a failure the message alone."""
+        return self.message if self.error else f"{self.promise} ({self.message})"
 
 
 @dataclass(frozen=True)
@@ -53,13 +50,13 @@ class Check:
 
     Attributes:
         name: one or two words.
-        asks: the promise in a phrase.
-        function: raises `Failed`, or says what it saw.
-        needs: checks without which the answer would mean nothing, so that one fault fails one check.
+        promise: a phrase.
+        function: raises `Failed`, or returns what it measured.
+        needs: checks that have to pass first, so that one fault fails one check.
     """
 
     name: str
-    asks: str
+    promise: str
     function: Callable[[Subject], str]
     needs: tuple[Check, ...] = ()
 
@@ -71,50 +68,39 @@ class Check:
 
         Raises:
             Failed: the promise is broken.
-            SkipTest: there is nothing to ask, or a check that this one needs failed; pytest shows it as skipped.
+            SkipTest: the check does not apply, or a check that it needs failed; pytest shows it as skipped.
         """
         result = self.examine(subject)
         if result.state == "failed":
-            raise Failed(result.words) from result.error
+            raise Failed(result.message) from result.error
         if result.state != "passed":
-            raise SkipTest(result.words)
+            raise SkipTest(result.message)
 
     def examine(self, subject: Subject) -> Result:
-        """How the check ends, found once for each subject."""
+        """The result, computed once for each subject."""
         if self.name not in subject.results:
             subject.results[self.name] = self._examine(subject)
-        return subject.results[self.name]
+        result: Result = subject.results[self.name]
+        return result
 
     def _examine(self, subject: Subject) -> Result:
         for need in self.needs:
-            if need.examine(subject).state in ("failed", "waits"):
-                return self._ends("waits", f"asked once '{need}' passes")
+            if need.examine(subject).state in ("failed", "blocked"):
+                return self._result("blocked", f"needs '{need}' to pass first")
         try:
-            return self._ends("passed", self.function(subject))
-        except LeftOut as error:
-            return self._ends("left out", str(error))
+            with seeded(0):  # the caller's generators go on as if nothing had been checked
+                return self._result("passed", self.function(subject))
+        except Skipped as error:
+            return self._result("skipped", str(error))
         except Failed as error:
-            return self._ends("failed", str(error), error.__cause__ or error)
-        except (Exception, SystemExit) as error:  # strangers' code may raise anything
-            return self._ends("failed", f"{raised(error, subject.cls)}; mend it there.", error)
+            return self._result("failed", str(error), error.__cause__ or error)
+        except (Exception, SystemExit) as error:  # a router may raise anything
+            return self._result("failed", f"{describe(error, subject.cls)}; mend it there.", error)
 
-    def _ends(self, state: State, words: str, error: BaseException | None = None) -> Result:
-        return Result(self.name, self.asks, state, words, error)
+    def _result(self, state: State, message: str, error: BaseException | None = None) -> Result:
+        return Result(self.name, self.promise, state, message, error)
 
 
-def check(asks: str, *needs: Check) -> Callable[[Callable[[Subject], str]], Check]:
+def check(promise: str, *needs: Check) -> Callable[[Callable[[Subject], str]], Check]:
     """Makes a function a `Check` of the same name."""
-    return lambda function: Check(function.__name__.replace("_", " "), asks, function, needs)
-
-
-def raised(error: BaseException, cls: type) -> str:
-    """An error in words, with the place in the router's own file where there is one."""
-    text = str(error).strip().partition("\n")[0].rstrip(".")
-    words = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    try:
-        file = inspect.getfile(cls)
-    except (OSError, TypeError):  # made in a notebook, say
-        file = ""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    place = f" (line {frames[-1].lineno} of {file.rpartition('/')[2]})" if frames else ""
-    return f"{cls.__name__} raises {words}{place}"
+    return lambda function: Check(function.__name__.replace("_", " "), promise, function, needs)

@@ -1,8 +1,10 @@
-"""What is checked: a router with its options on a tiny model, what it is shown, and its answer."""
+"""The router that is checked: with its options, on a tiny model, with inputs to score."""
 
 from __future__ import annotations
 
+import inspect
 import random
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from buddy.backbone.load import Backbone, fingerprint
 from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import PoolKind, RoutedLM, geometry_of
-from buddy.errors import BuddyError, RegistryError
+from buddy.errors import BuddyError, RegistryError, reason
 from buddy.registry import load, make
 from buddy.router import AnyRouter, Context, Router
-from buddy.testing.check import Result, raised
 
 SPECIALS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
 VOCABULARY = len(SPECIALS) + 256  # then one token for each byte
@@ -74,16 +75,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **names)
 
 
-PARTS = ("pooled", "newest", "hidden", "executed")
-
-
 @dataclass(frozen=True)
-class Sight:
+class Inputs:
     """What routers see of some tokens, leading dimensions (...).
 
     Attributes:
         context: for a `Router`.
-        arriving: (R, ..., D) float32, the states that arrive at the routable layers, for a `LayerwiseRouter`.
+        arriving: (R, ..., D) float32, the hidden states that arrive at the routable layers, for a `LayerwiseRouter`.
     """
 
     context: Context
@@ -94,84 +92,81 @@ class Sight:
         """The leading dimensions."""
         return tuple(self.context.executed.shape)
 
-    def __getitem__(self, index: Any) -> Sight:
-        """Some of the tokens, picked by the leading dimensions."""
+    def __getitem__(self, index: Any) -> Inputs:
+        """Some of the tokens, selected by the leading dimensions."""
         index = index if isinstance(index, tuple) else (index,)
-        parts = (getattr(self.context, name)[index] for name in PARTS)
-        return Sight(Context(*parts), self.arriving[(slice(None), *index)])
+        context = self.context
+        parts = (part[index] for part in (context.pooled, context.newest, context.hidden, context.executed))
+        return Inputs(Context(*parts), self.arriving[(slice(None), *index)])
 
-    def at(self, executed: int | Tensor) -> Sight:
+    def at(self, executed: int | Tensor) -> Inputs:
         """The same tokens with another K, one for all or one for each."""
-        asked = torch.as_tensor(executed, device=self.context.executed.device).expand(self.leading)
-        return replace(self, context=replace(self.context, executed=asked))
+        counts = torch.as_tensor(executed, device=self.arriving.device).expand(self.leading)
+        return replace(self, context=replace(self.context, executed=counts))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Sight:
-        """`change` made to all floating-point tensors."""
-        pooled, newest, hidden = (change(getattr(self.context, name)) for name in PARTS[:3])
-        return Sight(Context(pooled, newest, hidden, self.context.executed), change(self.arriving))
+    def map(self, change: Callable[..., Tensor], *others: Inputs) -> Inputs:
+        """`change` applied to each floating-point tensor, and the same tensors of `others`."""
+        each = ((i.context.pooled, i.context.newest, i.context.hidden, i.arriving) for i in (self, *others))
+        pooled, newest, hidden, arriving = map(change, *each)
+        return Inputs(Context(pooled, newest, hidden, self.context.executed), arriving)
 
-    def blend(self, other: Sight, where: Tensor) -> Sight:
-        """`other` in the place of the tokens where `where` (...) says so."""
-        pairs = [(getattr(self.context, name), getattr(other.context, name)) for name in PARTS[:3]]
-        parts = [torch.where(where[..., None], two, one) for one, two in [*pairs, (self.arriving, other.arriving)]]
-        pooled, newest, hidden, arriving = parts
-        return Sight(Context(pooled, newest, hidden, self.context.executed), arriving)
+    def blend(self, other: Inputs, where: Tensor) -> Inputs:
+        """`other` in place of the tokens where `where` (...) is true."""
+        return self.map(lambda mine, theirs: torch.where(where[..., None], theirs, mine), other)
 
-    def to(self, device: str | torch.device) -> Sight:
-        """A copy on a device."""
-        moved = self.map(lambda x: x.to(device))
-        return replace(moved, context=replace(moved.context, executed=self.context.executed.to(device)))
+    def to(self, device: str | torch.device) -> Inputs:
+        """The same on another device."""
+        return self.map(lambda x: x.to(device)).at(self.context.executed)
 
-    def copy(self) -> Sight:
-        """Tensors of its own, one beside the other in memory, as the engine's are."""
-        copied = self.map(lambda x: x.contiguous().clone())
-        return replace(copied, context=replace(copied.context, executed=self.context.executed.contiguous().clone()))
+    def copy(self) -> Inputs:
+        """A copy in contiguous tensors, as the engine's are."""
+        return self.map(lambda x: x.contiguous().clone()).at(self.context.executed.contiguous().clone())
 
 
-def outputs(router: AnyRouter, sight: Sight) -> list[Any]:
-    """What the router gives: its scores alone, or the logits of one gate after the other."""
+def raw_outputs(router: AnyRouter, inputs: Inputs) -> list[Any]:
+    """What the router returns: its scores alone, or the logits of each gate in turn."""
     if isinstance(router, Router):
-        return [router.score(sight.context)]
-    executed = sight.context.executed
-    return [router.gate(index, hidden, executed) for index, hidden in enumerate(sight.arriving)]
+        return [router.score(inputs.context)]
+    executed = inputs.context.executed
+    return [router.gate(index, hidden, executed) for index, hidden in enumerate(inputs.arriving)]
 
 
 @torch.no_grad()
-def answer(router: AnyRouter, sight: Sight) -> Tensor:
-    """(..., R): scores, or the logits of all gates beside each other; the router gets copies."""
-    given = outputs(router, sight.copy())
+def output_of(router: AnyRouter, inputs: Inputs) -> Tensor:
+    """(..., R): scores, or the logits of all gates; the router gets copies of the inputs."""
+    given = raw_outputs(router, inputs.copy())
     return given[0] if isinstance(router, Router) else torch.stack(given, -1)
 
 
-def decisions(router: AnyRouter, answers: Tensor) -> Tensor:
+def decisions(router: AnyRouter, outputs: Tensor) -> Tensor:
     """(..., R): the order of the layers by their scores, or which gates are open."""
     if isinstance(router, Router):
-        return answers.argsort(dim=-1, descending=True, stable=True)
-    return answers > 0
+        return outputs.argsort(dim=-1, descending=True, stable=True)
+    return outputs > 0
 
 
-def alike(one: Tensor, two: Tensor) -> Tensor:
-    """(...) bool: tokens whose answers (..., R) differ by no more than rounding.
+def close(one: Tensor, two: Tensor) -> Tensor:
+    """(...) bool: tokens whose outputs (..., R) differ by no more than rounding.
 
-    Measured by how far the layers' numbers lie apart, so that a large number common to all hides nothing.
+    The tolerance follows the spread over layers, so that a large number common to all layers hides nothing.
     """
     spread = (one - one.mean(-1, keepdim=True)).abs().amax()
     return ((one - two).abs() <= 1e-4 * spread + 1e-5 * one.abs().amax()).all(-1)
 
 
-ROWS, LENGTH, PROMPT = 3, 12, 5  # of the windows that routers are shown
+ROWS, LENGTH, PROMPT = 3, 12, 5  # of the windows whose contexts routers score
 WINDOWS, WIDTH = 4, 16  # for calibration
-FIRST_TOKEN = 3  # those before it may be special
+FIRST_TOKEN = 3  # lower ids may be special tokens
 
 
 class Subject:
-    """A router under examination; every check gets one made anew, so that none sees what another did.
+    """A router to check. Every check gets a new instance, so that none sees what another did.
 
     Args:
         router: a class, an installed name, or "my_module:MyRouter".
         options: keyword arguments of the class, as in `router.options` of a recipe.
-        backbone: not routed by anybody else; by default a tiny random model, so that a check takes a fraction of a
-            second. In float32: in 16 bits rounding alone changes plans.
+        backbone: in float32 (in 16 bits rounding alone changes plans), with no router attached; by default a tiny
+            random model, so that a check takes a fraction of a second.
         context_layer: as in `routing` of a recipe.
         pool: likewise.
 
@@ -194,7 +189,7 @@ class Subject:
     ) -> None:
         self.cls = load(router) if isinstance(router, str) else router
         self.name = router if isinstance(router, str) else getattr(router, "__name__", repr(router))
-        self.options, self.results = dict(options or {}), dict[str, Result]()
+        self.options, self.results = dict(options or {}), dict[str, Any]()
         self.pool: PoolKind = pool
         self.backbone = tiny_backbone() if backbone is None else backbone
         self.geometry = geometry_of(self.backbone, context_layer, pool)
@@ -202,19 +197,19 @@ class Subject:
         self._try()
 
     @property
-    def asked(self) -> str:
-        """The method that the engine asks."""
+    def method(self) -> str:
+        """The method that the engine calls."""
         return "score" if issubclass(self.cls, Router) else "gate"
 
     @property
     def depths(self) -> list[int]:
-        """Each K that may be asked for, from the least."""
+        """Each K that may be asked for, ascending."""
         layers = self.geometry.layers
         return [layers] if self.cls.full_depth else [*range(self.geometry.always_on, layers + 1)]
 
     @property
     def middle(self) -> int:
-        """A K between the least and the most."""
+        """The K in the middle of `depths`."""
         return self.depths[len(self.depths) // 2]
 
     @cached_property
@@ -222,31 +217,31 @@ class Subject:
         """(ROWS, LENGTH) long, random tokens."""
         return self._tokens(ROWS, LENGTH, seed=0)
 
-    def made(self, seed: int = 0) -> AnyRouter:
-        """A router as its class makes it, in evaluation mode."""
+    def new_router(self, seed: int = 0) -> AnyRouter:
+        """A new router, not calibrated, in evaluation mode."""
         with seeded(seed):
             router = make(self.cls, self.name, self.geometry, self.options)
             router.eval()
             return router
 
-    def calibrated(self, seed: int = 0) -> AnyRouter:
-        """A router that `buddy fit` with this seed would go on to train."""
+    def calibrated_router(self, seed: int = 0) -> AnyRouter:
+        """A calibrated router, as `buddy fit` with this seed would train it next."""
         with seeded(seed):
-            router = self.made(seed=seed)
+            router = self.new_router(seed=seed)
             with self.attached(router) as routed:
-                probe = self._serving(routed, seed)
+                probe = self._probe_for(routed, seed)
                 router.calibrate(probe)
                 probe.release()
         router.eval()
         return router
 
     def router(self, seed: int = 0) -> AnyRouter:
-        """A calibrated router whose parameters are no longer at their start, as training would leave it."""
-        return awake(self.calibrated(seed))
+        """A calibrated router whose parameters differ from their initial values, as after training."""
+        return perturbed(self.calibrated_router(seed))
 
     @contextmanager
     def attached(self, router: AnyRouter, **settings: Any) -> Iterator[RoutedLM]:
-        """The backbone with a router on it, and without it afterwards."""
+        """The backbone with a router attached, and detached afterwards."""
         routed = RoutedLM(self.backbone, router, pool=self.pool, **settings)
         try:
             yield routed
@@ -254,39 +249,39 @@ class Subject:
             routed.detach()
 
     @cached_property
-    def seen(self) -> Sight:
-        """What a router is shown of the windows, (ROWS, LENGTH), at the middle K."""
-        return self._sight(self.windows)
+    def inputs(self) -> Inputs:
+        """What a router sees of `windows`, (ROWS, LENGTH), at the middle K."""
+        return self._inputs_of(self.windows)
 
     @cached_property
-    def unlike(self) -> Sight:
-        """What it is shown of others."""
-        return self._sight(self._tokens(ROWS, LENGTH, seed=1))
+    def other_inputs(self) -> Inputs:
+        """What a router sees of other windows."""
+        return self._inputs_of(self._tokens(ROWS, LENGTH, seed=1))
 
-    def elsewhere(self, layers: int, context_layer: int, pool: PoolKind) -> Subject:
+    def resized(self, layers: int, context_layer: int, pool: PoolKind) -> Subject:
         """The same router on a tiny model of other sizes."""
         return Subject(self.cls, self.options, tiny_backbone(layers), context_layer=context_layer, pool=pool)
 
     @torch.no_grad()
-    def _sight(self, windows: Tensor) -> Sight:
-        """At full depth no router is asked, so any will do."""
+    def _inputs_of(self, windows: Tensor) -> Inputs:
+        """What routers see of windows (B, T): at full depth, where no router is called."""
         first, routable = self.geometry.context_layer, self.geometry.routable
-        with self.attached(self.made()) as routed:
+        with self.attached(self.new_router()) as routed:
             context = routed(windows).context
             states = self.backbone.model(windows, output_hidden_states=True, use_cache=False).hidden_states
         arriving = torch.stack(states[first : first + routable]).float()
-        return Sight(context, arriving).at(self.middle).copy()
+        return Inputs(context, arriving).at(self.middle).copy()
 
     def _try(self) -> None:
         try:
-            self.made()
+            self.new_router()
         except BuddyError:
             raise
-        except (Exception, SystemExit) as error:  # strangers' code may raise anything
-            raise RegistryError(f"The router {self.name!r} cannot be made: {raised(error, self.cls)}.") from error
+        except (Exception, SystemExit) as error:  # a router may raise anything
+            raise RegistryError(f"The router {self.name!r} cannot be made: {describe(error, self.cls)}.") from error
 
-    def _serving(self, routed: RoutedLM, seed: int) -> CalibrationProbe:
-        """One probe for all routers: what one measured, the next need not."""
+    def _probe_for(self, routed: RoutedLM, seed: int) -> CalibrationProbe:
+        """One probe for all routers, so that nothing is measured twice."""
         asked = [self.middle, self.depths[0]]
         if self._probe is None:
             self._probe = CalibrationProbe(routed, self._tokens(WINDOWS, WIDTH, seed=2))
@@ -300,8 +295,8 @@ class Subject:
         return torch.randint(FIRST_TOKEN, words, (rows, length), generator=generator).to(self.backbone.device)
 
 
-def awake(router: AnyRouter) -> AnyRouter:
-    """The router with noise on its parameters: what starts at nought would make every comparison pass."""
+def perturbed(router: AnyRouter) -> AnyRouter:
+    """The router with noise on its parameters: parameters that start at 0 would make every comparison pass."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in router.parameters():
@@ -312,7 +307,7 @@ def awake(router: AnyRouter) -> AnyRouter:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """All generators seeded as `buddy fit` seeds them, and as they were afterwards."""
+    """Seeds all generators as `buddy fit` does, and restores them afterwards."""
     before = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
@@ -323,3 +318,15 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             numpy.random.set_state(before[1])
+
+
+def describe(error: BaseException, cls: type) -> str:
+    """An error in words, with the line in the router's own file where there is one."""
+    text = f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
+    try:
+        file = inspect.getfile(cls)
+    except (OSError, TypeError):  # made in a notebook, say
+        file = ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" (line {frames[-1].lineno} of {file.rpartition('/')[2]})" if frames else ""
+    return f"{cls.__name__} raises {text}{where}"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.compare import Contestant, contestants, split_outside
-from buddy.config import Recipe, RouterSection, load_recipe
+from buddy.compare import contestants, folder_of, split_outside
+from buddy.config import Recipe, Rival, RouterSection, load_recipe, with_router
 from buddy.errors import RecipeError, RegistryError
 from buddy.registry import describe
 
@@ -17,8 +17,8 @@ VALUES = st.one_of(
     st.integers().map(str),
     st.sampled_from(["taylor", "[pooled,newest]", "{a: 1, b: [2;3]}", "null", "0.5", "'a b'", "a=b"]),
 )
-OPTIONS = st.lists(st.tuples(KEYS, VALUES).map("=".join), max_size=3)
-CONTESTANTS = st.builds(Contestant, NAMES, OPTIONS.map(tuple))
+OPTIONS = st.lists(st.tuples(KEYS, VALUES).map(lambda pair: "router.options." + "=".join(pair)), max_size=3)
+CONTESTANTS = st.builds(Rival, NAMES, OPTIONS.map(tuple))
 BLANKS = st.sampled_from(["", " ", "\t"])
 
 
@@ -30,7 +30,7 @@ def test_what_is_joined_is_taken_apart_again(who, blank):
 
 @given(st.lists(CONTESTANTS, min_size=2, max_size=6, unique_by=lambda each: each.label))
 def test_no_two_labels_share_a_folder(who):
-    folders = [each.folder for each in who]
+    folders = [folder_of(each.label) for each in who]
     assert len(set(folders)) == len(who)
     assert all(re.fullmatch(r"[\w.=,-]+", folder) and not folder.startswith(".") for folder in folders)
 
@@ -45,7 +45,7 @@ def test_no_two_labels_share_a_folder(who):
 )
 def test_folders_can_be_read(label, folder):
     (who,) = contestants(label, Recipe())
-    assert (who.label, who.folder) == (label, folder)
+    assert (who.label, folder_of(who.label)) == (label, folder)
 
 
 def test_blanks_do_not_make_another_label():
@@ -54,7 +54,7 @@ def test_blanks_do_not_make_another_label():
 
 
 def test_without_names_the_router_and_its_rivals_take_part():
-    recipe = Recipe(rivals=["shortgpt", "buddy", "random[per=input]"])
+    recipe = Recipe(rivals=[Rival("shortgpt"), Rival("buddy"), Rival("random", ("router.options.per=input",))])
     assert [each.label for each in contestants(None, recipe)] == ["buddy", "shortgpt", "random[per=input]"]
 
 
@@ -71,10 +71,18 @@ def test_all_are_those_that_can_be_used():
 def test_options_are_laid_over_those_of_the_recipe():
     recipe = load_recipe("quickstart", ["router.options.hidden=64", "router.options.prior=taylor"])
     same, other, module = contestants("buddy[prior=none;context=[pooled,newest]],random[seed=3],a:B[on=true]", recipe)
-    assert same.recipe(recipe).router.options == {"hidden": 64, "prior": "none", "context": ["pooled", "newest"]}
-    assert other.recipe(recipe).router == RouterSection("random", {"seed": 3})
-    assert module.recipe(recipe).router == RouterSection("a:B", {"on": True})
-    assert Contestant("buddy").recipe(recipe) == recipe
+    assert with_router(recipe, same).router.options == {"hidden": 64, "prior": "none", "context": ["pooled", "newest"]}
+    assert with_router(recipe, other).router == RouterSection("random", {"seed": 3})
+    assert with_router(recipe, module).router == RouterSection("a:B", {"on": True})
+    assert with_router(recipe, Rival("buddy")) == recipe
+
+
+def test_a_name_alone_has_the_overrides_of_the_recipes_rival():
+    rival = Rival("first", ("optimizer.lr=0.01",))
+    recipe = Recipe(rivals=[rival, Rival("full")])
+    assert contestants("first,full", recipe) == [rival, Rival("full")]
+    assert contestants("first[optimizer.lr=0.02]", recipe) == [Rival("first", ("optimizer.lr=0.02",))]
+    assert rival in contestants("all", recipe)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +100,7 @@ def test_options_are_laid_over_those_of_the_recipe():
         ("a[x]", r"'x' in a\[x\] is no option; write key=value"),
         ("a[x=]", "is no option"),
         ("a[=1]", "is no option"),
-        ("a[x.y=1]", "is no option"),
+        ("a[x.=1]", "is no option"),
     ],
 )
 def test_what_cannot_be_read_is_told(text, message):
@@ -102,8 +110,8 @@ def test_what_cannot_be_read_is_told(text, message):
 
 def test_values_that_no_recipe_holds_are_refused():
     (who,) = contestants("buddy[prior=${seed}]", Recipe())
-    with pytest.raises(RecipeError, match=r"The router buddy\[prior=\$\{seed\}\] has a mistake: .* takes plain values"):
-        who.recipe(Recipe())
+    with pytest.raises(RecipeError, match="prior"):
+        with_router(Recipe(), who)
 
 
 @given(st.text(alphabet="ab,;[]{}()", max_size=12))

@@ -6,7 +6,7 @@ chunked prefill, decode, crops and reorders. Every logit must agree with full re
 
 import argparse
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,9 +28,9 @@ class Case:
     options: dict
     batch: int
     padding: list[int]
-    router: type[Fickle] | type[FickleGates] = Fickle
-    scope: str = "token"
-    course: list[tuple[str, int]] = field(default_factory=list)
+    router: type[Fickle] | type[FickleGates]
+    scope: str
+    course: list[tuple[str, int]]
 
 
 def draw(seed: int) -> Case:
@@ -49,12 +49,13 @@ def draw(seed: int) -> Case:
     padded = batch > 1 and rng.random() < 0.5
     first = rng.choice([1, 5, 12, 150])
     padding = [rng.randint(0, min(3, first - 1)) if padded else 0 for _ in range(batch)]
-    case = Case(seed, family, options, batch, padding, course=[("forward", first)])
+    router, scope = rng.choice([Fickle, FickleGates]), rng.choice(["token", "token", "prompt"])
+    case = Case(seed, family, options, batch, padding, router, scope, [("forward", first)])
+    croppable = family not in SLIDING and options["reroute_every"] == 1 and scope == "token"
     for _ in range(rng.randint(2, 7)):
-        kinds = ["forward"] * 6 + ["reorder"] + (["crop"] if family not in SLIDING else [])
+        kinds = ["forward"] * 6 + ["reorder"] + ["crop"] * croppable
         kind = rng.choice(kinds)
         case.course.append((kind, rng.choice([1, 1, 1, 1, 4]) if kind == "forward" else rng.randint(1, 3)))
-    case.router, case.scope = rng.choice([Fickle, FickleGates]), rng.choice(["token", "token", "prompt"])
     return case
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from buddy.engine.selection import NAME, STOCK, _attend, blocks_of, by_blocks, groups
+from buddy.engine.selection import NAME, STOCK, _attend, attend_by_blocks, attention_blocks, groups
 from tests.tiny import tiny_backbone
 
 
@@ -19,7 +19,7 @@ def test_blocks_lose_no_key(seed, rows, length, past):
             continue
         queries = group.positions.shape[1]
         mask = (torch.arange(-past, length) <= group.positions[..., None])[:, None]
-        blocks = blocks_of(group.positions, mask, length)
+        blocks = attention_blocks(group.positions, mask, length)
         if blocks is None:
             assert queries < 64
             continue
@@ -33,7 +33,7 @@ def test_by_blocks_equals_at_once():
     positions = torch.arange(0, 200, 2)[None].expand(2, -1)
     query, (key, value) = torch.randn(2, 6, 100, 8), torch.randn(2, 2, 2, 207, 8, generator=generator)
     mask = (torch.arange(-7, 200) <= positions[..., None])[:, None]
-    blocks = blocks_of(positions, mask, 200)
+    blocks = attention_blocks(positions, mask, 200)
     assert len(blocks) > 2
     got, _ = _attend(torch.nn.Identity(), query, key, value, mask, scaling=0.3, blocks=blocks)
     expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
@@ -42,17 +42,17 @@ def test_by_blocks_equals_at_once():
 
 def test_the_kernel_is_given_back():
     layer = tiny_backbone("llama").layers[0]
-    with by_blocks(layer, [(0, 1, 1)]) as option:
+    with attend_by_blocks(layer, [(0, 1, 1)]) as option:
         assert option == {"blocks": [(0, 1, 1)]}
         assert layer.self_attn.config._attn_implementation == NAME
     assert layer.self_attn.config._attn_implementation == STOCK
-    with pytest.raises(ZeroDivisionError, match="division"), by_blocks(layer, [(0, 1, 1)]):
+    with pytest.raises(ZeroDivisionError, match="division"), attend_by_blocks(layer, [(0, 1, 1)]):
         raise ZeroDivisionError("division by zero")
     assert layer.self_attn.config._attn_implementation == STOCK
 
 
 def test_other_kernels_are_left_alone():
     layer = tiny_backbone("gemma2").layers[0]
-    with by_blocks(layer, [(0, 1, 1)]) as option:
+    with attend_by_blocks(layer, [(0, 1, 1)]) as option:
         assert option == {}
         assert layer.self_attn.config._attn_implementation == "eager"

@@ -58,15 +58,12 @@ def test_a_copied_cache_goes_on_by_itself():
     assert torch.equal(first, second)
 
 
-def test_a_stock_cache_is_taken_over():
+def test_a_cache_of_the_stock_model_is_refused():
     routed = routed_tiny()
     model = routed.backbone.model
     cache = model(IDS[:, :10], use_cache=True).cache
-    runs = torch.ones(2, 11, 6, dtype=torch.bool)
-    with routed.at(executed=[3]) as record:
-        logits = model(IDS[:, 10:11], cache=cache, use_cache=True).logits
-    runs[:, 10:] = record.runs[0]
-    torch.testing.assert_close(logits, routed(IDS[:, :11], runs=runs).logits[:, -1:], atol=1e-4, rtol=1e-4)
+    with routed.at(executed=[3]), pytest.raises(BuddyError, match="empty cache"):
+        model(IDS[:, 10:11], cache=cache, use_cache=True)
 
 
 def test_a_routed_cache_without_a_request_goes_on_at_full_depth():

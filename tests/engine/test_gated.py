@@ -273,18 +273,3 @@ def test_weights_need_gates():
     ordinary = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
     with pytest.raises(BuddyError, match="Fickle has no gates to weigh layers by"):
         ordinary(IDS, executed=EXECUTED, gate_weighted=True)
-
-
-def test_a_decision_that_is_cropped_away_is_made_again_and_rows_may_move():
-    routed = routed_tiny(reroute_every=2)
-    model = routed.backbone.model
-    with routed.at(executed=EXECUTED.tolist()):
-        cache = model(IDS[:, :10], use_cache=True).cache
-        cache.crop(-4)
-        rows = torch.tensor([2, 0, 1])
-        cache.reorder_cache(rows)
-    with routed.at(executed=EXECUTED[rows].tolist()) as record:
-        again = model(IDS[rows, 6:7], cache=cache, use_cache=True).logits
-    expected = routed(IDS[rows, :7], executed=EXECUTED[rows], prompt=7)
-    assert torch.equal(record.runs[0], expected.runs[:, -1:])
-    torch.testing.assert_close(again[:, 0], expected.logits[:, -1], atol=1e-4, rtol=1e-4)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import buddy
-from buddy.backbone.load import ATTENTION, load_backbone
+from buddy.backbone.load import FAMILIES as ROUTABLE
+from buddy.backbone.load import load_backbone
 from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.data.windows import Windows
@@ -50,7 +51,7 @@ def test_stock_transformers_computes_the_plan(family, tmp_path):
     whole = backbone.model(IDS).logits
     routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
     write_checkpoint(tmp_path, backbone, KEPT)
-    attention = ATTENTION.get(backbone.model.config.model_type, "sdpa")
+    attention = ROUTABLE[backbone.model.config.model_type].attention
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=attention)
     assert len(stock.model.layers) == stock.config.num_hidden_layers == 4
     with torch.no_grad():

@@ -14,8 +14,7 @@ import buddy
 from buddy.cli import app
 from buddy.errors import RunError
 from buddy.hub.push_pull import hub_name, pull, push
-from buddy.io import checksum
-from buddy.run import read_run
+from buddy.run import read_run, update_checksums
 from tests.hub.fake import FakeHub, contents
 
 RUN = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "inputs.json"}
@@ -64,6 +63,7 @@ def test_the_card_has_results_and_use(finished, original):
 def test_a_licence_and_the_embedded_backbone_are_named(original, tmp_path):
     run = shutil.copytree(original, tmp_path / "run")
     forge(run, backbone="smollm2-135m")
+    update_checksums(run)
     push(run, to=str(tmp_path / "again"), licence="mit")
     card = ModelCard.load(tmp_path / "again" / "README.md")
     assert (card.data.license, card.data.base_model) == ("mit", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -163,7 +163,7 @@ def test_a_linked_folder_is_refused(pushed, tmp_path):
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "other.json"])
 def test_names_that_lead_outside_are_refused(pushed, tmp_path, name):
     forge(pushed, checksums={name: "0"})
-    refuse(pushed, tmp_path, r"run\.json")
+    refuse(pushed, tmp_path, "checksums")
 
 
 @pytest.mark.parametrize("name", sorted(RUN))
@@ -203,8 +203,7 @@ def test_pickle_is_never_loaded(pushed, tmp_path):
 def test_code_of_a_repository_has_to_be_allowed(pushed, tmp_path):
     recipe = pushed / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
-    sums = json.loads((pushed / "run.json").read_text())["checksums"]
-    forge(pushed, checksums=sums | {"recipe.yaml": checksum(recipe)})
+    update_checksums(pushed)
     refuse(pushed, tmp_path, "--trust-remote-code")
     pull(str(pushed), out=tmp_path / "pulled", trust_remote_code=True)
     assert read_run(tmp_path / "pulled").recipe.backbone.trust_remote_code

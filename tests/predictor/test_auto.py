@@ -94,28 +94,12 @@ def test_each_prompt_in_a_block_is_chosen_for_anew(routed):
     assert set(asked) == {3, 5}
 
 
-@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
-@pytest.mark.parametrize("padding", [0, 4])
-def test_what_follows_a_kept_cache_is_chosen_for_by_all_that_was_read(routed, policy, padding):
-    if policy != "fill":
-        chooser = routed.chooser
-        routed.detach()
-        routed = RoutedLM(routed.backbone, Fickle(routed.geometry), policy=policy)
-        routed.chooser = chooser
-    seen, choose = [], routed.chooser(6)
-    routed.chooser = lambda most: lambda context: seen.append(context) or choose(context)
-    ids, mask = tokens(3, 14), torch.ones(3, 14, dtype=torch.long)
-    mask[0, :padding] = 0
-    with torch.no_grad():
-        with routed.at("auto"):
-            cache = routed.backbone.model(ids[:, :9], attention_mask=mask[:, :9], use_cache=True).cache
-        with routed.at("auto") as record:
-            ours = routed.backbone.model(ids[:, 9:], attention_mask=mask, cache=cache, use_cache=True)
-        whole = routed.context(ids, mask)
-    for name in ("pooled", "newest", "hidden"):
-        torch.testing.assert_close(getattr(seen[1], name), getattr(whole, name), atol=1e-5, rtol=1e-5)
-    assert list(record.auto_executed) == choose(whole).tolist()
-    assert ours.cache.get_seq_length() == 14, "it was read once"
+def test_a_kept_cache_is_refused(routed):
+    ids = tokens(1, 8)
+    with routed.at(0.5), torch.no_grad():
+        cache = routed.backbone.model(ids[:, :6], use_cache=True).cache
+    with routed.at("auto"), pytest.raises(BudgetError, match="auto"):
+        routed.backbone.model(ids[:, 6:], cache=cache, use_cache=True)
 
 
 def test_beams_follow_their_row(routed):

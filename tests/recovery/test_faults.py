@@ -22,7 +22,7 @@ from tests.recovery.damage import DAMAGES, contents, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
 from tests.small import write_text
 
-TRAINED = ["rivals=[]", "router.options.prior=none", "trainer.max_steps=6", "trainer.checkpoint_every=2"]
+TRAINED = ["rivals=[]", "router.options.prior=none", "trainer.max_steps=6", "checkpoint_every=2"]
 READ = ["recipe.yaml", "run.json", "inputs.json", "metrics.json", "router.safetensors"]  # of a run, by its readers
 # What may be so: a run that was handed on need not have all files, and run.json, which has the sums of the others, has
 # none of its own (see `test_no_bit_of_run_json_does_harm`).
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_refused(run, again, tmp_path, damage):
     words = rf"The checkpoint {last} is damaged or not one of Buddy's \(.+\); delete it and start anew, or name another"
     assert re.match(words, again())
     assert last.read_bytes() == before
-    assert re.match(words, again(tmp_path / "other", f"trainer.ckpt_path={last}"))
+    assert re.match(words, again(tmp_path / "other", f"ckpt_path={last}"))
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "inputs.json"])
@@ -151,12 +151,10 @@ def test_a_checkpoint_that_nobody_knows_the_recipe_of_is_kept(run, again, tmp_pa
     before = contents(partial)
     said = again()
     assert said.startswith(f"{partial} holds a checkpoint, and what it was made by cannot be read (")
-    assert said.endswith(
-        "delete that folder to begin anew, or go on from the checkpoint by its name as trainer.ckpt_path."
-    )
+    assert said.endswith("delete that folder to begin anew, or go on from the checkpoint by its name as ckpt_path.")
     assert contents(partial) == before
     if damage == "cut":
-        assert again(tmp_path / "other", f"trainer.ckpt_path={partial}/checkpoints/last.ckpt") is None
+        assert again(tmp_path / "other", f"ckpt_path={partial}/checkpoints/last.ckpt") is None
 
 
 @pytest.mark.parametrize("name", ["run.json", "seconds.json", "hparams.yaml"])
@@ -170,7 +168,7 @@ def test_what_is_not_needed_to_go_on_may_be_damaged(run, again, tmp_path, name):
 def unfinished(run: Path, output: Path) -> Path:
     """The run as a kill after its training left it, in an output folder."""
     partial = copied(run, output / "small" / ".buddy.partial")
-    for name in ("router.safetensors", "metrics.json", "loss.png", "comparison.json", "comparison.png"):
+    for name in ("router.safetensors", "metrics.json", "loss.png"):
         (partial / name).unlink()
     facts = json.loads((partial / "run.json").read_text())
     del facts["checksums"]
@@ -358,7 +356,8 @@ def test_a_rival_that_is_finished_is_not_fitted_again(small, tmp_path, monkeypat
     fit(recipe, "small")
     assert "Router 1 of 2: uniform, finished before\nRouter 2 of 2: buddy\n" in capsys.readouterr().err
     assert (tmp_path / "small" / "uniform" / "run.json").stat().st_mtime_ns == stamp
-    assert list(read_json(tmp_path / "small" / "buddy" / "comparison.json"))[:2] == ["buddy", "uniform"]
+    runs = read_json(tmp_path / "small" / "comparison.json")["runs"]
+    assert [run["router"] for run in runs] == ["buddy", "uniform"]
     fit(recipe, "small")
     assert (tmp_path / "small" / "uniform" / "run.json").stat().st_mtime_ns > stamp, "a new fit is a new fit"
 
@@ -374,13 +373,13 @@ def test_a_whole_run_that_was_not_put_in_its_place_is_put_there(small, tmp_path,
     capsys.readouterr()
     fit(small(tmp_path, *TRAINED), "small")
     assert "Training" not in capsys.readouterr().err
-    assert (tmp_path / "small" / "buddy" / "comparison.json").exists()
+    assert (tmp_path / "small" / "comparison.json").exists()
 
 
 def test_a_checkpoint_in_a_run_that_was_being_replaced_is_found(small, run, tmp_path):
     place = RunPlace.of(small(tmp_path), "small")
     shutil.copytree(run, place.aside)
-    recipe = small(tmp_path, *TRAINED, "trainer.max_steps=7", f"trainer.ckpt_path={place.final}/checkpoints/last.ckpt")
+    recipe = small(tmp_path, *TRAINED, "trainer.max_steps=7", f"ckpt_path={place.final}/checkpoints/last.ckpt")
     fit(recipe, "small")
     assert read_json(place.final / "run.json")["status"] == "finished"
     assert not place.aside.exists()

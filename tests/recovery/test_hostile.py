@@ -16,7 +16,7 @@ from buddy.fit import check_checkpoint, fit
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import copied
 
-TRAINED = ["rivals=[]", "router.options.prior=none", "trainer.max_steps=4", "trainer.checkpoint_every=2"]
+TRAINED = ["rivals=[]", "router.options.prior=none", "trainer.max_steps=4", "checkpoint_every=2"]
 
 
 class Payload:
@@ -59,7 +59,7 @@ def run(small, tmp_path_factory) -> Path:
 def test_in_a_checkpoint_that_is_asked_for(small, tmp_path, mark, pickled, how):
     if how == "pickle":
         pickled.write_bytes(pickle.dumps(Payload(mark)))
-    said = refused("fit", "--recipe", small.file, f"output={tmp_path}/runs", f"trainer.ckpt_path={pickled}", *TRAINED)
+    said = refused("fit", "--recipe", small.file, f"output={tmp_path}/runs", f"ckpt_path={pickled}", *TRAINED)
     assert said.startswith(f"The checkpoint {pickled} is damaged or not one of Buddy's (")
     assert not mark.exists()
     assert not (tmp_path / "runs").exists()
@@ -230,7 +230,7 @@ def test_a_run_names_no_file_outside_of_it(run, tmp_path, name):
 
 
 @pytest.mark.parametrize("source", ["~nobody-at-all", "x" * 300, "x" * 5000, "a\u202eb"])
-@pytest.mark.parametrize("key", ["backbone.name", "data.source", "trainer.ckpt_path", "router.name"])
+@pytest.mark.parametrize("key", ["backbone.name", "data.source", "ckpt_path", "router.name"])
 def test_names_that_no_system_has(small, tmp_path, key, source):
     said = refused("fit", "--recipe", small.file, f"output={tmp_path}/runs", f"{key}={source}")
     assert not (tmp_path / "runs").exists()

@@ -12,10 +12,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from buddy import distributed
-from buddy.config import TrainerSection
+from buddy.config import Recipe
 
 PATIENCE = 120.0  # seconds
-CPU = TrainerSection(accelerator="cpu")
+CPU = {**Recipe().trainer, "accelerator": "cpu"}
 
 
 def side_by_side(work: Callable[..., Any], *given: Any, count: int = 2) -> list[Any]:

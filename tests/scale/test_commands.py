@@ -39,7 +39,7 @@ def test_two_devices_train_one_router(small, finished, tmp_path):
     assert out.count("Perplexity on held-out text") == 1
     assert [line.split(":")[0] for line in err.splitlines()].count("Training buddy") == 1
     assert_as_finished(tmp_path / "small", finished)
-    assert read_run(tmp_path / "small" / "buddy" / "seed-0").recipe.trainer.devices == 2
+    assert read_run(tmp_path / "small" / "buddy" / "seed-0").recipe.trainer["devices"] == 2
 
 
 def test_two_nodes_by_torchrun_with_the_weights_shared_out(small, finished, tmp_path):

@@ -16,7 +16,7 @@ HEALED = ("adapter.steps=4", "adapter.rank=2", "trainer.max_steps=3")
 
 
 def words(small, output, *overrides: str) -> list[str]:
-    return [str(small.file), f"output={output}", "trainer.log_every=1", *overrides]
+    return [str(small.file), f"output={output}", "trainer.log_every_n_steps=1", *overrides]
 
 
 def fitted(given: list[str]) -> None:
@@ -82,5 +82,5 @@ def test_what_is_finished_is_not_done_again(small, tmp_path, capfd):
 
 def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):
     with pytest.raises(DataError, match=r"4 windows cannot be shared by 6 devices; .* to a multiple of 6"):
-        fitted(words(small, tmp_path / "out", "trainer.devices=3", "trainer.nodes=2"))
+        fitted(words(small, tmp_path / "out", "trainer.devices=3", "trainer.num_nodes=2"))
     assert not (tmp_path / "out").exists()

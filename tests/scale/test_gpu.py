@@ -12,7 +12,7 @@ from tests.small import start_buddy
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
 SMALL = ("data.window=48", "data.prompt=12", "data.batch_size=4", "data.calibration_windows=4", "trainer.max_steps=4")
-TINY = (*SMALL, "data.validation_windows=2", "data.test_windows=6", "trainer.log_every=1")
+TINY = (*SMALL, "data.validation_windows=2", "data.test_windows=6", "trainer.log_every_n_steps=1")
 
 
 def words(small, output) -> list[str]:
@@ -26,7 +26,7 @@ def test_the_recipe_for_a_gpu_runs_on_it_in_bfloat16(small, tmp_path):
     fit(load_recipe("gpu", words(small, tmp_path)), "gpu")
     assert torch.cuda.max_memory_allocated() > 0
     run = read_run(tmp_path / "gpu" / "buddy")
-    assert (run.recipe.backbone.dtype, run.recipe.trainer.accelerator) == ("bfloat16", "gpu")
+    assert (run.recipe.backbone.dtype, run.recipe.trainer["accelerator"]) == ("bfloat16", "gpu")
     results = json.loads((run.folder / "metrics.json").read_text())["results"]
     assert [each["executed"]["min"] for each in results] == [each["layers"] for each in results]
     assert abs(results[0]["kl"]) < 1e-3  # full depth is the dense model

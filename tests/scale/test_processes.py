@@ -8,7 +8,7 @@ from torch import nn
 
 from buddy import distributed
 from buddy.cli.words import alone
-from buddy.config import TrainerSection
+from buddy.config import Recipe
 from buddy.errors import BuddyError, TrainingError
 from tests.scale.forked import launcher, side_by_side
 from tests.test_cli import call
@@ -33,11 +33,11 @@ def test_one_process_alone(environment):
     assert distributed.speaks()
     assert not distributed.together()
     assert (distributed.count(), distributed.rank(), distributed.from_torchrun()) == (1, 0, 1)
-    distributed.join(TrainerSection())
+    distributed.join(Recipe().trainer)
     assert distributed.tell(3) == 3
     assert distributed.gather("x") == ["x"]
     assert distributed.shared_out(3) == [0, 1, 2]
-    assert distributed.shape(TrainerSection(devices=2, nodes=3)) == (2, 3)
+    assert distributed.shape({"devices": 2, "num_nodes": 3}) == (2, 3)
     assert not distributed.together()
 
 
@@ -61,7 +61,7 @@ def test_who_leads_and_who_speaks(environment, numbers, leads, speaks, whose):
 def test_the_numbers_of_torchrun_hold(environment):
     environment(**{**launcher(0, 16, 1), "LOCAL_WORLD_SIZE": "8"})
     assert distributed.from_torchrun() == 16
-    assert distributed.shape(TrainerSection(devices=1, nodes=1)) == (8, 2)
+    assert distributed.shape({"devices": 1, "num_nodes": 1}) == (8, 2)
 
 
 def test_each_process_has_an_accelerator_of_its_own(environment, monkeypatch):
@@ -79,13 +79,13 @@ def test_each_process_has_an_accelerator_of_its_own(environment, monkeypatch):
 
 def test_devices_that_are_not_there(environment):
     with pytest.raises(TrainingError, match=r"accelerator=cuda and devices=2 do not work here \(.*\); change them"):
-        distributed.join(TrainerSection(accelerator="cuda", devices=2))
+        distributed.join({**Recipe().trainer, "accelerator": "cuda", "devices": 2})
 
 
 def test_a_process_too_many(environment):
     environment(SLURM_PROCID=1)
     with pytest.raises(TrainingError, match=r"began several processes, .* set trainer\.devices \(on each node\) and"):
-        distributed.join(TrainerSection())
+        distributed.join(Recipe().trainer)
 
 
 def test_what_one_process_does_is_refused_under_torchrun(environment):

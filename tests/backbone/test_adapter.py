@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from buddy.backbone.adapter import FILES, WEIGHTS, Adapter, check_targets, linear_modules
+from buddy.backbone.adapter import CONFIG, FILES, WEIGHTS, Adapter, check_targets, linear_modules
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, RunError, TrainingError
 from buddy.io import load_tensors, save_tensors
@@ -30,8 +30,10 @@ def is_stock(model) -> bool:
 # What it adds
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [*(("llama", policy) for policy in POLICIES), ("phi3", "fill"), ("gemma3", "hole"), ("qwen3", "fill")],
+)
 def test_routed_execution_equals_brute_force_on_weights_merged_by_hand(family, policy):
     routed = adapted(family, policy=policy)
     output = routed(IDS, executed=EXECUTED)
@@ -41,8 +43,7 @@ def test_routed_execution_equals_brute_force_on_weights_merged_by_hand(family, p
     assert (output.logits - unhealed).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize(("family", "policy"), [*(("llama", policy) for policy in POLICIES), ("phi3", "fill")])
 def test_prefill_and_decode_write_the_adapters_keys_and_values_too(family, policy):
     """Skipped layers owe K/V (`fill`) that later tokens read: they come from the adapted projections."""
     routed = adapted(family, policy=policy)
@@ -206,7 +207,7 @@ def test_plans_do_not_go_through_gradient_checkpointing():
     routed = adapted()
     routed.backbone.model.activation_checkpointing_enable()
     routed.backbone.model.train()
-    with pytest.raises(BuddyError, match="Plans do not go through gradient checkpointing; turn it off"):
+    with pytest.raises(BuddyError, match="checkpointing"):
         routed(IDS, executed=EXECUTED)
     with torch.no_grad():
         routed(IDS, executed=EXECUTED)
@@ -237,7 +238,7 @@ def test_merged_it_is_the_same_model_of_stock_modules(policy):
 def test_weights_that_are_no_numbers_are_not_merged():
     routed = adapted()
     next(iter(routed.adapter.parts.values()))["B"].weight.data[0, 0] = float("nan")
-    with pytest.raises(RunError, match="The adapter holds weights that are no numbers; heal the run again"):
+    with pytest.raises(RunError, match="not finite"):
         routed.merge()
 
 
@@ -269,17 +270,16 @@ def test_peft_reads_it_on_a_stock_model(saved):
     torch.testing.assert_close(model(IDS).logits, full, **CLOSE)
 
 
-def refused(folder, match: str) -> None:
+def refused(folder, named: str) -> None:
     backbone = tiny_backbone("llama")
-    with pytest.raises(RunError, match=match):
+    with pytest.raises(RunError, match=named):
         Adapter.load(backbone, folder)
     assert is_stock(backbone.model)
 
 
 def test_one_for_another_backbone_is_refused(saved):
     backbone = tiny_backbone("llama", seed=1)
-    held = re.escape(tiny_backbone("llama").fingerprint)
-    with pytest.raises(RunError, match=f"made for another backbone .tiny-llama, fingerprint {held}, not .*load that"):
+    with pytest.raises(RunError, match=tiny_backbone("llama").fingerprint):
         Adapter.load(backbone, saved[1])
     assert not any(isinstance(module, BaseTunerLayer) for module in backbone.model.modules())
 
@@ -288,36 +288,33 @@ def test_one_for_another_backbone_is_refused(saved):
 def test_a_file_that_is_missing_or_cut_is_named(saved, name):
     path = saved[1] / name
     path.write_bytes(path.read_bytes()[:20])
-    refused(saved[1], f"{name} is damaged .*; make the run again")
+    refused(saved[1], name)
     path.unlink()
-    refused(saved[1], f"{name} is damaged .No such file")
+    refused(saved[1], name)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "named"),
     [
-        (
-            {"r": 3},
-            "adapter_model.safetensors is damaged .it differs from its configuration in base_model.model.model.la",
-        ),
-        ({"target_modules": ["q_proj"]}, "adapter_model.safetensors is damaged .it differs from its configuration in"),
-        ({"target_modules": ["elsewhere"]}, "adapter_config.json is damaged .Target modules .'elsewhere'. not found"),
-        ({"peft_type": "IA3"}, "adapter_config.json is damaged .it describes no LoRA adapter"),
-        ({"r": -1}, "adapter_config.json is damaged"),
-        ({"r": "8"}, "adapter_config.json is damaged"),
+        ({"r": 3}, WEIGHTS),
+        ({"target_modules": ["q_proj"]}, WEIGHTS),
+        ({"target_modules": ["elsewhere"]}, "elsewhere"),
+        ({"peft_type": "IA3"}, "LoRA"),
+        ({"r": -1}, CONFIG),
+        ({"r": "8"}, CONFIG),
     ],
 )
-def test_a_configuration_of_other_modules_is_refused(saved, change, words):
-    path = saved[1] / "adapter_config.json"
+def test_a_configuration_of_other_modules_is_refused(saved, change, named):
+    path = saved[1] / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(saved[1], words)
+    refused(saved[1], named)
 
 
 def test_tensors_that_are_missing_are_named(saved):
     tensors = load_tensors(saved[1] / WEIGHTS)
     gone = sorted(tensors)[3]
     save_tensors(saved[1] / WEIGHTS, {name: value for name, value in tensors.items() if name != gone}, {})
-    refused(saved[1], f"it differs from its configuration in {re.escape(gone)}")
+    refused(saved[1], re.escape(gone))
 
 
 # Targets
@@ -331,15 +328,10 @@ def test_targets_are_the_linear_modules_of_a_layer():
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
-    [
-        ("q_porj", "did you mean 'q_proj'"),
-        ("lm_head", "choose from these"),
-        ("layers.1.q_proj", "'q_proj'"),
-    ],
+    ("target", "named"), [("q_porj", "did you mean 'q_proj'"), ("lm_head", "all-linear"), ("layers.1.q_proj", "q_proj")]
 )
-def test_unknown_targets_are_refused(target, words):
+def test_unknown_targets_are_refused(target, named):
     backbone = tiny_backbone("llama")
-    with pytest.raises(TrainingError, match=f"adapter.targets holds '{re.escape(target)}', but the linear .*{words}"):
+    with pytest.raises(TrainingError, match=named):
         new_adapter(backbone, targets=["v_proj", target])
     assert is_stock(backbone.model)

@@ -1,0 +1,136 @@
+"""Stock models that share the weights of a model: cut to some of its layers, without its layers, or its head alone.
+
+Each twin runs the model's own code, so nothing here depends on the family. Routing hooks of the model are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from buddy.engine.layers import stock_class
+
+PER_LAYER = ("layer_types", "no_rope_layers")  # what a configuration says of each layer
+
+
+def pruned_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A stock model of the kept layers, in their order; it shares the weights of `model` and copies none.
+
+    Args:
+        model: the whole model, routed or not.
+        kept: layer indices, rising.
+    """
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(kept)
+    for name in PER_LAYER:
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[index] for index in kept])
+    return _twin(model, [_renumbered(model.model.layers[old], new) for new, old in enumerate(kept)], config)
+
+
+def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits (B, T, V) of hidden states (B, T, D) after the last norm; some families do more than one product."""
+    twin = _copied(model)
+    twin._modules["model"] = _Decoded(states)
+    return twin(input_ids=states.new_zeros(states.shape[:2], dtype=torch.long), use_cache=False).logits
+
+
+class LayerlessModel:
+    """What comes before a model's layers and what comes after them.
+
+    The layers of a twin are stand-ins that note how each layer is called.
+
+    Args:
+        model: the whole model, routed or not.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._layers = [_StandIn() for _ in model.model.layers]
+        self._twin = _twin(model, self._layers, model.config)
+
+    def embed(self, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The hidden state (B, T, D) that enters the first layer, and each layer's keyword arguments.
+
+        Args:
+            input_ids: (B, T) long, without padding.
+        """
+        self._twin.model(input_ids, use_cache=False)
+        inputs = [layer.inputs for layer in self._layers]
+        hidden = self._layers[0].hidden
+        self._forget()
+        return hidden, inputs
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, V) of hidden states (n, D) as they leave the last layer."""
+        self._layers[-1].output = hidden[None]
+        try:
+            any_token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+            return self._twin(any_token, use_cache=False).logits[0]
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        for layer in self._layers:
+            layer.hidden = layer.inputs = layer.output = None
+
+
+class _StandIn(nn.Module):
+    """In place of a decoder layer: notes its call and returns its input, or the output that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Any = None
+        self.inputs: Any = None
+        self.output: Any = None
+
+    def forward(self, hidden_states: Tensor, **inputs: Any) -> Tensor:
+        self.hidden, self.inputs = hidden_states, inputs
+        return hidden_states if self.output is None else self.output
+
+
+class _Decoded(nn.Module):
+    """In place of the decoder: returns the hidden states that it was given."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, **_: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.states)
+
+
+def _twin(model: PreTrainedModel, layers: Iterable[nn.Module], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model in evaluation mode that shares all modules of `model` but its layers."""
+    twin, base = _copied(model), _copied(model.model)
+    base._modules["layers"], twin._modules["model"] = nn.ModuleList(layers), base
+    twin.config = base.config = config
+    return twin.eval()
+
+
+def _copied(module: PreTrainedModel) -> PreTrainedModel:
+    """The same parameters and submodules in a module of its own, without hooks."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return twin
+
+
+def _renumbered(layer: nn.Module, index: int) -> nn.Module:
+    """A stock copy of a layer that shares its weights and writes to the cache at `index`."""
+    shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+    configs = {id(module.config): module.config for module in layer.modules() if hasattr(module, "config")}
+    routed = layer.__class__
+    layer.__class__ = stock_class(layer)  # a routed layer's copy must not look for a forward
+    try:
+        twin = copy.deepcopy(layer, shared | configs)
+    finally:
+        layer.__class__ = routed
+    twin.self_attn.layer_idx = index
+    return twin

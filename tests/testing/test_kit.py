@@ -1,0 +1,108 @@
+"""`buddy routers check`, and the kit in a stranger's pytest."""
+
+import re
+from unittest import SkipTest
+
+import pytest
+from typer.testing import CliRunner
+
+from buddy.cli import app
+from buddy.errors import RegistryError
+from buddy.testing import CHECKS, Failed, Subject, behaviour, check_router, outputs
+from tests.documents import ROOT
+from tests.testing.bad import Noisy, PeeksAhead, Sound
+
+GUIDE = (ROOT / "docs" / "write-a-router.md").read_text("utf-8")
+
+
+def check(*words: object):
+    return CliRunner().invoke(app, ["routers", "check", *map(str, words)])
+
+
+def test_a_router_that_passes():
+    result = check("random", "--options", "per=input", "--options", "seed=3")
+    assert result.exit_code == 0, result.output
+    head, *rows, _ = result.stdout.splitlines()
+    assert head.split() == ["check", "result", "what"]
+    assert [row.split()[0] for row in rows] == [each.name for each in CHECKS]
+    assert {row.split()[1] for row in rows} == {"passed", "skipped"}
+    assert f"{len(CHECKS)} of {len(CHECKS)}" in result.stderr
+
+
+def test_a_router_that_fails_ends_with_1():
+    result = check("tests.testing.bad:PeeksAhead")
+    rows = {line.split()[0]: line.split()[1] for line in result.stdout.splitlines()}
+    assert (result.exit_code, rows["causal"], rows["rows"]) == (1, "FAILED", "blocked")
+
+
+def test_another_backbone(tiny_llama_folder):
+    result = check("shortgpt", "--backbone", tiny_llama_folder)
+    assert (result.exit_code, "K from 2 to 6" in result.stdout) == (0, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("'shortgpt'", ["shortgtp"]),
+        ("nowhere", ["nowhere:Router"]),
+        ("Nothing", ["tests.testing.bad:Nothing"]),
+        ("line 13 of unmade.py", ["tests.testing.unmade:KeyMissing"]),
+        ("SystemExit", ["tests.testing.unmade:Leaving"]),
+        ("KEY=VALUE", ["sleb", "--options", "windows"]),
+        ("router.options.window", ["sleb", "--options", "window=3"]),
+        ("router.options.windows", ["sleb", "--options", "windows=many"]),
+        ("router.options.windows", ["sleb", "--options", "windows=[1"]),
+        ("windows is 0", ["sleb", "--options", "windows=0"]),
+        ("/no/such", ["sleb", "--backbone", "/no/such"]),
+        ("'smollm2-135m'", ["sleb", "--backbone", "smolm2-135m"]),
+    ],
+)
+def test_bad_input_is_a_sentence(named, words):
+    result = check(*words)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert named in result.stderr
+
+
+def test_check_router_names_all_that_failed():
+    with pytest.raises(Failed, match="repeatable"):
+        check_router(Noisy)
+    with pytest.raises(AssertionError, match="causal"):
+        check_router(PeeksAhead)
+    with pytest.raises(RegistryError, match="int"):
+        check_router(int)
+
+
+def test_one_test_for_each_check(monkeypatch):
+    subject = Subject(PeeksAhead)
+    with pytest.raises(SkipTest, match="causal"):
+        outputs.rows(subject)
+    with pytest.raises(Failed):
+        outputs.causal(subject)
+    with pytest.raises(SkipTest):
+        behaviour.weights(Subject(Sound))
+    first = outputs.causal.examine(subject)
+    monkeypatch.setattr(subject, "router", None)  # a second call computes nothing
+    assert outputs.causal.examine(subject) is first
+
+
+# docs/write-a-router.md
+
+
+def test_the_guide_lists_the_checks():
+    table = re.findall(r"^\| `(\w+)` \| (.+?) \|", GUIDE, re.MULTILINE)
+    assert table == [(check.name, check.promise) for check in CHECKS]
+
+
+def test_the_router_of_the_guide_is_short_and_its_mistake_is_found():
+    code = re.search(r"```python\n# my_router.py\n(.*?)```", GUIDE, re.DOTALL)[1]
+    assert len(code.strip().splitlines()) <= 30
+    right = "difference = context.newest - context.pooled\n"
+    centred = (
+        "        if difference.dim() > 1:\n            difference = difference - difference.mean(-2, keepdim=True)\n"
+    )
+    assert code.count(right) == 1
+    scope = {"__name__": "__document__"}
+    exec(compile(code.replace(right, right + centred), "my_router.py", "exec", dont_inherit=True), scope)
+    shown = re.search(r"```text\n(causal  FAILED .*?)```", GUIDE, re.DOTALL)[1]
+    result = outputs.causal.examine(Subject(scope["Surprise"]))
+    assert " ".join(shown.split()) == f"causal FAILED {result.message}"
