@@ -3,24 +3,30 @@ BIN := .venv/bin
 ENV := .venv/.installed
 DOCS := .venv/.installed-docs
 RECIPE ?= quickstart
+ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test lint bench docs reference
+.PHONY: help fit test soak lint bench docs reference
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
 
-fit: $(ENV) ## install, then train and evaluate the quickstart (or RECIPE=name)
-	$(BIN)/buddy fit --recipe $(RECIPE)
+fit: $(ENV) ## install, then train and evaluate the quickstart (or RECIPE=name; ARGS='key=value …' overrides)
+	$(BIN)/buddy fit --recipe $(RECIPE) $(ARGS)
 
-# Two processes, each with the tests of whole files, which share what they set up; processes that tests start have a
-# thread each, as the tests have.
-test: export HF_HUB_OFFLINE := 1
-test: export OMP_NUM_THREADS := 1
-test: $(ENV) lint ## lint, types and all tests, offline
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+# Two processes, each with the tests of whole files, which share fixtures; each process, and each that a test starts,
+# has one thread.
+test soak: export HF_HUB_OFFLINE := 1
+test soak: export OMP_NUM_THREADS := 1
+test: $(ENV) lint ## lint, types and all tests but the long ones, offline
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not soak"
+
+soak: $(ENV) ## the long tests: 2000 random uses of the engine, 100 kills, 1000 malformed inputs of each kind
+	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m tests.engine.fuzz --cases 2000
+	$(BIN)/python -m tests.soak --kills 100 --examples 1000
 
 lint: $(ENV) ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .

@@ -23,15 +23,23 @@ from buddy.backbone.adapter import WEIGHTS
 from buddy.backbone.load import Backbone
 from buddy.build import build_windows, heals, restore
 from buddy.config import PredictorSection, Recipe, Rival, with_router
-from buddy.console import Bar, errors, status, tracker
+from buddy.console import Bar, errors, status
 from buddy.data.module import TextData
-from buddy.data.text import same_source, sources_of
+from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, DamagedError, DataError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.evaluation import report
 from buddy.evaluation.bench import measured
-from buddy.evaluation.record import EVALUATIONS, TASKS, collect, evaluation_file, shown_command, task_file, text_entry
+from buddy.evaluation.record import (
+    EVALUATIONS,
+    TASKS,
+    collect,
+    evaluation_file,
+    shown_command,
+    task_file,
+    text_entry,
+)
 from buddy.executors import side_by_side
 from buddy.fit import Session, prepare
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
@@ -50,7 +58,8 @@ from buddy.run import (
     read_metrics,
     read_run,
 )
-from buddy.scoring.perplexity import Reference, evaluate, scores_of, with_documents
+from buddy.scoring.perplexity import Reference, scores_of, with_documents
+from buddy.training.module import evaluate
 
 ALL = "all"
 OPENING, CLOSING = "[{(", "]})"
@@ -154,8 +163,8 @@ def domains_of(text: str | None, recipe: Recipe) -> list[Domain]:
         DataError: nothing is named, two have one label, or a label cannot be a file's name.
     """
     source = recipe.data.source
-    (own,) = sources_of(None, source)
-    others = {} if text is None else sources_of(text, source)
+    (own,) = named_sources(None, source)
+    others = {} if text is None else named_sources(text, source)
     for label in [label for label, other in others.items() if same_source(other, source)]:
         own = label
         del others[label]
@@ -563,7 +572,7 @@ class Worker:
                 available_budgets(routed.router, run.recipe.budgets),
                 prompt=data.prompt,
                 batch_size=data.batch_size,
-                track=tracker(f"Evaluating {run.label} on {domain.label}"),
+                description=f"Evaluating {run.label} on {domain.label}",
                 reference=self._references[domain],
             )
         path = evaluation_file(run.folder, domain.label, domain.own)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -155,7 +157,7 @@ def relay(say: Callable[[str, bool], None], every: float) -> None:
     errors.file, results.quiet = Relay(say, every), True  # type: ignore[assignment]  # of a stream rich needs no more
 
 
-def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
     """Print a table to the results, in several parts one below the other where it is wider than the terminal.
 
     Args:
@@ -197,6 +199,35 @@ def _clock(seconds: float | None) -> str:
     return str(timedelta(seconds=round(seconds or 0)))
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning without its advice: what devices there are, how many workers to use, tips."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
+        warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped .* view")  # true, and nobody writes into it
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
 def counted(number: int, noun: str) -> str:
     """ "1 token", "2 tokens"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns that line up; brackets in a cell are no markup."""
+    # Into a pipe or file: one line a row, whatever its length.
+    console = Console(highlight=False, width=None if results.is_terminal else 1000)
+    table = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)

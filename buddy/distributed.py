@@ -1,7 +1,8 @@
-"""Several processes for one command: which one this is, how the others come about, and what they tell each other.
+"""Several processes for one command: launching them, their ranks, and what they exchange.
 
-They come from torchrun or another launcher, or are begun by the first one, by the same command. The first one leads: it
-alone writes and speaks. A process that is alone takes part in nothing of this, at no cost.
+The processes come from torchrun or another launcher, or are launched by the first one, which then repeats the same
+command in each. Only the first one, of global rank zero, writes files and messages. In a single process every function
+here returns at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from buddy.console import quiet
 from buddy.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -19,54 +21,65 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
-
-PLACES = ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")  # what launchers call a process's number
-WAYS = ("gloo", "NCCL", "ProcessGroup")  # in what torch says of a process that is not there any more
-SEEN = "CUDA_VISIBLE_DEVICES"
-PATIENCE = timedelta(days=7)  # one may calibrate for hours while the others wait for its word
-_words: ProcessGroup | None = None  # the way by which processes talk, once they are together
-
-
-def leads() -> bool:
-    """Whether this is the process that writes and speaks."""
-    return not any(_number(name) for name in PLACES)
-
-
-def from_torchrun() -> int:
-    """How many processes torchrun began, over all nodes; 1 where it did not begin this one."""
-    return _number("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+RANKS = (
+    "RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "LOCAL_RANK",
+    "SLURM_PROCID",
+)  # variables of launchers, with a process's rank
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+TIMEOUT = timedelta(days=7)  # one process may calibrate for hours while the others wait for it
+BACKENDS = ("gloo", "NCCL", "ProcessGroup")  # named in the errors that torch raises when a peer is lost
+_group: ProcessGroup | None = None  # on the CPU, whatever the accelerators use; None for a single process
 
 
-def shape(trainer: Mapping[str, Any]) -> tuple[int, int]:
-    """(devices on each node, nodes): those of torchrun where it began this process, else the recipe's."""
-    if from_torchrun() > 1:
-        return _number("LOCAL_WORLD_SIZE", 1), from_torchrun() // _number("LOCAL_WORLD_SIZE", 1)
+# Ranks
+
+
+def is_global_zero() -> bool:
+    """Whether this is the process that writes files and messages; known before the processes are launched."""
+    return not any(_variable(name) for name in RANKS)
+
+
+def is_distributed() -> bool:
+    """Whether there are several processes, and `launch` connected them."""
+    return _group is not None
+
+
+def world_size() -> int:
+    """How many processes are connected."""
+    return 1 if _group is None else _group.size()
+
+
+def global_rank() -> int:
+    """The rank of this process among them, from 0."""
+    return 0 if _group is None else _group.rank()
+
+
+def torchrun_world_size() -> int:
+    """How many processes torchrun launched, over all nodes; 1 where it did not launch this one."""
+    return _variable("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def device_counts(trainer: Mapping[str, Any]) -> tuple[int, int]:
+    """(devices on each node, nodes): those of torchrun where it launched this process, else the recipe's `trainer`."""
+    if torchrun_world_size() > 1:
+        return _variable("LOCAL_WORLD_SIZE", 1), torchrun_world_size() // _variable("LOCAL_WORLD_SIZE", 1)
     return trainer["devices"], trainer["num_nodes"]
 
 
-def speaks() -> bool:
-    """Whether this process says what went wrong: what all find before they are together, the first one says for all."""
-    return leads() or together() or from_torchrun() == 1
+def prints_errors() -> bool:
+    """Whether this process prints its errors; one that all processes find alike is printed by the first only."""
+    return is_global_zero() or is_distributed() or torchrun_world_size() == 1
 
 
-def whose() -> str:
-    """Beside an error, which process found it, unless it is the one that leads."""
-    return "" if leads() else f" in process {_number('RANK', _number('LOCAL_RANK'))}"
+def rank_suffix() -> str:
+    """Follows "Error": " in process 3"; empty for the first process."""
+    return "" if is_global_zero() else f" in process {_variable('RANK', _variable('LOCAL_RANK'))}"
 
 
-def together() -> bool:
-    """Whether there are several processes, and `join` brought them together."""
-    return _words is not None
-
-
-def count() -> int:
-    """How many processes are together."""
-    return 1 if _words is None else _words.size()
-
-
-def rank() -> int:
-    """The number of this one among them, from 0."""
-    return 0 if _words is None else _words.rank()
+# Devices
 
 
 def device(accelerator: str) -> torch.device:
@@ -75,40 +88,44 @@ def device(accelerator: str) -> torch.device:
 
     if accelerator == "cpu" or not torch.accelerator.is_available():
         return torch.device("cpu")
-    kind, there = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
-    return torch.device(kind.type, _number("LOCAL_RANK") % there) if there > 1 else kind
+    kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    return torch.device(kind.type, _variable("LOCAL_RANK") % count) if count > 1 else kind
 
 
 @contextmanager
-def one_gpu(place: int) -> Iterator[None]:
-    """A process that begins within this block sees one of this machine's GPUs, the next one for each place in turn."""
+def one_gpu(worker: int) -> Iterator[None]:
+    """A process that is launched within this block sees one GPU of this machine, the next one for each worker."""
     import torch
 
-    seen = os.environ.get(SEEN)
-    there = seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())]
-    if len(there) < 2:
+    before = os.environ.get(VISIBLE)
+    gpus = before.split(",") if before else [str(number) for number in range(torch.cuda.device_count())]
+    if len(gpus) < 2:
         yield
         return
-    os.environ[SEEN] = there[place % len(there)]
+    os.environ[VISIBLE] = gpus[worker % len(gpus)]
     try:
         yield
     finally:
-        os.environ.pop(SEEN)
-        os.environ.update({SEEN: seen} if seen else {})
+        os.environ.pop(VISIBLE)
+        os.environ.update({VISIBLE: before} if before else {})
 
 
-def join(trainer: Mapping[str, Any]) -> None:
-    """Begin the other processes where no launcher did, and wait until all are there; a second call does nothing.
+# Launching and exchanging
 
-    What they tell each other goes over a connection of its own on the CPU, whatever the accelerators use.
+
+def launch(trainer: Mapping[str, Any]) -> None:
+    """Launch the other processes where no launcher did, and wait until all are connected; a second call does nothing.
+
+    Args:
+        trainer: the recipe's, of which `accelerator`, `devices` and `num_nodes` matter.
 
     Raises:
-        TrainingError: the accelerator or the number of devices is not there, or this is one process too many.
+        TrainingError: the accelerator or the number of devices is not there, or a launcher began too many processes.
     """
-    global _words
-    devices, nodes = shape(trainer)
-    if together() or devices * nodes == 1:
-        if not together() and not leads():
+    global _group
+    devices, nodes = device_counts(trainer)
+    if is_distributed() or devices * nodes == 1:
+        if not is_distributed() and not is_global_zero():
             raise TrainingError(
                 "A launcher began several processes, and the recipe asks for one device; set trainer.devices (on each "
                 "node) and trainer.num_nodes to what it began."
@@ -117,109 +134,112 @@ def join(trainer: Mapping[str, Any]) -> None:
     from lightning.fabric import Fabric
     from torch import distributed
 
-    from buddy.training.callbacks import quiet
-
+    accelerator = trainer["accelerator"]
     with quiet():
         try:
-            fabric = Fabric(accelerator=trainer["accelerator"], devices=devices, num_nodes=nodes, strategy="ddp")
-        except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
+            fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy="ddp")
+        except Exception as error:  # it only checks these settings, and refuses them with many kinds of error
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
             raise TrainingError(
-                f"accelerator={trainer['accelerator']} and devices={devices} do not work here ({reason}); change them."
+                f"accelerator={accelerator} and devices={devices} do not work here ({reason}); change them."
             ) from error
         fabric.launch()
-    _words = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    _group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
 
-def tell(value: Any = None) -> Any:
+def broadcast(value: Any = None) -> Any:
     """The first process's value, in every process."""
     box = [value]
-    if _words is not None:
+    if _group is not None:
         from torch import distributed
 
-        with linked():
-            distributed.broadcast_object_list(box, group=_words)
+        with lost_peers_reported():
+            distributed.broadcast_object_list(box, group=_group)
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """The values of all processes in their order, in every process."""
-    found = [value] * count()
-    if _words is not None:
+def all_gather(value: Any) -> list[Any]:
+    """The values of all processes in the order of their ranks, in every process."""
+    found = [value] * world_size()
+    if _group is not None:
         from torch import distributed
 
-        with linked():
-            distributed.all_gather_object(found, value, group=_words)
+        with lost_peers_reported():
+            distributed.all_gather_object(found, value, group=_group)
     return found
 
 
-def wait() -> None:
-    """Until all processes are here."""
-    tell()
+def barrier() -> None:
+    """Wait until all processes are here."""
+    broadcast()
+
+
+def broadcast_state(module: nn.Module) -> None:
+    """Copy the first process's parameters and buffers into a module, in every process."""
+    if _group is None:
+        return
+    import torch
+    from torch import distributed
+
+    with lost_peers_reported():
+        for tensor in module.state_dict().values():
+            sent = tensor.detach().cpu().flatten().view(torch.uint8)  # bytes: gloo does not send every type
+            distributed.broadcast(sent, src=0, group=_group)
+            tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
 
 
 @contextmanager
-def leader_first() -> Iterator[None]:
-    """The others begin this block once the first process is through, and find on disk what it left there."""
-    with _turn(0 if leads() else 1, 1):
+def rank_zero_first() -> Iterator[None]:
+    """The other processes begin this block when the first one has left it, and find on disk what it wrote."""
+    with _in_turn(0 if is_global_zero() else 1, 1):
         yield
 
 
 @contextmanager
 def one_by_one(trainer: Mapping[str, Any]) -> Iterator[None]:
-    """The processes of a node go through this block one after the other; it may be the first one that joins in it."""
-    with _turn(_number("LOCAL_RANK"), shape(trainer)[0] - 1):
+    """The processes of a node go through this block one after the other; `launch` may be called within it."""
+    with _in_turn(_variable("LOCAL_RANK"), device_counts(trainer)[0] - 1):
         yield
 
 
 @contextmanager
-def _turn(own: int, last: int) -> Iterator[None]:
-    for _ in range(own):
-        wait()
+def _in_turn(turn: int, last: int) -> Iterator[None]:
+    for _ in range(turn):
+        barrier()
     yield
-    for _ in range(last - own):
-        wait()
+    for _ in range(last - turn):
+        barrier()
 
 
-def alike(module: nn.Module) -> None:
-    """Give a module the first process's parameters and buffers, in every process."""
-    if _words is None:
-        return
-    import torch
-    from torch import distributed
+def share_of(items: int) -> list[int]:
+    """The indices of the items that this process does: every n-th of them.
 
-    with linked():
-        for tensor in module.state_dict().values():
-            held = tensor.detach().cpu().flatten().view(torch.uint8)  # any type, as bytes; not all can be sent
-            distributed.broadcast(held, src=0, group=_words)
-            tensor.copy_(held.view(tensor.dtype).view(tensor.shape))
-
-
-def shared_out(items: int) -> list[int]:
-    """The numbers of the items that this process does: every n-th.
-
-    All processes get equally many, since each waits for the others where weights are shared out: where the items do not
-    suffice, some are done twice, with the same result.
+    All processes get equally many, since each step of sharded weights waits for all. Where the items do not suffice,
+    some are done twice, with the same result.
     """
-    rounds = -(-items // count())
-    return [(rank() + count() * number) % items for number in range(rounds)] if items else []
+    rounds = -(-items // world_size())
+    return [(global_rank() + world_size() * number) % items for number in range(rounds)] if items else []
 
 
 @contextmanager
-def linked() -> Iterator[None]:
-    """Where another process has ended, this one ends too: the first says so, the others follow without a word."""
+def lost_peers_reported() -> Iterator[None]:
+    """Where another process ended, this one ends too: the first with an error, the others with exit code 2.
+
+    Raises:
+        TrainingError: another process ended, in the first process.
+    """
     try:
         yield
     except RuntimeError as error:
-        if not any(way in str(error) for way in WAYS):
+        if not any(backend in str(error) for backend in BACKENDS):
             raise
-        if not leads():
+        if not is_global_zero():
             raise SystemExit(2) from error
         raise TrainingError(
-            "Another process of this run has ended; see what it said, mend it, and repeat the command to go on."
+            "Another process of this run has ended; see its error, correct the cause, and repeat the command to resume."
         ) from error
 
 
-def _number(name: str, otherwise: int = 0) -> int:
+def _variable(name: str, default: int = 0) -> int:
     text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else otherwise
+    return int(text) if text.isdecimal() else default

@@ -1,4 +1,4 @@
-"""`buddy plan`: memory for training and serving on each device, from a model's shape."""
+"""`buddy memory`: memory for training and serving on each device, from a model's shape."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Serving:
     executed: dict[str, int]
 
 
-def plan_memory(
+def print_memory(
     backbone: str,
     *,
     devices: int = 1,

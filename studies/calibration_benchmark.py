@@ -1,12 +1,11 @@
 """`python -m studies.calibration_benchmark`: a greedy search through `Probe.losses` against the naive way.
 
-The search removes, again and again, the layer without which the calibration windows lose least (SLEB, 2402.09025,
-section 3). The naive way runs each candidate by itself: a forward of a stock model whose layers were physically
-removed, and the same cross-entropy. Both look at the same candidates, in turn round by round, in the same batches and
-without sinks, which a pruned model does not know. Nothing is measured beforehand; the probe writes to a store in a
-temporary folder.
+The search removes in each round the layer whose absence costs the calibration windows least (SLEB, 2402.09025, section
+3). The naive way runs each candidate alone: a forward of a stock model whose layers were physically removed, and the
+same cross-entropy. Both run the same candidates, in turn round by round, in the same batches and without sinks, which
+a pruned model does not have. Nothing is measured beforehand; the probe writes to a store in a temporary folder.
 
-The states that the probe keeps from round to round have a fixed room (2 GiB), so few windows flatter it a little, and
+The memory for states that the probe keeps from round to round is fixed (2 GiB), so few windows favour it a little, and
 the first rounds are slower than the later ones.
 """
 

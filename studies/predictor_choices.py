@@ -1,4 +1,4 @@
-"""Ways of choosing a budget for each of many measured requests, and what each of them saves."""
+"""Methods of choosing a budget for each of many measured requests, and what each of them saves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from buddy.scoring.statistics import layers_at
 
 
 def by_epsilon(increase: np.ndarray, arms: np.ndarray, epsilon: float) -> np.ndarray:
-    """(N,) places of the smallest arm whose increase is at most ε, of the largest where none is.
+    """(N,) indices of the smallest arm whose increase is at most ε, of the largest arm where there is none.
 
     Args:
         increase: (N, A) nats a token above full depth.
@@ -26,23 +26,23 @@ def by_epsilon(increase: np.ndarray, arms: np.ndarray, epsilon: float) -> np.nda
 
 
 def by_price(increase: np.ndarray, arms: np.ndarray, price: float) -> np.ndarray:
-    """(N,) places of the arm with the least increase + price · layers: best for the average at that price."""
+    """(N,) indices of the arm with the least increase + price · layers: the best average at that price."""
     return (increase + price * arms).argmin(1)
 
 
 def thresholds(increase: np.ndarray, count: int = 60) -> np.ndarray:
-    """Values of ε that are worth trying: quantiles of what the increases are, and nought."""
+    """Values of ε to try: quantiles of the increases, and 0."""
     return np.unique(np.concatenate([[0.0], np.quantile(increase, np.linspace(0, 1, count)).clip(min=0)]))
 
 
 def prices(increase: np.ndarray, arms: np.ndarray, count: int = 60) -> np.ndarray:
-    """Prices, nats a layer, that are worth trying: quantiles of the slopes between any two arms."""
+    """Prices to try, nats a layer: quantiles of the slopes between any two arms."""
     slopes = [(increase[:, low] - increase[:, high]) / (arms[high] - arms[low]) for high, low in _pairs(len(arms))]
     return np.unique(np.quantile(np.concatenate(slopes), np.linspace(0, 1, count)).clip(min=0))
 
 
 def spent(places: np.ndarray, losses: np.ndarray, arms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) layers and (N,) losses of requests that run the arms in these places.
+    """(N,) layers and (N,) losses of requests that run the arms at these indices.
 
     Args:
         losses: (N, A) nats a token.
@@ -51,7 +51,7 @@ def spent(places: np.ndarray, losses: np.ndarray, arms: np.ndarray) -> tuple[np.
 
 
 def folds(groups: Sequence[object], count: int) -> np.ndarray:
-    """(N,) fold of each row: rows of one group share a fold, groups are dealt out in the order in which they come."""
+    """(N,) fold of each row: rows of one group share a fold, and groups take folds in turn."""
     place = {group: number % count for number, group in enumerate(dict.fromkeys(groups))}
     return np.array([place[group] for group in groups])
 
@@ -62,9 +62,9 @@ def _pairs(count: int) -> Iterator[tuple[int, int]]:
 
 FOLDS = 4
 RESAMPLES = 1000
-POLICIES = 5  # settings of the policy's cost
+POLICIES = 5  # costs of a policy that are tried
 POLICY: dict[str, Any] = {"steps": 2000, "lr": 1e-3}
-Chosen = dict[str, list[np.ndarray]]  # way of choosing → places of the arms (N,), one for each setting tried
+Chosen = dict[str, list[np.ndarray]]  # method → indices of arms (N,), one array for each setting that is tried
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 Sample = list[tuple[float, float]]  # mean layers and loss of each setting
 
@@ -77,9 +77,9 @@ class Measured:
         arms: (A,) executed layers, deepest first; the first is full depth.
         losses: (N, A) nats a token.
         features: (N, size).
-        pooled: features at their start that are the pooled states.
+        pooled: how many features at the start are the pooled states.
         domains: label of each window's text.
-        documents: (N,) what each window is resampled by: its text and document.
+        documents: (N,) text and document of each window, which is what is resampled.
     """
 
     arms: np.ndarray
@@ -96,7 +96,7 @@ class Measured:
 
 
 def choices(measured: Measured, track: Track = iter) -> Chosen:
-    """Places of the arms that each way chooses, for each setting of it.
+    """Indices of the arms that each method chooses, for each of its settings.
 
     "regress" takes the smallest budget within ε; "priced" the least sum of predicted increase and price · layers, from
     the same predictions; "grpo" the likeliest budget of a policy; "hindsight" is "priced" from the true losses.
@@ -113,18 +113,18 @@ def choices(measured: Measured, track: Track = iter) -> Chosen:
 
 
 def costs(measured: Measured, quality: float = 5.0) -> list[float]:
-    """Costs of a policy that are worth trying: what depth is worth on average, at the slopes from budget to budget."""
+    """Costs of a policy to try: the average value of depth, at the slopes from budget to budget."""
     slopes = np.diff(measured.losses.mean(0)) / -np.diff(measured.arms)
     return (quality * int(measured.arms[0]) * np.quantile(slopes, np.linspace(0.1, 0.9, POLICIES))).tolist()
 
 
 def compared(measured: Measured, chosen: Chosen) -> dict[str, Any]:
-    """What each way of choosing saves against the best coin between fixed budgets, on the same resampled documents.
+    """Saving of each method against the best mixture of fixed budgets, on the same resampled documents.
 
     Returns:
-        "fixed": for the loss of each fixed budget, the layers that each way needs and the saving with its 95 %
-        interval; "single": the same for ways of one setting, at their own loss; "points": mean layers and loss of every
-        setting.
+        "fixed": for the loss of each fixed budget, the layers that each method needs and the saving with its 95 %
+        interval; "single": the same for methods of one setting, at their own loss; "points": mean layers and loss of
+        every setting.
     """
     fixed = [np.full(len(measured.losses), place) for place in range(len(measured.arms))]
     outcomes = {
@@ -148,9 +148,9 @@ def _swept(chosen: Chosen) -> list[str]:
 
 
 def _saving(points: dict[str, list[Sample]], name: str, place: int) -> dict[str, Any] | None:
-    """Layers at the loss of a fixed budget, which each resample has its own of, and what they save.
+    """Layers at the loss of a fixed budget, in each resample its own loss, and their saving.
 
-    None where this way does not reach the loss, or comes from below it.
+    None where this method's losses do not include that loss.
     """
     pairs = []
     for ours, fixed in zip(points[name], points["fixed"], strict=True):
@@ -160,7 +160,7 @@ def _saving(points: dict[str, list[Sample]], name: str, place: int) -> dict[str,
 
 
 def _alone(points: dict[str, list[Sample]], name: str) -> dict[str, Any] | None:
-    """The same for a way of one setting, at its own loss."""
+    """The same for a method of one setting, at its own loss."""
     pairs = [
         (ours[0][0], layers_at(dict(fixed), ours[0][1]))
         for ours, fixed in zip(points[name], points["fixed"], strict=True)
@@ -170,7 +170,7 @@ def _alone(points: dict[str, list[Sample]], name: str) -> dict[str, Any] | None:
 
 
 def _summed(pairs: list[tuple[float | None, float | None]]) -> dict[str, Any] | None:
-    """Of (layers here, layers of the coin): the first pair's, and quantiles of the saving over all the others."""
+    """Of (layers, layers of the mixture): the first pair's values, and quantiles of the saving over the others."""
     ours, fixed = pairs[0]
     if ours is None or fixed is None:
         return None
@@ -182,7 +182,7 @@ def _summed(pairs: list[tuple[float | None, float | None]]) -> dict[str, Any] | 
 def along(points: Sample, loss: float) -> float | None:
     """The layers from which on no setting loses more than `loss`, linear between settings; None where there are none.
 
-    So a setting that happens to be good helps nobody, which is hard on whoever is swept, and not on the coin.
+    A single lucky setting does not count, which is a stricter rule than the mixture's.
     """
     layers, losses = (np.array(column) for column in zip(*sorted(points), strict=True))
     worst = np.maximum.accumulate(losses[::-1])[::-1]
@@ -192,14 +192,14 @@ def along(points: Sample, loss: float) -> float | None:
 
 
 def _points(outcomes: list[tuple[np.ndarray, np.ndarray]], weights: np.ndarray) -> list[Sample]:
-    """For the windows as they are and for each resample: mean (layers, loss) of each setting."""
+    """Mean (layers, loss) of each setting, for the windows as they are and for each resample."""
     layers, losses = (np.stack(column, 1) for column in zip(*outcomes, strict=True))
     means = zip((weights @ layers).tolist(), (weights @ losses).tolist(), strict=True)
     return [list(zip(*pair, strict=True)) for pair in means]
 
 
 def _resampled(documents: Sequence[tuple[str, int]]) -> np.ndarray:
-    """(1 + RESAMPLES, N): the weight of each window, all alike first, then by documents drawn anew within each text."""
+    """(1 + RESAMPLES, N): weights of the windows, equal in the first row, then of documents resampled by text."""
     random, names = np.random.default_rng(0), list(dict.fromkeys(documents))
     place = np.array([names.index(document) for document in documents])
     counts = [np.ones(len(names))]
@@ -226,7 +226,7 @@ def _left_out(measured: Measured, fold: np.ndarray) -> np.ndarray:
 
 
 def _policies(measured: Measured, fold: np.ndarray, cost: float) -> np.ndarray:
-    """(N,) places that policies choose which were taught on the other folds."""
+    """(N,) indices chosen by policies that were trained on the other folds."""
     places = np.zeros(len(measured.losses), dtype=np.int64)
     layers, losses = int(measured.arms[0]), torch.from_numpy(measured.losses)
     for number in range(FOLDS):

@@ -1,8 +1,8 @@
 """`python -m studies.predictor_study`: what choosing a budget for each request saves, on texts that differ.
 
-Windows of all texts are measured at every budget. Predictors are fitted on some documents and choose for others, so
-nobody is asked about what it was fitted on. All ways of choosing are swept over their one setting, and held against
-fixed budgets and coins between two of them at the same mean loss. Best in hindsight shows what there is to win.
+Windows of all texts are measured at every budget. Predictors are fitted on some documents and choose for others. All
+methods are swept over their one setting, and compared with fixed budgets and mixtures of two of them at the same mean
+loss. "hindsight" chooses from the true losses: the most that there is to win.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from rich.table import Table
 
 from buddy.build import load_model
 from buddy.console import results, status, tracker
-from buddy.data.text import sources_of
+from buddy.data.text import named_sources
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
 from buddy.evaluation.figures import figure_at
-from buddy.inspection.routing import Domain, read_domains
+from buddy.inspection.routing import Text, read_text
 from buddy.io import FileStore, check_output_path, write_json, writing
 from buddy.predictor.features import measure_targets, sorted_arms
 from buddy.router import available_budgets
@@ -36,27 +36,27 @@ OWN = "the run's own"
 
 
 def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: Sequence[str] | None = None) -> None:
-    """Measure, choose in every way, print a table, and leave a figure and JSON in `out`.
+    """Measure, choose by every method, print a table, and write a figure and JSON to `out`.
 
     Args:
         run_folder: a finished run; nothing is written there.
         domains: texts as "SOURCE,label=SOURCE,…".
         windows: of each text at most so many.
-        out: a folder, made where it is missing. Losses are kept there, so that the same call goes on where it was.
-        budgets: to choose from, instead of the recipe's; full depth is always among them.
+        out: a folder, made where it is missing. Losses are stored there, so that the same call resumes.
+        budgets: to choose from, instead of the recipe's; full depth is always added.
 
     Raises:
         BuddyError: the run, a text, a budget or the folder cannot be used.
     """
     run = read_run(run_folder)
     check_output_path(out.absolute() / FIGURE) if out.exists() else check_output_path(out)
-    sources = sources_of(domains, run.recipe.data.source)
+    sources = named_sources(domains, run.recipe.data.source)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     asked = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
     arms = sorted_arms([routed.geometry.layers, *(routed.executed_layers(budget) for budget in asked)])
     with status("Reading texts …"):
-        texts = read_domains(run, routed, sources, windows)
+        texts = [read_text(run, routed, label, source, windows) for label, source in sources.items()]
     with writing(out):
         out.mkdir(exist_ok=True)
     measured = _measured(run, routed, texts, arms, out)
@@ -74,8 +74,8 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
     results.print(f"Figure: {out / FIGURE}\nJSON: {out / NUMBERS}", soft_wrap=True)
 
 
-def _own(routed: RoutedLM, texts: Sequence[Domain], measured: Measured, prompt: int) -> np.ndarray:
-    """(N,) places that the run's own predictor chooses; for budgets that are none of the arms, the next larger arm."""
+def _own(routed: RoutedLM, texts: Sequence[Text], measured: Measured, prompt: int) -> np.ndarray:
+    """(N,) indices that the run's own predictor chooses; for other budgets than the arms, the next larger arm."""
     choose, chosen = routed.choosing("auto"), []
     for text in texts:
         for ids in text.windows.input_ids.split(8):
@@ -83,7 +83,7 @@ def _own(routed: RoutedLM, texts: Sequence[Domain], measured: Measured, prompt: 
     return np.array([np.flatnonzero(measured.arms >= count)[-1] for count in chosen])
 
 
-def _measured(run: Run, routed: RoutedLM, texts: Sequence[Domain], arms: tuple[int, ...], out: Path) -> Measured:
+def _measured(run: Run, routed: RoutedLM, texts: Sequence[Text], arms: tuple[int, ...], out: Path) -> Measured:
     size, prompt, found = run.recipe.data.batch_size, run.recipe.data.prompt, []
     store = FileStore(out / LOSSES)
     for text in texts:
@@ -103,7 +103,7 @@ def _measured(run: Run, routed: RoutedLM, texts: Sequence[Domain], arms: tuple[i
 
 
 def _typical(measured: Measured, chosen: list[np.ndarray]) -> np.ndarray:
-    """(N,) the places whose mean is nearest to the middle between all layers and the fewest."""
+    """(N,) the indices whose mean is nearest to the middle between all layers and the fewest."""
     middle = (measured.arms[0] + measured.arms[-1]) / 2
     return min(chosen, key=lambda places: abs(measured.arms[places].mean() - middle))
 
@@ -113,7 +113,7 @@ def _itself(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _show(report: dict[str, Any], router: str) -> None:
-    """One row for each fixed budget: what each way of choosing needs for the same loss."""
+    """One row for each fixed budget: what each method needs for the same loss."""
     ways = list(report["fixed"][0]["ways"])
     table = Table(title=f"{router}: layers a token at the mean loss of a fixed budget (saved; 95 % interval)")
     for heading in ("fixed", "nats a token", *ways):
@@ -122,8 +122,8 @@ def _show(report: dict[str, Any], router: str) -> None:
         table.add_row(f"{row['layers']:g}", f"{row['loss']:.3f}", *(_cell(row["ways"][way]) for way in ways))
     results.print(table)
     for name, found in report["single"].items():
-        told = "no coin reaches its loss" if found is None else f"{_cell(found)} at {found['loss']:.3f} nats a token"
-        results.print(f"{name}: {told}")
+        text = "no mixture reaches its loss" if found is None else f"{_cell(found)} at {found['loss']:.3f} nats a token"
+        results.print(f"{name}: {text}")
     results.print(f"{report['windows']} windows. regress, priced and grpo were fitted on other documents.")
 
 
@@ -161,14 +161,14 @@ STYLES = {"hindsight": ":", "grpo": "s--"}
 def draw(
     report: Mapping[str, Any], arms: np.ndarray, domains: Sequence[str], chosen: np.ndarray, title: str, path: Path
 ) -> None:
-    """Left: mean loss above that of a coin with as many layers, by way of choosing. Right: shares of budgets by text.
+    """Left: mean loss above a mixture with as many layers, by method. Right: shares of budgets by text.
 
     Args:
         report: of `compared`.
         arms: (A,) executed layers, deepest first.
         domains: (N,) text of each window.
-        chosen: (N,) places of the arms that are shown on the right.
-        title: what chose them.
+        chosen: (N,) indices of the arms that are shown on the right.
+        title: of the right half.
         path: a PNG file.
     """
     with figure_at(path, ncols=2, figsize=(12, 4.5), width_ratios=(3, 2)) as (left, right):
@@ -184,11 +184,11 @@ def _curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, float]]]) -> N
         layers, losses = np.array(sorted((point["layers"], point["loss"]) for point in each)).T
         above = losses - np.interp(layers, *coin)
         if name == "fixed":
-            axes.axhline(0, color="black", linewidth=1, label="coin between fixed budgets")
+            axes.axhline(0, color="black", linewidth=1, label="mixture of fixed budgets")
             axes.plot(layers, above, "o", color="black", label="fixed budgets")
         else:
             axes.plot(layers, above, STYLES.get(name, "-" if len(layers) > 1 else "*"), label=name)
-    axes.set(xlabel="mean executed layers", ylabel="mean loss above the coin's (nats a token)")
+    axes.set(xlabel="mean executed layers", ylabel="mean loss above the mixture's (nats a token)")
     axes.set_title("lower is better")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)

@@ -27,9 +27,6 @@ GOING = {
     "signals": "io",
 }  # to be moved
 EXCEPTIONS = {  # (importing module, imported module): this set only shrinks
-    ("compare", "inspection.routing"),
-    ("distributed", "config"),
-    ("distributed", "training.callbacks"),
     ("fit", "evaluation.report"),
     ("healing.rates", "fit"),
 }

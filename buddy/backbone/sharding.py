@@ -25,7 +25,7 @@ STRATEGY = "fsdp"
 
 def is_sharded(trainer: Mapping[str, Any]) -> bool:
     """Whether weights are sharded: the recipe asks for it, and for more than one device."""
-    devices, nodes = distributed.shape(trainer)
+    devices, nodes = distributed.device_counts(trainer)
     return trainer["strategy"] == STRATEGY and devices * nodes > 1
 
 
@@ -46,8 +46,8 @@ def check_sharding(recipe: Recipe) -> None:
 
 
 def join(trainer: Mapping[str, Any]) -> None:
-    """`distributed.join`, and the device mesh that the shards lie on."""
-    distributed.join(trainer)
+    """`distributed.launch`, and the device mesh that the shards lie on."""
+    distributed.launch(trainer)
     if is_sharded(trainer):
         _mesh(trainer["accelerator"])
 
@@ -78,4 +78,4 @@ def finish_sharding(backbone: Backbone) -> None:
 def _mesh(accelerator: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(distributed.device(accelerator).type, (distributed.count(),))
+    return init_device_mesh(distributed.device(accelerator).type, (distributed.world_size(),))

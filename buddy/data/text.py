@@ -228,6 +228,33 @@ def same_source(one: str, other: str) -> bool:
     return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
 
 
+def named_sources(domains: str | None, own: str) -> dict[str, str]:
+    """Label → source of each text in "SOURCE,label=SOURCE,…"; the recipe's own source where there is none.
+
+    A source without a label is named after its file, without the suffix.
+
+    Raises:
+        DataError: nothing is named, a label or source is empty, or two texts have one label.
+    """
+    if domains is None:
+        return {Path(own).stem or own: own}
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in domains.split(","))):
+        label, source = Path(part).stem or part, part
+        if "=" in part and not os.path.exists(os.path.expanduser(part)):
+            label, _, source = (word.strip() for word in part.partition("="))
+            if not label or not source:
+                raise DataError(f"The domain {part!r} lacks its label or source; write label=SOURCE, or SOURCE alone.")
+        if label in found:
+            raise DataError(
+                f"Two domains are called {label!r}; tell them apart, as in --domains one={found[label]},two={source}."
+            )
+        found[label] = source
+    if not found:
+        raise DataError("--domains is empty; name at least one text, or leave it out for the recipe's own.")
+    return found
+
+
 @contextmanager
 def quiet(size: int) -> Iterator[None]:
     """Without the log lines of `datasets`, and without its progress bars for texts of fewer than `LONG` bytes."""
@@ -413,39 +440,3 @@ def plain(text: str) -> str:
 
 def _rows(rows: dict[str, list[str | None]]) -> dict[str, list[str]]:
     return {"text": [plain(article) for text in rows["text"] if text for article in articles(text)]}
-
-
-def sources_of(domains: str | None, own: str) -> dict[str, str]:
-    """Label → source of each domain in "SOURCE,label=SOURCE,…"; the recipe's own source where there is none.
-
-    A source without a label is called by its file's name without the ending.
-
-    Raises:
-        DataError: nothing is named, a label or source is empty, or two domains have one label.
-    """
-    if domains is None:
-        return {_label(own): own}
-    found: dict[str, str] = {}
-    for part in filter(None, (part.strip() for part in domains.split(","))):
-        label, source = _labelled(part)
-        if label in found:
-            raise DataError(
-                f"Two domains are called {label!r}; tell them apart, as in --domains one={found[label]},two={source}."
-            )
-        found[label] = source
-    if not found:
-        raise DataError("--domains is empty; name at least one text, or leave it out for the recipe's own.")
-    return found
-
-
-def _labelled(part: str) -> tuple[str, str]:
-    if "=" not in part or os.path.exists(os.path.expanduser(part)):
-        return _label(part), part
-    label, _, source = (word.strip() for word in part.partition("="))
-    if not label or not source:
-        raise DataError(f"The domain {part!r} lacks its label or its source; write label=SOURCE, or SOURCE alone.")
-    return label, source
-
-
-def _label(source: str) -> str:
-    return Path(source).stem or source

@@ -11,7 +11,7 @@ from buddy import console, distributed
 from buddy.backbone.sharding import join
 from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
-from buddy.console import results, status, tracker
+from buddy.console import results, status
 from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
@@ -19,7 +19,8 @@ from buddy.evaluation.tables import show_scores
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import Scores, as_json, evaluate
+from buddy.scoring.perplexity import Scores, as_json
+from buddy.training.module import evaluate
 
 
 def evaluate_run(
@@ -44,23 +45,23 @@ def evaluate_run(
     Raises:
         BuddyError: the run, a budget or the text cannot be used.
     """
-    console.errors.quiet = console.results.quiet = not distributed.leads()
+    console.errors.quiet = console.results.quiet = not distributed.is_global_zero()
     run = _spread(read_run(folder), devices)
-    if json_file and distributed.leads():
+    if json_file and distributed.is_global_zero():
         check_output_path(json_file, *([Path(data)] if data else []))
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
-    _refuse_times(budgets, math.prod(distributed.shape(run.recipe.trainer)))
+    _refuse_times(budgets, math.prod(distributed.device_counts(run.recipe.trainer)))
     join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     asked = _asked(routed, run, budgets)
-    with status("Reading text …"), distributed.leader_first():
+    with status("Reading text …"), distributed.rank_zero_first():
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {run.recipe.data.batch_size} × {windows.input_ids.shape[1]} tokens"
-    with within_memory(sizes, "free some, or use a machine with more"), distributed.linked():
+    with within_memory(sizes, "free some, or use a machine with more"), distributed.lost_peers_reported():
         scores = _scores(run, routed, windows, asked)
-    if not distributed.leads():
+    if not distributed.is_global_zero():
         return
     show_scores(scores, f"{run.router_name} on {data or run.recipe.data.source}")
     if json_file:
@@ -90,7 +91,7 @@ def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float 
         asked,
         prompt=run.recipe.data.prompt,
         batch_size=run.recipe.data.batch_size,
-        track=tracker(f"Evaluating {run.router_name}"),
+        description=f"Evaluating {run.router_name}",
     )
 
 

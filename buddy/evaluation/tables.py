@@ -48,7 +48,7 @@ def show(results: Results) -> None:
     """Print all tables."""
     console.results.print(f"Backbone: {results.backbone}, {results.layers} layers", soft_wrap=True)
     for table in all_tables(results):
-        console.print_table(table.title, table.head, table.rows, table.note)
+        console.print_titled_table(table.title, table.head, table.rows, table.note)
 
 
 def show_scores(scores: Sequence[Scores], title: str) -> None:
@@ -63,7 +63,7 @@ def show_scores(scores: Sequence[Scores], title: str) -> None:
     note = f"{int(scores[0].tokens.sum())} scored tokens in {len(scores[0].tokens)} documents"
     if scores[0].sinks:
         note += f"; sink tokens, run at full depth and counted apart: {scores[0].sinks} a window"
-    console.print_table(title, head, rows, f"{note}.")
+    console.print_titled_table(title, head, rows, f"{note}.")
     for each in scores:
         if each.chosen is not None:
             console.results.print(_chosen(each, scores), soft_wrap=True)
@@ -99,7 +99,7 @@ def show_tasks(entries: Sequence[Mapping[str, Any]], title: str, sinks: int) -> 
     rows.append(["layers run", "min / mean / max", "", *(_ran(entries, budget) for budget in budgets)])
     head = ["task", "metric", "items", *(f"{budget:g} ({layers})" for budget, layers in budgets.items())]
     note = f"Sink tokens, run at full depth and counted apart: {sinks} a sequence." if sinks else ""
-    console.print_table(f"{title}: % right ± standard error, by budget (executed layers)", head, rows, note)
+    console.print_titled_table(f"{title}: % right ± standard error, by budget (executed layers)", head, rows, note)
 
 
 def all_tables(r: Results) -> list[Table]:

@@ -11,7 +11,7 @@ import torch
 from buddy.calibration.measures import similarities
 from buddy.calibration.probe import CalibrationProbe
 from buddy.fit import fit
-from buddy.run import load_router
+from buddy.io import load_tensors
 from routers.shortgpt import ShortGPT
 from tests.calibration.small import WINDOWS, count_calls, plans, probe, routed
 from tests.documents import ROOT
@@ -129,5 +129,5 @@ def test_the_probe_knows_the_recipe_and_the_next_fit_finds_what_one_measured(sma
         fit(small(tmp_path / name, "router=shortgpt", "rivals=[]", "seed=3", "budgets=[0.5,1.0,0.84]"), "small")
     assert measured == [1]
     assert {(each.asked, each.seed, each.prompt, each.count) for each in probes} == {((5, 3), 3, 12, 6)}
-    first, second = (load_router(tmp_path / name / "small/shortgpt")["influence"] for name in ("first", "second"))
+    first, second = (load_tensors(path)["influence"] for path in tmp_path.rglob("router.safetensors"))
     assert torch.equal(first, second)

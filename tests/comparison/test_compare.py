@@ -211,7 +211,7 @@ def test_what_is_finished_is_not_done_again(again, ask, monkeypatch):
     before = stamps(again)
     assert compare(ask(again, routers="shortgpt,random", seeds=1)) == 0
     assert stamps(again) == before
-    assert Results(read_json(again / "comparison.json")).labels == ["shortgpt", "random"]
+    assert Results(read_json(again / "comparison.json")).routers.index.tolist() == ["shortgpt", "random"]
 
 
 # Healed with routers of an earlier comparison

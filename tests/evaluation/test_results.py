@@ -189,7 +189,7 @@ def test_numbers_keep_about_three_digits(value):
 def test_wide_tables_are_split_and_nothing_is_lost(results, width, monkeypatch, capsys):
     monkeypatch.setattr(console, "WIDTH", width)
     for table in tables.all_tables(results):
-        console.print_table(table.title, table.head, table.rows)
+        console.print_titled_table(table.title, table.head, table.rows)
         out = capsys.readouterr().out.partition(table.title)[2]
         assert max(map(len, out.rstrip().splitlines())) <= max(width, 72)
         words = out.split()

@@ -1,4 +1,4 @@
-"""`buddy plan`: what it prints for large models built from configurations, and what it refuses."""
+"""`buddy memory`: what it prints for large models built from configurations, and what it refuses."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def models(tmp_path_factory):
 
 
 def call(*words: object):
-    return CliRunner().invoke(app, ["plan", *(str(word) for word in words)])
+    return CliRunner().invoke(app, ["memory", *(str(word) for word in words)])
 
 
 def planned(tmp_path, *words: object) -> dict:

@@ -21,12 +21,14 @@ from buddy.backbone.load import load_backbone
 from buddy.config import Recipe, flatten, load_recipe
 from buddy.data.text import load_texts
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
-from buddy.fit import check_checkpoint
-from buddy.run import RunPlace
-from tests.comparison.made import record
+from buddy.router import Geometry
+from buddy.run import RunFolder
+from buddy.training.callbacks import check_checkpoint
+from tests.evaluation.made import record
 from tests.recovery.asking import ask
 from tests.small import Small
 
+GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
 PLANTED = "planted"  # a file that the tags below would make, if anything ran them
 SPECIAL = [
     "${oc.env:HOME}",
@@ -185,12 +187,12 @@ def _begun(bench: Bench, recipe: Recipe, name: str) -> None:
     """What a fit makes of a recipe that was accepted; deep enough in a folder that `..` does not lead out of it."""
     deep = bench.work.joinpath(*"abcdefgh")
     held = replace(recipe, output=f"{deep}/{recipe.output.lstrip('/')}")
-    place = RunPlace.of(held, name)
-    assert place.final.parent.parent == Path(held.output)
-    with place.lock():
-        place.open_partial(held)
+    folder = RunFolder.of(held, name)
+    assert folder.path.parent.parent.parent == Path(held.output)
+    with folder.lock():
+        work = folder.begin(held, name, {"model": ""}, GEOMETRY)
         assert flatten(held)
-        assert place.partial.is_relative_to(bench.work)
+        assert work.is_relative_to(bench.work)
     shutil.rmtree(bench.work / "a")
 
 

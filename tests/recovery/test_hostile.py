@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from buddy.backbone.load import load_backbone
+from buddy.config import RouterSection
 from buddy.errors import BackboneError, BuddyError, TrainingError
-from buddy.fit import check_checkpoint, fit
+from buddy.fit import fit
+from buddy.run import RunFolder, update_checksums
+from buddy.training.callbacks import check_checkpoint
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import copied
 
@@ -49,7 +53,7 @@ def pickled(mark, tmp_path) -> Path:
 def run(small, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run")
     fit(small(output, *TRAINED), "small")
-    return output / "small" / "buddy"
+    return output / "small" / "buddy" / "seed-0"
 
 
 # Pickles
@@ -66,14 +70,11 @@ def test_in_a_checkpoint_that_is_asked_for(small, tmp_path, mark, pickled, how):
 
 
 def test_in_the_checkpoint_of_an_unfinished_run(small, run, tmp_path, mark, pickled):
-    partial = copied(run, tmp_path / "small" / ".buddy.partial")
-    recipe = (partial / "recipe.yaml").read_text().replace(str(run.parent.parent), str(tmp_path))
-    (partial / "recipe.yaml").write_text(recipe)
-    facts = json.loads((partial / "run.json").read_text())
-    (partial / "run.json").write_text(json.dumps({**facts, "status": "running"}))
-    shutil.copy(pickled, partial / "checkpoints" / "last.ckpt")
+    folder = copied(run, tmp_path / "small" / "buddy" / "seed-0")
+    (folder / "metrics.json").unlink()
+    shutil.copy(pickled, folder / "checkpoints" / "last.ckpt")
     said = refused("fit", "--recipe", small.file, f"output={tmp_path}", *TRAINED)
-    assert said.startswith(f"The checkpoint {partial}/checkpoints/last.ckpt is damaged or not one of Buddy's (")
+    assert f"{folder}/checkpoints/last.ckpt" in said
     assert not mark.exists()
 
 
@@ -92,8 +93,7 @@ def test_in_the_place_of_the_router(run, tmp_path, mark, pickled, verb, sums):
     folder = copied(run, tmp_path / "buddy")
     shutil.copy(pickled, folder / "router.safetensors")
     if not sums:
-        facts = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps({**facts, "checksums": {}}))
+        update_checksums(folder)
     words = {"evaluate": [], "generate": ["--budget", "0.5", "text"]}[verb]
     assert f"{folder}/router.safetensors is damaged (" in refused(verb, "--run", folder, *words)
     assert not mark.exists()
@@ -206,27 +206,10 @@ def test_a_tokenizers_code_runs_by_the_flag_alone(small, tmp_path, mark):
 
 @pytest.mark.parametrize("name", ["../x", "../../x", "/etc/x", "..", ".", "a/b", "a\\b", "~", "x\n", "CON", "\u202ex"])
 def test_names_of_recipes_and_routers_are_folders_in_the_output(small, tmp_path, name):
-    from dataclasses import replace
-
-    from buddy.config import RouterSection
-    from buddy.run import RunPlace
-
     recipe = replace(small(tmp_path / "runs"), router=RouterSection(name))
-    place = RunPlace.of(recipe, name)
-    assert place.final.parent.parent == tmp_path / "runs"
-    for path in (place.final, place.partial, place.aside, place.discarded):
-        assert Path(os.path.normpath(path)) == path
-        assert path.is_relative_to(tmp_path / "runs")
-
-
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "\0"])
-def test_a_run_names_no_file_outside_of_it(run, tmp_path, name):
-    (tmp_path / "secret").write_text("mine")
-    folder = copied(run, tmp_path / "buddy")
-    facts = json.loads((folder / "run.json").read_text())
-    facts["checksums"][name] = "0" * 64
-    (folder / "run.json").write_text(json.dumps(facts))
-    assert refused("evaluate", "--run", folder).startswith(f"{folder}/run.json is damaged (checksums is wrong)")
+    path = RunFolder.of(recipe, name).path
+    assert Path(os.path.normpath(path)) == path
+    assert path.parent.parent.parent == tmp_path / "runs"
 
 
 @pytest.mark.parametrize("source", ["~nobody-at-all", "x" * 300, "x" * 5000, "a\u202eb"])

@@ -29,27 +29,26 @@ def test_the_darker_corners_of_yaml(bench, text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "named"),
     [
-        (RAW[0], "its aliases stand for more than 10000 values"),
-        ("router: &a {name: buddy, options: {a: *a}}", "an alias stands in what it refers to"),
-        ("seed: !!python/object/apply:os.system ['touch planted']", "could not determine a constructor for the tag"),
-        ("output: !!python/object/apply:pathlib.Path [x]", "could not determine a constructor|output must be text"),
-        ("router: {name: buddy, options: {a: !!binary aGk=}}", "router.options must be a mapping"),
-        ("seed: 1\nseed: 2", "found duplicate key seed"),
-        ("data:\n\twindow: 4", "line 2: found character"),
-        ("output: '${oc.env:HOME}'", r"output holds \$\{…\}, but a recipe takes plain values only"),
-        ('output: "a\\0b"', "output is .*, which holds a sign that no file can"),
-        ('output: "\\ud800"', "invalid Unicode character|holds a sign that no file can"),
-        ("seed: 0x" + "f" * 4000, "a number has more than 1000 digits"),
-        ("budgets: [{a: 1}]", "budgets must be a list of numbers"),
-        ("a" * 2**21, "has 2097152 bytes, which no recipe has"),
+        (RAW[0], "alias"),
+        ("router: &a {name: buddy, options: {a: *a}}", "alias"),
+        ("seed: !!python/object/apply:os.system ['touch planted']", "os.system"),
+        ("output: !!python/object/apply:pathlib.Path [x]", "output"),
+        ("router: {name: buddy, options: {a: !!binary aGk=}}", r"router\.options"),
+        ("seed: 1\nseed: 2", "seed"),
+        ("data:\n\twindow: 4", "line 2"),
+        ("output: '${oc.env:HOME}'", r"\$\{"),
+        ('output: "a\\0b"', "output"),
+        ("seed: 0x" + "f" * 4000, "digits"),
+        ("budgets: [{a: 1}]", "budgets"),
+        ("a" * 2**21, "2097152"),
     ],
 )
-def test_what_is_said(tmp_path, text, said):
+def test_the_error_names_the_mistake(tmp_path, text, named):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    assert re.search(said, refused("fit", "--recipe", path))
+    assert re.search(named, refused("fit", "--recipe", path))
 
 
 @pytest.mark.parametrize("content", ["null", "  null\n", 'null\n{"text": "a"}'])

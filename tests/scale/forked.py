@@ -60,10 +60,10 @@ def free_port() -> int:
 def _work(pipe: Connection, rank: int, count: int, port: int, work: Callable[..., Any], given: tuple) -> None:
     os.environ.update(launcher(rank, count, port))
     try:
-        distributed.join(CPU)
+        distributed.launch(CPU)
         answer = (True, work(*given))
     except BaseException:
         answer = (False, f"process {rank}: {traceback.format_exc()}")
     pipe.send_bytes(pickle.dumps(answer))  # not `send`, which leaves tensors here for the other side to fetch
     with suppress(BaseException):
-        distributed.wait()
+        distributed.barrier()

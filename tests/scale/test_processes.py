@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from buddy import distributed
-from buddy.cli.words import alone
+from buddy.cli.app import require_one_process
 from buddy.config import Recipe
 from buddy.errors import BuddyError, TrainingError
 from tests.scale.forked import launcher, side_by_side
@@ -28,7 +28,7 @@ def environment(monkeypatch):
     return environment
 
 
-def test_one_process_alone(environment):
+def test_one_process_require_one_process(environment):
     assert distributed.leads()
     assert distributed.speaks()
     assert not distributed.together()
@@ -89,12 +89,12 @@ def test_a_process_too_many(environment):
 
 
 def test_what_one_process_does_is_refused_under_torchrun(environment):
-    alone("Nothing is said")
+    require_one_process("Nothing is said")
     environment(**launcher(0, 2, 1))
     with pytest.raises(
         BuddyError, match="Tasks are scored by one process, not by 2; give the command without torchrun"
     ):
-        alone("Tasks are scored")
+        require_one_process("Tasks are scored")
     for words in (
         ["bench", "--run", "x"],
         ["compare", "--recipe", "quickstart"],

@@ -19,9 +19,9 @@ from safetensors.torch import load
 
 from buddy.backbone import embedded
 from buddy.config import load_recipe
-from buddy.fit import check_checkpoint
 from buddy.io import load_tensors, read_json
 from buddy.run import load_router, read_metrics, read_run
+from buddy.training.callbacks import check_checkpoint
 from tests.small import Small, write_text
 from tests.soak.victim import run
 from tests.tiny import tiny_folder

@@ -1,7 +1,5 @@
 """The benchmark's two ways of a greedy search, on a tiny model."""
 
-import torch
-
 from studies.calibration_benchmark import Clock, search, show
 from tests.calibration.small import WINDOWS, probe, routed
 
@@ -14,10 +12,7 @@ def test_both_ways_take_the_same_layers_and_are_timed(capsys):
     assert max(each.apart for each in rounds) < 1e-6
     assert all(len(times) == 3 and min(times) > 0 for clock in clocks for times in (clock.wall, clock.processor))
     show(rounds, clocks, "a tiny model")
-    said = capsys.readouterr().out
-    ratio = sum(clocks[0].wall) / sum(clocks[1].wall)
-    assert f"{ratio:.2f}" in said
-    assert f"3 rounds on a tiny model, threads: {torch.get_num_threads()}" in said
+    assert f"{sum(clocks[0].wall) / sum(clocks[1].wall):.2f}" in capsys.readouterr().out
 
 
 def test_with_sinks_the_two_ways_differ():

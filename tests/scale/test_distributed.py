@@ -1,0 +1,156 @@
+"""Ranks, devices, and what processes exchange."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from buddy import distributed
+from buddy.config import Recipe
+from buddy.errors import TrainingError
+from tests.scale.forked import launcher, side_by_side
+from tests.test_cli import call
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variables of a launcher, and removes all others."""
+
+    def environment(**variables: int | str) -> None:
+        for name in (*distributed.RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    environment()
+    return environment
+
+
+def test_a_single_process_exchanges_nothing(environment):
+    distributed.launch(Recipe().trainer)
+    assert distributed.is_global_zero()
+    assert not distributed.is_distributed()
+    assert (distributed.world_size(), distributed.global_rank(), distributed.torchrun_world_size()) == (1, 0, 1)
+    assert (distributed.broadcast(3), distributed.all_gather("x"), distributed.share_of(3)) == (3, ["x"], [0, 1, 2])
+    assert distributed.device_counts({"devices": 2, "num_nodes": 3}) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("variables", "zero", "prints", "suffix"),
+    [
+        ({"LOCAL_RANK": 0, "NODE_RANK": 0, "WORLD_SIZE": 2}, True, True, ""),
+        ({"LOCAL_RANK": 1, "NODE_RANK": 0, "WORLD_SIZE": 2}, False, True, "1"),
+        ({"NODE_RANK": 1}, False, True, "0"),  # the first of the second node
+        ({"SLURM_PROCID": 3}, False, True, "0"),
+        (launcher(0, 2, 1), True, True, ""),
+        (launcher(1, 2, 1), False, False, "1"),
+        ({**launcher(2, 4, 1), "LOCAL_RANK": 0, "GROUP_RANK": 1}, False, False, "2"),
+    ],
+)
+def test_the_rank_is_known_from_the_launchers_variables(environment, variables, zero, prints, suffix):
+    environment(**variables)
+    assert (distributed.is_global_zero(), distributed.prints_errors()) == (zero, prints)
+    assert distributed.rank_suffix().split()[-1:] == ([suffix] if suffix else [])
+
+
+def test_torchrun_decides_how_many_devices_there_are(environment):
+    environment(**{**launcher(0, 16, 1), "LOCAL_WORLD_SIZE": "8"})
+    assert distributed.torchrun_world_size() == 16
+    assert distributed.device_counts({"devices": 1, "num_nodes": 1}) == (8, 2)
+
+
+def test_each_process_has_an_accelerator_of_its_own(environment, monkeypatch):
+    assert distributed.device("cpu") == torch.device("cpu")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
+    assert distributed.device("cpu") == torch.device("cpu")
+    assert distributed.device("auto") == torch.device("cuda:0")
+    environment(LOCAL_RANK=3)
+    assert distributed.device("gpu") == torch.device("cuda:3")
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
+    assert distributed.device("gpu") == torch.device("cuda")
+
+
+def test_devices_that_are_not_there_and_processes_too_many(environment):
+    with pytest.raises(TrainingError, match="cuda"):
+        distributed.launch({**Recipe().trainer, "accelerator": "cuda", "devices": 2})
+    environment(SLURM_PROCID=1)
+    with pytest.raises(TrainingError, match=r"trainer\.devices"):
+        distributed.launch(Recipe().trainer)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["bench", "--run", "x"], ["compare", "--recipe", "quickstart"], ["evaluate", "--run", "x", "--tasks", "x"]],
+)
+def test_what_one_process_does_is_refused_under_torchrun(environment, words):
+    environment(**launcher(0, 2, 1))
+    result = call(*words)
+    assert result.exit_code == 2
+    assert "torchrun" in result.stderr
+    environment(**launcher(1, 2, 1))
+    result = call(*words)
+    assert (result.exit_code, result.stderr) == (2, "")
+
+
+def exchange() -> dict:
+    rank = distributed.global_rank()
+    module = nn.BatchNorm1d(3)
+    nn.init.constant_(module.weight, rank)
+    module.running_mean += rank
+    module.register_buffer("chosen", torch.tensor([True, False]) ^ bool(rank))
+    module.register_buffer("narrow", torch.full((2, 1), 0.5 + rank, dtype=torch.bfloat16))
+    module.register_buffer("empty", torch.empty(0, 3))
+    distributed.broadcast_state(module)
+    with distributed.rank_zero_first():
+        pass
+    return {
+        "rank": (rank, distributed.world_size(), distributed.is_global_zero()),
+        "five": distributed.share_of(5),
+        "broadcast": distributed.broadcast({"by": rank}),
+        "gathered": distributed.all_gather(rank * 10),
+        "state": [x.tolist() for x in (module.weight, module.running_mean, module.chosen, module.narrow)],
+        "shares": (distributed.share_of(0), distributed.share_of(1)),
+    }
+
+
+def test_what_processes_exchange():
+    found = side_by_side(exchange)
+    assert [each.pop("rank") for each in found] == [(0, 2, True), (1, 2, False)]
+    assert [each.pop("five") for each in found] == [[0, 2, 4], [1, 3, 0]]
+    assert found[0] == found[1]
+    assert found[0] == {
+        "broadcast": {"by": 0},
+        "gathered": [0, 10],
+        "state": [[0.0] * 3, [0.0] * 3, [True, False], [[0.5], [0.5]]],
+        "shares": ([], [0]),
+    }
+
+
+def leave() -> str:
+    """The second process ends without a word."""
+    if distributed.global_rank():
+        return "left"
+    with pytest.raises(TrainingError):
+        list(map(distributed.broadcast, range(100)))
+    return "noticed"
+
+
+def test_a_process_that_ends_is_noticed():
+    assert side_by_side(leave) == ["noticed", "left"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "given"), [(None, 3, "012012"), ("4,7", 2, "474747"), (None, 1, None), ("5", 1, "5")]
+)
+def test_workers_take_gpus_in_turn(monkeypatch, visible, count, given):
+    monkeypatch.delenv(distributed.VISIBLE, raising=False)
+    if visible:
+        monkeypatch.setenv(distributed.VISIBLE, visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    for worker in range(6):
+        with distributed.one_gpu(worker):
+            assert os.environ.get(distributed.VISIBLE) == (given and given[worker % len(given)])
+        assert os.environ.get(distributed.VISIBLE) == visible
