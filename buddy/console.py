@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no terminal
+WIDTH, GAP, LONGEST = 118, 2, 30  # columns of a table where there is no terminal, between two, and of row labels
 
 # No markup: brackets in a path are brackets.
 errors = Console(stderr=True, markup=False, emoji=False)
@@ -100,6 +102,44 @@ def status(words: str) -> Iterator[None]:
     """A spinner while something of unknown length runs."""
     with errors.status(Text(words)):
         yield
+
+
+def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    """Print a table to the results, in several parts one below the other where it is wider than the terminal.
+
+    Args:
+        title: above the table.
+        head: the first column says what a row is; the others are numbers, and go to the right.
+        rows: texts, as many as `head` has.
+        note: below the table.
+    """
+    width = results.width if results.is_terminal else WIDTH
+    results.print(f"\n{title}", soft_wrap=True)
+    for part in _fitting(head, rows, width):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column(head[0], max_width=LONGEST, overflow="fold")
+        for place in part:
+            table.add_column(head[place], justify="right", no_wrap=len(part) > 1)
+        for row in rows:
+            table.add_row(row[0], *(row[place] for place in part))
+        results.print(table)
+    if note:
+        results.print(note, width=width)
+
+
+def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Places of the columns after the first, in groups of which each fits into the width beside the first."""
+    widths = [max(map(len, column)) + GAP for column in zip(head, *rows, strict=True)]
+    first = min(widths[0], LONGEST + GAP)
+    parts: list[list[int]] = [[]]
+    used = first
+    for place in range(1, len(widths)):
+        if used + widths[place] > width and parts[-1]:
+            parts.append([])
+            used = first
+        parts[-1].append(place)
+        used += widths[place]
+    return parts
 
 
 def _clock(seconds: float | None) -> str:
