@@ -104,9 +104,9 @@ def _show(made: str, markdown: Path | None, overrides: list[str], given: dict[st
     if overrides:
         raise BuddyError(f"{overrides[0]} {why}.")
     refuse_options(given, why)
-    from buddy.comparison.rewrite import rewrite
+    from buddy.evaluation.report import show_files
 
     files = [made] if os.path.isfile(made) else split_list(made)  # a name may hold a comma
     if not files:
         raise BuddyError("--from is empty; name at least one comparison.json.")
-    rewrite([Path(each) for each in files], markdown)
+    show_files([Path(each) for each in files], markdown)
