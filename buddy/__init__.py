@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what type checkers and editors read; `__getattr__` is what runs
     from buddy.budget import executed_grid as executed_grid
     from buddy.budget import executed_layers as executed_layers
+    from buddy.data.module import TextData as TextData
+    from buddy.engine.model import RoutedLM as RoutedLM
     from buddy.errors import BuddyError as BuddyError
     from buddy.errors import BudgetError as BudgetError
     from buddy.hub.load import load as load
@@ -18,6 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `__getattr__` is what 
     from buddy.router import LayerwiseRouter as LayerwiseRouter
     from buddy.router import Probe as Probe
     from buddy.router import Router as Router
+    from buddy.training.module import RoutingModule as RoutingModule
 
 __version__ = "0.1.0"
 
@@ -29,7 +32,10 @@ _HOMES = {
     "LayerwiseRouter": "buddy.router",
     "Plan": "buddy.plan",
     "Probe": "buddy.router",
+    "RoutedLM": "buddy.engine.model",
     "Router": "buddy.router",
+    "RoutingModule": "buddy.training.module",
+    "TextData": "buddy.data.module",
     "executed_grid": "buddy.budget",
     "executed_layers": "buddy.budget",
     "load": "buddy.hub.load",

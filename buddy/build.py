@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import lightning
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone, load_backbone
-from buddy.backbone.sharding import finish_sharding, is_sharded, shard
-from buddy.config import Recipe
+from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
+from buddy.config import ClassSpec, Recipe
 from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows, windows_of
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import RecipeError, RunError
+from buddy.errors import RecipeError, RunError, TrainingError
 from buddy.io import cache_folder
 from buddy.latency import LatencyTable
+from buddy.losses import Objective
 from buddy.predictor.features import Predictor
 from buddy.predictor.fit import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import ADAPTER, Run, check_backbone, load_router
+from buddy.training.estimators import Estimator, estimator_for
+from buddy.training.healing import HealingModule, Joint
+from buddy.training.module import RoutingModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+VALIDATIONS = 4  # in a fit, unless the recipe says otherwise
+HEALING_CHANGES = {"kind", "lr", "steps"}  # keys of `adapter` that may change when a healing is resumed
 
 
 def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
@@ -116,11 +127,10 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
             "data.window to that or less."
         )
     return TextData(
-        backbone.tokenizer,
         data.source,
+        backbone.tokenizer,
         window=data.window,
         batch_size=data.batch_size,
-        steps=recipe.trainer["max_steps"],
         seed=recipe.data_seed,
         train_seed=recipe.seed,
         calibration_windows=data.calibration_windows,
@@ -221,3 +231,120 @@ def restore_router(routed: RoutedLM, folder: Path) -> None:
             f"The router saved in {folder} does not fit its class any more; make the run again with `buddy fit`."
         ) from error
     routed.router.eval().requires_grad_(False)
+
+
+def build_estimator(recipe: Recipe, router: AnyRouter) -> Estimator:
+    """The recipe's estimator with its objective; layerwise routers have one of their own.
+
+    Raises:
+        RegistryError: no estimator of that name.
+    """
+    section = recipe.objective
+    return estimator_for(router, section.estimator, Objective(section.kl, section.ce), asdict(section))
+
+
+def build_module(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
+    """The LightningModule that trains a recipe's router."""
+    optimizer = recipe.optimizer
+    return RoutingModule(
+        routed,
+        budgets=available_budgets(routed.router, recipe.budgets),
+        estimator=build_estimator(recipe, routed.router),
+        prompt=recipe.data.prompt,
+        lr=optimizer.lr,
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        seed=recipe.seed,
+    )
+
+
+def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
+    """Whether healing trains the router too."""
+    return recipe.adapter is not None and recipe.adapter.joint and router.trainable
+
+
+def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
+    """The LightningModule that trains a recipe's adapter, and the path of its checkpoint."""
+    optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
+    return HealingModule(
+        routed,
+        budgets=available_budgets(routed.router, recipe.budgets),
+        objective=Objective(recipe.objective.kl, recipe.objective.ce),
+        prompt=recipe.data.prompt,
+        lr=recipe.adapter.lr,
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        seed=recipe.seed,
+        identity=healing_identity(recipe, routed.router),
+        checkpoint=str(checkpoint),
+        joint=Joint(build_estimator(recipe, routed.router), optimizer.lr) if both else None,
+    )
+
+
+def healing_identity(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
+    """Settings and digest of the router that an interrupted healing must have been begun with to be resumed."""
+    settings = {
+        f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in HEALING_CHANGES
+    }
+    digest = hashlib.sha256()
+    for name, tensor in sorted(router.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return {**settings, "the router": digest.hexdigest()[:16]}
+
+
+def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
+    """Lightning's trainer with the keywords of a recipe; those in `options` come on top.
+
+    Raises:
+        TrainingError: it refuses them.
+    """
+    keywords = recipe.trainer
+    strategy = keywords["strategy"]
+    if any(way in str(strategy) for way in ("spawn", "fork", "notebook")):
+        raise TrainingError(
+            f"trainer.strategy={strategy} cannot start processes for a routed model; choose ddp instead."
+        )
+    devices, nodes = distributed.device_counts(keywords)
+    if strategy == STRATEGY:  # the backbone is sharded before; the router is whole on each device
+        strategy = "ddp" if devices * nodes > 1 else "auto"
+    settings = {**keywords, "devices": devices, "num_nodes": nodes, "strategy": strategy}
+    try:
+        return lightning.Trainer(**(trainer_defaults(keywords) | settings | options))
+    except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+        raise TrainingError(
+            f"trainer.accelerator={keywords['accelerator']}, devices={devices} and strategy={keywords['strategy']} do "
+            f"not work here ({reason}); change them."
+        ) from error
+
+
+def trainer_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What Buddy's trainers do unless a recipe says otherwise: they validate four times, each time after a whole step.
+
+    Inference mode stays off, since tensors made in it cannot be trained with later.
+    """
+    steps, accumulated = settings.get("max_steps", -1), settings.get("accumulate_grad_batches", 1)
+    validation = {"val_check_interval": max(1, steps // VALIDATIONS) * accumulated, "check_val_every_n_epoch": None}
+    own = {"val_check_interval", "check_val_every_n_epoch"} & {*settings}
+    return ({} if own or steps < 1 else validation) | {
+        "max_epochs": -1,
+        "enable_model_summary": False,
+        "deterministic": "warn",
+        "inference_mode": False,
+        "num_sanity_val_steps": 0,
+    }
+
+
+def instantiate(spec: ClassSpec) -> Any:
+    """The object of a class of the recipe's `callbacks` or `logger`.
+
+    Raises:
+        RecipeError: the class cannot be imported, or does not take its arguments.
+    """
+    from lightning.pytorch.cli import instantiate_class
+
+    try:
+        return instantiate_class((), asdict(spec))
+    except Exception as error:  # anyone's code
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise RecipeError(f"{spec.class_path} cannot be made ({type(error).__name__}: {reason}); change it.") from error

@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import lightning
-import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import console, distributed
 from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
-from buddy.backbone.sharding import STRATEGY, check_sharding, finish_sharding, is_sharded, join, shard
-from buddy.build import attach_predictor, build_adapter, build_backbone, build_data, build_model, heals, restore_router
+from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, join, shard
+from buddy.build import (
+    attach_predictor,
+    build_adapter,
+    build_backbone,
+    build_data,
+    build_healing,
+    build_model,
+    build_module,
+    build_trainer,
+    heals,
+    instantiate,
+    restore_router,
+    trains_both,
+)
 from buddy.calibration.probe import CalibrationProbe
-from buddy.config import ClassSpec, PredictorSection, Recipe, Rival, with_router
-from buddy.console import errors, quiet, status, track, tracker
+from buddy.config import PredictorSection, Recipe, Rival, with_router
+from buddy.console import errors, quiet, status, track
 from buddy.data.module import TextData
+from buddy.data.text import named_sources
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
-from buddy.evaluation.report import show_comparison, write_results
+from buddy.evaluation import report
+from buddy.evaluation.record import collect, shown_command, text_entry
 from buddy.io import cache_folder, on_disk, within_memory
-from buddy.losses import Objective
 from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
 from buddy.registry import load
-from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
+from buddy.router import AnyRouter, available_budgets
 from buddy.run import ADAPTER, RunFolder, Stopwatch, input_digests, read_metrics, save_router
-from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of
-from buddy.training.callbacks import Keeper, SaveSeconds, TrainingBar, WholeCheckpoints
-from buddy.training.estimators import Estimator, Perturbed, StraightThrough, Weighted
-from buddy.training.healing import HealingModule, Together
-from buddy.training.module import NotFinite, RoutingModule
+from buddy.scoring.perplexity import Reference, Scores, scores_of
+from buddy.training.callbacks import (
+    AtomicCheckpointIO,
+    GracefulStop,
+    LastCheckpoint,
+    ProgressLine,
+    SaveSeconds,
+    check_checkpoint,
+    unusable,
+)
+from buddy.training.module import NotFinite, evaluate
 
 
 def fit(recipe: Recipe, recipe_name: str) -> None:
@@ -66,17 +82,25 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     with distributed.lost_peers_reported():
         if not leads:
             return session.follow(recipes, places)
-        scores = {}
         for number, (label, each, place) in enumerate(zip(labels, recipes, places, strict=True), start=1):
             kept = session.stored(each, place)
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
                 console.errors.print(f"Router {number} of {len(recipes)}: {label}{done}", soft_wrap=True)
             distributed.broadcast(kept is not None)
-            scores[label] = session.run(each, recipe_name, place) if kept is None else kept
-    ordered = {name: scores[name] for name in (recipe.router.name, *rivals)}
-    folders = {label: place.path for label, place in zip(labels, places, strict=True)}
-    show_comparison(ordered, folders, recipe.router.name)
+            if kept is None:
+                session.run(each, recipe_name, place)
+    folders = {label: [place.path] for label, place in zip(labels, places, strict=True)}
+    source = recipe.data.source
+    (text,) = named_sources(None, source)
+    record = collect(
+        {label: folders[label] for label in (recipe.router.name, *rivals)},
+        command=shown_command(["buddy", "fit", "--recipe", recipe_name]),
+        recipe=recipe,
+        layers=session.backbone.num_layers,
+        texts=[text_entry(text, source, session.data.test, own=True)],
+    )
+    report.write(record, places[-1].path.parent.parent)
 
 
 def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
@@ -112,7 +136,7 @@ def prepare(recipes: Sequence[Recipe]) -> tuple[Backbone, TextData]:
     for each in recipes:
         load(each.router.name)
     with quiet():
-        trainer_of(recipe, logger=False)
+        build_trainer(recipe, logger=False)
     for spec in (*recipe.callbacks, *filter(None, [recipe.logger])):
         instantiate(spec)
     check_sharding(recipe)
@@ -201,7 +225,8 @@ class Session:
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:
                     routed.adapter.save(folder / ADAPTER)
-                metrics = write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint)
+                windows = self.data.test.fingerprint
+                metrics = report.write_run_results(folder, recipe, scores, fit=spent, windows=windows)
                 _tidy(folder)
                 place.complete(metrics)
             except BaseException as error:
@@ -293,7 +318,7 @@ class Session:
             available_budgets(routed.router, recipe.budgets),
             prompt=recipe.data.prompt,
             batch_size=recipe.data.batch_size,
-            track=tracker(f"Evaluating {recipe.router.name}"),
+            description=f"Evaluating {recipe.router.name}",
             reference=self._reference,
         )
 
@@ -315,9 +340,6 @@ def _tidy(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
     forget(folder)
     remove_targets(folder)
-
-
-NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
 
 
 def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
@@ -342,10 +364,11 @@ def train(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callba
         trainer.save_checkpoint(kept)
         return TrainingError(f"{error}, and start anew or from the step before with ckpt_path={kept}.")
 
-    bar = TrainingBar(f"Training {recipe.router.name}")
+    line = ProgressLine(f"Training {recipe.router.name}")
     start = _start(recipe.ckpt_path, last)
-    run(recipe, module_of(recipe, routed), data, last, start, bar, callbacks, failed)
-    routed.router.to(routed.backbone.device)  # Lightning brings its module back to the CPU, not the backbone
+    module = build_module(recipe, routed)
+    module.mark_calibrated()
+    run(recipe, module, data, last, start, line, callbacks, failed)
 
 
 def run(
@@ -354,7 +377,7 @@ def run(
     data: TextData,
     last: Path,
     start: str | Path | None,
-    bar: TrainingBar,
+    line: ProgressLine,
     callbacks: Sequence[Callback],
     failed: Callable[[lightning.Trainer, NotFinite], TrainingError],
 ) -> None:
@@ -366,7 +389,7 @@ def run(
         data: the text, set up.
         last: where its newest checkpoint is kept, in a folder of the run's folder.
         start: a checkpoint to go on from.
-        bar: shows progress.
+        line: shows progress.
         callbacks: Lightning's, beside these.
         failed: what to say where a step was not finite.
 
@@ -377,43 +400,32 @@ def run(
     if start:
         check_checkpoint(start)
         errors.print(f"Going on from {start}", soft_wrap=True)
-    keeper = Keeper(last, recipe.checkpoint_every)
-    with quiet(), keeper.listening():
-        trainer = trainer_of(
+    stop, saver = GracefulStop(), LastCheckpoint(last, recipe.checkpoint_every)
+    asked = [instantiate(spec) for spec in recipe.callbacks]
+    shown = recipe.trainer.get("enable_progress_bar", True) and not any(isinstance(c, ProgressBar) for c in asked)
+    with quiet():
+        trainer = build_trainer(
             recipe,
-            callbacks=[keeper, bar, *callbacks, *map(instantiate, recipe.callbacks)],
+            callbacks=[stop, *([line] if shown else []), *callbacks, *asked, saver],
             logger=instantiate(recipe.logger)
             if recipe.logger
             else TensorBoardLogger(last.parent.parent, name="", version="", default_hp_metric=False),
-            plugins=[WholeCheckpoints()],
+            plugins=[AtomicCheckpointIO()],
         )
         try:
             with distributed.lost_peers_reported():
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
-            raise _ended(failed(trainer, error), keeper.asked) from error
+            raise _ended(failed(trainer, error), stop.requested) from error
+        except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
+            raise KeyboardInterrupt if isinstance(error.__context__, KeyboardInterrupt) else error from None
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            if start and not keeper.began:  # it has the right parts, and something else in them
-                raise _unusable(start, f"{type(error).__name__}: {error}") from error
+            if start and not stop.began:  # it has the right parts, and something else in them
+                raise unusable(start, f"{type(error).__name__}: {error}") from error
             raise
-    if keeper.asked:
+    if stop.requested:
         errors.print(f"A checkpoint of step {trainer.global_step} of {recipe.trainer['max_steps']} is kept.")
         raise KeyboardInterrupt
-
-
-def instantiate(spec: ClassSpec) -> Any:
-    """The object of a class of the recipe's `callbacks` or `logger`.
-
-    Raises:
-        RecipeError: the class cannot be imported, or does not take its arguments.
-    """
-    from lightning.pytorch.cli import instantiate_class
-
-    try:
-        return instantiate_class((), asdict(spec))
-    except Exception as error:  # anyone's code
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise RecipeError(f"{spec.class_path} cannot be made ({type(error).__name__}: {reason}); change it.") from error
 
 
 def _ended(sentence: TrainingError, interrupted: bool) -> BaseException:
@@ -433,91 +445,7 @@ def _start(asked: str | None, last: Path) -> str | Path | None:
     return last if last.exists() and not named else asked
 
 
-def trainer_of(recipe: Recipe, **options: Any) -> lightning.Trainer:
-    """Lightning's trainer with the settings of a recipe.
-
-    Raises:
-        TrainingError: it refuses them.
-    """
-    keywords = recipe.trainer
-    if any(way in keywords["strategy"] for way in ("spawn", "fork", "notebook")):
-        raise TrainingError(
-            f"trainer.strategy={keywords['strategy']} cannot carry a routed model to its processes; choose ddp instead."
-        )
-    devices, nodes = distributed.device_counts(keywords)
-    shared_out = "ddp" if devices * nodes > 1 else "auto"  # the weights; the router is whole on each device
-    try:
-        return lightning.Trainer(
-            **{
-                **{"max_epochs": -1, "enable_model_summary": False, "deterministic": "warn"},
-                **keywords,
-                "devices": devices,
-                "num_nodes": nodes,
-                "strategy": shared_out if keywords["strategy"] == STRATEGY else keywords["strategy"],
-                "gradient_clip_val": None,  # RoutingModule clips
-                "enable_checkpointing": False,
-                "enable_progress_bar": False,
-            },
-            **options,
-        )
-    except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
-        raise TrainingError(
-            f"trainer.accelerator={keywords['accelerator']}, devices={devices} and strategy={keywords['strategy']} do "
-            f"not work here ({reason}); change them."
-        ) from error
-
-
-def check_checkpoint(path: str | Path) -> None:
-    """Raises TrainingError unless the file is a whole checkpoint of a training; what is pickled in it is not run."""
-    if not os.path.isfile(path):
-        raise TrainingError(f"There is no checkpoint {path}; leave ckpt_path out or name an existing file.")
-    try:
-        missing = {*NEEDED} - {*torch.load(path, map_location="cpu", weights_only=True)}
-        with zipfile.ZipFile(path) as parts:  # torch itself does not look at the sums
-            missing = missing or {name for name in [parts.testzip()] if name}
-    except Exception as error:  # cut, overwritten and foreign files show as a dozen kinds of error
-        missing = {type(error).__name__}
-    if missing:
-        raise _unusable(path, ", ".join(sorted(missing)))
-
-
-def _unusable(path: str | Path, reason: str) -> TrainingError:
-    return TrainingError(
-        f"The checkpoint {path} is damaged or not one of Buddy's ({shorten(reason, 200, placeholder=' …')}); delete it "
-        "and start anew, or name another as ckpt_path."
-    )
-
-
-def estimator_of(recipe: Recipe, router: AnyRouter) -> Estimator:
-    """The recipe's estimator with its objective; a layerwise router has a way of its own."""
-    section = recipe.objective
-    objective = Objective(section.kl, section.ce)
-    if isinstance(router, LayerwiseRouter):
-        return Weighted(objective)
-    if section.estimator == "perturbed":
-        return Perturbed(objective, section.plans, section.sigma, section.shared)
-    return StraightThrough(objective)
-
-
-def module_of(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
-    """The LightningModule for a recipe."""
-    optimizer = recipe.optimizer
-    return RoutingModule(
-        routed,
-        estimator_of(recipe, routed.router),
-        [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)],
-        prompt=recipe.data.prompt,
-        lr=optimizer.lr,
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        clip=recipe.trainer["gradient_clip_val"] or 0.0,
-        seed=recipe.seed,
-    )
-
-
 CHECKPOINT = "healing.ckpt"
-CHANGEABLE = {"kind", "lr", "steps"}  # of the section, from one beginning to the next
 
 
 def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
@@ -538,7 +466,7 @@ def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbac
     routed.adapt(build_adapter(recipe, routed.backbone, routed.geometry.context_layer))
     routed.adapter.train()
     steps = replace(recipe, trainer={**recipe.trainer, "max_steps": recipe.adapter.steps})
-    bar = TrainingBar(f"Healing {recipe.router.name}", "heal/objective")
+    line = ProgressLine(f"Healing {recipe.router.name}", "heal/objective")
 
     def failed(_: Trainer, error: NotFinite) -> TrainingError:
         trained = folder / "checkpoints" / "last.ckpt"
@@ -546,8 +474,7 @@ def heal(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, callbac
         return TrainingError(f"{error}; lower adapter.lr{kept}.")
 
     start = path if path.exists() else None
-    run(steps, healing_module_of(recipe, routed, path), data, path, start, bar, callbacks, failed)
-    routed.router.to(routed.backbone.device)
+    run(steps, build_healing(recipe, routed, path), data, path, start, line, callbacks, failed)
     routed.adapter.freeze()
     routed.router.eval().requires_grad_(False)
 
@@ -558,36 +485,3 @@ def forget(folder: Path) -> None:
     path.unlink(missing_ok=True)
     if path.parent.is_dir() and not any(path.parent.iterdir()):
         path.parent.rmdir()
-
-
-def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
-    """Whether healing trains the router too."""
-    return recipe.adapter is not None and recipe.adapter.joint and router.trainable
-
-
-def healing_module_of(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
-    """The LightningModule of a recipe's healing, with the place of its checkpoint."""
-    optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
-    return HealingModule(
-        routed,
-        Objective(recipe.objective.kl, recipe.objective.ce),
-        [routed.executed_layers(budget) for budget in available_budgets(routed.router, recipe.budgets)],
-        prompt=recipe.data.prompt,
-        lr=recipe.adapter.lr,
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        clip=recipe.trainer["gradient_clip_val"] or 0.0,
-        seed=recipe.seed,
-        identity=identity_of(recipe, routed.router),
-        checkpoint=str(checkpoint),
-        together=Together(estimator_of(recipe, routed.router), optimizer.lr) if both else None,
-    )
-
-
-def identity_of(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
-    """What an interrupted healing must have been begun with, so that going on makes sense."""
-    settings = {f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in CHANGEABLE}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(router.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return {**settings, "the router": digest.hexdigest()[:16]}

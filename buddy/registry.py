@@ -1,6 +1,6 @@
-"""Router names → router classes, by the entry points of installed packages.
+"""Names → classes of routers and estimators, by the entry points of installed packages.
 
-Reading the list imports nothing; loading a name imports one module. Built-in routers have no other way in.
+Reading the list imports nothing; loading a name imports one module. Built-in classes have no other way in.
 """
 
 import inspect
@@ -18,17 +18,19 @@ from buddy.errors import RegistryError, nearest, reason
 if TYPE_CHECKING:
     from buddy.router import AnyRouter, Geometry
 
-GROUP = "buddy.routers"
+ROUTERS, ESTIMATORS = "buddy.routers", "buddy.estimators"  # groups of entry points
+_NOUNS = {ROUTERS: "router", ESTIMATORS: "estimator"}
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One announced router: its name, "module:Class", and the distribution that announces it."""
+    """One announced class: its name, "module:Class", the distribution that announces it, and the group."""
 
     name: str
     value: str
     distribution: str
+    group: str = ROUTERS
 
 
 @dataclass(frozen=True)
@@ -43,29 +45,29 @@ class Description:
     problem: str = ""
 
 
-def installed() -> list[Entry]:
-    """Every announced router, by name and then distribution; nothing is imported."""
-    return sorted((_entry(point) for point in entry_points(group=GROUP)), key=lambda e: (e.name, e.distribution))
+def installed(group: str = ROUTERS) -> list[Entry]:
+    """Every announced class of a group, by name and then distribution; nothing is imported."""
+    return sorted((_entry(point) for point in entry_points(group=group)), key=lambda e: (e.name, e.distribution))
 
 
-def load(name: str) -> "type[AnyRouter]":
+def load(name: str, group: str = ROUTERS) -> Any:
     """The class of an installed name or of "my_module:MyRouter", which may lie in the current folder.
 
     Raises:
-        RegistryError: unknown, announced twice, cannot be imported, or not a router.
+        RegistryError: unknown, announced twice, cannot be imported, or not a class of that group.
     """
-    entries = installed()
+    entries, noun = installed(group), _NOUNS[group]
     matches = [entry for entry in entries if entry.name == name]
     if not matches and ":" not in name:
         names = sorted({entry.name for entry in entries})
         hint = nearest(name, names) or "."
-        raise RegistryError(f"No router is named {name!r}{hint} Installed: {', '.join(names) or 'none'}.")
+        raise RegistryError(f"No {noun} is named {name!r}{hint} Installed: {', '.join(names) or 'none'}.")
     if not matches and not re.fullmatch(r"[\w.]+:[\w.]+", name):
-        raise RegistryError(f"No router can be named {name!r}; write module:Class, as in my_module:MyRouter.")
+        raise RegistryError(f"No {noun} can be named {name!r}; write module:Class, as in my_module:MyClass.")
     if len(matches) > 1:
         owners = " and ".join(repr(entry.distribution) for entry in matches)
-        raise RegistryError(f"Two routers are named {name!r}, from {owners}; uninstall one of these distributions.")
-    return _import(matches[0] if matches else Entry(name, name, ""))
+        raise RegistryError(f"Two {noun}s are named {name!r}, from {owners}; uninstall one of these distributions.")
+    return _import(matches[0] if matches else Entry(name, name, "", group))
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -114,29 +116,37 @@ def _describe(entry: Entry) -> Description:
 
 def _entry(point: EntryPoint) -> Entry:
     distribution = point.dist.name if point.dist is not None else None
-    return Entry(point.name, point.value, distribution or "an unnamed distribution")
+    return Entry(point.name, point.value, distribution or "an unnamed distribution", point.group)
 
 
-def _import(entry: Entry) -> "type[AnyRouter]":
-    who = f"The router {entry.name!r}" + (f" of distribution {entry.distribution!r}" if entry.distribution else "")
+def _import(entry: Entry) -> Any:
+    subject = f"The {_NOUNS[entry.group]} {entry.name!r}" + (
+        f" of distribution {entry.distribution!r}" if entry.distribution else ""
+    )
     if not entry.distribution and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that nothing in the folder hides an installed module
     try:
-        cls = EntryPoint(entry.name, entry.value, GROUP).load()
+        cls = EntryPoint(entry.name, entry.value, entry.group).load()
     except (Exception, SystemExit) as error:  # strangers' code may raise anything
         advice = "mend or uninstall it" if entry.distribution else "check its spelling and mend the module"
-        raise RegistryError(f"{who} cannot be imported ({_reason(error)}); {advice}.") from error
-    return _checked(cls, who)
+        raise RegistryError(f"{subject} cannot be imported ({_reason(error)}); {advice}.") from error
+    return (_checked if entry.group == ROUTERS else _checked_estimator)(cls, subject)
 
 
-def _checked(cls: Any, who: str) -> "type[AnyRouter]":
+def _checked_estimator(cls: Any, subject: str) -> Any:
+    if not (isinstance(cls, type) and any("__call__" in vars(base) for base in cls.__mro__)):
+        raise RegistryError(f"{subject} is not an estimator; make it a class with a method __call__.")
+    return cls
+
+
+def _checked(cls: Any, subject: str) -> "type[AnyRouter]":
     from buddy.router import LayerwiseRouter, Router
 
     if not (isinstance(cls, type) and issubclass(cls, Router | LayerwiseRouter)):
-        raise RegistryError(f"{who} is not a router; make it a subclass of buddy.Router or buddy.LayerwiseRouter.")
+        raise RegistryError(f"{subject} is not a router; make it a subclass of buddy.Router or buddy.LayerwiseRouter.")
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
-        raise RegistryError(f"{who} is unfinished; write its method {missing}.")
+        raise RegistryError(f"{subject} is unfinished; write its method {missing}.")
     return cls
 
 

@@ -123,6 +123,8 @@ class RunFolder:
                 raise RunError(f"Another process is making {self.path}; wait for it or stop it first.") from None
         try:
             self._swap()
+            with writing(self.path):
+                remove_parts(self.path)
             yield
         finally:
             lock.release()

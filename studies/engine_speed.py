@@ -1,8 +1,8 @@
 """Time of a prompt and of a decode step in two source trees: `python -m studies.engine_speed OTHER_TREE --rounds 9`.
 
-Each tree runs in a process of its own, with the same embedded model and the same random `buddy` router. The processes
-take turns, token by token and in random order, so that a change of the machine's speed meets both. Reported are medians
-over rounds of the ratio this tree / other tree.
+Each tree runs in two processes, with the same embedded model and the same random `buddy` router. The processes
+take turns, token by token and in random order, so that a change of the machine's speed meets both. Reported are ratios
+of medians and of first quartiles, which other work on the machine disturbs less, over all steps of all rounds.
 """
 
 import argparse
@@ -65,31 +65,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--executed", type=int, nargs="+", default=[15, 22, 30])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[64, 512])
     asked = parser.parse_args()
-    trees = {"this": Worker(Path.cwd()), "other": Worker(asked.other)}
-    draw, found = random.Random(0), dict[str, list[tuple[float, float]]]()
+    trees = {"this": Path.cwd(), "other": asked.other}
+    # Two processes a tree: where a process happens to hold the weights in memory alone is worth some per cent.
+    workers = [(name, Worker(tree)) for name, tree in trees.items() for _ in range(2)]
+    draw, found = random.Random(0), dict[str, dict[str, list[float]]]()
     for number in range(asked.rounds + 1):
         for count in asked.executed:
-            for kind, length in (("token", 64), ("shared", 64), ("token", 512), ("shared", 512)):
-                spent = {name: trees[name].ask(kind, count, 1, 0, length) for name in draw.sample(list(trees), 2)}
-                if number:
-                    found.setdefault(f"prompt {length} {kind} K={count}", []).append((spent["this"], spent["other"]))
-            for batch in (1, 8):
-                for name in trees:
-                    trees[name].ask("token", count, batch, 0, 64)
-                total = dict.fromkeys(trees, 0.0)
+            for kind, length in [(kind, length) for length in asked.prompts for kind in ("token", "shared")]:
+                for name, worker in draw.sample(workers, len(workers)):
+                    spent = worker.ask(kind, count, 1, 0, length)
+                    if number:
+                        found.setdefault(f"prompt {length} {kind} K={count}", {}).setdefault(name, []).append(spent)
+            for batch in asked.batches:
+                for _, worker in workers:
+                    worker.ask("token", count, batch, 0, 64)
                 for at in range(64, 64 + asked.steps):
-                    for name in draw.sample(list(trees), 2):
-                        total[name] += trees[name].ask("step", count, batch, at, at + 1) / asked.steps
-                if number:
-                    found.setdefault(f"decode batch {batch} K={count}", []).append((total["this"], total["other"]))
-    for key, pairs in found.items():
-        ratios = sorted(ours / theirs for ours, theirs in pairs)
-        quarter = len(ratios) // 4
-        ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+                    for name, worker in draw.sample(workers, len(workers)):
+                        spent = worker.ask("step", count, batch, at, at + 1)
+                        if number:
+                            found.setdefault(f"decode batch {batch} K={count}", {}).setdefault(name, []).append(spent)
+    for key, by in found.items():
+        low, mid = ({name: statistics.quantiles(by[name], n=4)[i] for name in by} for i in (0, 1))
         print(
-            f"{key:24} {ours:8.2f} ms against {theirs:8.2f} ms, ratio {statistics.median(ratios):.3f} "
-            f"[{ratios[quarter]:.3f}, {ratios[-1 - quarter]:.3f}]"
+            f"{key:26} {mid['this']:8.2f} ms against {mid['other']:8.2f} ms: ratio of medians "
+            f"{mid['this'] / mid['other']:.3f}, of first quartiles {low['this'] / low['other']:.3f}"
         )
 
 

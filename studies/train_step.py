@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from buddy.build import build_backbone, build_data, build_model
+from buddy.build import build_backbone, build_data, build_model, build_module
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
 from buddy.console import errors, quiet, results, track
 from buddy.engine.model import RoutedLM
-from buddy.fit import module_of
 from buddy.losses import draw_budgets
 from buddy.plan import Plan
 
@@ -190,7 +189,7 @@ def measure(rounds: int, steps: int) -> tuple[list[float], list[float]]:
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            trainer.fit(module_of(recipe, routed), datamodule=data)
+            trainer.fit(build_module(recipe, routed), datamodule=data)
         ours += clock.seconds[1:]
         loop = BareLoop(routed, data.batch, grid, recipe.optimizer.lr)
         bare += _timed(loop, steps)[1:]

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. A verb a file; everything heavy is imported inside the verb that needs it."""
+"""The command line: parse, call, print. Each verb is a file and imports what is heavy inside its function."""
 
 from importlib import import_module
 from typing import Annotated
@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from buddy import __version__
-from buddy.cli.app import TOGETHER, VERBS, app
-from buddy.cli.words import alone
+from buddy.cli.app import MULTI_PROCESS, VERBS, app, require_one_process
 
 __all__ = ["app", "main"]
 
@@ -20,8 +19,8 @@ def main() -> None:
     app()
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"buddy {__version__}")
         raise typer.Exit
 
@@ -34,5 +33,5 @@ def _buddy(
     ] = False,
 ) -> None:
     """Dynamic depth for language models: one router, every compute budget."""
-    if ctx.invoked_subcommand not in TOGETHER:
-        alone(f"`buddy {ctx.invoked_subcommand}` is done")
+    if ctx.invoked_subcommand not in MULTI_PROCESS:
+        require_one_process(f"`buddy {ctx.invoked_subcommand}` is done")

@@ -1,59 +1,95 @@
-"""The application that verbs register with, and how it ends where something was wrong."""
+"""The application that verbs register with, its errors, and what several verbs share."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from buddy import distributed
-from buddy.errors import BuddyError
+from buddy.errors import BuddyError, BudgetError
 
 VERBS = (  # in the order of --help; each is a module of this package
     *("fit", "compare", "evaluate", "bench", "inspect", "generate"),
-    *("export", "push", "pull", "plan", "routers", "recipes"),
+    *("export", "push", "pull", "memory", "routers", "recipes"),
 )
-TOGETHER = ("fit", "evaluate")  # what several processes do
-FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
-ONWARD = {
+MULTI_PROCESS = ("fit", "evaluate")  # verbs that several processes of torchrun do together
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+RESUME = {
     "fit": " Repeat the command to go on from the last checkpoint.",
     "compare": " Repeat the command to go on: what is finished stays, and a training goes on from its last checkpoint.",
 }
 
 
 class Verbs(TyperGroup):
-    """Ends with one plain sentence where a person made a mistake or pressed Ctrl-C."""
+    """The one place where errors end a command: a `BuddyError` as one sentence and exit code 2, Ctrl-C as 130."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=VERBS.index)
+        return [verb for verb in VERBS if verb in self.commands]
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BuddyError as error:
+            from buddy import distributed
+
             if distributed.prints_errors():
                 typer.echo(f"Error{distributed.rank_suffix()}: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
         except KeyboardInterrupt as error:
+            from buddy import distributed
+
             if distributed.is_global_zero():
-                typer.echo(f"\nStopped.{ONWARD.get(ctx.invoked_subcommand, '')}", err=True)
+                typer.echo(f"\nStopped.{RESUME.get(ctx.invoked_subcommand, '')}", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
 
-PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
-HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(
-    cls=Verbs,
-    no_args_is_help=True,
-    context_settings=HELP,
-    epilog="\b\nExample: buddy fit --recipe quickstart",
-    **PLAIN,
-)
+PLAIN: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "add_completion": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+app = typer.Typer(cls=Verbs, no_args_is_help=True, epilog="\b\nExample: buddy fit --recipe quickstart", **PLAIN)
 
 RunOption = Annotated[Path, typer.Option("--run", metavar="DIR", help="A run folder, such as runs/quickstart/buddy.")]
 BudgetsOption = Annotated[
     str | None, typer.Option(metavar="B,B…", help="Budgets instead of the recipe's: 0.75, 22layers or 15ms.")
 ]
-JsonOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there as JSON.")]
+JsonOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results to this file as JSON.")]
 RecipeOption = typer.Option(metavar="NAME|FILE", help="A recipe's name (`buddy recipes`) or file.")
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values laid over the recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the recipe's.")]
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def split_budgets(text: str | None) -> list[str] | None:
+    """The budgets of --budgets; None where it was not given."""
+    if text is None:
+        return None
+    budgets = split_list(text)
+    if not budgets:
+        raise BudgetError("--budgets is empty; name at least one, such as --budgets 0.75,0.5.")
+    return budgets
+
+
+def refuse_options(options: Mapping[str, Any], why: str) -> None:
+    """Raise `BuddyError` for the first option that was given."""
+    for name, value in options.items():
+        if value is not None:
+            raise BuddyError(f"--{name.replace('_', '-')} {why}.")
+
+
+def require_one_process(what: str) -> None:
+    """Raise `BuddyError` where torchrun started several processes for what one process does."""
+    from buddy import distributed
+
+    launched = distributed.torchrun_world_size()
+    if launched > 1:
+        raise BuddyError(
+            f"{what} by one process, not by {launched}; give the command without torchrun (fit and evaluate go with "
+            "it, and compare has --jobs)."
+        )

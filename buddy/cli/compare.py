@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from buddy.cli.app import FAILED, Overrides, RecipeOption, app
-from buddy.cli.words import refuse, words
+from buddy.cli.app import FAILED, Overrides, RecipeOption, app, refuse_options, split_list
 from buddy.errors import BuddyError
 
 
@@ -72,7 +71,7 @@ def compare(
         given |= options | {"no_speed" if speed is False else "speed": speed, "finished": finished or None}
         return _show(made, markdown, overrides or [], given | {"trained": trained})
     if tasks is None:
-        refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
+        refuse_options(options, "is for tasks; add --tasks, such as --tasks piqa")
     from buddy.config import load_recipe, recipe_name
 
     resolved = load_recipe(recipe, overrides or [])
@@ -87,7 +86,7 @@ def compare(
         routers=routers,
         seeds=seeds,
         domains=domains,
-        tasks=Tasks(tuple(words(tasks or "")), task_limit, task_data, task_path),
+        tasks=Tasks(tuple(split_list(tasks or "")), task_limit, task_data, task_path),
         jobs=1 if jobs is None else jobs,
         out=out,
         speed=speed is not False,
@@ -104,10 +103,10 @@ def _show(made: str, markdown: Path | None, overrides: list[str], given: dict[st
     why = "belongs to a new comparison; leave it out, or give --recipe in place of --from"
     if overrides:
         raise BuddyError(f"{overrides[0]} {why}.")
-    refuse(given, why)
-    from buddy.comparison.rewrite import rewrite
+    refuse_options(given, why)
+    from buddy.evaluation.report import show_files
 
-    files = [made] if os.path.isfile(made) else words(made)  # a name may hold a comma
+    files = [made] if os.path.isfile(made) else split_list(made)  # a name may hold a comma
     if not files:
         raise BuddyError("--from is empty; name at least one comparison.json.")
-    rewrite([Path(each) for each in files], markdown)
+    show_files([Path(each) for each in files], markdown)

@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from buddy.cli.app import JsonOption, RunOption, app
-from buddy.cli.words import alone, budgets_of, refuse, words
+from buddy.cli.app import JsonOption, RunOption, app, refuse_options, require_one_process, split_budgets, split_list
 from buddy.errors import DataError
 
 Split = Literal["test", "validation"]
@@ -35,10 +34,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a run on held-out text, or on tasks, at every budget."""
-    asked = budgets_of(budgets)
+    asked = split_budgets(budgets)
     options: dict[str, Any] = {"limit": limit, "task_data": task_data, "task_path": task_path}
     if tasks is None:
-        refuse(options, "is for tasks; add --tasks, such as --tasks piqa")
+        refuse_options(options, "is for tasks; add --tasks, such as --tasks piqa")
         if data is not None and split != "test":
             raise DataError(f"--split {split} is of the run's own text, and --data names another; leave one out.")
         from buddy.evaluation.evaluate import evaluate_run
@@ -46,8 +45,8 @@ def evaluate(
         evaluate_run(run, json_file=json, budgets=asked, data=data, split=split, devices=devices)
         return
     texts = {"data": data, "split": None if split == "test" else split, "devices": None if devices == 1 else devices}
-    refuse(texts, "is for text; leave it out, or --tasks")
-    alone("Tasks are scored")
+    refuse_options(texts, "is for text; leave it out, or --tasks")
+    require_one_process("Tasks are scored")
     from buddy.evaluation.tasks import evaluate_tasks
 
-    evaluate_tasks(run, tasks=words(tasks), budgets=asked, json_file=json, **options)
+    evaluate_tasks(run, tasks=split_list(tasks), budgets=asked, json_file=json, **options)

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from buddy.cli.app import RunOption, app
-from buddy.cli.words import budgets_of
+from buddy.cli.app import RunOption, app, split_budgets
 
 
 @app.command(epilog="\b\nExample: buddy inspect --run runs/quickstart/buddy --budgets 0.75 --text 'To be or not'")
@@ -30,7 +29,7 @@ def inspect(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there as JSON.")] = None,
 ) -> None:
     """Show which layers run for which token, per budget and text."""
-    asked = budgets_of(budgets)
+    asked = split_budgets(budgets)
     from buddy.inspection.inspect import inspect_run
 
     inspect_run(run, budgets=asked, domains=domains, text=text, windows=windows, out=out, json_file=json)

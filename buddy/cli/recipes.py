@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from buddy.cli.app import HELP, PLAIN, app
-from buddy.console import print_table
+from buddy.cli.app import PLAIN, app
 
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="An installed recipe (`buddy recipes`).")]
 
-recipes_app = typer.Typer(invoke_without_command=True, context_settings=HELP, **PLAIN)
+recipes_app = typer.Typer(invoke_without_command=True, **PLAIN)
 app.add_typer(recipes_app, name="recipes", epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
 
 
@@ -27,6 +26,7 @@ def _recipes(ctx: typer.Context) -> None:
 def list_recipes() -> None:
     """List the recipes (as `buddy recipes` alone does)."""
     from buddy.config import installed_recipes
+    from buddy.console import print_table
 
     rows = [(name, _first_comment(path)) for name, path in installed_recipes().items()]
     print_table(("name", "what it is"), rows)

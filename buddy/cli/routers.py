@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from buddy.cli.app import FAILED, HELP, PLAIN, app
-from buddy.console import print_table
+from buddy.cli.app import FAILED, PLAIN, app
 
-routers_app = typer.Typer(invoke_without_command=True, context_settings=HELP, **PLAIN)
+routers_app = typer.Typer(invoke_without_command=True, **PLAIN)
 app.add_typer(routers_app, name="routers", epilog="\b\nExample: buddy routers check shortgpt")
 
 
@@ -23,6 +22,7 @@ def _routers(ctx: typer.Context) -> None:
 @routers_app.command("list", epilog="\b\nExample: buddy routers list")
 def list_routers() -> None:
     """List them (as `buddy routers` alone does)."""
+    from buddy.console import print_table
     from buddy.registry import describe
 
     rows = [(d.name, d.kind or "broken", d.problem or d.summary, d.source, d.distribution) for d in describe()]
@@ -56,6 +56,7 @@ def check(
     ] = None,
 ) -> None:
     """Hold a router to what all routers promise."""
+    from buddy.console import print_table
     from buddy.testing.kit import check_named
 
     results = check_named(name, backbone=backbone, options=options or [])

@@ -18,11 +18,16 @@ from buddy.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextData", "Windows", "windows_of"]
+__all__ = ["TextData", "WindowBatches", "Windows", "windows_of"]
+
+STEPS = 200  # batches in an epoch where nothing else says how many
 
 
 class TextData(LightningDataModule):
     """Training batches, and windows for calibration, validation and test from documents that are not trained on.
+
+    A training batch is a tensor (B, W) long; a batch for validation or test is a mapping of "input_ids" (B, W) and the
+    numbers "window" and "document" (B,), so that results can be put in order whichever process computed them.
 
     The split depends on the text, the tokenizer, the window, the seed and the three numbers of windows; never on
     the router, `steps`, `batch_size` or `train_seed`. Where the text is too short for the asked numbers, they are met
@@ -38,12 +43,12 @@ class TextData(LightningDataModule):
 
     def __init__(
         self,
+        source: str,
         tokenizer: PreTrainedTokenizerBase,
-        source: str = "sotu",
         *,
         window: int = 256,
         batch_size: int = 4,
-        steps: int = 200,
+        steps: int | None = None,
         seed: int = 0,
         calibration_windows: int = 64,
         validation_windows: int = 16,
@@ -59,7 +64,7 @@ class TextData(LightningDataModule):
             source: an embedded text, a file, a folder or a hub name (`buddy.training.sources.load_texts`).
             window: tokens in a window.
             batch_size: windows in a batch over all devices together.
-            steps: batches in an epoch, which is the whole training.
+            steps: batches in an epoch; by default all that the trainer's `max_steps` takes, or 200 where it has none.
             text_field: the field of the source that holds the text.
             train_seed: of the draws of training windows; `seed` where it is not given.
             train_sources: more texts to train on; training windows come from `source` and from these in turn. Nothing
@@ -131,6 +136,22 @@ class TextData(LightningDataModule):
         self.check_shares(self.trainer.world_size if self.trainer else 1)
         return Batches(self)
 
+    def val_dataloader(self) -> WindowBatches:
+        """The validation windows."""
+        return WindowBatches(self.validation, self.batch_size)
+
+    def test_dataloader(self) -> WindowBatches:
+        """The test windows."""
+        return WindowBatches(self.test, self.batch_size)
+
+    @property
+    def epoch(self) -> int:
+        """Batches in an epoch."""
+        if self.steps is not None:
+            return self.steps
+        taken = self.trainer.max_steps * self.trainer.accumulate_grad_batches if self.trainer else 0
+        return taken if taken > 0 else STEPS
+
     def check_shares(self, devices: int) -> None:
         """Raises DataError where a batch cannot be shared equally by so many devices."""
         if self.batch_size % devices:
@@ -184,6 +205,32 @@ class Pool:
         return self.documents.read(document)[start : start + window]
 
 
+class WindowBatches:
+    """Batches of held-out windows, each process its share of them, for validation and test.
+
+    Whole batches are shared out, so that no result depends on the number of processes. All processes get equally many,
+    since they wait for one another where weights are sharded; a batch beyond the last has the window number −1.
+
+    Args:
+        windows: to go through, in order.
+        batch_size: windows in a batch.
+    """
+
+    def __init__(self, windows: Windows, batch_size: int) -> None:
+        self._windows, self._batches = windows, torch.arange(len(windows)).split(batch_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._batches) // _share()[1])
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rank, processes = _share()
+        for number in range(rank, len(self) * processes, processes):
+            rows = self._batches[number % len(self._batches)]
+            window = rows if number < len(self._batches) else torch.full_like(rows, -1)
+            ids, document = self._windows.input_ids[rows], self._windows.documents[rows]
+            yield {"input_ids": ids, "window": window, "document": document}
+
+
 class Batches:
     """The batches from the trainer's step to the end of the epoch, to be iterated by Lightning or by a plain loop.
 
@@ -194,7 +241,7 @@ class Batches:
         self._data = data
 
     def __len__(self) -> int:
-        return self._data.steps
+        return self._data.epoch
 
     def __iter__(self) -> Iterator[Tensor]:
         """(batch_size / devices, W) long for each step; a device takes every devices-th window of the batch."""
@@ -211,3 +258,10 @@ class Batches:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
+
+
+def _share() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from buddy.engine.kv_cache import ContextPool, RoutedCache, context_features
 from buddy.engine.kv_policies import Policy
+from buddy.engine.sinks import SinkStates
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import hold_scores, plan_rows_on_host, plan_tokens
 from buddy.router import AnyRouter, Context
@@ -187,6 +188,7 @@ class RoutedForward:
         active_rows: for each layer which tokens run it, or None where the layer has more to do than run: the context
             layer, layers that a layerwise router has not decided yet, and, where all layers are computed, those after
             the context layer.
+        sink: the states of the sink of a prompt, where they depend on its token alone.
         undecided: whether layers ask for their decision when their input arrives, as a layerwise router's do.
         full_layers, partial_layers: what the layers counted so far; see `ForwardRecord`.
     """
@@ -213,6 +215,7 @@ class RoutedForward:
         if mask is not None:
             self.valid = mask[:, -shape[1] :].bool()
             self.positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -shape[1] :]
+        self.sink: SinkStates | None = None
         self.context: Context | None = None
         self.scores: Tensor | None = None
         self.full_layers = 0
@@ -274,6 +277,13 @@ class RoutedForward:
         """Whether the tokens that run a layer are just the leading sinks of these positions, in every row."""
         sinks = self.settings.sink_tokens - self.past
         return self.shape[1] > 1 and self.valid is None and all(count == sinks for count in active_rows)
+
+    def may_share_sink(self) -> bool:
+        """Whether this is a prompt whose first token may run some layers alone, so that its states are kept."""
+        settings, executed = self.settings, self.request.executed
+        prompt = self.cache is not None and self.past == 0 and self.shape[1] > 1 and self.valid is None
+        skips = executed is not None and min(executed) < settings.layers and settings.policy.name != "hole"
+        return prompt and skips and settings.sink_tokens == 1 and not torch.is_grad_enabled()
 
     def can_defer(self, layer: int) -> bool:
         """Whether the states that skip `layer` may be pending: one token's always, a prompt's if memory allows.

@@ -15,6 +15,7 @@ from buddy.engine.forward import Record, Request, RoutedForward, Settings
 from buddy.engine.kv_cache import RoutedCache, adopt
 from buddy.engine.layers import CurrentForward, attach, detach
 from buddy.engine.layerwise import LayerwiseForward
+from buddy.engine.sinks import SinkMemory
 from buddy.errors import BuddyError, BudgetError
 from buddy.router import AnyRouter, Context, LayerwiseRouter
 
@@ -42,6 +43,7 @@ class ForwardHooks:
         self._request: Request | None = None
         self._record: Record | None = None
         self._last: Any = None
+        self._sinks = SinkMemory()
         attach(routed.backbone, self._current)
         base = routed.backbone.base
         self._handles = [
@@ -93,9 +95,12 @@ class ForwardHooks:
             request = self._choose(request, kwargs, past)
         rest = request.for_rows(shape[0]), shape, past, mask, cache
         if isinstance(routed.router, LayerwiseRouter):
-            self._current[0] = LayerwiseForward(routed.settings, routed.router, *rest)
+            forward: RoutedForward = LayerwiseForward(routed.settings, routed.router, *rest)
         else:
-            self._current[0] = RoutedForward(routed.settings, routed.router.score, *rest)
+            forward = RoutedForward(routed.settings, routed.router.score, *rest)
+        if tokens is not None and forward.may_share_sink():
+            forward.sink = self._sinks.states(base, tokens, kwargs.get("position_ids"))
+        self._current[0] = forward
         return (), kwargs
 
     def _adopt(self, cache: Any) -> int:

@@ -121,22 +121,9 @@ class PendingLayer:
     def get_seq_length(self) -> int:
         return super().get_seq_length() + self.pending_length
 
-    def reset(self) -> None:
-        super().reset()
-        self.pending = []
-
-    # The stock methods ask for the length before they move rows; here all positions may be pending, with none to move.
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.is_initialized:
+        if self.is_initialized:  # else all positions are pending; the stock method would ask only for their number
             super().reorder_cache(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            super().batch_select_indices(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            super().batch_repeat_interleave(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
         remove = -tokens_to_remove
@@ -262,24 +249,9 @@ class HoleLayer(PendingLayer, DynamicLayer):
         if self.slots is not None:
             self._keep(self.slots < self.seen)
 
-    def reset(self) -> None:
-        super().reset()
-        self.seen, self.slots, self.valid, self.complete = 0, None, None, True
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Rows of K, V and their validity."""
-        if self.slots is not None:
-            self.keys, self.values, self.valid = self.keys[rows], self.values[rows], self.valid[rows]
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
         if self.slots is not None:
-            self.select_rows(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
+            self.keys, self.values, self.valid = self.keys[beam_idx], self.values[beam_idx], self.valid[beam_idx]
 
     def _keep(self, which: Tensor) -> None:
         if not bool(which.all()):
@@ -303,34 +275,30 @@ class RoutedCache:
     scores: Tensor | None
     decided: int | None
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Rows of everything but the stored keys and values."""
-        self.pool.select_rows(rows)
-        if self.scores is not None:
-            self.scores = self.scores[rows]
-        moved: dict[Any, Any] = {}  # one state is pending in every layer of a run, one embedding with many states
-        for layer in self.layers:
-            layer.pending = [
-                (
-                    _rows(hidden, rows, moved),
-                    map_embeddings(embeddings, lambda x: _rows(x, rows, moved) if x.shape[0] > 1 else x),
-                )
-                for hidden, embeddings in layer.pending
-            ]
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep, move or repeat rows, as beams do; the transformers methods below do no more than that."""
         super().reorder_cache(beam_idx)
-        self.select_rows(beam_idx)
+        self.pool.select_rows(beam_idx)
+        if self.scores is not None:
+            self.scores = self.scores[beam_idx]
+        moved: dict[Any, Any] = {}  # one state is pending in every layer of a run, one embedding with many states
+
+        def rows(x: Tensor) -> Tensor:
+            return _rows(x, beam_idx, moved) if x.shape[0] > 1 else x
+
+        for layer in self.layers:
+            layer.pending = [(_rows(x, beam_idx, moved), map_embeddings(e, rows)) for x, e in layer.pending]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.select_rows(indices)
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
         if self.pool.total is not None:
-            rows = torch.arange(self.pool.total.shape[0], device=self.pool.total.device)
-            self.select_rows(rows.repeat_interleave(repeats))
+            rows = torch.arange(len(self.pool.total), device=self.pool.total.device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        raise BuddyError("A routed cache is not emptied; start with a new one.")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` positions.
@@ -347,11 +315,6 @@ class RoutedCache:
             context = self.layers[self.filled_by[2]]
             self.pool.crop(-tokens_to_remove, *(x[..., tokens_to_remove:, :] for x in (context.keys, context.values)))
         super().crop(tokens_to_remove)
-
-    def reset(self) -> None:
-        super().reset()
-        self.pool = ContextPool(self.pool.kind)
-        self.scores = self.decided = None
 
 
 _ROUTED: dict[type, type] = {}
@@ -408,6 +371,19 @@ def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, mode
     cache.__class__ = _ROUTED[stock]
     cache.filled_by, cache.pool, cache.scores, cache.decided = filled_by, ContextPool(kind), None, None
     return 0
+
+
+class WrittenKV:
+    """Stands in for a layer's cache, if any, and keeps the newest keys and values, each (B, heads, T, size)."""
+
+    def __init__(self, cache: Any | None) -> None:
+        self.cache = cache
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = keys, values
+        return (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *args, **kwargs)
 
 
 def map_embeddings(embeddings: Embeddings, function: Callable[[Tensor], Tensor]) -> Embeddings:

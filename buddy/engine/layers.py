@@ -7,7 +7,6 @@ current `RoutedForward` which tokens run; without one it is the stock layer.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from buddy.backbone.load import Backbone
 from buddy.engine.forward import RoutedForward
-from buddy.engine.kv_cache import Embeddings, map_embeddings
+from buddy.engine.kv_cache import Embeddings, WrittenKV, map_embeddings
 from buddy.engine.kv_policies import KV, RaggedView, RectangularView, WriteKV
 from buddy.engine.layerwise import LayerwiseForward
 from buddy.engine.selection import Group, attend_by_blocks, groups, take, take_nested
@@ -34,6 +33,8 @@ class RoutedLayer:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Where all tokens or none run the layer, go past torch's module machinery, which decoding feels."""
         forward = self._current_forward[0]
+        if forward is not None and forward.sink is not None and len(forward.sink.outputs) == self._index:
+            forward.sink.run(self, hidden_states, kwargs)
         if forward is not None and not (self._forward_hooks or self._forward_pre_hooks or self.training):
             rows = forward.active_rows[self._index]
             if rows is True:
@@ -98,7 +99,11 @@ class RoutedLayer:
             "position_embeddings": map_embeddings(embeddings, lambda x: x[:, :count]),
             "position_ids": None if ids is None else ids[:, :count],
         }
-        out = self.stock.forward(self, hidden[:, :count], *args, **inputs)
+        if forward.sink is None:
+            out = self.stock.forward(self, hidden[:, :count], *args, **inputs)
+        else:
+            keys, values, out = (x[self._index] for x in (forward.sink.keys, forward.sink.values, forward.sink.outputs))
+            cache.update(*(x.expand(len(hidden), -1, -1, -1) for x in (keys, values)), self._index)
         ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         ran[:, :count] = True
         forward.partial_layers.append(ran)
@@ -111,7 +116,7 @@ class RoutedLayer:
 
     def _run_context_layer(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """Run for all tokens, then plan from the keys and values that it wrote."""
-        kwargs["cache"] = written = _WrittenKV(kwargs.get("cache"))
+        kwargs["cache"] = written = WrittenKV(kwargs.get("cache"))
         out = super().forward(hidden, *args, **kwargs)
         forward.full_layers += 1
         forward.make_plan(out, written.keys, written.values)
@@ -181,19 +186,6 @@ class RoutedLayer:
         return out.reshape(-1, width).index_copy(0, flat, result).view(hidden.shape)
 
 
-class _WrittenKV:
-    """Stands in for the context layer's cache and keeps the newest keys and values, each (B, heads, T, size)."""
-
-    def __init__(self, cache: Any | None) -> None:
-        self.cache = cache
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> KV:
-        self.keys, self.values = keys, values
-        return (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *args, **kwargs)
-
-
 _ROUTED: dict[type, type] = {}
 
 
@@ -244,23 +236,20 @@ def projected_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV
     """K and V, each (B, kv heads, T, size), that a layer would write for hidden states (B, T, D).
 
     By the layer's input norm and its attention's projections, the optional norm of the keys, and the usual rotary
-    embedding. Modules are called past torch's module machinery where they have no hook: decoding feels it.
+    embedding. Decoding feels the cost of torch's module machinery, so modules are found where torch keeps them and are
+    called past it where they have no hook.
     """
-    keys, values = _project(layer, hidden)
-    if embeddings is not None and layer.self_attn.__dict__.get("use_rope", True):
+    attention = layer._modules["self_attn"]
+    modules, settings = attention._modules, attention.__dict__
+    states = _call(layer._modules["input_layernorm"], hidden)
+    shape = (*states.shape[:-1], -1, settings["head_dim"])
+    keys, norm = _call(modules["k_proj"], states).view(shape), modules.get("k_norm")
+    keys = (keys if norm is None else norm(keys)).transpose(1, 2)
+    values = _call(modules["v_proj"], states).view(shape).transpose(1, 2)
+    if embeddings is not None and settings.get("use_rope", True):
         cos, sin = embeddings
         first, second = keys.chunk(2, -1)
         keys = keys * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
-    return keys, values
-
-
-def rotated_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV:
-    """`projected_kv` with the family's own rotary embedding."""
-    keys, values = _project(layer, hidden)
-    attention = layer.self_attn
-    if embeddings is not None and getattr(attention, "use_rope", True):
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        _, keys = rotate(keys[:, :0], keys, *embeddings)  # without a query
     return keys, values
 
 
@@ -278,13 +267,11 @@ def captured_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV:
 
 
 def choose_projection(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> WriteKV:
-    """The quickest way that reproduces the K and V of the real attention on a probe (B, T, D)."""
-    with torch.no_grad():
+    """`projected_kv` where it equals the K and V of the real attention on a probe (B, T, D), else `captured_kv`."""
+    with torch.no_grad(), suppress(AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         truth = captured_kv(layer, hidden, embeddings)
-        for way, equal in ((projected_kv, torch.equal), (rotated_kv, _close)):
-            with suppress(AttributeError, LookupError, TypeError, ValueError, RuntimeError):
-                if all(map(equal, way(layer, hidden, embeddings), truth)):
-                    return way
+        if all(map(torch.equal, projected_kv(layer, hidden, embeddings), truth)):
+            return projected_kv
     return captured_kv
 
 
@@ -301,24 +288,8 @@ def gathered(layer: nn.Module) -> Iterator[nn.Module]:
         layer.reshard()
 
 
-def _project(layer: nn.Module, hidden: Tensor) -> KV:
-    """Keys without their rotation, and values. Modules are found where torch keeps them, which is quicker."""
-    attention = layer._modules["self_attn"]
-    modules = attention._modules
-    states = _call(layer._modules["input_layernorm"], hidden)
-    shape = (*states.shape[:-1], -1, attention.__dict__["head_dim"])
-    keys = _call(modules["k_proj"], states).view(shape)
-    norm = modules.get("k_norm")
-    keys = keys if norm is None else norm(keys)
-    return keys.transpose(1, 2), _call(modules["v_proj"], states).view(shape).transpose(1, 2)
-
-
 def _call(module: nn.Module, states: Tensor) -> Tensor:
     return module(states) if module._forward_hooks or module._forward_pre_hooks else module.forward(states)
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-2, atol=1e-5)
 
 
 class _Reached(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from buddy.backbone.load import Backbone
+from buddy.backbone.load import Backbone, load_backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
 from buddy.engine.forward import Output, Record, Request, Settings
 from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import hold_scores, plan_tokens
+from buddy.registry import build
 from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
 PoolKind = Literal["value", "key", "both"]
@@ -90,6 +91,40 @@ class RoutedLM(nn.Module):
         self.chooser: Callable[[int], Choose] | None = None
         self.adapter: Any | None = None
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        router: str = "buddy",
+        *,
+        context_layer: int = 1,
+        router_options: Mapping[str, Any] | None = None,
+        dtype: str = "bfloat16",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        pool: PoolKind = "value",
+        **options: Any,
+    ) -> RoutedLM:
+        """A backbone with a new router, which is neither calibrated nor trained yet; `RoutingModule` does both.
+
+        Args:
+            name: an embedded model, a folder in the hub's layout, or a name on the hub.
+            router: an installed router, or "my_module:MyRouter".
+            context_layer: layers that run before the plan is made.
+            router_options: keyword arguments of the router's class.
+            dtype: of the backbone; the router stays in float32.
+            revision: branch, tag or commit on the hub.
+            trust_remote_code: whether code that comes with the model may run.
+            pool: which of the context layer's cached states are pooled.
+            options: the other keyword arguments of `RoutedLM`.
+
+        Raises:
+            BuddyError: the model cannot be loaded or routed, or the router cannot be made.
+        """
+        backbone = load_backbone(name, dtype, revision=revision, trust_remote_code=trust_remote_code)
+        geometry = geometry_of(backbone, context_layer, pool)
+        return cls(backbone, build(router, geometry, router_options or {}), pool=pool, **options)
+
     @property
     def backbone(self) -> Backbone:
         """The frozen model, with its tokenizer."""
@@ -104,6 +139,11 @@ class RoutedLM(nn.Module):
     def policy(self) -> Policy:
         """What a layer's cache holds for tokens that skipped it."""
         return self.settings.policy
+
+    @property
+    def tokenizer(self) -> Any:
+        """The backbone's tokenizer."""
+        return self.backbone.tokenizer
 
     @property
     def sink_tokens(self) -> int:
@@ -194,6 +234,20 @@ class RoutedLM(nn.Module):
             raise BudgetError("No budget was given; give one for all rows, or one per row.")
         with self._hooks.requested(self._request(asked)) as record:
             yield record
+
+    @torch.no_grad()
+    def generate(self, prompt: str, *, max_new_tokens: int = 64, **options: Any) -> str:
+        """The continuation of a text, without special tokens, at the budget set by `at`, or at full depth.
+
+        Args:
+            prompt: text to continue.
+            max_new_tokens: at most so many.
+            options: of transformers' `generate`, such as do_sample; greedy by default.
+        """
+        tokens = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.backbone.device)
+        options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        written = self.backbone.model.generate(**tokens, max_new_tokens=max_new_tokens, **options)
+        return self.tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def choosing(self, budget: str) -> Choose:
         """What chooses K (B,) for the contexts (B,) of prompts under "auto", or "auto:0.75" with a cap.

@@ -11,15 +11,16 @@ from buddy import console, distributed
 from buddy.backbone.sharding import join
 from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
-from buddy.console import results, status, tracker
+from buddy.console import results, status
 from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
-from buddy.evaluation.report import show_run
+from buddy.evaluation.tables import show_scores
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import Scores, as_json, evaluate
+from buddy.scoring.perplexity import Scores, as_json
+from buddy.training.module import evaluate
 
 
 def evaluate_run(
@@ -62,7 +63,7 @@ def evaluate_run(
         scores = _scores(run, routed, windows, asked)
     if not distributed.is_global_zero():
         return
-    show_run(scores, f"{run.router_name} on {data or run.recipe.data.source}")
+    show_scores(scores, f"{run.router_name} on {data or run.recipe.data.source}")
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)
@@ -90,7 +91,7 @@ def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float 
         asked,
         prompt=run.recipe.data.prompt,
         batch_size=run.recipe.data.batch_size,
-        track=tracker(f"Evaluating {run.router_name}"),
+        description=f"Evaluating {run.router_name}",
     )
 
 

@@ -27,7 +27,8 @@ from buddy.inspection.routing import Choice, most_frequent
 from buddy.io import new_folder, within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import Reference, Scores, evaluate
+from buddy.scoring.perplexity import Reference, Scores
+from buddy.training.module import evaluate
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are compared with the engine's
@@ -199,13 +200,13 @@ def _measure(
     budgets = [fraction_of(budget, len(choice.kept), routed.geometry.layers)]
     section = run.recipe.data
     options: dict[str, Any] = {"prompt": section.prompt, "batch_size": section.batch_size, "reference": Reference()}
-    (ours,) = evaluate(routed, windows, budgets, track=tracker("Measuring the run"), **options)
+    (ours,) = evaluate(routed, windows, budgets, description="Measuring the run", **options)
     adapter, routed.adapter = routed.adapter, None  # so that `detach` leaves it on the backbone
     routed.detach()
     cut = RoutedLM(backbone, OnePlan(routed.geometry, choice.kept), sink_tokens=0)
     if adapter is not None:
         cut.adapt(adapter)
-    (theirs,) = evaluate(cut, windows, budgets, track=tracker("Measuring the checkpoint's plan"), **options)
+    (theirs,) = evaluate(cut, windows, budgets, description="Measuring the checkpoint's plan", **options)
     return [ours, theirs], cut
 
 

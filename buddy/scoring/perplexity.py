@@ -1,14 +1,16 @@
 """Perplexity and KL to the dense model per budget, by the causal protocol.
 
 Each window has a prompt, which is read and not scored, and a continuation in which every token is routed on its own
-prefix. Sums are kept per document, so that intervals and paired differences resample documents, not tokens.
+prefix. `measure` gives one row a window and budget; `scores_from` adds rows up in the order of windows, so that the
+result is the same to the bit whichever process measured which window. Sums are kept per document, so that intervals and
+paired differences resample documents, not tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buddy import distributed
 from buddy.backbone.load import Backbone
 from buddy.budget import auto_of
-from buddy.data.windows import Windows
-from buddy.engine.forward import Output
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import head_logits
 from buddy.losses import Dense, cross_entropy, kl_to_dense
+from buddy.scoring.statistics import quantiles, resamples
 
-RESAMPLES = 2000
-Track = Callable[[Sequence[Any]], Iterable[Any]]
+MOST = 2**30  # bytes of the dense model's hidden states
 
 
 @dataclass(frozen=True)
@@ -69,166 +68,179 @@ class Scores:
         return quantiles(np.exp(self.loss[drawn].sum(1) / self.tokens[drawn].sum(1)), level)
 
 
-def paired_difference(ours: Scores, theirs: Scores, level: float = 0.95) -> tuple[float, tuple[float, float]]:
-    """Difference of mean cross-entropy (ours − theirs, nats a token) on the same documents, and its interval.
-
-    Every resample draws documents once and takes both routers' losses on them.
-    """
-    difference = ours.loss - theirs.loss
-    drawn = resamples(len(difference))
-    estimates = difference[drawn].sum(1) / ours.tokens[drawn].sum(1)
-    return float(difference.sum() / ours.tokens.sum()), quantiles(estimates, level)
-
-
-@torch.no_grad()
-def evaluate(
-    routed: RoutedLM,
-    windows: Windows,
-    budgets: Sequence[float | str],
-    *,
-    prompt: int,
-    batch_size: int = 4,
-    track: Track = iter,
-    reference: Reference | None = None,
-) -> list[Scores]:
-    """Scores of the model's router at each budget.
-
-    Processes that are together share the batches out and all get all scores: to the last bit those of one alone that
-    computes each batch alike, since sums are taken in the order of the windows, whoever measured them.
-
-    Args:
-        routed: model and router, alike in all processes.
-        windows: held-out text.
-        budgets: fractions, each of which becomes K layers; or "auto", which chooses K for each window from its prompt.
-        prompt: tokens of each window that are not scored.
-        batch_size: windows per forward.
-        track: wraps the list of batches to show progress.
-        reference: keeps what all routers share, where several are evaluated on the same windows in the same way.
-    """
-    asked: dict[Any, Any] = {each: each if auto_of(each) else routed.executed_layers(each) for each in budgets}
-    choosing = {each: routed.choosing(str(each)) for each in budgets if auto_of(each)}
-    reference = Reference(most=0) if reference is None else reference
-    shared = reference.full if routed.adapter is None else None  # each adapter changes full depth in its own way
-    full = {routed.geometry.layers: shared} if shared else {}
-    tallies = {key: _Tally(windows) for key in asked.values() if key not in full}
-    batches, ours = torch.arange(len(windows)).split(batch_size), {}
-    scored = torch.arange(prompt - 1, windows.input_ids.shape[1] - 1, device=routed.backbone.device)
-    for number in track(distributed.share_of(len(batches))) if tallies else ():
-        rows = batches[number]
-        ids = windows.input_ids[rows].to(routed.backbone.device)
-        with routed.stock():
-            dense = Dense(reference.dense(routed.backbone, int(rows[0]), ids, scored))
-        context = routed.context(ids[:, :prompt]) if choosing else None
-        for key in tallies:
-            executed = choosing[key](context) if key in choosing else torch.full((len(ids),), key)
-            output = routed(ids, executed=executed, prompt=prompt, logits_to_keep=scored)
-            losses = cross_entropy(output.logits, ids[:, scored + 1]), kl_to_dense(dense, output.logits)
-            ours[number, key] = _Measured.of(output, *losses, executed if key in choosing else None)
-    measured = dict(item for part in distributed.all_gather(ours) for item in part.items())
-    for number, rows in enumerate(batches):
-        for key, tally in tallies.items():
-            tally.add(rows, measured[number, key])
-    found = full | {key: tally.scores(key) for key, tally in tallies.items()}
-    if routed.adapter is None:
-        reference.full = found.get(routed.geometry.layers)
-    return [replace(found[asked[budget]], budget=budget) for budget in budgets]
-
-
 @dataclass(frozen=True)
-class _Measured:
-    """A batch under one budget: sums over the tokens of each window, layers that tokens ran, K chosen for windows."""
+class Row:
+    """One window at one budget.
 
-    loss: list[float]
-    kl: list[float]
+    Attributes:
+        window: its number.
+        document: the number of the document that it was cut from.
+        key: K, or the budget "auto" as it was asked.
+        loss, kl: sums over the scored tokens, in nats.
+        tokens: scored tokens.
+        least, most, total, counted: of the layers that tokens ran, sinks left out: smallest and largest number, sum,
+            and number of tokens.
+        sinks: tokens at full depth whatever the budget.
+        chosen: of "auto", the K that was chosen.
+    """
+
+    window: int
+    document: int
+    key: int | str
+    loss: float
+    kl: float
     tokens: int
     least: int
     most: int
     total: int
     counted: int
     sinks: int
-    chosen: list[int]
-
-    @classmethod
-    def of(cls, output: Output, loss: Tensor, kl: Tensor, chosen: Tensor | None) -> _Measured:
-        """From losses (B, S) of a routed forward."""
-        ran = output.executed[~output.sinks]
-        counts = int(ran.min()), int(ran.max()), int(ran.sum()), ran.numel(), int(output.sinks[0].sum())
-        losses, kls = ([row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in (loss, kl))
-        return cls(losses, kls, loss.shape[1], *counts, [] if chosen is None else chosen.tolist())
-
-
-class _Tally:
-    """Sums per document."""
-
-    def __init__(self, windows: Windows) -> None:
-        documents = windows.documents.unique()
-        self._place = {int(d): i for i, d in enumerate(documents)}
-        self._documents = windows.documents
-        self._loss, self._kl, self._tokens = (np.zeros(len(documents)) for _ in range(3))
-        self._least, self._most, self._sum, self._n, self._sinks = math.inf, 0, 0, 0, 0
-        self._chosen: Counter[int] = Counter()
-
-    def add(self, rows: Tensor, batch: _Measured) -> None:
-        for row, loss, kl in zip(rows, batch.loss, batch.kl, strict=True):
-            place = self._place[int(self._documents[row])]
-            self._loss[place] += loss
-            self._kl[place] += kl
-            self._tokens[place] += batch.tokens
-        self._least, self._most = min(self._least, batch.least), max(self._most, batch.most)
-        self._sum, self._n, self._sinks = self._sum + batch.total, self._n + batch.counted, batch.sinks
-        self._chosen.update(batch.chosen)
-
-    def scores(self, asked: int | str) -> Scores:
-        mean = self._sum / self._n
-        executed = (int(self._least), mean, self._most)
-        layers, chosen = (round(mean), dict(self._chosen)) if isinstance(asked, str) else (asked, None)
-        return Scores(1.0, layers, executed, self._sinks, self._loss, self._kl, self._tokens, chosen)
-
-
-def resamples(documents: int) -> np.ndarray:
-    """(RESAMPLES, documents) indices, the same for every router so that differences are paired."""
-    return np.random.default_rng(0).integers(documents, size=(RESAMPLES, documents))
-
-
-def quantiles(values: np.ndarray, level: float) -> tuple[float, float]:
-    """The bounds between which the middle `level` of the values lie."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-MOST = 2**30  # bytes
+    chosen: int | None = None
 
 
 class Reference:
-    """Keeps the dense model's last hidden states of a text, and the scores of full depth, which all routers share.
+    """What all routers share on one text: the dense model's last hidden states, and the rows at full depth.
 
     Hidden states are kept rather than logits, which take a hundred times their memory and cost a fifth of a small
-    model's pass. At full depth every router has the same plan, whatever its scores, so it runs once.
+    model's pass. At full depth every router has the same plan, whatever its scores, so it runs once; an adapter changes
+    full depth, so rows of adapted models are not kept.
 
-    One object is for one backbone, one set of windows, and one way of cutting them into batches and scoring them.
+    One object is for one backbone and one way of scoring windows.
 
     Args:
         most: bytes of hidden states that are kept; those beyond are computed again for each router.
-
-    Attributes:
-        full: scores at full depth, once a router was evaluated there.
     """
 
     def __init__(self, most: int = MOST) -> None:
-        self.full: Scores | None = None
-        self._states: dict[int, Tensor] = {}
+        self._states: dict[bytes, Tensor] = {}
+        self._rows: dict[bytes, list[Row]] = {}
         self._room = most
 
     @torch.no_grad()
-    def dense(self, backbone: Backbone, batch: int, ids: Tensor, keep: Tensor) -> Tensor:
-        """Logits (B, T', V) of the stock model at some positions of a batch (B, T), which its number tells apart."""
-        states = self._states.get(batch)
+    def dense(self, backbone: Backbone, ids: Tensor, keep: Tensor) -> Tensor:
+        """Logits (B, T', V) of the stock model at the positions `keep` of a batch (B, T)."""
+        key = _key(ids)
+        states = self._states.get(key)
         if states is None:
             states = backbone.base(input_ids=ids, use_cache=False).last_hidden_state[:, keep]
             if states.nbytes <= self._room:
                 self._room -= states.nbytes
-                self._states[batch] = states.cpu()
+                self._states[key] = states.cpu()
         return head_logits(backbone.model, states.to(ids.device))
+
+    def full_depth(self, ids: Tensor) -> list[Row] | None:
+        """The rows of a batch at full depth, if a router was measured on it before."""
+        return self._rows.get(_key(ids))
+
+    def keep_full_depth(self, ids: Tensor, rows: list[Row]) -> None:
+        """Remember the rows of a batch at full depth for the next router."""
+        self._rows[_key(ids)] = rows
+
+
+@torch.no_grad()
+def measure(
+    model: RoutedLM,
+    ids: Tensor,
+    windows: Sequence[int],
+    documents: Sequence[int],
+    keys: Iterable[int | str],
+    *,
+    prompt: int,
+    reference: Reference,
+) -> list[Row]:
+    """Rows of a batch of windows under the model's router, for each K and for each budget "auto".
+
+    Args:
+        ids: (B, T) long, on the model's device.
+        windows, documents: (B,) numbers of the windows, and of the documents that they come from.
+        keys: K, or "auto" and "auto:0.75", which choose K for each window from its prompt.
+        prompt: tokens at the start of each window that are not scored.
+        reference: gives the dense model's logits.
+    """
+    scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
+    targets, layers, rows = ids[:, scored + 1], model.geometry.layers, []
+    dense: Dense | None = None
+    context = None
+    for key in keys:
+        shared = key == layers and model.adapter is None
+        stored = reference.full_depth(ids) if shared else None
+        if stored is not None:
+            rows += stored
+            continue
+        if dense is None:
+            with model.stock():
+                dense = Dense(reference.dense(model.backbone, ids, scored))
+        if isinstance(key, str):
+            context = model.context(ids[:, :prompt]) if context is None else context
+            executed = model.choosing(key)(context)
+        else:
+            executed = torch.full((len(ids),), key)
+        output = model(ids, executed=executed, prompt=prompt, logits_to_keep=scored)
+        losses = cross_entropy(output.logits, targets), kl_to_dense(dense, output.logits)
+        sums = [[row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in losses]
+        new = [
+            Row(
+                window,
+                document,
+                key,
+                sums[0][row],
+                sums[1][row],
+                len(scored),
+                *_counts(output.executed[row][~output.sinks[row]]),
+                int(output.sinks[row].sum()),
+                int(executed[row]) if isinstance(key, str) else None,
+            )
+            for row, (window, document) in enumerate(zip(windows, documents, strict=True))
+        ]
+        rows += new
+        if shared:
+            reference.keep_full_depth(ids, new)
+    return rows
+
+
+def keys_of(model: RoutedLM, budgets: Iterable[float | str]) -> dict[float | str, int | str]:
+    """For each budget what `measure` takes: K, or "auto" as it is.
+
+    Raises:
+        BudgetError: out of range, or "auto" without a budget predictor.
+    """
+    for budget in budgets:
+        if auto_of(budget):
+            model.choosing(str(budget))
+    return {budget: str(budget) if auto_of(budget) else model.executed_layers(budget) for budget in budgets}
+
+
+def scores_from(rows: Iterable[Row], keys: Mapping[float | str, int | str]) -> list[Scores]:
+    """Scores for each budget in `keys`, from the rows of all windows in any order; rows that come twice count once."""
+    by_key: dict[int | str, dict[int, Row]] = {key: {} for key in keys.values()}
+    for row in rows:
+        by_key[row.key][row.window] = row
+    found = {key: _scores_at(key, [of[window] for window in sorted(of)]) for key, of in by_key.items()}
+    return [replace(found[key], budget=budget) for budget, key in keys.items()]
+
+
+def _scores_at(key: int | str, rows: Sequence[Row]) -> Scores:
+    places = {document: place for place, document in enumerate(sorted({row.document for row in rows}))}
+    loss, kl, tokens = (np.zeros(len(places)) for _ in range(3))
+    for row in rows:
+        place = places[row.document]
+        loss[place] += row.loss
+        kl[place] += row.kl
+        tokens[place] += row.tokens
+    mean = sum(row.total for row in rows) / sum(row.counted for row in rows)
+    executed = min(row.least for row in rows), mean, max(row.most for row in rows)
+    chosen = dict(Counter(row.chosen for row in rows)) if isinstance(key, str) else None
+    layers = round(mean) if isinstance(key, str) else key
+    return Scores(1.0, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)
+
+
+def _counts(ran: Tensor) -> tuple[int, int, int, int]:
+    """Least, most, sum and number of the layers (N,) that tokens ran."""
+    return int(ran.min()), int(ran.max()), int(ran.sum()), ran.numel()
+
+
+def _key(ids: Tensor) -> bytes:
+    return ids.cpu().numpy().tobytes()
 
 
 def as_json(scores: Sequence[Scores]) -> dict[str, Any]:

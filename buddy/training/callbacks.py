@@ -1,93 +1,102 @@
-"""Stopping in good order, checkpoints that are whole, and the progress of a training on one line."""
+"""Lightning callbacks and plugins: stopping after a step, checkpoints that are never half-written, a progress line."""
 
 from __future__ import annotations
 
 import io
+import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
 from pathlib import Path
+from textwrap import shorten
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from buddy.console import Bar, errors
+from buddy.errors import TrainingError
 from buddy.io import write_bytes, writing
 from buddy.run import Stopwatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")  # in a checkpoint
 
 
-class Keeper(Callback):
-    """Saves a checkpoint now and then, after the last step, and after Ctrl-C or SIGTERM, which stop after the step.
+class GracefulStop(Callback):
+    """Ctrl-C and SIGTERM stop the training after the step, in all processes; a second signal stops at once.
 
-    A second signal stops at once.
-
-    Args:
-        path: where the newest checkpoint is kept.
-        every: steps from one to the next.
+    Attributes:
+        requested: whether a signal came, to this process or to another of the run.
+        began: whether training was reached.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every, self.asked, self.began = path, every, False, False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Signals are taken within this block.
-
-        Raises:
-            KeyboardInterrupt: a second signal came.
-        """
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        self._listen()
-        try:
-            yield
-        except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
-            raise KeyboardInterrupt if self.asked else error from None
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+    def __init__(self) -> None:
+        self.requested = self.began = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = True
-        self._listen()  # again, since Lightning has put a handler of its own for SIGTERM in place
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)  # every process or none
-        trainer.should_stop = trainer.should_stop or self.asked
-        if trainer.global_step % self.every == 0:
-            trainer.save_checkpoint(self.path)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
-
-    def _listen(self) -> None:
+        # Lightning has put handlers of its own in place by now, and will put back those before them.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                signal.signal(number, self._ask)
+                signal.signal(number, self._request)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:  # amid a step
+            return
+        self.requested = trainer.strategy.reduce_boolean_decision(self.requested, all=False)  # every process or none
+        if self.requested:
+            trainer.should_stop, trainer.limit_val_batches = True, 0  # Lightning would validate once more
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         errors.print("Stopping after this step …")
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that a kill leaves the old one or the new one.
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps one checkpoint up to date: every so many steps, and when the training ends or is stopped.
+
+    Args:
+        path: of the checkpoint.
+        every: steps from one save to the next.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        super().__init__(
+            dirpath=path.parent,
+            save_top_k=0,
+            save_last=True,
+            every_n_train_steps=every,
+            enable_version_counter=False,
+        )
+        self.CHECKPOINT_NAME_LAST = path.stem
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass  # the checkpoint may come from another folder, which Lightning would warn of
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under another name and renames it, so that a kill leaves the old one or the new one whole.
 
     Lightning's own writes to the system's temporary folder first; from another disk that is a copy, which can be cut,
     and a kill leaves it there.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Raises RunError where the place cannot be written."""
+        """Raises RunError where the path cannot be written."""
         path, content = Path(path), io.BytesIO()
         torch.save(checkpoint, content)
         with writing(path):
@@ -95,21 +104,31 @@ class WholeCheckpoints(TorchCheckpointIO):
         write_bytes(path, content.getbuffer())
 
 
-class TrainingBar(Callback):
-    """Steps done, time so far, time left and the objective of the last step.
+class ProgressLine(ProgressBar):
+    """Steps done, time so far, time left and the objective of the last step, on the error stream.
+
+    Where that is no terminal, it is a plain line now and then.
 
     Args:
-        words: what is trained.
-        metric: under which the objective is logged.
+        description: what is going on.
+        metric: the name under which the objective is logged.
     """
 
-    def __init__(self, words: str, metric: str = "train/objective") -> None:
-        self._words, self._metric, self._note = words, metric, ""
+    def __init__(self, description: str, metric: str = "train/objective") -> None:
+        super().__init__()
+        self._description, self._metric, self._note = description, metric, ""
         self._bar: Bar | None = None
+        self._enabled = True
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self._bar = Bar(self._words, trainer.max_steps, trainer.global_step).__enter__()
+        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        self._open(total, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         objective = trainer.callback_metrics.get(self._metric)
@@ -121,13 +140,51 @@ class TrainingBar(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open(int(sum(trainer.num_test_batches)))
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self._bar:
+            self._bar.update(batch_idx + 1)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
+
+    def _open(self, total: int, done: int = 0) -> None:
+        if self._enabled:
+            self._bar = Bar(self._description, total, done).__enter__()
 
     def _close(self) -> None:
         if self._bar:
             self._bar.__exit__()
             self._bar = None
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raises TrainingError unless the file is a whole checkpoint of a training; what is pickled in it is not run."""
+    if not os.path.isfile(path):
+        raise TrainingError(f"There is no checkpoint {path}; leave ckpt_path out or name an existing file.")
+    try:
+        missing = {*NEEDED} - {*torch.load(path, map_location="cpu", weights_only=True)}
+        with zipfile.ZipFile(path) as parts:  # torch itself does not look at the sums
+            missing = missing or {name for name in [parts.testzip()] if name}
+    except Exception as error:  # cut, overwritten and foreign files show as a dozen kinds of error
+        missing = {type(error).__name__}
+    if missing:
+        raise unusable(path, ", ".join(sorted(missing)))
+
+
+def unusable(path: str | Path, reason: str) -> TrainingError:
+    """The error for a checkpoint that cannot be resumed from."""
+    return TrainingError(
+        f"The checkpoint {path} is damaged or not one of Buddy's ({shorten(reason, 200, placeholder=' …')}); delete it "
+        "and start anew, or name another as ckpt_path."
+    )
 
 
 class SaveSeconds(Callback):

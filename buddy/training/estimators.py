@@ -3,13 +3,17 @@
 An estimator takes windows and their budgets and returns a loss whose gradient moves the router. Two are for scores:
 `Perturbed` runs plans forward only and credits each token with what its own plan did; `StraightThrough` back-propagates
 through hard gates. `Weighted` is for layerwise routers, and the only one for them.
+
+Estimators are announced by the entry points of group `buddy.estimators`, as routers are, and made by `estimator_for`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +23,11 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.losses import Dense, Objective
 from buddy.plan import gate_order
-from buddy.router import Context, LayerwiseRouter
+from buddy.registry import ESTIMATORS, load
+from buddy.router import AnyRouter, Context, LayerwiseRouter
 
-TOLD = 2 * math.sqrt(
-    2 / math.pi
-)  # E[ε | ε > 0] − E[ε | ε < 0]: what running tells of the noise of a layer at the brink
+# E[ε | ε > 0] − E[ε | ε < 0]: how far apart the expected noise of a layer at the threshold is when it ran and when not
+NOISE_GAP = 2 * math.sqrt(2 / math.pi)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Batch:
     everyone: Tensor | None = None
     rank: int = 0
 
-    def places(self, layers: int) -> tuple[Tensor, int]:
+    def rows_below(self, layers: int) -> tuple[Tensor, int]:
         """Of the whole batch's rows below full depth L, the numbers of those that are here; and how many there are."""
         free = (self.executed if self.everyone is None else self.everyone).cpu() < layers
         here = slice(self.rank, None, len(free) // len(self.executed))
@@ -54,7 +58,7 @@ class Batch:
 
     def weight(self, layers: int) -> float:
         """What a mean over the rows below full depth counts, so that the mean over processes is that of the batch."""
-        here, all_of_them = self.places(layers)
+        here, all_of_them = self.rows_below(layers)
         if self.everyone is None or not all_of_them:
             return 1.0
         return len(here) * len(self.everyone) / (len(self.executed) * all_of_them)
@@ -66,7 +70,7 @@ class Estimate:
 
     Attributes:
         loss: scalar whose gradient with respect to the router is the estimate.
-        objective: (B,) mean objective of each row under the plans tried, in nats; nought at full depth under KL.
+        objective: (B,) mean objective of each row under the plans tried, in nats; 0 at full depth under KL.
         runs: (B, T, L) bool, the plans that the router's unperturbed scores ask for, or those of its gates when open
             means more likely than not.
         context: what the router saw, leading dimensions (B, T); None for a layerwise router, which saw hidden states.
@@ -81,13 +85,24 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """The interface of all."""
+    """The interface of all: a class made with an `Objective` and the options of a recipe's section `objective`."""
 
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
         """One step; `generator` is the only source of randomness, the same in each process of a batch.
 
-        What is drawn belongs to the window's place in the whole batch, so that shares of it draw what the whole does.
+        Draws belong to the window's number in the whole batch, so that a share of the batch draws what the whole does.
         """
+
+
+def estimator_for(router: AnyRouter, name: str, objective: Objective, options: Mapping[str, Any]) -> Estimator:
+    """The named estimator, made with those of the options that it takes; layerwise routers always have "weighted".
+
+    Raises:
+        RegistryError: unknown, cannot be imported, or not an estimator.
+    """
+    cls = load("weighted" if isinstance(router, LayerwiseRouter) else name, ESTIMATORS)
+    accepted = inspect.signature(cls).parameters
+    return cls(objective, **{key: value for key, value in options.items() if key in accepted})
 
 
 class Perturbed:
@@ -96,11 +111,12 @@ class Perturbed:
     Exact top-k of s ± σε in antithetic pairs, forward only. Each token is credited with its own objective against the
     mean over the plans tried for that token: ∂E[f]/∂s ≈ mean_p (f_p − mean f) E[ε_p | m_p] / σ. What the noise did
     shows in the plan m alone, so in place of ε stands its expectation given the plan (Rao–Blackwell), near enough
-    `TOLD` · (m − mean m): a layer that ran in every plan tried, or in none, is told nothing. Gates stay hard, and the
-    pull "more compute is better", common to all layers, is nought because the count is fixed.
+    `NOISE_GAP` · (m − mean m): a layer that ran in every plan tried, or in none, gets no gradient. Gates stay hard, and
+    the pull "more compute is better", common to all layers, is zero because the count is fixed.
 
     A part of the noise is shared by all tokens of a window: a token then reads keys and values of tokens whose plans
-    moved as its own did, so that its credit holds what such a move does through them, and not their own wanderings.
+    changed as its own did, so that its credit includes the effect of such a change through them, and not their own
+    independent noise.
 
     Args:
         objective: what a plan is judged by.
@@ -114,19 +130,20 @@ class Perturbed:
 
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
         context, dense, targets = _dense_pass(routed, batch)
-        scores = routed.router.score(context)
+        scores = _scores(routed, context)
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
         value = torch.zeros(len(batch.input_ids), device=scores.device)
-        free = (batch.executed < routed.geometry.layers).nonzero()[:, 0]  # full depth leaves nothing to try
+        free = (batch.executed < routed.geometry.layers).nonzero()[:, 0]  # at full depth there is only one plan
         if not len(free):
             return Estimate(scores.sum() * 0.0, value, runs, context, dense)
         part = replace(batch, input_ids=batch.input_ids[free], executed=batch.executed[free])
-        places = batch.places(routed.geometry.layers)
-        tried, plans = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator, places)
+        rows = batch.rows_below(routed.geometry.layers)
+        tried, plans = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator, rows)
         value[free] = tried.mean((0, 2))
         first, routable = routed.geometry.context_layer, routed.geometry.routable
         direction = _direction(tried, plans[..., first : first + routable], self.sigma)
-        credited = routed.held(scores, batch.prompt)[free][:, batch.scored]  # who follows a decision credits its maker
+        # A token that follows an earlier token's decision gives its credit to the scores of that token.
+        credited = routed.held(scores, batch.prompt)[free][:, batch.scored]
         loss = (direction * credited).sum(-1).mean() * batch.weight(routed.geometry.layers)
         return Estimate(loss, value, runs, context, dense)
 
@@ -139,10 +156,10 @@ class Perturbed:
         dense: Dense,
         targets: Tensor,
         generator: torch.Generator,
-        places: tuple[Tensor, int],
+        numbers: tuple[Tensor, int],
     ) -> tuple[Tensor, Tensor]:
         """Objectives (M, B, S) of M plans and the plans themselves (M, B, S, L) bool; all in one forward."""
-        noise = self._noise(scores, generator, *places)
+        noise = self._noise(scores, generator, *numbers)
         rows, executed = (x.repeat(self.plans, *[1] * (x.dim() - 1)) for x in (batch.input_ids, batch.executed))
         runs = routed.plan((scores + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
         logits = routed(rows, runs=runs, logits_to_keep=batch.scored).logits.unflatten(0, (self.plans, -1))
@@ -159,11 +176,11 @@ class Perturbed:
 
 
 def _direction(values: Tensor, runs: Tensor, sigma: float) -> Tensor:
-    """(B, S, R): how the scores should not move. Rows are put on one scale, or deep budgets would never be heard."""
+    """(B, S, R): the gradient for the scores. Rows are put on one scale, or deep budgets would have no weight."""
     credit = values - values.mean(0)
     credit = credit / (values.std(0).mean(-1, keepdim=True) + 1e-6)
     runs = runs.to(credit)
-    return TOLD / sigma * (credit[..., None] * (runs - runs.mean(0))).mean(0)
+    return NOISE_GAP / sigma * (credit[..., None] * (runs - runs.mean(0))).mean(0)
 
 
 class StraightThrough:
@@ -181,7 +198,7 @@ class StraightThrough:
 
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
         context, dense, targets = _dense_pass(routed, batch)
-        scores = routed.router.score(context)
+        scores = _scores(routed, context)
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
         gates = self._gates(routed, routed.held(scores, batch.prompt), runs)
         logits = routed(batch.input_ids, runs=runs, gates=gates, logits_to_keep=batch.scored).logits
@@ -235,7 +252,7 @@ class Weighted:
 
 
 def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]:
-    """The router's context for every token, the asked K in it; the dense distribution; the next tokens (B, S)."""
+    """The router's context for every token, with the asked K; the dense distribution; the next tokens (B, S)."""
     if isinstance(routed.router, LayerwiseRouter):
         name = type(routed.router).__name__
         raise TrainingError(f"{name} decides layer by layer and has no scores; train it by the weights of its gates.")
@@ -245,3 +262,9 @@ def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]
         executed = batch.executed[:, None].expand(batch.input_ids.shape)
         context = Context(seen.pooled, seen.newest, seen.hidden, executed)
         return context, Dense(output.logits), batch.input_ids[:, batch.scored + 1]
+
+
+def _scores(routed: RoutedLM, context: Context) -> Tensor:
+    """(B, T, R): the router's scores, in float32 under mixed precision too, since near ties decide plans."""
+    with torch.autocast(context.hidden.device.type, enabled=False):
+        return routed.router.score(context)

@@ -27,7 +27,7 @@ def recipe(datasets_cache, tmp_path_factory) -> Recipe:
 @pytest.fixture(scope="module")
 def data(recipe) -> TextData:
     sizes = {"calibration_windows": 2, "validation_windows": 2, "test_windows": 6}
-    text = TextData(tiny_tokenizer(), recipe.data.source, window=48, **sizes)
+    text = TextData(recipe.data.source, tiny_tokenizer(), window=48, **sizes)
     text.setup()
     return text
 

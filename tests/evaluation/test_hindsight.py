@@ -11,7 +11,7 @@ from buddy.build import load_model
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
 from buddy.run import read_run
-from buddy.scoring.perplexity import evaluate
+from buddy.training.module import evaluate
 from studies.hindsight import hindsight, main, search
 
 APP = typer.Typer()

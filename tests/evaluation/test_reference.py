@@ -6,11 +6,12 @@ import torch
 
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.scoring.perplexity import Reference, Scores, evaluate, scores_of, with_documents
+from buddy.scoring.perplexity import Reference, Scores, scores_of, with_documents
+from buddy.training.module import evaluate
 from tests.engine.reference import Fickle
 from tests.tiny import FAMILIES, tiny_backbone
 
-IDS = torch.randint(3, 259, (5, 18), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(3, 258, (5, 18), generator=torch.Generator().manual_seed(0))
 WINDOWS = Windows(IDS, torch.tensor([0, 1, 1, 2, 3]))
 KEEP = torch.arange(4, 17)
 
@@ -27,7 +28,7 @@ def test_logits_are_the_stock_models_to_the_bit_the_first_time_and_later(family)
     backbone = tiny_backbone(family)
     expected, reference = backbone.model(IDS, logits_to_keep=KEEP).logits, Reference()
     for _ in range(2):
-        assert torch.equal(reference.dense(backbone, 0, IDS, KEEP), expected)
+        assert torch.equal(reference.dense(backbone, IDS, KEEP), expected)
 
 
 def test_a_batch_is_computed_once_as_long_as_there_is_room():
@@ -37,32 +38,24 @@ def test_a_batch_is_computed_once_as_long_as_there_is_room():
     for most, expected in ((states, 1 + 2), (2 * states, 2), (0, 4)):
         reference = Reference(most)
         calls.clear()
-        for batch in (0, 3, 0, 3):
-            reference.dense(backbone, batch, IDS, KEEP)
+        for ids in (IDS, IDS + 1, IDS, IDS + 1):
+            reference.dense(backbone, ids, KEEP)
         assert len(calls) == expected
 
 
-def test_sharing_changes_no_number():
-    backbone, reference, found = tiny_backbone(), Reference(), []
+def test_sharing_changes_no_number_and_full_depth_runs_once():
+    backbone, reference, forwards = tiny_backbone(), Reference(), []
     for seed in (1, 2):
         torch.manual_seed(seed)
         routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
         options = {"prompt": 5, "batch_size": 2}
         alone = evaluate(routed, WINDOWS, [1.0, 0.99, 0.75, 0.5], **options)
+        routed.register_forward_hook(lambda *_, seed=seed: forwards.append(seed))
         shared = evaluate(routed, WINDOWS, [1.0, 0.99, 0.75, 0.5], reference=reference, **options)
         routed.detach()
         for one, other in zip(alone, shared, strict=True):
             assert_equal(one, other)
-        found.append(shared)
-    assert found[0][0].loss is found[1][1].loss, "full depth ran once"
-
-
-def test_nothing_runs_where_all_is_known():
-    backbone, reference = tiny_backbone(), Reference()
-    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
-    evaluate(routed, WINDOWS, [1.0], prompt=5, reference=reference)
-    (again,) = evaluate(routed, WINDOWS, [1.0], prompt=5, reference=reference, track=lambda _: pytest.fail("it ran"))
-    assert again.layers == 6
+    assert (forwards.count(1), forwards.count(2)) == (9, 6), "three batches at three depths, then at two"
 
 
 def test_scores_are_read_back_to_the_bit():

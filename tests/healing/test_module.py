@@ -13,7 +13,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
 from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
-from buddy.training.healing import HealingModule, Together
+from buddy.training.healing import HealingModule, Joint
 from buddy.training.module import NotFinite
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
@@ -21,24 +21,24 @@ from tests.engine.reference import Fickle, FickleGates
 from tests.healing.made import IDS, factors, new_adapter, stirred
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
-GRID = [6, 4, 3]
-SETTINGS = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.0, "clip": 10.0, "seed": 0}
+GRID, BUDGETS = [6, 4, 3], [1.0, 0.75, 0.5]
+SETTINGS = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2}
 
 
-def make(router=Fickle, objective=None, together=None, identity=None, policy="fill", adapter=None, **settings):
+def make(router=Fickle, objective=None, joint=None, identity=None, policy="fill", adapter=None, **settings):
     backbone = tiny_backbone("llama")
     torch.manual_seed(0)
     routed = RoutedLM(backbone, router(geometry_of(backbone)), policy=policy)
     routed.adapt(new_adapter(backbone, **(adapter or {})))
     routed.adapter.train()
-    if together is None:
+    if joint is None:
         routed.router.requires_grad_(False)
     return HealingModule(
         routed,
-        objective or Objective(),
-        GRID,
+        budgets=BUDGETS,
+        objective=objective,
         identity=identity or {"the router": "one"},
-        together=together,
+        joint=joint,
         **{**SETTINGS, **settings},
     )
 
@@ -51,16 +51,16 @@ def run(small, tmp_path):
         with quiet():
             trainer = lightning.Trainer(
                 max_steps=steps,
-                max_epochs=-1,
                 accelerator="cpu",
                 default_root_dir=tmp_path,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
+                limit_val_batches=0,
                 **options,
             )
-            data = TextData(tiny_tokenizer(), str(small.text), window=32, steps=steps)
+            data = TextData(str(small.text), tiny_tokenizer(), window=32)
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         return trainer
 
@@ -75,7 +75,7 @@ def test_the_loss_is_the_objective_against_the_stock_model():
     module = make(objective=Objective(0.7, 0.3))
     stirred(module.adapter)
     loss, value = module._healing(batch(3, 6))
-    routed = module.routed
+    routed = module.model
     logits = routed(IDS[:2], executed=torch.tensor([3, 6])).logits[:, 7:19]
     stock = tiny_backbone("llama").model(IDS[:2]).logits[:, 7:19].log_softmax(-1)
     kl = (stock.exp() * (stock - logits.log_softmax(-1))).sum(-1)
@@ -101,14 +101,14 @@ def test_steps_on_a_batch_bring_its_routed_outputs_near_to_the_stock_model(route
 @pytest.mark.parametrize("router", [BuddyRouter, FickleGates])
 def test_only_the_adapter_is_trained(run, router):
     module = make(router)
-    before = copy.deepcopy(module.routed.router.state_dict()), factors(module.adapter)
+    before = copy.deepcopy(module.model.router.state_dict()), factors(module.adapter)
     run(module, 2)
-    assert all(torch.equal(before[0][name], value) for name, value in module.routed.router.state_dict().items())
+    assert all(torch.equal(before[0][name], value) for name, value in module.model.router.state_dict().items())
     assert all(not torch.equal(before[1][name], value) for name, value in factors(module.adapter).items())
-    assert not any(parameter.grad is not None for parameter in module.routed.router.parameters())
-    module.routed.detach()
+    assert not any(parameter.grad is not None for parameter in module.model.router.parameters())
+    module.model.detach()
     stock = tiny_backbone("llama").model.state_dict()
-    assert all(torch.equal(stock[name], value) for name, value in module.routed.backbone.model.state_dict().items())
+    assert all(torch.equal(stock[name], value) for name, value in module.model.backbone.model.state_dict().items())
 
 
 class Seen(Objective):
@@ -162,8 +162,8 @@ ESTIMATORS = [(BuddyRouter, Perturbed), (BuddyRouter, StraightThrough), (FiRST, 
 
 
 @pytest.mark.parametrize(("router", "estimator"), ESTIMATORS)
-def test_together_router_and_adapter_both_learn(run, router, estimator):
-    module = make(router, together=Together(estimator(Objective()), lr=1e-2))
+def test_jointly_router_and_adapter_both_learn(run, router, estimator):
+    module = make(router, joint=Joint(estimator(Objective()), lr=1e-2))
     before = copy.deepcopy(module.router.state_dict()), factors(module.adapter)
     run(module, 3)
     changed = [name for name, value in module.router.state_dict().items() if not torch.equal(before[0][name], value)]
@@ -173,8 +173,8 @@ def test_together_router_and_adapter_both_learn(run, router, estimator):
     assert rates == [1e-2, *(1e-2 * group["scale"] for group in module.router.parameter_groups())]
 
 
-def test_together_the_dense_reference_is_the_stock_model():
-    module = make(BuddyRouter, together=Together(Perturbed(Objective()), lr=1e-2))
+def test_jointly_the_dense_reference_is_the_stock_model():
+    module = make(BuddyRouter, joint=Joint(Perturbed(Objective()), lr=1e-2))
     seen = []
 
     class Reference(Objective):
@@ -182,9 +182,9 @@ def test_together_the_dense_reference_is_the_stock_model():
             seen.append(dense.probability)
             return super().__call__(dense, logits, targets)
 
-    module.objective = module.together.estimator.objective = Reference()
+    module.objective = module.joint.estimator.objective = Reference()
     stirred(module.adapter)
-    module._together(batch(3, 4), torch.Generator().manual_seed(0))
+    module._joint(batch(3, 4), torch.Generator().manual_seed(0))
     stock = tiny_backbone("llama").model(IDS[:2]).logits[:, 7:19].softmax(-1)
     assert len(seen) == 5
     for probability in seen:
@@ -231,14 +231,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run):
     assert all(torch.equal(before[name], value) for name, value in factors(module.adapter).items())
 
 
-@pytest.mark.parametrize("together", [Together(Perturbed(Objective()), 1e-2), None])
-def test_the_stock_model_runs_once_a_step(monkeypatch, together):
-    module, passes = make(together=together), []
-    stock = module.routed.backbone.model.forward
+@pytest.mark.parametrize("joint", [Joint(Perturbed(Objective()), 1e-2), None])
+def test_the_stock_model_runs_once_a_step(monkeypatch, joint):
+    module, passes = make(joint=joint), []
+    stock = module.model.backbone.model.forward
     monkeypatch.setattr(
-        module.routed.backbone.model, "forward", lambda **given: passes.append(module.adapter._is_off) or stock(**given)
+        module.model.backbone.model, "forward", lambda **given: passes.append(module.adapter._is_off) or stock(**given)
     )
-    module._together(batch(3, 4), torch.Generator()) if together else module._healing(batch(3, 4))
+    module._joint(batch(3, 4), torch.Generator()) if joint else module._healing(batch(3, 4))
     assert sum(passes) == 1
 
 

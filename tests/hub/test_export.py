@@ -22,7 +22,7 @@ from buddy.hub.export import OnePlan, export_run, is_mixed, largest_difference, 
 from buddy.hub.push_pull import pull, push
 from buddy.inspection.routing import most_frequent
 from buddy.run import read_run
-from buddy.scoring.perplexity import evaluate
+from buddy.training.module import evaluate
 from tests.engine.reference import Fickle, FickleGates, reference_logits
 from tests.small import write_text
 from tests.tiny import FAMILIES, tiny_backbone, tiny_folder, tiny_model

@@ -13,7 +13,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
 from buddy.evaluation.evaluate import evaluate_run
 from buddy.run import read_run
-from buddy.scoring.perplexity import evaluate
+from buddy.training.module import evaluate
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 

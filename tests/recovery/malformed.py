@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from buddy.backbone.load import load_backbone
 from buddy.config import Recipe, flatten, load_recipe
 from buddy.data.text import load_texts
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
-from buddy.fit import check_checkpoint
 from buddy.router import Geometry
-from buddy.run import RunFolder, update_checksums
-from tests.comparison.made import record
+from buddy.run import RunFolder
+from buddy.training.callbacks import check_checkpoint
+from tests.evaluation.made import record
 from tests.recovery.asking import ask
 from tests.small import Small
 
+GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
 PLANTED = "planted"  # a file that the tags below would make, if anything ran them
 SPECIAL = [
     "${oc.env:HOME}",
@@ -183,26 +184,26 @@ def check_recipe(bench: Bench, content: bytes) -> None:
 
 
 def _begun(bench: Bench, recipe: Recipe, name: str) -> None:
-    """The run folder of a recipe that was accepted; deep enough in a folder that `..` does not lead out of it."""
+    """What a fit makes of a recipe that was accepted; deep enough in a folder that `..` does not lead out of it."""
     deep = bench.work.joinpath(*"abcdefgh")
     held = replace(recipe, output=f"{deep}/{recipe.output.lstrip('/')}")
-    run = RunFolder.of(held, name)
-    assert run.path.parent.parent.parent == Path(held.output)
-    with run.lock():
-        work = run.begin(held, name, {"model": "0"}, Geometry(layers=6, context_layer=1, hidden=64, features=32))
+    folder = RunFolder.of(held, name)
+    assert folder.path.parent.parent.parent == Path(held.output)
+    with folder.lock():
+        work = folder.begin(held, name, {"model": ""}, GEOMETRY)
         assert flatten(held)
         assert work.is_relative_to(bench.work)
     shutil.rmtree(bench.work / "a")
 
 
 def check_run(bench: Bench, name: str, content: bytes) -> None:
-    """`buddy evaluate` of a run of which a file is damaged, with checksums of the damaged file."""
+    """`buddy evaluate` of a run of which a file is damaged, and no checksum tells."""
     run = bench.work / "run"
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(bench.run, run, ignore=shutil.ignore_patterns("checkpoints", "*.png", "*tfevents*"))
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "checksums": {}}))
     (run / name).write_bytes(content)
-    with suppress(BuddyError):
-        update_checksums(run)
     if name == "recipe.yaml" and _walks(run / name):
         return
     ask("evaluate", "--run", run, "--budgets", "0.5")
@@ -254,7 +255,7 @@ def check_saved(bench: Bench, content: bytes) -> None:
 def _kinds(bench: Bench) -> dict[str, tuple[float, st.SearchStrategy[Any], Callable[..., None]]]:
     """What is made malformed: its share of the examples, the arguments of its check, the check."""
     runs = {name: (bench.run / name).read_bytes() for name in ("run.json", "recipe.yaml", "router.safetensors")}
-    facts = json.loads(runs["run.json"])
+    facts = {**json.loads(runs["run.json"]), "checksums": {}}
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
     model = {name: (bench.small.model / name).read_bytes() for name in names}
     text, made = bench.small.text.read_bytes()[:2000], json.loads(json.dumps(record()))

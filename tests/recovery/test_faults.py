@@ -1,20 +1,31 @@
-"""Damaged files, full and read-only disks, kills: one sentence, and what was complete stays as it was."""
+"""Kills, full and read-only disks, two fits at once, damaged files: one sentence, and what was good stays as it was."""
 
+import gc
 import os
+import shutil
 import signal
-import time
+import sys
 from pathlib import Path
 
 import pytest
 
+from buddy.backbone import embedded
+from buddy.cli.app import app
+from buddy.config import Recipe
+from buddy.errors import RunError
 from buddy.fit import fit
 from buddy.io import load_tensors
+from buddy.run import RunFolder, check_backbone, read_run
 from tests.recovery.asking import ask, refused
-from tests.recovery.files import DAMAGES, FailingDisk, contents, copied, mount, small_disk
-from tests.small import only_seeds, start_buddy, write_text
+from tests.recovery.damage import DAMAGES, contents, copied
+from tests.recovery.disks import FailingDisk, mount, small_disk
+from tests.small import write_text
 
 TRAINED = ["rivals=[]", "router.options.prior=none", "trainer.max_steps=6", "checkpoint_every=2"]
-# Each verb that reads a run, with its other options; "{new}" is a path where nothing is.
+STATIC = ["rivals=[]", "router=uniform", "budgets=[1.0]"]
+READ = ["recipe.yaml", "run.json", "inputs.json", "metrics.json", "router.safetensors"]  # of a run, by its readers
+
+# Each verb that reads a run, with what it needs beside; "{new}" is a path where nothing is.
 READERS = {
     "evaluate": ["--budgets", "0.5"],
     "generate": ["--budget", "0.5", "text"],
@@ -23,26 +34,19 @@ READERS = {
     "export": ["--budget", "0.5", "--out", "{new}"],
     "push": ["--to", "{new}"],
 }
-DAMAGED = [
-    *(("router.safetensors", kind) for kind in ("missing", "cut", "flipped", "a folder")),
-    *(("recipe.yaml", kind) for kind in ("empty", "flipped", "noise")),
-    *(("run.json", kind) for kind in ("cut", "another mapping")),
-    *(("metrics.json", kind) for kind in ("cut", "flipped")),
-    ("inputs.json", "flipped"),
-]
 
 
 @pytest.fixture(scope="module")
 def run(small, tmp_path_factory) -> Path:
-    """The complete run of a trained router."""
+    """A complete run of a trained router."""
     output = tmp_path_factory.mktemp("run")
     fit(small(output, *TRAINED), "small")
-    return only_seeds(output / "small") / "buddy"
+    return output / "small" / "buddy" / "seed-0"
 
 
 @pytest.fixture
 def again(small, tmp_path):
-    """`buddy fit` of that run into a folder; the sentence it ends with, None where it went well."""
+    """`buddy fit` of that run into a folder; its error, or None."""
 
     def again(output: Path = tmp_path, *overrides: str) -> str | None:
         return ask("fit", "--recipe", small.file, f"output={output}", *TRAINED, *overrides)
@@ -50,43 +54,84 @@ def again(small, tmp_path):
     return again
 
 
+@pytest.fixture
+def unfinished(run, small, tmp_path) -> Path:
+    """The run as a kill after its training left it, in `tmp_path`; `again` resumes it."""
+    folder = copied(run, tmp_path / "small" / "buddy" / "seed-0")
+    for name in ("router.safetensors", "metrics.json"):
+        (folder / name).unlink()
+    return folder
+
+
 def same_router(one: Path, other: Path) -> None:
-    """Fails where the routers of two runs differ."""
     states = [load_tensors(folder / "router.safetensors") for folder in (one, other)]
     assert states[0].keys() == states[1].keys()
     assert all(states[0][name].equal(states[1][name]) for name in states[0])
 
 
-# Damaged files
+# Damaged
+
+
+def test_every_verb_that_reads_a_run_is_here():
+    from typer.main import get_command
+
+    commands = get_command(app).commands
+    assert {name for name, each in commands.items() if any("--run" in p.opts for p in each.params)} == {*READERS}
 
 
 @pytest.mark.parametrize("verb", READERS)
 def test_a_damaged_run_is_refused_and_left_alone(run, tmp_path, verb):
     new = tmp_path / "new"
     options = [str(new) if word == "{new}" else word for word in READERS[verb]]
-    for name, kind in DAMAGED:
+    for name, damage in (("router.safetensors", "flipped"), ("metrics.json", "cut"), ("recipe.yaml", "a folder")):
         folder = copied(run, tmp_path / "buddy")
-        DAMAGES[kind](folder / name)
+        DAMAGES[damage](folder / name)
         before = contents(folder)
-        assert name in refused(verb, "--run", folder, *options), (name, kind)
+        assert name in refused(verb, "--run", folder, *options)
         assert contents(folder) == before
         assert not new.exists()
 
 
-def stopped(run: Path, output: Path) -> Path:
-    """The run as a kill after its training leaves it, in an output folder."""
-    folder = copied(run, output / "small" / "buddy" / "seed-0")
-    for name in ("router.safetensors", "metrics.json"):
-        (folder / name).unlink()
-    recipe = (folder / "recipe.yaml").read_text().splitlines()
-    recipe = [f"output: {output}" if line.startswith("output:") else line for line in recipe]
-    (folder / "recipe.yaml").write_text("\n".join(recipe) + "\n")
-    return folder
+def test_the_readers_read_no_other_file(run, tmp_path):
+    folder, seen = copied(run, tmp_path / "buddy"), set()
+    sys.addaudithook(lambda event, args: event == "open" and seen.add(str(args[0])))
+    for verb in ("evaluate", "generate"):
+        assert ask(verb, "--run", folder, *READERS[verb]) is None
+    assert {Path(path).name for path in seen if path.startswith(str(folder))} == {*READ}
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
-def test_a_damaged_checkpoint_is_refused_and_kept(run, again, tmp_path, damage):
-    last = stopped(run, tmp_path) / "checkpoints" / "last.ckpt"
+@pytest.mark.parametrize("name", ["run.json", "metrics.json"])
+def test_no_bit_does_harm(run, tmp_path, name):
+    folder = copied(run, tmp_path / "buddy")
+    path, whole = folder / name, (folder / name).read_bytes()
+    for at in range(0, len(whole), 1 + len(whole) // 60):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(RunError):
+            check_backbone(read_run(folder), "")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "another mapping"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", embedded.RECORD, embedded.STAMP])
+def test_a_damaged_converted_model_is_converted_again(tmp_path, monkeypatch, name, damage):
+    def write(source: Path, folder: Path) -> None:
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 9)
+
+    monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(embedded, "_write_model", write)
+    monkeypatch.setattr(embedded, "_wheel_file", lambda: Path("model.gguf"))
+    folder = embedded.smollm2_folder()
+    model = contents(folder)
+    DAMAGES[damage](folder / name)
+    assert embedded.smollm2_folder() == folder
+    assert embedded.fault(folder) is None
+    assert all(contents(folder)[each] == model[each] for each in ("config.json", "model.safetensors"))
+    assert [path.name for path in folder.parent.iterdir() if path.suffix != ".lock"] == [folder.name]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut at the end", "flipped", "pickle"])
+def test_a_damaged_checkpoint_is_refused(unfinished, again, tmp_path, damage):
+    last = unfinished / "checkpoints" / "last.ckpt"
     DAMAGES[damage](last)
     before = last.read_bytes()
     assert str(last) in again()
@@ -94,11 +139,181 @@ def test_a_damaged_checkpoint_is_refused_and_kept(run, again, tmp_path, damage):
     assert str(last) in again(tmp_path / "other", f"ckpt_path={last}")
 
 
-def test_a_run_that_was_stopped_after_training_is_completed(run, again, tmp_path):
-    folder = stopped(run, tmp_path)
-    (folder / "run.json").write_bytes(b"\xff not that")  # not needed to resume
+def test_a_checkpoint_of_an_unknown_recipe_is_kept(unfinished, again, tmp_path):
+    DAMAGES["cut"](unfinished / "recipe.yaml")
+    before = contents(unfinished)
+    assert str(unfinished) in again()
+    assert contents(unfinished) == before
+    assert again(tmp_path / "other", f"ckpt_path={unfinished}/checkpoints/last.ckpt") is None
+
+
+@pytest.mark.parametrize("name", ["run.json", "inputs.json", "hparams.yaml"])
+def test_files_that_are_not_needed_to_resume_may_be_damaged(run, unfinished, again, capsys, name):
+    (unfinished / name).write_bytes(b"\xff not that")
     assert again() is None
-    same_router(run, folder)
+    same_router(run, unfinished)
+
+
+# Reused and made again
+
+
+def test_complete_runs_are_reused_and_damaged_ones_made_again(small, run, tmp_path):
+    recipe = small(tmp_path, *TRAINED[1:], "rivals=[uniform]")
+    fit(recipe, "small")
+    folders = {name: tmp_path / "small" / name / "seed-0" for name in ("uniform", "buddy")}
+    before = {name: contents(folder) for name, folder in folders.items()}
+    fit(recipe, "small")
+    for name, folder in folders.items():
+        assert {**contents(folder), "comparison.png": b""} == {**before[name], "comparison.png": b""}
+    DAMAGES["flipped"](folders["buddy"] / "router.safetensors")
+    fit(recipe, "small")
+    same_router(run, read_run(folders["buddy"]).folder)
+    assert contents(folders["uniform"]) == before["uniform"]
+
+
+def test_a_rival_that_is_complete_is_not_fitted_again(small, tmp_path, monkeypatch):
+    recipe = small(tmp_path, *TRAINED, "rivals=[uniform]")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("buddy.fit.train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(recipe, "small")
+    uniform = tmp_path / "small" / "uniform" / "seed-0"
+    before = contents(uniform)
+    fit(recipe, "small")
+    assert contents(uniform) == before
+
+
+def test_a_checkpoint_of_the_run_that_is_made_again(small, run, tmp_path):
+    folder = copied(run, tmp_path / "small" / "buddy" / "seed-0")
+    longer = [*TRAINED, "trainer.max_steps=7", f"ckpt_path={folder}/checkpoints/last.ckpt"]
+    fit(small(tmp_path, *longer), "small")
+    assert read_run(folder).recipe.trainer["max_steps"] == 7
+
+
+# Killed
+
+
+def fit_killed(recipe: Recipe, write: int) -> bool:
+    """Fit in a fork, killed before the so many-th file that it writes; whether it came that far."""
+    pid = os.fork()
+    if not pid:
+        replace, left = os.replace, [write]
+
+        def counted(*given: object) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*given)
+
+        os.replace = counted
+        try:
+            fit(recipe, "small")
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_fit_that_is_killed_at_any_file_resumes(small, run, tmp_path, refit):
+    """Each time the next fit ends with the run that an undisturbed one makes; a run to be replaced stays until then."""
+    write = 1
+    while True:
+        output = tmp_path / str(write)
+        if refit:
+            fit(small(output, *STATIC, "router=buddy", "router.options.prior=none", "trainer.max_steps=1"), "small")
+        folder = RunFolder.of(small(output, *TRAINED), "small")
+        killed = fit_killed(small(output, *TRAINED), write)
+        assert folder.is_complete or not refit
+        if folder.is_complete:
+            assert read_run(folder.path).recipe.trainer["max_steps"] in (1, 6)
+        fit(small(output, *TRAINED), "small")
+        same_router(run, folder.path)
+        assert not [path for path in output.rglob(".*") if path.suffix != ".lock"]
+        if not killed:
+            break
+        write += 3
+    assert write > 6
+
+
+# Full
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["8k", "300k"])
+def test_a_small_disk(run, again, tmp_path, size):
+    with small_disk(tmp_path / "disk", size) as disk:
+        said = again(disk / "runs")
+        folder = disk / "runs" / "small" / "buddy" / "seed-0"
+        assert "No space left on device" in said
+        assert not (folder / "metrics.json").exists()
+        assert not list(disk.rglob("*.part"))
+        assert mount(disk, "remount,size=8m")
+        assert again(disk / "runs") is None
+        same_router(run, folder)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_file(small, tmp_path):
+    """Every third file of a fit in turn finds the disk full, while there is a complete run to be spoilt."""
+    recipe = ["fit", "--recipe", small.file, f"output={tmp_path}", *STATIC]
+    assert ask(*recipe) is None
+    folder = tmp_path / "small" / "uniform" / "seed-0"
+    before, number = contents(folder), 1
+    while True:
+        with FailingDisk(tmp_path / "small", number).under() as disk:
+            said = ask(*recipe, "data.test_windows=5")
+        if len(disk.opened) < number:
+            break
+        failed = disk.opened[number - 1]
+        assert "No space left on device" in said, failed
+        assert "/seed-0/" in failed or contents(folder) == before, failed
+        assert not list(tmp_path.rglob("*.part")), failed
+        number += 3
+    assert number > 6
+    assert said is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that datasets does not close
+def test_a_full_cache_of_text(small, tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", "20k") as disk:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", disk)
+        text = write_text(tmp_path / "new.jsonl", seed=77)
+        said = refused("fit", "--recipe", small.file, f"output={tmp_path}/runs", f"data.source={text}", *STATIC)
+        assert str(text) in said
+        assert "No space left on device" in said
+        assert not (tmp_path / "runs").exists()
+    gc.collect()  # here, and not in another test
+
+
+# Read-only, and two at once
+
+
+def test_a_disk_that_is_read_only(run, again, tmp_path):
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        folder = copied(run, disk / "small" / "buddy" / "seed-0")
+        before = contents(folder)
+        assert mount(disk, "remount,ro")
+        assert "Read-only file system" in again(disk, "trainer.max_steps=7")
+        assert ask("evaluate", "--run", folder, "--budgets", "0.5") is None
+        assert "read-only" in refused("evaluate", "--run", folder, "--budgets", "0.5", "--json", disk / "x.json")
+        assert "Read-only" in refused("inspect", "--run", folder, "--text", "some text", "--budget", "0.5")
+        assert contents(folder) == before
+
+
+def test_a_second_fit_does_nothing(small, tmp_path):
+    folder = RunFolder.of(small(tmp_path), "small")
+    with folder.lock():
+        assert str(folder.path) in refused("fit", "--recipe", small.file, f"output={tmp_path}", "rivals=[uniform]")
+    assert not folder.path.exists()
+    assert not (tmp_path / "small" / "uniform" / "seed-0").exists()
+
+
+# A comparison
 
 
 @pytest.fixture(scope="module")
@@ -112,94 +327,29 @@ def made(small, tmp_path_factory) -> tuple[Path, list[str]]:
     return folder / "out", words
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_evaluation_of_a_comparison_is_made_again(made, tmp_path, damage):
-    out = copied(made[0], tmp_path / "out")
-    (path,) = out.rglob("evaluations/other.json")
-    before = path.read_bytes()
-    DAMAGES[damage](path)
-    assert ask(*made[1], out) is None
-    assert path.read_bytes() == before
+class TestComparison:
+    """`buddy compare` over what it left before."""
 
+    @pytest.mark.parametrize("damage", ["cut", "flipped"])
+    def test_a_damaged_evaluation_is_made_again(self, made, tmp_path, damage):
+        out = copied(made[0], tmp_path / "out")
+        (path,) = out.glob("**/uniform/seed-0/evaluations/other.json")
+        whole = path.read_bytes()
+        DAMAGES[damage](path)
+        assert ask(*made[1], out) is None
+        assert path.read_bytes() == whole
 
-def test_a_damaged_run_of_a_comparison_is_refused_and_kept(made, tmp_path):
-    out = copied(made[0], tmp_path / "out")
-    (path,) = out.rglob("metrics.json")
-    DAMAGES["flipped"](path)
-    before = contents(out)
-    said = refused(*made[1], out)
-    assert str(path.parent) in said
-    assert path.name in said
-    assert contents(out) == before
+    @pytest.mark.parametrize(("name", "damage"), [("metrics.json", "flipped"), ("inputs.json", "cut")])
+    def test_a_damaged_run_is_refused(self, made, tmp_path, name, damage):
+        out = copied(made[0], tmp_path / "out")
+        (path,) = out.glob(f"**/uniform/seed-0/{name}")
+        DAMAGES[damage](path)
+        before = contents(out)
+        assert name in refused(*made[1], out)
+        assert contents(out) == before
 
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "noise", "another mapping", "a folder"])
-def test_a_damaged_comparison_is_refused(made, tmp_path, damage):
-    path = tmp_path / "comparison.json"
-    path.write_bytes((made[0] / "comparison.json").read_bytes())
-    DAMAGES[damage](path)
-    assert str(path) in refused("compare", "--from", path)
-
-
-# Full and read-only disks
-
-
-def test_a_small_disk(run, again, tmp_path):
-    with small_disk(tmp_path / "disk", "20k") as disk:
-        assert "No space left on device" in again(disk / "runs")
-        assert not list(disk.rglob("metrics.json"))
-        assert mount(disk, "remount,size=8m")
-        assert again(disk / "runs") is None
-        same_router(run, disk / "runs" / "small" / "buddy" / "seed-0")
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_at_any_file(small, tmp_path):
-    """Every file of a refit in turn finds the disk full; the complete run stays until the new one is complete."""
-    words = ["fit", "--recipe", small.file, f"output={tmp_path}", "rivals=[]", "router=uniform", "budgets=[1.0]"]
-    assert ask(*words) is None
-    final = tmp_path / "small" / "uniform" / "seed-0"
-    before = contents(final)
-    for number in range(1, 100):
-        with FailingDisk(tmp_path / "small", number).active() as disk:
-            said = ask(*words, "data.test_windows=5")
-        if len(disk.opened) < number:
-            break
-        failed = disk.opened[number - 1]
-        assert said is not None, failed
-        assert "No space left on device" in said, failed
-        in_final = failed.startswith("uniform/seed-0/")
-        assert in_final or contents(final) == before, failed
-    assert number > 5
-    assert said is None
-    assert contents(final) != before
-
-
-def test_a_disk_that_is_read_only(run, again, tmp_path):
-    with small_disk(tmp_path / "disk", "8m") as disk:
-        folder = copied(run, disk / "small" / "buddy" / "seed-0")
-        before = contents(folder)
-        assert mount(disk, "remount,ro")
-        assert "Read-only file system" in again(disk, "trainer.max_steps=7")
-        assert ask("evaluate", "--run", folder, "--budgets", "0.5") is None
-        assert str(disk / "x.json") in refused("evaluate", "--run", folder, "--json", disk / "x.json")
-        assert contents(folder) == before
-
-
-# Kills
-
-
-@pytest.mark.slow
-def test_a_fit_that_is_killed_in_training_resumes_to_the_same_router(small, again, tmp_path):
-    steps = ["trainer.max_steps=60", "data.batch_size=8"]
-    words = ["fit", "--recipe", str(small.file), f"output={tmp_path}/killed", *TRAINED, *steps]
-    process = start_buddy(*words, folder=tmp_path)
-    while process.poll() is None and not list((tmp_path / "killed").rglob("last.ckpt")):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not list((tmp_path / "killed").rglob("metrics.json"))
-    assert again(tmp_path / "killed", *steps) is None
-    assert again(tmp_path / "whole", *steps) is None
-    same_router(*(tmp_path / name / "small" / "buddy" / "seed-0" for name in ("killed", "whole")))
+    @pytest.mark.parametrize("damage", ["missing", "cut", "a list", "another mapping", "pickle"])
+    def test_a_damaged_record_is_refused(self, made, tmp_path, damage):
+        path = Path(shutil.copy(made[0] / "comparison.json", tmp_path))
+        DAMAGES[damage](path)
+        assert str(path) in refused("compare", "--from", path)

@@ -61,7 +61,7 @@ def test_every_row_is_in_one_place(executed, processes):
     free = rows[everyone < 6, 0]
     seen = {}
     for part in parts:
-        here, all_of_them = part.places(6)
+        here, all_of_them = part.rows_below(6)
         assert all_of_them == len(free)
         mine = part.input_ids[part.executed < 6, 0]
         assert free[here].tolist() == mine.tolist()

@@ -6,7 +6,7 @@ import torch
 from buddy.data.module import Windows
 from buddy.errors import BudgetError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.scoring.perplexity import evaluate
+from buddy.training.module import evaluate
 from tests.scale.forked import side_by_side
 from tests.test_cli import call
 from tests.training.test_estimator import IDS, tiny

@@ -8,7 +8,7 @@ from buddy import distributed
 from buddy.config import load_recipe
 from buddy.errors import DataError
 from buddy.fit import fit
-from buddy.training.callbacks import Keeper
+from buddy.training.callbacks import GracefulStop
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import side_by_side
 
@@ -36,13 +36,13 @@ def test_healing_follows_the_curve_of_one_process(small, tmp_path, settings, str
 
 def stopped(given: list[str]) -> str:
     """A fit whose first process is asked to stop at the third step."""
-    follow_up = Keeper.on_train_batch_end
+    follow_up = GracefulStop.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *rest) -> None:
-        self.asked = self.asked or (distributed.is_global_zero() and trainer.global_step == 3)
+        self.requested = self.requested or (distributed.is_global_zero() and trainer.global_step == 3)
         follow_up(self, trainer, *rest)
 
-    Keeper.on_train_batch_end = on_train_batch_end
+    GracefulStop.on_train_batch_end = on_train_batch_end
     try:
         fitted(given)
     except (KeyboardInterrupt, SystemExit) as error:

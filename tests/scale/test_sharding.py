@@ -12,8 +12,8 @@ from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
-from buddy.scoring.perplexity import evaluate
 from buddy.training.estimators import Batch, StraightThrough, Weighted
+from buddy.training.module import evaluate
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
 from tests.healing.made import new_adapter, stirred

@@ -34,7 +34,7 @@ def make(source, words):
 
     def make(setup=True, **options):
         sizes = {"window": WINDOW, "batch_size": 4, "steps": STEPS, "test_windows": 20, "calibration_windows": 12}
-        data = TextData(words, options.pop("source", source), **{**sizes, "validation_windows": 4, **options})
+        data = TextData(options.pop("source", source), words, **{**sizes, "validation_windows": 4, **options})
         if setup:
             data.setup()
         return data
@@ -148,6 +148,9 @@ class Recorder(LightningModule):
             raise Stopped
         self.seen.setdefault(self.global_step, []).append(batch.tolist())
         return self.weight * batch.float().mean()
+
+    def validation_step(self, batch, batch_idx):
+        pass
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-3)

@@ -2,67 +2,77 @@
 
 import copy
 import math
+import warnings
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.amp import GradScaler
+from torch.utils.data import DataLoader
 
 from buddy.console import quiet
-from buddy.data.module import TextData
+from buddy.data.module import TextData, WindowBatches
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
 from buddy.training.estimators import Perturbed
 from buddy.training.module import NotFinite, RoutingModule
 from routers.buddy import BuddyRouter
+from routers.shortgpt import ShortGPT
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
-GRID = [6, 4, 3]
-SETTINGS = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.0, "clip": 10.0, "seed": 0}
+BUDGETS = [1.0, 0.75, 0.5]  # 6, 4 and 3 layers
 
 
-def make(estimator=None, hidden: int = 16, **settings) -> RoutingModule:
+def make(estimator="perturbed", hidden: int = 16, calibrated: bool = True, **settings) -> RoutingModule:
     backbone = tiny_backbone("llama")
     torch.manual_seed(0)
     routed = RoutedLM(backbone, BuddyRouter(geometry_of(backbone), hidden=hidden))
-    return RoutingModule(routed, estimator or Perturbed(Objective()), GRID, **{**SETTINGS, **settings})
+    settings = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2, **settings}
+    module = RoutingModule(routed, budgets=BUDGETS, estimator=estimator, **settings)
+    if calibrated:
+        module.mark_calibrated()
+    return module
 
 
 @pytest.fixture
 def run(small, tmp_path):
     """Fits a module for so many steps and gives back its trainer."""
 
-    def run(module: RoutingModule, steps: int, ckpt_path=None, max_steps=None, **options) -> lightning.Trainer:
+    def run(module: RoutingModule, steps: int, ckpt_path=None, **options) -> lightning.Trainer:
+        defaults = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
         with quiet():
             trainer = lightning.Trainer(
                 max_steps=steps,
-                max_epochs=-1,
                 accelerator="cpu",
                 default_root_dir=tmp_path,
-                logger=options.pop("logger", False),
-                enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                **options,
+                num_sanity_val_steps=0,
+                **{**defaults, **options},
             )
-            data = TextData(tiny_tokenizer(), str(small.text), window=32, steps=steps)
-            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+            trainer.fit(module, datamodule=data(small), ckpt_path=ckpt_path, weights_only=True)
         return trainer
 
     return run
 
 
+def data(small, **options) -> TextData:
+    return TextData(str(small.text), tiny_tokenizer(), window=32, **options)
+
+
 def test_only_the_router_is_trained(run):
     module = make()
-    before = copy.deepcopy([module.routed.backbone.model.state_dict(), module.router.state_dict()])
+    before = copy.deepcopy([module.model.backbone.model.state_dict(), module.router.state_dict()])
     run(module, 2)
-    after = [module.routed.backbone.model.state_dict(), module.router.state_dict()]
+    after = [module.model.backbone.model.state_dict(), module.router.state_dict()]
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
     changed = {name for name in before[1] if not torch.equal(before[1][name], after[1][name])}
     assert changed == {"input.weight", "input.bias", "output.weight", "output.bias"}
-    assert not any(p.requires_grad or p.grad is not None for p in module.routed.backbone.model.parameters())
-    assert not module.routed.backbone.model.training
+    assert not any(p.requires_grad or p.grad is not None for p in module.model.backbone.model.parameters())
+    assert not module.model.backbone.model.training
 
 
 def test_a_checkpoint_is_small_and_without_the_backbone(run, tmp_path):
@@ -146,19 +156,143 @@ def test_a_step_that_is_not_finite_is_not_taken(run, what, named):
         assert torch.equal(one, two)
 
 
-def test_the_gradient_is_clipped(run):
-    module = make(clip=1e-3, lr=1.0)
-    norms = []
+class Norms(lightning.Callback):
+    """The gradient's norm and largest entry after clipping, and the norm that is logged."""
 
-    class Norm(lightning.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
-            gradients = [p.grad for p in pl_module.router.parameters()]
-            norms.append(nn.utils.get_total_norm(gradients).item())
-            norms.append(trainer.callback_metrics["train/gradient_norm"].item())
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        gradients = [p.grad for p in pl_module.router.parameters()]
+        self.norm = nn.utils.get_total_norm(gradients).item()
+        self.largest = max(gradient.abs().max().item() for gradient in gradients)
+        self.logged = trainer.callback_metrics["train/gradient_norm"].item()
 
-    run(module, 1, callbacks=[Norm()])
-    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
-    assert norms[1] > 1, "what is logged is the norm before clipping"
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_the_gradient_is_clipped_as_the_trainer_says(run, algorithm):
+    norms = Norms()
+    run(make(), 1, callbacks=[norms], gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm)
+    assert (norms.norm if algorithm == "norm" else norms.largest) == pytest.approx(1e-3, rel=1e-3)
+    assert norms.logged > 1, "what is logged is the norm before clipping"
+
+
+def test_a_micro_batch_draws_what_no_other_does_and_a_resumed_run_repeats_it(run, tmp_path):
+    class Draws(Perturbed):
+        def __call__(self, routed, batch, generator):
+            draws.append((batch.input_ids, generator.initial_seed()))
+            return super().__call__(routed, batch, generator)
+
+    def drawn(steps: int, **options) -> list:
+        draws.clear()
+        trainer = run(make(Draws(Objective())), steps, accumulate_grad_batches=2, **options)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return [*draws]
+
+    draws: list = []
+    whole, first = drawn(4), drawn(2)
+    rest = drawn(4, ckpt_path=tmp_path / "last.ckpt")
+    assert len({seed for _, seed in whole}) == 8
+    assert [seed for _, seed in first + rest] == [seed for _, seed in whole]
+    for (mine, _), (theirs, _) in zip(first + rest, whole, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("estimator", ["perturbed", "straight-through"])
+def test_mixed_precision_trains_a_float32_router(run, estimator):
+    module = make(estimator)
+    before = copy.deepcopy(module.router.state_dict())
+    run(module, 2, precision="bf16-mixed")
+    assert {p.dtype for p in module.router.parameters()} == {torch.float32}
+    assert not torch.equal(before["output.weight"], module.router.state_dict()["output.weight"])
+
+
+def test_a_precision_that_casts_the_router_is_refused(run):
+    with pytest.raises(TrainingError, match=r"trainer\.precision=bf16-true"):
+        run(make(), 1, precision="bf16-true")
+
+
+def test_an_overflow_under_a_gradient_scaler_skips_the_step(run):
+    scaler = GradScaler("cpu", init_scale=4.0)
+    module, expected = make(Spoilt("gradient"), warmup_steps=0), make(warmup_steps=0)
+    run(module, 3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert scaler.get_scale() == 2.0
+    run(expected, 3, callbacks=[StopAfter(2)], plugins=[MixedPrecision("16-mixed", "cpu", GradScaler("cpu"))])
+    for one, two in zip(module.router.parameters(), expected.router.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_router_is_calibrated_once_before_the_first_step(run, tmp_path, monkeypatch):
+    calls, calibrate = [], BuddyRouter.calibrate
+    monkeypatch.setattr(BuddyRouter, "calibrate", lambda self, probe: calls.append(probe) or calibrate(self, probe))
+    module = make(calibrated=False)
+    run(module, 1).save_checkpoint(tmp_path / "one.ckpt")
+    (probe,) = calls
+    assert (probe.count, probe.prompt, probe.asked) == (
+        module.trainer.datamodule.calibration.input_ids.shape[0],
+        8,
+        (4, 3),
+    )
+    assert module.calibrated
+    assert module.start.prior.any()
+    resumed = make(calibrated=False)
+    run(resumed, 2, ckpt_path=tmp_path / "one.ckpt")
+    assert len(calls) == 1
+    assert torch.equal(resumed.start.prior, module.start.prior)
+
+
+def test_what_has_nothing_to_train_is_calibrated_by_hand(run, small):
+    backbone = tiny_backbone("llama")
+    module = RoutingModule(RoutedLM(backbone, ShortGPT(geometry_of(backbone))), budgets=BUDGETS)
+    with pytest.raises(TrainingError, match="ShortGPT has nothing to train"):
+        run(module, 1)
+    text = data(small)
+    text.setup()
+    module.calibrate(text)
+    assert module.router.influence.any()
+
+
+def test_validation_and_test_log_every_budget(run, small):
+    module = make()
+    trainer = run(module, 2, limit_val_batches=1.0, val_check_interval=2, check_val_every_n_epoch=None)
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    assert logged.keys() == {
+        *("val/kl", "val/loss"),
+        *(f"val/{kind}/{budget}" for kind in ("kl", "loss", "perplexity") for budget in BUDGETS),
+    }
+    with quiet():
+        (tested,) = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).test(
+            module, dataloaders=WindowBatches(trainer.datamodule.validation, 4), verbose=False
+        )
+    for name, value in logged.items():
+        assert tested[name.replace("val/", "test/")] == pytest.approx(value, rel=1e-5, abs=1e-6)
+    assert logged["val/kl"] == pytest.approx((logged["val/kl/0.75"] + logged["val/kl/0.5"]) / 2)
+    assert logged["val/perplexity/0.5"] == pytest.approx(math.exp(logged["val/loss/0.5"]))
+    assert logged["val/kl/1.0"] == pytest.approx(0, abs=1e-5)
+    assert [s.mean_kl for s in module.scores] == pytest.approx([tested[f"test/kl/{b}"] for b in BUDGETS], abs=1e-7)
+
+
+def test_training_goes_on_after_validation_in_inference_mode(run):
+    """Lightning's default; nothing that was made in it may reach a gradient."""
+    options = {"val_check_interval": 1, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
+    for estimator in ("perturbed", "straight-through"):
+        plain, validated = make(estimator), make(estimator)
+        run(plain, 3)
+        run(validated, 3, **options)
+        for one, two in zip(plain.router.parameters(), validated.router.parameters(), strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("form", ["tensor", "mapping"])
+def test_batches_of_other_loaders_are_taken(form, tmp_path):
+    ids = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))
+    loader = DataLoader([row if form == "tensor" else {"input_ids": row} for row in ids], batch_size=2)
+    module = make()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few workers
+        options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = lightning.Trainer(max_epochs=2, log_every_n_steps=1, default_root_dir=tmp_path, **options)
+        trainer.fit(module, loader, loader)
+        trainer.test(module, loader, verbose=False)
+    assert trainer.global_step == 4
+    assert module.scores[0].tokens.tolist() == [16] * 4, "without documents each window stands for itself"
 
 
 def test_what_is_logged(run, tmp_path):

@@ -1,0 +1,85 @@
+"""The attention sink's states in each layer, kept for the next prompt that begins with the same token.
+
+The sink runs every layer whatever the budget; where all other tokens of a prompt skip a layer, its weights would be
+read for one token. The first position sees nothing before it, so its states depend on its token id alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from buddy.engine.kv_cache import WrittenKV, map_embeddings
+
+MAX_TOKENS = 64  # token ids whose states are kept
+
+
+class SinkStates:
+    """What one token becomes at the first position. The first prompt that begins with it fills this layer by layer.
+
+    Attributes:
+        outputs: for each layer (1, 1, D), the state that leaves it.
+        keys, values: for each layer (1, kv heads, 1, size).
+    """
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def run(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Run the next layer on the token by itself, so that no result depends on which prompt came first."""
+        written, ids = WrittenKV(None), kwargs.get("position_ids")
+        first = {
+            "cache": written,
+            "attention_mask": None,
+            "position_embeddings": map_embeddings(kwargs.get("position_embeddings"), lambda x: x[:1, :1]),
+            "position_ids": None if ids is None else ids[:1, :1],
+        }
+        state = self.outputs[-1] if self.outputs else hidden[:1, :1].clone()
+        self.outputs.append(layer.stock.forward(layer, state, **{**kwargs, **first}))
+        self.keys.append(written.keys)
+        self.values.append(written.values)
+
+
+class SinkMemory:
+    """`SinkStates` by token id; forgets them all when the model is seen to have changed."""
+
+    def __init__(self) -> None:
+        self._states: dict[int, SinkStates] = {}
+        self._model: list[Any] | None = None
+
+    @torch.no_grad()
+    def states(self, base: nn.Module, ids: Tensor, positions: Tensor | None) -> SinkStates | None:
+        """Those of the token that all prompts (B, T) begin with; None where they depend on more than the token.
+
+        That is at another position than the first, with a hook on a module, and under autocast.
+        """
+        first = set(ids[:, 0].tolist())
+        elsewhere = positions is not None and bool(positions[..., 0].any())
+        if len(first) > 1 or elsewhere or torch.is_autocast_enabled(ids.device.type):
+            return None
+        model = _fingerprint(base)
+        if model != self._model:
+            self._states, self._model = {}, model
+        if model is None:
+            return None
+        token = first.pop()
+        if token not in self._states and len(self._states) == MAX_TOKENS:
+            del self._states[next(iter(self._states))]
+        return self._states.setdefault(token, SinkStates())
+
+
+def _fingerprint(base: nn.Module) -> list[Any] | None:
+    """What changes when a weight is replaced or written to or an adapter is switched; None where a module has hooks."""
+    found: list[Any] = []
+    for module in [base.embed_tokens, *base.layers.modules()]:
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        found.append(module.__dict__.get("_disable_adapters"))
+        for weight in module._parameters.values():
+            if weight is not None:
+                found += (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
+    return found

@@ -1,0 +1,81 @@
+"""The sink's states are kept between prompts, and no result depends on whether they were."""
+
+import pytest
+import torch
+
+from buddy.engine.model import RoutedLM, geometry_of
+from tests.engine.reference import Fickle
+from tests.tiny import FAMILIES, tiny_backbone
+
+IDS = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(1))
+IDS[:, 0] = 7
+
+
+def routed_tiny(family: str = "llama") -> RoutedLM:
+    backbone = tiny_backbone(family)
+    return RoutedLM(backbone, Fickle(geometry_of(backbone)), prompt_plan="shared", batch_plan="shared")
+
+
+@torch.no_grad()
+def prompt_and_step(routed: RoutedLM, ids: torch.Tensor, **options) -> torch.Tensor:
+    """Logits of a prompt and of one token after it, whose budget lets the sink alone run some layers."""
+    with routed.at(executed=[3]) as record:
+        prompt = routed.backbone.model(ids[:, :-1], use_cache=True, **options)
+        step = routed.backbone.model(ids[:, -1:], cache=prompt.cache, use_cache=True)
+    assert (record.executed[0][:, 0] == 6).all()
+    assert (record.executed[0][:, 1:] == 3).all()
+    return torch.cat([prompt.logits, step.logits], 1)
+
+
+def layer_calls(routed: RoutedLM, ids: torch.Tensor) -> int:
+    """How often a layer's MLP runs in `prompt_and_step`."""
+    calls, mlp = [], routed.backbone.layers[2].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: calls.append(x.shape) or forward(x)
+    prompt_and_step(routed, ids)
+    mlp.forward = forward
+    return len(calls)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_sinks_change_nothing(family):
+    routed, forgetful = routed_tiny(family), routed_tiny(family)
+    forgetful.backbone.layers[0].mlp.register_forward_hook(lambda *_: None)  # with a hook nothing is kept
+    expected = prompt_and_step(forgetful, IDS)
+    first = prompt_and_step(routed, IDS)
+    torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(prompt_and_step(routed, IDS), first)
+
+
+def test_a_result_does_not_depend_on_earlier_prompts():
+    fresh, used = routed_tiny(), routed_tiny()
+    prompt_and_step(used, torch.cat([IDS[1:, :9], IDS[1:, 12:]], 1))
+    assert torch.equal(prompt_and_step(fresh, IDS[:1]), prompt_and_step(used, IDS[:1]))
+
+
+def test_the_sink_is_not_run_again():
+    routed = routed_tiny()
+    assert layer_calls(routed, IDS) - layer_calls(routed, IDS.flip(0)) == 1
+
+
+@torch.no_grad()
+def test_changed_weights_are_seen():
+    routed = routed_tiny()
+    before = prompt_and_step(routed, IDS)
+    fresh = routed_tiny()
+    for model in (routed, fresh):
+        model.backbone.layers[2].mlp.down_proj.weight.mul_(1.5)
+    after = prompt_and_step(routed, IDS)
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, prompt_and_step(fresh, IDS))
+
+
+@torch.no_grad()
+def test_other_positions_and_other_precisions_are_not_mixed_up():
+    routed = routed_tiny()
+    prompt_and_step(routed, IDS)
+    positions = torch.arange(5, 5 + IDS.shape[1] - 1)[None]
+    expected = prompt_and_step(routed_tiny(), IDS, position_ids=positions)
+    assert torch.equal(prompt_and_step(routed, IDS, position_ids=positions), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prompt_and_step(routed, IDS), prompt_and_step(routed_tiny(), IDS))
