@@ -40,7 +40,7 @@ from buddy.evaluation.record import (
     task_file,
     text_entry,
 )
-from buddy.executors import side_by_side
+from buddy.executors import LokyExecutor
 from buddy.fit import Session, prepare
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
 from buddy.registry import build, describe
@@ -353,6 +353,11 @@ class Planned:
         return RunFolder(self.folder)
 
     @property
+    def log(self) -> Path:
+        """What a worker process prints on the way."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
     def words(self) -> str:
         """What it is called in messages."""
         return f"{self.label}, seed {self.seed}"
@@ -483,6 +488,9 @@ def _is_complete(metrics: Mapping[str, Any]) -> bool:
 Texts = dict[Domain, Windows]
 
 
+_kept: tuple[Start, Worker] | None = None  # of this process
+
+
 @dataclass(frozen=True)
 class Start:
     """All that a process needs to work: nothing in it is large, so that it can be sent to another one.
@@ -492,20 +500,22 @@ class Start:
         recipe_name: is kept in the runs.
         domains: what they are measured on.
         tasks: what they are scored on.
-        threads: of torch.
     """
 
     recipe: Recipe
     recipe_name: str
     domains: tuple[Domain, ...]
     tasks: Tasks
-    threads: int
+
+    def __call__(self, run: Planned) -> str | None:
+        """Do what is missing of a run; None, or why it failed. Backbone and text are loaded once in a process."""
+        global _kept
+        if _kept is None or _kept[0] != self:
+            _kept = self, self.worker()
+        return _kept[1].run(run)
 
     def worker(self) -> Worker:
         """A worker of its own backbone and text."""
-        import torch
-
-        torch.set_num_threads(self.threads)
         session = Session(*prepare([self.recipe]))
         texts = {domain: read_domain(domain, self.recipe, session.data) for domain in self.domains}
         return Worker(session, self.recipe_name, texts, self.tasks)
@@ -801,24 +811,17 @@ def _work(
         return _one_by_one(Worker(session, asked.recipe_name, texts, asked.tasks), todo)
     failures: list[tuple[Planned, str]] = []
     threads = max(1, torch.get_num_threads() // asked.jobs)
-    start = Start(todo[0].recipe, asked.recipe_name, tuple(texts), asked.tasks, threads)
+    start = Start(todo[0].recipe, asked.recipe_name, tuple(texts), asked.tasks)
     with Bar(f"Runs, {asked.jobs} at once", len(todo)) as bar:
         done = 0
 
-        def on_done(run: Planned, reason: str | None) -> None:
+        def on_done(run: Planned, outcome: str | Exception | None) -> None:
             nonlocal done
             done += 1
-            failures.extend([(run, reason)] if reason else [])
-            bar.ended(run.words)
-            bar.update(done, f"{'failed: ' if reason else ''}{run.words}")
+            failures.extend([(run, str(outcome))] if outcome else [])
+            bar.update(done, f"{'failed: ' if outcome else ''}{run.words}")
 
-        def on_line(run: Planned, words: str, passing: bool) -> None:
-            if passing:
-                bar.beside(run.words, words)
-            else:
-                errors.print(f"{run.words}: {words}", soft_wrap=True)
-
-        side_by_side(start, todo, asked.jobs, on_done, on_line)
+        LokyExecutor(asked.jobs, threads).run(start, todo, on_done)
     return failures
 
 
