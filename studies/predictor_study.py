@@ -22,7 +22,7 @@ from buddy.console import results, status, tracker
 from buddy.data.text import named_sources
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
-from buddy.evaluation.figure import figure_at
+from buddy.evaluation.figures import figure_at
 from buddy.inspection.routing import Text, read_text
 from buddy.io import FileStore, check_output_path, write_json, writing
 from buddy.predictor.features import measure_targets, sorted_arms

@@ -15,7 +15,7 @@ ROOT = Path(buddy.__file__).parent
 ROUTERS = ROOT.parent / "routers"
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "matplotlib", "omegaconf"}
 LAYERS = (
-    *("errors", "io", "console", "distributed", "plan", "budget", "router", "registry", "config", "run"),
+    *("errors", "io", "console", "distributed", "plan", "budget", "router", "registry", "values", "config", "run"),
     *("backbone", "engine", "data", "losses", "calibration", "scoring", "latency", "training", "predictor"),
     *("build", "fit", "evaluation", "executors", "compare", "inspection", "footprint", "hub", "testing", "scaffold"),
     "cli",
@@ -23,12 +23,9 @@ LAYERS = (
 GOING = {
     "comparison": "compare",
     "handover": "hub",
-    "healing": "training",
-    "signals": "io",
 }  # to be moved
 EXCEPTIONS = {  # (importing module, imported module): this set only shrinks
     ("fit", "evaluation.report"),
-    ("healing.rates", "fit"),
 }
 
 

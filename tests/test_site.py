@@ -58,7 +58,7 @@ def test_rows_of_keys_are_made_anew_and_keep_their_meanings():
 
 def declared() -> Iterator[tuple[str, Callable[..., Any]]]:
     """(words, function) of every verb that is registered, as the modules of buddy/cli register them."""
-    for command in app.registered_commands:
+    for command in (each for each in app.registered_commands if not each.hidden):
         yield f"buddy {command.name or command.callback.__name__}", command.callback
     for group in app.registered_groups:
         for command in group.typer_instance.registered_commands:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from buddy.evaluation.figure import figure_at
+from buddy.evaluation.figures import figure_at
 from buddy.inspection.routing import Inspection, changed_layers, pooled_share
 from buddy.io import writing
 

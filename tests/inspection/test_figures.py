@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from buddy.evaluation.figure import figure_at
+from buddy.evaluation.figures import figure_at
 from buddy.inspection import figures
 from buddy.inspection.figures import ALWAYS, CHOSEN, LABELLED, SINK, SKIPPED, draw_shares, draw_tokens
 from buddy.inspection.inspect import token_labels, token_lines

@@ -143,7 +143,7 @@ class Fit(Job):
         ]
         kept = {"state": last["state_dict"], "optimizer": last["optimizer_states"], "step": last["global_step"]}
         metrics = {name: _timeless(read_metrics(self.runs / name)) for name in ("buddy", "shortgpt")}
-        comparison = read_json(final / "comparison.json")
+        comparison = read_json(self.runs / "comparison.json")
         return load_router(final), load_router(self.runs / "shortgpt"), kept, metrics, comparison
 
 
