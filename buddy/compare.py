@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,28 @@ from filelock import FileLock, Timeout
 from buddy.backbone.adapter import WEIGHTS
 from buddy.backbone.load import Backbone
 from buddy.build import build_windows, heals, restore
-from buddy.comparison.command import shown_command, shown_path, shown_text
-from buddy.comparison.output import write_all
-from buddy.comparison.record import FORMAT
-from buddy.config import PredictorSection, Recipe, Rival, flatten, with_router
+from buddy.config import PredictorSection, Recipe, Rival, with_router
 from buddy.console import Bar, errors, status
 from buddy.data.module import TextData
-from buddy.data.text import same_source
+from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, DamagedError, DataError, RecipeError, RegistryError, RunError, TrainingError
+from buddy.evaluation import report
 from buddy.evaluation.bench import measured
-from buddy.executors import side_by_side
+from buddy.evaluation.record import (
+    EVALUATIONS,
+    TASKS,
+    collect,
+    evaluation_file,
+    shown_command,
+    task_file,
+    text_entry,
+)
+from buddy.executors import LokyExecutor, RayExecutor
 from buddy.fit import Session, prepare
-from buddy.inspection.routing import sources_of
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
-from buddy.registry import build, describe, load
+from buddy.registry import build, describe
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import (
     ADAPTER,
@@ -53,10 +59,10 @@ from buddy.run import (
     read_run,
 )
 from buddy.scoring.perplexity import Reference, scores_of, with_documents
-from buddy.scoring.timing import machine, versions
 from buddy.training.module import evaluate
 
 ALL = "all"
+BACKENDS = ("loky", "ray")
 OPENING, CLOSING = "[{(", "]})"
 KINDS = ("learned", "static", "random")  # the order of `all`
 
@@ -158,8 +164,8 @@ def domains_of(text: str | None, recipe: Recipe) -> list[Domain]:
         DataError: nothing is named, two have one label, or a label cannot be a file's name.
     """
     source = recipe.data.source
-    (own,) = sources_of(None, source)
-    others = {} if text is None else sources_of(text, source)
+    (own,) = named_sources(None, source)
+    others = {} if text is None else named_sources(text, source)
     for label in [label for label, other in others.items() if same_source(other, source)]:
         own = label
         del others[label]
@@ -204,7 +210,6 @@ def read_domain(domain: Domain, recipe: Recipe, data: TextData) -> Windows:
 
 
 SEEDS = 3
-RUNS = "runs"  # in the folder of a comparison
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,7 @@ class Asked:
         domains: "SOURCE,label=SOURCE,…" beside the recipe's own text.
         tasks: what runs are scored on.
         jobs: processes at once.
+        backend: "loky" for processes of this machine, or "ray" for tasks of a cluster.
         out: the folder for everything.
         speed: whether times are measured.
         finished: fit nothing, and compare what is finished.
@@ -247,6 +253,7 @@ class Asked:
     domains: str | None = None
     tasks: Tasks = field(default_factory=Tasks)
     jobs: int = 1
+    backend: str = "loky"
     out: Path | None = None
     speed: bool = True
     finished: bool = False
@@ -283,6 +290,10 @@ def check(asked: Asked) -> None:
         raise RecipeError(f"--seeds is {seeds}; give 1 or more.")
     if asked.recipe.seed + seeds > 2**32:
         raise RecipeError(f"seed is {asked.recipe.seed}, too large for {seeds} seeds from it on; set it smaller.")
+    if asked.backend not in BACKENDS:
+        raise RecipeError(f"--backend cannot be {asked.backend!r}; give {' or '.join(BACKENDS)}.")
+    if asked.backend == "ray" and asked.jobs != 1:
+        raise RecipeError("--jobs counts processes of this machine; leave it out with --backend ray.")
     if asked.jobs < 1:
         raise RecipeError(f"--jobs is {asked.jobs}; give 1 or more.")
     if asked.recipe.trainer["devices"] * asked.recipe.trainer["num_nodes"] > 1:
@@ -314,7 +325,7 @@ def _check_lender(asked: Asked) -> None:
         raise RecipeError("--trained lends routers to be healed; give adapter.steps=… or another key of adapter.")
     if adapter.joint:
         raise RecipeError("adapter.joint=true trains the routers too; leave --trained out, or set it to false.")
-    if not os.path.isdir(trained / RUNS):  # which answers for names that are too long
+    if not os.path.isdir(trained):  # which answers for names that are too long
         raise RunError(f"{trained} is not the folder of a comparison; name the --out of one as --trained.")
     if os.path.realpath(asked.folder) == os.path.realpath(trained):
         raise RunError(f"{trained} holds the unhealed runs, which stay; give another --out for the healed ones.")
@@ -347,6 +358,11 @@ class Planned:
     def place(self) -> RunFolder:
         """Where the run is kept."""
         return RunFolder(self.folder)
+
+    @property
+    def log(self) -> Path:
+        """What a worker process prints on the way."""
+        return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def words(self) -> str:
@@ -476,8 +492,10 @@ def _is_complete(metrics: Mapping[str, Any]) -> bool:
         return False
 
 
-EVALUATIONS, TASKS = "evaluations", "tasks"  # in a run folder
 Texts = dict[Domain, Windows]
+
+
+_kept: tuple[Start, Worker] | None = None  # of this process
 
 
 @dataclass(frozen=True)
@@ -489,20 +507,22 @@ class Start:
         recipe_name: is kept in the runs.
         domains: what they are measured on.
         tasks: what they are scored on.
-        threads: of torch.
     """
 
     recipe: Recipe
     recipe_name: str
     domains: tuple[Domain, ...]
     tasks: Tasks
-    threads: int
+
+    def __call__(self, run: Planned) -> str | None:
+        """Do what is missing of a run; None, or why it failed. Backbone and text are loaded once in a process."""
+        global _kept
+        if _kept is None or _kept[0] != self:
+            _kept = self, self.worker()
+        return _kept[1].run(run)
 
     def worker(self) -> Worker:
         """A worker of its own backbone and text."""
-        import torch
-
-        torch.set_num_threads(self.threads)
         session = Session(*prepare([self.recipe]))
         texts = {domain: read_domain(domain, self.recipe, session.data) for domain in self.domains}
         return Worker(session, self.recipe_name, texts, self.tasks)
@@ -572,10 +592,11 @@ class Worker:
                 description=f"Evaluating {run.label} on {domain.label}",
                 reference=self._references[domain],
             )
-        write_with_checksum(evaluation_file(run, domain), self._asked(run, domain) | with_documents(scores))
+        path = evaluation_file(run.folder, domain.label, domain.own)
+        write_with_checksum(path, self._asked(run, domain) | with_documents(scores))
 
     def _is_measured(self, run: Planned, domain: Domain) -> bool:
-        return _is_kept(evaluation_file(run, domain), self._asked(run, domain))
+        return _is_kept(evaluation_file(run.folder, domain.label, domain.own), self._asked(run, domain))
 
     def _asked(self, run: Planned, domain: Domain) -> dict[str, Any]:
         """What an evaluation is of: where this is the same, the result is."""
@@ -585,10 +606,10 @@ class Worker:
         tasks = self._tasks
         places = {name: place and str(place) for name, place in (("data", tasks.data), ("path", tasks.path))}
         asked = {"limit": tasks.limit, **_made(run), **places, **_content(name, tasks)}
-        if _is_kept(task_file(run, name), asked):
+        if _is_kept(task_file(run.folder, name), asked):
             return
         write_with_checksum(
-            task_file(run, name), asked | {"results": self._entries(run, name, healed="adapter" in asked)}
+            task_file(run.folder, name), asked | {"results": self._entries(run, name, healed="adapter" in asked)}
         )
 
     def _entries(self, run: Planned, name: str, healed: bool) -> list[dict[str, Any]]:
@@ -626,16 +647,6 @@ def _content(name: str, tasks: Tasks) -> dict[str, Any]:
         "lines": checksum(lines) if lines and lines.is_file() else None,
         "definitions": [checksum(path) for path in own],
     }
-
-
-def evaluation_file(run: Planned, domain: Domain) -> Path:
-    """Where a run's results on a text are: on the recipe's own in its metrics, on others beside them."""
-    return run.folder / METRICS if domain.own else run.folder / EVALUATIONS / f"{domain.label}.json"
-
-
-def task_file(run: Planned, name: str) -> Path:
-    """Where a run's results on a task are."""
-    return run.folder / TASKS / f"{name.replace('/', '-')}.json"
 
 
 def _is_kept(path: Path, asked: dict[str, Any]) -> bool:
@@ -679,7 +690,7 @@ def compare(asked: Asked) -> int:
     windows = data.test.fingerprint
     check_reuse([run for group in runs.values() for run in group], made_of, windows)
     if asked.trained is not None and not asked.finished:
-        runs = _with_lent(runs, asked.trained / RUNS, made_of, windows, backbone)
+        runs = _with_lent(runs, asked.trained, made_of, windows, backbone)
     if asked.finished:
         runs = _finished(runs, asked.folder)
     with _locked(asked.folder):
@@ -700,17 +711,18 @@ def _compare(
     first = {label: group[0] for label, group in done.items() if group}
     speed, problem = _times(asked, first, backbone, data) if first else (None, None)
     if first:
-        record = record_of(
+        record = collect(
+            {label: [run.folder for run in group] for label, group in done.items()},
             command=asked.command,
             recipe=base,
             layers=backbone.num_layers,
-            texts=texts,
-            tasks=asked.tasks,
-            runs=runs,
-            failures=failures,
+            texts=[text_entry(each.label, each.source, windows, own=each.own) for each, windows in texts.items()],
+            tasks=asked.tasks.names,
+            task_limit=asked.tasks.limit,
             speed=speed,
+            failures=[(run.label, run.seed, reason) for run, reason in failures],
         )
-        write_all(record, asked.folder, asked.markdown)
+        report.write(record, asked.folder, asked.markdown)
     for run, reason in failures:
         errors.print(f"Failed: {run.words}: {reason}", soft_wrap=True)
     if problem:
@@ -724,7 +736,7 @@ def _planned(asked: Asked, each: Rival, recipe: Recipe, backbone: Backbone) -> l
     It has all the seeds where they matter: not for what is measured alone, nor where an option fixes the draws. The
     recipe's training has a part in the router, or in its adapter, or in neither.
     """
-    router, folder = _built_router(recipe, backbone), asked.folder / RUNS / folder_of(each.label)
+    router, folder = _built_router(recipe, backbone), asked.folder / folder_of(each.label)
     trained = router.trainable or heals(recipe, router)
     seeds = asked.seeds or SEEDS
     if asked.finished and asked.seeds is None:
@@ -802,28 +814,22 @@ def _work(
 ) -> list[tuple[Planned, str]]:
     """Do all runs; those that failed, and why."""
     todo = [run for group in runs.values() for run in group]
-    if asked.jobs == 1:
+    if asked.backend == "loky" and asked.jobs == 1:
         return _one_by_one(Worker(session, asked.recipe_name, texts, asked.tasks), todo)
     failures: list[tuple[Planned, str]] = []
     threads = max(1, torch.get_num_threads() // asked.jobs)
-    start = Start(todo[0].recipe, asked.recipe_name, tuple(texts), asked.tasks, threads)
-    with Bar(f"Runs, {asked.jobs} at once", len(todo)) as bar:
+    start = Start(todo[0].recipe, asked.recipe_name, tuple(texts), asked.tasks)
+    executor = RayExecutor() if asked.backend == "ray" else LokyExecutor(asked.jobs, threads)
+    with Bar("Runs on Ray" if asked.backend == "ray" else f"Runs, {asked.jobs} at once", len(todo)) as bar:
         done = 0
 
-        def on_done(run: Planned, reason: str | None) -> None:
+        def on_done(run: Planned, outcome: str | Exception | None) -> None:
             nonlocal done
             done += 1
-            failures.extend([(run, reason)] if reason else [])
-            bar.ended(run.words)
-            bar.update(done, f"{'failed: ' if reason else ''}{run.words}")
+            failures.extend([(run, str(outcome))] if outcome else [])
+            bar.update(done, f"{'failed: ' if outcome else ''}{run.words}")
 
-        def on_line(run: Planned, words: str, passing: bool) -> None:
-            if passing:
-                bar.beside(run.words, words)
-            else:
-                errors.print(f"{run.words}: {words}", soft_wrap=True)
-
-        side_by_side(start, todo, asked.jobs, on_done, on_line)
+        executor.run(start, todo, on_done)
     return failures
 
 
@@ -863,87 +869,3 @@ def _times(
         return None, str(error)
     except Exception as error:  # a router may be anybody's code
         return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def record_of(
-    *,
-    command: str,
-    recipe: Recipe,
-    layers: int,
-    texts: Texts,
-    tasks: Tasks,
-    runs: Mapping[str, Sequence[Planned]],
-    failures: Sequence[tuple[Planned, str]],
-    speed: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """What is to be saved of a comparison, read from the folders of its runs.
-
-    Args:
-        command: as a person would type it again.
-        recipe: of all runs, but for router and seed.
-        layers: L of the backbone.
-        texts: windows of each domain.
-        tasks: what runs were scored on.
-        runs: of each router, by label, in the order of the rows.
-        failures: runs that failed, and why.
-        speed: times, where they were measured.
-    """
-    failed = [run.folder for run, _ in failures]
-    return {
-        "format": FORMAT,
-        "command": command,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recipe": {
-            key: shown_text(value) if isinstance(value, str) else value for key, value in flatten(recipe).items()
-        },
-        "layers": layers,
-        "versions": versions(),
-        "machine": machine(),
-        "domains": [_domain_entry(domain, texts) for domain in texts],
-        "tasks": {"names": list(tasks.names), "limit": tasks.limit},
-        "routers": [_router_entry(group[0]) for group in runs.values()],
-        "runs": [_run_entry(run, texts, tasks) for group in runs.values() for run in group if run.folder not in failed],
-        "speed": speed,
-        "failures": [{"router": run.label, "seed": run.seed, "reason": reason} for run, reason in failures],
-    }
-
-
-def _domain_entry(domain: Domain, texts: Texts) -> dict[str, Any]:
-    windows = texts[domain]
-    return {
-        "label": domain.label,
-        "source": shown_path(domain.source),
-        "own": domain.own,
-        "windows": len(windows),
-        "documents": len(windows.documents.unique()),
-        "fingerprint": windows.fingerprint,
-    }
-
-
-def _router_entry(run: Planned) -> dict[str, Any]:
-    section = run.recipe.router
-    cls = load(section.name)
-    return {
-        "label": run.label,
-        "folder": run.folder.parent.name,
-        "name": section.name,
-        "options": dict(section.options),
-        "kind": cls.kind,
-        "source": cls.source,
-        "full_depth": cls.full_depth,
-    }
-
-
-def _run_entry(run: Planned, texts: Texts, tasks: Tasks) -> dict[str, Any]:
-    assert is_finished(run)
-    found = {domain.label: read_json(evaluation_file(run, domain)) for domain in texts}
-    scored = [entry for name in tasks.names for entry in read_json(task_file(run, name))["results"]]
-    return {
-        "router": run.label,
-        "seed": run.seed,
-        "fit": read_metrics(run.folder)["fit"],
-        "domains": {
-            label: {"results": each["results"], "documents": each["documents"]} for label, each in found.items()
-        },
-        "tasks": scored,
-    }

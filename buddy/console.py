@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 import warnings
@@ -11,7 +10,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich import box
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,41 +24,11 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no terminal
-TOLD_EVERY = 1.0  # between lines of a process that another one shows on a terminal
+WIDTH, GAP, LONGEST = 118, 2, 30  # columns of a table where there is no terminal, between two, and of row labels
 
 # No markup: brackets in a path are brackets.
 errors = Console(stderr=True, markup=False, emoji=False)
 results = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False)
-
-
-class Relay(io.TextIOBase):
-    """Stands in for the error stream where another process shows what this one says.
-
-    Args:
-        say: is given each line, and whether it is one of a bar, to be replaced by the next.
-        every: seconds between lines of a bar.
-    """
-
-    def __init__(self, say: Callable[[str, bool], None], every: float) -> None:
-        self.say, self.every = say, every
-
-    def write(self, text: str) -> int:
-        """Tell the lines of a text."""
-        for line in filter(str.strip, text.splitlines()):
-            self.say(line, False)
-        return len(text)
-
-
-class _Lines(Progress):
-    """Bars, and plain lines below them."""
-
-    def __init__(self, *columns: Any, **options: Any) -> None:
-        self.below: dict[str, str] = {}
-        super().__init__(*columns, **options)
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        yield from (Text(f"  {who}: {words}", no_wrap=True, overflow="ellipsis") for who, words in self.below.items())
 
 
 class Bar:
@@ -83,8 +53,7 @@ class Bar:
             TextColumn("{task.fields[note]}", markup=False),
         )
         self._live, self._total = errors.is_terminal, total
-        self._relay = errors.file if isinstance(errors.file, Relay) else None
-        self._progress = _Lines(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
+        self._progress = Progress(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
         self._task = self._progress.add_task(words, total=total, completed=done, note="")
         self._said = time.monotonic()
 
@@ -101,20 +70,8 @@ class Bar:
         """So much is done now; `note` stands at the end of the line."""
         self._progress.update(self._task, completed=done, note=note)
         going_on = done < self._total  # the last line is said at the end
-        every = self._relay.every if self._relay else PLAIN_EVERY
-        if not self._live and going_on and time.monotonic() - self._said >= every:
+        if not self._live and going_on and time.monotonic() - self._said >= PLAIN_EVERY:
             self._say()
-
-    def beside(self, who: str, words: str) -> None:
-        """One of several that are at work under this bar says where it is: a line of its own below."""
-        if self._live:
-            self._progress.below[who] = words
-        else:
-            errors.print(f"{who}: {words}", soft_wrap=True)
-
-    def ended(self, who: str) -> None:
-        """It is at work no longer."""
-        self._progress.below.pop(who, None)
 
     def _say(self) -> None:
         self._said = time.monotonic()
@@ -124,10 +81,7 @@ class Bar:
             parts.append(f"{_clock(task.time_remaining)} left")
         note = task.fields["note"]
         words = ", ".join([*parts, note] if note else parts)
-        if self._relay:
-            self._relay.say(words, True)
-        else:
-            errors.print(words, soft_wrap=True)
+        errors.print(words, soft_wrap=True)
 
 
 def track(items: Sequence[Any], words: str) -> Iterator[Any]:
@@ -150,9 +104,42 @@ def status(words: str) -> Iterator[None]:
         yield
 
 
-def relay(say: Callable[[str, bool], None], every: float) -> None:
-    """From now on another process shows what this one says on the error stream, as `Relay` has it; results are mute."""
-    errors.file, results.quiet = Relay(say, every), True  # type: ignore[assignment]  # of a stream rich needs no more
+def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    """Print a table to the results, in several parts one below the other where it is wider than the terminal.
+
+    Args:
+        title: above the table.
+        head: the first column says what a row is; the others are numbers, and go to the right.
+        rows: texts, as many as `head` has.
+        note: below the table.
+    """
+    width = results.width if results.is_terminal else WIDTH
+    results.print(f"\n{title}", soft_wrap=True)
+    for part in _fitting(head, rows, width):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column(head[0], max_width=LONGEST, overflow="fold")
+        for place in part:
+            table.add_column(head[place], justify="right", no_wrap=len(part) > 1)
+        for row in rows:
+            table.add_row(row[0], *(row[place] for place in part))
+        results.print(table)
+    if note:
+        results.print(note, width=width)
+
+
+def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Places of the columns after the first, in groups of which each fits into the width beside the first."""
+    widths = [max(map(len, column)) + GAP for column in zip(head, *rows, strict=True)]
+    first = min(widths[0], LONGEST + GAP)
+    parts: list[list[int]] = [[]]
+    used = first
+    for place in range(1, len(widths)):
+        if used + widths[place] > width and parts[-1]:
+            parts.append([])
+            used = first
+        parts[-1].append(place)
+        used += widths[place]
+    return parts
 
 
 def _clock(seconds: float | None) -> str:
@@ -168,6 +155,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # scores are gathered before they are logged
         warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", message="FSDP2-wrapped .* view")  # true, and nobody writes into it

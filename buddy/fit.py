@@ -37,9 +37,11 @@ from buddy.calibration.probe import CalibrationProbe
 from buddy.config import PredictorSection, Recipe, Rival, with_router
 from buddy.console import errors, quiet, status, track
 from buddy.data.module import TextData
+from buddy.data.text import named_sources
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
-from buddy.evaluation.report import show_comparison, write_results
+from buddy.evaluation import report
+from buddy.evaluation.record import collect, shown_command, text_entry
 from buddy.io import cache_folder, on_disk, within_memory
 from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
 from buddy.registry import load
@@ -80,17 +82,25 @@ def fit(recipe: Recipe, recipe_name: str) -> None:
     with distributed.lost_peers_reported():
         if not leads:
             return session.follow(recipes, places)
-        scores = {}
         for number, (label, each, place) in enumerate(zip(labels, recipes, places, strict=True), start=1):
             kept = session.stored(each, place)
             if len(recipes) > 1:
                 done = "" if kept is None else ", finished before"
                 console.errors.print(f"Router {number} of {len(recipes)}: {label}{done}", soft_wrap=True)
             distributed.broadcast(kept is not None)
-            scores[label] = session.run(each, recipe_name, place) if kept is None else kept
-    ordered = {name: scores[name] for name in (recipe.router.name, *rivals)}
-    folders = {label: place.path for label, place in zip(labels, places, strict=True)}
-    show_comparison(ordered, folders, recipe.router.name)
+            if kept is None:
+                session.run(each, recipe_name, place)
+    folders = {label: [place.path] for label, place in zip(labels, places, strict=True)}
+    source = recipe.data.source
+    (text,) = named_sources(None, source)
+    record = collect(
+        {label: folders[label] for label in (recipe.router.name, *rivals)},
+        command=shown_command(["buddy", "fit", "--recipe", recipe_name]),
+        recipe=recipe,
+        layers=session.backbone.num_layers,
+        texts=[text_entry(text, source, session.data.test, own=True)],
+    )
+    report.write(record, places[-1].path.parent.parent)
 
 
 def _begin(recipes: Sequence[Recipe], places: Sequence[RunFolder]) -> Session:
@@ -215,7 +225,8 @@ class Session:
                 save_router(folder, routed.router.state_dict())
                 if routed.adapter is not None:
                     routed.adapter.save(folder / ADAPTER)
-                metrics = write_results(folder, recipe, scores, fit=spent, windows=self.data.test.fingerprint)
+                windows = self.data.test.fingerprint
+                metrics = report.write_run_results(folder, recipe, scores, fit=spent, windows=windows)
                 _tidy(folder)
                 place.complete(metrics)
             except BaseException as error:

@@ -19,10 +19,11 @@ from rich.table import Table
 
 from buddy.build import load_model
 from buddy.console import results, status, tracker
+from buddy.data.text import named_sources
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
-from buddy.evaluation.figure import figure_at
-from buddy.inspection.routing import Domain, read_domains, sources_of
+from buddy.evaluation.figures import figure_at
+from buddy.inspection.routing import Text, read_text
 from buddy.io import FileStore, check_output_path, write_json, writing
 from buddy.predictor.features import measure_targets, sorted_arms
 from buddy.router import available_budgets
@@ -49,13 +50,13 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
     """
     run = read_run(run_folder)
     check_output_path(out.absolute() / FIGURE) if out.exists() else check_output_path(out)
-    sources = sources_of(domains, run.recipe.data.source)
+    sources = named_sources(domains, run.recipe.data.source)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     asked = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
     arms = sorted_arms([routed.geometry.layers, *(routed.executed_layers(budget) for budget in asked)])
     with status("Reading texts …"):
-        texts = read_domains(run, routed, sources, windows)
+        texts = [read_text(run, routed, label, source, windows) for label, source in sources.items()]
     with writing(out):
         out.mkdir(exist_ok=True)
     measured = _measured(run, routed, texts, arms, out)
@@ -73,7 +74,7 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
     results.print(f"Figure: {out / FIGURE}\nJSON: {out / NUMBERS}", soft_wrap=True)
 
 
-def _own(routed: RoutedLM, texts: Sequence[Domain], measured: Measured, prompt: int) -> np.ndarray:
+def _own(routed: RoutedLM, texts: Sequence[Text], measured: Measured, prompt: int) -> np.ndarray:
     """(N,) indices that the run's own predictor chooses; for other budgets than the arms, the next larger arm."""
     choose, chosen = routed.choosing("auto"), []
     for text in texts:
@@ -82,7 +83,7 @@ def _own(routed: RoutedLM, texts: Sequence[Domain], measured: Measured, prompt: 
     return np.array([np.flatnonzero(measured.arms >= count)[-1] for count in chosen])
 
 
-def _measured(run: Run, routed: RoutedLM, texts: Sequence[Domain], arms: tuple[int, ...], out: Path) -> Measured:
+def _measured(run: Run, routed: RoutedLM, texts: Sequence[Text], arms: tuple[int, ...], out: Path) -> Measured:
     size, prompt, found = run.recipe.data.batch_size, run.recipe.data.prompt, []
     store = FileStore(out / LOSSES)
     for text in texts:

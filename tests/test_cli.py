@@ -20,7 +20,7 @@ BEHIND = {  # what the verbs call
     "fit": "buddy.fit.fit",
     "evaluate": "buddy.evaluation.evaluate.evaluate_run",
     "compare": "buddy.compare.compare",
-    "rewrite": "buddy.comparison.rewrite.rewrite",
+    "show_files": "buddy.evaluation.report.show_files",
     "generate": "buddy.hub.load.generate",
 }
 
@@ -60,7 +60,7 @@ def test_compare(calls):
     assert (config.tasks.names, config.tasks.limit) == (("piqa", "boolq"), 5)
     assert (defaults.seeds, defaults.jobs, defaults.speed) == (None, 1, True)
     assert call("compare", "--from", "c.json,d.json", "--markdown", "r.md").exit_code == 0
-    assert calls[2] == ("rewrite", ([Path("c.json"), Path("d.json")], Path("r.md")), {})
+    assert calls[2] == ("show_files", ([Path("c.json"), Path("d.json")], Path("r.md")), {})
 
 
 @pytest.mark.parametrize(

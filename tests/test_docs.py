@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from buddy.backbone.load import FAMILIES
-from buddy.comparison.markdown import WRITTEN
 from buddy.config import installed_recipes, load_recipe, to_yaml
 from buddy.errors import BuddyError
+from buddy.evaluation.report import WRITTEN
 from buddy.registry import installed, load
 from buddy.values import shown
 from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg

@@ -74,7 +74,7 @@ class Backbone:
     @property
     def title(self) -> str:
         """What the model is called in texts and tables: the name, or the embedded model's full name."""
-        return embedded.TITLE if self.name == embedded.NAME else self.name
+        return title_of(self.name)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -115,6 +115,11 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights."""
         return self.model.dtype
+
+
+def title_of(name: str) -> str:
+    """What a backbone is called in texts and tables: `name`, or the embedded model's full name."""
+    return embedded.TITLE if name in embedded.NAMES else name
 
 
 def load_backbone(

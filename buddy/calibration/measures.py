@@ -125,7 +125,7 @@ class PrefixWalk:
     every plan: they are computed once, and replace the others' where a layer runs after one that was skipped.
 
     Args:
-        shell: the model around its layers.
+        layerless: the model around its layers.
         layers: the decoder layers, stock or without an active plan.
         input_ids: (B, T) long.
         sinks: positions at full depth.
@@ -138,7 +138,7 @@ class PrefixWalk:
 
     def __init__(
         self,
-        shell: LayerlessModel,
+        layerless: LayerlessModel,
         layers: Sequence[Layer],
         input_ids: Tensor,
         sinks: int,
@@ -147,8 +147,8 @@ class PrefixWalk:
     ) -> None:
         self._layers, self._known, self._wanted = layers, known or {}, wanted
         self.kept = {start: state for start, state in self._known.items() if start in wanted}
-        hidden, self._inputs = shell.embed(input_ids)
-        self._sinks = _dense_states(shell, layers, input_ids[:, :sinks]) if sinks else []
+        hidden, self._inputs = layerless.embed(input_ids)
+        self._sinks = _dense_states(layerless, layers, input_ids[:, :sinks]) if sinks else []
         self._plan, self._path = "", {0: State(hidden, True)}  # states by the number of layers before them
 
     @torch.no_grad()
@@ -187,9 +187,9 @@ class PrefixWalk:
 
 
 @torch.no_grad()
-def _dense_states(shell: LayerlessModel, layers: Sequence[Layer], input_ids: Tensor) -> list[Tensor]:
+def _dense_states(layerless: LayerlessModel, layers: Sequence[Layer], input_ids: Tensor) -> list[Tensor]:
     """The input of each layer, (B, S, D), where tokens (B, S) run all layers."""
-    hidden, inputs = shell.embed(input_ids)
+    hidden, inputs = layerless.embed(input_ids)
     states = []
     for layer, named in zip(layers, inputs, strict=True):
         states.append(hidden)
@@ -208,7 +208,7 @@ class PlanLosses:
 
     def __init__(self, backbone: Backbone, batches: Sequence[Tensor], sinks: int) -> None:
         self._backbone, self._batches, self._sinks = backbone, batches, sinks
-        self._shell = LayerlessModel(backbone.model)
+        self._layerless = LayerlessModel(backbone.model)
         self._cache: dict[Batch, dict[str, State]] = {}
 
     def measure(
@@ -229,7 +229,7 @@ class PlanLosses:
             if number != current:
                 current, batch = number, self._tokens(number).to(self._backbone.device)
                 walk = self._walk(number, batch, plans[number], criterion)
-                losses = _criterion(criterion, self._shell, batch, walk)
+                losses = _criterion(criterion, self._layerless, batch, walk)
             yield number, plan, losses(walk.last(plan))
             self._keep(number, walk.kept)
 
@@ -250,7 +250,7 @@ class PlanLosses:
         wanted = prefixes_to_keep(plans, layers, states_that_fit(size, backbone.device, len(self._batches)))
         if criterion == "kl":
             wanted.add("1" * layers)  # the dense model's output, which every call needs
-        return PrefixWalk(self._shell, backbone.layers, batch, self._sinks, self._cache.get(number), wanted)
+        return PrefixWalk(self._layerless, backbone.layers, batch, self._sinks, self._cache.get(number), wanted)
 
     def _keep(self, batch: Batch, states: dict[str, State]) -> None:
         """Keep states for a later walk over the batch; where windows came in other batches too, the oldest go."""
@@ -261,7 +261,7 @@ class PlanLosses:
 
 
 def _criterion(
-    criterion: Criterion, shell: LayerlessModel, input_ids: Tensor, walk: PrefixWalk
+    criterion: Criterion, layerless: LayerlessModel, input_ids: Tensor, walk: PrefixWalk
 ) -> Callable[[Tensor], Tensor]:
     """A function from the last layer's output (B, T, D) to each window's loss, (B,) float64.
 
@@ -272,7 +272,7 @@ def _criterion(
         references: Sequence[Any] = _parts(input_ids[:, 1:])
         measure: Callable[[Tensor, Any], Tensor] = cross_entropy
     else:
-        references = [Dense(shell.logits(part)) for part in _parts(walk.dense()[:, :-1])]
+        references = [Dense(layerless.logits(part)) for part in _parts(walk.dense()[:, :-1])]
 
         def measure(logits: Tensor, reference: Any) -> Tensor:
             return kl_to_dense(reference, logits)
@@ -280,7 +280,7 @@ def _criterion(
     @torch.no_grad()
     def losses(states: Tensor) -> Tensor:
         parts = zip(_parts(states[:, :-1]), references, strict=True)
-        tokens = torch.cat([measure(shell.logits(part), reference) for part, reference in parts])
+        tokens = torch.cat([measure(layerless.logits(part), reference) for part, reference in parts])
         return tokens.view(len(states), -1).cpu().double().mean(1)
 
     return losses

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from buddy import distributed
 from buddy.errors import BuddyError, BudgetError
 
 VERBS = (  # in the order of --help; each is a module of this package
@@ -32,10 +31,14 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except BuddyError as error:
+            from buddy import distributed
+
             if distributed.prints_errors():
                 typer.echo(f"Error{distributed.rank_suffix()}: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
         except KeyboardInterrupt as error:
+            from buddy import distributed
+
             if distributed.is_global_zero():
                 typer.echo(f"\nStopped.{RESUME.get(ctx.invoked_subcommand, '')}", err=True)
             raise typer.Exit(INTERRUPTED) from error
@@ -82,6 +85,8 @@ def refuse_options(options: Mapping[str, Any], why: str) -> None:
 
 def require_one_process(what: str) -> None:
     """Raise `BuddyError` where torchrun started several processes for what one process does."""
+    from buddy import distributed
+
     launched = distributed.torchrun_world_size()
     if launched > 1:
         raise BuddyError(

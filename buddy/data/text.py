@@ -228,6 +228,33 @@ def same_source(one: str, other: str) -> bool:
     return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
 
 
+def named_sources(domains: str | None, own: str) -> dict[str, str]:
+    """Label → source of each text in "SOURCE,label=SOURCE,…"; the recipe's own source where there is none.
+
+    A source without a label is named after its file, without the suffix.
+
+    Raises:
+        DataError: nothing is named, a label or source is empty, or two texts have one label.
+    """
+    if domains is None:
+        return {Path(own).stem or own: own}
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in domains.split(","))):
+        label, source = Path(part).stem or part, part
+        if "=" in part and not os.path.exists(os.path.expanduser(part)):
+            label, _, source = (word.strip() for word in part.partition("="))
+            if not label or not source:
+                raise DataError(f"The domain {part!r} lacks its label or source; write label=SOURCE, or SOURCE alone.")
+        if label in found:
+            raise DataError(
+                f"Two domains are called {label!r}; tell them apart, as in --domains one={found[label]},two={source}."
+            )
+        found[label] = source
+    if not found:
+        raise DataError("--domains is empty; name at least one text, or leave it out for the recipe's own.")
+    return found
+
+
 @contextmanager
 def quiet(size: int) -> Iterator[None]:
     """Without the log lines of `datasets`, and without its progress bars for texts of fewer than `LONG` bytes."""

@@ -19,7 +19,7 @@ from buddy.console import errors, results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
-from buddy.evaluation.figure import figure_at
+from buddy.evaluation.figures import figure_at
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_json, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
 from buddy.router import AnyRouter, available_budgets

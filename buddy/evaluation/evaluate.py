@@ -15,7 +15,7 @@ from buddy.console import results, status
 from buddy.data.module import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
-from buddy.evaluation.report import show_run
+from buddy.evaluation.tables import show_scores
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
@@ -63,7 +63,7 @@ def evaluate_run(
         scores = _scores(run, routed, windows, asked)
     if not distributed.is_global_zero():
         return
-    show_run(scores, f"{run.router_name} on {data or run.recipe.data.source}")
+    show_scores(scores, f"{run.router_name} on {data or run.recipe.data.source}")
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)

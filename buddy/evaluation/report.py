@@ -1,86 +1,53 @@
-"""Results as people and programs read them: table, figure, JSON and TensorBoard curves."""
+"""Everything that a comparison leaves in its folder: JSON, CSV, figures, TensorBoard, and results.md."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from buddy import console
+from buddy.config import Recipe
+from buddy.evaluation.figures import CAPTIONS, draw_all, draw_scores, write_scores, write_tensorboard
+from buddy.evaluation.record import damaged_record, join, read_record, write_record
+from buddy.evaluation.results import Results
+from buddy.evaluation.tables import Table, costs, differences, flips, kl, perplexities, seeds, show, speeds, tasks
+from buddy.io import check_output_path, write_text
+from buddy.scoring.perplexity import Scores, with_documents
 
-from buddy.config import Recipe, flatten
-from buddy.console import results
-from buddy.evaluation.curves import write_run
-from buddy.evaluation.figure import band, figure_at
-from buddy.io import write_json
-from buddy.scoring.perplexity import Scores, as_json, paired_difference, with_documents
-from buddy.scoring.statistics import mixed
-
-FIGURE = "loss.png"
-COMPARISON = "comparison"
-FEWEST = 5  # documents for a mark of significance
-
-
-def show_run(scores: Sequence[Scores], title: str) -> None:
-    """Print one router's results."""
-    table = Table(title=title)
-    for heading in ("budget", "layers", "executed min / mean / max", "perplexity", "95 % interval", "KL to dense"):
-        table.add_column(heading, justify="right")
-    for each in scores:
-        low, high = each.interval()
-        least, mean, most = each.executed
-        table.add_row(
-            f"{each.budget:g}" if each.chosen is None else str(each.budget),
-            str(each.layers) if each.chosen is None else f"{mean:.1f}",
-            f"{least} / {mean:.2f} / {most}",
-            f"{each.perplexity:.2f}",
-            f"{low:.2f} – {high:.2f}",
-            f"{max(each.mean_kl, 0.0):.4f}",
-        )
-    results.print(table)
-    results.print(_note(scores[0]))
-    for each in scores:
-        if each.chosen is not None:
-            results.print(_chosen(each, scores), soft_wrap=True)
+JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "results.md"
+FIGURE = "loss.png"  # of a run
+WRITTEN = "<!-- written by `buddy compare` from comparison.json; change nothing here -->"
 
 
-def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:
-    """What a budget predictor chose, beside what a coin between two of the fixed budgets would have reached."""
-    counts = ", ".join(f"{layers} layers for {windows}" for layers, windows in sorted(auto.chosen.items()))
-    text = f"{auto.budget} chose, of {sum(auto.chosen.values())} windows, {counts}"
-    fixed: dict[float, float] = {each.layers: math.log(each.perplexity) for each in scores if each.chosen is None}
-    loss = mixed(fixed, auto.executed[1])
-    if loss is not None:
-        text += f"; a coin between fixed budgets that runs as many layers has perplexity {math.exp(loss):.2f}"
-    return f"{text}."
-
-
-def show_comparison(scores: Mapping[str, Sequence[Scores]], folders: Mapping[str, Path], main: str) -> None:
-    """Print all routers side by side, with paired differences to `main`; leave a figure and JSON in its run folder.
+def write(record: Mapping[str, Any], folder: Path, markdown: Path | None = None) -> None:
+    """Write JSON, CSV, Markdown, figures and TensorBoard's files into a folder, and print the tables.
 
     Args:
-        scores: by router.
-        folders: the run folder of each router.
-        main: the router whose recipe it is.
+        record: of `buddy.evaluation.record.collect`.
+        folder: of the comparison.
+        markdown: where the document is written once more.
     """
-    results.print(_perplexities(scores))
-    differences = _differences(scores, main)
-    if differences:
-        results.print(_difference_table(differences, main))
-    results.print(_note(scores[main][0]))
-    place = folders[main] / COMPARISON
-    write_json(place.with_suffix(".json"), {name: as_json(each) for name, each in scores.items()} | differences)
-    draw(scores, place.with_suffix(".png"))
-    for line in (
-        f"Figure:      {place}.png",
-        f"Runs:        {', '.join(map(str, folders.values()))}",
-        f"TensorBoard: tensorboard --logdir {folders[main].parent.parent}",
-    ):
-        results.print(line, soft_wrap=True)
+    results = Results(record)
+    write_record(folder / JSON, record)
+    write_text(folder / CSV, results.csv())
+    figures = write_markdown(results, folder / MARKDOWN)
+    write_tensorboard(results, folder, figures)
+    show(results)
+    if markdown:
+        write_markdown(results, markdown, f"{markdown.stem}-")
+    lines = {
+        "Results": markdown or folder / MARKDOWN,
+        "Figures": ", ".join(map(str, figures.values())),
+        "Data": f"{folder / JSON}, {folder / CSV}",
+        "TensorBoard": f"tensorboard --logdir {folder}",
+    }
+    for name, where in lines.items():
+        console.results.print(f"{name + ':':12} {where}", soft_wrap=True)
 
 
-def write_results(
+def write_run_results(
     folder: Path,
     recipe: Recipe,
     scores: Sequence[Scores],
@@ -88,7 +55,7 @@ def write_results(
     fit: Mapping[str, float],
     windows: str,
 ) -> dict[str, Any]:
-    """Write the figure and TensorBoard's curves and settings into a run folder; what metrics.json is to hold.
+    """Write a run's figure and TensorBoard's curves and settings.
 
     Args:
         folder: of the run.
@@ -96,111 +63,205 @@ def write_results(
         scores: on the recipe's test windows.
         fit: "seconds" that calibration and training took and "parameters" of the router.
         windows: fingerprint of the test windows.
+
+    Returns:
+        The content of metrics.json, with the sums of every document; the run is complete once it is written.
     """
-    found: dict[str, Any] = {"fit": dict(fit), "windows": windows}
-    draw({recipe.router.name: scores}, folder / FIGURE)
-    write_curves(folder, recipe, scores, found["fit"])
-    return with_documents(scores) | found
+    draw_scores(scores, folder / FIGURE)
+    write_scores(folder, recipe, scores, fit)
+    return with_documents(scores) | {"fit": dict(fit), "windows": windows}
 
 
-def write_curves(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Mapping[str, float]) -> None:
-    """TensorBoard scalars with step = executed layers, so that the runs of several routers overlay, and settings."""
-    ordered = sorted(scores, key=lambda s: s.layers)
-    curves = {
-        "test/perplexity": [(s.layers, s.perplexity) for s in ordered],
-        "test/loss": [(s.layers, math.log(s.perplexity)) for s in ordered],
-        "test/kl": [(s.layers, s.mean_kl) for s in ordered],
-    }
-    metrics = {f"perplexity_at_{s.budget:g}": s.perplexity for s in ordered}
-    metrics |= {f"fit_{name}": value for name, value in fit.items()}
-    columns = [f"perplexity_at_{budget:g}" for budget in recipe.budgets]
-    text = "\n".join(f"    {key}: {value}" for key, value in flatten(recipe).items())
-    write_run(folder, curves, settings_of(recipe), metrics, {"recipe": text}, columns)
+def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:
+    """`buddy compare --from`: show one comparison.json or several as one, and write them as Markdown with figures.
+
+    Args:
+        files: several are joined.
+        markdown: where to write the document; None for nowhere.
+
+    Raises:
+        RunError: a file is no comparison, they cannot be joined, or the document cannot be written.
+    """
+    records = {path: read_record(path) for path in dict.fromkeys(files)}
+    for path, record in records.items():
+        try:
+            render(results := Results(record), {})
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # wherever it is read
+            raise damaged_record(path) from error
+    if len(records) > 1:
+        results = Results(join(records))
+    if markdown:
+        check_output_path(markdown, *files)
+        write_markdown(results, markdown, f"{markdown.stem}-")
+    show(results)
 
 
-def settings_of(recipe: Recipe) -> dict[str, bool | int | float | str]:
-    """A recipe for TensorBoard's table of hyper-parameters: the same columns for every router."""
-    flat = flatten(recipe)
-    options = {key: flat.pop(key) for key in [*flat] if key.startswith("router.options.")}
-    return flat | {"router.options": ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in options.items())}
+def write_markdown(results: Results, path: Path, prefix: str = "") -> dict[str, Path]:
+    """Write the document with its figures beside it.
+
+    Returns:
+        The figures by name.
+    """
+    figures = draw_all(results, path.parent, prefix)
+    write_text(
+        path, render(results, {name: each.relative_to(path.parent).as_posix() for name, each in figures.items()})
+    )
+    return figures
 
 
-def draw(scores: Mapping[str, Sequence[Scores]], path: Path) -> None:
-    """Loss over executed layers, one line a router, with 95 % intervals as bands."""
-    from matplotlib.ticker import MaxNLocator
+def render(r: Results, figures: Mapping[str, str]) -> str:
+    """The document.
 
-    with figure_at(path, figsize=(7, 4.5)) as axes:
-        for name, each in scores.items():
-            ordered = sorted(each, key=lambda s: s.layers)
-            points = [(s.layers, *map(math.log, (s.perplexity, *s.interval()))) for s in ordered]
-            band(axes, points, label=name)  # type: ignore[arg-type]  # four numbers each
-        axes.set_xlabel("executed layers")
-        axes.set_ylabel("cross-entropy on held-out text (nats per token)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
+    Args:
+        r: what is reported.
+        figures: where each figure is, as a link from the document.
+    """
+    return "\n".join(_lines(r, figures)).rstrip() + "\n"
 
 
-def _by_budget(scores: Sequence[Scores]) -> dict[float | str, Scores]:
-    return {each.budget: each for each in scores}
+def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
+    yield from (WRITTEN, "# Results, healed" if _healed(r) else "# Results", "")
+    yield from _protocol(r)
+    for text in r.texts:
+        yield from (f"## {text}", "")
+        yield from _markdown(perplexities(r, text), differences(r, text), kl(r, text))
+    if figures:
+        yield from ("## Figures", "")
+        for name, link in figures.items():
+            yield from (f"![{CAPTIONS[name].partition(';')[0].rstrip('.')}]({link})", "", CAPTIONS[name], "")
+    yield from ("## Cost", "")
+    yield from _markdown(costs(r), *speeds(r))
+    spreads = [table for text in r.texts if len((table := seeds(r, text)).cells)]
+    if spreads:
+        yield from ("## Seeds", "", "Routers that depend on a seed, each fitted with several.", "")
+        yield from _markdown(*spreads)
+    if r.tasks:
+        yield from ("## Tasks", "", _task_protocol(r), "")
+        yield from _markdown(*tasks(r), *flips(r))
+    if r.record["failures"]:
+        yield from ("## Failed", "")
+        for each in r.record["failures"]:
+            yield f"- {each['router']}, seed {each['seed']}: it failed and is not in the tables, or not with this seed."
+        yield ""
+    yield from _provenance(r)
 
 
-def _budgets(scores: Mapping[str, Sequence[Scores]]) -> dict[float, int]:
-    """Every budget and its layers, deepest first."""
-    found: dict[Any, int] = {each.budget: each.layers for group in scores.values() for each in group}
-    return dict(sorted(found.items(), reverse=True))
+def _markdown(*found: Table) -> Iterator[str]:
+    for table in found:
+        if len(table.cells):
+            lines = [table.head, ["---", *("---:" for _ in table.head[1:])], *table.rows]
+            cells = ([cell.replace("|", "\\|").strip() for cell in line] for line in lines)
+            yield from (f"**{table.title}**", "", "".join(f"| {' | '.join(line)} |\n" for line in cells))
+            if table.note:
+                yield from (re.sub(r"^\*", r"\\*", table.note), "")  # else it would be a list
 
 
-def _perplexities(scores: Mapping[str, Sequence[Scores]]) -> Table:
-    budgets = _budgets(scores)
-    table = Table(title="Perplexity on held-out text, by budget (executed layers)")
-    table.add_column("router")
-    for budget, layers in budgets.items():
-        table.add_column(f"{budget:g} ({layers})", justify="right")
-    for name, group in scores.items():
-        held = _by_budget(group)
-        table.add_row(name, *(f"{held[budget].perplexity:.2f}" if budget in held else "–" for budget in budgets))
-    return table
+def _protocol(r: Results) -> Iterator[str]:
+    recipe = r.record["recipe"]
+    layers = ", ".join(f"{budget:g} ({count})" for budget, count in r.budgets.items())
+    yield (
+        f"{len(r.routers)} routers under one recipe: {r.backbone} ({r.layers} layers, "
+        f"{recipe['backbone.dtype']}), {_learned(r)}, "
+        f"at the budgets (executed layers) {layers}. "
+        f"{_seeds(r)} All see the same {recipe['data.calibration_windows']} calibration windows and "
+        f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are read "
+        f"and not scored. The first {recipe['routing.sink_tokens']} of each run at full depth, whatever the budget."
+    )
+    yield ""
+    yield "| text | windows | documents | scored tokens |\n|---|---:|---:|---:|"
+    tokens = r.runs.tokens.groupby("text").first()
+    for text in r.record["domains"]:
+        name = text["label"] + (" (the recipe's own)" if text["own"] else "")
+        yield f"| {name} | {text['windows']} | {text['documents']} | {tokens[text['label']]:.0f} |"
+    yield ""
+    yield (
+        "Perplexity is the exponential of the mean cross-entropy over all scored tokens, and where there are several "
+        "seeds the mean of their perplexities. Differences are of mean cross-entropy, negative where a router is "
+        "better than the best static one: 95 % bootstrap intervals that resample documents, the same for both "
+        "routers, and seeds. The best static router is the one that is best on these test windows at that budget, "
+        "which favours it: nobody could have chosen it beforehand. Intervals are not corrected for the number of "
+        f"comparisons. {_at_full_depth(r)}"
+    )
+    yield ""
 
 
-def _differences(scores: Mapping[str, Sequence[Scores]], main: str) -> dict[str, Any]:
-    """{"differences": …}: `main` minus each other router, nats a token, with paired bootstrap intervals."""
-    ours = _by_budget(scores[main])
-    found = []
-    for name, group in scores.items():
-        for theirs in group if name != main else ():
-            if theirs.budget in ours:
-                mean, interval = paired_difference(ours[theirs.budget], theirs)
-                entry = {"router": name, "budget": theirs.budget, "difference": mean, "interval": list(interval)}
-                found.append(entry | {"documents": len(theirs.tokens)})
-    return {"differences": found} if found else {}
+def _healed(r: Results) -> bool:
+    return "adapter.steps" in r.record["recipe"]
 
 
-def _difference_table(differences: Mapping[str, Any], main: str) -> Table:
-    entries = {(each["router"], each["budget"]): each for each in differences["differences"]}
-    budgets = sorted({budget for _, budget in entries}, reverse=True)
-    few = any(each["documents"] < FEWEST for each in differences["differences"])
-    marks = f"none is marked below {FEWEST} documents" if few else "* apart from zero"
-    table = Table(title=f"{main} minus others, nats a token, paired over documents (95 % interval; {marks})")
-    table.add_column("router")
-    for budget in budgets:
-        table.add_column(f"{budget:g}", justify="right")
-    for name in dict.fromkeys(router for router, _ in entries):
-        table.add_row(name, *(_cell(entries.get((name, budget))) for budget in budgets))
-    return table
+def _at_full_depth(r: Results) -> str:
+    """What all rows have in common at full depth; with adapters, what these are."""
+    recipe = r.record["recipe"]
+    if not _healed(r):
+        return "At full depth all routers are the dense model."
+    return (
+        f"All are healed alike: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets beside the frozen "
+        f"weights, {recipe['adapter.steps']} steps of {recipe['data.batch_size']} windows on "
+        f"{_texts(r, 'data.train_sources')}, at {_rate(r)}. It is on at full depth too, so that rows differ there."
+    )
 
 
-def _cell(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return "–"
-    low, high = entry["interval"]
-    enough = entry["documents"] >= FEWEST  # a bootstrap over fewer documents says nothing
-    mark = "*" if enough and (low > 0 or high < 0) else " "
-    return f"{entry['difference']:+.3f} ({low:+.3f}, {high:+.3f}){mark}"
+def _rate(r: Results) -> str:
+    """The learning rate of healing, or those that were tried; comparisons of 0.1 may have tried several."""
+    recipe = r.record["recipe"]
+    parts = r.record.get("parts", [{"rates": recipe.get("adapter.rates")}])
+    tried = list(dict.fromkeys((part["rates"] or "").strip("[]") or f"{recipe['adapter.lr']:g}" for part in parts))
+    if len(tried) > 1:
+        return f"the best of the rates {' or of '.join(tried)} (each run's command says which) by validation windows"
+    return f"the best of the rates {tried[0]} by validation windows" if "," in tried[0] else f"the rate {tried[0]}"
 
 
-def _note(scores: Scores) -> str:
-    text = f"{int(scores.tokens.sum())} scored tokens in {len(scores.tokens)} documents"
-    if scores.sinks:
-        text += f"; sink tokens, run at full depth and counted apart: {scores.sinks} a window"
-    return f"{text}."
+def _learned(r: Results) -> str:
+    """What routers were calibrated on, and trained on where that is another text."""
+    calibrated, trained = (_texts(r, f"data.{name}_sources") for name in ("calibration", "train"))
+    if calibrated == trained:
+        return f"calibrated or trained on {calibrated}{_own_rates(r)}"
+    return f"all calibrated on {calibrated}, and those with weights trained on {trained}{_own_rates(r)}"
+
+
+def _own_rates(r: Results) -> str:
+    """The learning rates of comparisons made by 0.1, where they are not the same for all."""
+    recipe, names = r.record["recipe"], set(r.routers.name)
+    rates = str(recipe.get("optimizer.lr_by_router", "{}")).strip("{}").split(", ")
+    own = ", ".join(rate for rate in rates if rate.partition(":")[0] in names)
+    return f" (learning rate {recipe['optimizer.lr']:g}; {own})" if own else ""
+
+
+def _texts(r: Results, key: str) -> str:
+    own = next(text["label"] for text in r.record["domains"] if text["own"])
+    more = str(r.record["recipe"].get(key, "[]")).strip("[]")
+    names = [own, *(source.strip().rpartition("/")[2] for source in more.split(",") if source.strip())]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} in turn"
+
+
+def _seeds(r: Results) -> str:
+    counts = r.fits.groupby("router", sort=False).size()
+    if counts.nunique() == 1:
+        count = counts.iloc[0]
+        text = "" if count == 1 else " The text is the same for all."
+        return f"Each was fitted with {'one seed' if count == 1 else f'{count} seeds'}.{text}"
+    many = ", ".join(f"{router} ({count})" for router, count in counts.items() if count > 1)
+    rest = "; the others once" if (counts == 1).any() else ""
+    return f"Fitted with several seeds: {many}{rest}. The text is the same for all."
+
+
+def _task_protocol(r: Results) -> str:
+    limit = r.record["tasks"]["limit"]
+    items = f"the first {limit} items of each" if limit else "all items"
+    return (
+        f"lm-eval, zero-shot unless a task says otherwise, {items}; accuracy normalised by length where the task has "
+        "it, in percent, the mean over seeds. The plan comes from the question; the answer's tokens are decode steps."
+    )
+
+
+def _provenance(r: Results) -> Iterator[str]:
+    """The command, the day, the machine and the versions; of each part where several records were joined."""
+    yield from ("## How it was made", "")
+    for part in r.record.get("parts", [r.record]):
+        machine = part["machine"]
+        versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
+        memory = f", {machine['memory_gib']:g} GiB of memory" if machine["memory_gib"] else ""
+        accelerator = f", {machine['accelerator']}" if machine["accelerator"] else ""
+        where = f"{machine['processor']}, {machine['cores']} cores{memory}{accelerator}"
+        yield from ("```text", part["command"], "```", "")
+        yield from (f"{part['created'].partition('T')[0]}, {where}. {versions}.", "")

@@ -16,7 +16,7 @@ from buddy.budget import auto_of, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, results, status
 from buddy.errors import BudgetError, DataError, nearest, reason
-from buddy.evaluation.task_table import show_tasks
+from buddy.evaluation.tables import show_tasks
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run

@@ -1,4 +1,4 @@
-"""Pictures of plans: shares of tokens by layer, and token by token, as PNG files and in TensorBoard."""
+"""Figures of plans: shares of tokens by layer, and token by token, as PNG files and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from buddy.evaluation.figure import figure_at
+from buddy.evaluation.figures import figure_at
 from buddy.inspection.routing import Inspection, changed_layers, pooled_share
 from buddy.io import writing
 
+SUFFIX = ".inspect"  # ends the names of the event files written here, so that a later call can replace them
 LABELLED, WHOLE = 60, 1024  # tokens of a text that are drawn with their words, and without
-SPELT_LAYERS = 48  # deeper models get no numbers in the cells of a heat map
+NUMBERED_LAYERS = 48  # deeper models get no numbers in the cells of a heat map
 SKIPPED, CHOSEN, ALWAYS, SINK = range(4)
 KINDS = {
     CHOSEN: ("#0072b2", "ran, chosen"),
@@ -27,9 +28,9 @@ def draw_shares(path: Path, columns: Mapping[str, Sequence[float]], *, title: st
     """A heat map: layers upwards, a column for each budget or text, the share of tokens that ran the layer as colour.
 
     Args:
-        path: where the PNG goes.
+        path: of the PNG file.
         columns: (L,) shares by column name.
-        title: over the picture.
+        title: above the figure.
         label: what the columns are.
     """
     shares = np.array(list(columns.values())).T
@@ -38,7 +39,7 @@ def draw_shares(path: Path, columns: Mapping[str, Sequence[float]], *, title: st
     size = (2.6 + 0.75 * count, min(11.0, 1.6 + 0.2 * layers))
     with figure_at(path, figsize=(max(size[0], 0.085 * max(map(len, title.splitlines()))), size[1])) as axes:
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-        for layer, column in np.ndindex(shares.shape) if layers <= SPELT_LAYERS else ():
+        for layer, column in np.ndindex(shares.shape) if layers <= NUMBERED_LAYERS else ():
             share = shares[layer, column]
             ink = "white" if share > 0.7 else "black"
             axes.text(column, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=ink)
@@ -60,28 +61,28 @@ def draw_tokens(
     before. A longer text is drawn whole beneath.
 
     Args:
-        path: where the PNG goes.
+        path: of the PNG file.
         runs: (T, L) bool.
         labels: a short word for each token.
-        sinks: first tokens at full depth whatever the budget.
+        sinks: first tokens at full depth at every budget.
         always: how many layers always run at the bottom and at the top.
-        title: over the picture.
+        title: above the figure.
     """
     kinds = _kinds(runs[:WHOLE], sinks, always)
-    shown, layers = min(len(runs), LABELLED), runs.shape[1]
-    heights = [0.5, 0.13 * layers, 0.07 * layers][: 3 if len(runs) > shown else 2]
-    size = (max(7.0, 1.2 + 0.2 * shown), min(16.0, 2.0 + sum(heights)))
+    tokens, layers = min(len(runs), LABELLED), runs.shape[1]
+    heights = [0.5, 0.13 * layers, 0.07 * layers][: 3 if len(runs) > tokens else 2]
+    size = (max(7.0, 1.2 + 0.2 * tokens), min(16.0, 2.0 + sum(heights)))
     with figure_at(path, figsize=size, nrows=len(heights), height_ratios=heights) as axes:
         changed, words, *rest = axes
-        changed.bar(range(shown), changed_layers(runs[:shown], sinks), color="#444444", width=0.6)
-        changed.set(xlim=(-0.5, shown - 0.5), xticks=[])
+        changed.bar(range(tokens), changed_layers(runs[:tokens], sinks), color="#444444", width=0.6)
+        changed.set(xlim=(-0.5, tokens - 0.5), xticks=[])
         changed.set_ylabel("layers\nchanged", rotation=0, ha="right", va="center")
         _integers(changed)
         changed.spines[["top", "right"]].set_visible(False)
         changed.set_title(title, fontsize=10, parse_math=False)
-        _draw_kinds(words, kinds[:shown], lines=True)
-        words.set_xticks(range(shown), [""] * shown)
-        words.set_xticklabels(map(_in_font, labels[:shown]), parse_math=False, rotation=90, fontsize=8)
+        _draw_kinds(words, kinds[:tokens], lines=True)
+        words.set_xticks(range(tokens), [""] * tokens)
+        words.set_xticklabels(map(_in_font, labels[:tokens]), parse_math=False, rotation=90, fontsize=8)
         for ax in rest:
             _draw_kinds(ax, kinds, lines=False)
             ax.set_xlabel(_extent(len(runs)))
@@ -102,9 +103,9 @@ def _draw_kinds(axes: Any, kinds: np.ndarray, *, lines: bool) -> None:
 
     tokens, layers = kinds.shape
     colours = ListedColormap([KINDS[kind][0] for kind in sorted(KINDS)])
-    places = np.arange(tokens + 1) - 0.5, np.arange(layers + 1) - 0.5
+    corners = np.arange(tokens + 1) - 0.5, np.arange(layers + 1) - 0.5
     edges = {"edgecolors": "white", "linewidth": 0.6} if lines else {"rasterized": True}
-    axes.pcolormesh(*places, kinds.T, cmap=colours, vmin=-0.5, vmax=3.5, **edges)
+    axes.pcolormesh(*corners, kinds.T, cmap=colours, vmin=-0.5, vmax=3.5, **edges)
     _layer_axis(axes, layers)
 
 
@@ -130,7 +131,7 @@ def _legend(figure: Any) -> None:
 
 
 def _in_font(label: str) -> str:
-    """The label with an empty box for every sign that the figure's font lacks."""
+    """The label with an empty box for every character that the figure's font lacks."""
     from matplotlib import font_manager
 
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
@@ -150,38 +151,57 @@ def _cut(name: str, longest: int) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
-ENDING = ".inspect"  # of the event files written here, by which older ones are known
-Pictures = Mapping[tuple[str, int], Path]
-
-
 def draw_all(inspection: Inspection, folder: Path) -> dict[tuple[str, int], Path]:
-    """Draw every picture into a folder that exists.
+    """Draw every figure into a folder that exists.
 
     Returns:
         File by kind and step: ("budgets", 0) with a column for each budget, ("domains", K) with one for each text
-        where there are several, ("tokens", K) with the first text token by token. Of full depth, whose picture says
-        nothing, the last two are drawn only where no other budget was asked for.
+        where there are several, ("tokens", K) with the first text token by token. The last two leave out full depth,
+        where all layers run, unless no other budget was asked for.
     """
-    drawn = {("budgets", 0): _draw_budgets(inspection, folder / "budgets.png")}
-    below = {name: count for name, count in inspection.asked.items() if count < inspection.geometry.layers}
-    for budget, count in (below or inspection.asked).items():
-        if len(inspection.domains) > 1:
-            drawn["domains", count] = _draw_domains(inspection, budget, folder / f"domains-{budget}.png")
-        drawn["tokens", count] = _draw_tokens(inspection, budget, folder / f"tokens-{budget}.png")
+    router, first = inspection.router, inspection.texts[0]
+    shares = {f"{name}\n({count})": pooled_share(inspection.at(count)) for name, count in inspection.executed.items()}
+    labels = ", ".join(text.label for text in inspection.texts)
+    drawn = {("budgets", 0): folder / "budgets.png"}
+    draw_shares(
+        drawn["budgets", 0],
+        shares,  # type: ignore[arg-type]  # arrays
+        title=f"{router}: tokens that ran each layer\n{labels}",
+        label="budget (executed layers)",
+    )
+    below = {name: count for name, count in inspection.executed.items() if count < inspection.geometry.layers}
+    for budget, count in (below or inspection.executed).items():
+        if len(inspection.texts) > 1:
+            drawn["domains", count] = folder / f"domains-{budget}.png"
+            draw_shares(
+                drawn["domains", count],
+                {label: found.share for label, found in inspection.measures[count].items()},
+                title=f"{router}: tokens that ran each layer\n{_describe(inspection, budget)}",
+                label="text",
+            )
+        drawn["tokens", count] = folder / f"tokens-{budget}.png"
+        draw_tokens(
+            drawn["tokens", count],
+            inspection.routings[first.label, count].runs[0],
+            inspection.words,
+            sinks=inspection.sinks,
+            always=inspection.always,
+            title=f"{router} on {first.label}: layers that each token ran, {_describe(inspection, budget)}",
+        )
     return drawn
 
 
-def write_tensorboard(inspection: Inspection, drawn: Pictures, folder: Path) -> None:
-    """The pictures as images and how plans change as curves, in place of those that an earlier call left there."""
+def write_tensorboard(inspection: Inspection, drawn: Mapping[tuple[str, int], Path], folder: Path) -> None:
+    """Figures as images and measures as curves by K; the event files of an earlier call are removed."""
     from matplotlib.image import imread
     from torch.utils.tensorboard import SummaryWriter
 
     with writing(folder):
-        older = list(folder.glob(f"events.out.tfevents.*{ENDING}"))
-        with SummaryWriter(str(folder), filename_suffix=ENDING) as writer:
+        older = list(folder.glob(f"events.out.tfevents.*{SUFFIX}"))
+        with SummaryWriter(str(folder), filename_suffix=SUFFIX) as writer:
             for (kind, step), path in sorted(drawn.items()):
                 writer.add_image(f"routing/{kind}", imread(path)[..., :3], step, dataformats="HWC")
-            for count in sorted(set(inspection.asked.values())):
+            for count in sorted(set(inspection.executed.values())):
                 for label, found in inspection.measures[count].items():
                     curves = {
                         "plan_changes": found.changes,
@@ -197,29 +217,5 @@ def write_tensorboard(inspection: Inspection, drawn: Pictures, folder: Path) -> 
             path.unlink(missing_ok=True)
 
 
-def _draw_budgets(inspection: Inspection, path: Path) -> Path:
-    columns = {f"{budget}\n({count})": pooled_share(inspection.at(count)) for budget, count in inspection.asked.items()}
-    names = ", ".join(domain.label for domain in inspection.domains)
-    title = f"{inspection.router}: tokens that ran each layer\n{names}"
-    draw_shares(path, columns, title=title, label="budget (executed layers)")  # type: ignore[arg-type]  # arrays
-    return path
-
-
-def _draw_domains(inspection: Inspection, budget: str, path: Path) -> Path:
-    count = inspection.asked[budget]
-    columns = {label: found.share for label, found in inspection.measures[count].items()}
-    title = f"{inspection.router}: tokens that ran each layer\n{_spelt(inspection, budget)}"
-    draw_shares(path, columns, title=title, label="text")
-    return path
-
-
-def _draw_tokens(inspection: Inspection, budget: str, path: Path) -> Path:
-    first = inspection.domains[0]
-    routing = inspection.routings[first.label, inspection.asked[budget]]
-    title = f"{inspection.router} on {first.label}: layers that each token ran, {_spelt(inspection, budget)}"
-    draw_tokens(path, routing.runs[0], inspection.words, sinks=routing.sinks, always=inspection.always, title=title)
-    return path
-
-
-def _spelt(inspection: Inspection, budget: str) -> str:
-    return f"budget {budget} ({inspection.asked[budget]} of {inspection.geometry.layers} layers)"
+def _describe(inspection: Inspection, budget: str) -> str:
+    return f"budget {budget} ({inspection.executed[budget]} of {inspection.geometry.layers} layers)"

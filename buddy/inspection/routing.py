@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,7 @@ class Routing:
 
     Attributes:
         runs: (N, T, L) bool for N windows.
-        sinks: first tokens of each window, at full depth whatever the budget; they are left out of all measures.
+        sinks: first tokens of each window, at full depth at every budget; they are left out of all measures.
     """
 
     runs: np.ndarray
@@ -71,33 +69,33 @@ class Measures:
     commonest: float
     off_commonest: float
 
+    @classmethod
+    def of(cls, routing: Routing, reference: np.ndarray, always_on: int) -> Measures:
+        """The numbers of a text.
 
-def measure(routing: Routing, reference: np.ndarray, always_on: int) -> Measures:
-    """The numbers of a text.
-
-    Args:
-        routing: what ran, with at least one routed token.
-        reference: (L,) bool, the plan that `off_commonest` holds the others against.
-        always_on: layers that every plan runs.
-    """
-    plans = routing.plans
-    executed = plans.sum(-1)
-    numbers, counts = _numbered(plans)
-    apart = (plans[:, 1:] != plans[:, :-1]).sum(-1)
-    span, distinct = _distinct(numbers)
-    chosen = int((executed - always_on).sum())
-    return Measures(
-        tokens=executed.size,
-        executed=(int(executed.min()), float(executed.mean()), int(executed.max())),
-        share=tuple(plans.mean((0, 1)).tolist()),
-        plans=len(counts),
-        changes=float((apart > 0).mean()) if apart.size else None,
-        apart=float(apart.mean()) if apart.size else None,
-        span=span,
-        distinct=distinct,
-        commonest=float(counts.max() / executed.size),
-        off_commonest=float((plans & ~reference).sum() / chosen) if chosen else 0.0,
-    )
+        Args:
+            routing: what ran, with at least one routed token.
+            reference: (L,) bool, the plan for `off_commonest`.
+            always_on: layers that every plan runs.
+        """
+        plans = routing.plans
+        executed = plans.sum(-1)
+        _, numbers, counts = np.unique(_packed(plans), axis=0, return_inverse=True, return_counts=True)
+        differing = (plans[:, 1:] != plans[:, :-1]).sum(-1)
+        span, distinct = _distinct(numbers.reshape(plans.shape[:2]))
+        chosen = int((executed - always_on).sum())
+        return cls(
+            tokens=executed.size,
+            executed=(int(executed.min()), float(executed.mean()), int(executed.max())),
+            share=tuple(plans.mean((0, 1)).tolist()),
+            plans=len(counts),
+            changes=float((differing > 0).mean()) if differing.size else None,
+            apart=float(differing.mean()) if differing.size else None,
+            span=span,
+            distinct=distinct,
+            commonest=float(counts.max() / executed.size),
+            off_commonest=float((plans & ~reference).sum() / chosen) if chosen else 0.0,
+        )
 
 
 def commonest_plan(routings: Sequence[Routing]) -> np.ndarray:
@@ -117,17 +115,11 @@ def changed_layers(runs: np.ndarray, sinks: int) -> np.ndarray:
 
     Args:
         runs: (T, L) bool.
-        sinks: first tokens at full depth whatever the budget.
+        sinks: first tokens at full depth at every budget.
     """
     changed = np.zeros(len(runs), dtype=int)
     changed[sinks + 1 :] = (runs[sinks + 1 :] != runs[sinks:-1]).sum(-1)
     return changed
-
-
-def _numbered(plans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Plans (N, T, L) as numbers (N, T), equal where the plans are, and how often each occurs (P,)."""
-    _, numbers, counts = np.unique(_packed(plans), axis=0, return_inverse=True, return_counts=True)
-    return numbers.reshape(plans.shape[:2]), counts
 
 
 def _packed(plans: np.ndarray) -> np.ndarray:
@@ -147,16 +139,13 @@ def _distinct(numbers: np.ndarray) -> tuple[int, float]:
     return span, float(np.mean(found))
 
 
-TYPED = "text"  # label of a text given by itself
-
-
 @dataclass(frozen=True)
-class Domain:
+class Text:
     """Windows of one text.
 
     Attributes:
-        label: what it is called in tables and pictures.
-        source: where it was read from; None for a text given by itself.
+        label: its name in tables and figures.
+        source: where it was read from; None for a text typed by the user.
         windows: (N, W) tokens of it.
         prompt: tokens at the start of each window that share a plan where prompts do.
     """
@@ -167,39 +156,22 @@ class Domain:
     prompt: int
 
 
-def sources_of(domains: str | None, own: str) -> dict[str, str]:
-    """Label → source of each domain in "SOURCE,label=SOURCE,…"; the recipe's own source where there is none.
-
-    A source without a label is called by its file's name without the ending.
+def read_text(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> Text:
+    """Up to `count` windows of a source, as `buddy evaluate` cuts them; of the recipe's own text, its test windows.
 
     Raises:
-        DataError: nothing is named, a label or source is empty, or two domains have one label.
+        DataError: the text cannot be read, or is too short for one window.
     """
-    if domains is None:
-        return {_label(own): own}
-    found: dict[str, str] = {}
-    for part in filter(None, (part.strip() for part in domains.split(","))):
-        label, source = _labelled(part)
-        if label in found:
-            raise DataError(
-                f"Two domains are called {label!r}; tell them apart, as in --domains one={found[label]},two={source}."
-            )
-        found[label] = source
-    if not found:
-        raise DataError("--domains is empty; name at least one text, or leave it out for the recipe's own.")
-    return found
+    section = run.recipe.data
+    if same_source(source, section.source):  # the other windows were learned from
+        test = build_held_out(run.recipe, routed.backbone).test
+        windows = Windows(test.input_ids[:count], test.documents[:count])
+    else:
+        windows = build_windows(run.recipe, routed.backbone.tokenizer, source, count=count)
+    return Text(label, source, windows, section.prompt)
 
 
-def read_domains(run: Run, routed: RoutedLM, sources: dict[str, str], count: int) -> list[Domain]:
-    """Up to `count` windows of each source, as `buddy evaluate` cuts them; of the recipe's own text, its test windows.
-
-    Raises:
-        DataError: a text cannot be read, or is too short for one window.
-    """
-    return [_read(run, routed, label, source, count) for label, source in sources.items()]
-
-
-def typed(routed: RoutedLM, text: str) -> Domain:
+def typed_text(routed: RoutedLM, text: str) -> Text:
     """One window with exactly this text; all of it is the prompt, as in `buddy generate`.
 
     Raises:
@@ -212,35 +184,12 @@ def typed(routed: RoutedLM, text: str) -> Domain:
     tokens, most = ids.shape[1], routed.backbone.context_length
     if tokens <= routed.sink_tokens:
         raise DataError(
-            f"The text has too few tokens, {tokens}: the first {routed.sink_tokens} run at full depth whatever the "
+            f"The text has too few tokens, {tokens}: the first {routed.sink_tokens} run at full depth at every "
             "budget (routing.sink_tokens); give a longer one."
         )
     if tokens > most:
         raise DataError(f"The text has {tokens} tokens, but {routed.backbone.name} reads at most {most}; shorten it.")
-    return Domain(TYPED, None, Windows(ids, torch.zeros(1, dtype=torch.long)), tokens)
-
-
-def _read(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> Domain:
-    section = run.recipe.data
-    if same_source(source, section.source):  # of the text that the run was trained on, test windows alone
-        test = build_held_out(run.recipe, routed.backbone).test
-        windows = Windows(test.input_ids[:count], test.documents[:count])
-    else:
-        windows = build_windows(run.recipe, routed.backbone.tokenizer, source, count=count)
-    return Domain(label, source, windows, section.prompt)
-
-
-def _labelled(part: str) -> tuple[str, str]:
-    if "=" not in part or os.path.exists(os.path.expanduser(part)):
-        return _label(part), part
-    label, _, source = (word.strip() for word in part.partition("="))
-    if not label or not source:
-        raise DataError(f"The domain {part!r} lacks its label or its source; write label=SOURCE, or SOURCE alone.")
-    return label, source
-
-
-def _label(source: str) -> str:
-    return Path(source).stem or source
+    return Text("text", None, Windows(ids, torch.zeros(1, dtype=torch.long)), tokens)
 
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -248,33 +197,33 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 @torch.no_grad()
 def observe(
-    routed: RoutedLM, domains: Sequence[Domain], counts: Iterable[int], *, batch_size: int = 4, track: Track = iter
+    routed: RoutedLM, texts: Sequence[Text], counts: Iterable[int], *, batch_size: int = 4, track: Track = iter
 ) -> dict[tuple[str, int], Routing]:
-    """What ran, by domain label and executed layers K.
+    """The plans that ran, by label of the text and executed layers K.
 
     Args:
         routed: model and router.
-        domains: the texts.
-        counts: the K's to run at.
+        texts: what to run.
+        counts: each K to run at.
         batch_size: windows a forward.
         track: wraps the list of forwards to show progress.
     """
-    jobs = [
-        (domain, count, rows)
-        for domain in domains
-        for rows in torch.arange(len(domain.windows)).split(batch_size)
+    forwards = [
+        (text, count, rows)
+        for text in texts
+        for rows in torch.arange(len(text.windows)).split(batch_size)
         for count in dict.fromkeys(counts)
     ]
     found: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-    for domain, count, rows in track(jobs):
-        ids = domain.windows.input_ids[rows].to(routed.backbone.device)
-        output = routed(ids, executed=torch.full((len(ids),), count), prompt=domain.prompt, logits_to_keep=1)
-        found[domain.label, count].append(_ran(output, routed.sink_tokens))
+    for text, count, rows in track(forwards):
+        ids = text.windows.input_ids[rows].to(routed.backbone.device)
+        output = routed(ids, executed=torch.full((len(ids),), count), prompt=text.prompt, logits_to_keep=1)
+        found[text.label, count].append(_checked_runs(output, routed.sink_tokens))
     return {key: Routing(np.concatenate(parts), routed.sink_tokens) for key, parts in found.items()}
 
 
-def _ran(output: Output, sinks: int) -> np.ndarray:
-    """(B, T, L) bool, the plans; by the layers' own records each token ran as many layers as its plan has."""
+def _checked_runs(output: Output, sinks: int) -> np.ndarray:
+    """(B, T, L) bool, the plans; RuntimeError where the layers' own records of what ran contradict them."""
     if not torch.equal(output.runs.sum(-1), output.executed):
         raise RuntimeError("The layers that ran are not those of the plan.")
     if not bool(output.sinks[:, :sinks].all()) or bool(output.sinks[:, sinks:].any()):
@@ -284,21 +233,21 @@ def _ran(output: Output, sinks: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that was seen of one run.
+    """The plans of one run.
 
     Attributes:
         router: its name.
         geometry: sizes of the backbone.
-        asked: budget as it was asked for → K, deepest first.
-        domains: the texts.
-        routings: what ran, by domain label and K.
+        executed: K by budget as it was asked for, deepest first.
+        texts: what ran.
+        routings: the plans, by label of the text and K.
         words: short labels of the tokens of the first text's first window.
     """
 
     router: str
     geometry: Geometry
-    asked: dict[str, int]
-    domains: Sequence[Domain]
+    executed: dict[str, int]
+    texts: Sequence[Text]
     routings: Mapping[tuple[str, int], Routing]
     words: Sequence[str]
 
@@ -307,57 +256,60 @@ class Inspection:
         """How many layers always run at the beginning and at the end."""
         return self.geometry.context_layer, 1
 
+    @property
+    def sinks(self) -> int:
+        """First tokens of each window, at full depth at every budget."""
+        return next(iter(self.routings.values())).sinks
+
     def at(self, count: int) -> list[Routing]:
-        """What ran at K, text by text."""
-        return [self.routings[domain.label, count] for domain in self.domains]
+        """The plans at K, text by text."""
+        return [self.routings[text.label, count] for text in self.texts]
 
     @cached_property
     def measures(self) -> dict[int, dict[str, Measures]]:
-        """The numbers by K and domain label."""
-        return {count: self._measured(count) for count in set(self.asked.values())}
+        """The numbers by K and label of the text."""
+        return {count: self._measures_at(count) for count in set(self.executed.values())}
 
-    def _measured(self, count: int) -> dict[str, Measures]:
+    def _measures_at(self, count: int) -> dict[str, Measures]:
         routings = self.at(count)
         reference = commonest_plan(routings)
-        found = (measure(routing, reference, self.geometry.always_on) for routing in routings)
-        return dict(zip((domain.label for domain in self.domains), found, strict=True))
+        found = (Measures.of(routing, reference, self.geometry.always_on) for routing in routings)
+        return dict(zip((text.label for text in self.texts), found, strict=True))
 
-
-def as_json(inspection: Inspection) -> dict[str, Any]:
-    """Everything in numbers: domains, each budget's measures by domain, and the first text token by token.
-
-    A token's plan is a text of L signs, "1" for a layer that ran.
-    """
-    first = inspection.domains[0]
-    budgets = []
-    for budget, count in inspection.asked.items():
-        measures = {label: asdict(found) for label, found in inspection.measures[count].items()}
-        runs = inspection.routings[first.label, count].runs[0]
-        budgets.append(
+    def as_json(self) -> dict[str, Any]:
+        """Everything in numbers; a token's plan is a string of L characters, "1" for a layer that ran."""
+        first = self.texts[0]
+        domains = {
+            text.label: {
+                "source": text.source,
+                "windows": len(text.windows),
+                "tokens_a_window": text.windows.input_ids.shape[1],
+                "documents": len(text.windows.documents.unique()),
+            }
+            for text in self.texts
+        }
+        budgets = [
             {
                 "budget": budget,
                 "layers": count,
-                "share": pooled_share(inspection.at(count)).tolist(),
-                "commonest_plan": commonest_plan(inspection.at(count)).nonzero()[0].tolist(),
-                "domains": measures,
-                "text": ["".join("01"[ran] for ran in token) for token in runs.astype(int)],
+                "share": pooled_share(self.at(count)).tolist(),
+                "commonest_plan": commonest_plan(self.at(count)).nonzero()[0].tolist(),
+                "domains": {label: asdict(found) for label, found in self.measures[count].items()},
+                "text": [
+                    "".join("01"[ran] for ran in token) for token in self.routings[first.label, count].runs[0] * 1
+                ],
             }
-        )
-    return {
-        "router": inspection.router,
-        "layers": inspection.geometry.layers,
-        "always_on": sorted({*range(inspection.geometry.context_layer), inspection.geometry.layers - 1}),
-        "sink_tokens": inspection.routings[first.label, next(iter(inspection.asked.values()))].sinks,
-        "domains": {domain.label: _described(domain) for domain in inspection.domains},
-        "text": {"domain": first.label, "tokens": first.windows.input_ids[0].tolist(), "words": [*inspection.words]},
-        "budgets": budgets,
-    }
-
-
-def _described(domain: Domain) -> dict[str, Any]:
-    windows, tokens = domain.windows.input_ids.shape
-    documents = len(domain.windows.documents.unique())
-    return {"source": domain.source, "windows": windows, "tokens_a_window": tokens, "documents": documents}
+            for budget, count in self.executed.items()
+        ]
+        return {
+            "router": self.router,
+            "layers": self.geometry.layers,
+            "always_on": sorted({*range(self.geometry.context_layer), self.geometry.layers - 1}),
+            "sink_tokens": self.sinks,
+            "domains": domains,
+            "text": {"domain": first.label, "tokens": first.windows.input_ids[0].tolist(), "words": [*self.words]},
+            "budgets": budgets,
+        }
 
 
 @dataclass(frozen=True)
@@ -399,9 +351,9 @@ def most_frequent(
         batch_size: windows a forward.
         track: wraps the list of forwards to show progress.
     """
-    domain = Domain("text", None, windows, prompt)
-    ((_, routing),) = observe(routed, [domain], [executed], batch_size=batch_size, track=track).items()
+    text = Text("text", None, windows, prompt)
+    ((_, routing),) = observe(routed, [text], [executed], batch_size=batch_size, track=track).items()
     plan = commonest_plan([routing])
-    seen = measure(routing, plan, routed.geometry.always_on)
+    seen = Measures.of(routing, plan, routed.geometry.always_on)
     kept = tuple(plan.nonzero()[0].tolist())
     return Choice(kept, len(plan), seen.tokens, seen.plans, seen.commonest, 1 - seen.off_commonest)

@@ -23,8 +23,8 @@ from buddy.budget import auto_of
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import head_logits
 from buddy.losses import Dense, cross_entropy, kl_to_dense
+from buddy.scoring.statistics import quantiles, resamples
 
-RESAMPLES = 2000
 MOST = 2**30  # bytes of the dense model's hidden states
 
 
@@ -241,28 +241,6 @@ def _counts(ran: Tensor) -> tuple[int, int, int, int]:
 
 def _key(ids: Tensor) -> bytes:
     return ids.cpu().numpy().tobytes()
-
-
-def paired_difference(ours: Scores, theirs: Scores, level: float = 0.95) -> tuple[float, tuple[float, float]]:
-    """Difference of mean cross-entropy (ours − theirs, nats a token) on the same documents, and its interval.
-
-    Every resample draws documents once and takes both routers' losses on them.
-    """
-    difference = ours.loss - theirs.loss
-    drawn = resamples(len(difference))
-    estimates = difference[drawn].sum(1) / ours.tokens[drawn].sum(1)
-    return float(difference.sum() / ours.tokens.sum()), quantiles(estimates, level)
-
-
-def resamples(documents: int) -> np.ndarray:
-    """(RESAMPLES, documents) indices, the same for every router so that differences are paired."""
-    return np.random.default_rng(0).integers(documents, size=(RESAMPLES, documents))
-
-
-def quantiles(values: np.ndarray, level: float) -> tuple[float, float]:
-    """The bounds between which the middle `level` of the values lie."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def as_json(scores: Sequence[Scores]) -> dict[str, Any]:

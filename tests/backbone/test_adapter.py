@@ -60,15 +60,14 @@ def test_prefill_and_decode_write_the_adapters_keys_and_values_too(family, polic
     torch.testing.assert_close(torch.cat(logits, 1), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("count", [3, 4])
-def test_remembered_sinks_are_the_adapted_ones(count):
+def test_remembered_sinks_are_the_adapted_ones():
     """A prompt whose other tokens all skip a layer takes the sink's states from memory."""
     routed = adapted(sink_tokens=1, prompt_plan="shared")
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with routed.stock():
         routed.backbone.model.generate(IDS, **options)
     for _ in range(2):  # the second time from memory
-        with routed.at(executed=[count]) as record:
+        with routed.at(executed=[3]) as record:
             sequences = routed.backbone.model.generate(IDS, **options)
         runs = torch.cat(record.runs, 1)
         logits = reference_logits(by_hand(routed.adapter), sequences[:, :-1], runs)
@@ -101,16 +100,13 @@ def test_scores_see_the_same_with_and_without_it_so_plans_stay():
         routed.detach()
 
 
-def test_first_factors_depend_on_the_seed_alone():
+def test_a_new_adapter_s_factors_depend_on_the_seed_alone():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    made = [factors(new_adapter(tiny_backbone("llama"), seed)) for seed in (3, 3, 4)]
+    one, same, other = (factors(new_adapter(tiny_backbone("llama"), seed)) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
-    assert any(not torch.equal(made[0][name], made[2][name]) for name in made[0])
-
-
-def test_it_counts_the_numbers_that_it_adds():
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
     adapter = new_adapter(tiny_backbone("llama"), rank=2, targets=["q_proj", "down_proj"])
     assert adapter.size == 5 * 2 * ((64 + 64) + (128 + 64))
 
@@ -145,30 +141,24 @@ def test_products_are_in_the_backbones_type_while_it_is_trained_and_in_float32_o
     assert seen == [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)]
 
 
-def test_switching_leaves_what_was_trainable_and_what_was_not():
+def test_switching_keeps_what_is_trainable_and_detaching_gives_the_stock_model_back():
     routed = adapted()
     routed.dense(IDS)
     assert all(parameter.requires_grad for parameter in routed.adapter.parameters())
     routed.adapter.freeze()
     routed.dense(IDS)
     assert not any(parameter.requires_grad for parameter in routed.backbone.model.parameters())
-
-
-def test_detach_gives_the_stock_model_back():
-    routed = adapted()
-    model = routed.backbone.model
-    assert not is_stock(model)
+    assert not is_stock(routed.backbone.model)
     routed.detach()
     assert routed.adapter is None
-    assert is_stock(model)
+    assert is_stock(routed.backbone.model)
     new_adapter(routed.backbone)  # another one can come: warnings are errors here
 
 
 # Gradients
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("sinks", [0, 1])
+@pytest.mark.parametrize(("policy", "sinks"), [("fill", 0), ("fill", 1), ("hole", 1), ("zero", 0)])
 def test_gradients_through_chosen_layers_equal_those_of_the_masked_whole(policy, sinks):
     routed = adapted(policy=policy, sink_tokens=sinks, size=0.05)
     weight = torch.randn(IDS.shape[0], IDS.shape[1], 259, generator=torch.Generator().manual_seed(2))
@@ -252,18 +242,13 @@ def saved(tmp_path):
     return routed, tmp_path / "adapter"
 
 
-def test_it_is_read_back_bit_for_bit_and_frozen(saved):
+def test_it_is_read_back_bit_for_bit_and_frozen_and_by_peft(saved):
     routed, folder = saved
     assert {path.name for path in folder.iterdir()} == {*FILES}
     other = tiny_backbone("llama")
     adapter = Adapter.load(other, folder)
     assert all(torch.equal(value, factors(routed.adapter)[name]) for name, value in factors(adapter).items())
     assert not any(parameter.requires_grad for parameter in other.model.parameters())
-    assert json.loads((folder / "adapter_config.json").read_text())["layers_to_transform"] == [1, 2, 3, 4, 5]
-
-
-def test_peft_reads_it_on_a_stock_model(saved):
-    routed, folder = saved
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
         model = PeftModel.from_pretrained(tiny_model("llama"), str(folder))
     full = routed(IDS, executed=torch.full((3,), 6)).logits
@@ -277,20 +262,22 @@ def refused(folder, named: str) -> None:
     assert is_stock(backbone.model)
 
 
-def test_one_for_another_backbone_is_refused(saved):
-    backbone = tiny_backbone("llama", seed=1)
+def test_a_foreign_missing_cut_or_incomplete_adapter_is_refused(saved):
+    backbone, folder = tiny_backbone("llama", seed=1), saved[1]
     with pytest.raises(RunError, match=tiny_backbone("llama").fingerprint):
-        Adapter.load(backbone, saved[1])
+        Adapter.load(backbone, folder)
     assert not any(isinstance(module, BaseTunerLayer) for module in backbone.model.modules())
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_missing_or_cut_is_named(saved, name):
-    path = saved[1] / name
-    path.write_bytes(path.read_bytes()[:20])
-    refused(saved[1], name)
-    path.unlink()
-    refused(saved[1], name)
+    for name in FILES:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:20])
+        refused(folder, name)
+        (folder / name).unlink()
+        refused(folder, name)
+        (folder / name).write_bytes(content)
+    tensors = load_tensors(folder / WEIGHTS)
+    gone = sorted(tensors)[3]
+    save_tensors(folder / WEIGHTS, {name: value for name, value in tensors.items() if name != gone}, {})
+    refused(folder, re.escape(gone))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +287,6 @@ def test_a_file_that_is_missing_or_cut_is_named(saved, name):
         ({"target_modules": ["q_proj"]}, WEIGHTS),
         ({"target_modules": ["elsewhere"]}, "elsewhere"),
         ({"peft_type": "IA3"}, "LoRA"),
-        ({"r": -1}, CONFIG),
         ({"r": "8"}, CONFIG),
     ],
 )
@@ -308,13 +294,6 @@ def test_a_configuration_of_other_modules_is_refused(saved, change, named):
     path = saved[1] / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     refused(saved[1], named)
-
-
-def test_tensors_that_are_missing_are_named(saved):
-    tensors = load_tensors(saved[1] / WEIGHTS)
-    gone = sorted(tensors)[3]
-    save_tensors(saved[1] / WEIGHTS, {name: value for name, value in tensors.items() if name != gone}, {})
-    refused(saved[1], re.escape(gone))
 
 
 # Targets

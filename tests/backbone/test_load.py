@@ -34,6 +34,7 @@ def test_every_family_round_trips_through_a_folder(family, tmp_path):
     expected = tiny_model(family)(input_ids=ids).logits
     assert torch.equal(backbone.model(input_ids=ids).logits, expected)
     assert backbone.fingerprint == tiny_backbone(family).fingerprint
+    assert backbone.model.config._attn_implementation == ("eager" if family == "gemma2" else "sdpa")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,23 +51,13 @@ def test_every_layer_of_a_tiny_model_matters(family):
 
 def test_sizes_and_freezing(tiny_llama_folder):
     backbone = load_backbone(str(tiny_llama_folder), "float32")
-    assert (backbone.num_layers, backbone.hidden_size, backbone.kv_size, backbone.context_length) == (
-        6,
-        64,
-        32,
-        512,
-    )
+    sizes = backbone.num_layers, backbone.hidden_size, backbone.kv_size, backbone.context_length
+    assert sizes == (6, 64, 32, 512)
     assert backbone.layers is backbone.model.model.layers
     assert backbone.device == torch.device("cpu")
     assert not backbone.model.training
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     assert backbone.name == backbone.title == str(tiny_llama_folder)
-
-
-def test_attention_is_exact_for_the_family(tmp_path):
-    for family, expected in (("llama", "sdpa"), ("gemma2", "eager")):
-        backbone = load_backbone(str(tiny_folder(tmp_path / family, family)), "float32")
-        assert backbone.model.config._attn_implementation == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -156,10 +147,6 @@ def test_refusal_comes_before_the_weights_are_read(folder):
         load_backbone(str(folder), "float32")
 
 
-def test_three_layers_are_enough(tmp_path):
-    assert load_backbone(str(tiny_folder(tmp_path / "m", num_hidden_layers=3)), "float32").num_layers == 3
-
-
 @pytest.mark.parametrize(
     ("name", "named"),
     [
@@ -234,12 +221,8 @@ def test_impossible_configurations(folder, changes, named):
 
 @pytest.mark.real
 def test_the_embedded_model_speaks(smollm2):
-    assert (smollm2.num_layers, smollm2.hidden_size, smollm2.kv_size, smollm2.context_length) == (
-        30,
-        576,
-        192,
-        8192,
-    )
+    sizes = smollm2.num_layers, smollm2.hidden_size, smollm2.kv_size, smollm2.context_length
+    assert sizes == (30, 576, 192, 8192)
     inputs = smollm2.tokenizer("The capital of France is", return_tensors="pt")
     ids = smollm2.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert smollm2.tokenizer.decode(ids[0]).startswith("The capital of France is Paris")

@@ -94,12 +94,6 @@ def test_nothing_is_measured_twice(measure):
     assert len(shown) == 1
 
 
-def test_the_loss_under_a_plan_is_over_all_windows():
-    measured = probe(batch_size=3)  # batches of three and two
-    whole = torch.ones(6, dtype=torch.bool)
-    assert measured.loss(whole) == pytest.approx(loss(tiny_model("llama")(WINDOWS).logits).item(), rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("family", "context_layer", "sinks"),
     [*((family, 1, 1) for family in FAMILIES), ("llama", 3, 0), ("gemma2", 3, 2), ("mistral-sliding", 1, 0)],
@@ -136,10 +130,6 @@ def test_losses_are_the_same_under_every_cache_policy(policy):
     with torch.no_grad():
         expected = loss(model(WINDOWS, runs=plan.expand(*WINDOWS.shape, -1)).logits).item()
     assert probe(model).loss(plan) == pytest.approx(expected, abs=2e-6)
-
-
-def test_kl_of_the_dense_plan_is_nothing():
-    assert probe().losses(torch.ones(1, LAYERS, dtype=torch.bool), "kl").abs().max() < 1e-6
 
 
 def test_fewer_windows_are_the_first_ones_bit_for_bit():
@@ -272,10 +262,11 @@ def test_what_is_refused():
             measured.losses(runs, windows=windows)
 
 
-def test_no_plans_have_no_losses():
+def test_no_plans_have_no_losses_and_the_dense_plan_has_no_kl():
     none = torch.ones(0, LAYERS, dtype=torch.bool)
-    assert probe().losses(none).shape == (0, 5)
-    assert probe().losses(none, windows=[0, 3]).shape == (0, 2)
+    assert probe(SHARED).losses(none).shape == (0, 5)
+    assert probe(SHARED).losses(none, windows=[0, 3]).shape == (0, 2)
+    assert probe(SHARED).losses(torch.ones(1, LAYERS, dtype=torch.bool), "kl").abs().max() < 1e-6
 
 
 def test_plan_without():
@@ -310,32 +301,22 @@ def test_contexts_are_those_of_the_prompts_last_tokens():
     assert context.executed.tolist() == [LAYERS] * 5
 
 
-def test_what_is_asked_for():
-    model = routed()
-    measured = probe(model, asked=[3, 6, 5, 3], seed=4, prompt=8)
-    assert (measured.asked, measured.seed, measured.prompt, measured.count) == ((5, 3), 4, 8, 5)
-    measured.serve(model, [6])
-    assert measured.asked == ()
-
-
-def test_a_probe_serves_the_next_router():
+def test_a_probe_serves_the_next_router_of_the_same_model():
     first = routed()
-    measured, runs = probe(first), plans(3)
+    measured, runs = probe(first, asked=[3, 6, 5, 3], seed=4, prompt=8), plans(3)
+    assert (measured.asked, measured.seed, measured.prompt, measured.count) == ((5, 3), 4, 8, 5)
     before = measured.losses(runs)
     first.detach()
     second = type(first)(first.backbone, first.router, sink_tokens=SINKS)
-    measured.serve(second, [4])
+    measured.serve(second, [4, 6])
+    assert measured.asked == (4,)
     called = count_calls(second)
     assert torch.equal(measured.losses(runs), before)
     assert called == []
     assert torch.equal(measured.losses(plans(3, seed=9)), probe(second).losses(plans(3, seed=9)))
-
-
-@pytest.mark.parametrize("other", [{"sinks": 2}, {"context_layer": 2}, {}])
-def test_a_probe_does_not_serve_another_model(other):
-    measured = probe()
-    with pytest.raises(ValueError, match="make another probe"):
-        measured.serve(routed(**other), [])
+    for other in ({"sinks": 2}, {"context_layer": 2}, {}):
+        with pytest.raises(ValueError, match="another probe"):
+            measured.serve(routed(**other), [])
 
 
 def test_progress_says_what_is_measured_and_bars_do_not_nest():

@@ -56,7 +56,7 @@ def test_full_depth_is_scored_once(ask, scored, tmp_path):
     assert scored == [("buddy", [1.0, 0.75, 0.5]), ("shortgpt", [0.75, 0.5])]
     record = read_json(tmp_path / "out" / "comparison.json")
     for run in record["runs"]:
-        folder = tmp_path / "out" / "runs" / run["router"] / "seed-0"
+        folder = tmp_path / "out" / run["router"] / "seed-0"
         asked = [1.0] if run["router"] == "full" else [1.0, 0.75, 0.5]
         alone = tasks.task_scores(folder, ["piqa"], asked, None, tmp_path)["results"]
         assert run["tasks"] == alone

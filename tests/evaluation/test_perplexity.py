@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.scoring.perplexity import Scores, paired_difference
+from buddy.scoring.perplexity import Scores
 from buddy.training.module import evaluate
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import tiny_backbone, tiny_model
@@ -107,24 +107,3 @@ def test_the_interval_of_many_documents_is_that_of_the_normal_law():
     losses = np.random.default_rng(1).normal(30, 5, size=400)
     low, high = np.log(made(losses.tolist()).interval())
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
-
-
-def test_a_router_does_not_differ_from_itself(scores):
-    assert paired_difference(scores[1], scores[1]) == (0.0, (0.0, 0.0))
-
-
-def test_a_constant_difference_is_certain():
-    noisy = np.random.default_rng(0).uniform(10, 50, size=30)
-    difference, (low, high) = paired_difference(made((noisy + 2).tolist()), made(noisy.tolist()))
-    assert [difference, low, high] == pytest.approx([0.2, 0.2, 0.2])
-
-
-def test_the_difference_is_ours_minus_theirs_and_pairs_documents():
-    ours, theirs = made([10, 20, 33]), made([11, 22, 30])
-    difference, (low, high) = paired_difference(ours, theirs)
-    assert difference == pytest.approx(0.0, abs=1e-12)
-    assert low == pytest.approx(-0.2)
-    assert high == pytest.approx(0.3)
-    mirrored, interval = paired_difference(theirs, ours)
-    assert mirrored == pytest.approx(-difference, abs=1e-12)
-    assert interval == pytest.approx((-high, -low))

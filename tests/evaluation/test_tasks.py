@@ -13,7 +13,6 @@ from buddy.build import load_model
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.harness import BuddyLM
-from buddy.evaluation.task_table import show_tasks
 from buddy.evaluation.tasks import evaluate_tasks, task_scores
 
 CHOICES = ["the right depth", "a layer", "no plan at all", "one"]
@@ -83,60 +82,23 @@ def test_the_command(finished, items, tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "scores.json").read_text())["results"]
     assert [entry["items"] for entry in found] == [2, 2, 2, 2]
-    lines = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in result.stdout.splitlines() if line[0] in "│┃"]
-    assert lines[0] == ["task", "metric", "items", "1 (6)", "0.5 (3)"]
+    lines = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
     cells = [f"{100 * entry['value']:.1f} ± {100 * entry['stderr']:.1f}" for entry in found]
-    assert lines[1:3] == [["arc_easy", "acc_norm", "2", *cells[:2]], ["boolq", "acc", "2", *cells[2:]]]
+    assert " ".join(lines["arc_easy"]) == " ".join(["acc_norm", "2", *cells[:2]])
+    assert " ".join(lines["boolq"]) == " ".join(["acc", "2", *cells[2:]])
     means = [f"{50 * (found[at]['value'] + found[at + 2]['value']):.1f}" for at in (0, 1)]
-    assert lines[3] == ["average", "", "", *means]
+    assert lines["average"] == means
     changed = sum(
         full != pruned
         for at in (0, 2)
         for full, pruned in zip(found[at]["correct"], found[at + 1]["correct"], strict=True)
     )
-    assert lines[4] == ["flips", "against full depth", "", "–", f"{100 * changed / 4:.1f}"]
-    assert lines[5] == ["layers run", "min / mean / max", "", "6 / 6.00 / 6", "3 / 3.00 / 3"]
+    assert lines["flips"][-2:] == ["–", f"{100 * changed / 4:.1f}"]
+    assert " ".join(lines["layers"]).endswith("6 / 6.00 / 6 3 / 3.00 / 3")
     assert "Sink tokens, run at full depth and counted apart: 1 a sequence." in result.stdout
     assert re.search(r"Scoring tasks: 24 of 24, 0:00:\d\d elapsed, boolq at 0\.5", result.stderr)
     assert "lm_eval" not in result.stderr
     assert "it/s" not in result.stderr
-
-
-def test_one_item_and_a_task_without_right_answers(capsys):
-    entry = {"budget": 0.5, "layers": 3, "executed": {"min": 3, "mean": 3.0, "max": 3}, "items": 1, "stderr": None}
-    right = {"task": "piqa", "metric": "acc", "value": 1.0, "correct": [1], **entry}
-    text = {"task": "text", "metric": "word_perplexity", "value": 12.3456, "correct": None, **entry}
-    show_tasks([right, text], "buddy", 0)
-    out = capsys.readouterr().out
-    assert "100.0 │" in out
-    assert "12.35 │" in out
-    assert "average" not in out
-    assert "Sink" not in out
-
-
-def test_flips_of_a_task_whose_answers_change(capsys):
-    entry = {"executed": {"min": 3, "mean": 3.0, "max": 3}, "items": 4, "stderr": 0.1, "metric": "acc", "value": 0.5}
-    piqa = [
-        {"task": "piqa", "budget": 1.0, "layers": 6, "correct": [1, 1, 0, 0], **entry},
-        {"task": "piqa", "budget": 0.5, "layers": 3, "correct": [1, 0, 1, 1], **entry},
-    ]
-    text = [{**each, "task": "text", "correct": None} for each in piqa]
-    show_tasks([*piqa, *text], "buddy", 0)
-    assert re.search(r"flips +│ against full depth +│ +│ +– │ +75\.0 │", capsys.readouterr().out)
-    for unknown in (piqa[1:], piqa[:1], text):
-        show_tasks(unknown, "buddy", 0)
-        assert "flips" not in capsys.readouterr().out
-
-
-def test_tasks_without_a_routed_token(capsys):
-    """Sinks alone: the task is left out of the layers that ran, or nothing is left of them."""
-    entry = {"budget": 0.5, "layers": 3, "items": 1, "stderr": None, "metric": "acc", "value": 1.0, "correct": [1]}
-    nothing = {"task": "sinks", "executed": {"min": None, "mean": None, "max": None}, **entry}
-    some = {"task": "piqa", "executed": {"min": 3, "mean": 3.5, "max": 4}, **entry}
-    show_tasks([nothing, some], "buddy", 1)
-    assert re.search(r"min / mean / max +│ +│ 3 / 3\.50 / 4 │", capsys.readouterr().out)
-    show_tasks([nothing], "buddy", 1)
-    assert re.search(r"min / mean / max +│ +│ +– │", capsys.readouterr().out)
 
 
 def test_a_run_whose_sinks_are_every_token(finished, items, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.inspection.routing import SPAN, Routing, changed_layers, commonest_plan, measure, pooled_share
+from buddy.inspection.routing import SPAN, Measures, Routing, changed_layers, commonest_plan, pooled_share
 
 
 @st.composite
@@ -34,7 +34,7 @@ def test_measures_are_those_of_counting(routing):
     plans = [plan for window in windows for plan in window]
     pairs = [pair for window in windows for pair in pairwise(window)]
     reference = np.random.default_rng(0).random(layers) < 0.5
-    found = measure(routing, reference, always_on=2)
+    found = Measures.of(routing, reference, always_on=2)
     assert found.tokens == len(plans)
     assert found.executed == (
         min(map(sum, plans)),
@@ -72,12 +72,12 @@ def test_the_commonest_plan_and_the_share_are_over_all_texts(several):
 def test_distinct_plans_are_counted_in_stretches_that_cover_the_window():
     plans = np.eye(300, dtype=bool)[:, :299].repeat(1, 0)  # every token another plan, but for the last, which is empty
     runs = np.stack([plans, np.zeros_like(plans)])
-    found = measure(Routing(runs, 0), runs[0, 0], always_on=0)
+    found = Measures.of(Routing(runs, 0), runs[0, 0], always_on=0)
     assert (found.span, found.plans) == (SPAN, 300)
     assert found.distinct == (128 + 1) / 2
     changing = np.zeros((1, 255, 4), dtype=bool)
     changing[0, :127, 1] = True  # stretches 0 … 127 and 127 … 254: two plans, then one
-    assert measure(Routing(changing, 0), changing[0, 0], always_on=0).distinct == 1.5
+    assert Measures.of(Routing(changing, 0), changing[0, 0], always_on=0).distinct == 1.5
 
 
 def test_changed_layers_say_nothing_of_sinks():

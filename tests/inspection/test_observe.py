@@ -7,7 +7,7 @@ import torch
 
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.inspection.routing import Domain, observe
+from buddy.inspection.routing import Text, observe
 from tests.inspection.planted import TwoOrders, planted_runs
 from tests.tiny import tiny_backbone
 
@@ -25,7 +25,7 @@ def domains():
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 259, (windows, TOKENS), generator=draw) for windows in (5, 2)]
     texts = [Windows(each, torch.zeros(len(each), dtype=torch.long)) for each in ids]
-    return [Domain("one", "one.txt", texts[0], PROMPT), Domain("two", None, texts[1], PROMPT)]
+    return [Text("one", "one.txt", texts[0], PROMPT), Text("two", None, texts[1], PROMPT)]
 
 
 @torch.no_grad()

@@ -25,25 +25,18 @@ def losses(features: torch.Tensor) -> torch.Tensor:
     return 2.0 + hard * torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
 
 
-def test_it_learns_to_spend_on_what_is_hard():
-    features, ours = prompt_features(contexts(64)), policy()
-    seen = train_policy(ours, features, losses(features), 6, RewardWeights(cost=2.0, entropy=0.0), steps=400, lr=3e-3)
-    chosen = ours.chooser(6)(contexts(64))
-    wanted = torch.where(features[:, 0] > 0, 6, 3)
-    assert (chosen == wanted).float().mean() > 0.9
+@pytest.mark.parametrize("cost", [0.0, 2.0, 1000.0])
+def test_it_learns_what_full_information_would_choose(cost):
+    """Against the arm of the largest reward for each request, which GRPO knows from samples only."""
+    features, ours, weights = prompt_features(contexts(64)), policy(), RewardWeights(cost=cost, entropy=0.0)
+    seen = train_policy(ours, features, losses(features), 6, weights, steps=400, lr=3e-3)
+    rewards = rewards_of(losses(features), ARMS, 6, weights)
+    best = rewards.max(1).values
+    chosen = rewards[torch.arange(64), torch.tensor([ARMS.index(k) for k in ours.chooser(6)(contexts(64)).tolist()])]
+    assert (chosen >= best - 1e-9).float().mean() > 0.9
+    assert best.mean() - seen[-1].reward < 0.2 * (best.mean() - seen[0].reward)
     assert seen[0].entropy == pytest.approx(random_entropy(ARMS), abs=0.05)
-    assert seen[-1].entropy < 0.5 * seen[0].entropy
-    assert seen[-1].reward > seen[0].reward
     assert [each.step for each in seen] == sorted({0, *range(4, 401, 4), 400})
-
-
-def test_a_price_of_nothing_takes_all_layers_and_a_price_of_all_the_fewest():
-    features = prompt_features(contexts(32))
-    hard = 2.0 + torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64).expand(32, 3)
-    for cost, arm in ((0.0, 6), (1000.0, 3)):
-        ours = policy()
-        train_policy(ours, features, hard, 6, RewardWeights(cost=cost), steps=300, lr=3e-3)
-        assert ours.chooser(6)(contexts(32)).unique().tolist() == [arm]
 
 
 def test_entropy_and_kl_hold_it():
@@ -59,13 +52,6 @@ def test_entropy_and_kl_hold_it():
     assert ends["free"] < 0.5
     assert ends["entropy"] > 0.95 * random_entropy(ARMS)
     assert ends["kl"] > 0.8 * random_entropy(ARMS)
-
-
-def test_the_paper_s_weights_hardly_leave_random():
-    """Half the depth is worth 0.025 against 5 a nat, and the rate is 1e-5: what the paper's own curve shows."""
-    features = prompt_features(contexts(32))
-    seen = train_policy(policy(), features, losses(features), 6, RewardWeights(), steps=200, lr=1e-5)
-    assert seen[-1].entropy == pytest.approx(random_entropy(ARMS), abs=0.05)
 
 
 def test_rewards():

@@ -24,7 +24,7 @@ from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
 from buddy.router import Geometry
 from buddy.run import RunFolder
 from buddy.training.callbacks import check_checkpoint
-from tests.comparison.made import record
+from tests.evaluation.made import record
 from tests.recovery.asking import ask
 from tests.small import Small
 

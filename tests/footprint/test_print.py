@@ -4,10 +4,13 @@ import json
 import re
 
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 
+from buddy.backbone.load import load_backbone
 from buddy.cli import app
+from buddy.errors import BackboneError
+from buddy.footprint import empty_model
 from tests.documents import ROOT
 
 COMMON = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
@@ -30,14 +33,14 @@ def call(*words: object):
     return CliRunner().invoke(app, ["memory", *(str(word) for word in words)])
 
 
-def planned(tmp_path, *words: object) -> dict:
-    result = call(*words, "--json", tmp_path / "plan.json")
+def computed(tmp_path, *words: object) -> dict:
+    result = call(*words, "--json", tmp_path / "memory.json")
     assert result.exit_code == 0, result.output
-    return json.loads((tmp_path / "plan.json").read_text())
+    return json.loads((tmp_path / "memory.json").read_text())
 
 
 def test_a_model_of_8_billion(models, tmp_path):
-    found = planned(tmp_path, "--backbone", models / "8b", "--budgets", "1.0,16layers")
+    found = computed(tmp_path, "--backbone", models / "8b", "--budgets", "1.0,16layers")
     assert (found["parameters"], found["layers"]) == (8_030_261_248, 32)
     assert found["training"]["weights"] == found["serving"]["weights"] == 2 * 8_030_261_248
     assert found["serving"]["executed"] == {"1.0": 32, "16layers": 16}
@@ -49,8 +52,8 @@ def test_a_model_of_8_billion(models, tmp_path):
 
 def test_a_model_of_70_billion_fits_eight_devices_by_fsdp_only(models, tmp_path):
     common = ["--backbone", models / "70b" / "config.json", "--devices", "8", "--batch-size", "8"]
-    copied = planned(tmp_path, *common)["training"]
-    shared = planned(tmp_path, *common, "--strategy", "fsdp")["training"]
+    copied = computed(tmp_path, *common)["training"]
+    shared = computed(tmp_path, *common, "--strategy", "fsdp")["training"]
     assert copied["weights"] == 2 * 70_553_706_496
     assert shared["weights"] < 25 * 2**30 < 80 * 2**30 < copied["total"]
     assert {k: shared[k] for k in ("router_and_optimizer", "step")} == {
@@ -74,44 +77,75 @@ def test_the_documents_figures(models):
 
 def test_a_step_grows_with_rows_and_windows(models, tmp_path):
     def step(*words: str) -> int:
-        return planned(tmp_path, "--backbone", models / "8b", *words)["training"]["step"]
+        return computed(tmp_path, "--backbone", models / "8b", *words)["training"]["step"]
 
     assert step("--batch-size", "2") < step() < step("--window", "1024")
     assert step("--batch-size", "8", "--devices", "2") == step()
     assert step("--router", "shortgpt") == 0
 
 
-def test_what_it_prints(models):
-    result = call("--backbone", models / "8b", "--devices", "2", "--dtype", "float32")
-    assert "8.03 billion parameters, float32" in result.stdout
-    assert "each device (2 devices, auto, 4 windows of 256 tokens a step)" in result.stdout
-    for words in ("weights, frozen", "router and optimizer", "a step, at most", "together", "29.92", "0.75", "hole"):
-        assert words in result.stdout
-    assert "are estimates" in result.stdout
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("--batch-size", ["--devices", "3"]),
+        ("1.5", ["--budgets", "1.5"]),
+        ("15ms", ["--budgets", "15ms"]),
+        ("--window", ["--window", "9000"]),
+        ("'buddy'", ["--router", "budy"]),
+        ("'first'", ["--router", "first"]),
+        ("0.5", ["--router", "full", "--budgets", "0.5"]),
+        ("/no/such/folder", ["--json", "/no/such/folder/p.json"]),
+    ],
+)
+def test_what_is_refused(models, named, words):
+    result = call("--backbone", models / "8b", *words)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert named in result.stderr
+
+
+# Configurations
+
+
+def test_it_is_the_model_without_its_weights(tiny_llama_folder, tmp_path):
+    real = load_backbone(str(tiny_llama_folder), "bfloat16").model
+    AutoConfig.from_pretrained(tiny_llama_folder).save_pretrained(tmp_path)
+    for name in (tiny_llama_folder, tmp_path, tmp_path / "config.json"):
+        empty = empty_model(str(name), "bfloat16")
+        assert {name: (p.shape, p.dtype) for name, p in empty.named_parameters()} == {
+            name: (p.shape, p.dtype) for name, p in real.named_parameters()
+        }
+        assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "text",
     [
-        (["--devices", "3"], "A batch of 4 windows cannot be shared by 3 devices; set --batch-size to a multiple of 3"),
-        (["--budgets", "1.5"], "not above 0 and at most 1"),
-        (["--budgets", "15ms"], "ask for a fraction such as 0.75"),
-        (["--budgets", ","], "--budgets is empty"),
-        (["--window", "9000"], "reads at most 8192 tokens"),
-        (["--router", "budy"], "did you mean 'buddy'"),
-        (["--router", "first"], "trained by gradients through the layers"),
-        (["--router", "full", "--budgets", "0.5"], "This router runs every layer"),
-        (["--json", "/no/such/folder/p.json"], "There is no folder /no/such/folder"),
+        "{",
+        "[1]",
+        "{}",
+        '{"model_type": "gpt2"}',
+        '{"model_type": "llama", "num_hidden_layers": 2}',
+        '{"model_type": "llama", "hidden_size": -5}',
+        '{"model_type": "llama", "hidden_size": "many"}',
+        '{"model_type": "qwen2", "num_hidden_layers": 4, "layer_types": ["odd"]}',
     ],
 )
-def test_what_is_refused(models, words, message):
-    result = call("--backbone", models / "8b", *words)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+def test_a_configuration_that_cannot_be_used(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BackboneError, match=str(tmp_path)):
+        empty_model(str(tmp_path), "float32")
 
 
-@pytest.mark.parametrize("words", [["--devices", "0"], ["--window", "3"], ["--strategy", "ddp"], ["--dtype", "int8"]])
-def test_usage_errors(models, words):
-    assert call("--backbone", models / "8b", *words).exit_code == 2
+@pytest.mark.parametrize("name", ["", "/no/such", "./no.json", "nowhere", "owner/never-seen", "smollm2-135n"])
+def test_a_configuration_that_is_not_there(name):
+    with pytest.raises(BackboneError, match="smollm2-135m"):
+        empty_model(name, "float32")
+
+
+def test_code_of_a_repository_is_not_run(tiny_llama_folder, tmp_path):
+    values = json.loads((tiny_llama_folder / "config.json").read_text())
+    values["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert empty_model(str(tmp_path), "float32").config.num_hidden_layers == 6
+    assert not (tmp_path / "ran").exists()

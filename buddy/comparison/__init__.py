@@ -1,1 +1,0 @@
-"""Routers held against each other under one protocol: one recipe, the same windows, the same budgets."""

@@ -1,0 +1,282 @@
+"""Figures by matplotlib, and results for TensorBoard."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from buddy.config import Recipe, flatten
+from buddy.evaluation.results import Results
+from buddy.io import on_disk, write_bytes, writing
+from buddy.scoring.perplexity import Scores
+from buddy.values import shown
+
+LAYERS, TIME = "quality-layers", "quality-time"
+CAPTIONS = {
+    LAYERS: "Cross-entropy over executed layers; bands are 95 % intervals over documents and seeds. A line that is far "
+    "worse than the others leaves its panel at the top; the tables have it.",
+    TIME: "Cross-entropy over the measured time of a decoded token, one point for each budget.",
+}
+# Told apart by people who see few colours (Paul Tol's "muted" and "bright"); lines of one colour differ in their marks.
+COLOURS: tuple[str, ...] = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee", "#882255")
+COLOURS += ("#44aa99", "#999933", "#aa4499", "#555555", "#e6550d", "#000000")
+MARKS = "osD^vPX*<>hd"
+STROKES = {"learned": "-", "static": "--", "random": ":"}
+TENSORBOARD, PICTURES = "tensorboard", "_figures"  # folders
+TABLE = "hparams"  # prefix of the tags that are columns of TensorBoard's table and points of no curve
+Scalar = bool | int | float | str
+
+
+@contextmanager
+def figure_at(path: Path, **options: Any) -> Iterator[Any]:
+    """The axes of a new figure, saved to `path` (PNG), whole or not at all, when the block ends without an error.
+
+    Args:
+        path: where the figure goes; an older one there is replaced.
+        options: of `matplotlib.pyplot.subplots`.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(layout="constrained", **options)
+    try:
+        yield axes
+        picture = BytesIO()
+        figure.savefig(picture, dpi=150, format="png")
+        write_bytes(path, picture.getvalue())
+    finally:
+        pyplot.close(figure)
+
+
+def draw_all(results: Results, folder: Path, prefix: str = "") -> dict[str, Path]:
+    """Write the figures of a comparison into a folder; without measured times there is no figure of time.
+
+    Returns:
+        Their paths by name.
+    """
+    paths = {name: folder / f"{prefix}{name}.png" for name in CAPTIONS}
+    draw_panels(results, paths[LAYERS], "layers", "executed layers", shade=0.1)
+    if not results.record["speed"]:
+        paths.pop(TIME).unlink(missing_ok=True)  # of an earlier comparison
+        return paths
+    stock = results.record["speed"]["dense"]["decode_ms"]
+    draw_panels(results, paths[TIME], "decode_ms", "milliseconds a token, decoding one text", stock=stock)
+    return paths
+
+
+def draw_panels(r: Results, path: Path, x: str, label: str, *, shade: float = 0.0, stock: float | None = None) -> None:
+    """Cross-entropy over a column of `Results.scores`: a panel for each text, a line for each router.
+
+    Args:
+        r: what is drawn.
+        path: of the PNG file.
+        x: the column.
+        label: of the horizontal axis.
+        shade: opacity of the 95 % intervals over documents and seeds.
+        stock: where the stock dense model is on the horizontal axis, if it is to be shown.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    across = min(2, len(r.texts))
+    down = -(-len(r.texts) // across)
+    size = (5.2 * across + 0.6, 3.6 * down + 0.5 + 0.22 * -(-len(r.routers) // (2 * across)))
+    columns = [x, "loss", "loss_low", "loss_high"]
+    with figure_at(path, ncols=across, nrows=down, squeeze=False, figsize=size) as axes:
+        panels = list(axes.flat)
+        for axis, text in zip(panels, r.texts, strict=False):
+            points = r.scores.loc[text, columns].dropna(subset=[x]).astype(float).sort_values(columns)
+            for router, style in zip(r.routers.index, _styles(r), strict=True):
+                if router in points.index:
+                    _band(axis, points.loc[[router]], shade, label=router, **style)
+            if stock is not None:
+                axis.axvline(stock, color="#888888", linewidth=1, linestyle="-.", label="stock dense model")
+            _limit(axis, points, shade)
+            axis.set_title(text, fontsize=10, parse_math=False)
+            axis.set(xlabel=label, ylabel="cross-entropy (nats a token)")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=x == "layers"))
+            axis.grid(alpha=0.3)
+        for axis in panels[len(r.texts) :]:
+            axis.remove()
+        lines, labels = panels[0].get_legend_handles_labels()
+        style = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
+        panels[0].figure.legend(lines, labels, ncols=2 * across, **style)
+
+
+def draw_scores(scores: Sequence[Scores], path: Path) -> None:
+    """One router's cross-entropy over executed layers, with 95 % intervals over documents."""
+    from matplotlib.ticker import MaxNLocator
+
+    points = [(each.layers, *map(math.log, (each.perplexity, *each.interval()))) for each in scores]
+    with figure_at(path, figsize=(7, 4.5)) as axis:
+        _band(axis, pd.DataFrame(sorted(points)), 0.15, marker="o")
+        axis.set(xlabel="executed layers", ylabel="cross-entropy on held-out text (nats per token)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+
+
+def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) -> Path:
+    """Write `<folder>/tensorboard` anew: a run for each router, so that curves overlay and HPARAMS has a row for each.
+
+    Curves have executed layers as steps and means over seeds as values.
+
+    Args:
+        r: what is shown.
+        folder: of the comparison.
+        pictures: PNG files by name.
+
+    Returns:
+        The folder to give TensorBoard.
+    """
+    final, partial = folder / TENSORBOARD, folder / f".{TENSORBOARD}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    columns = {(text, budget): f"{text}_loss_at_{budget:g}" for text in r.texts for budget in r.budgets}
+    fits = r.fits.groupby("router")[["seconds", "parameters"]].mean()
+    for router, about in r.routers.iterrows():
+        scores = r.scores.xs(router, level="router")
+        metrics = {f"fit_{name}": float(value) for name, value in fits.loc[router].items()}
+        metrics |= {columns[key]: float(loss) for key, loss in scores.loss.items()}
+        write_run(partial / about.folder, _curves(r, scores), _settings(r, router), metrics, {}, columns.values())
+    _write_pictures(partial / PICTURES, pictures)
+    with writing(final):
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    return final
+
+
+def write_run(
+    folder: Path,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    settings: Mapping[str, Scalar],
+    metrics: Mapping[str, float],
+    texts: Mapping[str, str],
+    columns: Iterable[str] = (),
+) -> None:
+    """Add one run's events to a folder, which TensorBoard shows as one run.
+
+    torch's `add_hparams` would make another run below it; the same summaries are written into this one instead.
+
+    Args:
+        folder: made where it is missing.
+        curves: points (step, value) by tag.
+        settings: columns of the table of hyper-parameters; the same keys in all runs that are looked at together,
+            since the table takes its columns from one of them.
+        metrics: results in that table.
+        texts: Markdown by tag.
+        columns: results that other runs may have and this one lacks.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    tags = {f"{TABLE}/{name}": 0.0 for name in (*metrics, *columns)}  # only the names of these are written
+    with on_disk(folder), SummaryWriter(str(folder)) as writer:
+        for tag, points in {**curves, **{f"{TABLE}/{name}": [(0, value)] for name, value in metrics.items()}}.items():
+            for step, value in points:
+                writer.add_scalar(tag, value, step)
+        for summary in hparams(dict(settings), tags):
+            writer.file_writer.add_summary(summary)
+        for tag, text in texts.items():
+            writer.add_text(tag, text)
+
+
+def write_scores(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Mapping[str, float]) -> None:
+    """TensorBoard's curves and settings of one run; steps are executed layers, so that runs of several routers overlay.
+
+    Args:
+        folder: of the run.
+        recipe: that it was made by.
+        scores: on the recipe's test windows.
+        fit: what it took, such as "seconds".
+    """
+    ordered = sorted(scores, key=lambda each: each.layers)
+    curves = {
+        "test/perplexity": [(each.layers, each.perplexity) for each in ordered],
+        "test/loss": [(each.layers, math.log(each.perplexity)) for each in ordered],
+        "test/kl": [(each.layers, each.mean_kl) for each in ordered],
+    }
+    metrics = {f"perplexity_at_{each.budget:g}": each.perplexity for each in ordered}
+    metrics |= {f"fit_{name}": value for name, value in fit.items()}
+    columns = [f"perplexity_at_{budget:g}" for budget in recipe.budgets]
+    text = "\n".join(f"    {key}: {value}" for key, value in flatten(recipe).items())
+    write_run(folder, curves, settings_of(recipe), metrics, {"recipe": text}, columns)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Scalar]:
+    """A recipe for TensorBoard's table of hyper-parameters: the same columns for every router."""
+    flat = flatten(recipe)
+    options = {key: flat.pop(key) for key in [*flat] if key.startswith("router.options.")}
+    return flat | {"router.options": ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in options.items())}
+
+
+def _write_pictures(folder: Path, pictures: Mapping[str, Path]) -> None:
+    from matplotlib.image import imread
+    from torch.utils.tensorboard import SummaryWriter
+
+    with on_disk(folder), SummaryWriter(str(folder)) as writer:
+        for tag, path in pictures.items():
+            writer.add_image(tag, imread(path)[..., :3], dataformats="HWC")
+
+
+def _curves(r: Results, scores: pd.DataFrame) -> dict[str, list[tuple[int, float]]]:
+    """Points (K, value) by tag, of one router's scores by (text, budget)."""
+    curves = {f"{text}/{name}": scores.loc[text, name] for text in r.texts for name in ("perplexity", "loss", "kl")}
+    curves |= {f"speed/{name}": scores.loc[r.texts[0], name].dropna() for name in ("decode_ms", "prefill_ms")}
+    return {
+        tag: [(r.budgets[budget], float(value)) for budget, value in values.sort_index().items()]
+        for tag, values in curves.items()
+        if len(values)
+    }
+
+
+def _settings(r: Results, router: str) -> dict[str, Scalar]:
+    """The same columns for all routers."""
+    about, recipe = r.routers.loc[router], r.record["recipe"]
+    shared = ("backbone.name", "data.window", "data.prompt", "data.calibration_windows", "trainer.max_steps")
+    options = ", ".join(f"{key}={shown(value)}" for key, value in about.options.items())
+    own = {"router": about["name"], "options": options, "kind": about.kind, "seeds": len(r.fits.loc[router])}
+    return own | {key: recipe[key] for key in shared}
+
+
+def _band(axis: Any, points: pd.DataFrame, shade: float, **style: Any) -> None:
+    """A line through points (x, y, low, high), the area between low and high shaded."""
+    x, y, low, high = points.to_numpy().T
+    (line,) = axis.plot(x, y, **style)
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=shade, linewidth=0)
+
+
+def _limit(axis: Any, points: pd.DataFrame, shade: float) -> None:
+    """Keep the panel to where most routers are: a line that is far worse leaves it at the top."""
+    by_router = points.groupby("router").loss
+    worst, least = by_router.max()[by_router.size() > 1], points.loss.min()
+    if len(worst) and worst.max() - least > 2.5 * (worst.median() - least):
+        span = 1.5 * (worst.median() - least)
+        lowest = points.loss_low.min() if shade else least
+        axis.set_ylim(bottom=lowest - 0.05 * span, top=least + span)
+
+
+def _styles(r: Results) -> Iterator[dict[str, Any]]:
+    """For each router, in order: its kind decides the stroke."""
+    for kind, colour, mark in zip(r.routers.kind, cycle(COLOURS), cycle(MARKS), strict=False):
+        width = 2.0 if kind == "learned" else 1.3
+        yield {
+            "color": colour,
+            "marker": mark,
+            "linestyle": STROKES.get(kind, "-"),
+            "linewidth": width,
+            "markersize": 5,
+        }

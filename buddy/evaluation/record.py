@@ -1,0 +1,244 @@
+"""comparison.json: collected from finished runs, written, read, and joined with others."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from buddy.backbone.load import title_of
+from buddy.config import Recipe, flatten
+from buddy.data.windows import Windows
+from buddy.errors import BuddyError, RunError
+from buddy.io import read_json, write_text
+from buddy.registry import load
+from buddy.run import CKPT_KEYS, FREE_KEYS, METRICS, read_metrics, read_run
+from buddy.scoring.timing import machine, versions
+
+FORMAT = 1
+KEYS = (
+    "command",
+    "created",
+    "recipe",
+    "layers",
+    "versions",
+    "machine",
+    "domains",
+    "routers",
+    "runs",
+    "failures",
+    "tasks",
+)
+EVALUATIONS, TASKS = "evaluations", "tasks"  # folders in a run folder: results on further texts, and on tasks
+PROVENANCE = ("command", "created", "versions", "machine")  # how each part of a joined comparison was made
+RATES = "adapter.rates"  # of comparisons made by 0.1: kept with each part and shown, not compared
+# Beginnings of recipe keys that say which runs were asked for, and nothing of how they were made.
+OWN = ("router.", "seed", RATES, *FREE_KEYS, *CKPT_KEYS)
+
+
+def collect(
+    runs: Mapping[str, Sequence[Path]],
+    *,
+    command: str,
+    recipe: Recipe,
+    layers: int,
+    texts: Sequence[Mapping[str, Any]],
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
+    speed: Mapping[str, Any] | None = None,
+    failures: Sequence[tuple[str, int, str]] = (),
+) -> dict[str, Any]:
+    """The content of comparison.json, read from finished run folders.
+
+    Args:
+        runs: the folders of each router's runs, one a seed, by label in the order of the rows.
+        command: what a person would type to make it again, without folders (see `shown_command`).
+        recipe: of all runs, but for router and seed.
+        layers: L of the backbone.
+        texts: what runs were evaluated on, each as `text_entry` describes it; the recipe's own is in metrics.json,
+            others are in `evaluation_file`.
+        tasks: names of tasks that runs were scored on, each in `task_file`.
+        task_limit: items of each task, if not all.
+        speed: times, as `buddy.evaluation.bench.measured` gives them.
+        failures: label, seed and reason of each run that failed.
+
+    Raises:
+        RunError: a run is damaged or incomplete.
+    """
+    flat = flatten(recipe)
+    return {
+        "format": FORMAT,
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": {key: shown_text(value) if isinstance(value, str) else value for key, value in flat.items()},
+        "backbone": title_of(shown_path(recipe.backbone.name)),
+        "layers": layers,
+        "versions": versions(),
+        "machine": machine(),
+        "domains": [dict(text) for text in texts],
+        "tasks": {"names": list(tasks), "limit": task_limit},
+        "routers": [_router_entry(label, folders[0]) for label, folders in runs.items() if folders],
+        "runs": [_run_entry(label, each, texts, tasks) for label, folders in runs.items() for each in folders],
+        "speed": speed,
+        "failures": [{"router": label, "seed": seed, "reason": reason} for label, seed, reason in failures],
+    }
+
+
+def text_entry(label: str, source: str, windows: Windows, *, own: bool) -> dict[str, Any]:
+    """What comparison.json says of a text; `own` is that of the recipe, whose results are in metrics.json."""
+    counts = {"windows": len(windows), "documents": len(windows.documents.unique())}
+    return {"label": label, "source": shown_path(source), "own": own, **counts, "fingerprint": windows.fingerprint}
+
+
+def evaluation_file(folder: Path, label: str, own: bool) -> Path:
+    """The file with a run's results on a text."""
+    return folder / METRICS if own else folder / EVALUATIONS / f"{label}.json"
+
+
+def task_file(folder: Path, name: str) -> Path:
+    """The file with a run's results on a task."""
+    return folder / TASKS / f"{name.replace('/', '-')}.json"
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write indented JSON, whole or not at all; lists of numbers keep to one line, for there are thousands of them."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_text(path, text + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A comparison.json.
+
+    Raises:
+        RunError: missing, not one, or made by a newer Buddy.
+    """
+    if os.path.isdir(path):
+        raise RunError(f"{path} is a folder; name the comparison.json in it.")
+    try:
+        found = read_json(path)
+    except BuddyError as error:
+        if not os.path.exists(path):
+            raise RunError(f"There is no file {path}; name the comparison.json that `buddy compare` wrote.") from error
+        raise damaged_record(path) from error
+    made = found.get("format")
+    if isinstance(made, int) and made > FORMAT:
+        raise RunError(f"{path} was made by a newer Buddy (format {made}); upgrade Buddy to read it.")
+    if made != FORMAT or any(key not in found for key in KEYS):
+        raise RunError(f"{path} is no comparison; name the comparison.json that `buddy compare` wrote.")
+    return found
+
+
+def damaged_record(path: Path) -> RunError:
+    """The error for a comparison.json that cannot be used."""
+    return RunError(f"{path} is damaged; make it again with the `buddy compare` that made it.")
+
+
+def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+    """One record of all routers and runs, in the order of the files.
+
+    Times of several records were not measured in turn with each other, so they are left out.
+
+    Args:
+        records: by the file that each was read from; one or more.
+
+    Raises:
+        RunError: other recipes, texts or tasks, one label for two routers, or a run that is in two of them.
+    """
+    (first_path, first), *others = records.items()
+    if not others:
+        return dict(first)
+    for path, other in others:
+        _check_alike(first_path, first, path, other)
+    routers: dict[str, tuple[Path, Any]] = {}
+    runs: dict[tuple[str, int], tuple[Path, Any]] = {}
+    for path, record in records.items():
+        for router in record["routers"]:
+            there, known = routers.setdefault(router["label"], (path, router))
+            if known != router:
+                raise RunError(
+                    f"{there} and {path} call different routers {router['label']}; compare them in one folder instead."
+                )
+        for run in record["runs"]:
+            there, known = runs.setdefault((run["router"], run["seed"]), (path, run))
+            if known is not run:
+                name = f"{run['router']}, seed {run['seed']}"
+                raise RunError(f"The run {name} is in {there} and in {path}; leave one of the files out.")
+    order = {label: place for place, label in enumerate(routers)}
+    failures = [each for record in records.values() for each in record["failures"]]
+    return {
+        **first,
+        "routers": [router for _, router in routers.values()],
+        "runs": [runs[key][1] for key in sorted(runs, key=lambda key: (order[key[0]], key[1]))],
+        "speed": None,
+        "failures": [each for each in failures if (each["router"], each["seed"]) not in runs],
+        "parts": [
+            {key: each[key] for key in PROVENANCE} | {"rates": each["recipe"].get(RATES)} for each in records.values()
+        ],
+    }
+
+
+def shown_text(text: str) -> str:
+    """A path by its last part; of other text, such as a list, each path in it."""
+    return shown_path(text) if os.path.exists(text) else "".join(map(shown_path, re.split(r"([],=[{} ])", text)))
+
+
+def shown_path(text: str) -> str:
+    """The last part of a path; any other text, names on the hub among them, as it is."""
+    is_path = os.sep in text and (text.startswith((os.sep, ".", "~")) or os.path.exists(text))
+    return Path(text).name if is_path else text
+
+
+def shown_command(words: Iterable[str]) -> str:
+    """The words of a command as a person would type them, without the folders of files."""
+    return " ".join(shlex.quote(shown_text(word)) for word in words)
+
+
+def _router_entry(label: str, folder: Path) -> dict[str, Any]:
+    section = read_run(folder).recipe.router
+    cls = load(section.name)
+    return {
+        "label": label,
+        "folder": folder.parent.name,
+        "name": section.name,
+        "options": dict(section.options),
+        "kind": cls.kind,
+        "source": cls.source,
+        "full_depth": cls.full_depth,
+    }
+
+
+def _run_entry(label: str, folder: Path, texts: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:
+    found = {each["label"]: read_json(evaluation_file(folder, each["label"], each["own"])) for each in texts}
+    return {
+        "router": label,
+        "seed": read_run(folder).recipe.seed,
+        "fit": read_metrics(folder)["fit"],
+        "domains": {text: {"results": each["results"], "documents": each["documents"]} for text, each in found.items()},
+        "tasks": [entry for name in tasks for entry in read_json(task_file(folder, name))["results"]],
+    }
+
+
+def _check_alike(path: Path, one: Mapping[str, Any], other_path: Path, other: Mapping[str, Any]) -> None:
+    """Raises RunError unless both were made in the same way."""
+    here, there = one["recipe"], other["recipe"]
+    differing = [
+        f"{key}: {here.get(key, 'not set')} and {there.get(key, 'not set')}"
+        for key in dict.fromkeys([*here, *there])
+        if not key.startswith(OWN) and here.get(key) != there.get(key)
+    ]
+    texts, others = ({each["label"]: each.get("fingerprint") for each in record["domains"]} for record in (one, other))
+    differing += [
+        f"the text {label}" for label in dict.fromkeys([*texts, *others]) if texts.get(label) != others.get(label)
+    ]
+    differing += [key for key in ("layers", "tasks") if one.get(key) != other.get(key)]
+    if differing:
+        raise RunError(
+            f"{path} and {other_path} were made differently ({'; '.join(differing)}) and cannot stand in one "
+            "comparison; make one of them again as the other was made."
+        )

@@ -1,0 +1,270 @@
+"""The numbers of a comparison as pandas frames: all of them in long form, and the statistics that tables show.
+
+comparison.json (`buddy.evaluation.record`) is the source; frames, tables and figures are views of it. `buddy fit` has
+one seed and one text, `buddy compare` several; the code is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from buddy.backbone.load import title_of
+from buddy.scoring.statistics import accuracy_difference, difference, flips, loss_interval, mean_loss
+
+FEWEST = 5  # documents or items that a mark of significance needs
+
+COLUMNS = ["router", "seed", "text", "budget", "document", "metric", "value"]
+CSV = {  # columns of comparison.csv after router, kind, seed, domain and budget
+    "layers": "layers",
+    "perplexity": "perplexity",
+    "interval_low": "interval_low",
+    "interval_high": "interval_high",
+    "kl": "kl",
+    "executed_min": "executed_min",
+    "executed_mean": "executed_mean",
+    "executed_max": "executed_max",
+    "documents": "documents",
+    "tokens": "tokens",
+    "seconds": "fit_seconds",
+    "parameters": "parameters",
+}
+WHOLE = ("layers", "executed_min", "executed_max", "documents", "tokens", "parameters")  # columns of whole numbers
+
+
+def frame(record: Mapping[str, Any]) -> pd.DataFrame:
+    """A record in long form, one row for each number: router, seed, text, budget, document, metric, value.
+
+    `text` is a task for the metrics "score" and "correct", and missing for what a run took to fit. `document` numbers
+    the documents of a text, or the items of a task; it is missing for metrics over all of them.
+    """
+    return pd.DataFrame(_rows(record), columns=COLUMNS)
+
+
+class Results:
+    """A record and its statistics.
+
+    Args:
+        record: the content of comparison.json, or several joined.
+
+    Attributes:
+        record: as given.
+        frame: all its numbers in long form; see `frame`.
+        routers: name, kind, folder and more of each router that has runs, by label in the order of the rows.
+        texts: labels of the texts.
+        layers: L of the backbone.
+        budgets: K by budget, deepest first.
+        below: `budgets` without full depth, where all routers are the dense model.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record, self.frame, self.layers = record, frame(record), int(record["layers"])
+        runs = {run["router"] for run in record["runs"]}
+        self.routers = pd.DataFrame(each for each in record["routers"] if each["label"] in runs).set_index("label")
+        self.texts = [text["label"] for text in record["domains"]]
+        layers = self.frame[self.frame.metric == "layers"].groupby("budget").value.first().sort_index(ascending=False)
+        self.budgets: dict[float, int] = {float(budget): int(count) for budget, count in layers.items()}
+        self.below = {budget: count for budget, count in self.budgets.items() if count < self.layers}
+
+    @property
+    def backbone(self) -> str:
+        """The full name of the backbone."""
+        return self.record.get("backbone") or title_of(self.record["recipe"]["backbone.name"])
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """Metrics over all documents, one row for each (router, seed, text, budget)."""
+        whole = self.frame[self.frame.document.isna() & self.frame.text.isin(self.texts)]
+        return self._in_order(_wide(whole[whole.metric != "score"], ["router", "seed", "text", "budget"]))
+
+    @cached_property
+    def fits(self) -> pd.DataFrame:
+        """What each run took: seconds, parameters and, of healed runs, adapter_lr, by (router, seed)."""
+        return self._in_order(_wide(self.frame[self.frame.text.isna()], ["router", "seed"]))
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Means over seeds, one row for each (text, router, budget).
+
+        Columns: layers; perplexity with perplexity_std, perplexity_min and perplexity_max over seeds; seeds; kl; loss
+        (nats a token) with its interval loss_low, loss_high over documents and seeds; best_static, whether it is the
+        static router of least loss; difference to that router with difference_low, difference_high and apart, whether
+        the interval leaves out 0, over enough documents; decode_ms and prefill_ms where times were measured.
+        """
+        rows = [row for text in self.texts for budget in self.budgets for row in self._scores_at(text, budget)]
+        by_seed = self.runs.groupby(["text", "router", "budget"], sort=False)
+        perplexity = by_seed.perplexity.agg(["mean", "std", "min", "max", "count"])
+        perplexity.columns = ["perplexity", "perplexity_std", "perplexity_min", "perplexity_max", "seeds"]
+        means = perplexity.join(by_seed[["layers", "kl"]].mean())
+        found = means.join(pd.DataFrame(rows).set_index(["text", "router", "budget"]))
+        return found.join(self.times, on=["router", "budget"])
+
+    @cached_property
+    def times(self) -> pd.DataFrame:
+        """Milliseconds of a decoded token and of a prompt, decode_ms and prefill_ms, by (router, budget)."""
+        speed, names = self.record.get("speed"), ["decode_ms", "prefill_ms"]
+        entries = [] if not speed else [(each["router"], each["layers"], each) for each in speed["results"]]
+        entries += [] if not speed else [(label, self.layers, speed["full"]) for label in self.routers.index]
+        rows = [
+            {"router": label, "budget": budget} | {name: times[name] for name in names}
+            for budget, layers in self.budgets.items()
+            for label, count, times in entries
+            if count == layers
+        ]
+        return pd.DataFrame(rows, columns=["router", "budget", *names], dtype=object).set_index(["router", "budget"])
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that runs were scored on."""
+        return list(self.frame.text[self.frame.metric == "score"].unique())
+
+    @cached_property
+    def task_scores(self) -> pd.DataFrame:
+        """Scores on tasks, means over seeds, one row for each (router, budget).
+
+        Columns: each task; mean over tasks; flips against full depth (the mean over tasks and seeds, 2407.09141);
+        best_static and fewest_flips, whether it is the best static router in either; and the difference to that router
+        as difference… and flips_difference…, with …_low, …_high and apart, flips_apart. Shares, not percent. What
+        needs answers item by item is missing where these are not known.
+        """
+        scores = self.frame[self.frame.metric == "score"]
+        means = scores.groupby(["router", "budget", "text"]).value.agg(mean).unstack("text").reindex(columns=self.tasks)
+        means["mean"] = means[self.tasks].apply(mean, axis=1)
+        rows = [row for budget in self.budgets for row in self._tasks_at(budget, means)]
+        return means.join(pd.DataFrame(rows).set_index(["router", "budget"]))
+
+    def csv(self) -> str:
+        """comparison.csv: one line for each run, text and budget; times are empty where they were not measured."""
+        wide = self.runs.join(self.fits, on=["router", "seed"]).join(self.times, on=["router", "budget"]).reset_index()
+        wide["kind"] = wide.router.map(self.routers.kind)
+        speed = self.record.get("speed") or {"tokens": 0}
+        wide["decode_tokens_per_second"] = 1e3 / wide.decode_ms
+        wide["prefill_tokens_per_second"] = 1e3 * speed["tokens"] / wide.prefill_ms
+        columns = ["router", "kind", "seed", "domain", "budget", *CSV.values()]
+        columns += ["decode_tokens_per_second", "prefill_tokens_per_second"]
+        return (
+            wide.rename(columns=CSV | {"text": "domain"})[columns].astype(dict.fromkeys(WHOLE, int)).to_csv(index=False)
+        )
+
+    def _scores_at(self, text: str, budget: float) -> Iterator[dict[str, Any]]:
+        """Loss, its interval and the difference to the best static router, for each router on a text at a budget."""
+        losses = dict(self._arrays("loss", text, budget))
+        tokens = {router: array[0] for router, array in self._arrays("tokens", text, budget)}
+        means = {router: mean_loss(loss, tokens[router]) for router, loss in losses.items()}
+        best = self._best_static(means) if budget in self.below else None
+        for router, loss in losses.items():
+            low, high = loss_interval(loss, tokens[router])
+            row = {"text": text, "router": router, "budget": budget, "best_static": router == best}
+            row |= {"loss": means[router], "loss_low": low, "loss_high": high}
+            apart = _difference(difference, loss, losses[best], tokens[router]) if best not in (None, router) else {}
+            yield row | {"difference": math.nan, "apart": False} | apart
+
+    def _tasks_at(self, budget: float, means: pd.DataFrame) -> Iterator[dict[str, Any]]:
+        """Differences and flips for each router at a budget."""
+        answers = {router: self._answers(router, budget) for router in self.routers.index}
+        full = {router: self._answers(router, self._full) for router in self.routers.index}
+        below = budget in self.below
+        turned = {
+            router: [flips(*task) for task in zip(full[router], answers[router], strict=True)]
+            for router in self.routers.index
+            if below and full[router] and answers[router]
+        }
+        shares = {router: _mean_share(tasks) for router, tasks in turned.items()}
+        known = {router: -means["mean"].get((router, budget), math.nan) for router in self.routers.index}
+        best, fewest = (self._best_static(each) if below else None for each in (known, shares))
+        for router in self.routers.index:
+            row = {"router": router, "budget": budget, "best_static": router == best, "flips": shares.get(router)}
+            row |= {"fewest_flips": router == fewest, "difference": math.nan, "flips_difference": math.nan}
+            row |= {"apart": False, "flips_apart": False}
+            if best not in (None, router) and answers[router] and answers[best]:
+                row |= _difference(accuracy_difference, answers[router], answers[best])
+            if fewest not in (None, router) and router in turned:
+                found = _difference(accuracy_difference, turned[router], turned[fewest])
+                row |= {f"flips_{name}": value for name, value in found.items()}
+            yield row
+
+    @property
+    def _full(self) -> float | None:
+        """The budget of full depth."""
+        return next((budget for budget, count in self.budgets.items() if count == self.layers), None)
+
+    def _best_static(self, losses: Mapping[str, float]) -> str | None:
+        """The static router below full depth with the least finite loss."""
+        static = self.routers.index[(self.routers.kind == "static") & ~self.routers.full_depth.astype(bool)]
+        finite = {router: losses[router] for router in static if math.isfinite(losses.get(router, math.nan))}
+        return min(finite, key=finite.__getitem__) if finite else None
+
+    @cached_property
+    def _by_document(self) -> dict[tuple[str, str, float], dict[str, np.ndarray]]:
+        """(seeds, documents) values by metric, text and budget, and then by router."""
+        documents = self.frame[self.frame.document.notna()]
+        found: dict[tuple[str, str, float], dict[str, np.ndarray]] = {}
+        for (*key, router), group in documents.groupby(["metric", "text", "budget", "router"], sort=False):
+            values = group.pivot(index="seed", columns="document", values="value").to_numpy()
+            found.setdefault(tuple(key), {})[router] = values
+        return found
+
+    def _arrays(self, metric: str, text: str, budget: float) -> Iterator[tuple[str, np.ndarray]]:
+        """(seeds, documents) values of each router that has them, in the order of the rows."""
+        found = self._by_document.get((metric, text, budget), {})
+        yield from ((router, found[router]) for router in self.routers.index if router in found)
+
+    def _answers(self, router: str, budget: float | None) -> list[np.ndarray]:
+        """For each task (seeds, items) of 0 and 1; empty where they are not all known."""
+        tasks = [self._by_document.get(("correct", task, budget), {}).get(router) for task in self.tasks]
+        seeds = len(self.fits.loc[router])
+        return tasks if all(task is not None and len(task) == seeds for task in tasks) else []
+
+    def _in_order(self, wide: pd.DataFrame) -> pd.DataFrame:
+        """Rows in the order of routers, seeds, texts and budgets."""
+        order = {"router": list(self.routers.index), "text": self.texts, "budget": list(self.budgets)}
+        places = {name: {value: place for place, value in enumerate(values)} for name, values in order.items()}
+        return wide.sort_index(key=lambda index: index.map(places[index.name]) if index.name in places else index)
+
+
+def _rows(record: Mapping[str, Any]) -> Iterator[tuple]:
+    """The rows of `frame`."""
+    for run in record["runs"]:
+        who = run["router"], run["seed"]
+        yield from ((*who, None, None, None, name, value) for name, value in run["fit"].items())
+        for text in (each["label"] for each in record["domains"]):
+            found = run["domains"][text]
+            for result, sums in zip(found["results"], found["documents"], strict=True):
+                key = (*who, text, float(result["budget"]))
+                yield from ((*key, None, name, value) for name, value in _metrics(result))
+                for name in ("loss", "kl", "tokens"):
+                    yield from ((*key, document, name, value) for document, value in enumerate(sums[name]))
+        for entry in run["tasks"]:
+            key = (*who, entry["task"], float(entry["budget"]))
+            yield (*key, None, "score", entry["value"])
+            yield from ((*key, item, "correct", value) for item, value in enumerate(entry["correct"] or ()))
+
+
+def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Name and value of what was measured over all documents."""
+    yield from ((name, result[name]) for name in ("layers", "perplexity", "kl", "documents", "tokens"))
+    yield from zip(("interval_low", "interval_high"), result["interval"], strict=True)
+    yield from ((f"executed_{name}", result["executed"][name]) for name in ("min", "mean", "max"))
+
+
+def _mean_share(tasks: Sequence[np.ndarray]) -> float:
+    """Mean over seeds of the mean over tasks of (seeds, items) of 0 and 1, in exact arithmetic."""
+    return mean(mean(mean(items.tolist()) for items in seed) for seed in zip(*tasks, strict=True))
+
+
+def _wide(long: pd.DataFrame, index: list[str]) -> pd.DataFrame:
+    return long.pivot(index=index, columns="metric", values="value")
+
+
+def _difference(test: Callable[..., tuple[float, tuple[float, float]]], ours: Any, theirs: Any, *more: Any) -> dict:
+    """Columns of a paired difference; an interval over fewer than `FEWEST` documents or items says nothing."""
+    value, (low, high) = test(ours, theirs, *more)
+    units = min(array.shape[-1] for array in (ours if isinstance(ours, list) else [ours]))
+    apart = units >= FEWEST and (low > 0 or high < 0)
+    return {"difference": value, "difference_low": low, "difference_high": high, "apart": apart}

@@ -1,0 +1,124 @@
+"""comparison.json: read back as it was, refused where it is none, and joined from parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from buddy.errors import RunError
+from buddy.evaluation.record import join, read_record, shown_command, write_record
+from buddy.evaluation.report import render, show_files
+from buddy.evaluation.results import Results
+from buddy.evaluation.tables import all_tables
+from tests.evaluation import made
+
+A, B = Path("a/comparison.json"), Path("b/comparison.json")
+
+
+def part(*chosen, **changed):
+    """The runs ("ours", 1) of one seed of a router and so on alone, as made in a folder of their own."""
+    whole = json.loads(json.dumps(made.record()))
+    names = {label for label, _ in chosen}
+    return whole | {
+        "command": f"buddy compare --routers {','.join(sorted(names))}",
+        "routers": [each for each in whole["routers"] if each["label"] in names],
+        "runs": [run for run in whole["runs"] if (run["router"], run["seed"]) in chosen],
+        "speed": None,
+        **changed,
+    }
+
+
+def test_a_record_is_read_back_as_it_was(tmp_path):
+    write_record(tmp_path / "comparison.json", made.record())
+    text = (tmp_path / "comparison.json").read_text()
+    assert read_record(tmp_path / "comparison.json") == json.loads(json.dumps(made.record()))
+    assert len(text.splitlines()) < len(json.dumps(made.record(), indent=1).splitlines()) / 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        '{"format": 1}',
+        '{"format": 2}',
+        json.dumps(made.record() | {"runs": [{"router": "ours"}]}),
+        json.dumps(made.record() | {"runs": []}),
+        json.dumps(made.record() | {"recipe": {}}),
+        json.dumps({key: value for key, value in made.record().items() if key != "failures"}),
+    ],
+)
+def test_what_is_no_record_is_refused(content, tmp_path):
+    path = tmp_path / "comparison.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RunError, match=r"comparison\.json"):
+        show_files([path])
+    with pytest.raises(RunError, match="folder"):
+        show_files([tmp_path])
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    path = tmp_path / "comparison.json"
+    write_record(path, made.record())
+    with pytest.raises(RunError, match=r"comparison\.json"):
+        show_files([path], tmp_path / "." / "comparison.json")
+    assert read_record(path)
+
+
+def test_the_command_names_files_without_their_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text("{}")
+    words = ["buddy", "compare", "--domains", f"one=texts/a.jsonl,{tmp_path}/b.txt,owner/name", "router=a[b=1]"]
+    assert shown_command(words) == "buddy compare --domains one=a.jsonl,b.txt,owner/name 'router=a[b=1]'"
+    words = [f"data.train_sources=[{tmp_path}/a.jsonl, texts/a.jsonl,owner/name]"]
+    assert shown_command(words) == "'data.train_sources=[a.jsonl, a.jsonl,owner/name]'"
+
+
+def test_parts_give_the_tables_of_the_whole():
+    whole = json.loads(json.dumps(made.record())) | {"speed": None}
+    ours = [("ours", 0), ("dice", 1)]
+    others = [(run["router"], run["seed"]) for run in whole["runs"] if (run["router"], run["seed"]) not in ours]
+    together = join({A: part(*ours), B: part(*others)})
+    order = {each["label"]: place for place, each in enumerate(together["routers"])}
+    whole["routers"].sort(key=lambda each: order[each["label"]])
+    whole["runs"].sort(key=lambda run: order[run["router"]])
+    tables = ([(table.title, table.head, table.rows) for table in all_tables(Results(r))] for r in (together, whole))
+    assert next(tables) == next(tables)
+
+
+def test_the_document_says_how_each_part_was_made():
+    machine = {"processor": "another", "cores": 4, "memory_gib": None, "accelerator": "one"}
+    together = join({A: part(("ours", 0)), B: part(("best", 0), machine=machine, created="2030-01-01T00:00:00")})
+    text = render(Results(together), {})
+    for said in ("buddy compare --routers ours\n", "buddy compare --routers best\n", "2030-01-01", "another, 4 cores"):
+        assert said in text
+
+
+def test_seeds_may_come_from_recipes_that_differ_in_the_seed_alone():
+    recipe = made.record()["recipe"] | {"seed": 1, "router.name": "dice", "output": "elsewhere"}
+    together = join({A: part(("ours", 0), ("dice", 0)), B: part(("ours", 1), recipe=recipe)})
+    assert [(run["router"], run["seed"]) for run in together["runs"]] == [("ours", 0), ("ours", 1), ("dice", 0)]
+
+
+def test_a_failure_that_another_part_made_good_is_left_out():
+    failures = [{"router": label, "seed": 0, "reason": "-"} for label in ("best", "dice")]
+    together = join({A: part(("ours", 0), failures=failures), B: part(("best", 0), failures=[])})
+    assert [each["router"] for each in together["failures"]] == ["dice"]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (part(("best", 0), recipe=made.record()["recipe"] | {"data.window": 999}), r"data\.window"),
+        (part(("best", 0), domains=made.record()["domains"][:1]), "web"),
+        (part(("best", 0), layers=9), "layers"),
+        (part(("best", 0), tasks={"names": [], "limit": None}), "tasks"),
+        (part(("ours", 0)), "ours, seed 0"),
+        (part(("ours", 1), routers=[made.record()["routers"][0] | {"options": {"a": 2}}]), "different routers ours"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(other, named):
+    with pytest.raises(RunError, match=named):
+        join({A: part(("ours", 0)), B: other})

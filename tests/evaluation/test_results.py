@@ -1,0 +1,276 @@
+"""One record as a frame, statistics, tables, Markdown, CSV, figures and TensorBoard: all say the same."""
+
+import io
+import json
+import math
+import statistics
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from buddy import console
+from buddy.evaluation import tables
+from buddy.evaluation.figures import LAYERS, TIME, draw_all, write_tensorboard
+from buddy.evaluation.report import render, show_files, write_record
+from buddy.evaluation.results import Results
+from buddy.scoring.statistics import difference
+from tests.evaluation import made
+from tests.hparams import row_of_table
+
+FULL_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
+
+
+def fresh() -> dict:
+    return json.loads(json.dumps(made.record()))
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return Results(fresh())
+
+
+@pytest.fixture(scope="module")
+def drawn(results, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    return folder, draw_all(results, folder, "x-")
+
+
+def row(table: tables.Table, label: str) -> list[str]:
+    return next(cells for cells in table.rows if cells[0] == label)
+
+
+def losses(record: dict, label: str, text: str, place: int) -> np.ndarray:
+    """(seeds, documents) straight from the record."""
+    runs = [run for run in record["runs"] if run["router"] == label]
+    return np.array([run["domains"][text]["documents"][place]["loss"] for run in runs])
+
+
+# Numbers
+
+
+def test_the_frame_holds_every_number_once(results):
+    record, frame = results.record, results.frame
+    assert not frame.duplicated(["router", "seed", "text", "budget", "document", "metric"]).any()
+    for run in record["runs"]:
+        own = frame[(frame.router == run["router"]) & (frame.seed == run["seed"])]
+        for text, found in run["domains"].items():
+            for result, sums in zip(found["results"], found["documents"], strict=True):
+                here = own[(own.text == text) & (own.budget == result["budget"])]
+                assert here[(here.metric == "loss")].value.tolist() == sums["loss"]
+                (perplexity,) = here[here.metric == "perplexity"].value
+                assert perplexity == result["perplexity"]
+        for entry in run["tasks"]:
+            here = own[(own.text == entry["task"]) & (own.budget == entry["budget"])]
+            assert here[here.metric == "correct"].value.tolist() == entry["correct"]
+
+
+def test_perplexity_is_the_mean_over_seeds_with_its_spread(results):
+    values = [math.exp(3.0), math.exp(3.1)]
+    ours = results.scores.loc["speeches", "ours", 0.75]
+    assert ours.perplexity == pytest.approx(statistics.mean(values))
+    assert ours.perplexity_std == pytest.approx(statistics.stdev(values))
+    table = tables.perplexities(results, "speeches")
+    assert [cells[0] for cells in table.rows] == [*made.KINDS]
+    assert row(table, "ours")[2] == f"{statistics.mean(values):.2f} ±{statistics.stdev(values):.2f}*"
+    assert row(table, "best")[2] == f"{math.exp(3.2):.2f}†"
+    assert row(table, "worse[a=1;b=2]")[3].endswith("†"), "another router is best at another budget"
+    assert row(table, "full")[1:] == [f"{math.exp(2.5):.2f}", "–", "–"]
+
+
+def test_differences_are_to_the_best_static_router_of_each_budget(results):
+    scores = results.scores.loc["web"]
+    assert scores.index[scores.best_static].tolist() == [("best", 0.75), ("worse[a=1;b=2]", 0.5)]
+    ours, best = (losses(results.record, label, "web", 1) for label in ("ours", "best"))
+    mean, (low, high) = difference(ours, best, np.full(made.DOCUMENTS, 10.0))
+    found = scores.loc["ours", 0.75]
+    assert (found.difference, found.difference_low, found.difference_high) == pytest.approx((mean, low, high))
+    assert found.difference == pytest.approx(3.05 - 3.2)
+    assert scores.loc["dice", 0.75].apart, "losing is marked too"
+    assert math.isnan(scores.loc["best", 0.75].difference)
+    assert scores.xs(1.0, level="budget").difference.isna().all()
+
+
+def test_a_difference_over_few_documents_is_never_marked():
+    record = fresh()
+    for run in record["runs"]:
+        for found in run["domains"].values():
+            for sums in found["documents"]:
+                sums |= {name: sums[name][:4] for name in ("loss", "kl", "tokens")}
+    assert not Results(record).scores.apart.any()
+
+
+def test_without_a_static_router_there_are_no_differences():
+    record = fresh()
+    record["runs"] = [run for run in record["runs"] if run["router"] in ("ours", "full")]
+    results = Results(record)
+    assert results.scores.difference.isna().all()
+    assert not any("Difference" in table.title for table in tables.all_tables(results))
+
+
+def test_costs_speed_and_tasks(results):
+    assert row(tables.costs(results), "ours")[1:] == ["learned", "2", "10.5", "1 234", "as asked"]
+    decode, prefill = tables.speeds(results)
+    assert row(decode, "ours")[1:] == ["40.00", "100.0", "100.0"]
+    assert row(prefill, "full")[1:] == ["6400", "–", "–"]
+    first, second, _ = tables.tasks(results)
+    assert row(first, "ours")[1:] == ["85.0", "95.0", "90.0"]
+    assert row(second, "best")[1:] == ["60.0", "70.0", "65.0", "†"]
+    ours = results.task_scores.loc["ours", 0.75]
+    assert ours.difference == pytest.approx(0.25)
+    assert ours.apart
+    assert results.task_scores.loc["worse[a=1;b=2]", 0.75].difference == pytest.approx(-0.1)
+
+
+def test_flips_are_answers_that_turn_right_or_wrong():
+    record = fresh()
+    turned = {("ours", "piqa"): [0, 8, 9], ("best", "piqa"): [1, 2], ("best", "boolq"): [0, 1, 2, 3]}
+    for (label, task), places in (turned | {("worse[a=1;b=2]", "boolq"): range(10)}).items():
+        run = next(run for run in record["runs"] if run["router"] == label)
+        entry = next(each for each in run["tasks"] if (each["task"], each["budget"]) == (task, 0.5))
+        entry["correct"] = [1 - right if place in places else right for place, right in enumerate(entry["correct"])]
+    found = Results(record).task_scores
+    assert found.loc["ours", 0.5].flips == pytest.approx(0.075)  # of two seeds and two tasks, (3/10 + 0 + 0 + 0) / 4
+    assert found.loc["best", 0.5].flips == pytest.approx(0.3)
+    assert found.loc["best", 0.5].fewest_flips
+    assert found.loc["ours", 0.5].flips_difference == pytest.approx(-0.225)
+    assert found.loc["worse[a=1;b=2]", 0.5].flips_difference == pytest.approx(0.2)
+    for run in record["runs"]:
+        run["tasks"] = [entry for entry in run["tasks"] if entry["budget"] < 1]
+    assert tables.flips(Results(record)) == [], "full depth was not scored"
+
+
+def test_tasks_whose_answers_are_not_known_have_a_mean_and_no_difference():
+    record = fresh()
+    for entry in record["runs"][0]["tasks"]:
+        entry["correct"] = None
+    ours = Results(record).task_scores.loc["ours", 0.75]
+    assert ours["mean"] == pytest.approx(0.9)
+    assert math.isnan(ours.difference)
+
+
+def test_layers_that_ran_otherwise_than_asked_are_shown():
+    record = fresh()
+    record["runs"][0]["domains"]["web"]["results"][1]["executed"] = {"min": 5, "mean": 5.5, "max": 6}
+    assert row(tables.costs(Results(record)), "ours")[-1] == "6: 5/5.88/6"
+
+
+def test_the_csv_has_a_line_for_each_run_text_and_budget(results):
+    lines = pd.read_csv(io.StringIO(results.csv()))
+    expected = [
+        (run["router"], run["seed"], text, entry["budget"], entry["perplexity"], entry["kl"], entry["layers"])
+        for run in results.record["runs"]
+        for text in results.texts
+        for entry in run["domains"][text]["results"]
+    ]
+    found = lines[["router", "seed", "domain", "budget", "perplexity", "kl", "layers"]]
+    assert [*found.itertuples(index=False, name=None)] == expected
+    assert set(lines.decode_tokens_per_second) == {40.0, 100.0}
+    assert set(lines.prefill_tokens_per_second) == {6400.0}
+    without = pd.read_csv(io.StringIO(Results(fresh() | {"speed": None}).csv()))
+    assert without.decode_tokens_per_second.isna().all()
+
+
+# What is shown
+
+
+@given(st.floats(1.0, 1e12))
+def test_numbers_keep_about_three_digits(value):
+    shown = tables.number(value)
+    assert float(shown) == pytest.approx(value, rel=0.05 if "e" in shown else 0.005)
+    assert len(shown) <= 6
+
+
+@pytest.mark.parametrize("width", [40, 118])
+def test_wide_tables_are_split_and_nothing_is_lost(results, width, monkeypatch, capsys):
+    monkeypatch.setattr(console, "WIDTH", width)
+    for table in tables.all_tables(results):
+        console.print_titled_table(table.title, table.head, table.rows)
+        out = capsys.readouterr().out.partition(table.title)[2]
+        assert max(map(len, out.rstrip().splitlines())) <= max(width, 72)
+        words = out.split()
+        assert all(word in words for cells in table.rows for cell in cells[1:] for word in cell.split())
+
+
+def test_the_document_has_every_table_and_the_backbones_full_name(results, capsys):
+    text = render(results, {LAYERS: "a.png", TIME: "b.png"})
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    by_text = [make(results, each) for each in results.texts for make in (tables.kl, tables.seeds)]
+    for table in (*tables.all_tables(results)[:4], *by_text, *tables.speeds(results), *tables.tasks(results)):
+        assert all([cell.strip() for cell in cells] in found for cells in table.rows), table.title
+    for said in ("](a.png)", "](b.png)", results.record["command"], "2026-01-02", "- broken, seed 0", FULL_NAME):
+        assert said in text
+    assert "/tmp" not in text, "no paths"
+    assert render(Results(fresh()), {LAYERS: "a.png"}) == render(results, {LAYERS: "a.png"})
+    tables.show(results)
+    assert FULL_NAME in capsys.readouterr().out
+
+
+def test_the_document_says_how_all_were_healed_and_what_was_learned_from():
+    record = fresh()
+    lora = {"adapter.rank": 8, "adapter.steps": 100, "adapter.lr": 0.001, "data.batch_size": 4}
+    sources = {"data.train_sources": "[web/c4.jsonl, a/fine.jsonl]"}
+    text = render(Results(record | {"recipe": record["recipe"] | lora | sources}), {})
+    for said in ("rank 8", "100 steps of 4 windows", "rate 0.001", "speeches, c4.jsonl and fine.jsonl in turn"):
+        assert said in text
+    assert "LoRA" not in render(Results(record), {})
+
+
+def test_comparisons_of_0_1_that_tried_several_rates_say_so():
+    record = fresh()
+    rates = {"adapter.rank": 8, "adapter.steps": 100, "adapter.lr": 0.001, "adapter.rates": "[0.01, 0.003]"}
+    own = {"optimizer.lr": 0.003, "optimizer.lr_by_router": "{dice: 0.006, absent: 0.1}"}
+    text = render(Results(record | {"recipe": record["recipe"] | rates | own}), {})
+    assert "0.01, 0.003" in text
+    assert "(learning rate 0.003; dice: 0.006)" in text
+
+
+def test_a_record_becomes_a_document_with_its_figures(results, tmp_path, capsys):
+    write_record(tmp_path / "comparison.json", made.record())
+    (tmp_path / "docs").mkdir()
+    show_files([tmp_path / "comparison.json"], tmp_path / "docs" / "results.md")
+    text = (tmp_path / "docs" / "results.md").read_text()
+    links = {name: f"results-{name}.png" for name in (LAYERS, TIME)}
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == {"results.md", *links.values()}
+    assert text == render(results, links)
+    assert "Perplexity on web" in capsys.readouterr().out
+
+
+def test_figures_have_a_panel_for_each_text(drawn, tmp_path):
+    _, figures = drawn
+    assert [path.name for path in figures.values()] == ["x-quality-layers.png", "x-quality-time.png"]
+    with Image.open(figures[LAYERS]) as two:
+        assert two.size[0] > 1400
+    (tmp_path / f"{TIME}.png").write_text("of an earlier comparison")
+    record = made.record()
+    one = draw_all(Results(record | {"domains": record["domains"][:1], "speed": None}), tmp_path)
+    assert list(one) == [LAYERS], "without times there is no figure of them"
+    assert [path.name for path in tmp_path.iterdir()] == [f"{LAYERS}.png"]
+    with Image.open(one[LAYERS]) as image:
+        assert image.size[0] < 1000
+
+
+def test_curves_overlay_and_the_table_has_a_row_for_each_router(results, drawn, tmp_path):
+    (tmp_path / "tensorboard" / "stale").mkdir(parents=True)
+    events_folder = write_tensorboard(results, tmp_path, drawn[1])
+    folders = {router["folder"] for router in results.record["routers"]}
+    assert {path.name for path in events_folder.iterdir()} == folders | {"_figures"}
+    columns = set()
+    for router in results.record["routers"]:
+        events = EventAccumulator(str(events_folder / router["folder"])).Reload()
+        loss = {event.step: event.value for event in events.Scalars("web/loss")}
+        assert list(loss) == ([8] if router["full_depth"] else [4, 6, 8])
+        assert loss[8] == pytest.approx(2.75)
+        if router["label"] == "ours":
+            assert loss[6] == pytest.approx((3.0 + 3.1) / 2 + 0.25)
+            assert [event.step for event in events.Scalars("speed/decode_ms")] == [4, 6, 8]
+        settings, tags = row_of_table(events)
+        assert (settings["router"], settings["kind"]) == (router["name"], router["kind"])
+        columns.add((tuple(sorted(settings)), tuple(sorted(tags))))
+    assert len(columns) == 1
+    pictures = EventAccumulator(str(events_folder / "_figures"), size_guidance={"images": 0}).Reload()
+    assert set(pictures.Tags()["images"]) == {LAYERS, TIME}
