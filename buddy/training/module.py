@@ -246,7 +246,7 @@ class BudgetModule(LightningModule):
         if below:
             kl, loss = (torch.stack(part).mean() for part in zip(*below.values(), strict=True))
             values |= {f"{stage}/kl": kl, f"{stage}/loss": loss}
-        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+        self.log_dict(values, sync_dist=True)
 
     def _log_means(self, objective: Tensor, executed: Tensor) -> None:
         """Gather the objective (B,) by budget, and log the means since the last time when logging is due."""
