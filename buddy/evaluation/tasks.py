@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from buddy.backbone.load import title_of
 from buddy.budget import auto_of, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, results, status
@@ -59,7 +60,11 @@ def evaluate_tasks(
         check_output_path(json_file)
     run = read_run(folder)
     found = _scored(run, tasks, budgets, limit, task_data, task_path)
-    show_tasks(found["results"], f"{run.router_name} on tasks", run.recipe.routing.sink_tokens)
+    show_tasks(
+        found["results"],
+        f"{run.router_name} on tasks, backbone {title_of(run.backbone)}",
+        run.recipe.routing.sink_tokens,
+    )
     if json_file:
         write_json(json_file, found)
         results.print(f"JSON: {json_file}", soft_wrap=True)
