@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 import warnings
@@ -12,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,42 +24,11 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no terminal
-TOLD_EVERY = 1.0  # between lines of a process that another one shows on a terminal
 WIDTH, GAP, LONGEST = 118, 2, 30  # columns of a table where there is no terminal, between two, and of row labels
 
 # No markup: brackets in a path are brackets.
 errors = Console(stderr=True, markup=False, emoji=False)
 results = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False)
-
-
-class Relay(io.TextIOBase):
-    """Stands in for the error stream where another process shows what this one says.
-
-    Args:
-        say: is given each line, and whether it is one of a bar, to be replaced by the next.
-        every: seconds between lines of a bar.
-    """
-
-    def __init__(self, say: Callable[[str, bool], None], every: float) -> None:
-        self.say, self.every = say, every
-
-    def write(self, text: str) -> int:
-        """Tell the lines of a text."""
-        for line in filter(str.strip, text.splitlines()):
-            self.say(line, False)
-        return len(text)
-
-
-class _Lines(Progress):
-    """Bars, and plain lines below them."""
-
-    def __init__(self, *columns: Any, **options: Any) -> None:
-        self.below: dict[str, str] = {}
-        super().__init__(*columns, **options)
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        yield from (Text(f"  {who}: {words}", no_wrap=True, overflow="ellipsis") for who, words in self.below.items())
 
 
 class Bar:
@@ -85,8 +53,7 @@ class Bar:
             TextColumn("{task.fields[note]}", markup=False),
         )
         self._live, self._total = errors.is_terminal, total
-        self._relay = errors.file if isinstance(errors.file, Relay) else None
-        self._progress = _Lines(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
+        self._progress = Progress(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
         self._task = self._progress.add_task(words, total=total, completed=done, note="")
         self._said = time.monotonic()
 
@@ -103,20 +70,8 @@ class Bar:
         """So much is done now; `note` stands at the end of the line."""
         self._progress.update(self._task, completed=done, note=note)
         going_on = done < self._total  # the last line is said at the end
-        every = self._relay.every if self._relay else PLAIN_EVERY
-        if not self._live and going_on and time.monotonic() - self._said >= every:
+        if not self._live and going_on and time.monotonic() - self._said >= PLAIN_EVERY:
             self._say()
-
-    def beside(self, who: str, words: str) -> None:
-        """One of several that are at work under this bar says where it is: a line of its own below."""
-        if self._live:
-            self._progress.below[who] = words
-        else:
-            errors.print(f"{who}: {words}", soft_wrap=True)
-
-    def ended(self, who: str) -> None:
-        """It is at work no longer."""
-        self._progress.below.pop(who, None)
 
     def _say(self) -> None:
         self._said = time.monotonic()
@@ -126,10 +81,7 @@ class Bar:
             parts.append(f"{_clock(task.time_remaining)} left")
         note = task.fields["note"]
         words = ", ".join([*parts, note] if note else parts)
-        if self._relay:
-            self._relay.say(words, True)
-        else:
-            errors.print(words, soft_wrap=True)
+        errors.print(words, soft_wrap=True)
 
 
 def track(items: Sequence[Any], words: str) -> Iterator[Any]:
@@ -150,11 +102,6 @@ def status(words: str) -> Iterator[None]:
     """A spinner while something of unknown length runs."""
     with errors.status(Text(words)):
         yield
-
-
-def relay(say: Callable[[str, bool], None], every: float) -> None:
-    """From now on another process shows what this one says on the error stream, as `Relay` has it; results are mute."""
-    errors.file, results.quiet = Relay(say, every), True  # type: ignore[assignment]  # of a stream rich needs no more
 
 
 def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:

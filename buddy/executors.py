@@ -1,189 +1,263 @@
-"""Several runs at once, each in a process of its own; the death of one stops no other.
+"""Where units of work run: in this process, in several processes of this machine (loky), or on a Ray cluster.
 
-`concurrent.futures` gives up all work when one process dies, and hands out work ahead that an interrupt then cannot
-take back; so this is a small pool that gives each process one run at a time.
+A unit is one run that resumes by itself, so a unit whose worker died is submitted again. What a worker prints goes to
+the unit's log file.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
-from typing import Any
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from buddy import console, distributed
-from buddy.signals import handled
+from buddy import distributed
+from buddy.errors import BuddyError
 
-Done = Callable[[Any, str | None], None]
-Heard = Callable[[Any, str, bool], None]
-
-PATIENCE = 60.0  # seconds for a training step to end after an interrupt
-NOT_BEGUN = "Its process could not begin"
-LOADING = "Loading the model and the texts …"
+ATTEMPTS = 3  # of a unit whose worker dies
+PATIENCE = 60.0  # seconds that a unit has to save a checkpoint after an interrupt
 
 
-def side_by_side(start: Any, runs: Sequence[Any], jobs: int, on_done: Done, on_line: Heard) -> None:
-    """Do all runs, `jobs` at once.
+class Unit(Protocol):
+    """Something to do, picklable."""
 
-    Args:
-        start: how a process begins.
-        runs: what there is to do, first things first.
-        jobs: processes at most.
-        on_done: called in this process with a run and why it failed, or None, as each ends.
-        on_line: called with a run, a line that it says, and whether it is of a bar, to be replaced by the next.
-
-    Raises:
-        KeyboardInterrupt: all processes were told to stop in good order, and did.
-    """
-    waiting = list(runs)
-    helpers = [_Helper(start, place) for place in range(min(jobs, len(waiting)))]
-    try:
-        with handled(signal.SIGTERM, signal.default_int_handler):  # which ends a comparison as Ctrl-C does
-            for helper in helpers:
-                _give(helper, waiting.pop(0), on_line)
-            _see_to(helpers, waiting, on_done, on_line)
-    except BaseException:
-        for helper in helpers:
-            helper.interrupt()
-        raise
-    finally:
-        try:
-            for helper in helpers:
-                helper.close()
-        except KeyboardInterrupt:  # a second one
-            for helper in helpers:
-                helper.close(patience=0)
-            raise
+    @property
+    def log(self) -> Path:
+        """The file that a worker's output is appended to."""
 
 
-def _see_to(helpers: Sequence[_Helper], waiting: list[Any], on_done: Done, on_line: Heard) -> None:
-    """Pass on what helpers say, and give one that is done the next run, until all are done."""
-    while busy := {helper.pipe: helper for helper in helpers if helper.run}:
-        for pipe in wait([*busy]):
-            helper = busy[pipe]  # type: ignore[index]  # wait gives back what it was given
-            run, said = helper.run, helper.said()
-            if isinstance(said, _Line):
-                on_line(run, said.text, said.passing)
-                continue
-            on_done(run, said)
-            if waiting:
-                _give(helper, waiting.pop(0), on_line)
+U = TypeVar("U", bound=Unit)
+Function = Callable[[U], Any]
+Done = Callable[[U, Any], None]
 
 
-def _give(helper: _Helper, run: Any, on_line: Heard) -> None:
-    """Have it do a run; a new process has half a minute of loading before it can say anything itself."""
-    if helper.begin(run):
-        on_line(run, LOADING, True)
+class WorkerDied(BuddyError):
+    """The worker process of a unit died each time."""
+
+
+class Executor(Protocol):
+    """Runs units of work."""
+
+    def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
+        """Call `function` with each unit.
+
+        Args:
+            function: picklable; state that is expensive to make it caches in a global of its module, for each process.
+            units: in the order in which they begin.
+            on_done: called in this process as each ends, with the unit and its result, or the exception that it raised.
+
+        Raises:
+            KeyboardInterrupt: units were stopped, each with time for a checkpoint; no worker is left.
+        """
+
+
+class SerialExecutor:
+    """One unit after another in this process; its output goes where that of this process goes."""
+
+    def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
+        for unit in units:
+            try:
+                outcome = function(unit)
+            except Exception as error:
+                outcome = error
+            on_done(unit, outcome)
 
 
 @dataclass(frozen=True)
-class _Line:
-    """What a helper says about its work; `passing` where it is of a bar, to be replaced by the next."""
+class _Setup:
+    """What a worker takes over from its parent: relative paths and plug-ins mean the same in both."""
 
-    text: str
-    passing: bool
+    threads: int
+    folder: str = field(default_factory=os.getcwd)
+    path: tuple[str, ...] = field(default_factory=lambda: tuple(os.path.abspath(entry) for entry in sys.path))
+
+    def apply(self) -> None:
+        import torch
+
+        os.chdir(self.folder)
+        sys.path += [entry for entry in self.path if entry not in sys.path]
+        torch.set_num_threads(self.threads)
 
 
-class _Helper:
-    """One process that works, on a GPU of its own where there are several; another takes its place where it dies."""
-
-    def __init__(self, start: Any, place: int) -> None:
-        self._start, self._place, self._context = start, place, get_context("spawn")
-        self._stopped = self._context.Event()
-        self.run: Any = None
-        self.pipe: Connection | None = None
-        self.process: BaseProcess | None = None
-
-    def begin(self, run: Any) -> bool:
-        """Give it a run; whether a new process had to begin for that."""
-        self.run = run
-        began = self.process is None or not self.process.is_alive()
-        if began:
-            self._spawn()
+def _call(setup: _Setup, function: Function[U], unit: U) -> Any:
+    """In a worker: one unit, its output and traceback in its log."""
+    setup.apply()
+    unit.log.parent.mkdir(parents=True, exist_ok=True)
+    with unit.log.open("a", encoding="utf-8", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            self.pipe.send(run)
-        except ConnectionError:  # it was about to end
-            began = True
-            self._spawn()
-            self.pipe.send(run)
-        return began
+            return function(unit)
+        except BaseException:
+            traceback.print_exc()
+            raise
 
-    def said(self) -> _Line | str | None:
-        """A line, or how its run ended, once the pipe has something to say; None where all is well."""
-        run, self.run = self.run, None
+
+@dataclass(frozen=True)
+class LokyExecutor:
+    """Several units at once, each in a process of this machine, on a GPU of its own where there are several.
+
+    Each process is a pool of its own, so that its death ends no other unit.
+
+    Args:
+        jobs: processes.
+        threads: of torch in each process.
+    """
+
+    jobs: int
+    threads: int = 1
+
+    def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
+        from joblib.externals.loky.process_executor import BrokenProcessPool
+
+        setup, waiting = _Setup(self.threads), deque((unit, 1) for unit in units)
+        free, pools = list(range(min(self.jobs, len(waiting)))), dict[int, Any]()
+        running: dict[Future[Any], tuple[int, U, int, Future[int]]] = {}
         try:
-            said = self.pipe.recv()
-            if isinstance(said, _Line):
-                self.run = run
-            elif said and said.startswith(NOT_BEGUN):
-                self.process.join()  # it is about to end, and is to get no other run
-            return said
-        except (EOFError, ConnectionError):
-            self.process.join()
-            return (
-                f"Its process ended by itself (exit code {self.process.exitcode}), perhaps for want of memory; free "
-                "some or give fewer --jobs."
-            )
-
-    def interrupt(self) -> None:
-        """Stop in good order: a training saves a checkpoint after its step."""
-        self._stopped.set()
-        if self.process is not None and self.process.is_alive():
-            os.kill(self.process.pid, signal.SIGINT)
-
-    def close(self, patience: float = PATIENCE) -> None:
-        """No more work comes; it has so many seconds to end by itself."""
-        if self.pipe is not None:
-            self.pipe.close()
-        if self.process is not None:
-            self.process.join(patience)
-            self.process.kill()
-            self.process.join()
-
-    def _spawn(self) -> None:
-        if self.pipe is not None:
-            self.pipe.close()
-        self.pipe, theirs = self._context.Pipe()
-        every = console.TOLD_EVERY if console.errors.is_terminal else console.PLAIN_EVERY
-        self.process = self._context.Process(
-            target=_work, args=(theirs, self._stopped, self._start, every), daemon=True
-        )
-        # Deaf to interrupts until it can take them without a traceback.
-        with handled(signal.SIGINT, signal.SIG_IGN), distributed.one_gpu(self._place):
-            self.process.start()
-        theirs.close()  # so that the pipe ends when the process does
+            with _handled(signal.SIGTERM, signal.default_int_handler):  # it ends the work as Ctrl-C does
+                while waiting or running:
+                    while waiting and free:
+                        slot, (unit, attempt) = free.pop(0), waiting.popleft()
+                        pools[slot] = pools.get(slot) or _pool(slot)
+                        with _handled(signal.SIGINT, signal.SIG_IGN):  # a new process inherits this until it is ready
+                            pid = pools[slot].submit(os.getpid)
+                        running[pools[slot].submit(_call, setup, function, unit)] = slot, unit, attempt, pid
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        slot, unit, attempt, _ = running.pop(future)
+                        free.append(slot)
+                        error = future.exception()
+                        if isinstance(error, BrokenProcessPool):
+                            pools.pop(slot).shutdown(kill_workers=True)
+                            if attempt < ATTEMPTS:
+                                waiting.appendleft((unit, attempt + 1))
+                                continue
+                            error = WorkerDied(
+                                f"Its process died {ATTEMPTS} times, perhaps because memory ran out; free some or give "
+                                "fewer --jobs."
+                            )
+                        on_done(unit, future.result() if error is None else error)
+        except BaseException:
+            for *_, pid in running.values():
+                if pid.done() and not pid.exception():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid.result(), signal.SIGINT)
+                else:  # not ready, so nothing to save
+                    pid.cancel()
+            wait([future for future, (*_, pid) in running.items() if not pid.cancelled()], PATIENCE)
+            raise
+        finally:
+            for pool in pools.values():
+                pool.shutdown(kill_workers=True)
 
 
-def _work(pipe: Connection, stopped: Event, start: Any, every: float) -> None:
-    """What a process does until its pipe ends; it tells its bars every so many seconds."""
+def _pool(slot: int) -> Any:
+    """A pool of one process."""
+    from joblib.externals.loky import ProcessPoolExecutor
 
-    def tell(text: str, passing: bool) -> None:
-        with suppress(OSError):  # nobody listens any more: a checkpoint is to be saved all the same
-            pipe.send(_Line(text, passing))
+    with distributed.one_gpu(slot):
+        env = {name: value for name, value in os.environ.items() if name == distributed.VISIBLE}
+    return ProcessPoolExecutor(1, initializer=_begin, initargs=(os.getpid(),), env=env)
 
-    os.setpgrp()  # the terminal's Ctrl-C goes to the parent alone, which passes it on
-    console.relay(tell, every)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        run, worker = pipe.recv(), None
-        while not stopped.is_set():
-            worker = worker or start.worker()
-            pipe.send(worker.run(run))
-            run = pipe.recv()
-    except (EOFError, ConnectionError, KeyboardInterrupt):
+
+def _begin(parent: int) -> None:
+    """In a worker: interrupts come from the parent alone, and the worker does not outlive it."""
+    os.setpgid(0, 0)  # the terminal's Ctrl-C goes to the parent, which passes it on
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """Units as tasks of a Ray cluster, on one GPU each where it has any. All nodes see the same files and packages.
+
+    Args:
+        address: of the cluster, such as "10.0.0.1:6379"; without it that of RAY_ADDRESS, or a new one on this machine.
+        threads: of torch in each task, which takes so many CPUs.
+    """
+
+    address: str | None = None
+    threads: int = 1
+
+    def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise BuddyError("Ray is not installed; pip install 'buddy-depth[ray]'.") from error
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        _check_address(address)
+        setup = _Setup(self.threads)
+        paths = {"PYTHONPATH": os.pathsep.join(setup.path)}  # a worker imports this module before `setup` is applied
+        options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": paths}}
+        options |= {} if address else {"include_dashboard": False}
+        running: dict[Any, U] = {}
+        with _handled(signal.SIGTERM, signal.default_int_handler):  # ray.init takes this signal, and keeps it
+            try:
+                ray.init(address, **options)
+                with _handled(signal.SIGTERM, signal.default_int_handler):
+                    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+                    task: Any = ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=ATTEMPTS)(_call)
+                    shared = ray.put(function)
+                    running |= {task.remote(setup, shared, unit): unit for unit in units}
+                    while running:
+                        (ref,), _ = ray.wait(list(running))
+                        outcome = _outcome(ref)
+                        on_done(running.pop(ref), outcome)
+            except BaseException:
+                for force, seconds in ((False, PATIENCE), (True, 0.0)) if running else ():
+                    for ref in running:
+                        ray.cancel(ref, force=force)
+                    ray.wait(list(running), num_returns=len(running), timeout=seconds)
+                raise
+            finally:
+                ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """Raises BuddyError where no cluster listens: Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
         return
-    except Exception as error:  # from `start.worker`, which went well in the parent
-        pipe.send(f"{NOT_BEGUN} ({type(error).__name__}: {error}); give fewer --jobs.")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise BuddyError(f"There is no Ray cluster at {address} ({error}); begin one by ray start.") from error
 
 
-def _end_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
+def _outcome(ref: Any) -> Any:
+    """The result of a Ray task, or the exception that it raised."""
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        return error.cause
+    except ray.exceptions.RayError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        return WorkerDied(f"Its worker died {ATTEMPTS + 1} times ({reason}); free some memory.")
+
+
+@contextmanager
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Within this block a signal is handled so. Python lets only the main thread say."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is None:
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

@@ -15,7 +15,7 @@ ROOT = Path(buddy.__file__).parent
 ROUTERS = ROOT.parent / "routers"
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "matplotlib", "omegaconf"}
 LAYERS = (
-    *("errors", "io", "console", "distributed", "plan", "budget", "router", "registry", "config", "run"),
+    *("errors", "io", "console", "distributed", "plan", "budget", "router", "registry", "values", "config", "run"),
     *("backbone", "engine", "data", "losses", "calibration", "scoring", "latency", "training", "predictor"),
     *(
         "build",
@@ -35,11 +35,8 @@ LAYERS = (
 GOING = {
     "comparison": "compare",
     "handover": "hub",
-    "healing": "training",
-    "signals": "io",
 }  # to be moved
 EXCEPTIONS = {  # (importing module, imported module): this set only shrinks
-    ("healing.rates", "fit"),
 }
 
 

@@ -54,45 +54,6 @@ def test_on_a_terminal_it_is_one_line(monkeypatch):
     assert len(shown[-1].rstrip()) <= 80
 
 
-def test_those_at_work_under_a_bar_have_lines_below_it_until_they_end(monkeypatch):
-    terminal = io.StringIO()
-    monkeypatch.setattr(console, "errors", Console(file=terminal, force_terminal=True, width=60, color_system=None))
-    with Bar("Runs, 2 at once", total=2) as bar:
-        bar.beside("buddy, seed 0", "Training buddy: 3 of 350")
-        bar.beside("first, seed 0", "Training first: 9 of 350" + 40 * "x")
-        bar.beside("buddy, seed 0", "Training buddy: 4 of 350")
-        shown = [console_line(line) for line in bar._progress.get_renderables()]
-        assert shown[1:] == [
-            "  buddy, seed 0: Training buddy: 4 of 350",
-            "  first, seed 0: Training first: 9 of 350" + 40 * "x",
-        ]
-        bar.ended("buddy, seed 0")
-        assert len(list(bar._progress.get_renderables())) == 2
-    assert "Training buddy: 4 of 350" not in terminal.getvalue().splitlines()[-1]
-    assert max(map(len, terminal.getvalue().replace("\r", "\n").splitlines())) <= 70
-
-
-def test_without_a_terminal_those_at_work_say_lines(capsys):
-    with Bar("Runs, 2 at once", total=1) as bar:
-        bar.beside("first, seed 0", "Training first: 9 of 350")
-        bar.ended("first, seed 0")
-    assert capsys.readouterr().err.splitlines()[0] == "first, seed 0: Training first: 9 of 350"
-
-
-def test_another_process_is_told_lines_and_bars(monkeypatch):
-    told, stream = [], Console(stderr=True)
-    monkeypatch.setattr(console, "errors", stream)
-    monkeypatch.setattr(console, "results", Console())
-    console.relay(lambda *line: told.append(line), 0.0)
-    with Bar("Counting", 3) as bar:
-        bar.update(1, "a note")
-    stream.print("A word that is long enough not to fit into one line of eighty characters, and so on.", soft_wrap=True)
-    assert [passing for _, passing in told] == [True, True, False]
-    assert told[0][0] == "Counting: 1 of 3, 0:00:00 elapsed, a note"
-    assert told[2][0].endswith("and so on.")
-    assert console.results.quiet
-
-
 def test_what_is_stopped_is_still_told(capsys):
     bar = Bar("Training", total=10).__enter__()
     bar.update(3)

@@ -116,8 +116,8 @@ def _twin(model: PreTrainedModel, layers: Iterable[nn.Module], config: PreTraine
 
 def _copied(module: PreTrainedModel) -> PreTrainedModel:
     """The same parameters and submodules in a module of its own, without hooks."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
+    twin = object.__new__(type(module))  # `copy.copy` would call the constructor of a module that FSDP shards
+    twin.__dict__.update(module.__dict__, _modules=dict(module._modules))
     twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
     return twin
 

@@ -1,0 +1,132 @@
+"""Executors: results, failures, dead workers, interrupts, orphans."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from buddy.errors import BuddyError
+from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, SerialExecutor, WorkerDied
+from tests.workers import Step, Work
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["a", "bb", "ccc", "dddd"]
+
+
+def outcomes(executor, folder: Path, *units: str) -> dict[str, object]:
+    folder.mkdir(exist_ok=True)
+    found = {}
+    executor.run(Work(folder), [Step(folder, words) for words in units], lambda unit, o: found.update({unit.name: o}))
+    return found
+
+
+@pytest.fixture
+def serial(tmp_path) -> dict[str, object]:
+    return outcomes(SerialExecutor(), tmp_path / "serial", *NAMES)
+
+
+def test_a_failure_is_an_outcome(tmp_path):
+    found = outcomes(SerialExecutor(), tmp_path, "a fails", "b")
+    assert isinstance(found["a"], ValueError)
+    assert found["b"][0] == "b"
+
+
+@pytest.mark.slow
+def test_processes_find_what_one_finds(tmp_path, serial):
+    found = outcomes(LokyExecutor(2, threads=1), tmp_path / "loky", *NAMES, "e fails")
+    assert isinstance(found.pop("e"), ValueError)
+    assert found == serial
+    processes = {(tmp_path / "loky" / name).read_text() for name in NAMES}
+    assert 1 <= len(processes) <= 2
+    assert str(os.getpid()) not in processes
+    logs = {name: (tmp_path / "loky" / f"{name}.log").read_text() for name in [*NAMES, "e"]}
+    assert all("1 threads" in text for text in logs.values())
+    assert any("call 2 in this process" in text for text in logs.values()), "what a process made is used again"
+    assert "ValueError: e failed" in logs["e"]
+
+
+@pytest.mark.slow
+def test_a_unit_whose_worker_dies_is_submitted_again_and_no_other_is_hurt(tmp_path, serial):
+    found = outcomes(LokyExecutor(2), tmp_path / "loky", "a dies-once", "x dies", "bb", "ccc", "dddd")
+    assert isinstance(found.pop("x"), WorkerDied)
+    assert found == serial
+    deaths = [len((tmp_path / "loky" / f"{name}.died").read_text()) for name in ("a", "x")]
+    assert deaths == [1, ATTEMPTS]
+    assert (tmp_path / "loky" / "bb.log").read_text().count("call") == 1
+
+
+@pytest.mark.slow
+def test_plug_ins_and_relative_paths_mean_the_same_in_a_worker(tmp_path, monkeypatch):
+    (tmp_path / "plugged.py").write_text("NAME = 'mine'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert outcomes(LokyExecutor(1), Path("place"), "a imports")["a"] == ("mine", 0.0)
+    assert (tmp_path / "place" / "a.log").exists()
+
+
+def begin(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+    """Two units that sleep, begun by a process of its own; and the processes they are in."""
+    words = [sys.executable, "-m", "tests.workers", str(folder), "a sleeps", "b sleeps", "c"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, cwd=ROOT, **pipes)
+    deadline = time.monotonic() + 60
+    while not all((folder / name).exists() and (folder / name).read_text() for name in "ab"):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process, [int((folder / name).read_text()) for name in "ab"]
+
+
+def assert_gone(processes: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    for process in processes:
+        while Path(f"/proc/{process}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes there")
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_reaches_all_and_nothing_new_begins(tmp_path, number):
+    process, workers = begin(tmp_path)
+    begun = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert time.monotonic() - begun < 15
+    assert (process.returncode, out, err) == (130, "", "")
+    assert {path.name for path in tmp_path.glob("*.stopped")} == {"a.stopped", "b.stopped"}
+    assert not (tmp_path / "c").exists()
+    assert_gone(workers)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    process, workers = begin(tmp_path)
+    process.kill()
+    process.communicate(timeout=30)
+    assert_gone(workers)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, serial):
+    found = outcomes(RayExecutor(), tmp_path / "ray", "a dies-once", "bb", "ccc", "dddd", "e fails")
+    assert isinstance(found.pop("e"), ValueError)
+    assert found == serial
+    assert (tmp_path / "ray" / "a.died").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+def test_a_cluster_that_is_not_there(tmp_path):
+    with pytest.raises(BuddyError, match="Ray"):
+        outcomes(RayExecutor("127.0.0.1:1"), tmp_path, "a")

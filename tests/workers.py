@@ -1,0 +1,71 @@
+"""Units of work without a model, for tests of executors; their worker processes import this module."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_state: dict[Path, int] = {}  # calls in this process
+
+
+@dataclass(frozen=True)
+class Step:
+    """A unit: "name", or "name WAY", where the way says what becomes of it."""
+
+    folder: Path
+    words: str
+
+    @property
+    def name(self) -> str:
+        return self.words.partition(" ")[0]
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Notes the process of a unit, and gives back what a serial run gives back too."""
+
+    folder: Path
+
+    def __call__(self, unit: Step) -> tuple[str, float]:
+        way = unit.words.partition(" ")[2]
+        _state[self.folder] = _state.get(self.folder, 0) + 1
+        (self.folder / unit.name).write_text(str(os.getpid()))
+        print(f"call {_state[self.folder]} in this process, {torch.get_num_threads()} threads")
+        marker = self.folder / f"{unit.name}.died"
+        if way == "dies" or (way == "dies-once" and not marker.exists()):
+            with marker.open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if way == "fails":
+            raise ValueError(f"{unit.name} failed")
+        if way == "imports":
+            import plugged
+
+            return plugged.NAME, 0.0
+        if way == "sleeps":
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                (self.folder / f"{unit.name}.stopped").touch()
+                raise
+        time.sleep(0.1)
+        generator = torch.Generator().manual_seed(len(unit.name))
+        return unit.name, float(torch.rand(3, generator=generator).sum())
+
+
+if __name__ == "__main__":
+    from buddy.executors import LokyExecutor
+
+    place = Path(sys.argv[1])
+    try:
+        LokyExecutor(2).run(Work(place), [Step(place, words) for words in sys.argv[2:]], print)
+    except KeyboardInterrupt:
+        sys.exit(130)
