@@ -17,7 +17,7 @@ from buddy.errors import TrainingError
 
 BUDDY = [sys.executable, "-c", "from buddy.cli import main; main()"]
 BEHIND = {  # what the verbs call
-    "fit": "buddy.fit.fit",
+    "fit": "buddy.compare.fit",
     "evaluate": "buddy.evaluation.evaluate.evaluate_run",
     "compare": "buddy.compare.compare",
     "show_files": "buddy.evaluation.report.show_files",

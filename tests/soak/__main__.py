@@ -88,7 +88,7 @@ def _malformed(examples: int, seed: int, work: Path) -> bool:
 
 def _bench(work: Path) -> Bench:
     """A finished run of a trained router, for files to be damaged."""
-    from buddy.fit import fit
+    from buddy.compare import fit
     from tests.recovery.malformed import Bench
     from tests.soak.jobs import small
 

@@ -97,7 +97,7 @@ class Fit(Job):
         return self.place / "runs" / "small"
 
     def prepare(self, log: Path) -> None:
-        from buddy.fit import fit
+        from buddy.compare import fit
 
         run(lambda: fit(self.small(self.work / "older", *STEPS, "seed=1", "rivals=[]"), "small"), log)
         self.before = self.work / "older" / "small" / "buddy"
@@ -110,7 +110,7 @@ class Fit(Job):
     def act(self) -> None:
         import datasets
 
-        from buddy.fit import fit
+        from buddy.compare import fit
 
         datasets.config.HF_DATASETS_CACHE = self.place / "datasets"
         fit(self.small(self.place / "runs", *STEPS), "small")
@@ -210,11 +210,13 @@ class Compare(Job):
         return self.place / "out"
 
     def act(self) -> None:
-        from buddy.compare import Asked, compare
+        from buddy.compare import CompareConfig, compare
+        from buddy.config import Rival
 
         recipe = self.small(self.work / "runs", "trainer.max_steps=12")  # its output is told in the results
-        options = {"routers": "buddy,shortgpt,random", "seeds": 1, "domains": str(self.other), "speed": False}
-        assert compare(Asked(recipe, str(self.small.file), "small", out=self.out, **options)) == 0
+        routers = [Rival(name) for name in ("buddy", "shortgpt", "random")]
+        options = {"routers": routers, "seeds": 1, "texts": str(self.other), "speed": False}
+        assert compare(CompareConfig(recipe, "small", out=self.out, **options)) == 0
 
     def check(self) -> str:
         whole = 0
@@ -288,7 +290,7 @@ class Export(Job):
             self.prepare(self.work / "log")
 
     def prepare(self, log: Path) -> None:
-        from buddy.fit import fit
+        from buddy.compare import fit
 
         if not (self.work / "runs").exists():
             run(lambda: fit(self.small(self.work / "runs", "router=shortgpt", "rivals=[]"), "small"), log)
