@@ -114,7 +114,7 @@ def fraction_of(budget: Budget, executed: int, layers: int) -> float:
     return executed / layers if _has_unit(budget) else float(budget)
 
 
-def shown(budget: Budget) -> str:
+def format_budget(budget: Budget) -> str:
     """A budget on one word, the same for all spellings of it: 0.75, 22layers, 15ms."""
     if _has_unit(budget):
         return re.sub(r"layers?$", "layers", "".join(str(budget).split()))

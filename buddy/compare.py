@@ -46,7 +46,7 @@ from buddy.run import FACTS, RunFolder, complete_seeds, folder_name, label_folde
 from buddy.worker import Tasks, Text, Worker, WorkerConfig, read_windows
 
 SEEDS = 3
-BACKENDS = ("local", "ray")
+BACKENDS = ("loky", "ray")
 # Beginnings of recipe keys that change nothing in a run without training, and in a run of a comparison.
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
 FREE_KEYS = ("predictor.",)
@@ -66,7 +66,7 @@ class CompareConfig:
         texts: "SOURCE,label=SOURCE,…" beside the recipe's own.
         tasks: what runs are scored on.
         jobs: runs at once on a machine.
-        backend: "local" for processes of this machine, "ray" for a Ray cluster at RAY_ADDRESS.
+        backend: "loky" for processes of this machine, "ray" for a Ray cluster at RAY_ADDRESS.
         out: the folder for everything; `<output>/<recipe>` by default.
         speed: measure times.
         finished: fit nothing, and compare what is complete.
@@ -82,7 +82,7 @@ class CompareConfig:
     texts: str | None = None
     tasks: Tasks = field(default_factory=Tasks)
     jobs: int = 1
-    backend: str = "local"
+    backend: str = "loky"
     out: Path | None = None
     speed: bool = True
     finished: bool = False
@@ -410,7 +410,7 @@ def _work(
 ) -> list[tuple[RunSpec, str]]:
     """Do all runs; those that failed, and why."""
     specs = [spec for group in runs.values() for spec in group]
-    if config.backend == "local" and config.jobs == 1:
+    if config.backend == "loky" and config.jobs == 1:
         return _serially(Worker(session, windows, config.tasks).run, specs)
     failures: list[tuple[RunSpec, str]] = []
     threads = max(1, torch.get_num_threads() // config.jobs)

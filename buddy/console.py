@@ -155,6 +155,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # scores are gathered before they are logged
         warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", message="FSDP2-wrapped .* view")  # true, and nobody writes into it

@@ -1,6 +1,5 @@
-"""A small complete package for a router of one's own: `buddy routers new NAME`."""
+"""A small, complete package for a new router: `buddy routers new NAME`."""
 
-import os
 import re
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -12,20 +11,28 @@ from buddy.io import new_folder, writing
 from buddy.registry import installed
 
 NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
-LONGEST = 40  # letters of a name
-OTHERWISE = "all", "false", "no", "null", "off", "on", "true", "yes"  # a command line reads these as something else
+MAX_LENGTH = 40  # characters of a name
+RESERVED = (
+    "all",
+    "false",
+    "no",
+    "null",
+    "off",
+    "on",
+    "true",
+    "yes",
+)  # YAML and the command line give them another meaning
 
 
 def new_router(name: str, out: Path) -> Path:
     """Write the package `out/buddy-router-NAME`, whole or not at all; returns its folder.
 
     Raises:
-        RegistryError: no name for a router, or one that is taken.
-        RunError: the place is taken or cannot be written.
+        RegistryError: the name cannot be used or is taken.
+        RunError: the folder exists or cannot be written.
     """
     check_name(name)
     folder = out / f"buddy-router-{name}"
-    _check_place(out, folder)
     with new_folder(folder) as made, writing(folder):
         for path, text in package(name).items():
             (made / path).parent.mkdir(exist_ok=True)
@@ -35,7 +42,7 @@ def new_router(name: str, out: Path) -> Path:
 
 def package(name: str) -> dict[str, str]:
     """Path inside the package → text, for a checked name."""
-    module = f"buddy_router_{name.replace('-', '_')}"
+    module = _module(name)
     cls = "".join(part.capitalize() for part in name.removesuffix("-router").split("-")) + "Router"
     words = {"name": name, "module": module, "class": cls, "title": name.replace("-", " ")}
     return {path.format(**words): text.substitute(words) for path, text in FILES.items()}
@@ -49,18 +56,21 @@ def check_name(name: str) -> None:
         raise RegistryError(
             f"{name!r} is no name for a router; take lower-case letters and digits, joined by hyphens{hint}."
         )
-    if len(name) > LONGEST:
-        raise RegistryError(f"The name {name!r} has {len(name)} letters; take at most {LONGEST}.")
-    if name in OTHERWISE:
+    if len(name) > MAX_LENGTH:
+        raise RegistryError(f"The name {name!r} has {len(name)} letters; take at most {MAX_LENGTH}.")
+    if name in RESERVED:
         raise RegistryError(f"{name!r} means something else on the command line; choose another name.")
     for entry in installed():
         if entry.name == name:
             raise RegistryError(
                 f"A router named {name!r} is installed already, by {entry.distribution!r}; choose another name."
             )
-    module = f"buddy_router_{name.replace('-', '_')}"
-    if _is_installed(f"buddy-router-{name}") or find_spec(module) is not None:
+    if _is_installed(f"buddy-router-{name}") or find_spec(_module(name)) is not None:
         raise RegistryError(f"A package buddy-router-{name} is installed already; choose another name.")
+
+
+def _module(name: str) -> str:
+    return f"buddy_router_{name.replace('-', '_')}"
 
 
 def _is_installed(name: str) -> bool:
@@ -69,14 +79,6 @@ def _is_installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def _check_place(out: Path, folder: Path) -> None:
-    if not os.path.isdir(out):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
-        trouble = "is a file" if os.path.exists(out) else "is not there"
-        raise RegistryError(f"The folder {out} {trouble}; name a folder that is, with --out.")
-    if os.path.lexists(folder):
-        raise RegistryError(f"{folder} exists and is not overwritten; choose another name, or another --out.")
 
 
 PROJECT = """\

@@ -42,7 +42,7 @@ def compare(
     jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at once.", show_default="1")] = None,
     backend: Annotated[
         str | None,
-        typer.Option(metavar="local|ray", help="Processes of this machine, or a Ray cluster.", show_default="local"),
+        typer.Option(metavar="loky|ray", help="Processes of this machine, or a Ray cluster.", show_default="loky"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for everything.", show_default="OUTPUT/RECIPE")
@@ -111,7 +111,7 @@ def compare(
         texts=domains,
         tasks=Tasks(tuple(split_list(tasks or "")), task_limit, task_data, task_path),
         jobs=1 if jobs is None else jobs,
-        backend=backend or "local",
+        backend=backend or "loky",
         out=out,
         speed=speed is not False,
         finished=finished,

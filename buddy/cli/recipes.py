@@ -1,5 +1,6 @@
 """`buddy recipes`."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -52,8 +53,8 @@ def copy(
     from buddy.io import write_text
 
     path, target = recipe_path(name), destination or Path()
-    target = target / path.name if target.is_dir() else target
-    if target.exists():
+    target = target / path.name if os.path.isdir(target) else target  # os.path answers for names that are too long
+    if os.path.lexists(target):
         raise RecipeError(f"{target} exists and is not overwritten; name another file.")
     write_text(target, path.read_text("utf-8"))
     typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {target}")

@@ -57,10 +57,10 @@ def test_the_same_file_by_another_path_is_the_recipes_own(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (" ", "--domains is empty"),
-        ("a/x.txt,b/x.txt", "Two domains are called 'x'"),
-        ("a/sotu.txt", "Two domains are called 'sotu', one of them the recipe's own"),
-        ("a b.txt", "The domain 'a b' would be a file's name"),
+        (" ", "--domains"),
+        ("a/x.txt,b/x.txt", "'x'"),
+        ("a/sotu.txt", "'sotu'"),
+        ("a b.txt", "'a b'"),
     ],
 )
 def test_what_cannot_be_told_apart_is_refused(text, message):
@@ -85,5 +85,5 @@ def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
 @pytest.mark.parametrize("key", ["train_sources", "calibration_sources"])
 def test_a_text_that_was_learned_from_is_no_domain(recipe, key):
     trained = replace(recipe, data=replace(recipe.data, **{key: ["web/c4.jsonl"]}))
-    with pytest.raises(DataError, match=rf"The domain c4 is learned from \(data\.{key}\)"):
+    with pytest.raises(DataError, match=rf"c4 is in data\.{key}"):
         texts_of("web/c4.jsonl", trained)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
     text = write_text(tmp_path / "other.jsonl", 40, seed=5)
     other = replace(config, texts=str(text))
     assert compare(config) == compare(other) == 0  # the second finds the runs finished and reads them
-    runs = tmp_path / "out" / "runs"
+    runs = tmp_path / "out"
     assert_same(weights(healed / "shortgpt"), weights(runs / "shortgpt" / "seed-0"))
     assert (runs / "shortgpt" / "seed-1" / "run.json").exists()
     assert not (runs / "full" / "seed-1").exists()

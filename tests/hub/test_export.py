@@ -221,7 +221,7 @@ def test_adapter_and_predictor_are_exported_and_shared(small, tmp_path):
     adapter = ("adapter.rank=2", "adapter.steps=2", "adapter.lr=0.05")
     predictor = ("predictor.name=regress", "predictor.windows=8")
     fit(small(tmp_path / "runs", "rivals=[]", "trainer.max_steps=2", *adapter, *predictor), "small")
-    healed = tmp_path / "runs" / "small" / "buddy"
+    healed = read_run(tmp_path / "runs" / "small" / "buddy").folder
     kept = exported(healed, tmp_path / "out", budget="0.5")["kept"]
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     routed = load_model(read_run(healed))
