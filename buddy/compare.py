@@ -414,7 +414,7 @@ def _work(
         return _serially(Worker(session, windows, config.tasks).run, specs)
     failures: list[tuple[RunSpec, str]] = []
     threads = max(1, torch.get_num_threads() // config.jobs)
-    ray = RayExecutor(os.environ.get("RAY_ADDRESS", "auto"), threads)
+    ray = RayExecutor(threads=threads)
     executor = ray if config.backend == "ray" else LokyExecutor(config.jobs, threads)
     absolute = [replace(spec, folder=spec.folder.resolve()) for spec in specs]
     with Bar(f"Runs, {'on Ray' if config.backend == 'ray' else f'{config.jobs} at once'}", len(specs)) as bar:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.compare import CompareConfig, compare, fit
+from buddy.config import Rival
 from buddy.errors import RunError, TrainingError
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
