@@ -40,7 +40,7 @@ from buddy.evaluation.record import (
     task_file,
     text_entry,
 )
-from buddy.executors import LokyExecutor
+from buddy.executors import LokyExecutor, RayExecutor
 from buddy.fit import Session, prepare
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_text, write_with_checksum, writing
 from buddy.registry import build, describe
@@ -62,6 +62,7 @@ from buddy.scoring.perplexity import Reference, scores_of, with_documents
 from buddy.training.module import evaluate
 
 ALL = "all"
+BACKENDS = ("loky", "ray")
 OPENING, CLOSING = "[{(", "]})"
 KINDS = ("learned", "static", "random")  # the order of `all`
 
@@ -235,6 +236,7 @@ class Asked:
         domains: "SOURCE,label=SOURCE,…" beside the recipe's own text.
         tasks: what runs are scored on.
         jobs: processes at once.
+        backend: "loky" for processes of this machine, or "ray" for tasks of a cluster.
         out: the folder for everything.
         speed: whether times are measured.
         finished: fit nothing, and compare what is finished.
@@ -251,6 +253,7 @@ class Asked:
     domains: str | None = None
     tasks: Tasks = field(default_factory=Tasks)
     jobs: int = 1
+    backend: str = "loky"
     out: Path | None = None
     speed: bool = True
     finished: bool = False
@@ -287,6 +290,10 @@ def check(asked: Asked) -> None:
         raise RecipeError(f"--seeds is {seeds}; give 1 or more.")
     if asked.recipe.seed + seeds > 2**32:
         raise RecipeError(f"seed is {asked.recipe.seed}, too large for {seeds} seeds from it on; set it smaller.")
+    if asked.backend not in BACKENDS:
+        raise RecipeError(f"--backend cannot be {asked.backend!r}; give {' or '.join(BACKENDS)}.")
+    if asked.backend == "ray" and asked.jobs != 1:
+        raise RecipeError("--jobs counts processes of this machine; leave it out with --backend ray.")
     if asked.jobs < 1:
         raise RecipeError(f"--jobs is {asked.jobs}; give 1 or more.")
     if asked.recipe.trainer["devices"] * asked.recipe.trainer["num_nodes"] > 1:
@@ -807,12 +814,13 @@ def _work(
 ) -> list[tuple[Planned, str]]:
     """Do all runs; those that failed, and why."""
     todo = [run for group in runs.values() for run in group]
-    if asked.jobs == 1:
+    if asked.backend == "loky" and asked.jobs == 1:
         return _one_by_one(Worker(session, asked.recipe_name, texts, asked.tasks), todo)
     failures: list[tuple[Planned, str]] = []
     threads = max(1, torch.get_num_threads() // asked.jobs)
     start = Start(todo[0].recipe, asked.recipe_name, tuple(texts), asked.tasks)
-    with Bar(f"Runs, {asked.jobs} at once", len(todo)) as bar:
+    executor = RayExecutor() if asked.backend == "ray" else LokyExecutor(asked.jobs, threads)
+    with Bar("Runs on Ray" if asked.backend == "ray" else f"Runs, {asked.jobs} at once", len(todo)) as bar:
         done = 0
 
         def on_done(run: Planned, outcome: str | Exception | None) -> None:
@@ -821,7 +829,7 @@ def _work(
             failures.extend([(run, str(outcome))] if outcome else [])
             bar.update(done, f"{'failed: ' if outcome else ''}{run.words}")
 
-        LokyExecutor(asked.jobs, threads).run(start, todo, on_done)
+        executor.run(start, todo, on_done)
     return failures
 
 

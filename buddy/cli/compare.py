@@ -31,6 +31,10 @@ def compare(
         typer.Option(metavar="SOURCE,…", help="Texts beside the recipe's own; label=SOURCE gives one a name."),
     ] = None,
     jobs: Annotated[int | None, typer.Option(metavar="N", help="Processes at once.", show_default="1")] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="`ray`: runs as tasks of the cluster at RAY_ADDRESS.", show_default="loky"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for everything.", show_default="OUTPUT/RECIPE-compare")
     ] = None,
@@ -68,6 +72,7 @@ def compare(
     options = {"task_limit": task_limit, "task_data": task_data, "task_path": task_path}
     if made is not None:
         given = {"routers": routers, "seeds": seeds, "domains": domains, "jobs": jobs, "out": out, "tasks": tasks}
+        given |= {"backend": backend}
         given |= options | {"no_speed" if speed is False else "speed": speed, "finished": finished or None}
         return _show(made, markdown, overrides or [], given | {"trained": trained})
     if tasks is None:
@@ -88,6 +93,7 @@ def compare(
         domains=domains,
         tasks=Tasks(tuple(split_list(tasks or "")), task_limit, task_data, task_path),
         jobs=1 if jobs is None else jobs,
+        backend=backend or "loky",
         out=out,
         speed=speed is not False,
         finished=finished,

@@ -489,6 +489,8 @@ def test_runs_of_another_backbone_or_text_are_refused(ask, small, tmp_path):
         ({"seeds": 0}, [], BuddyError, "--seeds is 0; give 1 or more"),
         ({"seeds": 3}, ["seed=4294967294"], BuddyError, "too large for 3 seeds"),
         ({"jobs": 0}, [], BuddyError, "--jobs is 0; give 1 or more"),
+        ({"backend": "dask"}, [], BuddyError, "--backend"),
+        ({"backend": "ray", "jobs": 2}, [], BuddyError, "--backend"),
         ({"domains": "nowhere.txt"}, [], BuddyError, r"There is no file or folder nowhere\.txt"),
         ({}, ["trainer.devices=2"], BuddyError, "one device; set trainer.devices=1"),
         ({}, ["ckpt_path=x.ckpt"], BuddyError, "leave ckpt_path out"),
