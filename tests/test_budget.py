@@ -104,7 +104,7 @@ def test_a_latency_that_cannot_be_met_is_refused(budget, words):
 
 
 def test_a_latency_needs_a_table():
-    with pytest.raises(BudgetError, match="Nobody has measured what 15ms are enough for"):
+    with pytest.raises(BudgetError, match="15ms"):
         executed_layers("15ms", 30, 2)
 
 
