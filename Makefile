@@ -23,7 +23,7 @@ test soak: export OMP_NUM_THREADS := 1
 test: $(ENV) lint ## lint, types and all tests but the long ones, offline
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not soak"
 
-soak: $(ENV) ## the long tests: 2000 random uses of the engine, 100 kills, 1000 malformed inputs of each kind
+soak: $(ENV) ## the long tests: 2000 random uses of the engine, kills, malformed inputs
 	$(BIN)/python -m pytest -m soak
 	$(BIN)/python -m tests.engine.fuzz --cases 2000
 	$(BIN)/python -m tests.soak --kills 100 --examples 1000

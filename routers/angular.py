@@ -1,24 +1,17 @@
-"""Angular distance: drop the contiguous block across which the last token turns least (Gromov et al., 2403.17887)."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+"""Angular distance: drop the block of layers that rotates the last token's state least (Gromov et al., 2403.17887)."""
 
 import torch
 from torch import Tensor
 
-from buddy import Context, Geometry, Router
-
-if TYPE_CHECKING:
-    from buddy import Probe
+from buddy import Context, Geometry, Probe, Router
 
 
 class Angular(Router):
-    """Drops one contiguous block of n layers, that of least angular distance, another block for each budget.
+    """Static: drops the contiguous block of n layers with the least angular distance, another block for each budget.
 
     Section 3.2: for each n the block starts at ℓ*(n) = argmin_ℓ d(x_ℓ, x_{ℓ+n}), where d(x, y) = arccos(x·y / |x||y|)
-    / π between what enters layer ℓ and what enters layer ℓ + n, at the last token, mean over the calibration windows
-    (eq. 6 and 7). Ties go to the earlier block. Every K is answered exactly, since one measurement serves all n.
+    / π between the inputs of layer ℓ and of layer ℓ + n, at the last token, averaged over the calibration windows
+    (eq. 6 and 7). Ties go to the earlier block. One measurement serves every K.
 
     Deviation from the paper: the first and the last layer always run, as for every router here, so a block lies
     between them. The paper heals with QLoRA afterwards; here nothing is healed.

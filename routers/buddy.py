@@ -1,43 +1,39 @@
 """The Buddy Decision Module: a plan for each token from the context layer's cached states (2606.09514)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy import Context, Geometry, Router
-
-if TYPE_CHECKING:
-    from buddy import Probe
+from buddy import Context, Geometry, Probe, Router
+from routers.greedy import GreedyRemoval
 
 PRIORS = ("greedy", "block-influence", "taylor", "loss", "none")
 PARTS = ("pooled", "newest", "hidden")
 
 
 class BuddyRouter(Router):
-    """Learned: a small network plans each token from what it and its prefix look like after the context layer.
+    """Learned: a small network scores the layers for each token from the states after the context layer.
 
     Linear(F, hidden) – SiLU – Linear(hidden, R), fused with a static prior: s' = s + ω · p̂ (section 3). The last
     linear layer starts at zero, so training starts from the prior's order.
 
-    Beyond the paper: the newest token's own states enter beside the pooled ones, each part is normalised, and the
-    network's word can be bounded, A · tanh(s / A), so that training cannot run away.
+    Deviations from the paper: the newest token's own states are inputs beside the pooled ones, each part is
+    normalised, and the network's scores can be bounded, A · tanh(s / A), so that training cannot diverge; the default
+    prior is the order of a greedy search.
 
     Args:
         geometry: sizes of the backbone.
         hidden: r, width of the network; the paper's overhead example has 32.
-        prior: "greedy" (the order in which layers go when each time the one goes whose loss raises KL to the dense
-            model least), or one of the paper's: "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the
-            perplexity), or "none".
-        prior_windows: calibration windows that the greedy search looks at, the first ones.
+        prior: "greedy" (the order in which layers are removed when each time the one goes without which KL to the
+            dense model is least), or one of the paper's: "block-influence" (cosine dissimilarity), "taylor", "loss"
+            (rise of the perplexity), or "none".
+        prior_windows: how many calibration windows the greedy search measures on, from the first one.
         prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
         bound: A, or null for none, as in the paper.
         context: which parts the network sees, of "pooled", "newest" and "hidden". The paper has "pooled".
-        budget_aware: let K / L enter the network; the paper's router sees it through top-k alone.
+        budget_aware: make K / L an input; in the paper the budget acts through top-k alone.
 
     Raises:
         ValueError: an unknown prior or part, or a size or weight out of range.
@@ -75,7 +71,10 @@ class BuddyRouter(Router):
         if self.prior_name == "none":
             return
         if self.prior_name == "greedy":
-            indicator = self._removal(probe)
+            search = GreedyRemoval(probe, "kl", min(self.prior_windows, probe.count))
+            for _ in probe.track(range(search.rounds), "removing layers"):
+                search.remove_one()
+            indicator = search.rank()
         elif self.prior_name == "block-influence":
             indicator = probe.block_influence
         else:
@@ -85,23 +84,8 @@ class BuddyRouter(Router):
         if len(rank) > 1:  # a single layer has no order
             self.prior.copy_((rank - rank.mean()) / rank.std())
 
-    def _removal(self, probe: Probe) -> Tensor:
-        """(R,): the round in which a layer goes, down to the smallest K asked for; then by its KL in the last round."""
-        windows = min(self.prior_windows, probe.count)
-        removed: list[int] = []
-        left, losses = list(range(self.geometry.routable)), []
-        smallest = min(probe.asked, default=self.geometry.always_on)
-        for _ in probe.track(range(self.geometry.layers - smallest), "removing layers"):
-            plans = torch.stack([probe.plan_without([*removed, layer]) for layer in left])
-            losses = probe.losses(plans, "kl", windows).mean(1).tolist()
-            least = losses.index(min(losses))
-            removed.append(left.pop(least))
-            losses.pop(least)
-        order = removed + [layer for _, layer in sorted(zip(losses, left, strict=True))]
-        return torch.tensor(order).argsort().float()
-
     def score(self, context: Context) -> Tensor:
-        """(..., R) float32: the network's word plus ω times the prior."""
+        """(..., R) float32: the network's scores plus ω times the prior."""
         seen = [_unit(getattr(context, part)) for part in self.parts]
         if self.budget_aware:
             seen.append((context.executed / self.geometry.layers).float()[..., None])

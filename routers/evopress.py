@@ -1,29 +1,24 @@
 """EvoPress: an evolutionary search for the set of layers closest to the dense model (Sieberling et al., 2410.14649)."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from buddy import Context, Geometry, Router
-
-if TYPE_CHECKING:
-    from buddy import Probe
+from buddy import Context, Geometry, Probe, Router
 
 Removed = tuple[int, ...]  # routable layers that are left out, in rising order
 Fitness = Callable[[Sequence[Removed], int], list[float]]  # KL of each set on so many windows; less is better
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
-TRIES = 20  # draws for each set wanted; where so few different ones exist, fewer are taken
+TRIES = 20  # draws for each set wanted; where too few different sets exist, fewer are made
 
 
 class EvoPress(Router):
-    """Searches for each asked number of layers the set whose predictions are closest (KL) to the dense model's.
+    """Static: for each K, the set of layers whose predictions are closest (KL) to the dense model's.
 
     Algorithm 1, a (1 + λ) evolutionary search under a fixed count. It starts from the best of `initial` random sets.
     Each generation makes `offspring` different sets from the one parent by level-switch mutation: min(u, v) swaps of a
@@ -31,14 +26,14 @@ class EvoPress(Router):
     selection"): the i-th measures KL(dense ‖ set) on `windows[i]` calibration windows and keeps `survivors[i]` sets;
     the parent competes in the last stage (elitism), so the loss there never rises.
 
-    Each K of the recipe's budgets has a search of its own, drawn from the seed and K. Any other K is answered from the
-    nearest searched set (of two, the deeper): layers are added to it, or taken away from it, by the number of searched
-    sets that keep them and then by Block Influence, which alone decides where nothing was searched.
+    Each K of the recipe's budgets has a search of its own, with random numbers from the seed and K. Any other K starts
+    from the nearest searched set (of two, the deeper): layers are added or removed by the number of searched sets that
+    keep them, then by Block Influence, which alone decides where nothing was searched.
 
-    Deviations from the paper: whole layers, where it drops attention and MLP apart (its code has whole blocks as an
-    option); the first and the last layer always run and the sinks run every layer, as for every router here; a stage
-    measures on the first windows, the same in each generation, where the paper draws new ones, so that a loss measured
-    once is never measured again; smaller defaults that fit a CPU. With windows of 256 tokens the paper's are
+    Deviations from the paper: whole layers, where it drops attention and MLP separately (its code has whole blocks as
+    an option); the first and the last layer always run and the sinks run every layer, as for every router here; a stage
+    measures on the first windows, the same in each generation, where the paper draws new ones, so that no loss is
+    measured twice; smaller defaults that fit a CPU. With windows of 256 tokens the paper's are
     `generations: null, windows: [8, 128], patience: null`.
 
     Args:
@@ -102,7 +97,7 @@ class EvoPress(Router):
         return self.worth[context.executed - self.geometry.always_on]
 
     def _rank(self, found: dict[int, Removed], influence: Tensor) -> None:
-        """Fill `worth`: for each number of routable layers the nearest set found, then votes, then Block Influence."""
+        """Fill `worth`: for each number of routable layers the nearest found set, then votes, then Block Influence."""
         routable = self.geometry.routable
         kept = {k: torch.ones(routable).index_fill_(0, torch.tensor(out), 0.0) for k, out in found.items()}
         votes = sum(kept.values(), torch.zeros(routable))
@@ -115,7 +110,7 @@ class EvoPress(Router):
 
 @dataclass(frozen=True)
 class Problem:
-    """Which `count` of `routable` layers to leave out of a backbone of `layers`, to be judged by `fitness`."""
+    """Find the `count` of `routable` layers, in a backbone of `layers`, whose removal has the least `fitness`."""
 
     fitness: Fitness
     routable: int

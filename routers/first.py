@@ -10,38 +10,38 @@ from buddy import Geometry, LayerwiseRouter
 
 SCOPES = ("prompt", "token")
 GATES = ("hard", "soft")
-SHIFT = 5.0  # how far the gates of no layers and of all lie apart before training
+SHIFT = 5.0  # difference of the logits between a budget of all layers and of none, before training
 
 
 class FiRST(LayerwiseRouter):
-    """Learned: one linear gate a layer sees the state that arrives there; the prompt's decisions hold for the input.
+    """Learned: one linear gate for each layer sees the state arriving there; the prompt's decisions hold for the input.
 
-    A gate is open, and its layer runs, where σ(w_i · h + b_i) is above a half. Decisions are an input's: the gates are
-    asked in prefill and hold while decoding, so no key and value is missed. Training multiplies what a layer adds to
-    the hidden state by its gate and adds a penalty on layers that are not skipped.
+    A gate is open, and its layer runs, where σ(w_i · h + b_i) is above a half. One decision serves an input: gates are
+    asked in prefill and hold while decoding, so no keys and values are missing. Training multiplies what a layer adds
+    to the hidden state by its gate and adds a penalty on layers that are not skipped.
 
     Deviations from the paper:
 
-    - The count is exact: the engine stops when K layers are spent and runs the rest when it is owed. The paper's gates
-      alone say how many run, and their number is what it is.
-    - The paper trains one router for each rate of skipping. Here one serves all budgets: k / R, the rate that is asked
-      for, shifts each gate by a learned amount (`budget_aware`).
-    - The paper's gates are soft in training. A model hardly minds when all its layers count two thirds, so soft
-      gates gather there, all of them open, and the engine's count skips the last layers, which a model can spare
-      least. Here gates are hard, with the gradient of soft ones (`gates`).
-    - The paper's penalty is the sum of the probabilities, its weight found by hand for each rate. Here it is
-      λ · max(0, mean gate − (k − 1) / R): linear too, but silent below the budget, with one layer of slack, since to be
-      owed a layer at the end costs little, and to have none left much.
-    - The prompt's last token decides for the prompt, as in every router of one plan an input.
-    - Gates see the state normalised; its scale differs a hundredfold between layers.
+    - The count is exact: the engine skips all layers once K have run, and runs all that are left where they are needed
+      to reach K. In the paper the gates alone determine how many layers run.
+    - The paper trains one router for each skipping rate. Here one serves all budgets: k / R, the share of routable
+      layers that run, shifts each gate by a learned amount (`budget_aware`).
+    - The paper's gates are soft in training. Scaling every layer by two thirds costs a model little, so soft gates
+      converge to that, all of them open, and the exact count then skips the last layers, which matter most. Here gates
+      are hard, with the gradient of soft ones (`gates`).
+    - The paper's penalty is the sum of the probabilities, its weight tuned by hand for each rate. Here it is
+      λ · max(0, mean gate − (k − 1) / R): linear too, but zero below the budget, with one layer of slack, since to run
+      a layer more at the end costs little, and to have none left costs much.
+    - The prompt's last token decides for the prompt, as in every router with one plan for each input.
+    - Gates see the normalised state; its scale differs a hundredfold between layers.
     - The gates alone are trained, to the recipe's objective; the paper tunes LoRA adapters afterwards.
     - Sinks, the first and the last layer always run.
 
-    With `gates="soft"` and `budget_aware=False` it is the paper's but for the count.
+    With `gates="soft"` and `budget_aware=False` it is the paper's router but for the count.
 
     Args:
         geometry: sizes of the backbone.
-        scope: "prompt", or "token": each token asks the gates for itself, and waits for the device at each layer.
+        scope: "prompt", or "token": each token has its own decisions, which cost a synchronisation at each layer.
         gates: in training, "hard" or "soft".
         budget_aware: whether K shifts the gates.
         penalty_weight: λ, in nats.
@@ -96,10 +96,10 @@ class FiRST(LayerwiseRouter):
         return self.penalty_weight * (weights.mean((1, 2)) - self._rate(executed - 1)).clamp(min=0)
 
     def parameter_groups(self) -> list[dict]:
-        """Step sizes by fan-in: a gate's many weights add up, its bias and its shift stand alone."""
+        """Step sizes by fan-in: a gate sums over many weights, but has one bias and one shift."""
         alone = [self.bias] if self.shift is None else [self.bias, self.shift]
         return [{"params": [self.weight], "scale": 0.2}, {"params": alone, "scale": 20.0}]
 
     def _rate(self, executed: Tensor) -> Tensor:
-        """k / R, the share of the routable layers that is asked for."""
+        """k / R, the share of the routable layers that run."""
         return (executed - self.geometry.always_on) / self.geometry.routable

@@ -7,10 +7,10 @@ from buddy import Context, Router
 
 
 class FullDepth(Router):
-    """Runs every layer; accepts no budget below 1.0."""
+    """Static: runs every layer; accepts no budget below 1.0."""
 
     full_depth = True
 
     def score(self, context: Context) -> Tensor:
-        """Zeros (..., R): nothing is ever left out."""
+        """Zeros (..., R): no layer is ever skipped."""
         return torch.zeros(*context.executed.shape, self.geometry.routable, device=context.executed.device)

@@ -1,29 +1,22 @@
 """A random order of layers, drawn once for the run or once for each input."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from buddy import Context, Geometry, Router
-
-if TYPE_CHECKING:
-    from buddy import Probe
+from buddy import Context, Geometry, Probe, Router
 
 PER = ("run", "input")
 
 
 class RandomRouter(Router):
-    """Keeps the first layers of a random order, drawn once for the run or once for each input.
+    """Random: the scores are a random order of the layers, drawn once for the run or once for each input.
 
     An input's order is a function of the seed and of the context of its prompt's last token, so the same input has the
     same plan each time: score_i = cos(w_i · x + φ_i) with w normal, φ uniform (random Fourier features, Rahimi & Recht
-    2007) and x the pooled states and the hidden state, each normalised. Inputs as far apart as two texts turn
-    the phase by more than a cycle, so their orders have nothing in common; rounding hardly turns it, so an order does
-    not hang on the batch in which an input comes.
+    2007) and x the pooled states and the hidden state, each normalised. Two texts differ enough to shift the phase by
+    more than a cycle, so their orders are independent; rounding hardly shifts it, so an order does not depend on the
+    batch in which an input comes.
 
     Args:
         geometry: sizes of the backbone.
@@ -31,7 +24,7 @@ class RandomRouter(Router):
         seed: of the order or orders; null for the recipe's.
 
     Raises:
-        ValueError: an unknown word for `per`, or a negative seed.
+        ValueError: an unknown value of `per`, or a negative seed.
     """
 
     kind = "random"
@@ -58,8 +51,8 @@ class RandomRouter(Router):
         """(..., R): the same for every token, or for every token of an input; plans nest as the budget grows."""
         if self.per == "run":
             return self.order.expand(*context.executed.shape, -1)
-        seen = torch.cat([F.layer_norm(x, x.shape[-1:]) for x in (context.pooled, context.hidden)], -1)
-        return torch.cos(seen @ self.frequency + self.order)
+        inputs = torch.cat([F.layer_norm(x, x.shape[-1:]) for x in (context.pooled, context.hidden)], -1)
+        return torch.cos(inputs @ self.frequency + self.order)
 
     def _draw(self, seed: int) -> None:
         """An order (R,), or the phases (R,) and frequencies (F + D, R) that make one for each input."""

@@ -7,11 +7,11 @@ from buddy import Context, Geometry, Router
 
 
 class ReverseOrder(Router):
-    """Drops the last layers before the final one.
+    """Static: the deeper a layer, the lower its score.
 
-    The paper (section 3, "Reverse-order") takes the deeper layer for the less important one and removes the last n.
-    Deviation: the final layer always runs, as for every router here, so these are the last n before it – the simple
-    strategy of 2403.17887 (section 4.4), which found that the final layer must stay.
+    The paper (section 3, "Reverse-order") removes the last n layers. Deviation: the final layer always runs, as for
+    every router here, so the n layers before it are dropped, the simple strategy of 2403.17887 (section 4.4), which
+    found that the final layer must stay.
     """
 
     source = "arXiv 2411.15558"

@@ -1,28 +1,22 @@
 """Shortened LLaMA: keep the layers without which text is harder to predict, in one shot (Kim et al., 2402.02834)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from buddy import Context, Geometry, Router
-
-if TYPE_CHECKING:
-    from buddy import Probe
+from buddy import Context, Geometry, Probe, Router
 
 CRITERIA = ("ppl", "taylor")
-PROTECTED = {"ppl": (0, 0), "taylor": (4, 2)}  # first and last layers, where the recipe names none
+PROTECTED = {"ppl": (0, 0), "taylor": (4, 2)}  # default numbers of first and last layers
 
 
 class ShortenedLlama(Router):
-    """Keeps the layers of highest one-shot importance: rise of the perplexity without the layer, or Taylor+.
+    """Static: a layer's score is its one-shot importance: rise of the perplexity without it, or Taylor+.
 
     Section 3.1 ("PPL"): the perplexity of the calibration text when one layer is left out. ("Taylor+"): Σ |w · ∂L/∂w|
-    over a layer's weight matrices; the plus protects the first four and the last two layers. Where more layers have to
-    go than are unprotected, the protected ones go last, by their importance.
+    over a layer's weight matrices; the plus protects the first four and the last two layers. Protected layers are
+    removed last, by their importance.
 
     Deviations from the paper: the first and the last layer always run, as for every router here; the sinks run every
     layer while a perplexity is measured; norms, whose share is tiny, are left out of the Taylor sum; the calibration
@@ -31,8 +25,8 @@ class ShortenedLlama(Router):
     Args:
         geometry: sizes of the backbone.
         criterion: "ppl" or "taylor".
-        protect: numbers of first and of last layers of the backbone that go last; null for the paper's, [0, 0] with
-            "ppl" and [4, 2] with "taylor".
+        protect: how many of the backbone's first and of its last layers are protected; null for the paper's, [0, 0]
+            with "ppl" and [4, 2] with "taylor".
 
     Raises:
         ValueError: an unknown criterion, or not two numbers of at least 0.

@@ -1,20 +1,13 @@
 """ShortGPT: keep the layers that change the hidden state most (Men et al., 2403.03853)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from buddy import Context, Geometry, Router
-
-if TYPE_CHECKING:
-    from buddy import Probe
+from buddy import Context, Geometry, Probe, Router
 
 
 class ShortGPT(Router):
-    """Keeps the layers of highest Block Influence, 1 − E[cos(h_in, h_out)], in one shot.
+    """Static: a layer's score is its Block Influence, 1 − E[cos(h_in, h_out)], measured once.
 
     Deviation from the paper: the first and the last layer always run, as for every router here, and the attention
     sinks, which no plan touches, are left out of the mean.

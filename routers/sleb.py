@@ -1,35 +1,28 @@
 """SLEB: remove one layer after the other, each time the one that hurts least (Song et al., 2402.09025)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from buddy import Context, Geometry, Router
+from buddy import Context, Geometry, Probe, Router
+from routers.greedy import GreedyRemoval
 
-if TYPE_CHECKING:
-    from buddy import Probe
-
-
-PARTS = 8  # a round measures its windows in so many goes, so that the progress bar moves
+PARTS = 8  # a round measures its windows in so many steps, so that the progress bar moves
 
 
 class SLEB(Router):
-    """Removes greedily the layer whose loss now raises the calibration cross-entropy least, again and again.
+    """Static: the later greedy removal drops a layer, the higher its score.
 
-    Algorithm 1 with metric 3 (section 3.3): in each round every layer still there is left out in turn, together with
-    those removed before, and the one with the least negative log-likelihood of the calibration text goes. Ties go to
-    the earlier layer, as in the authors' code. Plans nest, so one search down to the smallest K asked for serves all
-    budgets; the layers that are left then are ranked by their losses of the last round.
+    Algorithm 1 with metric 3 (section 3.3): in each round every layer that is left is removed in turn, together with
+    those removed before, and the one goes without which the negative log-likelihood of the calibration text is least.
+    Ties go to the earlier layer, as in the authors' code. Plans nest, so one search down to the smallest K of the
+    recipe serves all budgets; layers that are left then are ranked by their losses of the last round.
 
     Deviations from the paper: the sinks run every layer while a loss is measured; the calibration text is the recipe's
     instead of 128 samples of WikiText-2. The first and the last layer always run, in the paper's code too.
 
     Args:
         geometry: sizes of the backbone.
-        windows: calibration windows that the losses are measured on, the first ones; null for all.
+        windows: how many calibration windows the losses are measured on, from the first one; null for all.
 
     Raises:
         ValueError: no window.
@@ -45,22 +38,17 @@ class SLEB(Router):
         self.register_buffer("rank", torch.zeros(geometry.routable))
 
     def calibrate(self, probe: Probe) -> None:
-        """Search on the calibration windows, down to the smallest K asked for, or to the end where none is."""
+        """Search on the calibration windows, down to the smallest K of the recipe's budgets."""
         total = probe.count if self.windows is None else min(self.windows, probe.count)
         parts = sorted({-(-total * part // PARTS) for part in range(1, PARTS + 1)})
-        rounds = self.geometry.layers - min(probe.asked, default=self.geometry.always_on)
-        removed: list[int] = []
-        left, losses = list(range(self.geometry.routable)), []
-        for windows in probe.track(parts * rounds, "removing layers"):
-            plans = torch.stack([probe.plan_without([*removed, layer]) for layer in left])
-            losses = probe.losses(plans, windows=windows).mean(1).tolist()
-            if windows == total:
-                least = losses.index(min(losses))
-                removed.append(left.pop(least))
-                losses.pop(least)
-        order = removed + [layer for _, layer in sorted(zip(losses, left, strict=True))]
-        self.rank[order] = torch.arange(len(order), dtype=self.rank.dtype, device=self.rank.device)
+        search = GreedyRemoval(probe, "ce", total)
+        for windows in probe.track(parts * search.rounds, "removing layers"):
+            if windows < total:
+                search.measure(windows)
+            else:
+                search.remove_one()
+        self.rank.copy_(search.rank())
 
     def score(self, context: Context) -> Tensor:
-        """(..., R): the round in which the layer went; the same for every token."""
+        """(..., R): the round in which the layer was removed; the same for every token."""
         return self.rank.expand(*context.executed.shape, -1)

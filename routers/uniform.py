@@ -1,4 +1,4 @@
-"""Evenly spaced layers: the plan that anyone would try first."""
+"""Evenly spaced layers: the simplest baseline."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from buddy import Context, Geometry, Router
 
 
 class UniformRouter(Router):
-    """Keeps evenly spaced layers, another set for each budget."""
+    """Static: keeps evenly spaced layers, another set for each budget."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
         routable = geometry.routable
         kept = torch.zeros(routable + 1, routable)
         for k in range(1, routable + 1):
-            # The middles of k equal stretches: distinct, and symmetric about the centre.
+            # The middles of k equal intervals: distinct, and symmetric about the centre.
             kept[k, ((torch.arange(k) + 0.5) * routable / k).long()] = 1.0
         self.register_buffer("kept", kept)
 

@@ -1,5 +1,6 @@
-"""What every installed router owes."""
+"""What holds for every installed router."""
 
+from functools import lru_cache
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from buddy import Context, Geometry, Plan, Router
 from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import RegistryError
 from buddy.registry import build, installed, load
 from tests.tiny import tiny_backbone
 
@@ -16,17 +18,20 @@ SCORED = [name for name in NAMES if issubclass(load(name), Router)]  # the other
 WINDOWS = torch.randint(3, 259, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
-def make(name: str, seed: int = 0, **options) -> tuple[Router, Geometry]:
+def made(name: str, **options) -> tuple[Router, Geometry]:
     """A calibrated router whose learned part is not at its start."""
     backbone = tiny_backbone("llama")
     geometry = geometry_of(backbone)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     router = build(name, geometry, options)
     router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, asked=[5, 3]))
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.add_(torch.randn_like(parameter))
     return router, geometry
+
+
+make = lru_cache(made)  # for tests that change nothing
 
 
 def context(geometry: Geometry, *leading: int, executed: int = 4, seed: int = 0) -> Context:
@@ -61,7 +66,7 @@ def test_a_token_is_scored_alike_alone_and_among_others(name):
 
 @pytest.mark.parametrize("name", SCORED)
 def test_the_same_seed_gives_the_same_scores(name):
-    (one, geometry), (two, _) = make(name), make(name)
+    (one, geometry), (two, _) = make(name), made(name)
     assert torch.equal(one.score(context(geometry, 2, 3)), two.score(context(geometry, 2, 3)))
 
 
@@ -99,3 +104,40 @@ def test_only_a_learned_router_has_something_to_train(name):
     grouped = [parameter for group in router.parameter_groups() for parameter in group["params"]]
     assert {*map(id, grouped)} == {*map(id, router.parameters())}
     assert len(grouped) == len(list(router.parameters()))
+
+
+BAD_OPTIONS = [
+    ("buddy", {"hidden": 0}),
+    ("buddy", {"hidden": "wide"}),
+    ("buddy", {"hiden": 8}),
+    ("buddy", {"prior": "zeno"}),
+    ("buddy", {"prior_windows": 0}),
+    ("buddy", {"prior_weight": -1.0}),
+    ("buddy", {"bound": 0.0}),
+    ("buddy", {"context": ["pooled", "later"]}),
+    ("buddy", {"context": []}),
+    ("buddy", {"budget_aware": 3}),
+    ("evopress", {"generations": 0}),
+    ("evopress", {"patience": 0}),
+    ("evopress", {"survivors": [2, 1], "windows": [1]}),
+    ("evopress", {"survivors": [4, 2]}),
+    ("evopress", {"windows": [8, 1]}),
+    ("evopress", {"windows": 8}),
+    ("first", {"scope": "window"}),
+    ("first", {"gates": "firm"}),
+    ("first", {"penalty_weight": -1.0}),
+    ("pudding", {"pool": 0}),
+    ("pudding", {"windows": 0}),
+    ("random", {"per": "token"}),
+    ("random", {"seed": -1}),
+    ("shortened-llama", {"criterion": "bleu"}),
+    ("shortened-llama", {"protect": [4]}),
+    ("shortened-llama", {"protect": 4}),
+    ("sleb", {"windows": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BAD_OPTIONS)
+def test_bad_options_are_refused_by_name(name, options):
+    with pytest.raises(RegistryError, match=next(iter(options))):
+        build(name, Geometry(layers=6, context_layer=1, hidden=12, features=4), options)

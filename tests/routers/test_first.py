@@ -5,7 +5,6 @@ import torch
 
 from buddy import Geometry
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.registry import build
 from routers.first import FiRST
 from tests.tiny import tiny_backbone
 
@@ -39,17 +38,6 @@ def test_a_gate_is_linear_in_the_normalised_state(budget_aware):
         torch.testing.assert_close(logits, router.gate(index, 100 * STATES, executed), atol=1e-3, rtol=1e-3)
 
 
-def test_a_gate_knows_the_budget_only_if_asked():
-    for budget_aware in (True, False):
-        router = awake(budget_aware=budget_aware)
-        few, many = (router.gate(0, STATES, torch.full((3, 5), k)) for k in (3, 5))
-        assert torch.equal(few, many) != budget_aware
-
-
-def test_before_training_nearly_all_gates_are_open():
-    assert FiRST(SIZES).gate(2, STATES, torch.full((3, 5), 6)).sigmoid().mean().item() == pytest.approx(0.953, abs=1e-3)
-
-
 def test_hard_gates_are_zero_or_one_with_the_gradient_of_soft_ones():
     logits = torch.tensor([-2.0, -0.1, 0.1, 3.0], requires_grad=True)
     hard, soft = (FiRST(SIZES, gates=gates).weigh(logits) for gates in ("hard", "soft"))
@@ -78,32 +66,3 @@ def test_one_plan_an_input_unless_tokens_ask_for_themselves(scope):
     runs = routed(IDS, executed=torch.tensor([4, 4, 4]), prompt=6).runs[:, 1:]
     assert bool((runs == runs[:, :1]).all()) == (scope == "prompt")
     assert len(runs[:, -1].unique(dim=0)) > 1, "inputs differ"
-
-
-def test_the_state_dict_holds_all_that_was_learned():
-    router = awake()
-    again = build("first", SIZES, {})
-    again.load_state_dict(router.state_dict())
-    for index in range(4):
-        one, two = (each.gate(index, STATES, EXECUTED[:, None]) for each in (router, again))
-        assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize("budget_aware", [True, False])
-def test_every_parameter_is_trained(budget_aware):
-    router = FiRST(SIZES, budget_aware=budget_aware)
-    grouped = [parameter for group in router.parameter_groups() for parameter in group["params"]]
-    assert {*map(id, grouped)} == {*map(id, router.parameters())}
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"scope": "window"}, "scope is 'window'; choose one of prompt, token"),
-        ({"gates": "firm"}, "gates is 'firm'; choose one of hard, soft"),
-        ({"penalty_weight": -1.0}, "penalty_weight is -1.0; give 0 or more"),
-    ],
-)
-def test_bad_options_are_refused(options, words):
-    with pytest.raises(ValueError, match=words):
-        FiRST(SIZES, **options)

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from buddy import Context, Geometry
 from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.registry import build
-from routers.pudding import PuDDing, alike, ridge
+from routers.pudding import PuDDing, clusters, ridge
 from tests.tiny import tiny_backbone
 
 WINDOWS = torch.randint(3, 259, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -56,19 +55,11 @@ def test_the_set_of_least_predicted_loss_is_chosen():
     assert chosen == {0, 1, 2}
 
 
-def test_each_k_has_its_own_regression():
-    router = planted()
-    router.level[3] = torch.tensor([0.0, 0.0, -9.0])
-    one = Context(torch.zeros(4), torch.zeros(4), torch.zeros(8), torch.tensor(4))
-    assert torch.equal(router.score(one), router.rank[1])
-    assert torch.equal(router.score(at(one, 5)), router.rank[2])
-
-
 def test_searches_are_greedy_on_their_windows_alone():
     model, probe = calibrated(pool=3)
     seen = torch.nn.functional.layer_norm(probe.contexts().pooled, (probe.geometry.features,))
     features = (seen - seen.mean(0)) / seen.std(0, correction=0)
-    for rank, group in zip(model.router.rank, alike(features.double(), 3, 0), strict=True):
+    for rank, group in zip(model.router.rank, clusters(features.double(), 3, 0), strict=True):
         removed = []
         for _ in range(4):  # eight layers, of which four are asked for at least
             left = [layer for layer in range(6) if layer not in removed]
@@ -79,16 +70,6 @@ def test_searches_are_greedy_on_their_windows_alone():
                 losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), WINDOWS[group, 1:].flatten()))
             removed.append(left[int(torch.stack(losses).argmin())])
         assert rank.argsort()[:4].tolist() == removed
-
-
-def test_a_search_may_use_fewer_windows():
-    _, probe = calibrated()
-    seen, losses = [], probe.losses
-    probe.losses = lambda runs, **options: seen.append(options.get("windows")) or losses(runs, **options)
-    PuDDing(probe.geometry, pool=2, windows=3).calibrate(probe)
-    searched = [windows for windows in seen if windows is not None]
-    assert {len(windows) for windows in searched} == {3}
-    assert len(seen) - len(searched) == 2, "the regression sees all windows, once for each K"
 
 
 def test_losses_are_regressed_for_the_sets_of_each_k():
@@ -125,16 +106,6 @@ def test_the_regression_finds_a_planted_dependence():
     assert level.tolist() == pytest.approx(targets.mean(0).tolist())
 
 
-def test_where_prompts_tell_nothing_the_best_on_average_serves_all():
-    generator = torch.Generator().manual_seed(1)
-    features = torch.randn(30, 50, generator=generator, dtype=torch.float64)
-    features -= features.mean(0)
-    targets = torch.randn(30, 3, generator=generator, dtype=torch.float64)
-    slope, level = ridge(features, targets)
-    assert not slope.any()
-    assert torch.equal(level, targets.mean(0))
-
-
 def test_the_ridge_is_the_one_with_the_least_leave_one_out_error():
     generator = torch.Generator().manual_seed(2)
     features = torch.randn(12, 5, generator=generator, dtype=torch.float64)
@@ -157,19 +128,12 @@ def test_the_ridge_is_the_one_with_the_least_leave_one_out_error():
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 9))
 def test_groups_take_every_window_once_and_are_of_like_size(rows, count, seed):
     features = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed)).double()
-    groups = alike(features, count, seed)
+    groups = clusters(features, count, seed)
     assert sorted(row for group in groups for row in group) == list(range(rows))
     sizes = [len(group) for group in groups]
     assert len(groups) == min(count, rows)
     assert max(sizes) - min(sizes) <= 1
-    assert groups == alike(features, count, seed)
-
-
-def test_groups_are_of_alike_windows():
-    clusters = torch.arange(12) % 3
-    features = 10.0 * torch.eye(3)[clusters] + torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
-    for group in alike(features.double(), 3, seed=0):
-        assert len(clusters[group].unique()) == 1
+    assert groups == clusters(features, count, seed)
 
 
 def test_decode_never_changes_the_plan_and_prompts_have_their_own():
@@ -190,17 +154,3 @@ def test_few_windows_and_no_budget_below_one_are_enough():
     model, _ = calibrated(WINDOWS[:2], pool=4, asked=())
     assert torch.equal(model.router.rank[:2], model.router.rank[2:])
     assert model(WINDOWS[:2], executed=torch.tensor([3, 5]), prompt=8).runs[:, -1].sum(-1).tolist() == [3, 5]
-
-
-def test_a_saved_router_chooses_as_before():
-    model, probe = calibrated(pool=3)
-    again = build("pudding", model.geometry, {"pool": 3})
-    again.load_state_dict(model.router.state_dict())
-    assert torch.equal(again.score(probe.contexts()), model.router.score(probe.contexts()))
-    assert not again.trainable
-
-
-@pytest.mark.parametrize(("options", "words"), [({"pool": 0}, "pool is 0"), ({"windows": 0}, "windows is 0; give 1")])
-def test_bad_options_are_refused(options, words):
-    with pytest.raises(ValueError, match=words):
-        PuDDing(SIZES, **options)

@@ -7,8 +7,6 @@ import torch
 
 from buddy import Context, Geometry, Plan
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import RegistryError
-from buddy.registry import build
 from routers.random import RandomRouter
 from tests.routers.landscape import Landscape
 from tests.routers.test_contract import context
@@ -31,12 +29,6 @@ def test_the_seed_is_the_recipes_or_its_own(per):
     assert torch.equal(scores(RandomRouter(SIZES, per=per, seed=4)), scores(RandomRouter(SIZES, per=per), 4))
 
 
-def test_for_the_run_there_is_one_order():
-    found = scores(RandomRouter(SIZES), 3)
-    assert torch.equal(found, found[:1].expand(5, -1))
-    assert found[0].sort().values.tolist() == list(range(28))
-
-
 def plans(router: RandomRouter, seen: Context) -> torch.Tensor:
     return Plan.from_scores(router.score(seen), seen.executed, SIZES.layers).runs
 
@@ -50,16 +42,6 @@ def test_each_input_has_an_order_of_its_own():
     shared = (routable[:-1] * routable[1:]).sum(-1).mean()
     assert shared.item() == pytest.approx(7, abs=0.3)
     assert routable.mean(0).sub(0.5).abs().max() < 0.12, "no layer is preferred"
-
-
-@pytest.mark.parametrize("part", ["pooled", "hidden"])
-def test_an_input_that_differs_a_little_has_another_order(part):
-    seen = context(SIZES, 300, executed=16)
-    other = getattr(context(SIZES, 300, seed=1), part)
-    changed = replace(seen, **{part: 0.8 * getattr(seen, part) + 0.2 * other})
-    router = RandomRouter(SIZES, per="input")
-    same = (plans(router, seen) == plans(router, changed)).all(-1)
-    assert same.double().mean() < 0.01
 
 
 def test_rounding_does_not_change_an_order():
@@ -82,20 +64,3 @@ def test_an_order_for_each_input_is_held_while_decoding():
     with routed.at(0.5) as again:
         backbone.model(torch.cat([tokens, tokens[:, :0]], 1).repeat(3, 1))
     assert (again.forwards[0].runs[:, 1:] == runs[0]).all(), "in a batch the same plan"
-
-
-def test_for_the_run_tokens_are_planned_as_the_recipe_says():
-    assert RandomRouter(SIZES).scope == "token"
-    assert RandomRouter(SIZES, per="input").scope == "prompt"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"per": "token"}, "per is 'token'; choose one of run, input"),
-        ({"seed": -1}, "seed is -1; give 0 or more, or null for the recipe's"),
-    ],
-)
-def test_options_are_checked(options, message):
-    with pytest.raises(RegistryError, match=message):
-        build("random", SIZES, options)

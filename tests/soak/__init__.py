@@ -1,1 +1,1 @@
-"""Kills real processes at moments drawn by chance, again and again: `python -m tests.soak --help`."""
+"""Processes that are killed at random moments, as often as asked."""
