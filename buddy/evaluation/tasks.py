@@ -384,7 +384,7 @@ def local_tasks(names: Sequence[str], folder: Path, manager: TaskManager) -> dic
         DataError: see `check_local`; or a file is not JSON, is empty, or an item lacks what its task needs.
     """
     check_local(names, folder)
-    found = {}
+    found: dict[str, Task] = {}
     for name in names:
         path = folder / f"{name}.jsonl"
         try:
