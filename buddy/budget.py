@@ -1,7 +1,7 @@
-"""What a person asks for → the number of executed layers K.
+"""A budget → the number of executed layers K.
 
-A fraction or a count says it at once. A latency needs a table of what a token takes, and "auto" a budget predictor,
-which chooses when the request is there; who has these hands them in.
+A fraction or a count determines K by itself. A latency needs a table of milliseconds a token, which the caller gives.
+"auto" needs a budget predictor, which chooses K for each request.
 """
 
 import math
@@ -24,7 +24,7 @@ class Auto:
     """A budget that a predictor chooses for each request.
 
     Attributes:
-        cap: the most that it may choose, as a budget; None for no bound of its own.
+        cap: an upper bound, as a budget; None for none.
     """
 
     cap: str | None = None
@@ -37,12 +37,12 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
         budget: a fraction (0.75, "0.75"), a count in words ("22layers", "22 layers"), or milliseconds for each
             generated token ("15ms").
         layers: L, the depth of the backbone.
-        always_on: layers that run whatever the plan says, the least that can be asked for.
-        table: gives the milliseconds that a token takes at each K that can be asked for; called for a latency only.
+        always_on: layers that run whatever the plan says, the smallest K.
+        table: gives the milliseconds that a token takes at each possible K; called for a latency only.
 
     Raises:
-        BudgetError: not a budget, above full depth, below the always-on layers, a latency that no plan can reach or
-            that there is no table for, or "auto", which is no number of layers before the request is there.
+        BudgetError: not a budget, above full depth, below the always-on layers, a latency that no plan reaches or that
+            there is no table for, or "auto", which stands for no fixed number of layers.
     """
     if auto_of(budget):
         raise BudgetError(
@@ -52,7 +52,7 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
     latency = latency_of(budget)
     if latency is not None:
         if table is None:
-            raise BudgetError(f"Nobody has measured what {budget} are enough for; ask for a fraction such as 0.75.")
+            raise BudgetError(f"No latency was measured for {budget}; ask for a fraction such as 0.75.")
         return _within(latency, table())
     least = f"{always_on}layers (a fraction of {always_on / layers:.3g})"
     count = _layer_count(budget)
@@ -74,12 +74,12 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
 
 
 def executed_grid(budgets: Sequence[float], layers: int, always_on: int) -> list[int]:
-    """K for each budget of a recipe's grid, in its order."""
+    """K for each budget, in order."""
     return [executed_layers(budget, layers, always_on) for budget in budgets]
 
 
 def latency_of(budget: Budget) -> float | None:
-    """Milliseconds a token of "15ms" or "15 ms", None for another kind of budget.
+    """15.0 for "15ms" or "15 ms", milliseconds a token; None for another kind of budget.
 
     Raises:
         BudgetError: not above 0.
@@ -96,7 +96,7 @@ def latency_of(budget: Budget) -> float | None:
 
 
 def auto_of(budget: Budget) -> Auto | None:
-    """What "auto", or "auto:0.75" with a cap, asks for; None for another kind of budget.
+    """The `Auto` that "auto", or "auto:0.75" with a cap, stands for; None for another kind of budget.
 
     Raises:
         BudgetError: the cap is empty or "auto" again.
@@ -110,11 +110,11 @@ def auto_of(budget: Budget) -> Auto | None:
 
 
 def fraction_of(budget: Budget, executed: int, layers: int) -> float:
-    """The fraction that a budget stands for: itself where it is one, else executed / layers."""
+    """A budget as a fraction: itself where it is one, else executed / layers."""
     return executed / layers if _has_unit(budget) else float(budget)
 
 
-def shown(budget: Budget) -> str:
+def format_budget(budget: Budget) -> str:
     """A budget on one word, the same for all spellings of it: 0.75, 22layers, 15ms."""
     if _has_unit(budget):
         return re.sub(r"layers?$", "layers", "".join(str(budget).split()))

@@ -1,4 +1,4 @@
-"""Progress bars and status lines, all on the error stream so that results can be piped."""
+"""Progress bars and messages on the error stream, tables on the output stream, so that results can be piped."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ results = Console(width=None if Console().is_terminal else 200, markup=False, em
 
 
 class Bar:
-    """One line with what is done, how much there is, the time so far and the time left; to be used in a `with`.
+    """A progress bar with steps done, time elapsed and time left; a context manager.
 
-    Where the error stream is no terminal, it is a plain line now and then, and one at the end.
+    Where the error stream is no terminal, it prints a plain line every `PLAIN_EVERY` seconds and one at the end.
 
     Args:
-        words: what is going on.
-        total: things to do.
-        done: those that were done before.
+        description: of the work.
+        total: steps.
+        done: steps that were done before.
     """
 
-    def __init__(self, words: str, total: int, done: int = 0) -> None:
+    def __init__(self, description: str, total: int, done: int = 0) -> None:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -54,8 +54,8 @@ class Bar:
         )
         self._live, self._total = errors.is_terminal, total
         self._progress = Progress(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
-        self._task = self._progress.add_task(words, total=total, completed=done, note="")
-        self._said = time.monotonic()
+        self._task = self._progress.add_task(description, total=total, completed=done, note="")
+        self._printed_at = time.monotonic()
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -64,44 +64,53 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         if not self._live:
-            self._say()
+            self._print_line()
 
     def update(self, done: int, note: str = "") -> None:
-        """So much is done now; `note` stands at the end of the line."""
+        """Show the steps done so far, and `note` at the end of the line."""
         self._progress.update(self._task, completed=done, note=note)
-        going_on = done < self._total  # the last line is said at the end
-        if not self._live and going_on and time.monotonic() - self._said >= PLAIN_EVERY:
-            self._say()
+        unfinished = done < self._total  # the last line is printed at the end
+        if not self._live and unfinished and time.monotonic() - self._printed_at >= PLAIN_EVERY:
+            self._print_line()
 
-    def _say(self) -> None:
-        self._said = time.monotonic()
+    def _print_line(self) -> None:
+        self._printed_at = time.monotonic()
         task = self._progress.tasks[0]
         parts = [f"{task.description}: {task.completed:.0f} of {task.total:.0f}", f"{_clock(task.elapsed)} elapsed"]
         if not task.finished and task.time_remaining is not None:
             parts.append(f"{_clock(task.time_remaining)} left")
         note = task.fields["note"]
-        words = ", ".join([*parts, note] if note else parts)
-        errors.print(words, soft_wrap=True)
+        errors.print(", ".join([*parts, note] if note else parts), soft_wrap=True)
 
 
-def track(items: Sequence[Any], words: str) -> Iterator[Any]:
+def track(items: Sequence[Any], description: str) -> Iterator[Any]:
     """The items one by one, with a `Bar`."""
-    with Bar(words, len(items)) as bar:
+    with Bar(description, len(items)) as bar:
         for done, item in enumerate(items, start=1):
             yield item
             bar.update(done)
 
 
-def tracker(words: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    """`track` with its words filled in."""
-    return lambda items: track(items, words)
+def tracker(description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+    """`track` with its description filled in."""
+    return lambda items: track(items, description)
 
 
 @contextmanager
-def status(words: str) -> Iterator[None]:
+def status(description: str) -> Iterator[None]:
     """A spinner while something of unknown length runs."""
-    with errors.status(Text(words)):
+    with errors.status(Text(description)):
         yield
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns that line up; brackets in a cell are no markup."""
+    # Into a pipe or file: one line a row, whatever its length.
+    console = Console(highlight=False, width=None if results.is_terminal else 1000)
+    table = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
@@ -127,6 +136,31 @@ def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[
         results.print(note, width=width)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's advice on devices, workers and intervals from the terminal within this block."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # scores are gathered before they are logged
+        warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped .* view")  # true, and nothing writes into it
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
     """Places of the columns after the first, in groups of which each fits into the width beside the first."""
     widths = [max(map(len, column)) + GAP for column in zip(head, *rows, strict=True)]
@@ -144,38 +178,3 @@ def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 
 def _clock(seconds: float | None) -> str:
     return str(timedelta(seconds=round(seconds or 0)))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning without its advice: what devices there are, how many workers to use, tips."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
-        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # scores are gathered before they are logged
-        warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped .* view")  # true, and nobody writes into it
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 token", "2 tokens"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns that line up; brackets in a cell are no markup."""
-    # Into a pipe or file: one line a row, whatever its length.
-    console = Console(highlight=False, width=None if results.is_terminal else 1000)
-    table = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)

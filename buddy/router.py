@@ -1,8 +1,8 @@
-"""What a router sees and what it owes: `Context` in, scores out.
+"""The interface of routers: a `Context` in, scores out.
 
 Every router, static, random or learned, answers one question: how much is each routable layer worth here? The engine
-alone turns the scores into a plan of exactly the asked number of layers. A `LayerwiseRouter` answers it for one layer
-after the other; it sees the hidden state that arrives, and the engine holds it to the number all the same.
+alone turns the scores into a plan of exactly K layers. A `LayerwiseRouter` answers it for one layer after the other;
+it sees the hidden state that arrives at each, and the engine holds it to exactly K layers too.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Probe(Protocol):
 
 
 class AnyRouter(nn.Module, ABC):
-    """What both kinds of router have: `Router` and `LayerwiseRouter`.
+    """The common part of `Router` and `LayerwiseRouter`.
 
     A router with parameters that require gradients is trained, one without is calibrated; both by `buddy fit`, and
     all its parameters and buffers are saved in `router.safetensors`.
@@ -157,8 +157,8 @@ class AnyRouter(nn.Module, ABC):
         full_depth: True for a router that only ever runs every layer.
         seeded: whether another seed of the recipe gives another router, so that a comparison repeats it. By default
             every kind but "static"; a static router whose search draws random numbers sets it to True.
-        scope: what a plan of a dynamic router is for. "token": each token has its own, as often as the recipe's routing
-            says. "prompt": one plan for an input, from its prompt's last token, shared by the whole prompt and held
+        scope: what a plan of a dynamic router is for. "token": each token has its own, subject to the recipe's routing
+            section. "prompt": one plan for an input, from its prompt's last token, shared by the whole prompt and held
             while decoding, whatever the recipe says. An instance may set its own, from an option. Where scores do not
             depend on the token, leave it at "token".
     """
@@ -202,8 +202,9 @@ class Router(AnyRouter):
 class LayerwiseRouter(AnyRouter):
     """Decides on each routable layer when the hidden state arrives at it, so after the layers before it have run.
 
-    A layer runs where its gate is open, until K layers are spent; where as many layers are left as are owed, they run
-    whatever their gates say. So every token runs exactly K layers here too. Decoding waits for the host at each layer.
+    A layer runs where its gate is open until K layers have run; where all layers that are left are needed to reach K,
+    they run whatever their gates say. So every token runs exactly K layers here too. Decoding synchronises with the
+    host at each layer.
 
     It is trained by gradients through gates: what a layer adds to the hidden state is multiplied by a weight.
     """
@@ -219,7 +220,7 @@ class LayerwiseRouter(AnyRouter):
         """
 
     def weigh(self, logits: Tensor) -> Tensor:
-        """(...) in [0, 1], what a layer's part counts in training; the probability that its gate is open by default."""
+        """(...) in [0, 1], the factor of what a layer adds, in training; by default the probability of an open gate."""
         return logits.sigmoid()
 
     def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:
@@ -233,5 +234,5 @@ class LayerwiseRouter(AnyRouter):
 
 
 def available_budgets(router: AnyRouter, budgets: Iterable[float]) -> list[float]:
-    """Those budgets that a router can serve: full depth alone for one that runs every layer, else all of them."""
+    """The budgets that a router can serve: full depth alone for one that runs every layer, else all of them."""
     return [1.0] if router.full_depth else list(budgets)

@@ -1,4 +1,4 @@
-"""`make reference`: write what the documents say of keys and commands anew from the code."""
+"""`make reference`: generate the parts of the documents that come from the code."""
 
 import sys
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pages import commands, keys, way
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = DOCS / "recipes.md"
-MADE: dict[Path, Callable[[], str]] = {  # each made file of the documents → what it has to be
+GENERATED: dict[Path, Callable[[], str]] = {  # file → its content
     RECIPES: lambda: keys.written(RECIPES.read_text("utf-8")),
     DOCS / "reference" / "commands.md": commands.reference,
     DOCS / "layers.svg": way.picture,
@@ -16,10 +16,10 @@ MADE: dict[Path, Callable[[], str]] = {  # each made file of the documents → w
 
 
 def main() -> None:
-    """Write what is not as it has to be, and say which."""
-    for path, make in reversed(MADE.items()):
+    """Write the files that are out of date, and print their names."""
+    for path, generate in reversed(GENERATED.items()):
         try:
-            text = make()
+            text = generate()
         except ValueError as error:
             sys.exit(str(error))
         if not path.is_file() or path.read_text("utf-8") != text:

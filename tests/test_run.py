@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from buddy import run as runs
-from buddy.config import OptimizerSection, Recipe, RouterSection, TrainerSection, load_recipe, to_yaml
+from buddy.config import OptimizerSection, Recipe, RouterSection, load_recipe, to_yaml
 from buddy.errors import DamagedError, RunError
 from buddy.io import write_json
 from buddy.router import Geometry
@@ -45,6 +45,11 @@ def recipe(tmp_path) -> Recipe:
 @pytest.fixture
 def folder(recipe) -> RunFolder:
     return RunFolder.of(recipe, "quick")
+
+
+def steps(recipe: Recipe, number: int) -> Recipe:
+    """The recipe with so many steps of training."""
+    return replace(recipe, trainer={**recipe.trainer, "max_steps": number})
 
 
 def begin(folder: RunFolder, recipe: Recipe, digests: dict[str, str] = DIGESTS) -> Path:
@@ -144,7 +149,7 @@ def test_an_interrupted_run_resumes_in_place(folder, recipe):
     assert not folder.is_complete
     assert folder.last_checkpoint == checkpoint
     with folder.lock():
-        assert begin(folder, replace(recipe, rivals=["uniform"])) == folder.path
+        assert begin(folder, replace(recipe, checkpoint_every=7)) == folder.path
     assert checkpoint.exists()
 
 
@@ -171,7 +176,7 @@ def test_changed_code_of_the_router_only_warns(folder, recipe, capsys):
 
 def test_a_checkpoint_that_the_recipe_names_is_never_deleted(folder, recipe):
     checkpoint = leave_checkpoint(folder, recipe)
-    longer = replace(recipe, trainer=TrainerSection(max_steps=999, ckpt_path=str(checkpoint)))
+    longer = replace(steps(recipe, 999), ckpt_path=str(checkpoint))
     with folder.lock():
         begin(folder, longer)
     assert checkpoint.exists()
@@ -191,7 +196,7 @@ def test_a_checkpoint_of_an_unknown_recipe_is_kept(folder, recipe, damage):
 def test_differences_name_keys_inputs_and_damaged_files(folder, recipe):
     assert folder.differences(recipe, DIGESTS) == []
     path = make(folder, recipe)
-    other = replace(recipe, optimizer=OptimizerSection(lr=0.5), rivals=["uniform"], output="elsewhere")
+    other = replace(recipe, optimizer=OptimizerSection(lr=0.5), checkpoint_every=7, output="elsewhere")
     (key, text) = folder.differences(other, DIGESTS | {"text": "b"})
     assert key.startswith("optimizer.lr: ")
     assert "text" in text
@@ -215,7 +220,7 @@ def test_a_run_without_anything_to_resume_from_can_be_abandoned(folder, recipe):
 
 
 def test_a_refit_leaves_the_complete_run_until_it_is_complete_itself(folder, recipe):
-    path, other = make(folder, recipe, 1.0), replace(recipe, trainer=TrainerSection(max_steps=7))
+    path, other = make(folder, recipe, 1.0), steps(recipe, 7)
     with folder.lock():
         work = begin(folder, other)
         assert work != path
@@ -230,12 +235,12 @@ def test_a_refit_leaves_the_complete_run_until_it_is_complete_itself(folder, rec
 
 def test_a_refit_resumes_too(folder, recipe):
     make(folder, recipe)
-    other = replace(recipe, trainer=TrainerSection(max_steps=7))
+    other = steps(recipe, 7)
     checkpoint = leave_checkpoint(folder, other)
     with folder.lock():
         assert begin(folder, other) == checkpoint.parent.parent
         assert checkpoint.exists()
-        begin(folder, replace(recipe, trainer=TrainerSection(max_steps=8)))
+        begin(folder, steps(recipe, 8))
         assert not checkpoint.exists()
 
 
@@ -259,7 +264,7 @@ print(left[0])
 
 def test_a_kill_at_any_step_of_completion_leaves_the_old_run_or_the_new(folder, recipe):
     """The process is killed before each rename and each removal in turn; the next reader finds one whole run."""
-    other, seen, step = replace(recipe, trainer=TrainerSection(max_steps=7)), set(), 0
+    other, seen, step = steps(recipe, 7), set(), 0
     while True:
         shutil.rmtree(folder.path.parent, ignore_errors=True)
         make(folder, recipe, 1.0)
@@ -267,8 +272,8 @@ def test_a_kill_at_any_step_of_completion_leaves_the_old_run_or_the_new(folder, 
             save_router(begin(folder, other), {"weight": torch.full((2, 3), 2.0)})
         done = subprocess.run([sys.executable, "-c", KILLED, folder.path, str(step)], cwd=ROOT, check=False)
         found = read_run(folder.path)
-        assert mark_of(folder.path) == {200: 1.0, 7: 2.0}[found.recipe.trainer.max_steps]
-        seen.add((done.returncode, found.recipe.trainer.max_steps))
+        assert mark_of(folder.path) == {200: 1.0, 7: 2.0}[found.recipe.trainer["max_steps"]]
+        seen.add((done.returncode, found.recipe.trainer["max_steps"]))
         assert mark_of(make(folder, recipe, 3.0)) == 3.0
         assert names(folder.path.parent) <= {"seed-0"}
         if done.returncode == 0:
@@ -298,7 +303,7 @@ def test_what_a_killed_process_was_deleting_is_not_resumed(folder, recipe, monke
 
 def test_a_run_without_a_router_is_not_completed(folder, recipe):
     make(folder, recipe, 1.0)
-    other = replace(recipe, trainer=TrainerSection(max_steps=7))
+    other = steps(recipe, 7)
     with folder.lock():
         begin(folder, other)
         with pytest.raises(DamagedError):

@@ -19,8 +19,8 @@ import buddy
 from buddy import errors, testing
 from buddy.budget import executed_layers
 from buddy.cli import app
-from pages import keys, links, way
-from pages.reference import MADE
+from pages import hooks, keys, way
+from pages.reference import GENERATED
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -31,9 +31,9 @@ PYTHON = (DOCS / "reference" / "python.md").read_text("utf-8")
 # What is made from the code
 
 
-@pytest.mark.parametrize("path", MADE, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
 def test_what_is_made_from_the_code_is_up_to_date(path):
-    assert path.read_text("utf-8") == MADE[path](), f"{path.name} is behind the code; run: make reference"
+    assert path.read_text("utf-8") == GENERATED[path](), f"{path.name} is behind the code; run: make reference"
 
 
 def test_every_key_of_a_recipe_has_a_row():
@@ -143,7 +143,7 @@ def test_the_sentences_of_the_faq_are_real():
 
 
 def test_links_are_seen_from_the_docs():
-    seen = links.from_docs(
+    seen = hooks.from_docs(
         "[a](docs/a.md#b) ![p](docs/p.png) [c](buddy/c.py) [d](#d) [e](https://e)\n```\n[f](g)\n```\n"
     )
     assert seen == "[a](a.md#b) ![p](p.png) [c](../buddy/c.py) [d](#d) [e](https://e)\n```\n[f](g)\n```\n"
@@ -151,9 +151,9 @@ def test_links_are_seen_from_the_docs():
 
 def test_the_site_has_no_links_to_code():
     page = "[a](b.md) [t](../tests/t.py) [u](../../u) `x\\|y` ![p](../p.png)\n```\n[c](../d) `a\\|b`\n```\n"
-    assert links.as_page(page, folders=0).startswith("[a](b.md) t u `x|y` ![p](../p.png)\n")
-    assert links.as_page(page, folders=1).startswith("[a](b.md) [t](../tests/t.py) u `x|y`")
-    assert links.as_page(page, folders=0).endswith("```\n[c](../d) `a\\|b`\n```\n")
+    assert hooks.as_page(page, folders=0).startswith("[a](b.md) t u `x|y` ![p](../p.png)\n")
+    assert hooks.as_page(page, folders=1).startswith("[a](b.md) [t](../tests/t.py) u `x|y`")
+    assert hooks.as_page(page, folders=0).endswith("```\n[c](../d) `a\\|b`\n```\n")
 
 
 @pytest.fixture(scope="module")

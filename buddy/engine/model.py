@@ -33,7 +33,7 @@ def geometry_of(backbone: Backbone, context_layer: int = 1, pool: PoolKind = "va
 
 
 class RoutedLM(nn.Module):
-    """Hosts a backbone and a router; the backbone's own `forward` and `generate` obey the budget set by `at`.
+    """A backbone and a router; the backbone's own `forward` and `generate` obey the budget set by `at`.
 
     Args:
         backbone: a frozen model; its layers are made skippable in place until `detach`.
@@ -51,10 +51,11 @@ class RoutedLM(nn.Module):
     Assisted generation, which takes tokens back, needs `reroute_every` 1.
 
     Attributes:
-        table: measures, or reads, what a token takes at each K; without it no latency can be asked for.
-        chooser: for the most layers that "auto" may choose, a function that chooses; None: no budget predictor.
-        adapter: a `buddy.healing` adapter on the backbone. It is part of the model at every budget, full depth
-            included; only what stands for the stock model leaves it out: `dense`, `stock`, a forward without a plan.
+        table: gives the milliseconds that a token takes at each K; without it latencies are refused as budgets.
+        chooser: takes the most layers that "auto" may choose and gives the function that chooses; None without a
+            budget predictor.
+        adapter: a LoRA adapter on the backbone, or None. It is active at every budget, full depth included; `dense`,
+            `stock` and a forward without a plan leave it out.
 
     Raises:
         BuddyError: an unknown policy, or a router of an unknown scope.
@@ -163,17 +164,17 @@ class RoutedLM(nn.Module):
             self.adapter = None
 
     def adapt(self, adapter: Any) -> None:
-        """Take note of an adapter that was put on the backbone; `detach` takes it off."""
+        """Register an adapter that was put on the backbone; `detach` takes it off."""
         self.adapter = adapter
 
     def merge(self) -> None:
-        """Add the adapter to the backbone's weights for good; nothing stands for the stock model then."""
+        """Add the adapter to the backbone's weights; the stock model cannot be had any more."""
         self.adapter.merge()
         self.adapter = None
 
     @contextmanager
     def stock(self) -> Iterator[None]:
-        """Within this block the backbone is the stock model: nothing is routed, and an adapter is off."""
+        """Within this block the backbone is the stock model: no layer is skipped, and an adapter is off."""
         with self._hooks.requested(None), self._unadapted():
             yield
 
@@ -222,17 +223,17 @@ class RoutedLM(nn.Module):
         """Within this block the backbone's `forward` and `generate` spend the given budget.
 
         Args:
-            budgets: one for the whole batch or one per row; "auto" alone lets the budget predictor choose for each row,
-                at the last token of the first forward.
-            executed: the same in layers.
+            budgets: one for the whole batch or one per row; "auto" alone makes the budget predictor choose for each
+                row, at the last token of the first forward.
+            executed: K in place of budgets.
 
         Raises:
             BudgetError: a budget out of range, or "auto" without a budget predictor.
         """
-        asked = budgets if executed is None else [f"{count}layers" for count in executed]
-        if not asked:
+        wanted = budgets if executed is None else [f"{count}layers" for count in executed]
+        if not wanted:
             raise BudgetError("No budget was given; give one for all rows, or one per row.")
-        with self._hooks.requested(self._request(asked)) as record:
+        with self._hooks.requested(self._request(wanted)) as record:
             yield record
 
     @torch.no_grad()
@@ -250,7 +251,7 @@ class RoutedLM(nn.Module):
         return self.tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def choosing(self, budget: str) -> Choose:
-        """What chooses K (B,) for the contexts (B,) of prompts under "auto", or "auto:0.75" with a cap.
+        """The function from contexts (B,) of prompts to K (B,), for "auto" or, with a cap, "auto:0.75".
 
         Raises:
             BudgetError: no budget predictor, or a cap below all that it can choose.
@@ -328,7 +329,7 @@ class RoutedLM(nn.Module):
         return plan_tokens(self.held(scores, prompt), executed[:, None].expand(scores.shape[:2]), self.geometry.layers)
 
     def held(self, scores: Tensor, prompt: int = 0) -> Tensor:
-        """Scores (B, T, R) of the token whose decision each token follows, from each token's own."""
+        """Scores (B, T, R) that decide for each token under `reroute_every` and `prompt_plan`, from its own scores."""
         scores = hold_scores(scores, prompt - 1, self.settings.reroute_every)
         if self.prompt_plan != "shared" or not prompt:
             return scores

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -36,7 +35,7 @@ TOLERANCE = 1e-4  # the largest difference of float32 logits that rounding expla
 
 
 def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None, check: bool = True) -> None:
-    """Write the checkpoint into a new folder, and print how it differs from the run.
+    """Write the checkpoint into a new folder, and print its card: how it differs from the run, and the results.
 
     Args:
         folder: a finished run.
@@ -83,8 +82,10 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
                 difference = largest_difference(made, cut, choice.kept, ids)
         warnings = export_warnings(run, choice, is_mixed(cut.backbone.model.config, choice.kept))
         write_json(made / RECORD, _record(run, choice, budget, scores, difference))
-        write_text(made / CARD, export_card(run, choice, budget, out.name, scores, warnings, difference))
-    _print(run, choice, scores, warnings, difference, out)
+        card = export_card(run, choice, budget, out.name, scores, warnings, difference)
+        write_text(made / CARD, card)
+    results.print(card.partition("\n---\n")[2].strip(), soft_wrap=True)  # without the metadata
+    results.print(f'\nCheckpoint: {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
 
 
 def write_checkpoint(folder: Path, backbone: Backbone, kept: Sequence[int]) -> None:
@@ -228,33 +229,3 @@ def _record(
         "perplexity": {"run": scores[0].perplexity, "checkpoint": scores[1].perplexity},
         "largest_logit_difference": difference,
     }
-
-
-def _print(
-    run: Run, choice: Choice, scores: Sequence[Scores], warnings: Sequence[str], difference: float | None, out: Path
-) -> None:
-    table = Table(title=f"{run.backbone} cut to {len(choice.kept)} of {choice.layers} layers, on held-out text")
-    for heading in ("", "perplexity", "95 % interval", "KL to dense"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for label, each in zip(("the run, as it routes", "the checkpoint"), scores, strict=True):
-        low, high = each.interval()
-        table.add_row(label, f"{each.perplexity:.2f}", f"{low:.2f} – {high:.2f}", f"{max(each.mean_kl, 0.0):.4f}")
-    results.print(table)
-    lines = [f"Layers:     {_ranges(choice.kept)}; removed: {_ranges(choice.removed) or 'none'}"]
-    lines += [f"Note:       {sentence}" for sentence in warnings]
-    if difference is not None:
-        lines.append(f"Checked:    logits are at most {difference:.2g} from the engine's, in float32")
-    lines.append(f'Checkpoint: {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")')
-    for line in lines:
-        results.print(line, soft_wrap=True)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """ "0–3, 5" for 0, 1, 2, 3 and 5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

@@ -48,42 +48,23 @@ def load(
     return Model(load_model(found if backbone is None else with_backbone(found, backbone), merged=True))
 
 
-def generate(
-    folder: Path,
-    *,
-    prompt: str,
-    budget: str = "1.0",
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = False,
-) -> None:
+def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, **options: Any) -> None:
     """Stream a continuation to standard output, then print on the error stream which layers ran.
 
     Args:
         folder: a finished run.
         prompt: text to continue, or to answer with `chat`.
-        budget: a fraction, a count such as "22layers", a latency such as "15ms" a token, or "auto".
-        max_new_tokens: at most so many.
-        temperature: 0 takes the most likely token, above 0 samples.
-        seed: of the sampling.
-        chat: put the prompt into the model's chat template.
+        budget: as for `Model.generate`.
+        options: max_new_tokens, temperature, seed, chat of `Model.write`.
 
     Raises:
         BuddyError: the run, the budget or the prompt cannot be used.
     """
-    _check_options(prompt, max_new_tokens, temperature, seed)
+    _check_options(prompt, **options)
     with status(f"Loading {folder} …"):
         model = load(folder)
-    model.write(
-        prompt,
-        budget,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        streamer=TextStreamer(model.routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    streamer = TextStreamer(model.routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.write(prompt, budget, streamer=streamer, **options)
     errors.print(model.ran, soft_wrap=True)
 
 
@@ -267,7 +248,9 @@ def _range(executed: torch.Tensor, sinks: torch.Tensor, layers: int) -> str:
     return f"{text} ({counted(full, 'sink token')} at {layers})" if full else text
 
 
-def _check_options(prompt: Prompt, max_new_tokens: int, temperature: float, seed: int) -> None:
+def _check_options(
+    prompt: Prompt, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, chat: bool = False
+) -> None:
     """Raises DataError for what no model can do."""
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         raise DataError("The prompt is empty; give some text to continue.")

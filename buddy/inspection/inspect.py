@@ -12,7 +12,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text as Line
 
-from buddy.budget import shown
+from buddy.budget import format_budget
 from buddy.build import load_model
 from buddy.console import counted, results, status, tracker
 from buddy.data.text import named_sources
@@ -76,7 +76,7 @@ def inspect_run(
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     wanted = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
-    counts = [(routed.executed_layers(budget), shown(budget)) for budget in wanted]
+    counts = [(routed.executed_layers(budget), format_budget(budget)) for budget in wanted]
     executed = {budget: count for count, budget in sorted(counts, key=lambda pair: -pair[0])}
     if text is not None:
         texts = [typed_text(routed, text)]
@@ -225,7 +225,7 @@ def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> 
         write_tensorboard(inspection, drawn, board)
     write_json(numbers, inspection.as_json())
     for line in (
-        f"Figures:     {', '.join(path.name for path in drawn.values())} in {target}",
+        f"Pictures:    {', '.join(path.name for path in drawn.values())} in {target}",
         f"JSON:        {numbers}",
         f"TensorBoard: tensorboard --logdir {board}",
     ):

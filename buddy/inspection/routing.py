@@ -19,6 +19,7 @@ from buddy.errors import DataError, check_text
 from buddy.router import Geometry
 from buddy.run import Run
 
+Track = Callable[[Sequence[Any]], Iterable[Any]]
 SPAN = 128  # tokens among which distinct plans are counted
 
 
@@ -192,9 +193,6 @@ def typed_text(routed: RoutedLM, text: str) -> Text:
     return Text("text", None, Windows(ids, torch.zeros(1, dtype=torch.long)), tokens)
 
 
-Track = Callable[[Sequence[Any]], Iterable[Any]]
-
-
 @torch.no_grad()
 def observe(
     routed: RoutedLM, texts: Sequence[Text], counts: Iterable[int], *, batch_size: int = 4, track: Track = iter
@@ -314,7 +312,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan, and what tokens asked for. Sink tokens, which run every layer whatever the budget, are left out.
+    """The most frequent plan, and how well it stands for all. Sink tokens, which run every layer, are left out.
 
     Attributes:
         kept: indices of its layers, rising.

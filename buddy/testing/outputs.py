@@ -25,6 +25,9 @@ from buddy.testing.subject import (
 )
 
 KINDS, SCOPES = ("static", "learned", "random"), ("token", "prompt")
+ROUNDING = 0.05  # the share of tokens whose order of layers may change by rounding
+JITTER = 1e-6  # rounding, relative
+SINK_SCALE = 1e3  # how much larger the state of an attention sink is than that of other tokens (2402.17762)
 
 
 @check("a summary, a kind and a source for `buddy routers`")
@@ -70,11 +73,6 @@ def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
     """Two sums of each parameter and buffer, since a copy of a large model would double its memory."""
     tensors = chain(model.named_parameters(), model.named_buffers())
     return {name: (float(tensor.sum()), float(tensor.float().norm())) for name, tensor in tensors}
-
-
-ROUNDING = 0.05  # the share of tokens whose order of layers may change by rounding
-JITTER = 1e-6  # rounding, relative
-SINK_SCALE = 1e3  # how much larger the state of an attention sink is than that of other tokens (2402.17762)
 
 
 @check("a number for each routable layer, whatever the leading dimensions", calibration)

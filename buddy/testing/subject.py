@@ -27,6 +27,9 @@ from buddy.router import AnyRouter, Context, Router
 SPECIALS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
 VOCABULARY = len(SPECIALS) + 256  # then one token for each byte
 CONTEXT = 512
+FIRST_TOKEN = 3  # lower ids may be special tokens
+WINDOWS, WIDTH = 4, 16  # for calibration
+ROWS, LENGTH, PROMPT = 3, 12, 5  # of the windows whose contexts routers score
 
 
 def tiny_backbone(layers: int = 8, seed: int = 0) -> Backbone:
@@ -152,11 +155,6 @@ def close(one: Tensor, two: Tensor) -> Tensor:
     """
     spread = (one - one.mean(-1, keepdim=True)).abs().amax()
     return ((one - two).abs() <= 1e-4 * spread + 1e-5 * one.abs().amax()).all(-1)
-
-
-ROWS, LENGTH, PROMPT = 3, 12, 5  # of the windows whose contexts routers score
-WINDOWS, WIDTH = 4, 16  # for calibration
-FIRST_TOKEN = 3  # lower ids may be special tokens
 
 
 class Subject:

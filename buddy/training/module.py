@@ -157,7 +157,7 @@ class BudgetModule(LightningModule):
         """Measure the windows of a batch at every budget."""
         for row in self._measured(batch, batch_idx, list(dict.fromkeys(self.grid)), self._val_reference):
             for metric, value in ((self.val_kl, row.kl), (self.val_loss, row.loss)):
-                metric[str(row.key)].update(value / row.tokens, row.tokens)
+                metric[str(row.key)].update(value / row.tokens, row.tokens if row.window >= 0 else 0)
 
     def on_validation_epoch_end(self) -> None:
         """Log what was measured, over all processes."""
@@ -172,7 +172,8 @@ class BudgetModule(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the windows of a batch at every budget; the rows are kept."""
-        self.rows += self._measured(batch, batch_idx, list(dict.fromkeys(self.keys.values())), self._reference)
+        rows = self._measured(batch, batch_idx, list(dict.fromkeys(self.keys.values())), self._reference)
+        self.rows += [row for row in rows if row.window >= 0]  # the others fill up, so that processes stay together
 
     def on_test_epoch_end(self) -> None:
         """Bring the rows of all processes together and add them up in the order of windows."""
@@ -223,7 +224,7 @@ class BudgetModule(LightningModule):
         return prompt
 
     def _measured(self, batch: Any, batch_idx: int, keys: Sequence[int | str], reference: Reference) -> list[Row]:
-        """Rows of a batch, in the numeric precision of the weights; those of batches that only fill up are left out."""
+        """Rows of a batch, in the numeric precision of the weights; the window is −1 in batches that only fill up."""
         ids = _token_ids(batch)
         if isinstance(batch, Mapping) and "window" in batch:
             windows, documents = batch["window"].tolist(), batch["document"].tolist()
@@ -233,8 +234,7 @@ class BudgetModule(LightningModule):
         # Caches of the model outlive this block, and tensors of inference mode could not be trained with.
         with torch.inference_mode(False), torch.autocast(ids.device.type, enabled=False):
             prompt, ids = self._prompt(ids), ids.clone()
-            rows = measure(self.model, ids, windows, documents, keys, prompt=prompt, reference=reference)
-        return [row for row in rows if row.window >= 0]
+            return measure(self.model, ids, windows, documents, keys, prompt=prompt, reference=reference)
 
     def _log_scores(self, stage: str, found: Mapping[float | str, tuple[Tensor, Tensor]]) -> None:
         """Log KL and cross-entropy for each budget, and their means over the budgets below full depth."""
@@ -246,7 +246,7 @@ class BudgetModule(LightningModule):
         if below:
             kl, loss = (torch.stack(part).mean() for part in zip(*below.values(), strict=True))
             values |= {f"{stage}/kl": kl, f"{stage}/loss": loss}
-        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+        self.log_dict(values, sync_dist=True)
 
     def _log_means(self, objective: Tensor, executed: Tensor) -> None:
         """Gather the objective (B,) by budget, and log the means since the last time when logging is due."""

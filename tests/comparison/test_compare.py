@@ -14,7 +14,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from buddy.compare import Asked, compare
+from buddy.cli.compare import parse_routers
+from buddy.compare import CompareConfig, compare
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
 from buddy.evaluation.results import Results
@@ -37,13 +38,15 @@ def other(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ask(small, other):
-    """Makes an `Asked` for a folder."""
+    """Makes a `CompareConfig` for a folder."""
 
-    def ask(out: Path, *overrides: str, **options) -> Asked:
+    def ask(out: Path, *overrides: str, **options) -> CompareConfig:
         overrides = (STEPS, *overrides)
-        defaults = {"routers": ROUTERS, "seeds": 2, "domains": str(other), "speed": False}
+        options = {"routers": ROUTERS, "seeds": 2, "texts": str(other), "speed": False} | options
         recipe = load_recipe(small.file, overrides)
-        return Asked(recipe, str(small.file), "small", overrides, out=out, **(defaults | options))
+        routers = options.pop("routers")
+        routers = None if routers is None else parse_routers(routers, recipe)
+        return CompareConfig(recipe, "small", "buddy compare", routers, out=out, **options)
 
     return ask
 
@@ -111,7 +114,7 @@ def test_routers_that_depend_on_a_seed_have_all_seeds_and_the_others_one(whole, 
 
 
 def test_a_fixed_seed_is_not_repeated(ask, tmp_path):
-    assert compare(ask(tmp_path, routers="random[seed=4],random", domains=None)) == 0
+    assert compare(ask(tmp_path, routers="random[seed=4],random", texts=None)) == 0
     assert [path.parent.name for path in tmp_path.glob("*/[!.]*/run.json")].count("seed-1") == 1
 
 
@@ -221,7 +224,7 @@ HEAL = ("adapter.steps=2", "adapter.rank=2", "adapter.lr=0.02")
 
 
 def test_lent_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, capsys):
-    options = {"routers": "buddy,shortgpt,random,full", "seeds": 2, "domains": None}
+    options = {"routers": "buddy,shortgpt,random,full", "seeds": 2, "texts": None}
     assert compare(ask(tmp_path / "lent", *HEAL, **options, trained=whole)) == 0
     said = capsys.readouterr().err
     assert "Training" not in said
@@ -239,7 +242,7 @@ def test_lent_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, caps
 
 
 def test_a_router_that_nobody_lends_is_fitted_and_said(ask, whole, tmp_path, capsys):
-    asked = ask(tmp_path, *HEAL, routers="uniform,shortgpt", seeds=1, domains=None, trained=whole)
+    asked = ask(tmp_path, *HEAL, routers="uniform,shortgpt", seeds=1, texts=None, trained=whole)
     assert compare(asked) == 0
     assert "To be fitted here, for want of a finished run: uniform, seed 0." in capsys.readouterr().err
 
@@ -268,13 +271,13 @@ def test_what_cannot_be_lent_is_refused(ask, whole, tmp_path, overrides, lender,
 
 
 def test_a_router_that_was_not_trained_is_lent_whatever_training_would_be(ask, whole, tmp_path, capsys):
-    asked = ask(tmp_path, *HEAL, "optimizer.lr=0.1", routers="shortgpt", seeds=1, domains=None, trained=whole)
+    asked = ask(tmp_path, *HEAL, "optimizer.lr=0.1", routers="shortgpt", seeds=1, texts=None, trained=whole)
     assert compare(asked) == 0
     assert "fitted here" not in capsys.readouterr().err
 
 
 def test_a_router_that_draws_nothing_is_lent_to_every_seed(ask, whole, tmp_path, capsys):
-    options = {"routers": "shortgpt,random", "seeds": 1, "domains": None, "trained": whole}
+    options = {"routers": "shortgpt,random", "seeds": 1, "texts": None, "trained": whole}
     assert compare(ask(tmp_path, *HEAL, "seed=7", "data.seed=0", **options)) == 0
     assert "To be fitted here, for want of a finished run: random, seed 7." in capsys.readouterr().err
     assert {*router_files(tmp_path)} == {"shortgpt/seed-7", "random/seed-7"}
@@ -302,7 +305,7 @@ def test_a_lender_without_results_or_of_other_windows_is_refused_before_work(ask
 
 
 def test_a_lender_that_was_healed_is_refused(ask, whole, tmp_path):
-    options = {"routers": "shortgpt", "seeds": 1, "domains": None}
+    options = {"routers": "shortgpt", "seeds": 1, "texts": None}
     assert compare(ask(tmp_path / "healed", "adapter.steps=2", **options, trained=whole)) == 0
     with pytest.raises(RunError, match=r"was healed itself; name the comparison that it came from as --trained"):
         compare(ask(tmp_path / "again", "adapter.steps=3", **options, trained=tmp_path / "healed"))
@@ -363,7 +366,7 @@ def test_a_cut_evaluation_is_made_again(ask, tmp_path, stopping):
 def test_another_text_by_the_same_name_is_measured_anew(ask, tmp_path, stopping):
     texts = [write_text(tmp_path / str(number) / "new.jsonl", 40, seed=number) for number in folders(tmp_path, 2)]
     for text in texts:
-        compare(ask(tmp_path / "out", routers="shortgpt", domains=str(text)))
+        compare(ask(tmp_path / "out", routers="shortgpt", texts=str(text)))
     assert len(stopping) == 1 + 2
 
 
@@ -374,11 +377,11 @@ def folders(place: Path, count: int) -> list[int]:
 
 
 def test_what_is_finished_is_compared_without_fitting(ask, tmp_path, capsys):
-    options = {"domains": None, "finished": True}
+    options = {"texts": None, "finished": True}
     with pytest.raises(RunError, match=r"No run in .*out is finished yet; leave --finished out"):
         compare(ask(tmp_path / "out", routers="shortgpt,random", **options))
     assert not (tmp_path / "out" / "comparison.json").exists()
-    compare(ask(tmp_path / "out", routers="random", seeds=1, domains=None))
+    compare(ask(tmp_path / "out", routers="random", seeds=1, texts=None))
     before = stamps(tmp_path / "out")
     assert compare(ask(tmp_path / "out", routers="shortgpt,random,uniform", **options)) == 0
     assert stamps(tmp_path / "out") == before
@@ -389,7 +392,7 @@ def test_what_is_finished_is_compared_without_fitting(ask, tmp_path, capsys):
 
 
 def test_all_that_is_finished_is_compared_however_many_seeds_that_are(ask, tmp_path):
-    options = {"routers": "random,uniform", "domains": None}
+    options = {"routers": "random,uniform", "texts": None}
     assert compare(ask(tmp_path, seeds=4, **options)) == 0
     for seeds, count in ((None, 4), (2, 2)):
         assert compare(ask(tmp_path, finished=True, **(options | {"seeds": seeds}))) == 0
@@ -398,7 +401,7 @@ def test_all_that_is_finished_is_compared_however_many_seeds_that_are(ask, tmp_p
 
 
 def test_a_damaged_run_is_told_with_what_makes_it_again(ask, tmp_path):
-    options = {"routers": "shortgpt", "domains": None}
+    options = {"routers": "shortgpt", "texts": None}
     compare(ask(tmp_path, **options))
     (router_files(tmp_path)["shortgpt/seed-0"].parent / "metrics.json").write_text("{")
     with pytest.raises(
@@ -408,12 +411,12 @@ def test_a_damaged_run_is_told_with_what_makes_it_again(ask, tmp_path):
 
 
 def test_a_predictor_is_said_to_have_no_part(ask, tmp_path, capsys):
-    assert compare(ask(tmp_path, "predictor.name=regress", routers="uniform", domains=None)) == 0
+    assert compare(ask(tmp_path, "predictor.name=regress", routers="uniform", texts=None)) == 0
     assert "A comparison fits no budget predictor" in capsys.readouterr().err
 
 
 def test_runs_of_another_recipe_are_refused_with_the_keys(ask, tmp_path):
-    options = {"routers": "shortgpt,random", "domains": None}
+    options = {"routers": "shortgpt,random", "texts": None}
     compare(ask(tmp_path, **options))
     before = stamps(tmp_path)
     words = r"runs/shortgpt/seed-0 and 2 more were made with another recipe \(data\.prompt: 12 there, 13 here\) and"
@@ -427,7 +430,7 @@ def test_runs_of_another_recipe_are_refused_with_the_keys(ask, tmp_path):
 
 
 def test_each_router_has_its_own_rate(ask, tmp_path):
-    options = {"routers": "buddy[hidden=8]", "seeds": 1, "domains": None}
+    options = {"routers": "buddy[hidden=8]", "seeds": 1, "texts": None}
     assert compare(ask(tmp_path, "optimizer.lr=0.1", **options)) == 0
     before = stamps(tmp_path)
     assert compare(ask(tmp_path, "optimizer.lr_by_router.buddy=0.1", **options)) == 0, "as Buddy 0.1 spelt it"
@@ -451,7 +454,7 @@ def test_a_run_that_was_begun_with_another_recipe_is_refused(ask, tmp_path, stop
 
 
 def test_runs_of_a_router_whose_code_changed_are_refused(ask, tmp_path, monkeypatch):
-    options = {"routers": "uniform", "domains": None}
+    options = {"routers": "uniform", "texts": None}
     compare(ask(tmp_path, **options))
     compare(ask(tmp_path, **options))
     monkeypatch.setattr("buddy.training.inputs._code", lambda router: "other")
@@ -464,7 +467,7 @@ def test_runs_of_another_backbone_or_text_are_refused(ask, small, tmp_path):
 
     model, text = tiny_folder(tmp_path / "model", seed=1), write_text(tmp_path / "mine.jsonl")
     places = [f"backbone.name={model}", f"data.source={text}"]
-    options = {"routers": "uniform", "domains": None}
+    options = {"routers": "uniform", "texts": None}
     compare(ask(tmp_path / "out", *places, **options))
     write_text(text, seed=9)
     with pytest.raises(RunError, match=r"uniform/seed-0 was made before the text changed"):
@@ -489,7 +492,7 @@ def test_runs_of_another_backbone_or_text_are_refused(ask, small, tmp_path):
         ({"seeds": 0}, [], BuddyError, "--seeds is 0; give 1 or more"),
         ({"seeds": 3}, ["seed=4294967294"], BuddyError, "too large for 3 seeds"),
         ({"jobs": 0}, [], BuddyError, "--jobs is 0; give 1 or more"),
-        ({"domains": "nowhere.txt"}, [], BuddyError, r"There is no file or folder nowhere\.txt"),
+        ({"texts": "nowhere.txt"}, [], BuddyError, r"There is no file or folder nowhere\.txt"),
         ({}, ["trainer.devices=2"], BuddyError, "one device; set trainer.devices=1"),
         ({}, ["ckpt_path=x.ckpt"], BuddyError, "leave ckpt_path out"),
         ({}, ["budgets=[0.1]"], BuddyError, "below the layers that always run"),
@@ -505,7 +508,7 @@ def test_mistakes_are_found_before_anything_is_written(ask, tmp_path, options, o
 def test_a_text_that_is_too_short_is_told_before_anything_is_written(ask, tmp_path):
     short = write_text(tmp_path / "short.jsonl", 1)
     with pytest.raises(BuddyError, match=r"short\.jsonl gives \d+ windows of 48 tokens, and data\.test_windows asks"):
-        compare(ask(tmp_path / "out", domains=str(short), routers="uniform"))
+        compare(ask(tmp_path / "out", texts=str(short), routers="uniform"))
     assert not (tmp_path / "out").exists()
 
 
@@ -520,7 +523,7 @@ def test_places_that_are_something_else_are_refused(ask, whole, tmp_path):
 def test_a_failing_router_stops_no_other(ask, tmp_path, capsys):
     module = "tests.comparison.odd_routers:Fails"
     routers = f"{module},{module}[way=calibrate],uniform"
-    assert compare(ask(tmp_path, routers=routers, domains=None)) == 2
+    assert compare(ask(tmp_path, routers=routers, texts=None)) == 2
     err = capsys.readouterr().err
     assert f"Failed: {module}, seed 0: ValueError: no score today; all of it is in {tmp_path}" in err
     assert f"Failed: {module}[way=calibrate], seed 0: RuntimeError: the measure went wrong; all" in err
@@ -534,7 +537,7 @@ def test_a_failing_router_stops_no_other(ask, tmp_path, capsys):
 
 
 def test_where_all_fail_there_is_nothing_to_show(ask, tmp_path):
-    assert compare(ask(tmp_path, routers="tests.comparison.odd_routers:Fails", domains=None)) == 1
+    assert compare(ask(tmp_path, routers="tests.comparison.odd_routers:Fails", texts=None)) == 1
     assert not (tmp_path / "comparison.json").exists()
 
 
@@ -543,7 +546,7 @@ def test_where_all_fail_there_is_nothing_to_show(ask, tmp_path):
 
 def test_processes_side_by_side_give_the_same(ask, whole, tmp_path, capsys):
     fails = "tests.comparison.odd_routers:Fails"
-    assert compare(ask(tmp_path, routers=f"{fails},shortgpt,buddy", domains=None, jobs=2)) == 1
+    assert compare(ask(tmp_path, routers=f"{fails},shortgpt,buddy", texts=None, jobs=2)) == 1
     out, err = capsys.readouterr()
     assert "Runs, 2 at once: 4 of 4" in err
     assert f"Failed: {fails}, seed 0: ValueError: no score today" in err

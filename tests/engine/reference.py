@@ -78,11 +78,11 @@ def arriving_states(model: PreTrainedModel, input_ids: Tensor, runs: Tensor, *re
 
 
 def clamped(gates: list[bool], count: int) -> list[bool]:
-    """Which of the layers run when they are asked in turn: the open ones until `count` are spent, all once owed."""
+    """Which layers run when gates are asked in turn: open ones until `count` have run, all where all are needed."""
     runs: list[bool] = []
     for index, is_open in enumerate(gates):
-        owed, left = count - sum(runs), len(gates) - index
-        runs.append(owed > 0 and (is_open or owed == left))
+        remaining, left = count - sum(runs), len(gates) - index
+        runs.append(remaining > 0 and (is_open or remaining == left))
     return runs
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import StoppingCriteria, TextStreamer
+from transformers import StoppingCriteria
 
 from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle, reference_logits
-from tests.tiny import tiny_backbone, tiny_tokenizer
+from tests.tiny import tiny_backbone
 
 IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
@@ -68,21 +68,6 @@ def test_greedy_below_full_depth_follows_brute_force(policy, reroute_every):
     assert (changes == 0) == (reroute_every is None)
 
 
-def test_rows_have_budgets_of_their_own():
-    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
-    with routed.at(0.5, "5layers") as record:
-        generated(routed.backbone.model, "greedy")
-    assert all(executed[:, 0].tolist() == [3, 5] for executed in record.executed[1:])
-
-
-def test_a_shared_batch_plan_is_one_plan():
-    backbone = tiny_backbone("llama")
-    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)), batch_plan="shared")
-    with routed.at(0.5) as record:
-        generated(backbone.model, "greedy")
-    assert all(torch.equal(runs[0], runs[1]) for runs in record.runs[1:])
-
-
 def test_a_kept_prefix_is_reused():
     routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
     model = routed.backbone.model
@@ -91,14 +76,6 @@ def test_a_kept_prefix_is_reused():
         cache = model(IDS[:1, :6], use_cache=True).cache
         reused = model.generate(IDS[:1], cache=cache, do_sample=False, **COMMON)
     assert torch.equal(whole, reused)
-
-
-def test_a_streamer_gets_every_token(capsys):
-    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
-    tokenizer = tiny_tokenizer()
-    with routed.at(0.5):
-        out = routed.backbone.model.generate(IDS[:1], streamer=TextStreamer(tokenizer), do_sample=False, **COMMON)
-    assert capsys.readouterr().out.strip() == tokenizer.decode(out[0]).strip()
 
 
 def test_padding_changes_nothing():

@@ -136,24 +136,6 @@ def test_shared_prompt_has_the_plan_of_its_last_token():
     assert torch.equal(runs[:, 6:], expected[:, 6:])
 
 
-def test_a_shared_prompt_in_generate_is_the_prefill():
-    routed = routed_tiny(prompt_plan="shared")
-    with routed.at(executed=[3]) as record:
-        routed.backbone.model.generate(tokens()[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert len(record.runs[0][0, 1:].unique(dim=0)) == 1
-    assert [runs.shape[1] for runs in record.runs] == [LENGTH, 1, 1]
-
-
-def test_generate_at_full_budget_returns_what_stock_returns():
-    backbone = tiny_backbone("llama")
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    expected = {beams: backbone.model.generate(tokens(), num_beams=beams, **options) for beams in (1, 3)}
-    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
-    for beams, sequence in expected.items():
-        with routed.at(1.0):
-            assert torch.equal(backbone.model.generate(tokens(), num_beams=beams, **options), sequence)
-
-
 def test_generate_with_beams_below_full_depth_equals_brute_force():
     routed = routed_tiny()
     with routed.at(executed=EXECUTED.tolist()):
@@ -201,29 +183,21 @@ def test_no_request_means_the_stock_model():
     assert torch.equal(routed.dense(tokens()), expected)
 
 
-def test_budgets_for_more_rows_than_the_batch_are_refused():
-    routed = routed_tiny()
-    with routed.at(executed=[3, 4]), pytest.raises(BudgetError, match="2 budgets were given for 3 rows"):
-        routed.backbone.model(tokens())
-
-
-def test_no_budget_at_all_is_refused():
-    with pytest.raises(BudgetError, match="No budget was given"), routed_tiny().at():
-        pass
-
-
-def test_a_mask_in_four_dimensions_is_refused():
-    routed = routed_tiny()
+def test_what_no_forward_can_do_is_refused_and_leaves_the_model_stock():
+    routed, stock = routed_tiny(), tiny_backbone("llama").model(tokens()).logits
     mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    with routed.at(executed=[3]), pytest.raises(BudgetError, match="two dimensions"):
-        routed.backbone.model(tokens(), attention_mask=mask)
-
-
-def test_after_an_error_the_model_is_stock_again():
-    routed = routed_tiny()
-    with routed.at(executed=[3, 4]), pytest.raises(BudgetError, match="rows"):
+    with routed.at(executed=[3, 4]), pytest.raises(BudgetError, match="3 rows"):
         routed.backbone.model(tokens())
-    assert torch.equal(routed.backbone.model(tokens()).logits, tiny_backbone("llama").model(tokens()).logits)
+    with routed.at(executed=[3]), pytest.raises(BudgetError, match="mask"):
+        routed.backbone.model(tokens(), attention_mask=mask)
+    with pytest.raises(BudgetError), routed.at():
+        pass
+    with pytest.raises(BuddyError, match="holes"):
+        routed_tiny(policy="holes")
+    routed.router.scope = "window"
+    with pytest.raises(BuddyError, match="window"), routed.routed_by(routed.router):
+        pass
+    assert torch.equal(routed.backbone.model(tokens()).logits, stock)
 
 
 @pytest.mark.parametrize("reroute_every", [1, 2, 3, None])
@@ -245,7 +219,7 @@ def test_parallel_form_decides_as_seldom_as_decode(reroute_every, prompt_plan):
 
 @pytest.mark.parametrize("policy", ["hole", "zero"])
 def test_computing_everything_needs_fill(policy):
-    with pytest.raises(BuddyError, match="needs the policy 'fill'"):
+    with pytest.raises(BuddyError, match="'fill'"):
         routed_tiny(policy=policy)(tokens(), executed=EXECUTED, compute_all_layers=True)
 
 

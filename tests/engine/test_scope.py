@@ -79,11 +79,6 @@ def test_other_settings_for_a_while_leave_the_scope():
     assert ordinary.prompt_plan == "token"
 
 
-def test_a_scope_of_another_name_is_refused():
-    with pytest.raises(BuddyError, match="scope of Fickle is 'window'; make it 'token' or 'prompt'"):
-        routed_tiny(Fickle, "window")
-
-
 @torch.no_grad()
 def test_one_plan_for_what_follows_a_cache_in_which_nothing_was_decided():
     routed = routed_tiny()

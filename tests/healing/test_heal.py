@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from typer.testing import CliRunner
 
 from buddy.build import build_data, load_model
 from buddy.cli import app
-from buddy.compare import Asked, compare
+from buddy.compare import CompareConfig, compare, fit
+from buddy.config import Rival
 from buddy.errors import RunError, TrainingError
-from buddy.fit import fit
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
 from buddy.run import checksums_of, read_run
@@ -123,18 +124,19 @@ def test_commands_take_a_healed_run(healed, tmp_path):
 
 def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
     recipe = small(tmp_path, *HEALED)
-    asked = Asked(recipe, str(small.file), "small", routers="shortgpt,full", seeds=2, out=tmp_path / "out", speed=False)
+    routers = [Rival("shortgpt"), Rival("full")]
+    config = CompareConfig(recipe, "small", routers=routers, seeds=2, out=tmp_path / "out", speed=False)
     text = write_text(tmp_path / "other.jsonl", 40, seed=5)
-    other = Asked(**{**vars(asked), "domains": str(text)})
-    assert compare(asked) == compare(other) == 0  # the second finds the runs finished and reads them
-    runs = tmp_path / "out" / "runs"
+    other = replace(config, texts=str(text))
+    assert compare(config) == compare(other) == 0  # the second finds the runs finished and reads them
+    runs = tmp_path / "out"
     assert_same(weights(healed / "shortgpt"), weights(runs / "shortgpt" / "seed-0"))
     assert (runs / "shortgpt" / "seed-1" / "run.json").exists()
     assert not (runs / "full" / "seed-1").exists()
     kept = json.loads((runs / "shortgpt" / "seed-0" / "evaluations" / "other.json").read_text())
     assert len(kept["adapter"]) == 64
     with pytest.raises(RunError, match=r"adapter\.rank: 2 there, 3 here"):
-        compare(Asked(**{**vars(asked), "recipe": small(tmp_path, *HEALED, "adapter.rank=3")}))
+        compare(replace(config, recipe=small(tmp_path, *HEALED, "adapter.rank=3")))
 
 
 # Stopped

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from buddy.cli import app
-from buddy.fit import fit
+from buddy.compare import fit
 from buddy.registry import describe, load
 from buddy.run import read_metrics
 from buddy.testing import check_router

@@ -11,9 +11,9 @@ import pytest
 
 from buddy.backbone import embedded
 from buddy.cli.app import app
+from buddy.compare import fit
 from buddy.config import Recipe
 from buddy.errors import RunError
-from buddy.fit import fit
 from buddy.io import load_tensors
 from buddy.run import RunFolder, check_backbone, read_run
 from tests.recovery.asking import ask, refused

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from buddy.backbone.load import load_backbone
+from buddy.compare import fit
 from buddy.config import RouterSection
 from buddy.errors import BackboneError, BuddyError, TrainingError
-from buddy.fit import fit
 from buddy.run import RunFolder, update_checksums
 from buddy.training.callbacks import check_checkpoint
 from tests.recovery.asking import ask, refused

@@ -14,7 +14,7 @@ from typing import Any
 from buddy import distributed
 from buddy.config import Recipe
 
-PATIENCE = 120.0  # seconds
+PATIENCE = 60.0  # seconds
 CPU = {**Recipe().trainer, "accelerator": "cpu"}
 
 

@@ -5,9 +5,9 @@ from contextlib import suppress
 import pytest
 
 from buddy import distributed
+from buddy.compare import fit
 from buddy.config import load_recipe
 from buddy.errors import DataError
-from buddy.fit import fit
 from buddy.training.callbacks import GracefulStop
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import side_by_side

@@ -12,9 +12,9 @@ import torch
 
 from buddy.calibration import probe
 from buddy.calibration.measures import similarities
+from buddy.compare import fit
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
-from buddy.fit import fit
 from buddy.io import load_tensors
 from buddy.run import load_router, read_metrics, read_run
 from tests.small import start_buddy

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from buddy.build import load_model
+from buddy.compare import fit
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, TrainingError
-from buddy.fit import fit
 from buddy.io import load_tensors
 from buddy.losses import Objective
 from buddy.run import read_run

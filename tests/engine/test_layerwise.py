@@ -1,4 +1,4 @@
-"""Layerwise routers in the engine: decided as states arrive, held to the exact count, alike in every form."""
+"""Layerwise routers in the engine: decided as states arrive, held to the exact count, equal in every form."""
 
 import copy
 from itertools import pairwise, product
@@ -66,10 +66,9 @@ def decoded(routed: RoutedLM, ids, cuts: list[int], executed=EXECUTED, mask=None
     return torch.cat(logits, 1), torch.cat(record.runs, 1), record
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "policy"), [*((family, "fill") for family in FAMILIES), ("llama", "zero")])
 def test_parallel_form_equals_brute_force(family, policy):
-    routed = routed_tiny(family, policy=policy)
+    routed = routed_tiny(family, policy=policy, sink_tokens=2)
     stock = copy.deepcopy(tiny_backbone(family).model)
     output = routed(IDS, executed=EXECUTED)
     assert len(output.runs[1].unique(dim=0)) > 3, "plans should change from token to token"
@@ -77,17 +76,8 @@ def test_parallel_form_equals_brute_force(family, policy):
     torch.testing.assert_close(output.logits, logits, atol=1e-4, rtol=1e-4)
     assert torch.equal(output.runs, expected_plan(routed, states, EXECUTED))
     assert output.scores is None
-
-
-@pytest.mark.parametrize("context_layer", [1, 3])
-@pytest.mark.parametrize("sinks", [0, 1, 2])
-def test_every_token_runs_the_exact_count(context_layer, sinks):
-    routed = routed_tiny(context_layer=context_layer, sink_tokens=sinks)
-    for counts in ([routed.geometry.always_on] * 3, [5, 5, 6], [4 + context_layer // 3, 6, 5]):
-        output = routed(IDS, executed=torch.tensor(counts))
-        assert torch.equal(output.executed[:, sinks:], torch.tensor(counts)[:, None].expand(-1, LENGTH - sinks))
-        assert torch.equal(output.executed, output.runs.sum(-1))
-        assert (output.executed[output.sinks] == 6).all()
+    assert torch.equal(output.executed, output.runs.sum(-1))
+    assert torch.equal(output.executed[:, 2:], EXECUTED[:, None].expand(-1, LENGTH - 2))
 
 
 class Stuck(FickleGates):
@@ -108,7 +98,7 @@ def test_gates_are_held_to_the_count_both_ways(is_open, form):
     routed = RoutedLM(backbone, router)
     runs = routed(IDS, executed=EXECUTED).runs if form == "window" else decoded(routed, IDS, [PROMPT])[1]
     for row, k in enumerate(EXECUTED.tolist()):
-        first = [True] * (k - 2) + [False] * (6 - k)  # stop when they are spent; run when the rest is owed
+        first = [True] * (k - 2) + [False] * (6 - k)  # stop when K have run; run where all are needed
         assert runs[row, 1:, 1:-1].unique(dim=0).tolist() == [first if is_open else first[::-1]]
 
 
@@ -197,15 +187,6 @@ def test_later_tokens_change_nothing_before_them(family, everything):
         torch.testing.assert_close(whole.logits[:, :cut], after.logits[:, :cut], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_full_depth_equals_stock_exactly(family):
-    expected = tiny_backbone(family).model(IDS).logits
-    routed = routed_tiny(family)
-    assert torch.equal(routed(IDS, executed=torch.full((BATCH,), 6)).logits, expected)
-    with routed.at(1.0):
-        assert torch.equal(routed.backbone.model(IDS).logits, expected)
-
-
 @pytest.mark.parametrize("scope", ["token", "prompt"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_gives_each_row_its_budget(scope, beams):
@@ -229,12 +210,6 @@ def test_a_shared_batch_plan_is_the_mean_gate():
     gates = [routed.router.gate(i, states[1 + i], EXECUTED).sigmoid().mean(0) > 0.5 for i in range(4)]
     for t in range(1, LENGTH):
         assert runs[0, t, 1:-1].tolist() == clamped([bool(gate[t]) for gate in gates], 2)
-
-
-def test_a_plan_given_from_outside_is_run():
-    routed, ordinary = routed_tiny(), RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
-    plan = ordinary(IDS, executed=EXECUTED)
-    torch.testing.assert_close(routed(IDS, runs=plan.runs).logits, plan.logits)
 
 
 @pytest.mark.parametrize("scope", ["token", "prompt"])
