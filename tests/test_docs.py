@@ -16,7 +16,6 @@ import pytest
 from buddy.backbone.load import FAMILIES
 from buddy.config import installed_recipes, load_recipe, to_yaml
 from buddy.errors import BuddyError
-from buddy.evaluation.report import WRITTEN
 from buddy.registry import installed, load
 from buddy.values import shown
 from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg
