@@ -30,8 +30,8 @@ ELSEWHERE = {"lightning.md"}  # run by tests/training/test_lightning.py
 QUICK = {"concepts.md", "faq.md", "method.md", "python.md", "CONTRIBUTING.md"}  # run in a second
 TINY = (
     *("backbone.dtype=float32", "budgets=[1.0,0.75,0.5]", "trainer.max_steps=2", "trainer.accelerator=cpu"),
-    *("data.window=48", "data.prompt=12", "data.batch_size=4", "data.calibration_windows=4"),
-    *("data.validation_windows=2", "data.test_windows=4"),
+    *("data.window=48", "data.prompt=12", "data.batch_size=2", "data.calibration_windows=2"),
+    *("data.validation_windows=2", "data.test_windows=2"),
 )
 
 
