@@ -109,7 +109,7 @@ def test_loading_imports_one_module(install):
             "'nowhere_module:Thing' cannot be imported .ModuleNotFoundError: .*check its spelling",
         ),
         ("buddy.router:Rooter", "'buddy.router:Rooter' cannot be imported .AttributeError"),
-        ("x:", "No router can be named 'x:'; write module:Class, as in my_module:MyRouter"),
+        ("x:", "No router can be named 'x:'; write module:Class, as in my_module:"),
         (":", "No router can be named ':'"),
         ("a:b:c", "No router can be named 'a:b:c'"),
         ("buddy.router:Geometry", "'buddy.router:Geometry' is not a router; make it a subclass of buddy.Router"),

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from buddy.backbone.load import load_backbone
 from buddy.compare import fit
-from buddy.config import RouterSection
 from buddy.errors import BackboneError, BuddyError, TrainingError
 from buddy.run import RunFolder, update_checksums
+from buddy.schema import RouterSection
 from buddy.training.callbacks import check_checkpoint
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import copied

@@ -10,8 +10,8 @@ from torch import Tensor
 from buddy import build
 from buddy import fit as training
 from buddy.build import build_backbone, build_data, build_model, build_trainer
-from buddy.config import Recipe
 from buddy.errors import TrainingError
+from buddy.schema import Recipe
 from buddy.training.callbacks import check_checkpoint
 from tests.training.test_module import Spoilt
 
