@@ -46,10 +46,10 @@ def routed_tiny(router=Fickle, **options) -> RoutedLM:
 
 
 @torch.no_grad()
-def decoded(routed: RoutedLM, layers: int, context: list[int], continuation: list[int]) -> tuple[float, bool, int]:
+def decoded(routed: RoutedLM, layers: int, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """Log-probability by step-by-step decoding: the context is the prompt, then each answer token is a step."""
     scores, greedy, ids, cache = [], True, torch.tensor([context]), None
-    with routed.at(executed=[layers]) as record:
+    with routed.at(executed=[layers]):
         for token in continuation:
             step = ids if cache is None else ids[:, -1:]
             output = routed.backbone.model(step, cache=cache, use_cache=True)
@@ -57,8 +57,7 @@ def decoded(routed: RoutedLM, layers: int, context: list[int], continuation: lis
             scores.append(last[token].item())
             greedy &= int(last.argmax()) == token
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
-    executed = torch.cat([each[0] for each in record.executed])
-    return sum(scores), greedy, int(executed[routed.sink_tokens :].sum())
+    return sum(scores), greedy
 
 
 # At full depth
@@ -68,8 +67,7 @@ PROMPTS = {"token": {}, "prompt": {"prompt_plan": "shared", "reroute_every": Non
 PLANS = PROMPTS | {"batch": {"batch_plan": "shared"}}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-@pytest.mark.parametrize("plans", PLANS)
+@pytest.mark.parametrize(("batch_size", "plans"), [(1, "token"), (3, "prompt"), (3, "second"), (64, "batch")])
 def test_at_full_depth_scores_are_hflms_to_the_bit(batch_size, plans):
     stock = tiny_backbone("llama")
     theirs = HFLM(stock.model, tokenizer=stock.tokenizer, batch_size=batch_size)
@@ -104,26 +102,26 @@ def test_at_full_depth_whole_texts_and_generated_ones_are_hflms():
 # Below
 
 
-@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"policy": "hole"},
+        {"policy": "zero", "prompt_plan": "shared"},
         {"reroute_every": 3},
-        {"prompt_plan": "shared"},
-        {"prompt_plan": "shared", "reroute_every": None},
+        {"policy": "hole", "prompt_plan": "shared", "reroute_every": None},
         {"sink_tokens": 0},
     ],
-    ids=["token", "every third", "shared prompt", "one plan", "no sinks"],
+    ids=lambda options: ", ".join(map(str, options.values())),
 )
-def test_below_full_depth_scores_are_those_of_decoding(policy, options):
-    routed = routed_tiny(policy=policy, **options)
+def test_below_full_depth_scores_are_those_of_decoding(options):
+    routed = routed_tiny(**options)
     pairs = [pair for pair in PAIRS if len(pair[0]) < 100]
     lm = BuddyLM(routed, 0.5, batch_size=4)
     found = lm.loglikelihood(likelihoods(pairs), disable_tqdm=True)
     for (context, continuation), (score, greedy) in zip(pairs, found, strict=True):
         tokens = lm.tok_encode(context) or [lm.prefix_token_id], lm.tok_encode(continuation)
-        expected, chosen, _ = decoded(routed, 3, *tokens)
+        expected, chosen = decoded(routed, 3, *tokens)
         assert score == pytest.approx(expected, abs=2e-4)
         assert greedy == chosen
 
@@ -133,7 +131,7 @@ def test_gates_that_are_asked_layer_by_layer():
     lm = BuddyLM(routed, 0.5, batch_size=4)
     found = lm.loglikelihood(likelihoods(PAIRS[:3]), disable_tqdm=True)
     for (context, continuation), (score, _) in zip(PAIRS, found, strict=False):
-        expected, _, _ = decoded(routed, 3, lm.tok_encode(context), lm.tok_encode(continuation))
+        expected, _ = decoded(routed, 3, lm.tok_encode(context), lm.tok_encode(continuation))
         assert score == pytest.approx(expected, abs=2e-4)
 
 
@@ -141,7 +139,7 @@ COMPANY = {name: BuddyLM(routed_tiny(**options), 0.5, batch_tokens=64) for name,
 
 
 @pytest.mark.parametrize("plans", PROMPTS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(
         st.tuples(st.text("ab \n", max_size=12).map("a".__add__), st.text("abc", min_size=1, max_size=5)),
@@ -227,29 +225,9 @@ def test_layers_that_ran_are_counted_on_real_tokens(sinks):
     assert lm.executed.mean is None
 
 
-def test_batches_by_tokens():
-    lm, seen = BuddyLM(routed_tiny(), 0.5, batch_tokens=40), []
-    inner = lm.routed.forward
-    lm.routed.forward = lambda ids, *args, **options: (seen.append(tuple(ids.shape)), inner(ids, *args, **options))[1]
-    lm.loglikelihood(likelihoods([("x" * size, "y") for size in (60, 19, 18, 10, 9, 8, 7)]), disable_tqdm=True)
-    assert seen == [(1, 60), (2, 19), (4, 10)]
-
-
-def test_scored_requests_are_reported():
-    lm, counts = BuddyLM(routed_tiny(), 0.5, batch_size=2), []
-    lm.on_scored = counts.append
-    lm.loglikelihood(likelihoods(PAIRS))
-    assert sum(counts) == len(PAIRS)
-
-
-def test_a_bar_where_nobody_asks_for_reports(capsys):
-    BuddyLM(routed_tiny(), 0.5, batch_size=2).loglikelihood(likelihoods(PAIRS[:3]))
-    assert "Scoring at 3 layers: 3 of 3" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("pair", [(" ", "a"), ("a", "")])
 def test_an_item_without_words(pair):
-    with pytest.raises(DataError, match=r"cannot be scored: .* has an empty question or answer"):
+    with pytest.raises(DataError, match="empty"):
         COMPANY["token"].loglikelihood(likelihoods([pair]), disable_tqdm=True)
 
 
@@ -272,11 +250,10 @@ def test_from_a_run_folder(finished):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({}, RunError, r"needs a run and a budget: --model_args run=runs/quickstart/buddy,budget=0\.75"),
-        ({"run": "runs/x"}, RunError, "needs a run and a budget"),
-        ({"run": "runs/x", "budget": 1}, RunError, r"There is no run folder runs/x; make it"),
-        ({"run": "runs/x", "budget": 1, "softmax_dtyp": "float32"}, RunError, "did you mean 'softmax_dtype'"),
-        ({"run": "runs/x", "budget": 1, "zzz": 1}, RunError, "no argument 'zzz'; choose from add_bos_token"),
+        ({}, RunError, "run=.*,budget="),
+        ({"run": "runs/x"}, RunError, "run=.*,budget="),
+        ({"run": "runs/x", "budget": 1}, RunError, "runs/x"),
+        ({"run": "runs/x", "budget": 1, "softmax_dtyp": "float32"}, RunError, "'softmax_dtype'"),
     ],
 )
 def test_what_it_cannot_use(options, error, said):
@@ -285,7 +262,7 @@ def test_what_it_cannot_use(options, error, said):
 
 
 def test_a_budget_out_of_range():
-    with pytest.raises(BudgetError, match=r"below the layers that always run"):
+    with pytest.raises(BudgetError, match=r"0\.1"):
         BuddyLM(routed_tiny(), 0.1)
 
 
@@ -302,6 +279,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
+@pytest.mark.slow
 def test_the_command_lm_eval_says_what_buddy_evaluate_says(finished, tmp_path, monkeypatch):
     items = [{"question": f"{n} or {n + 1}?", "choices": [str(n), str(n + 1)], "label": n % 2} for n in range(5)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -325,4 +303,4 @@ def test_the_command_lm_eval_ends_mistakes_with_a_sentence(tmp_path, monkeypatch
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: BuddyLM(run=str(tmp_path / "no"), budget=0.5))
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert capsys.readouterr().err.startswith(f"Error: There is no run folder {tmp_path}/no")
+    assert f"{tmp_path}/no" in capsys.readouterr().err
