@@ -1,6 +1,6 @@
 """Recipes: how they are found, read, overridden, checked and saved; `buddy.schema` declares their keys.
 
-OmegaConf reads files, parses overrides and resolves interpolations. `problems` finds all mistakes in the values at once.
+OmegaConf reads files, parses overrides and resolves interpolations. `problems` finds all mistakes in values at once.
 """
 
 import os

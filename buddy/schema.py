@@ -1,4 +1,4 @@
-"""The keys of a recipe: dataclasses with types, defaults and bounds, and `problems`, which finds all mistakes at once."""
+"""The keys of a recipe: dataclasses with types, defaults and bounds, and `problems`, which finds all mistakes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
