@@ -16,7 +16,6 @@ import pytest
 from buddy.backbone.load import FAMILIES
 from buddy.config import installed_recipes, load_recipe, to_yaml
 from buddy.errors import BuddyError
-from buddy.evaluation.report import WRITTEN
 from buddy.registry import installed, load
 from buddy.values import shown
 from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg
@@ -27,7 +26,7 @@ README, ROUTERS, RECIPES, DESIGN = (
     ROOT / name for name in ("README.md", "docs/routers.md", "docs/recipes.md", "docs/design.md")
 )
 FIGURE = "docs/results-quality-layers.png"
-DATA = "window=48 prompt=12 batch_size=4 calibration_windows=4 validation_windows=2 test_windows=4"
+DATA = "window=48 prompt=12 batch_size=2 calibration_windows=2 validation_windows=2 test_windows=2"
 TRAINER = "trainer.max_steps=2 trainer.accelerator=cpu"
 
 
@@ -52,27 +51,29 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         patch.setattr("buddy.evaluation.bench.LONG", 96)
         patch.setattr("buddy.evaluation.bench.BATCH", 2)
         patch.setattr("buddy.latency.ROUNDS", 1)
+        patch.setenv("BUDDY_CALIBRATION_CACHE", str(folder / "measured"))  # one search for all documents
         patch.chdir(home)
         run(Block("the fixture", "bash", "buddy fit --recipe quickstart"))
         yield home
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+RUNNING = [path for path in DOCUMENTS if any(block.language != "text" for block in blocks(path))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", RUNNING, ids=lambda path: path.name)
 def test_every_block_runs(document, place, tmp_path, monkeypatch):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])  # the registry adds the current folder
-    executed = 0
     try:
         for block in blocks(document):
             if block.language != "text":
                 assert block.language in RUNNERS, f"{block.place} is in {block.language!r}, which nothing can run"
                 run(block)
-                executed += block.language in ("bash", "python")
     finally:
         for path in tmp_path.glob("*.py"):
             sys.modules.pop(path.stem, None)
-    assert executed > 0 or document.read_text("utf-8").startswith(WRITTEN)
 
 
 def test_the_runners_refuse_what_is_wrong(place, monkeypatch):

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buddy.cli.compare import parse_routers
-from buddy.config import Recipe, Rival, RouterSection, load_recipe, with_router
+from buddy.config import load_recipe, with_router
 from buddy.errors import RecipeError, RegistryError
 from buddy.registry import describe
 from buddy.run import label_folder
+from buddy.schema import Recipe, Rival, RouterSection
 
 NAMES = st.from_regex(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", fullmatch=True).filter(lambda name: name != "all")
 KEYS = st.from_regex(r"[a-z_][a-z0-9_]*", fullmatch=True)

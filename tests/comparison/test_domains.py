@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from buddy.compare import texts_of
-from buddy.config import DataSection, Recipe, load_recipe
+from buddy.config import load_recipe
 from buddy.data.module import TextData
 from buddy.errors import DataError
+from buddy.schema import DataSection, Recipe
 from buddy.worker import Text, read_windows
 from tests.small import write_text
 from tests.tiny import tiny_tokenizer

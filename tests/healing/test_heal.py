@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.compare import CompareConfig, compare, fit
-from buddy.config import Rival
 from buddy.errors import RunError, TrainingError
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
 from buddy.run import checksums_of, read_run
+from buddy.schema import Rival
 from buddy.training.healing import HealingModule
 from buddy.training.module import evaluate
 from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights

@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from buddy.backbone.load import load_backbone
-from buddy.config import Recipe, flatten, load_recipe
+from buddy.config import flatten, load_recipe
 from buddy.data.text import load_texts
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
 from buddy.router import Geometry
 from buddy.run import RunFolder
+from buddy.schema import Recipe
 from buddy.training.callbacks import check_checkpoint
 from tests.evaluation.made import record
 from tests.recovery.asking import ask

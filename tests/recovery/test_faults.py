@@ -12,10 +12,10 @@ import pytest
 from buddy.backbone import embedded
 from buddy.cli.app import app
 from buddy.compare import fit
-from buddy.config import Recipe
 from buddy.errors import RunError
 from buddy.io import load_tensors
 from buddy.run import RunFolder, check_backbone, read_run
+from buddy.schema import Recipe
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import DAMAGES, contents, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk

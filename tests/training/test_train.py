@@ -9,10 +9,10 @@ from torch import Tensor
 
 from buddy import build
 from buddy.build import build_trainer
-from buddy.config import Recipe
 from buddy.errors import TrainingError
 from buddy.fit import RunSpec, Session
 from buddy.run import load_router
+from buddy.schema import Recipe
 from tests.training.test_module import Spoilt
 
 STEPS = 8
