@@ -73,7 +73,9 @@ def test_the_picture_shows_a_plan():
 
 
 def test_links_of_the_readme_are_relative_to_docs():
-    page = hooks.from_docs("[a](docs/a.md#b) ![p](docs/p.png) [c](buddy/c.py) [d](#d) [e](https://e)\n```\n[f](g)\n```\n")
+    page = hooks.from_docs(
+        "[a](docs/a.md#b) ![p](docs/p.png) [c](buddy/c.py) [d](#d) [e](https://e)\n```\n[f](g)\n```\n"
+    )
     assert page == "[a](a.md#b) ![p](p.png) [c](../buddy/c.py) [d](#d) [e](https://e)\n```\n[f](g)\n```\n"
 
 
