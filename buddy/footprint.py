@@ -18,9 +18,12 @@ from buddy.config import ObjectiveSection, Recipe
 from buddy.console import counted, print_titled_table, results
 from buddy.engine.model import geometry_of
 from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, reason
+from buddy.console import counted, results
+from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, nearest, reason
 from buddy.io import check_output_path, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, Geometry, LayerwiseRouter
+from buddy.schema import ObjectiveSection, Recipe
 
 GIB = 2**30
 FLOAT32 = 4
