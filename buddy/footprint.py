@@ -14,12 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import DTYPES, Backbone, check_routable, locate, read_config
 from buddy.budget import executed_layers
-from buddy.config import ObjectiveSection, Recipe
 from buddy.console import counted, print_titled_table, results
 from buddy.engine.model import geometry_of
 from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, reason
-from buddy.console import counted, results
-from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, nearest, reason
 from buddy.io import check_output_path, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, Geometry, LayerwiseRouter
