@@ -83,6 +83,7 @@ def test_the_command_lists_them(site):
     assert {*NAMES} < {line.split()[0] for line in done.stdout.splitlines()}
 
 
+@pytest.mark.slow
 def test_a_new_package_passes_its_own_test(site, written):
     environment = os.environ | {"PYTHONPATH": str(site)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
