@@ -18,7 +18,8 @@ from buddy.compare import CompareConfig, compare, fit
 from buddy.errors import RunError, TrainingError
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
-from buddy.run import checksums_of, read_run
+from buddy.run import read_run
+from buddy.run_files import checksums_of
 from buddy.schema import Rival
 from buddy.training.healing import HealingModule
 from buddy.training.module import evaluate
