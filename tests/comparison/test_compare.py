@@ -14,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from buddy.cli.compare import parse_routers
+from buddy.cli.fitting import parse_routers
 from buddy.compare import CompareConfig, compare
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
