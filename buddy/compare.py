@@ -42,7 +42,8 @@ from buddy.fit import RunSpec, Session
 from buddy.io import check_output_path, writing
 from buddy.registry import build
 from buddy.router import AnyRouter
-from buddy.run import FACTS, RunFolder, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
+from buddy.run import RunFolder, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
+from buddy.run_files import FACTS
 from buddy.schema import PredictorSection, Recipe, Rival
 from buddy.worker import Tasks, Text, Worker, WorkerConfig, read_windows
 

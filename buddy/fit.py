@@ -44,8 +44,8 @@ from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
-from buddy.run import LAST, RunFolder
-from buddy.run_files import ADAPTER, CHECKPOINTS, Stopwatch, read_metrics, save_router
+from buddy.run import RunFolder
+from buddy.run_files import ADAPTER, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
 from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.callbacks import (

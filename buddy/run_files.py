@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 
     from buddy.router import Geometry
 
-RECIPE, FACTS, INPUTS = "recipe.yaml", "run.json", "inputs.json"
-ROUTER, METRICS = "router.safetensors", "metrics.json"
+RECIPE = "recipe.yaml"
+FACTS = "run.json"
+INPUTS = "inputs.json"
+ROUTER = "router.safetensors"
+METRICS = "metrics.json"
 ADAPTER = "adapter"  # the folder of a healed run's adapter
-PREDICTOR, PREDICTOR_FACTS = "predictor.safetensors", "predictor.json"
-CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
-FORMAT = 2  # of a run folder; 1 is that of Buddy 0.1, which kept the checksums in run.json
+PREDICTOR = "predictor.safetensors"
+PREDICTOR_FACTS = "predictor.json"
+CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
+FORMAT = 2  # of a run folder; 1 is that of Buddy 0.1, which stored the checksums in run.json
 SUMS = "checksums"  # the key of the checksums in metrics.json
 SAVE_EVERY = 5.0  # seconds between two writes of the time spent
 _TEXTS = ("recipe_name", "router_name", "backbone", "fingerprint", "created")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from typer.core import TyperGroup
 
 from buddy.errors import BuddyError, BudgetError
@@ -79,7 +78,8 @@ def refuse_options(ctx: typer.Context, names: Collection[str], why: str) -> None
     """Raise `BuddyError` for the first of these parameters that the command line has."""
     for parameter in ctx.command.params:
         name = parameter.name or ""
-        if name in names and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        source = ctx.get_parameter_source(name)
+        if name in names and source is not None and source.name == "COMMANDLINE":
             spellings = parameter.secondary_opts if ctx.params[name] is False else parameter.opts
             raise BuddyError(f"{spellings[0]} {why}.")
 

@@ -18,8 +18,8 @@ from buddy.errors import BuddyError, RunError
 from buddy.io import read_json, write_text
 from buddy.provenance import CKPT_KEY, FREE_KEYS
 from buddy.registry import load
-from buddy.run import METRICS, read_run
-from buddy.run_files import read_metrics
+from buddy.run import read_run
+from buddy.run_files import METRICS, read_metrics
 from buddy.schema import Recipe
 from buddy.scoring.timing import machine, versions
 

@@ -20,8 +20,20 @@ from buddy.console import results, status
 from buddy.errors import DamagedError, RunError, reason
 from buddy.hub.card import is_local, run_card
 from buddy.io import checksum, load_tensors, new_folder, read_json, write_json, write_text, writing
-from buddy.run import FACTS, INPUTS, METRICS, PREDICTOR_FACTS, Run, read_run
-from buddy.run_files import ADAPTER, PREDICTOR, RECIPE, ROUTER, checksums_of, read_metrics, update_checksums
+from buddy.run import Run, read_run
+from buddy.run_files import (
+    ADAPTER,
+    FACTS,
+    INPUTS,
+    METRICS,
+    PREDICTOR,
+    PREDICTOR_FACTS,
+    RECIPE,
+    ROUTER,
+    checksums_of,
+    read_metrics,
+    update_checksums,
+)
 
 HUB = "hf://"  # marks a hub name that could be a folder too
 CARD, CONFIG = "README.md", "config.json"
