@@ -51,9 +51,8 @@ def differences(
     (empty) stored digests differ from nothing.
     """
     there, here = flatten(stored), flatten(recipe)
-    keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith((*FREE_KEYS, *ignore))]
-    if here.get(CKPT_KEY) in (None, "null"):
-        keys.remove(CKPT_KEY)
+    free = (*FREE_KEYS, *ignore, *([CKPT_KEY] if here.get(CKPT_KEY) in (None, "null") else []))
+    keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith(free)]
     names = [name for name in dict.fromkeys([*stored_digests, *digests]) if stored_digests and name != CODE]
     return [
         f"{key}: {shown(there[key]) if key in there else 'not set'} there, "

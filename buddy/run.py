@@ -6,7 +6,7 @@
     checkpoints/         of training; an interrupted run resumes from last.ckpt
     router.safetensors   parameters and buffers of the router (never pickle)
     adapter/             of a healed run
-    predictor.*          of the budget predictor, where there is one
+    predictor.*          of the budget predictor, if there is one
     metrics.json         the results, and checksums of the files above
 
 Every file is replaced atomically. `metrics.json` is written last: a run is complete exactly if it exists. A complete
@@ -142,7 +142,7 @@ class RunFolder:
         return differences(stored, recipe, _stored_digests(self.path), digests, ignore)
 
     def begin(self, recipe: Recipe, recipe_name: str, digests: Mapping[str, str], geometry: "Geometry") -> Path:
-        """Begin or resume the run; call it with the lock held.
+        """Start or resume the run; requires the lock.
 
         An incomplete run of the same recipe and inputs is kept, so that it resumes from its checkpoint; so is one that
         the recipe's `ckpt_path` points into. Any other incomplete run is removed. A complete run stays as it is.

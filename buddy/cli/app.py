@@ -37,8 +37,8 @@ class Verbs(TyperGroup):
                 if distributed.is_global_zero():
                     typer.echo(f"\nStopped.{RESUME.get(ctx.invoked_subcommand, '')}", err=True)
                 raise typer.Exit(INTERRUPTED) from error
-            if distributed.prints_errors():
-                typer.echo(f"Error{distributed.rank_suffix()}: {error}", err=True)
+            if prefix := distributed.error_prefix():
+                typer.echo(f"{prefix}: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
 
 

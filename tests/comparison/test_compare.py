@@ -567,7 +567,7 @@ def test_ctrl_c_ends_with_how_to_go_on(small, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    onward = "Repeat the command to go on: what is finished stays, and a training goes on from its last checkpoint."
+    onward = "Repeat the command to resume: finished runs stay, and training resumes from its last checkpoint."
     assert err.endswith(f"\nStopped. {onward}\n")
     assert "Traceback" not in err
     saved = torch.load(partial / "checkpoints" / "last.ckpt", weights_only=True)

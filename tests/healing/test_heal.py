@@ -265,7 +265,7 @@ def test_a_changed_adapter_is_a_damaged_run(healed, tmp_path):
     folder = shutil.copytree(healed / "shortgpt", tmp_path / "run")
     path = folder / "adapter" / "adapter_model.safetensors"
     save_tensors(path, {name: 2 * value for name, value in load_tensors(path).items()}, {})
-    with pytest.raises(RunError, match=r"adapter/adapter_model.safetensors is damaged \(it is not what was written\)"):
+    with pytest.raises(RunError, match=r"adapter/adapter_model.safetensors is damaged \(its checksum is wrong\)"):
         read_run(folder)
 
 

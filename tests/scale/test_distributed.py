@@ -37,21 +37,20 @@ def test_a_single_process_exchanges_nothing(environment):
 
 
 @pytest.mark.parametrize(
-    ("variables", "zero", "prints", "suffix"),
+    ("variables", "zero", "prefix"),
     [
-        ({"LOCAL_RANK": 0, "NODE_RANK": 0, "WORLD_SIZE": 2}, True, True, ""),
-        ({"LOCAL_RANK": 1, "NODE_RANK": 0, "WORLD_SIZE": 2}, False, True, "1"),
-        ({"NODE_RANK": 1}, False, True, "0"),  # the first of the second node
-        ({"SLURM_PROCID": 3}, False, True, "0"),
-        (launcher(0, 2, 1), True, True, ""),
-        (launcher(1, 2, 1), False, False, "1"),
-        ({**launcher(2, 4, 1), "LOCAL_RANK": 0, "GROUP_RANK": 1}, False, False, "2"),
+        ({"LOCAL_RANK": 0, "NODE_RANK": 0, "WORLD_SIZE": 2}, True, "Error"),
+        ({"LOCAL_RANK": 1, "NODE_RANK": 0, "WORLD_SIZE": 2}, False, "Error in process 1"),
+        ({"NODE_RANK": 1}, False, "Error in process 0"),  # the first of the second node
+        ({"SLURM_PROCID": 3}, False, "Error in process 0"),
+        (launcher(0, 2, 1), True, "Error"),
+        (launcher(1, 2, 1), False, None),
+        ({**launcher(2, 4, 1), "LOCAL_RANK": 0, "GROUP_RANK": 1}, False, None),
     ],
 )
-def test_the_rank_is_known_from_the_launchers_variables(environment, variables, zero, prints, suffix):
+def test_the_rank_is_known_from_the_launchers_variables(environment, variables, zero, prefix):
     environment(**variables)
-    assert (distributed.is_global_zero(), distributed.prints_errors()) == (zero, prints)
-    assert distributed.rank_suffix().split()[-1:] == ([suffix] if suffix else [])
+    assert (distributed.is_global_zero(), distributed.error_prefix()) == (zero, prefix)
 
 
 def test_torchrun_decides_how_many_devices_there_are(environment):

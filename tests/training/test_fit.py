@@ -249,7 +249,7 @@ def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(small, uninterr
     stopped = steps(output / "small" / "buddy" / "seed-0")
     assert 5 <= stopped < 60
     assert f"Stopping after this step …\nTraining buddy: {stopped} of 60" in err
-    assert err.endswith("\nStopped. Repeat the command to go on from the last checkpoint.\n")
+    assert err.endswith("\nStopped. Repeat the command to resume from the last checkpoint.\n")
     assert "Traceback" not in err
     fit(small(output, *LONG), "small")
     assert names(output / "small") == {"buddy", *BESIDE}
