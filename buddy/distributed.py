@@ -150,17 +150,6 @@ def broadcast(value: Any = None) -> Any:
     return box[0]
 
 
-def all_gather(value: Any) -> list[Any]:
-    """The values of all processes in the order of their ranks, in every process."""
-    found = [value] * world_size()
-    if _group is not None:
-        from torch import distributed
-
-        with lost_peers_reported():
-            distributed.all_gather_object(found, value, group=_group)
-    return found
-
-
 def barrier() -> None:
     """Wait until all processes are here."""
     broadcast()
@@ -197,15 +186,6 @@ def _in_turn(turn: int, last: int) -> Iterator[None]:
     yield
     for _ in range(last - turn):
         barrier()
-
-
-def share_of(items: int) -> list[int]:
-    """The indices of the items of this process: every n-th, equally many for all processes.
-
-    Sharded weights need equally many steps everywhere. Indices repeat if the items cannot be divided equally.
-    """
-    rounds = -(-items // world_size())
-    return [(global_rank() + world_size() * number) % items for number in range(rounds)] if items else []
 
 
 @contextmanager

@@ -61,9 +61,9 @@ def reason(error: BaseException) -> str:
     return shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
 
 
-def nearest(word: str, accepted: Iterable[str], limit: int = 3) -> str:
-    """ "; did you mean 'x'?" for a mistyped `word`, or an empty string where nothing accepted is near."""
-    close = get_close_matches(word, list(accepted), n=limit, cutoff=0.55)
+def nearest(word: str, accepted: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for a mistyped `word`, or "" if no accepted word is similar."""
+    close = get_close_matches(word, list(accepted), n=3, cutoff=0.55)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 
 

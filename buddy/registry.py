@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
@@ -69,12 +69,6 @@ def load(name: str, group: str = ROUTERS) -> Any:
         owners = " and ".join(repr(entry.distribution) for entry in matches)
         raise RegistryError(f"Two {noun}s are named {name!r}, from {owners}; uninstall one of these distributions.")
     return _import(matches[0] if matches else Entry(name, name, "", group))
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raises RegistryError for a name that stands for no router."""
-    for name in names:
-        load(name)
 
 
 def build(name: str, geometry: "Geometry", options: Mapping[str, Any]) -> "AnyRouter":

@@ -37,10 +37,8 @@ from buddy.io import (
 )
 from buddy.provenance import CODE, differences
 from buddy.run_files import (
-    CHECKPOINTS,
     FACTS,
     INPUTS,
-    LAST,
     METRICS,
     RECIPE,
     ROUTER,
@@ -88,11 +86,6 @@ class RunFolder:
     def work(self) -> Path:
         """The folder to write in: the final one, or a sibling while that holds a complete run."""
         return self._beside("new").path if self.is_complete else self.path
-
-    @property
-    def last_checkpoint(self) -> Path:
-        """The checkpoint that an interrupted run resumes from; it need not exist."""
-        return self.work / CHECKPOINTS / LAST
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 ALL = "all"
 KINDS = ("learned", "static", "random")  # the order of `all`
-OPENING, CLOSING = "[{(", "]})"
 TASK_OPTIONS = ("task_limit", "task_data", "task_path")
 Dtype = Literal["bfloat16", "float16", "float32"]
 Strategy = Literal["auto", "fsdp"]
@@ -54,7 +53,7 @@ def compare(
     ] = None,
     domains: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE,…", help="Texts beside the recipe's own; label=SOURCE gives one a name."),
+        typer.Option(metavar="SOURCE,…", help="More texts than the recipe's; label=SOURCE gives one a name."),
     ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", help="Runs at once.")] = 1,
     backend: Annotated[
@@ -73,25 +72,25 @@ def compare(
     ] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens a second.")] = True,
     finished: Annotated[
-        bool, typer.Option("--finished", help="Fit nothing: compare the runs that are finished, each with its seeds.")
+        bool, typer.Option("--finished", help="Fit nothing: compare the complete runs, each with its seeds.")
     ] = False,
     trained: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Heal the routers of an earlier comparison, which are not fitted again."),
+        typer.Option(metavar="DIR", help="Heal the routers of an earlier comparison without fitting them again."),
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there too.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results to this file too.")] = None,
     made: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="FILE,…",
-            help="Show a comparison.json, or several as one, and write --markdown, without any work.",
+            help="Show a comparison.json, or several as one, without new runs; writes --markdown too.",
         ),
     ] = None,
 ) -> None:
     """Compare routers under one recipe, with seeds, on several texts."""
     if (recipe is None) == (made is None):
-        raise BuddyError("Give either --recipe, to compare routers, or --from, to show a comparison that was made.")
+        raise BuddyError("Give either --recipe, to compare routers, or --from, to show an existing comparison.")
     overrides = overrides or []
     if made is not None:
         return _show(ctx, made, markdown, overrides)
@@ -185,8 +184,8 @@ def memory(
 def parse_routers(text: str, recipe: "Recipe") -> "list[Rival]":
     """The routers in "a,b[key=value;key=value],all".
 
-    A key with a dot is a recipe's, as in first[optimizer.lr=3e-3]; one without is an option of the router. A name alone
-    has the overrides of the recipe's rival of that name. `all` adds every installed router that works.
+    A key with a dot is a recipe key, as in first[optimizer.lr=3e-3]; others are options of the router. A name without
+    brackets has the overrides of the recipe's rival of that name. `all` adds every installed router that works.
 
     Raises:
         RegistryError: nothing is named, one is named twice, or brackets or options cannot be read.
@@ -210,18 +209,16 @@ def parse_routers(text: str, recipe: "Recipe") -> "list[Rival]":
 
 def _split(text: str, separator: str) -> list[str]:
     """The parts between separators outside of brackets, stripped; empty ones are left out."""
-    parts, open_brackets = [""], []
+    parts, depth = [""], 0
     for letter in text:
-        if letter in OPENING:
-            open_brackets.append(CLOSING[OPENING.index(letter)])
-        elif letter in CLOSING and (not open_brackets or open_brackets.pop() != letter):
-            open_brackets = [""]
+        depth += (letter in "[{(") - (letter in "]})")
+        if depth < 0:
             break
-        if letter == separator and not open_brackets:
+        if letter == separator and not depth:
             parts.append("")
         else:
             parts[-1] += letter
-    if open_brackets:
+    if depth:
         raise RegistryError(
             f"The brackets in {text!r} do not match; write name[key=value;key=value], as in random[per=input]."
         )
@@ -233,7 +230,7 @@ def _parse(text: str, rivals: "Mapping[str, Rival]") -> "Rival":
 
     match = re.fullmatch(r"(?P<name>[^\[\]]+?)\s*(\[(?P<options>.*)\])?", text, re.DOTALL)
     if not match:
-        raise RegistryError(f"{text!r} is no router; write a name, or name[key=value;key=value].")
+        raise RegistryError(f"{text!r} is not a router; write a name, or name[key=value;key=value].")
     options = _split(match["options"] or "", ";")
     if not options:
         return rivals.get(match["name"], Rival(match["name"]))
@@ -243,7 +240,7 @@ def _parse(text: str, rivals: "Mapping[str, Rival]") -> "Rival":
 def _override(option: str, text: str) -> str:
     key, equals, value = (part.strip() for part in option.partition("="))
     if not equals or not value or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise RegistryError(f"{option!r} in {text} is no option; write key=value, as in random[per=input].")
+        raise RegistryError(f"{option!r} in {text} is not an option; write key=value, as in random[per=input].")
     return f"{key}={value}" if "." in key else f"router.options.{key}={value}"
 
 

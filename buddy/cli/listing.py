@@ -18,14 +18,14 @@ app.add_typer(routers_app, name="routers", epilog="\b\nExample: buddy routers ch
 
 @routers_app.callback()
 def _routers(ctx: typer.Context) -> None:
-    """List the installed routers, check one, or begin one of your own."""
+    """List the installed routers, check one, or create a new one."""
     if ctx.invoked_subcommand is None:
         list_routers()
 
 
 @routers_app.command("list", epilog="\b\nExample: buddy routers list")
 def list_routers() -> None:
-    """List them (as `buddy routers` alone does)."""
+    """List the routers, like `buddy routers`."""
     from buddy.console import print_table
     from buddy.registry import describe
 
@@ -36,9 +36,9 @@ def list_routers() -> None:
 @routers_app.command(epilog="\b\nExample: buddy routers new ebb-and-flow")
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Lower-case letters and digits, joined by hyphens.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to put the package's folder into.")] = Path(),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder that will contain the package's folder.")] = Path(),
 ) -> None:
-    """Write a package for a router of your own."""
+    """Create a package for a new router."""
     from buddy.scaffold import new_router
 
     folder = new_router(name, out)
@@ -53,13 +53,13 @@ def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An installed router, or my_module:MyRouter.")],
     backbone: Annotated[
         str | None,
-        typer.Option(metavar="NAME|DIR", help="A model in place of a tiny random one, such as smollm2-135m."),
+        typer.Option(metavar="NAME|DIR", help="A model instead of a tiny random one, such as smollm2-135m."),
     ] = None,
     options: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the router; once for each.")
     ] = None,
 ) -> None:
-    """Hold a router to what all routers promise."""
+    """Check that a router meets the contract of all routers."""
     from buddy.console import print_table
     from buddy.testing.kit import check_named
 
@@ -84,7 +84,7 @@ def _recipes(ctx: typer.Context) -> None:
 
 @recipes_app.command("list", epilog="\b\nExample: buddy recipes list")
 def list_recipes() -> None:
-    """List the recipes (as `buddy recipes` alone does)."""
+    """List the recipes, like `buddy recipes`."""
     from buddy.config import installed_recipes
     from buddy.console import print_table
 
@@ -104,10 +104,10 @@ def show(name: RecipeName) -> None:
 def copy(
     name: RecipeName,
     destination: Annotated[
-        Path | None, typer.Argument(metavar="DEST", help="File, or folder: this one unless said otherwise.")
+        Path | None, typer.Argument(metavar="DEST", help="File or folder; by default the current folder.")
     ] = None,
 ) -> None:
-    """Copy a recipe to a new file of your own."""
+    """Copy a recipe to a new file."""
     from buddy.config import recipe_path
     from buddy.errors import RecipeError
     from buddy.io import write_text

@@ -49,7 +49,7 @@ def evaluate(
     if tasks is None:
         refuse_options(ctx, TASK_OPTIONS, "is for tasks; add --tasks, such as --tasks piqa")
         if data is not None and split != "test":
-            raise DataError(f"--split {split} is of the run's own text, and --data names another; leave one out.")
+            raise DataError(f"--split {split} is for the run's own text, but --data names another; leave one out.")
         from buddy.evaluation.evaluate import evaluate_run
 
         evaluate_run(run, json_file=json, budgets=parsed, data=data, split=split, devices=devices)
@@ -74,7 +74,7 @@ def bench(
     run: RunOption,
     json: JsonOption = None,
     budgets: BudgetsOption = None,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="How often each contender runs.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measurements of each contender.")] = 7,
 ) -> None:
     """Time a run against the dense and the physically pruned model."""
     parsed = split_budgets(budgets)
@@ -94,12 +94,12 @@ def inspect(
         str | None,
         typer.Option(metavar="SOURCE,…", help="Texts instead of the recipe's; label=SOURCE gives one a name."),
     ] = None,
-    text: Annotated[str | None, typer.Option(metavar="TEXT", help="Look at this text alone, token by token.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="Inspect only this text, token by token.")] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Windows of each domain at most.", show_default="16")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for all that is written, instead of the run's.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the results, instead of the run's.")
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there as JSON.")] = None,
 ) -> None:
@@ -113,14 +113,14 @@ def inspect(
 @app.command(epilog='\b\nExample: buddy generate --run runs/quickstart/buddy --budget 0.75 "The state of the union is"')
 def generate(
     run: RunOption,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     budget: Annotated[str, typer.Option(metavar="B", help="0.75, 22layers, 15ms a token, or auto.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draws above temperature 0.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
 ) -> None:
-    """Write on from a prompt at one budget."""
+    """Continue a prompt at one budget."""
     from buddy.hub.load import generate as run_generate
 
     run_generate(
@@ -143,7 +143,7 @@ def export(
         str | None, typer.Option(metavar="SOURCE", help="Text to choose the plan on instead of the recipe's.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Hold the checkpoint's logits against the engine's, in float32.")
+        bool, typer.Option("--check/--no-check", help="Compare the checkpoint's logits with the engine's, in float32.")
     ] = True,
 ) -> None:
     """Cut the backbone to one plan, for stock transformers."""
@@ -161,7 +161,7 @@ def push(
         str | None, typer.Option(metavar="ID", help="Of the router's weights, such as apache-2.0.")
     ] = None,
 ) -> None:
-    """Hand a run over, to a folder or the hub."""
+    """Publish a run to a folder or the hub."""
     from buddy.hub.push_pull import push as run_push
 
     run_push(run, to=to, private=private, licence=license)
@@ -173,13 +173,13 @@ def pull(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder to make.")],
     revision: Annotated[str | None, typer.Option(metavar="REV", help="A branch, tag or commit on the hub.")] = None,
     backbone: Annotated[
-        str | None, typer.Option(metavar="NAME|DIR", help="Where the backbone lies here, if not where its recipe says.")
+        str | None, typer.Option(metavar="NAME|DIR", help="The backbone on this machine, if its recipe names another.")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the run ask for the Python of its backbone's repository.")
+        bool, typer.Option("--trust-remote-code", help="Allow the run to use Python code of its backbone's repository.")
     ] = False,
 ) -> None:
-    """Get a run that was pushed, as a run folder."""
+    """Download a pushed run as a run folder."""
     from buddy.hub.push_pull import pull as run_pull
 
     run_pull(source, out=out, revision=revision, backbone=backbone, trust_remote_code=trust_remote_code)

@@ -92,12 +92,12 @@ def test_a_name_alone_has_the_overrides_of_the_recipes_rival():
         ("a[x=1", r"The brackets in 'a\[x=1' do not match"),
         ("a]x", "do not match"),
         ("a[x=(1]", "do not match"),
-        ("[x=1]", "is no router; write a name"),
-        ("a[x=1]b", "is no router"),
-        ("a[x]", r"'x' in a\[x\] is no option; write key=value"),
-        ("a[x=]", "is no option"),
-        ("a[=1]", "is no option"),
-        ("a[x.=1]", "is no option"),
+        ("[x=1]", "is not a router; write a name"),
+        ("a[x=1]b", "is not a router"),
+        ("a[x]", r"'x' in a\[x\] is not an option; write key=value"),
+        ("a[x=]", "is not an option"),
+        ("a[=1]", "is not an option"),
+        ("a[x.=1]", "is not an option"),
     ],
 )
 def test_what_cannot_be_read_is_told(text, message):
