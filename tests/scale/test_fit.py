@@ -77,7 +77,7 @@ def test_what_is_finished_is_not_done_again(small, tmp_path, capfd):
     side_by_side(fitted, given)
     out, err = capfd.readouterr()
     assert "Evaluating" not in err
-    assert out.count("Perplexity on held-out text") == 1
+    assert out.count("Perplexity on text") == 1
 
 
 def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):
