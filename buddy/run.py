@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 import buddy
-from buddy.config import Recipe, flatten, load_recipe, to_yaml
+from buddy.config import flatten, load_recipe, to_yaml
 from buddy.console import errors
 from buddy.errors import BuddyError, DamagedError, RunError, nearest
 from buddy.io import (
@@ -48,6 +48,7 @@ from buddy.io import (
     writing,
 )
 from buddy.registry import load
+from buddy.schema import Recipe
 from buddy.values import flaw, shown
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class RunFolder:
         Args:
             label: of a rival with overrides, in place of the router's name.
         """
-        names = folder_name(recipe_name), folder_name(label or recipe.router.name), f"seed-{recipe.seed}"
+        names = folder_name(recipe_name), label_folder(label or recipe.router.name), f"seed-{recipe.seed}"
         return cls(Path(recipe.output).joinpath(*names))
 
     @property
@@ -329,6 +330,16 @@ def update_checksums(folder: Path) -> None:
 def save_router(folder: Path, state: Mapping[str, "Tensor"]) -> None:
     """Write router.safetensors from a router's state dict: the same bytes for the same numbers."""
     save_tensors(folder / ROUTER, state, {"format": "pt"})  # of two keys safetensors would not keep the order
+
+
+def label_folder(label: str) -> str:
+    """A router's label as a file name; if its overrides lose characters, a digest keeps two labels apart."""
+    name, bracket, overrides = label.partition("[")
+    if not bracket:
+        return folder_name(name)
+    spelt = f"{name}_{overrides.replace(';', ',').removesuffix(']')}"
+    plain = re.sub(r"[^\w.=,-]+", "-", spelt).strip(".")
+    return plain if plain == spelt else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
 
 
 def folder_name(name: str) -> str:

@@ -43,7 +43,7 @@ def small(tiny_llama_folder, datasets_cache, tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(small, tmp_path_factory):
     """A folder with the complete run of each of five routers under its name; read it, never write into it."""
-    from buddy.fit import fit
+    from buddy.compare import fit
     from tests.small import only_seeds
 
     output = tmp_path_factory.mktemp("finished")

@@ -17,7 +17,7 @@ from buddy.errors import TrainingError
 
 BUDDY = [sys.executable, "-c", "from buddy.cli import main; main()"]
 BEHIND = {  # what the verbs call
-    "fit": "buddy.fit.fit",
+    "fit": "buddy.compare.fit",
     "evaluate": "buddy.evaluation.evaluate.evaluate_run",
     "compare": "buddy.compare.compare",
     "show_files": "buddy.evaluation.report.show_files",
@@ -47,7 +47,8 @@ def test_fit_gets_the_resolved_recipe_and_its_name(calls, tmp_path):
     assert call("fit", "--recipe", "quickstart", "seed=3", "router=uniform").exit_code == 0
     assert call("fit", "--recipe", str(path)).exit_code == 0
     first, second = load_recipe("quickstart", ["seed=3", "router=uniform"]), load_recipe(path)
-    assert [args for _, args, _ in calls] == [(first, "quickstart"), (second, "mine.v2")]
+    assert [args[:2] for _, args, _ in calls] == [(first, "quickstart"), (second, "mine.v2")]
+    assert "router=uniform" in calls[0][1][2]
 
 
 def test_compare(calls):
@@ -56,7 +57,8 @@ def test_compare(calls):
     assert call("compare", "--recipe", "quickstart").exit_code == 0
     (_, (config,), _), (_, (defaults,), _) = calls
     assert config.recipe == load_recipe("quickstart", ["seed=3"])
-    assert (config.routers, config.domains, config.jobs, config.speed) == ("a,b[c=1]", "x.txt", 2, False)
+    assert [each.label for each in config.routers] == ["a", "b[c=1]"]
+    assert (config.texts, config.jobs, config.speed, config.backend) == ("x.txt", 2, False, "loky")
     assert (config.tasks.names, config.tasks.limit) == (("piqa", "boolq"), 5)
     assert (defaults.seeds, defaults.jobs, defaults.speed) == (None, 1, True)
     assert call("compare", "--from", "c.json,d.json", "--markdown", "r.md").exit_code == 0

@@ -15,15 +15,13 @@ ROOT = Path(buddy.__file__).parent
 ROUTERS = ROOT.parent / "routers"
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "matplotlib", "omegaconf"}
 LAYERS = (
-    *("errors", "io", "console", "distributed", "plan", "budget", "router", "registry", "values", "config", "run"),
+    *("errors", "io", "console", "distributed", "plan", "budget", "router"),
+    *("values", "registry", "schema", "config", "run"),
     *("backbone", "engine", "data", "losses", "calibration", "scoring", "latency", "training", "predictor"),
-    *("build", "fit", "evaluation", "executors", "compare", "inspection", "footprint", "hub", "testing", "scaffold"),
-    "cli",
+    *("build", "evaluation", "fit", "executors", "worker", "compare", "inspection", "footprint", "hub", "testing"),
+    *("scaffold", "cli"),
 )
-EXCEPTIONS = {  # (importing module, imported module): this set only shrinks
-    ("fit", "evaluation.record"),
-    ("fit", "evaluation.report"),
-}
+EXCEPTIONS: set[tuple[str, str]] = set()  # (importing module, imported module): this set only shrinks
 
 
 def import_nodes(path: Path) -> Iterator[tuple[str, bool]]:

@@ -14,6 +14,8 @@ def fit(
     from buddy.config import load_recipe, recipe_name
 
     resolved = load_recipe(recipe, overrides or [])
-    from buddy.fit import fit as run_fit
+    from buddy.compare import fit as run_fit
+    from buddy.evaluation.record import shown_command
 
-    run_fit(resolved, recipe_name(recipe))
+    overrides = [each for each in overrides or () if not each.startswith("output=")]
+    run_fit(resolved, recipe_name(recipe), shown_command(["buddy", "fit", "--recipe", recipe, *overrides]))

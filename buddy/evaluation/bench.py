@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from buddy.backbone.load import Backbone
+from buddy.backbone.load import Backbone, title_of
 from buddy.build import build_model, build_windows, load_model
-from buddy.console import errors, results, status, tracker
+from buddy.console import errors, print_titled_table, results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
@@ -27,6 +26,7 @@ from buddy.run import ROUTER, Run, load_router, read_run
 from buddy.scoring.timing import PROMPT, STEPS, Contender, Timings, contenders, machine, mixed_prefill, race, versions
 
 FIGURE = "speed.png"
+NONE = "–"
 LONG, BATCH = 512, 8
 LATE = 1024  # tokens of context before the late decode steps, where the backbone reads as many
 Field = Mapping[tuple[str, int], Timings]
@@ -138,9 +138,9 @@ def _entry(timings: Timings) -> dict[str, Any]:
     return entry | {"cache_bytes": timings.cache_bytes, "prefill_flops": timings.flops}
 
 
-def _ratios(ours: Timings, theirs: Timings, name: str, who: str = "") -> dict[str, float]:
+def _ratios(ours: Timings, theirs: Timings, name: str, prefix: str = "") -> dict[str, float]:
     pairs = zip(_series(ours).items(), _series(theirs).values(), strict=True)
-    return {f"{who}vs_{name}_{key}": _ratio(values, others) for (key, values), others in pairs}
+    return {f"{prefix}vs_{name}_{key}": _ratio(values, others) for (key, values), others in pairs}
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -148,25 +148,18 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _show(report: Mapping[str, Any], run: Run) -> None:
-    table = Table(title=f"{run.router_name}: milliseconds (× dense, × pruned to as many layers)")
-    headings = (
-        "decode",
-        f"decode after {report['late_context']}",
-        f"decode, batch {BATCH}",
-        f"prefill {LONG}",
-        "one plan",
-        f"prefill {PROMPT}",
-        "GFLOP",
-        "cache MiB",
+    head = (
+        *("budget", "layers", "decode", f"decode after {report['late_context']}", f"decode, batch {BATCH}"),
+        *(f"prefill {LONG}", "one plan", f"prefill {PROMPT}", "GFLOP", "cache MiB"),
     )
-    for heading in ("budget", "layers", *headings):
-        table.add_column(heading, justify="right")
-    for entry in ({"budget": "dense", "layers": "–"} | report["dense"], *report["results"]):
+    rows = []
+    for entry in ({"budget": "dense", "layers": NONE} | report["dense"], *report["results"]):
         keys = ("decode", "decode_late", "decode_batch8", "prefill", "prefill_shared", "prefill64")
-        cells = [_cell(entry, key) for key in keys]
-        flops = f"{entry['prefill_flops']['total'] / 1e9:.1f}"
-        table.add_row(str(entry["budget"]), str(entry["layers"]), *cells, flops, f"{entry['cache_bytes'] / 2**20:.2f}")
-    results.print(table)
+        flops, cache = entry["prefill_flops"]["total"] / 1e9, entry["cache_bytes"] / 2**20
+        cells = (_cell(entry, key) for key in keys)
+        rows.append([str(entry["budget"]), str(entry["layers"]), *cells, f"{flops:.1f}", f"{cache:.2f}"])
+    about = f"{run.router_name}, backbone {title_of(run.backbone)}"
+    print_titled_table(f"{about}: milliseconds (× dense, × pruned to as many layers)", head, rows)
     results.print(
         f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted as the run says. One plan: prefill of {LONG} with "
         f"one plan for the prompt. GFLOP and cache: prefill of {LONG}, head included. Medians over "
@@ -181,7 +174,7 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
 
 def _cell(entry: Mapping[str, Any], key: str) -> str:
     if f"{key}_ms" not in entry:
-        return "–"
+        return NONE
     ratios = [f"{entry[name]:.3f}" for name in (f"vs_dense_{key}", f"vs_pruned_{key}") if name in entry]
     return f"{entry[f'{key}_ms']:.2f}" + (f" ({', '.join(ratios)})" if ratios else "")
 

@@ -63,7 +63,7 @@ def evaluate_run(
         scores = _scores(run, routed, windows, asked)
     if not distributed.is_global_zero():
         return
-    show_scores(scores, f"{run.router_name} on {data or run.recipe.data.source}")
+    show_scores(scores, f"{run.router_name} on {data or run.recipe.data.source}, backbone {routed.backbone.title}")
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)

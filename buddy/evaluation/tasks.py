@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,16 +11,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from buddy.backbone.load import title_of
 from buddy.budget import auto_of, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, results, status
-from buddy.errors import BudgetError, DataError, nearest, reason
+from buddy.data.text import quiet
+from buddy.errors import BuddyError, BudgetError, DataError, nearest, reason
 from buddy.evaluation.tables import show_tasks
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
@@ -58,7 +60,11 @@ def evaluate_tasks(
         check_output_path(json_file)
     run = read_run(folder)
     found = _scored(run, tasks, budgets, limit, task_data, task_path)
-    show_tasks(found["results"], f"{run.router_name} on tasks", run.recipe.routing.sink_tokens)
+    show_tasks(
+        found["results"],
+        f"{run.router_name} on tasks, backbone {title_of(run.backbone)}",
+        run.recipe.routing.sink_tokens,
+    )
     if json_file:
         write_json(json_file, found)
         results.print(f"JSON: {json_file}", soft_wrap=True)
@@ -300,14 +306,12 @@ class Form:
         document: of a checked line.
         choices: how many there are; None for two or more.
         fixed: the choices themselves, where the task has no others.
-        config: what is changed in lm-eval's definition.
     """
 
     texts: tuple[str, ...]
     document: Callable[[Line], dict[str, Any]]
     choices: int | None = None
     fixed: tuple[str, ...] | None = None
-    config: Mapping[str, Any] | None = None
 
 
 def _lettered(question: str) -> Callable[[Line], dict[str, Any]]:
@@ -351,7 +355,7 @@ FORMS = {
     "arc_easy": Form(("question",), _lettered("question")),
     "boolq": Form(("context", "question"), _boolq, fixed=("no", "yes")),
     # lm-eval cleans WikiHow's brackets away first; the context here is the query after that.
-    "hellaswag": Form(("context",), _hellaswag, config={"process_docs": None}),
+    "hellaswag": Form(("context",), _hellaswag),
     "openbookqa": Form(("question",), _lettered("question_stem")),
     "piqa": Form(("question",), _piqa, choices=2),
     "social_iqa": Form(("context", "question"), _social_iqa, choices=3),
@@ -373,65 +377,54 @@ def check_local(names: Sequence[str], folder: Path) -> None:
             raise DataError(f"{folder} has no {name}.jsonl; {there}.")
 
 
-def local_documents(name: str, path: Path) -> list[dict[str, Any]]:
-    """The documents in a file, in the fields of the task's data set on the hub.
-
-    Raises:
-        DataError: a line that is not what the task needs, with its number; or no line.
-    """
-    documents = [_document(FORMS[name], text, f"{path} line {number}") for number, text in _lines(path)]
-    if not documents:
-        raise DataError(f"{path} is empty; give it one JSON object a line.")
-    return documents
-
-
 def local_tasks(names: Sequence[str], folder: Path, manager: TaskManager) -> dict[str, Task]:
-    """lm-eval's tasks of these names over the folder's files.
+    """lm-eval's own tasks over the folder's files: its definitions, read by the `json` builder of `datasets`.
 
     Raises:
-        DataError: see `check_local` and `local_documents`.
+        DataError: see `check_local`; or a file is not JSON, is empty, or an item lacks what its task needs.
     """
     check_local(names, folder)
-    members = [{"task": name, **_over(name, local_documents(name, folder / f"{name}.jsonl"))} for name in names]
-    # As members of a group the definitions are found by name and overlaid.
-    return manager.load([{"group": "local", "task": members}])["tasks"]
+    found: dict[str, Task] = {}
+    for name in names:
+        path = folder / f"{name}.jsonl"
+        try:
+            with quiet(path.stat().st_size):
+                # As members of a group the definitions are found by name and overlaid.
+                members = [{"task": name, **_overlay(FORMS[name], path)}]
+                found |= manager.load([{"group": "local", "task": members}])["tasks"]
+        except BuddyError:
+            raise
+        except Exception as error:  # what `datasets` and Arrow say of a file that they cannot read
+            said = reason(error.__cause__ or error)
+            raise DataError(f"{path} cannot be read ({said}); give it one JSON object a line, in UTF-8.") from error
+    return found
 
 
-def _over(name: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is laid over a task's definition to make it read these documents and no others."""
-    from datasets import Dataset
-
+def _overlay(form: Form, path: Path) -> dict[str, Any]:
+    """The keys of a task's definition that make it read a local file and nothing else."""
     split = "validation"
-    held = {split: Dataset.from_list(documents)}
+
+    def documents(items: Dataset) -> Dataset:
+        from datasets import Dataset
+
+        found = [_document(form, item, f"{path} item {number}") for number, item in enumerate(items, start=1)]
+        return Dataset.from_list(found)
+
+    source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {split: str(path)}}}
     splits = {"training_split": None, "validation_split": split, "test_split": None, "fewshot_split": None}
-    return {"custom_dataset": lambda **_: held, **splits, **(FORMS[name].config or {})}
+    return {**source, **splits, "process_docs": documents}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _document(form: Form, item: dict[str, Any], where: str) -> dict[str, Any]:
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); give it one JSON object a line, in UTF-8.") from error
-    # Not splitlines, which also breaks at signs that JSON lets stand in its strings.
-    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-
-
-def _document(form: Form, text: str, place: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
+        _check(form, item)
+        return form.document(item)
     except ValueError as error:
-        raise DataError(f"{place} is not JSON ({error}); mend or remove it.") from error
-    try:
-        _check(form, line)
-        return form.document(line)
-    except ValueError as error:
-        raise DataError(f"{place} cannot be used: {error}; mend or remove it.") from error
+        raise DataError(f"{where} cannot be used: {error}; mend or remove it.") from error
 
 
 def _check(form: Form, line: Any) -> None:
     """Raises ValueError where a line lacks what its task needs."""
-    if not isinstance(line, dict):
-        raise ValueError("it is not an object in braces")
     for name in form.texts:
         if not isinstance(line.get(name), str) or not line[name].strip():
             raise ValueError(f"it needs the text {name!r}")

@@ -225,7 +225,7 @@ def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> 
         write_tensorboard(inspection, drawn, board)
     write_json(numbers, inspection.as_json())
     for line in (
-        f"Figures:     {', '.join(path.name for path in drawn.values())} in {target}",
+        f"Pictures:    {', '.join(path.name for path in drawn.values())} in {target}",
         f"JSON:        {numbers}",
         f"TensorBoard: tensorboard --logdir {board}",
     ):

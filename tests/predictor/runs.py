@@ -2,7 +2,7 @@
 
 import pytest
 
-from buddy.fit import fit
+from buddy.compare import fit
 
 
 @pytest.fixture(scope="session")

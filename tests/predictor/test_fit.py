@@ -8,8 +8,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.build import load_model
+from buddy.compare import fit
 from buddy.errors import BudgetError, RecipeError, RunError
-from buddy.fit import fit
 from buddy.io import FileStore, load_tensors
 from buddy.predictor import features
 from buddy.predictor.features import measure_targets, prompt_features

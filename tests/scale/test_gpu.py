@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from buddy.compare import fit
 from buddy.config import load_recipe
-from buddy.fit import fit
 from buddy.run import read_run
 from tests.small import start_buddy
 

@@ -51,7 +51,7 @@ def _kill(kills: int, seed: int, names: str, work: Path) -> int:
 
 
 def _draw(examples: int, seed: int, work: Path) -> int:
-    from buddy.fit import fit
+    from buddy.compare import fit
     from tests.recovery.malformed import Bench, fuzz
     from tests.small import Small, write_text
     from tests.tiny import tiny_folder
