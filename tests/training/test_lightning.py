@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from buddy.fit import fit
+from buddy.compare import fit
 from buddy.io import load_tensors
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "lightning.md"
