@@ -145,8 +145,8 @@ def quiet() -> Iterator[None]:
     wanted = {"lightning.pytorch": "ERROR", "lightning.fabric": "ERROR", "lightning.pytorch.profilers": "INFO"}
     loggers = [logging.getLogger(name) for name in wanted]
     levels = [logger.level for logger in loggers]
-    for logger, level in zip(loggers, wanted.values(), strict=True):
-        logger.setLevel(level)
+    for logger, word in zip(loggers, wanted.values(), strict=True):
+        logger.setLevel(word)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # scores are gathered before they are logged
