@@ -180,7 +180,7 @@ def check_recipe(bench: Bench, content: bytes) -> None:
     """`buddy fit` with a recipe, up to where the model would be loaded."""
     (bench.work / "mine.yaml").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.compare.fit", lambda recipe, name: _begun(bench, recipe, name))
+        patch.setattr("buddy.compare.fit", lambda recipe, name, command: _begun(bench, recipe, name))
         ask("fit", "--recipe", bench.work / "mine.yaml")
 
 

@@ -178,7 +178,7 @@ def test_a_rival_that_is_complete_is_not_fitted_again(small, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.fit.train", stop)
+        patch.setattr("buddy.fit._train", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(recipe, "small")
     uniform = tmp_path / "small" / "uniform" / "seed-0"
