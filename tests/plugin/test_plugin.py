@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from buddy.cli import app
 from buddy.compare import fit
 from buddy.registry import describe, load
-from buddy.run import read_metrics
+from buddy.run_files import read_metrics
 from buddy.testing import check_router
 from tests.plugin.installing import pip_install
 from tests.small import COMMAND
@@ -83,6 +83,7 @@ def test_the_command_lists_them(site):
     assert {*NAMES} < {line.split()[0] for line in done.stdout.splitlines()}
 
 
+@pytest.mark.slow
 def test_a_new_package_passes_its_own_test(site, written):
     environment = os.environ | {"PYTHONPATH": str(site)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
