@@ -21,6 +21,7 @@ def routed_tiny(**options) -> RoutedLM:
     return RoutedLM(backbone, Fickle(geometry_of(backbone)), **options)
 
 
+@pytest.mark.slow
 def test_every_contender_runs_in_every_round():
     routed = routed_tiny()
     field = contenders(routed, [4, 3], IDS)
@@ -134,6 +135,7 @@ def test_ratios_are_taken_within_rounds():
     assert _ratio([11.0, 30.0, 20.0], [10.0, 20.0, 40.0]) == 1.1
 
 
+@pytest.mark.slow
 def test_it_measures_what_latencies_go_by(bench, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BUDDY_LATENCY_CACHE", str(tmp_path / "latency"))
     monkeypatch.setattr("buddy.latency.measure_latencies", lambda *_: {2: 1.0, 6: 5.0})

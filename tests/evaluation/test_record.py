@@ -102,12 +102,6 @@ def test_seeds_may_come_from_recipes_that_differ_in_the_seed_alone():
     assert [(run["router"], run["seed"]) for run in together["runs"]] == [("ours", 0), ("ours", 1), ("dice", 0)]
 
 
-def test_a_failure_that_another_part_made_good_is_left_out():
-    failures = [{"router": label, "seed": 0, "reason": "-"} for label in ("best", "dice")]
-    together = join({A: part(("ours", 0), failures=failures), B: part(("best", 0), failures=[])})
-    assert [each["router"] for each in together["failures"]] == ["dice"]
-
-
 @pytest.mark.parametrize(
     ("other", "named"),
     [

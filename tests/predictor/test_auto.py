@@ -102,14 +102,6 @@ def test_a_kept_cache_is_refused(routed):
         routed.backbone.model(ids[:, 6:], cache=cache, use_cache=True)
 
 
-def test_beams_follow_their_row(routed):
-    ids = tokens(2, 8)
-    with routed.at("auto") as record:
-        routed.backbone.model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
-    wanted = routed.choosing("auto")(routed.context(ids)).repeat_interleave(2).tolist()
-    assert list(record.auto_executed) == wanted
-
-
 @pytest.mark.parametrize(
     ("budgets", "named"),
     [(("auto", 0.5), "auto"), (("auto:7layers",), "7layers"), (("auto:2",), "2"), (("auto:much",), "much")],
@@ -194,12 +186,6 @@ def test_what_the_command_refuses(finished, words, named):
     assert result.stderr.rpartition("Error: ")[2].count("\n") == 1
     assert named in result.stderr
     assert sorted(path.name for path in (finished / "buddy").iterdir()) == before
-
-
-def test_a_text_that_is_too_long_is_refused_before_anything_is_timed(finished, monkeypatch):
-    monkeypatch.setattr("buddy.latency.measure_latencies", lambda *_: pytest.fail("timed"))
-    result = call("generate", "--run", finished / "buddy", "--budget", "15ms", "--max-new-tokens", 10**6, "text")
-    assert result.exit_code == 2, result.output
 
 
 def test_latencies_and_counts_go_together(finished, tmp_path):

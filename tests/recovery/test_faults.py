@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_refused(unfinished, again, tmp_path, damage):
 
 
 def test_a_checkpoint_of_an_unknown_recipe_is_kept(unfinished, again, tmp_path):
-    DAMAGES["cut"](unfinished / "recipe.yaml")
+    DAMAGES["text"](unfinished / "recipe.yaml")
     before = contents(unfinished)
     assert str(unfinished) in again()
     assert contents(unfinished) == before
@@ -157,6 +157,7 @@ def test_files_that_are_not_needed_to_resume_may_be_damaged(run, unfinished, aga
 # Reused and made again
 
 
+@pytest.mark.slow
 def test_complete_runs_are_reused_and_damaged_ones_made_again(small, run, tmp_path):
     recipe = small(tmp_path, *TRAINED[1:], "rivals=[uniform]")
     fit(recipe, "small")
@@ -185,13 +186,6 @@ def test_a_rival_that_is_complete_is_not_fitted_again(small, tmp_path, monkeypat
     before = contents(uniform)
     fit(recipe, "small")
     assert contents(uniform) == before
-
-
-def test_a_checkpoint_of_the_run_that_is_made_again(small, run, tmp_path):
-    folder = copied(run, tmp_path / "small" / "buddy" / "seed-0")
-    longer = [*TRAINED, "trainer.max_steps=7", f"ckpt_path={folder}/checkpoints/last.ckpt"]
-    fit(small(tmp_path, *longer), "small")
-    assert read_run(folder).recipe.trainer["max_steps"] == 7
 
 
 # Killed
@@ -271,7 +265,7 @@ def test_a_disk_that_is_full_at_any_file(small, tmp_path):
             break
         failed = disk.opened[number - 1]
         assert "No space left on device" in said, failed
-        assert "/seed-0/" in failed or contents(folder) == before, failed
+        assert contents(folder) == before or read_run(folder).recipe.data.test_windows == 5, failed
         assert not list(tmp_path.rglob("*.part")), failed
         number += 3
     assert number > 6

@@ -292,20 +292,3 @@ def test_batches_of_other_loaders_are_taken(form, tmp_path):
         trainer.test(module, loader, verbose=False)
     assert trainer.global_step == 4
     assert module.scores[0].tokens.tolist() == [16] * 4, "without documents each window stands for itself"
-
-
-def test_what_is_logged(run, tmp_path):
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
-    run(make(lr=0.3, warmup_steps=0), 6, logger=logger, log_every_n_steps=2)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    for tag in ("objective", "gradient_norm", "changed_plans", "moved_layers"):
-        assert len(logged[f"train/{tag}"]) == 3, tag
-    for k in (3, 4):
-        assert all(value > 0 for value in logged[f"train/objective_{k}_layers"])
-    assert "train/objective_6_layers" not in logged
-    assert all(0 < value <= 1 for value in logged["train/changed_plans"][1:])
-    assert all(0 < value <= 1 for value in logged["train/moved_layers"][1:])
