@@ -76,6 +76,7 @@ def test_they_fit_and_evaluate_as_they_stand(name, small, tmp_path):
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_a_new_package_passes_its_own_test(site, written):
     environment = os.environ | {"PYTHONPATH": str(site)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

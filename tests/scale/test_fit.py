@@ -21,6 +21,7 @@ def fitted(given: list[str]) -> None:
     fit(load_recipe(given[0], given[1:]), "small")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "strategy"), [((), "fsdp"), (("adapter.joint=true",), "ddp")], ids=["healed", "together"]
 )
@@ -48,6 +49,7 @@ def stopped(given: list[str]) -> str:
     return "nothing stopped it"
 
 
+@pytest.mark.slow
 def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
     fitted(words(small, tmp_path / "one"))
     assert side_by_side(stopped, words(small, tmp_path / "two")) == ["KeyboardInterrupt", "SystemExit"]
