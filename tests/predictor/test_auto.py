@@ -85,15 +85,6 @@ def test_what_is_written_is_what_the_chosen_budget_writes(routed):
         assert torch.equal(written, again)
 
 
-def test_each_prompt_in_a_block_is_chosen_for_anew(routed):
-    asked = []
-    with routed.at("auto") as record, torch.no_grad():
-        for seed in range(8):
-            routed.backbone.model(tokens(1, 6, seed))
-            asked.append(record.auto_executed[0])
-    assert set(asked) == {3, 5}
-
-
 def test_a_kept_cache_is_refused(routed):
     ids = tokens(1, 8)
     with routed.at(0.5), torch.no_grad():
@@ -186,9 +177,3 @@ def test_what_the_command_refuses(finished, words, named):
     assert result.stderr.rpartition("Error: ")[2].count("\n") == 1
     assert named in result.stderr
     assert sorted(path.name for path in (finished / "buddy").iterdir()) == before
-
-
-def test_latencies_and_counts_go_together(finished, tmp_path):
-    evaluate_run(finished / "buddy", budgets=["9999ms", "3layers"], json_file=tmp_path / "curve.json")
-    entries = json.loads((tmp_path / "curve.json").read_text())["results"]
-    assert [(entry["budget"], entry["layers"]) for entry in entries] == [(1.0, 6), (0.5, 3)]

@@ -19,13 +19,10 @@ from hypothesis import strategies as st
 
 from buddy.backbone.load import load_backbone
 from buddy.config import flatten, load_recipe
-from buddy.data.text import load_texts
-from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
+from buddy.errors import BackboneError, BuddyError
 from buddy.router import Geometry
 from buddy.run import RunFolder
 from buddy.schema import Recipe
-from buddy.training.callbacks import check_checkpoint
-from tests.evaluation.made import record
 from tests.recovery.asking import ask
 from tests.small import Small
 
@@ -192,21 +189,6 @@ def _walks(recipe: Path) -> bool:
         return False
 
 
-def check_comparison(bench: Bench, content: bytes) -> None:
-    """`buddy compare --from` a damaged file."""
-    path = bench.work / "comparison.json"
-    path.write_bytes(content)
-    ask("compare", "--from", path)
-
-
-def check_text(bench: Bench, ending: str, content: bytes) -> None:
-    """Reading of a damaged text."""
-    path = bench.work / f"text.{ending}"
-    path.write_bytes(content)
-    with _one_sentence(DataError):
-        load_texts(str(path))
-
-
 def check_model(bench: Bench, name: str, content: bytes) -> None:
     """Loading of a backbone of which a file is damaged."""
     folder = bench.work / "model"
@@ -219,21 +201,12 @@ def check_model(bench: Bench, name: str, content: bytes) -> None:
     (folder / name).write_bytes(whole)
 
 
-def check_saved(bench: Bench, content: bytes) -> None:
-    """A damaged checkpoint."""
-    path = bench.work / "odd.ckpt"
-    path.write_bytes(content)
-    with _one_sentence(TrainingError):
-        check_checkpoint(path)
-
-
 def _kinds(bench: Bench) -> dict[str, tuple[float, st.SearchStrategy[Any], Callable[..., None]]]:
     """What is made malformed: its share of the examples, the arguments of its check, the check."""
     runs = {name: (bench.run / name).read_bytes() for name in ("run.json", "recipe.yaml", "router.safetensors")}
     facts = {**json.loads(runs["run.json"]), "checksums": {}}
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
     model = {name: (bench.small.model / name).read_bytes() for name in names}
-    text, made = bench.small.text.read_bytes()[:2000], json.loads(json.dumps(record()))
     config = json.loads(model["config.json"])
 
     def one_of(files: dict[str, bytes]) -> st.SearchStrategy[tuple[str, bytes]]:
@@ -244,17 +217,11 @@ def _kinds(bench: Bench) -> dict[str, tuple[float, st.SearchStrategy[Any], Calla
 
     recipe = st.tuples(recipes(runs["recipe.yaml"]))
     run = one_of(runs) | st.tuples(st.just("run.json"), as_json(facts))
-    comparison = st.tuples(as_json(made) | damaged(json.dumps(made).encode()))
-    texts = one_of(dict.fromkeys(("jsonl", "json", "csv", "parquet", "txt"), text))
     models = one_of(model) | st.tuples(st.just("config.json"), as_json(config))
-    saved = st.tuples(damaged((bench.run / "checkpoints" / "last.ckpt").read_bytes()))
     return {
         "recipes": (1.0, recipe, check_recipe),
         "runs": (0.3, run, check_run),
-        "comparisons": (0.1, comparison, check_comparison),
-        "texts": (0.1, texts, check_text),
-        "models": (0.1, models, check_model),
-        "checkpoints": (0.1, saved, check_saved),
+        "models": (0.2, models, check_model),
     }
 
 

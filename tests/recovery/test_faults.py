@@ -2,7 +2,6 @@
 
 import gc
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -299,14 +298,6 @@ def test_a_disk_that_is_read_only(run, again, tmp_path):
         assert contents(folder) == before
 
 
-def test_a_second_fit_does_nothing(small, tmp_path):
-    folder = RunFolder.of(small(tmp_path), "small")
-    with folder.lock():
-        assert str(folder.path) in refused("fit", "--recipe", small.file, f"output={tmp_path}", "rivals=[uniform]")
-    assert not folder.path.exists()
-    assert not (tmp_path / "small" / "uniform" / "seed-0").exists()
-
-
 # A comparison
 
 
@@ -341,9 +332,3 @@ class TestComparison:
         before = contents(out)
         assert name in refused(*made[1], out)
         assert contents(out) == before
-
-    @pytest.mark.parametrize("damage", ["missing", "cut", "a list", "another mapping", "pickle"])
-    def test_a_damaged_record_is_refused(self, made, tmp_path, damage):
-        path = Path(shutil.copy(made[0] / "comparison.json", tmp_path))
-        DAMAGES[damage](path)
-        assert str(path) in refused("compare", "--from", path)

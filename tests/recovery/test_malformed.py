@@ -17,7 +17,7 @@ def bench(small, finished, tmp_path) -> Bench:
 
 def test_whatever_is_given_ends_well_or_with_one_sentence(bench):
     counts = fuzz(bench, 20, number=0)
-    assert sum(counts.values()) > 30
+    assert sum(counts.values()) > 25
     assert all(counts.values())
 
 

@@ -67,14 +67,6 @@ def test_each_process_has_an_accelerator_of_its_own(environment, monkeypatch):
     assert distributed.device("gpu") == torch.device("cuda")
 
 
-def test_devices_that_are_not_there_and_processes_too_many(environment):
-    with pytest.raises(TrainingError, match="cuda"):
-        distributed.launch({**Recipe().trainer, "accelerator": "cuda", "devices": 2})
-    environment(SLURM_PROCID=1)
-    with pytest.raises(TrainingError, match=r"trainer\.devices"):
-        distributed.launch(Recipe().trainer)
-
-
 @pytest.mark.parametrize(
     "words",
     [["bench", "--run", "x"], ["compare", "--recipe", "quickstart"], ["evaluate", "--run", "x", "--tasks", "x"]],
