@@ -42,7 +42,8 @@ from buddy.fit import RunSpec, Session
 from buddy.io import check_output_path, remove_parts, writing
 from buddy.registry import build
 from buddy.router import AnyRouter
-from buddy.run import FACTS, RunFolder, complete_seeds, folder_name, label_folder, read_run
+from buddy.run import RunFolder, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
+from buddy.run_files import FACTS
 from buddy.schema import PredictorSection, Recipe, Rival
 from buddy.worker import Tasks, Text, Worker, WorkerConfig, read_windows
 
@@ -130,7 +131,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
                 note = ", complete: reused" if complete else ""
                 errors.print(f"Router {number} of {len(specs)}: {spec.label}{note}", soft_wrap=True)
             if complete and first:
-                spec.run_folder.warn_of_changed_code(session.digests(spec.recipe))
+                warn_of_changed_code(spec.folder, session.digests(spec.recipe))
             elif not complete:
                 (session.fit if first else session.follow)(spec)
     if first:
@@ -337,7 +338,7 @@ def _refuse_others(specs: Sequence[RunSpec], session: Session) -> None:
             "delete that folder."
         )
     for spec in specs:
-        spec.run_folder.warn_of_changed_code(session.digests(spec.recipe))
+        warn_of_changed_code(spec.folder, session.digests(spec.recipe))
 
 
 def _complete_ones(runs: Mapping[str, Sequence[RunSpec]], folder: Path) -> dict[str, list[RunSpec]]:

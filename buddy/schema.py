@@ -176,7 +176,7 @@ class Recipe:
     trainer: dict[str, Any] = field(default_factory=lambda: asdict(TrainerKeywords()))  # for lightning.Trainer
     callbacks: list[ClassSpec] = field(default_factory=list)  # Lightning's, beside Buddy's own
     logger: ClassSpec | None = None  # Lightning's; null for TensorBoard
-    ckpt_path: str | None = None  # a checkpoint to go on from
+    ckpt_path: str | None = None  # a checkpoint to resume from
     checkpoint_every: int = _number(50, ge=1)  # steps
     seed: int = _number(0, ge=0, le=2**32 - 1)
     output: str = "runs"  # folder of all run folders

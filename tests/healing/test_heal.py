@@ -18,7 +18,8 @@ from buddy.compare import CompareConfig, compare, fit
 from buddy.errors import RunError, TrainingError
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
-from buddy.run import checksums_of, read_run
+from buddy.run import read_run
+from buddy.run_files import checksums_of
 from buddy.schema import Rival
 from buddy.training.healing import HealingModule
 from buddy.training.module import evaluate
@@ -260,7 +261,7 @@ def test_a_changed_adapter_is_a_damaged_run(healed, tmp_path):
     folder = shutil.copytree(healed / "shortgpt", tmp_path / "run")
     path = folder / "adapter" / "adapter_model.safetensors"
     save_tensors(path, {name: 2 * value for name, value in load_tensors(path).items()}, {})
-    with pytest.raises(RunError, match=r"adapter/adapter_model.safetensors is damaged \(it is not what was written\)"):
+    with pytest.raises(RunError, match=r"adapter/adapter_model.safetensors is damaged \(its checksum is wrong\)"):
         read_run(folder)
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from buddy.cli import app
 from buddy.compare import fit
 from buddy.registry import describe, load
-from buddy.run import read_metrics
+from buddy.run_files import read_metrics
 from buddy.testing import check_router
 from tests.plugin.installing import pip_install
 

@@ -14,7 +14,8 @@ from buddy.compare import fit
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.io import load_tensors
-from buddy.run import load_router, read_metrics, read_run
+from buddy.run import read_run
+from buddy.run_files import load_router, read_metrics
 from tests.small import start_buddy
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]

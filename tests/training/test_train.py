@@ -11,7 +11,7 @@ from buddy import build
 from buddy.build import build_trainer
 from buddy.errors import TrainingError
 from buddy.fit import RunSpec, Session
-from buddy.run import load_router
+from buddy.run_files import load_router
 from buddy.schema import Recipe
 from tests.training.test_module import Spoilt
 
