@@ -77,9 +77,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_bytes(path, save(plain, dict(metadata)))
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove the temporary files of killed processes, in a folder that no other process writes now."""
-    for part in list(folder.rglob(f".*{PART}")):
+def remove_parts(folder: Path, below: str = "**/") -> None:
+    """Remove the temporary files of killed processes, in a folder that no other process writes now.
+
+    Args:
+        folder: that is searched.
+        below: "" to leave the folders in it alone.
+    """
+    for part in list(folder.glob(f"{below}.*{PART}")):
         part.unlink(missing_ok=True)
 
 

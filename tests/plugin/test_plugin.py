@@ -14,7 +14,6 @@ from buddy.registry import describe, load
 from buddy.run_files import read_metrics
 from buddy.testing import check_router
 from tests.plugin.installing import pip_install
-from tests.small import COMMAND
 
 STRANGER = Path(__file__).parent / "buddy-router-every-other"
 NAMES = ["every-other", "prompt-gates", "ebb-and-flow"]
@@ -75,12 +74,6 @@ def test_they_fit_and_evaluate_as_they_stand(name, small, tmp_path):
     assert [round(row["executed"]["mean"]) for row in read_metrics(run)["results"]] == [6, 4, 3]
     result = CliRunner().invoke(app, ["evaluate", "--run", str(run), "--budgets", "0.5"])
     assert result.exit_code == 0, result.output
-
-
-def test_the_command_lists_them(site):
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run([COMMAND, "routers"], env=environment, capture_output=True, text=True, check=True)
-    assert {*NAMES} < {line.split()[0] for line in done.stdout.splitlines()}
 
 
 @pytest.mark.slow

@@ -74,16 +74,6 @@ def test_the_pull_common_to_all_layers_is_gone(name):
         assert gradient.sum().abs() < gradient.abs().sum()
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_full_depth_alone_teaches_nothing(name):
-    routed = tiny()
-    estimate = ESTIMATORS[name]()(routed, batch(6, 6), generator())
-    estimate.loss.backward()
-    assert estimate.objective.tolist() == pytest.approx([0, 0], abs=1e-5)
-    if name == "perturbed":
-        assert routed.router.bias.grad.abs().sum() == 0
-
-
 @pytest.mark.parametrize("shared", [0.0, 0.3, 1.0])
 def test_perturbed_equals_its_formula(shared):
     routed, estimator = tiny(), Perturbed(Objective(), plans=2, sigma=0.7, shared=shared)
