@@ -313,8 +313,8 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
     except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         raise TrainingError(
-            f"trainer.accelerator={keywords['accelerator']}, devices={devices} and strategy={keywords['strategy']} do "
-            f"not work here ({reason}); change them."
+            f"trainer.accelerator={keywords['accelerator']}, trainer.devices={devices} and "
+            f"trainer.strategy={keywords['strategy']} do not work here ({reason}); change them."
         ) from error
 
 

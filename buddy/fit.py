@@ -41,7 +41,7 @@ from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import write_run_results
 from buddy.io import cache_folder, on_disk, within_memory
 from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
-from buddy.registry import load
+from buddy.registry import ESTIMATORS, load
 from buddy.router import available_budgets
 from buddy.run import (
     ADAPTER,
@@ -133,6 +133,7 @@ class Session:
         recipe = recipes[-1]
         for each in recipes:
             load(each.router.name)
+            load(each.objective.estimator, ESTIMATORS)
             with quiet():
                 build_trainer(each, logger=False)
             for spec in (*each.callbacks, *filter(None, [each.logger])):

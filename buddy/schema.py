@@ -91,7 +91,7 @@ class RouterSection:
 class ObjectiveSection:
     kl: float = _number(1.0, ge=0)  # weight of the KL divergence to the dense model
     ce: float = _number(0.0, ge=0)  # weight of the cross-entropy
-    estimator: str = _choice("perturbed", "straight-through")
+    estimator: str = "perturbed"  # an installed name (buddy.estimators) or my_module:MyEstimator
     plans: int = _number(4, ge=2)  # perturbed plans a step, in antithetic pairs
     sigma: float = _number(0.15, gt=0)  # spread of the perturbation, in units of the scores
     shared: float = _number(0.75, ge=0, le=1)  # share of its variance that all tokens of a window have in common
