@@ -15,7 +15,6 @@ from buddy import distributed
 from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone, load_backbone
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
-from buddy.config import ClassSpec, Recipe
 from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows, windows_of
@@ -29,6 +28,7 @@ from buddy.predictor.fit import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import ADAPTER, Run, check_backbone, load_router
+from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, estimator_for
 from buddy.training.healing import HealingModule, Joint
 from buddy.training.module import RoutingModule

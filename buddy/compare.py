@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from buddy import console, distributed
 from buddy.build import heals
-from buddy.config import PredictorSection, Recipe, Rival, with_router
+from buddy.config import with_router
 from buddy.console import Bar, errors, status
 from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
@@ -43,6 +43,7 @@ from buddy.io import check_output_path, writing
 from buddy.registry import build
 from buddy.router import AnyRouter
 from buddy.run import FACTS, RunFolder, complete_seeds, folder_name, label_folder, read_run
+from buddy.schema import PredictorSection, Recipe, Rival
 from buddy.worker import Tasks, Text, Worker, WorkerConfig, read_windows
 
 SEEDS = 3

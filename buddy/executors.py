@@ -6,6 +6,7 @@ the unit's log file.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -169,6 +170,10 @@ def _pool(slot: int) -> Any:
 
 def _begin(parent: int) -> None:
     """In a worker: interrupts come from the parent alone, and the worker does not outlive it."""
+    from joblib.externals.loky import process_executor
+
+    # loky would replace a worker that grew by 300 MB, as each does that loads a model, and the model with it.
+    process_executor._MAX_MEMORY_LEAK_SIZE = math.inf
     os.setpgid(0, 0)  # the terminal's Ctrl-C goes to the parent, which passes it on
 
     def watch() -> None:

@@ -33,7 +33,6 @@ from buddy.build import (
     trains_both,
 )
 from buddy.calibration.probe import CalibrationProbe
-from buddy.config import Recipe
 from buddy.console import errors, quiet, status, track
 from buddy.data.module import TextData
 from buddy.data.windows import Windows
@@ -54,6 +53,7 @@ from buddy.run import (
     read_metrics,
     save_router,
 )
+from buddy.schema import Recipe
 from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.callbacks import (
     AtomicCheckpointIO,

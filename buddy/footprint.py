@@ -20,12 +20,12 @@ from buddy.backbone import embedded
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import DTYPES, check_routable
 from buddy.budget import executed_layers
-from buddy.config import ObjectiveSection, Recipe
 from buddy.console import counted, results
 from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, nearest, reason
 from buddy.io import check_output_path, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, Geometry, LayerwiseRouter
+from buddy.schema import ObjectiveSection, Recipe
 
 GIB = 2**30
 FLOAT32 = 4

@@ -14,13 +14,14 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from buddy.errors import RegistryError, nearest, reason
+from buddy.values import type_words
 
 if TYPE_CHECKING:
     from buddy.router import AnyRouter, Geometry
 
 ROUTERS, ESTIMATORS = "buddy.routers", "buddy.estimators"  # groups of entry points
 _NOUNS = {ROUTERS: "router", ESTIMATORS: "estimator"}
-_PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_PLAIN = {int, float, bool, str, type(None)}  # types of options that are checked
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _option_mistakes(cls: type, options: Mapping[str, Any]) -> list[str]:
         if key not in named and not anything:
             mistakes.append(f"router.options.{key} is unknown{nearest(key, named) or f'; {accepted}.'}")
         elif not _fits(value, hints.get(key)):
-            mistakes.append(f"router.options.{key} must be {_words(hints[key])}, not {value!r}.")
+            mistakes.append(f"router.options.{key} must be {type_words(hints[key])}, not {value!r}.")
     needed = [key for key, p in named.items() if p.default is p.empty and key not in options]
     return mistakes + [f"router.options.{key} is missing; give it a value." for key in needed]
 
@@ -173,20 +174,10 @@ def _hints(cls: type) -> dict[str, Any]:
         return {}
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
 def _fits(value: Any, hint: Any) -> bool:
     """False only where a plain annotation (int, float, bool, str, None and unions of them) rules the value out."""
-    members = _members(hint)
-    if not all(member in _PLAIN for member in members):
-        return True
-    return type(value) in members or (type(value) is int and float in members)
-
-
-def _words(hint: Any) -> str:
-    return " or ".join(_PLAIN[member] for member in _members(hint))
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return not _PLAIN.issuperset(members) or type(value) in members or (type(value) is int and float in members)
 
 
 def _reason(error: BaseException) -> str:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 import buddy
-from buddy.config import Recipe, flatten, load_recipe, to_yaml
+from buddy.config import flatten, load_recipe, to_yaml
 from buddy.console import errors
 from buddy.errors import BuddyError, DamagedError, RunError, nearest
 from buddy.io import (
@@ -48,6 +48,7 @@ from buddy.io import (
     writing,
 )
 from buddy.registry import load
+from buddy.schema import Recipe
 from buddy.values import flaw, shown
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from typing import Any
 
 from buddy.backbone.adapter import WEIGHTS
 from buddy.build import build_windows, restore
-from buddy.config import Recipe
 from buddy.data.module import TextData
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
@@ -21,6 +20,7 @@ from buddy.fit import RunSpec, Session
 from buddy.io import checksum, read_json, within_memory, write_text, write_with_checksum
 from buddy.router import available_budgets
 from buddy.run import ADAPTER, ROUTER
+from buddy.schema import Recipe
 from buddy.scoring.perplexity import Reference, with_documents
 
 

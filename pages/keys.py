@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from buddy.config import Recipe, TrainerKeywords, section_of
+from buddy.schema import Recipe, TrainerKeywords, section_of
 from buddy.values import shown, type_words
 
 ROW = re.compile(r"^\| `([\w.]+)` \|.*\| (.*) \|$")

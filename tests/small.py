@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from buddy.config import Recipe, load_recipe
+from buddy.config import load_recipe
+from buddy.schema import Recipe
 
 RECIPE = """
 backbone: {{name: {model}, dtype: float32}}

@@ -11,6 +11,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from buddy.config import (
+    flatten,
+    installed_recipes,
+    load_recipe,
+    override,
+    recipe_name,
+    recipe_path,
+    to_yaml,
+    with_router,
+)
+from buddy.errors import RecipeError
+from buddy.schema import (
     RESERVED,
     AdapterSection,
     BackboneSection,
@@ -24,18 +35,9 @@ from buddy.config import (
     RouterSection,
     RoutingSection,
     TrainerKeywords,
-    flatten,
-    installed_recipes,
     leaves,
-    load_recipe,
-    override,
     problems,
-    recipe_name,
-    recipe_path,
-    to_yaml,
-    with_router,
 )
-from buddy.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
 STORED = sorted(ROOT.glob("docs/comparison/**/recipe.yaml"))

@@ -15,7 +15,8 @@ ROOT = Path(buddy.__file__).parent
 ROUTERS = ROOT.parent / "routers"
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "matplotlib", "omegaconf"}
 LAYERS = (
-    *("errors", "io", "console", "distributed", "plan", "budget", "router", "registry", "values", "config", "run"),
+    *("errors", "io", "console", "distributed", "plan", "budget", "router"),
+    *("values", "registry", "schema", "config", "run"),
     *("backbone", "engine", "data", "losses", "calibration", "scoring", "latency", "training", "predictor"),
     *("build", "evaluation", "fit", "executors", "worker", "compare", "inspection", "footprint", "hub", "testing"),
     *("scaffold", "cli"),

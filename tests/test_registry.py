@@ -98,23 +98,16 @@ def test_loading_imports_one_module(install):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (
-            "random-drp",
-            "No router is named 'random-drp'; did you mean 'random'\\? Installed: .*buddy, .*evopress, ",
-        ),
-        ("zzz", "No router is named 'zzz'. Installed: .*angular, .*buddy"),
-        ("", "No router is named ''. Installed: .*angular, .*buddy"),
-        (
-            "nowhere_module:Thing",
-            "'nowhere_module:Thing' cannot be imported .ModuleNotFoundError: .*check its spelling",
-        ),
-        ("buddy.router:Rooter", "'buddy.router:Rooter' cannot be imported .AttributeError"),
-        ("x:", "No router can be named 'x:'; write module:Class, as in my_module:MyRouter"),
-        (":", "No router can be named ':'"),
-        ("a:b:c", "No router can be named 'a:b:c'"),
-        ("buddy.router:Geometry", "'buddy.router:Geometry' is not a router; make it a subclass of buddy.Router"),
-        ("math:pi", "'math:pi' is not a router"),
-        ("buddy.router:Router", "'buddy.router:Router' is unfinished; write its method score"),
+        ("random-drp", "'random'"),
+        ("zzz", "'zzz'.*angular, .*buddy"),
+        ("", "''"),
+        ("nowhere_module:Thing", "ModuleNotFoundError"),
+        ("buddy.router:Rooter", "AttributeError"),
+        ("x:", "'x:'"),
+        ("a:b:c", "'a:b:c'"),
+        ("buddy.router:Geometry", "'buddy.router:Geometry'"),
+        ("math:pi", "'math:pi'"),
+        ("buddy.router:Router", "score"),
     ],
 )
 def test_names_that_cannot_be_loaded(name, words):
@@ -131,12 +124,11 @@ def test_nothing_installed(monkeypatch):
 def test_two_distributions_with_one_name(install):
     install("first", {"twin": "twin_module:Stranger"}, twin_module=PLUGIN)
     install("second", {"twin": "twin_module:Strict"})
-    words = "Two routers are named 'twin', from 'first' and 'second'; uninstall one"
-    with pytest.raises(RegistryError, match=words):
+    with pytest.raises(RegistryError, match="'first' and 'second'"):
         load("twin")
     flagged = [row for row in describe() if row.name == "twin"]
     assert [row.distribution for row in flagged] == ["first", "second"]
-    assert all(row.problem.startswith("Two routers") for row in flagged)
+    assert all(row.problem for row in flagged)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +142,7 @@ def test_two_distributions_with_one_name(install):
 )
 def test_a_broken_router_is_listed_with_its_reason_and_stops_nobody_else(install, text, reason):
     install("stranger", {"broken": "broken_module:Stranger"}, broken_module=text)
-    with pytest.raises(RegistryError, match=f"'broken' of distribution 'stranger' cannot be imported .*{reason}"):
+    with pytest.raises(RegistryError, match=f"'stranger'.*{reason}"):
         load("broken")
     rows = {row.name: row for row in describe()}
     assert reason in rows["broken"].problem
@@ -187,29 +179,21 @@ def test_build_passes_options(install):
 
 def test_all_wrong_options_are_named_at_once(install):
     install("stranger", {"odd": "odd_module:Stranger", "strict": "odd_module:Strict"}, odd_module=PLUGIN)
-    with pytest.raises(RegistryError, match="options of router 'strict' do not fit") as caught:
+    with pytest.raises(RegistryError, match="strict") as caught:
         build("strict", GEOMETRY, {"hiden": 3, "zzz": 1, "prior": 3, "hidden": True})
-    assert str(caught.value).endswith(
-        "do not fit: router.options.hiden is unknown; did you mean 'hidden'? "
-        "router.options.zzz is unknown; accepted are hidden, prior. "
-        "router.options.prior must be text, not 3. router.options.hidden must be a whole number, not True."
-    )
-    with pytest.raises(RegistryError, match=r"size must be a whole number or null, not 'a'\. .*weight is missing"):
+    for named in ("hiden", "'hidden'", "zzz", "prior", "True"):
+        assert named in str(caught.value)
+    with pytest.raises(RegistryError, match=r"size.*weight"):
         build("odd", GEOMETRY, {"size": "a"})
 
 
-def test_a_router_without_options_says_so():
-    with pytest.raises(RegistryError, match=r"router.options.x is unknown; it takes none\."):
-        build("full", GEOMETRY, {"x": 1})
-
-
-def test_geometry_is_no_option():
-    with pytest.raises(RegistryError, match=r"router.options.geometry is unknown"):
-        build("full", GEOMETRY, {"geometry": 1})
+@pytest.mark.parametrize("option", ["x", "geometry"])
+def test_a_router_without_options_takes_none(option):
+    with pytest.raises(RegistryError, match=rf"router\.options\.{option}"):
+        build("full", GEOMETRY, {option: 1})
 
 
 def test_a_value_that_the_class_refuses(install):
     install("stranger", {"odd": "odd_module:Stranger"}, odd_module=PLUGIN)
-    words = r"'odd' cannot be made with router.options \(weight=10\): ValueError: weight must be at most 9\.$"
-    with pytest.raises(RegistryError, match=words):
+    with pytest.raises(RegistryError, match="weight must be at most 9"):
         build("odd", GEOMETRY, {"weight": 10})

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from buddy import run as runs
-from buddy.config import OptimizerSection, Recipe, RouterSection, load_recipe, to_yaml
+from buddy.config import load_recipe, to_yaml
 from buddy.errors import DamagedError, RunError
 from buddy.io import write_json
 from buddy.router import Geometry
@@ -30,6 +30,7 @@ from buddy.run import (
     save_router,
     update_checksums,
 )
+from buddy.schema import OptimizerSection, Recipe, RouterSection
 from tests.recovery.damage import DAMAGES
 
 GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from buddy.cli import app
-from buddy.config import Recipe, override
+from buddy.config import override
 from buddy.errors import RegistryError
 from buddy.scaffold import NAME, check_name, new_router, package
+from buddy.schema import Recipe
 
 NAMES = st.from_regex(r"[a-z][a-z0-9]{0,8}(-[a-z0-9]{1,8}){0,2}", fullmatch=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 _state: dict[Path, int] = {}  # calls in this process
+_memory: list[bytearray] = []
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Work:
             with marker.open("a") as file:
                 file.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
+        if way == "grows":
+            _memory.append(bytearray(os.urandom(1)) * 350_000_000)
+            time.sleep(1.1)  # loky looks at a worker's memory once a second
         if way == "fails":
             raise ValueError(f"{unit.name} failed")
         if way == "imports":

@@ -14,8 +14,8 @@ import torch
 
 from buddy import distributed
 from buddy.backbone.load import Backbone
-from buddy.config import Recipe
 from buddy.errors import TrainingError
+from buddy.schema import Recipe
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

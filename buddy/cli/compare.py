@@ -12,7 +12,7 @@ from buddy.cli.app import FAILED, Overrides, RecipeOption, app, refuse_options, 
 from buddy.errors import BuddyError, RegistryError
 
 if TYPE_CHECKING:
-    from buddy.config import Recipe, Rival
+    from buddy.schema import Recipe, Rival
 
 ALL = "all"
 KINDS = ("learned", "static", "random")  # the order of `all`
@@ -145,7 +145,7 @@ def parse_routers(text: str, recipe: "Recipe") -> "list[Rival]":
     Raises:
         RegistryError: nothing is named, one is named twice, or brackets or options cannot be read.
     """
-    from buddy.config import Rival
+    from buddy.schema import Rival
 
     rivals = {rival.name: rival for rival in reversed(recipe.rivals) if rival.name != recipe.router.name}
     named = _split(text, ",")
@@ -183,7 +183,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _parse(text: str, rivals: "Mapping[str, Rival]") -> "Rival":
-    from buddy.config import Rival
+    from buddy.schema import Rival
 
     match = re.fullmatch(r"(?P<name>[^\[\]]+?)\s*(\[(?P<options>.*)\])?", text, re.DOTALL)
     if not match:

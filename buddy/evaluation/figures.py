@@ -13,9 +13,10 @@ from typing import Any
 
 import pandas as pd
 
-from buddy.config import Recipe, flatten
+from buddy.config import flatten
 from buddy.evaluation.results import Results
 from buddy.io import on_disk, write_bytes, writing
+from buddy.schema import Recipe
 from buddy.scoring.perplexity import Scores
 from buddy.values import shown
 

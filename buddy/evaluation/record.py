@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from buddy.backbone.load import title_of
-from buddy.config import Recipe, flatten
+from buddy.config import flatten
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RunError
 from buddy.io import read_json, write_text
 from buddy.registry import load
 from buddy.run import CKPT_KEYS, FREE_KEYS, METRICS, read_metrics, read_run
+from buddy.schema import Recipe
 from buddy.scoring.timing import machine, versions
 
 FORMAT = 1

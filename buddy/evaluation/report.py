@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from buddy import console
-from buddy.config import Recipe
 from buddy.evaluation.figures import CAPTIONS, draw_all, draw_scores, write_scores, write_tensorboard
 from buddy.evaluation.record import damaged_record, join, read_record, write_record
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import Table, costs, differences, flips, kl, perplexities, seeds, show, speeds, tasks
 from buddy.io import check_output_path, write_text
+from buddy.schema import Recipe
 from buddy.scoring.perplexity import Scores, with_documents
 
 JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "results.md"

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from buddy.config import Recipe
 from buddy.console import errors, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
@@ -22,6 +21,7 @@ from buddy.predictor.grpo import BudgetPolicy, RewardWeights, random_entropy, tr
 from buddy.predictor.regress import CurvePredictor
 from buddy.router import Geometry, available_budgets
 from buddy.run import PREDICTOR, PREDICTOR_FACTS
+from buddy.schema import Recipe
 
 TARGETS = "predictor-targets"  # in the folder of an unfinished run
 AnyPredictor = CurvePredictor | BudgetPolicy

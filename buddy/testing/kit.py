@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from buddy.backbone.load import Backbone, load_backbone
-from buddy.config import Recipe, override
+from buddy.config import override
 from buddy.console import status, track
 from buddy.errors import RegistryError
 from buddy.router import AnyRouter
+from buddy.schema import Recipe
 from buddy.testing import behaviour, outputs
 from buddy.testing.check import Check, Failed, Result
 from buddy.testing.subject import Subject

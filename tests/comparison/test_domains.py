@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from buddy.compare import texts_of
-from buddy.config import DataSection, Recipe, load_recipe
+from buddy.config import load_recipe
 from buddy.data.module import TextData
 from buddy.errors import DataError
+from buddy.schema import DataSection, Recipe
 from buddy.worker import Text, read_windows
 from tests.small import write_text
 from tests.tiny import tiny_tokenizer
@@ -78,12 +79,12 @@ def test_its_windows_are_cut_as_the_recipes_are(recipe, data):
 
 def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
     short = write_text(tmp_path / "short.jsonl", 1)
-    with pytest.raises(DataError, match=r"short\.jsonl gives (\d) windows of 48 .* asks for 6; .*test_windows=\1\."):
+    with pytest.raises(DataError, match=r"short\.jsonl.*data\.test_windows=\d"):
         read_windows(Text("short", str(short)), recipe, data)
 
 
 @pytest.mark.parametrize("key", ["train_sources", "calibration_sources"])
 def test_a_text_that_was_learned_from_is_no_domain(recipe, key):
     trained = replace(recipe, data=replace(recipe.data, **{key: ["web/c4.jsonl"]}))
-    with pytest.raises(DataError, match=rf"c4 is in data\.{key}"):
+    with pytest.raises(DataError, match=rf"data\.{key}"):
         texts_of("web/c4.jsonl", trained)

@@ -7,8 +7,9 @@ import pytest
 
 import buddy.evaluation.tasks as tasks
 from buddy.compare import CompareConfig, compare
-from buddy.config import Rival, load_recipe
+from buddy.config import load_recipe
 from buddy.io import read_json
+from buddy.schema import Rival
 from buddy.worker import Tasks
 
 ROUTERS = ("buddy", "shortgpt", "full")

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from buddy.config import Recipe, flatten
+from buddy.config import flatten
+from buddy.schema import Recipe
 from buddy.scoring.perplexity import Scores, with_documents
 
 LAYERS = 8

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import BudgetError, DataError, RunError
+from buddy.errors import DataError, RunError
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.lm_eval import main
 from buddy.evaluation.tasks import task_scores
@@ -68,7 +68,7 @@ PROMPTS = {"token": {}, "prompt": {"prompt_plan": "shared", "reroute_every": Non
 PLANS = PROMPTS | {"batch": {"batch_plan": "shared"}}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("plans", PLANS)
 def test_at_full_depth_scores_are_hflms_to_the_bit(batch_size, plans):
     stock = tiny_backbone("llama")
@@ -104,20 +104,20 @@ def test_at_full_depth_whole_texts_and_generated_ones_are_hflms():
 # Below
 
 
-@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
 @pytest.mark.parametrize(
-    "options",
+    ("router", "options"),
     [
-        {},
-        {"reroute_every": 3},
-        {"prompt_plan": "shared"},
-        {"prompt_plan": "shared", "reroute_every": None},
-        {"sink_tokens": 0},
+        (Fickle, {"policy": "hole"}),
+        (Fickle, {"reroute_every": 3}),
+        (Fickle, {"prompt_plan": "shared", "policy": "zero"}),
+        (Fickle, {"prompt_plan": "shared", "reroute_every": None}),
+        (Fickle, {"sink_tokens": 0}),
+        (FickleGates, {}),
     ],
-    ids=["token", "every third", "shared prompt", "one plan", "no sinks"],
+    ids=["hole", "every third", "shared prompt", "one plan", "no sinks", "layer by layer"],
 )
-def test_below_full_depth_scores_are_those_of_decoding(policy, options):
-    routed = routed_tiny(policy=policy, **options)
+def test_below_full_depth_scores_are_those_of_decoding(router, options):
+    routed = routed_tiny(router, **options)
     pairs = [pair for pair in PAIRS if len(pair[0]) < 100]
     lm = BuddyLM(routed, 0.5, batch_size=4)
     found = lm.loglikelihood(likelihoods(pairs), disable_tqdm=True)
@@ -126,15 +126,6 @@ def test_below_full_depth_scores_are_those_of_decoding(policy, options):
         expected, chosen, _ = decoded(routed, 3, *tokens)
         assert score == pytest.approx(expected, abs=2e-4)
         assert greedy == chosen
-
-
-def test_gates_that_are_asked_layer_by_layer():
-    routed = routed_tiny(FickleGates)
-    lm = BuddyLM(routed, 0.5, batch_size=4)
-    found = lm.loglikelihood(likelihoods(PAIRS[:3]), disable_tqdm=True)
-    for (context, continuation), (score, _) in zip(PAIRS, found, strict=False):
-        expected, _, _ = decoded(routed, 3, lm.tok_encode(context), lm.tok_encode(continuation))
-        assert score == pytest.approx(expected, abs=2e-4)
 
 
 COMPANY = {name: BuddyLM(routed_tiny(**options), 0.5, batch_tokens=64) for name, options in PROMPTS.items()}
@@ -194,16 +185,6 @@ def test_generation_spends_the_budget():
     assert lm.executed.tokens >= 2 + 11
 
 
-def test_generation_with_beams():
-    """Rows run once for each beam; padding of each is left out."""
-    lm = BuddyLM(routed_tiny(), 0.5, batch_size=2)
-    asked = {"until": ["\n\n"], "max_gen_toks": 1, "do_sample": False, "num_beams": 2}
-    texts = ("One", "Two and more")
-    lm.generate_until([Instance("generate_until", {}, (text, asked), 0) for text in texts], disable_tqdm=True)
-    assert (lm.executed.least, lm.executed.mean, lm.executed.most) == (3, 3.0, 3)
-    assert lm.executed.tokens == 2 * sum(len(text) - 1 for text in texts)
-
-
 @pytest.mark.parametrize(("sinks", "routed"), [(5, 1), (6, 0)])
 def test_sinks_among_generated_tokens_are_left_out(sinks, routed):
     """Three tokens are the prompt, then three steps are at positions 3, 4 and 5."""
@@ -235,21 +216,9 @@ def test_batches_by_tokens():
     assert seen == [(1, 60), (2, 19), (4, 10)]
 
 
-def test_scored_requests_are_reported():
-    lm, counts = BuddyLM(routed_tiny(), 0.5, batch_size=2), []
-    lm.on_scored = counts.append
-    lm.loglikelihood(likelihoods(PAIRS))
-    assert sum(counts) == len(PAIRS)
-
-
-def test_a_bar_where_nobody_asks_for_reports(capsys):
-    BuddyLM(routed_tiny(), 0.5, batch_size=2).loglikelihood(likelihoods(PAIRS[:3]))
-    assert "Scoring at 3 layers: 3 of 3" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("pair", [(" ", "a"), ("a", "")])
 def test_an_item_without_words(pair):
-    with pytest.raises(DataError, match=r"cannot be scored: .* has an empty question or answer"):
+    with pytest.raises(DataError, match="empty"):
         COMPANY["token"].loglikelihood(likelihoods([pair]), disable_tqdm=True)
 
 
@@ -270,23 +239,16 @@ def test_from_a_run_folder(finished):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "named"),
     [
-        ({}, RunError, r"needs a run and a budget: --model_args run=runs/quickstart/buddy,budget=0\.75"),
-        ({"run": "runs/x"}, RunError, "needs a run and a budget"),
-        ({"run": "runs/x", "budget": 1}, RunError, r"There is no run folder runs/x; make it"),
-        ({"run": "runs/x", "budget": 1, "softmax_dtyp": "float32"}, RunError, "did you mean 'softmax_dtype'"),
-        ({"run": "runs/x", "budget": 1, "zzz": 1}, RunError, "no argument 'zzz'; choose from add_bos_token"),
+        ({}, "budget"),
+        ({"run": "runs/x", "budget": 1}, "runs/x"),
+        ({"run": "runs/x", "budget": 1, "softmax_dtyp": "float32"}, "'softmax_dtype'"),
     ],
 )
-def test_what_it_cannot_use(options, error, said):
-    with pytest.raises(error, match=said):
+def test_what_it_cannot_use(options, named):
+    with pytest.raises(RunError, match=named):
         BuddyLM(**options)
-
-
-def test_a_budget_out_of_range():
-    with pytest.raises(BudgetError, match=r"below the layers that always run"):
-        BuddyLM(routed_tiny(), 0.1)
 
 
 QUIZ = """
@@ -319,10 +281,3 @@ def test_the_command_lm_eval_says_what_buddy_evaluate_says(finished, tmp_path, m
     assert theirs["results"]["quiz"]["acc,none"] == ours["value"]
     assert theirs["results"]["quiz"]["acc_stderr,none"] == pytest.approx(ours["stderr"])
     assert theirs["config"]["layers"] == 3
-
-
-def test_the_command_lm_eval_ends_mistakes_with_a_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: BuddyLM(run=str(tmp_path / "no"), budget=0.5))
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert capsys.readouterr().err.startswith(f"Error: There is no run folder {tmp_path}/no")

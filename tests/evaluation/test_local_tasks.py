@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from buddy.errors import DataError
-from buddy.evaluation.tasks import FORMS, check_local, local_tasks, own_manager
+from buddy.evaluation.tasks import FORMS, local_tasks, own_manager
 
 ARC = {"question": "What melts?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "1"}
 MELTS = {"question": "What melts?", "choices": ["ice", "fire"], "label": 0}
@@ -95,14 +95,6 @@ def test_a_local_line_asks_what_the_hubs_document_asks(name, tmp_path):
     assert ours.VERSION == theirs.VERSION
 
 
-def test_several_lines_and_tasks(tmp_path):
-    for name in ("piqa", "boolq"):
-        local(tmp_path, name, *[ITEMS[name][1]] * 3)
-    tasks = local_tasks(["piqa", "boolq"], tmp_path, own_manager())
-    assert list(tasks) == ["piqa", "boolq"]
-    assert [len(task.eval_docs) for task in tasks.values()] == [3, 3]
-
-
 PIQA = ITEMS["piqa"][1]
 
 
@@ -135,24 +127,3 @@ def test_files_that_cannot_be_used(content, tmp_path):
     (tmp_path / "piqa.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=r"piqa\.jsonl"):
         local_tasks(["piqa"], tmp_path, own_manager())
-
-
-def test_signs_that_json_lets_stand_do_not_end_a_line(tmp_path):
-    odd = json.dumps({**PIQA, "question": "one\u2028two"}, ensure_ascii=False)
-    (tmp_path / "piqa.jsonl").write_text(f"\n{odd}\n\n", "utf-8")
-    (document,) = local_tasks(["piqa"], tmp_path, own_manager())["piqa"].eval_docs
-    assert document["goal"] == "one\u2028two"
-
-
-def test_folders_and_names(tmp_path):
-    with pytest.raises(DataError, match=r"There is no folder .*/nowhere of task files; check --task-data"):
-        check_local(["piqa"], tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"has no piqa\.jsonl; it has none for any task\."):
-        check_local(["piqa"], tmp_path)
-    (tmp_path / "boolq.jsonl").touch()
-    with pytest.raises(DataError, match=r"has no piqa\.jsonl; it has those for boolq\."):
-        check_local(["boolq", "piqa"], tmp_path)
-    with pytest.raises(DataError, match="No task over local files is named 'pika'; did you mean 'piqa'"):
-        check_local(["pika"], tmp_path)
-    with pytest.raises(DataError, match="No task over local files is named 'mmlu'; choose from arc_challenge"):
-        check_local(["mmlu"], tmp_path)

@@ -89,14 +89,3 @@ def test_flips_of_a_task_whose_answers_change(capsys):
     for unknown in (piqa[1:], piqa[:1], text):
         show_tasks(unknown, "buddy", 0)
         assert "flips" not in capsys.readouterr().out
-
-
-def test_tasks_without_a_routed_token(capsys):
-    """Sinks alone: the task is left out of the layers that ran, or nothing is left of them."""
-    entry = {"budget": 0.5, "layers": 3, "items": 1, "stderr": None, "metric": "acc", "value": 1.0, "correct": [1]}
-    nothing = {"task": "sinks", "executed": {"min": None, "mean": None, "max": None}, **entry}
-    some = {"task": "piqa", "executed": {"min": 3, "mean": 3.5, "max": 4}, **entry}
-    show_tasks([nothing, some], "buddy", 1)
-    assert line(capsys.readouterr().out, "layers")[-5:] == ["3", "/", "3.50", "/", "4"]
-    show_tasks([nothing], "buddy", 1)
-    assert line(capsys.readouterr().out, "layers")[-1] == "–"

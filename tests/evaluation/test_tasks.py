@@ -2,18 +2,15 @@
 
 import json
 import math
-import re
-from dataclasses import replace
 
 import pytest
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
-from buddy.build import load_model
 from buddy.cli import app
-from buddy.errors import BudgetError, DataError
+from buddy.errors import DataError
 from buddy.evaluation.harness import BuddyLM
-from buddy.evaluation.tasks import evaluate_tasks, task_scores
+from buddy.evaluation.tasks import task_scores
 
 CHOICES = ["the right depth", "a layer", "no plan at all", "one"]
 LINES = [{"question": f"Which is number {n}?", "choices": CHOICES, "label": n % 4} for n in range(6)]
@@ -70,49 +67,6 @@ def test_again_and_in_parts_it_says_the_same(finished, items, scores):
     assert first["items"] == 4
 
 
-def test_full_depth_is_the_same_for_every_router(finished, items, scores):
-    full = task_scores(finished / "full", ["arc_easy"], task_data=items)["results"]
-    assert full == [scores[0]]
-
-
-def test_the_command(finished, items, tmp_path):
-    words = ["evaluate", "--run", finished / "buddy", "--tasks", "arc_easy, boolq", "--task-data", items]
-    words += ["--budgets", "1.0,0.5", "--limit", "2", "--json", tmp_path / "scores.json"]
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "scores.json").read_text())["results"]
-    assert [entry["items"] for entry in found] == [2, 2, 2, 2]
-    lines = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
-    cells = [f"{100 * entry['value']:.1f} ± {100 * entry['stderr']:.1f}" for entry in found]
-    assert " ".join(lines["arc_easy"]) == " ".join(["acc_norm", "2", *cells[:2]])
-    assert " ".join(lines["boolq"]) == " ".join(["acc", "2", *cells[2:]])
-    means = [f"{50 * (found[at]['value'] + found[at + 2]['value']):.1f}" for at in (0, 1)]
-    assert lines["average"] == means
-    changed = sum(
-        full != pruned
-        for at in (0, 2)
-        for full, pruned in zip(found[at]["correct"], found[at + 1]["correct"], strict=True)
-    )
-    assert lines["flips"][-2:] == ["–", f"{100 * changed / 4:.1f}"]
-    assert " ".join(lines["layers"]).endswith("6 / 6.00 / 6 3 / 3.00 / 3")
-    assert "Sink tokens, run at full depth and counted apart: 1 a sequence." in result.stdout
-    assert re.search(r"Scoring tasks: 24 of 24, 0:00:\d\d elapsed, boolq at 0\.5", result.stderr)
-    assert "lm_eval" not in result.stderr
-    assert "it/s" not in result.stderr
-
-
-def test_a_run_whose_sinks_are_every_token(finished, items, tmp_path, monkeypatch):
-    def with_sinks(run):
-        routing = replace(run.recipe.routing, sink_tokens=400)
-        return load_model(replace(run, recipe=replace(run.recipe, routing=routing)))
-
-    monkeypatch.setattr("buddy.evaluation.tasks.load_model", with_sinks)
-    options = {"tasks": ["boolq"], "budgets": ["0.5"], "task_data": items}
-    evaluate_tasks(finished / "buddy", **options, json_file=tmp_path / "scores.json")
-    (entry,) = json.loads((tmp_path / "scores.json").read_text())["results"]
-    assert entry["executed"] == {"min": None, "mean": None, "max": None}
-
-
 # Definitions of one's own
 
 DEFINITION = """
@@ -163,83 +117,56 @@ def test_examples_are_lm_evals_own_at_every_budget(finished, items, tmp_path, mo
     assert asked[0][0][0].count("Which is number") == 3
 
 
-# What cannot be used
+# The command
+
+
+def call(*words: object):
+    return CliRunner().invoke(app, ["evaluate", *map(str, words)])
+
+
+def test_the_command(finished, items, tmp_path):
+    words = ["--tasks", "arc_easy, boolq", "--task-data", items, "--budgets", "1.0,0.5", "--limit", "2"]
+    result = call("--run", finished / "buddy", *words, "--json", tmp_path / "scores.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "scores.json").read_text())["results"]
+    assert [entry["items"] for entry in found] == [2, 2, 2, 2]
+    cells = [f"{100 * entry['value']:.1f}" for entry in found]
+    (line,) = [line for line in result.stdout.splitlines() if line.strip().startswith("arc_easy")]
+    assert all(cell in line for cell in cells[:2])
+    assert "Scoring tasks: 24 of 24" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("words", "named"),
     [
-        ("unsafe_code: true\n", "my_multiple_choice runs code that the model writes, which may do harm; leave it out"),
-        ("doc_to_image: [question]\n", "has pictures or sound in it, and Buddy's models read text alone; leave it"),
-        (EXAMPLES.format(9), "my_multiple_choice cannot be scored (Sample larger than population"),
+        (["--tasks", "pika"], "'pika'"),
+        (["--tasks", "piqa"], "HF_HUB_OFFLINE"),
+        (["--tasks", ","], "No task"),
+        (["--tasks", "piqa", "--task-data", "ITEMS"], "piqa.jsonl"),
+        (["--tasks", "piqa", "--task-data", "/no/such"], "/no/such"),
+        (["--tasks", "piqa", "--task-path", "ITEMS"], ".yaml"),
+        (["--tasks", "piqa", "--task-path", "ITEMS", "--task-data", "ITEMS"], "--task-data"),
+        (["--tasks", "boolq", "--task-data", "ITEMS", "--budgets", "0.5,auto"], "auto"),
+        (["--tasks", "boolq", "--task-data", "ITEMS", "--budgets", "0.1"], "0.1"),
+        (["--tasks", "boolq", "--task-data", "ITEMS", "--data", "x.txt"], "--data"),
+        (["--limit", "3"], "--limit"),
+        (["--task-data", "ITEMS"], "--task-data"),
     ],
 )
-def test_what_lm_eval_refuses_is_one_sentence(finished, items, tmp_path, more, said):
+def test_a_mistake_is_one_sentence_and_exit_2(finished, items, words, named):
+    result = call("--run", finished / "buddy", *[items if word == "ITEMS" else word for word in words])
+    assert (result.exit_code, result.stdout) == (2, ""), result.exception
+    assert result.stderr.startswith("Error: ")
+    assert named in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [("unsafe_code: true\n", "code"), ("doc_to_image: [question]\n", "pictures"), (EXAMPLES.format(9), "larger")],
+)
+def test_a_definition_that_cannot_be_scored(finished, items, tmp_path, more, named):
     definition = CHOICE.format(kind="multiple_choice", items=items / "arc_easy.jsonl") + more
     (tmp_path / "mine.yaml").write_text(definition)
-    words = ["evaluate", "--run", finished / "buddy", "--tasks", "my_multiple_choice", "--task-path", tmp_path]
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert (result.exit_code, result.stdout) == (2, ""), result.exception
-    assert result.stderr.startswith("Error: ")
-    assert said in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("error", [ValueError("no\n good."), AssertionError()])
-def test_what_lm_eval_refuses_while_it_scores(finished, items, monkeypatch, error):
-    def evaluate(*_, **__):
-        raise error
-
-    monkeypatch.setattr("lm_eval.evaluator.evaluate", evaluate)
-    said = r"boolq cannot be scored \((no good|AssertionError)\); mend its definition or its items, or leave it out\.$"
-    with pytest.raises(DataError, match=said):
-        task_scores(finished / "buddy", ["boolq"], [0.5], task_data=items)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--tasks", "pika"], "lm-eval has no task named 'pika'; did you mean 'p"),
-        (["--tasks", "piqa,qqqqqqqqqqqqqq"], "has no task named 'qqqqqqqqqqqqqq'; `lm_eval ls tasks` lists all"),
-        (["--tasks", "piqa"], "piqa cannot be loaded (Couldn't reach 'baber/piqa' on the Hub"),
-        (
-            ["--tasks", "piqa"],
-            "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by",
-        ),
-        (["--tasks", ","], "No task was named; name at least one, such as piqa"),
-        (["--tasks", "piqa", "--task-data", "ITEMS"], "has no piqa.jsonl; it has those for arc_easy, boolq"),
-        (["--tasks", "piqa", "--task-data", "/no/such"], "There is no folder /no/such of task files"),
-        (["--tasks", "piqa", "--task-path", "ITEMS"], "is no folder with task definitions (.yaml) in it"),
-        (["--tasks", "piqa", "--task-path", "ITEMS", "--task-data", "ITEMS"], "give one of the two"),
-        (["--tasks", "boolq", "--task-data", "ITEMS", "--budgets", "0.5,auto"], "at fixed budgets, not at auto; ask"),
-        (["--tasks", "boolq", "--task-data", "ITEMS", "--budgets", "0.1"], "below the layers that always run"),
-        (["--tasks", "boolq", "--task-data", "ITEMS", "--data", "x.txt"], "--data is for text; leave it out, or"),
-        (["--tasks", "boolq", "--json", "/no/such/folder/x.json"], "There is no folder /no/such/folder for x.json"),
-        (["--limit", "3"], "--limit is for tasks; add --tasks, such as --tasks piqa"),
-        (["--task-data", "ITEMS"], "--task-data is for tasks; add --tasks"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_exit_2(finished, items, words, said):
-    words = [str(items) if word == "ITEMS" else word for word in words]
-    result = CliRunner().invoke(app, ["evaluate", "--run", str(finished / "buddy"), *words])
-    assert (result.exit_code, result.stdout) == (2, ""), result.exception
-    assert result.stderr.startswith("Error: ")
-    assert said in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-def test_a_limit_of_nothing(finished, items):
-    assert CliRunner().invoke(app, ["evaluate", "--run", "r", "--tasks", "boolq", "--limit", "0"]).exit_code == 2
-    with pytest.raises(DataError, match="The limit is 0; give 1 or more items for each task, or none"):
-        task_scores(finished / "buddy", ["boolq"], limit=0, task_data=items)
-
-
-def test_a_router_that_runs_every_layer(finished, items):
-    with pytest.raises(BudgetError, match=r"This router runs every layer; ask for budget 1\.0"):
-        task_scores(finished / "full", ["boolq"], [0.5], task_data=items)
-
-
-def test_without_lm_eval(finished, monkeypatch):
-    monkeypatch.setattr("buddy.evaluation.tasks.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"not installed; run: pip install 'buddy-depth\[tasks\]'$"):
-        evaluate_tasks(finished / "buddy", tasks=["piqa"])
+    with pytest.raises(DataError, match=f"my_multiple_choice.*{named}"):
+        task_scores(finished / "buddy", ["my_multiple_choice"], task_path=tmp_path)

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.compare import CompareConfig, compare, fit
-from buddy.config import Rival
 from buddy.errors import RunError, TrainingError
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
 from buddy.run import checksums_of, read_run
+from buddy.schema import Rival
 from buddy.training.healing import HealingModule
 from buddy.training.module import evaluate
 from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights
@@ -172,7 +172,7 @@ def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypat
     capsys.readouterr()
     fit(small(tmp_path, f"router={name}", *HEALED), "small")
     said = capsys.readouterr().err
-    assert f"Going on from {partial / 'healing.ckpt'}" in said
+    assert str(partial / "healing.ckpt") in said
     assert f"Healing {name}: {STEPS} of {STEPS}" in said
     assert "Training buddy" not in said
     assert_same(weights(healed / name), weights(tmp_path / "small" / name / "seed-0"))
@@ -201,27 +201,20 @@ def test_a_trained_router_is_healed_without_training_it_again(small, finished, h
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("override", "named"),
     [
-        (["adapter.targets=[q_porj]"], "adapter.targets holds 'q_porj', but the linear modules in a layer of"),
-        (["adapter.targets=lm_head"], "down_proj; choose from these, or all-linear"),
-        (["adapter.targets=[]"], "adapter.targets is empty"),
-        (["adapter.rank=0"], "adapter.rank is 0, but must be at least 1"),
-        (["adapter.rang=4"], "The key 'adapter.rang' is unknown; did you mean 'rank'"),
-        (["adapter.dropout=1.0"], "adapter.dropout is 1.0, but must be at most 0.9"),
-        (["adapter.kind=prefix"], "adapter.kind cannot be 'prefix' (accepted: lora)"),
-        (
-            ["adapter=lora"],
-            "adapter is a section",
-        ),
-        (["adapter.lr=0"], "adapter.lr is 0.0, but must be above 0"),
+        ("adapter.targets=[q_porj]", "q_porj"),
+        ("adapter.targets=lm_head", "all-linear"),
+        ("adapter.rank=0", "adapter.rank"),
+        ("adapter.rang=4", "adapter.rang"),
+        ("adapter.kind=prefix", "adapter.kind"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_written(small, tmp_path, overrides, said):
-    words = ["fit", "--recipe", str(small.file), f"output={tmp_path / 'runs'}", "router=shortgpt", *overrides]
+def test_mistakes_are_found_before_anything_is_written(small, tmp_path, override, named):
+    words = ["fit", "--recipe", str(small.file), f"output={tmp_path / 'runs'}", "router=shortgpt", override]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2, result.output
-    assert said in result.stderr
+    assert named in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
@@ -235,9 +228,7 @@ def test_a_healing_of_other_modules_is_not_gone_on_from(small, tmp_path, monkeyp
     checkpoints = tmp_path / "small" / "buddy" / "seed-0" / "checkpoints"
     before = (checkpoints / "healing.ckpt").read_bytes()
     named = f"ckpt_path={checkpoints / 'last.ckpt'}"
-    with pytest.raises(
-        TrainingError, match=r"healing.ckpt is of another healing .it differs in adapter.rank.; delete it"
-    ):
+    with pytest.raises(TrainingError, match=r"healing\.ckpt.*adapter\.rank"):
         fit(small(tmp_path, *HEALED, *BRIEFLY, named, "adapter.rank=3"), "small")
     assert (checkpoints / "healing.ckpt").read_bytes() == before
     fit(small(tmp_path, *HEALED, *BRIEFLY, named, "adapter.lr=0.01"), "small")  # rates may change

@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from buddy.backbone.load import load_backbone
-from buddy.config import Recipe, flatten, load_recipe
+from buddy.config import flatten, load_recipe
 from buddy.data.text import load_texts
 from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
 from buddy.router import Geometry
 from buddy.run import RunFolder
+from buddy.schema import Recipe
 from buddy.training.callbacks import check_checkpoint
 from tests.evaluation.made import record
 from tests.recovery.asking import ask
@@ -179,7 +180,7 @@ def check_recipe(bench: Bench, content: bytes) -> None:
     """`buddy fit` with a recipe, up to where the model would be loaded."""
     (bench.work / "mine.yaml").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.compare.fit", lambda recipe, name: _begun(bench, recipe, name))
+        patch.setattr("buddy.compare.fit", lambda recipe, name, command: _begun(bench, recipe, name))
         ask("fit", "--recipe", bench.work / "mine.yaml")
 
 

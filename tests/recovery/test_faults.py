@@ -12,10 +12,10 @@ import pytest
 from buddy.backbone import embedded
 from buddy.cli.app import app
 from buddy.compare import fit
-from buddy.config import Recipe
 from buddy.errors import RunError
 from buddy.io import load_tensors
 from buddy.run import RunFolder, check_backbone, read_run
+from buddy.schema import Recipe
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import DAMAGES, contents, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
@@ -178,7 +178,7 @@ def test_a_rival_that_is_complete_is_not_fitted_again(small, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("buddy.fit.train", stop)
+        patch.setattr("buddy.fit._train", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(recipe, "small")
     uniform = tmp_path / "small" / "uniform" / "seed-0"

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from buddy import distributed
-from buddy.config import Recipe
+from buddy.schema import Recipe
 
 PATIENCE = 60.0  # seconds
 CPU = {**Recipe().trainer, "accelerator": "cpu"}

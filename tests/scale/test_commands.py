@@ -1,33 +1,30 @@
 """The commands as they are typed: two devices, and two nodes of torchrun."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from buddy.io import read_json
 from buddy.run import read_run
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import free_port
-from tests.small import start_buddy
+from tests.small import only_seeds, start_buddy
 
-RIVALS = "rivals=[shortgpt,uniform,random,full]"  # those of `finished`
+RIVALS = "rivals=[shortgpt,random]"  # two of those of `finished`
 PATIENCE = 240  # seconds
+pytestmark = pytest.mark.slow
 
 
 def assert_as_finished(folder: Path, finished: Path) -> None:
-    """The runs of five routers, as one process made them."""
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
-        "buddy",
-        "shortgpt",
-        "uniform",
-        "random",
-        "full",
-    }
+    """The runs of three routers, as one process made them."""
+    only_seeds(folder)
     assert_alike(finished / "buddy", folder / "buddy")
     assert [step for step, _ in curves(folder / "buddy")["train/objective"]] == [1, 3, 5, 7]
-    for name in ("shortgpt", "uniform", "random", "full"):  # nothing is rounded anew in these
-        ours, theirs = (json.loads((place / name / "metrics.json").read_text()) for place in (folder, finished))
+    for name in ("shortgpt", "random"):  # nothing is rounded anew in these
+        ours, theirs = (read_json(place / name / "metrics.json") for place in (folder, finished))
         assert ours["documents"] == theirs["documents"]
 
 
@@ -36,10 +33,10 @@ def test_two_devices_train_one_router(small, finished, tmp_path):
     process = start_buddy(*words, folder=tmp_path)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
-    assert out.count("Perplexity on held-out text") == 1
-    assert [line.split(":")[0] for line in err.splitlines()].count("Training buddy") == 1
+    assert out.count("Perplexity on text") == 1
+    assert err.count("Training buddy: 8 of 8") == 1
     assert_as_finished(tmp_path / "small", finished)
-    assert read_run(tmp_path / "small" / "buddy" / "seed-0").recipe.trainer["devices"] == 2
+    assert read_run(tmp_path / "small" / "buddy").recipe.trainer["devices"] == 2
 
 
 def test_two_nodes_by_torchrun_with_the_weights_shared_out(small, finished, tmp_path):
@@ -51,7 +48,6 @@ def test_two_nodes_by_torchrun_with_the_weights_shared_out(small, finished, tmp_
     nodes = [subprocess.Popen([*torchrun, "-m", "buddy", *words], **pipes) for _ in range(2)]
     said = [node.communicate(timeout=PATIENCE) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert sorted(out.count("Perplexity on held-out text") for out, _ in said) == [0, 1]
+    assert sorted(out.count("Perplexity on text") for out, _ in said) == [0, 1]
     assert sorted(err.count("Training buddy: 8 of 8") for _, err in said) == [0, 1]
-    assert "" in [out for out, _ in said]  # one of them says nothing at all
     assert_as_finished(tmp_path / "small", finished)

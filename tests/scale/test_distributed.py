@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from buddy import distributed
-from buddy.config import Recipe
 from buddy.errors import TrainingError
+from buddy.schema import Recipe
 from tests.scale.forked import launcher, side_by_side
 from tests.test_cli import call
 

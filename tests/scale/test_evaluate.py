@@ -42,5 +42,5 @@ def evaluated(words: list[str]) -> None:
 
 
 def test_a_time_is_measured_by_one_device(finished):
-    with pytest.raises(BudgetError, match=r"20ms is a time on one device, and 2 disturb one another; .* such as 0\.75"):
+    with pytest.raises(BudgetError, match="20ms"):
         evaluate_run(finished / "buddy", budgets=["0.5", "20ms"], devices=2)

@@ -60,12 +60,12 @@ def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
 
 def cut_short(given: list[str]) -> None:
     """A fit that is killed, in effect, once both routers are done and before they are shown."""
-    import buddy.fit
+    from buddy.evaluation import report
 
-    def show_comparison(*_: object) -> None:
+    def write(*_: object) -> None:
         raise KeyboardInterrupt
 
-    buddy.fit.show_comparison = show_comparison
+    report.write = write
     with suppress(KeyboardInterrupt, SystemExit):
         fitted(given)
 
@@ -77,10 +77,10 @@ def test_what_is_finished_is_not_done_again(small, tmp_path, capfd):
     side_by_side(fitted, given)
     out, err = capfd.readouterr()
     assert "Evaluating" not in err
-    assert out.count("Perplexity on held-out text") == 1
+    assert out.count("Perplexity on text") == 1
 
 
 def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):
-    with pytest.raises(DataError, match=r"4 windows cannot be shared by 6 devices; .* to a multiple of 6"):
+    with pytest.raises(DataError, match="6 devices"):
         fitted(words(small, tmp_path / "out", "trainer.devices=3", "trainer.num_nodes=2"))
     assert not (tmp_path / "out").exists()

@@ -48,26 +48,12 @@ def test_one_long_text_is_cut_at_paragraphs(tmp_path, words):
     assert together.tolist() == [number % 10 + 2 for number in range(20_000)]
 
 
-def test_a_short_text_is_cut_into_smaller_parts(tmp_path, words):
-    path = tmp_path / "note.txt"
-    path.write_text(" ".join(["7"] * 500))
-    read = read_documents(str(path), words, window=20)
-    assert len(read) >= 16
-    assert sum(read.lengths) == 500
-
-
 def test_a_book_among_many_notes_is_cut_alone(tmp_path, words):
     rows = [[number] * 30 for number in range(100, 150)] + [[5] * 5_000]
     read = read_documents(jsonl(tmp_path / "a.jsonl", rows), words, window=20)
     assert read.lengths[:50].tolist() == [30] * 50
     assert len(read) > 65
     assert read.lengths.max() < 600
-
-
-def test_blank_text_gives_no_documents(tmp_path, words):
-    path = tmp_path / "blank.txt"
-    path.write_text(" \n\n \t ")
-    assert len(read_documents(str(path), words, window=4)) == 0
 
 
 def test_the_text_is_tokenised_once(tmp_path, words, monkeypatch):
@@ -127,8 +113,3 @@ def test_packs_hold_a_window_and_each_row_at_most_once(lengths, window, gap):
     dropped = [row for row in range(len(lengths)) if row not in rows]
     assert all(len(rows) == 1 for rows in packs) or not dropped
     assert sum(lengths[row] + gap for row in dropped) < window + gap
-
-
-def test_no_progress_is_shown_for_short_texts(tmp_path, words, capfd):
-    read_documents(jsonl(tmp_path / "a.jsonl", [[9, 8, 7] * 10] * 10), words, window=8)
-    assert capfd.readouterr() == ("", "")

@@ -70,37 +70,12 @@ def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished
             assert result["layers"] < 6 or result["kl"] == pytest.approx(0, abs=1e-5)
 
 
-def test_results_and_progress_go_to_streams_of_their_own(small, tmp_path, capsys):
-    fit(small(tmp_path, "rivals=[shortgpt]"), "small")
-    out, err = capsys.readouterr()
-    assert [line.split(":")[0].partition(" and ")[0] for line in err.splitlines()] == [
-        "Router 1 of 2",
-        "block influence",
-        "Evaluating shortgpt",
-        "Router 2 of 2",
-        "removing layers",
-        "Training buddy",
-        "Evaluating buddy",
-    ]
-    assert "Training buddy: 8 of 8, " in err
-    assert "objective 0." in err
-    for part in ("Perplexity on text", " buddy ", " shortgpt ", "Difference to the best static router"):
-        assert part in out
-    assert f"TensorBoard: tensorboard --logdir {tmp_path}/small\n" in out
-
-
 @pytest.mark.parametrize("settings", [["objective.estimator=straight-through"], ["routing.prompt_plan=shared"]])
 def test_other_ways_to_train(small, finished, tmp_path, settings):
     fit(small(tmp_path, "optimizer.lr=0.1", *settings), "small")
     trained, first = (load_router(read_run(f / "buddy").folder) for f in (tmp_path / "small", finished))
     assert (trained["output.weight"] - first["output.weight"]).abs().max() > 0
     assert all(tensor.isfinite().all() for tensor in trained.values())
-
-
-def test_each_router_is_trained_at_its_own_rate(small, tmp_path):
-    fit(small(tmp_path, "rivals=[{name: first, overrides: [optimizer.lr=0.02]}]", "optimizer.lr=0.03"), "small")
-    paths = sorted((tmp_path / "small").glob("*/seed-0/recipe.yaml"))
-    assert [load_recipe(path).optimizer.lr for path in paths] == [0.03, 0.02]
 
 
 def test_callbacks_and_logger_are_those_of_the_recipe(small, tmp_path):
@@ -110,12 +85,6 @@ def test_callbacks_and_logger_are_those_of_the_recipe(small, tmp_path):
     monitor = "callbacks=[{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]"
     fit(small(tmp_path, "rivals=[]", logger, monitor), "small")
     assert "lr-AdamW" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
-
-
-def test_a_static_router_is_fitted_alone_and_only_once(small, tmp_path):
-    fit(small(tmp_path, "router=shortgpt", "rivals=[shortgpt,uniform]"), "small")
-    assert names(tmp_path / "small") == {"shortgpt", "uniform", *BESIDE}
-    assert not (tmp_path / "small" / "shortgpt" / "seed-0" / "checkpoints").exists()
 
 
 def test_one_measure_serves_all(small, tmp_path, monkeypatch):
@@ -132,14 +101,6 @@ def test_a_second_fit_takes_the_place_of_the_first(small, tmp_path):
     assert names(tmp_path / "small") == {"random", *BESIDE}
 
 
-def test_another_main_router_makes_another_comparison(small, tmp_path):
-    fit(small(tmp_path, "router=shortgpt", "rivals=[uniform]"), "small")
-    fit(small(tmp_path, "router=random", "rivals=[uniform]"), "small")
-    record = json.loads((tmp_path / "small" / "comparison.json").read_text())
-    assert [run["router"] for run in record["runs"]] == ["random", "uniform"]
-    assert names(tmp_path / "small" / "uniform" / "seed-0") == FILES
-
-
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     recipe = small(tmp_path, f"ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")
@@ -153,49 +114,28 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "message"),
+    ("settings", "error", "named"),
     [
-        (["rivals=[unifrom]"], RegistryError, "No router is named 'unifrom'; did you mean 'uniform'"),
-        (["budgets=[0.1]"], BuddyError, "below the layers that always run; ask for 2layers"),
-        (["trainer.strategy=dpp"], TrainingError, "strategy=dpp do not work here"),
-        (["ckpt_path=nowhere.ckpt"], TrainingError, r"There is no checkpoint nowhere\.ckpt"),
-        (
-            ["ckpt_path=CHECKPOINT", "router=uniform"],
-            RecipeError,
-            "The router uniform is not trained; leave ckpt_path",
-        ),
-        (
-            ["ckpt_path=CHECKPOINT", "adapter.joint=true"],
-            RecipeError,
-            "joint=true trains router and adapter from",
-        ),
+        (["rivals=[unifrom]"], RegistryError, "unifrom"),
+        (["budgets=[0.1]"], BuddyError, r"0\.1"),
+        (["trainer.strategy=dpp"], TrainingError, "strategy=dpp"),
+        (["ckpt_path=nowhere.ckpt"], TrainingError, r"nowhere\.ckpt"),
+        (["ckpt_path=CHECKPOINT", "router=uniform"], RecipeError, "uniform.*ckpt_path"),
+        (["ckpt_path=CHECKPOINT", "adapter.joint=true"], RecipeError, r"adapter\.joint"),
         (["callbacks=[{class_path: no.Such}]"], RecipeError, r"no\.Such"),
         (["logger={class_path: logging.Logger}"], RecipeError, r"logging\.Logger"),
-        (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden is unknown"),
+        (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden"),
+        (["data.train_sources=[TEXT]"], RecipeError, r"data\.train_sources"),
+        (["data.calibration_sources=[TEXT]"], RecipeError, r"data\.calibration_sources"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_written(small, finished, tmp_path, settings, error, message):
+def test_mistakes_are_found_before_anything_is_written(small, finished, tmp_path, settings, error, named):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
-    settings = [text.replace("CHECKPOINT", str(checkpoint)) for text in settings]
-    with pytest.raises(error, match=message):
+    again = f"{small.text.parent}/../{small.text.parent.name}/{small.text.name}"
+    settings = [text.replace("CHECKPOINT", str(checkpoint)).replace("TEXT", again) for text in settings]
+    with pytest.raises(error, match=named):
         fit(small(tmp_path / "runs", *settings), "small")
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("key", ["train_sources", "calibration_sources"])
-def test_the_text_itself_is_not_more_text_to_learn_from(small, tmp_path, key):
-    again = f"{small.text.parent}/../{small.text.parent.name}/{small.text.name}"
-    with pytest.raises(RecipeError, match=f"data.{key} holds .*, which is data.source: its test windows would be"):
-        fit(small(tmp_path / "runs", f"data.{key}=[{again}]"), "small")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_checkpoint_of_another_router_leaves_nothing_behind(small, finished, tmp_path):
-    checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
-    recipe = small(tmp_path, f"ckpt_path={checkpoint}", "router.options.hidden=5", "trainer.max_steps=20")
-    with pytest.raises(TrainingError, match="The checkpoint is of another router"):
-        fit(recipe, "small")
-    assert not (tmp_path / "small" / "buddy" / "seed-0").exists()
 
 
 # Stopped
@@ -236,6 +176,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(small, uninterrupted, tmp_path):
     output = tmp_path / "runs"
     process = begin(small, output)
@@ -247,14 +188,14 @@ def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(small, uninterr
     assert out == ""
     stopped = steps(output / "small" / "buddy" / "seed-0")
     assert 5 <= stopped < 60
-    assert f"Stopping after this step …\nTraining buddy: {stopped} of 60" in err
-    assert err.endswith("\nStopped. Repeat the command to go on from the last checkpoint.\n")
+    assert f"Training buddy: {stopped} of 60" in err
     assert "Traceback" not in err
     fit(small(output, *LONG), "small")
     assert names(output / "small") == {"buddy", *BESIDE}
     assert_same_run(uninterrupted, output / "small" / "buddy" / "seed-0")
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_published_run_and_a_checkpoint(small, uninterrupted, tmp_path):
     output = tmp_path / "runs"
     fit(small(output, "trainer.max_steps=5"), "small")
@@ -269,6 +210,7 @@ def test_a_kill_leaves_the_published_run_and_a_checkpoint(small, uninterrupted, 
     assert_same_run(uninterrupted, output / "small" / "buddy" / "seed-0")
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_evaluation_costs_no_training(small, uninterrupted, tmp_path, monkeypatch, capsys):
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

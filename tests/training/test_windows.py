@@ -80,11 +80,6 @@ def test_windows_are_spread_evenly_and_do_not_overlap(lengths, count, seed):
     assert ((taken >= most - 1) | (taken == whole)).all()
 
 
-def test_windows_are_not_only_beginnings():
-    windows = spread(Held(*[200] * 50), range(50), WINDOW, 50, generator(0, Stream.WINDOWS))
-    assert len((windows.input_ids[:, 0] % 1000).unique()) > 10
-
-
 def test_windows_of_another_text(tmp_path, words):
     path = tmp_path / "other.jsonl"
     path.write_text("".join(json.dumps({"body": f"{number} " * 25}) + "\n" for number in range(40)))
