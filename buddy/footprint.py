@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from buddy.backbone import embedded
 from buddy.backbone.embedded import quiet_transformers
-from buddy.backbone.load import DTYPES, check_routable
+from buddy.backbone.load import DTYPES, check_routable, locate, read_config
 from buddy.budget import executed_layers
 from buddy.console import counted, results
-from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, nearest, reason
+from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, reason
 from buddy.io import check_output_path, write_json
 from buddy.registry import build
 from buddy.router import AnyRouter, Geometry, LayerwiseRouter
@@ -35,7 +35,6 @@ CHUNK = 512  # tokens whose logits an accelerator evaluates together
 GATHERED = 2  # layers that are whole on a device under fsdp: the one that runs and the one that is fetched
 CONTEXT = 1000  # tokens of a row whose cache is printed
 POLICIES = ("fill", "hole")
-CHOICES = f"a folder with config.json, such a file, owner/name on the hub, or {embedded.NAME!r}"
 NOTE = (
     "The step, and what fsdp gathers, are estimates; the rest is counted. What the driver and the allocator keep for "
     "themselves comes on top. Healing, which goes backward through the layers, takes more than is said here."
@@ -127,20 +126,8 @@ def empty_model(name: str, dtype: str) -> PreTrainedModel:
     Raises:
         BackboneError: there is no configuration, it is damaged, or Buddy cannot route such a model.
     """
-    path = str(embedded.smollm2_folder()) if name in embedded.NAMES else os.path.expanduser(name)
-    if not os.path.exists(path):
-        if not name.strip() or name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/"):
-            raise BackboneError(f"There is no configuration at {name!r}; give {CHOICES}.")
-        if "/" not in name:
-            raise BackboneError(f"No model is named {name!r}{nearest(name, embedded.NAMES) or f'; give {CHOICES}.'}")
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(path)
-        if not isinstance(values, dict):
-            raise TypeError("it is not a mapping")
-    except Exception as error:  # OSError or ValueError of transformers
-        raise BackboneError(
-            f"{name!r} has no configuration that can be read ({reason(error)}); give {CHOICES}."
-        ) from error
+    path = os.path.expanduser(name)
+    values = read_config(name, path if os.path.exists(path) and name not in embedded.NAMES else locate(name))
     check_routable(name, values)
     try:
         with quiet_transformers(), torch.device("meta"):
@@ -148,7 +135,7 @@ def empty_model(name: str, dtype: str) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
     except Exception as error:  # impossible sizes raise a dozen kinds of error
         raise BackboneError(
-            f"The configuration of {name!r} cannot be used ({reason(error)}); mend it, or name another."
+            f"The configuration of {name!r} cannot be used ({reason(error)}); correct it, or name another model."
         ) from error
 
 

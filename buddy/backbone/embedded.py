@@ -75,9 +75,7 @@ def is_valid(folder: Path) -> bool:
 
 
 def _write_record(folder: Path) -> None:
-    files = {
-        file.name: {"size": file.stat().st_size, "sha256": checksum(file)} for file in sorted(folder.iterdir())
-    }
+    files = {file.name: {"size": file.stat().st_size, "sha256": checksum(file)} for file in sorted(folder.iterdir())}
     write_json(folder / RECORD, {"layout": LAYOUT, "wheel": _installed_version(), "files": files})
 
 
