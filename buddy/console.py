@@ -138,11 +138,15 @@ def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Lightning's advice on devices, workers and intervals from the terminal within this block."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    """Keep Lightning's advice on devices, workers and intervals from the terminal within this block.
+
+    A profiler's report is shown.
+    """
+    wanted = {"lightning.pytorch": "ERROR", "lightning.fabric": "ERROR", "lightning.pytorch.profilers": "INFO"}
+    loggers = [logging.getLogger(name) for name in wanted]
     levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    for logger, word in zip(loggers, wanted.values(), strict=True):
+        logger.setLevel(word)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|logging interval).*")
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # scores are gathered before they are logged

@@ -1,26 +1,21 @@
-"""`buddy memory`: bytes for training and serving on each device, from a model's configuration alone.
-
-What accelerate's estimator does not know: caches under a cache policy, and a training step that tries several plans.
-"""
+"""`buddy memory`: the bytes that training and serving take on each device, from a configuration alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from buddy.backbone import embedded
 from buddy.backbone.embedded import quiet_transformers
-from buddy.backbone.load import DTYPES, check_routable, locate, read_config
+from buddy.backbone.load import DTYPES, Backbone, check_routable, locate, read_config
 from buddy.budget import executed_layers
-from buddy.console import counted, results
+from buddy.console import counted, print_titled_table, results
+from buddy.engine.model import geometry_of
 from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, reason
 from buddy.io import check_output_path, write_json
 from buddy.registry import build
@@ -36,8 +31,8 @@ GATHERED = 2  # layers that are whole on a device under fsdp: the one that runs 
 CONTEXT = 1000  # tokens of a row whose cache is printed
 POLICIES = ("fill", "hole")
 NOTE = (
-    "The step, and what fsdp gathers, are estimates; the rest is counted. What the driver and the allocator keep for "
-    "themselves comes on top. Healing, which goes backward through the layers, takes more than is said here."
+    "The step, and what fsdp gathers, are estimates; the rest is counted. The driver and the allocator take more. "
+    "Healing computes gradients through the layers and takes more than this."
 )
 
 
@@ -76,12 +71,12 @@ def print_memory(
             f"A batch of {batch_size} windows cannot be shared by {devices} devices; set --batch-size to a multiple of "
             f"{devices}."
         )
-    model = empty_model(backbone, dtype)
-    longest = model.config.max_position_embeddings
-    if window > longest:
-        raise DataError(f"--window is {window}, but {backbone} reads at most {longest} tokens; set that or less.")
-    shape = Shape.of(model)
-    module = build(router, shape.geometry(), {})
+    model = empty_backbone(backbone, dtype)
+    if window > model.context_length:
+        raise DataError(
+            f"--window is {window}, but {backbone} reads at most {model.context_length} tokens; set that or less."
+        )
+    module = build(router, geometry_of(model), {})
     if isinstance(module, LayerwiseRouter):
         raise RegistryError(
             f"The router {router!r} is trained by gradients through the layers, whose memory is not estimated here; "
@@ -89,35 +84,45 @@ def print_memory(
         )
     rows, plans = batch_size // devices, ObjectiveSection().plans
     training = {
-        "weights": weight_bytes(shape, devices, strategy),
+        "weights": weight_bytes(model, devices, strategy),
         "router_and_optimizer": router_bytes(module, training=True, devices=devices),
-        "step": step_bytes(shape, module.geometry, rows, window, plans) if module.trainable else 0,
+        "step": step_bytes(model, module.geometry, rows, window, plans) if module.trainable else 0,
     }
     training["total"] = sum(training.values())
-    executed = _executed(shape, module, budgets)
-    serving = {
-        "weights": shape.weight_bytes,
+    executed = _executed(model, module, budgets)
+    cache = {
+        budget: {policy: cache_bytes(model, CONTEXT, policy, count) for policy in POLICIES}
+        for budget, count in executed.items()
+    }
+    serving: dict[str, Any] = {
+        "weights": _bytes(model.model),
         "router": router_bytes(module, training=False),
-        "cache": {
-            budget: {policy: cache_bytes(shape, CONTEXT, policy, count) for policy in POLICIES}
-            for budget, count in executed.items()
-        },
+        "cache": cache,
         "executed": executed,
     }
-    spread = f"{devices} devices, {strategy}" if devices > 1 else "one device"
-    batch = f"{spread}, {counted(batch_size, 'window')} of {window} tokens a step"
-    _print(f"{backbone}: {shape.layers} layers, {_parameters(shape.parameters)} parameters, {dtype}", batch, training)
-    _print_serving(serving)
+    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    results.print(f"{backbone}: {model.num_layers} layers, {parameters / 1e6:,.1f} million parameters, {dtype}")
+    batch = f"{counted(devices, 'device')}, {strategy}, {counted(batch_size, 'window')} of {window} tokens a step"
+    labels = ("weights, frozen", "router and optimizer", "a step, at most", "together")
+    sizes = [(label, _gib(size)) for label, size in zip(labels, training.values(), strict=True)]
+    print_titled_table(f"Training a router, each device ({batch})", ("", "GiB"), sizes)
+    print_titled_table(
+        f"Serving, one device: weights {_gib(serving['weights'])} GiB, router {_gib(serving['router'])} GiB, and the "
+        f"cache of {CONTEXT} tokens of a row, by budget and routing.policy",
+        ("budget", "layers", *(f"{policy}, GiB" for policy in POLICIES)),
+        [(budget, str(executed[budget]), *map(_gib, of.values())) for budget, of in cache.items()],
+        NOTE,
+    )
     if json_file:
         write_json(
             json_file,
-            {"parameters": shape.parameters, "layers": shape.layers, "training": training, "serving": serving},
+            {"parameters": parameters, "layers": model.num_layers, "training": training, "serving": serving},
         )
         results.print(f"JSON: {json_file}", soft_wrap=True)
 
 
-def empty_model(name: str, dtype: str) -> PreTrainedModel:
-    """The model that a configuration describes, on torch's meta device: all sizes and no data.
+def empty_backbone(name: str, dtype: str) -> Backbone:
+    """The model that a configuration describes, on torch's meta device: all sizes and no data; it has no tokenizer.
 
     Args:
         name: of a backbone, as in a recipe; or a folder with config.json, or that file.
@@ -127,92 +132,30 @@ def empty_model(name: str, dtype: str) -> PreTrainedModel:
         BackboneError: there is no configuration, it is damaged, or Buddy cannot route such a model.
     """
     path = os.path.expanduser(name)
-    values = read_config(name, path if os.path.exists(path) and name not in embedded.NAMES else locate(name))
+    values = read_config(name, path if os.path.exists(path) else locate(name))
     check_routable(name, values)
     try:
         with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.for_model(**values)
-            return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
     except Exception as error:  # impossible sizes raise a dozen kinds of error
         raise BackboneError(
-            f"The configuration of {name!r} cannot be used ({reason(error)}); correct it, or name another model."
+            f"The configuration of {name!r} cannot be used ({reason(error)}); mend it, or name another."
         ) from error
+    return Backbone(name, model, cast(Any, None), fingerprint="")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What memory depends on.
-
-    Attributes:
-        layer_bytes: of the weights of each layer.
-        rest_bytes: of the embeddings, the last norm, and the head where it has weights of its own.
-        parameters: of the whole model.
-        element: bytes of a number in weights, states and cache.
-        hidden, intermediate, vocabulary: widths D, I and V.
-        query: width of all heads' queries.
-        kv: width of a token's keys (or values) in one layer.
-        windows: for each layer the positions that a later one can still attend to; None for all.
-        capped: whether logits are soft-capped, which takes copies of them.
-    """
-
-    layer_bytes: tuple[int, ...]
-    rest_bytes: int
-    parameters: int
-    element: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    query: int
-    kv: int
-    windows: tuple[int | None, ...]
-    capped: bool
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Shape:
-        """The shape of a model, with or without its weights."""
-        config, layers = model.config, model.model.layers
-        sliding = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        kinds = kinds or ["sliding_attention" if sliding else "full_attention"] * len(layers)
-        layer_bytes = tuple(_bytes(layer) for layer in layers)
-        return cls(
-            layer_bytes=layer_bytes,
-            rest_bytes=_bytes(model) - sum(layer_bytes),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            element=model.dtype.itemsize,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            vocabulary=config.vocab_size,
-            query=config.num_attention_heads * layers[0].self_attn.head_dim,
-            kv=config.num_key_value_heads * layers[0].self_attn.head_dim,
-            windows=tuple(sliding if kind == "sliding_attention" else None for kind in kinds[: len(layers)]),
-            capped=bool(getattr(config, "final_logit_softcapping", None)),
-        )
-
-    @property
-    def layers(self) -> int:
-        """L."""
-        return len(self.layer_bytes)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of the whole model."""
-        return sum(self.layer_bytes) + self.rest_bytes
-
-    def geometry(self) -> Geometry:
-        """The sizes that a router needs, where it pools values after one context layer."""
-        return Geometry(layers=self.layers, context_layer=1, hidden=self.hidden, features=self.kv)
-
-
-def weight_bytes(shape: Shape, devices: int, strategy: str) -> int:
+def weight_bytes(backbone: Backbone, devices: int, strategy: str) -> int:
     """Of the frozen backbone on each device while training.
 
     With "auto" each device has all of it. With "fsdp" it has its shard, and whole what is not in a layer, the layer
     that runs and the next one.
     """
+    total = _bytes(backbone.model)
     if strategy == "auto" or devices == 1:
-        return shape.weight_bytes
-    return -(-shape.weight_bytes // devices) + shape.rest_bytes + sum(sorted(shape.layer_bytes)[-GATHERED:])
+        return total
+    layers = [_bytes(layer) for layer in backbone.layers]
+    return -(-total // devices) + total - sum(layers) + sum(sorted(layers)[-GATHERED:])
 
 
 def router_bytes(router: AnyRouter, *, training: bool, devices: int = 1) -> int:
@@ -227,7 +170,7 @@ def router_bytes(router: AnyRouter, *, training: bool, devices: int = 1) -> int:
     return 2 * total + trained * (3 + (devices > 1))
 
 
-def cache_bytes(shape: Shape, tokens: int, policy: str, executed: int, sinks: int = 0) -> int:
+def cache_bytes(backbone: Backbone, tokens: int, policy: str, executed: int, sinks: int = 0) -> int:
     """Of the keys and values of one row.
 
     Under "fill" and "zero" every layer has every position (a sliding layer its last ones), at every budget. Under
@@ -235,21 +178,25 @@ def cache_bytes(shape: Shape, tokens: int, policy: str, executed: int, sinks: in
     elsewhere it is the mean over plans.
 
     Args:
-        shape: of the model.
+        backbone: the model.
         tokens: positions so far.
         policy: "fill", "hole" or "zero".
         executed: K.
         sinks: first tokens, in all layers.
     """
-    positions = [tokens if window is None else min(tokens, window - 1) for window in shape.windows]
-    each = 2 * shape.kv * shape.element
+    config, layers = backbone.model.config, backbone.num_layers
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+    slides = [window is not None and kind == "sliding_attention" for kind in kinds[:layers]]
+    positions = [min(tokens, window - 1) if sliding else tokens for sliding in slides]
+    each = 2 * backbone.kv_size * backbone.dtype.itemsize
     if policy != "hole":
         return sum(positions) * each
-    routed = sum(max(count - sinks, 0) for count in positions) * executed / shape.layers
-    return round((routed + shape.layers * min(sinks, tokens)) * (each + SLOT + VALID))
+    routed = sum(max(count - sinks, 0) for count in positions) * executed / layers
+    return round((routed + layers * min(sinks, tokens)) * (each + SLOT + VALID))
 
 
-def step_bytes(shape: Shape, geometry: Geometry, rows: int, window: int, plans: int, chunk: int = CHUNK) -> int:
+def step_bytes(backbone: Backbone, geometry: Geometry, rows: int, window: int, plans: int, chunk: int = CHUNK) -> int:
     """An estimate of the most that a training step takes beside weights and router: perturbed plans, KL to the dense.
 
     The backbone has no gradients, so its layers keep nothing: the states of one layer at a time, the dense model's
@@ -257,77 +204,44 @@ def step_bytes(shape: Shape, geometry: Geometry, rows: int, window: int, plans: 
     router learns from.
 
     Args:
-        shape: of the model.
+        backbone: the model.
         geometry: of the router.
         rows: windows of this device.
         window: tokens in each.
         plans: tried for each window.
         chunk: tokens whose logits are evaluated together.
     """
+    config, element = backbone.model.config, backbone.dtype.itemsize
+    capped = bool(getattr(config, "final_logit_softcapping", None))  # capping copies the logits
+    query = config.num_attention_heads * backbone.layers[0].self_attn.head_dim
     tokens, scored = rows * window, rows * max(window - UNSCORED, 1)
     context = 3 * FLOAT32 * tokens * (2 * geometry.features + geometry.hidden)
-    distribution = FLOAT32 * scored * shape.vocabulary
-    logits = shape.element * scored * shape.vocabulary
-    dense = logits + distribution * (1 if shape.element == FLOAT32 else 2)
-    plan_logits = logits * plans * (3 if shape.capped else 1)
-    evaluated = 0 if shape.capped else 3 * FLOAT32 * min(chunk, scored) * shape.vocabulary
-    mlp = 3 * shape.intermediate + 8 * shape.hidden
-    attention = 4 * shape.query + 4 * shape.kv + 4 * shape.hidden
-    layer = tokens * plans * (shape.element * max(mlp, attention) + window)
+    distribution = FLOAT32 * scored * config.vocab_size
+    logits = element * scored * config.vocab_size
+    dense = logits + distribution * (1 if element == FLOAT32 else 2)
+    plan_logits = logits * plans * (3 if capped else 1)
+    evaluated = 0 if capped else 3 * FLOAT32 * min(chunk, scored) * config.vocab_size
+    mlp = 3 * config.intermediate_size + 8 * config.hidden_size
+    attention = 4 * (query + backbone.kv_size + config.hidden_size)
+    layer = tokens * plans * (element * max(mlp, attention) + window)
     return context + max(dense, 2 * distribution + max(layer, plan_logits + evaluated))
 
 
-def _executed(shape: Shape, router: AnyRouter, budgets: Sequence[str] | None) -> dict[str, int]:
-    """K by budget; the default budgets that the router cannot serve are left out."""
+def _executed(backbone: Backbone, router: AnyRouter, budgets: Sequence[str] | None) -> dict[str, int]:
+    """K by budget; of the default budgets only those that the router can serve."""
+    default = [1.0] if router.full_depth else Recipe().budgets
     found = {}
-    for budget in [f"{budget:g}" for budget in Recipe().budgets] if budgets is None else budgets:
-        count = executed_layers(budget, shape.layers, router.geometry.always_on)
-        if not router.full_depth or count == shape.layers:
-            found[budget] = count
-        elif budgets is not None:
+    for budget in [f"{budget:g}" for budget in default] if budgets is None else budgets:
+        found[budget] = executed_layers(budget, backbone.num_layers, router.geometry.always_on)
+        if router.full_depth and found[budget] < backbone.num_layers:
             raise BudgetError(f"This router runs every layer; ask for budget 1.0 instead of {budget}.")
     return found
 
 
-def _print(model: str, batch: str, training: dict[str, int]) -> None:
-    labels = ("weights, frozen", "router and optimizer", "a step, at most", "together")
-    results.print(model, soft_wrap=True)
-    results.print(f"Training a router, each device ({batch}):", soft_wrap=True)
-    rows = [(label, _gib(value)) for label, value in zip(labels, training.values(), strict=True)]
-    results.print(_table(("", "GiB"), rows))
-
-
-def _print_serving(serving: dict[str, Any]) -> None:
-    results.print(
-        f"Serving, one device: weights {_gib(serving['weights'])} GiB, router {_gib(serving['router'])} GiB, and for "
-        f"each {CONTEXT} tokens of a row a cache by budget and routing.policy:",
-        soft_wrap=True,
-    )
-    rows = [
-        (budget, str(serving["executed"][budget]), *(_gib(size) for size in sizes.values()))
-        for budget, sizes in serving["cache"].items()
-    ]
-    results.print(_table(("budget", "layers", *(f"{policy}, GiB" for policy in POLICIES)), rows))
-    results.print(NOTE, soft_wrap=True)
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, justify="right" if table.columns else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _gib(value: int) -> str:
+def _gib(size: int) -> str:
     """At least three significant digits."""
-    gib = value / GIB
+    gib = size / GIB
     return f"{gib:.1f}" if gib >= 100 else f"{gib:.2f}" if gib >= 1 else f"{gib:.4f}"
-
-
-def _parameters(count: int) -> str:
-    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
 
 
 def _bytes(module: nn.Module) -> int:

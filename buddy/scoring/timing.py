@@ -210,8 +210,8 @@ def _weigh(contender: Contender, ids: Tensor, timings: Timings) -> None:
 def cache_bytes(cache: Any) -> int:
     """Bytes that a cache holds: keys, values and, once each, the hidden states that wait in a routed one."""
     held = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
-    owed = [hidden for layer in cache.layers for hidden, _ in getattr(layer, "pending", ())]
-    waiting = {hidden.data_ptr(): hidden for hidden in owed}
+    pending = [hidden for layer in cache.layers for hidden, _ in getattr(layer, "pending", ())]
+    waiting = {hidden.data_ptr(): hidden for hidden in pending}
     return sum(x.numel() * x.element_size() for x in (*held, *waiting.values()))
 
 
