@@ -71,11 +71,6 @@ class Backbone:
     fingerprint: str
 
     @property
-    def title(self) -> str:
-        """See `title_of`."""
-        return title_of(self.name)
-
-    @property
     def base(self) -> PreTrainedModel:
         """The inner decoder: embeddings, layers and the last norm, without the next-token head."""
         return self.model.model
