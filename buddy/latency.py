@@ -143,7 +143,7 @@ def points_of(routed: RoutedLM) -> list[int]:
 def setting_of(routed: RoutedLM) -> dict[str, Any]:
     """All that the time of a token depends on, except other load on the machine."""
     backbone, here = routed.backbone, machine()
-    beside = 0 if routed.adapter is None else routed.adapter.size
+    added = 0 if routed.adapter is None else routed.adapter.size
     return {
         "layout": LAYOUT,
         "processor": here["processor"],
@@ -151,7 +151,7 @@ def setting_of(routed: RoutedLM) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "backbone": backbone.fingerprint,
-        "parameters": backbone.model.num_parameters() - beside,  # equal for a merged and an unmerged adapter
+        "parameters": backbone.model.num_parameters() - added,  # equal for a merged and an unmerged adapter
         "dtype": str(backbone.dtype),
         "attention": backbone.model.config._attn_implementation,
         "router": type(routed.router).__name__,

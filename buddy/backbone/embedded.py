@@ -143,7 +143,7 @@ def _write_model(source: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(**origin)
         except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
             raise BackboneError(_reinstall(f"holds a damaged model file ({error})")) from error
-        _mend(tokenizer, model.config.max_position_embeddings)
+        _restore(tokenizer, model.config.max_position_embeddings)
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -154,8 +154,8 @@ def _write_model(source: Path, folder: Path) -> None:
             raise OSError(str(error)) from error
 
 
-def _mend(tokenizer: Any, context_length: int) -> None:
-    """Restore what a GGUF file does not carry: the context length, and that every digit is a token of its own.
+def _restore(tokenizer: Any, context_length: int) -> None:
+    """Restore settings that a GGUF file lacks: the context length, and one token per digit.
 
     Padding stays the end-of-turn token, as the model was published, so padding needs an attention mask.
     """

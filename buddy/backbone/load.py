@@ -188,7 +188,7 @@ def locate(name: str, revision: str | None = None) -> str:
     """The folder or the name on the hub of a backbone.
 
     Raises:
-        BackboneError: it can be neither, the folder cannot be a model, or something local is given a revision.
+        BackboneError: neither exists, the folder is no model, or a local model has a revision.
     """
     folder = Path(os.path.expanduser(name))  # Path.expanduser fails for "~unknown"
     if name in embedded.NAMES:

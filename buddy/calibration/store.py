@@ -182,7 +182,7 @@ def _device(device: torch.device) -> str:
 
 
 class _DamagedRow(Exception):
-    """A row that differs from what was written."""
+    """A row whose checksum is wrong."""
 
 
 def _sum(key: str, value: bytes) -> int:
@@ -190,7 +190,7 @@ def _sum(key: str, value: bytes) -> int:
 
 
 def _decode(key: str, value: Any, total: Any) -> Tensor:
-    """The tensor in a row; _DamagedRow if the row is not what was written."""
+    """The tensor in a row; _DamagedRow if its checksum is wrong."""
     try:
         if _sum(key, value) == total:
             return load(value)[""]

@@ -85,7 +85,7 @@ class TextData(LightningDataModule):
             self._read(source)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the tokenised text and split it; a second call does nothing.
+        """Read the tokenised text and split it, once.
 
         Raises:
             DataError: the text cannot be read, or gives fewer than four documents of a window or more.

@@ -1,7 +1,7 @@
 """Text → tokenised documents, each at least one window long.
 
 A source is the embedded speeches, a file, a folder, or a data set of the hub. `datasets` reads them all and stores
-the tokens in its own cache (HF_HOME or HF_DATASETS_CACHE). Nothing is written beside the text.
+the tokens in its own cache (HF_HOME or HF_DATASETS_CACHE). The folder of the text stays unchanged.
 
 A document is
 - a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet) or an article of WikiText;
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LARGEST_SHARE = 16  # a row with more than 1 / LARGEST_SHARE of all characters is cut
-PART = 8  # windows in a part of a cut document, where the text is long enough
+PART = 8  # windows in a part of a long text
 PARTS = 32  # parts of a short text, if it has as many windows
 
 
@@ -241,7 +241,7 @@ def named_sources(domains: str | None, own: str) -> dict[str, str]:
     for part in filter(None, (part.strip() for part in domains.split(","))):
         label, source = Path(part).stem or part, part
         if "=" in part and not os.path.exists(os.path.expanduser(part)):
-            label, _, source = (word.strip() for word in part.partition("="))
+            label, _, source = (each.strip() for each in part.partition("="))
             if not label or not source:
                 raise DataError(f"The domain {part!r} lacks its label or source; write label=SOURCE, or SOURCE alone.")
         if label in found:

@@ -126,7 +126,7 @@ def train_policy(
 
 
 def rewards_of(losses: Tensor, arms: Sequence[int], layers: int, weights: RewardWeights) -> Tensor:
-    """(N, arms): the reward of each request under each arm; in double precision where the losses are.
+    """(N, arms): the reward of each request under each arm, in the dtype of the losses, best float64.
 
     In single precision the mean of three equal rewards may differ from them by more than `TINY`.
     """
