@@ -19,7 +19,7 @@ from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows, windows_of
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import RecipeError, RunError, TrainingError
+from buddy.errors import RecipeError, RunError, TrainingError, reason
 from buddy.io import cache_folder
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
@@ -308,10 +308,9 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
     try:
         return lightning.Trainer(**(trainer_defaults(keywords) | settings | options))
     except Exception as error:  # Lightning refuses settings with many types of errors
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         raise TrainingError(
             f"trainer.accelerator={keywords['accelerator']}, devices={devices} and strategy={keywords['strategy']} do "
-            f"not work here ({reason}); change them."
+            f"not work here ({reason(error)}); change them."
         ) from error
 
 
@@ -343,7 +342,6 @@ def instantiate(spec: ClassSpec) -> Any:
     try:
         return instantiate_class((), asdict(spec))
     except Exception as error:  # foreign code
-        reason = str(error).partition("\n")[0].rstrip(".")
         raise RecipeError(
-            f"{spec.class_path} cannot be created ({type(error).__name__}: {reason}); change it."
+            f"{spec.class_path} cannot be created ({type(error).__name__}: {reason(error)}); change it."
         ) from error

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
-from buddy.errors import DamagedError, RunError, TrainingError, nearest
+from buddy.errors import DamagedError, RunError, TrainingError, nearest, reason
 from buddy.io import load_tensors, read_json, save_tensors, write_json, writing
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Adapter:
         try:
             adapter = cls(backbone, config)
         except (TypeError, ValueError) as error:  # peft finds none of the modules, or wrong types
-            raise DamagedError(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
+            raise DamagedError(folder / CONFIG, reason(error)) from error
         try:
             adapter._load_state(tensors, folder / WEIGHTS)
         except BaseException:
@@ -254,4 +254,4 @@ def _read_config(folder: Path) -> LoraConfig:
     try:
         return LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:
-        raise DamagedError(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
+        raise DamagedError(folder / CONFIG, reason(error)) from error
