@@ -22,7 +22,7 @@ def run_card(run: Run, metrics: Mapping[str, Any] | None, name: str, licence: st
     Args:
         run: the run.
         metrics: its results, as in metrics.json; None where there are none.
-        name: the folder or hub name that others load it by.
+        name: the folder or hub name to load it by.
         licence: the hub's identifier of a licence for the router's weights; None where none was chosen.
 
     Raises:
@@ -50,7 +50,7 @@ from the recipe `{run.recipe_name}` on the text `{title(run.recipe.data.source)}
 {_usage(run, name)}
 ## Licence
 
-The router's weights: {licence or "no licence was chosen by those who made it; ask them"}. The backbone is not part of \
+The router's weights: {licence or "its authors chose no licence; ask them"}. The backbone is not part of \
 this and keeps its own licence. Buddy itself is under Apache-2.0.
 """
     tags = ["buddy-depth", "dynamic-depth", run.router_name]
@@ -74,7 +74,7 @@ def export_card(
         budget: the budget asked for.
         name: of the checkpoint's folder.
         scores: of the run as it routes, and of the checkpoint, on held-out windows.
-        warnings: sentences on how the checkpoint differs from the run.
+        warnings: differences between checkpoint and run, as sentences.
         difference: the largest difference of a logit to the engine's; None where it was not measured.
     """
     proof = ""
@@ -95,7 +95,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-## What it is not
+## Differences from the run
 
 {warned}
 ## Results
@@ -113,12 +113,12 @@ These are weights of the backbone, under the backbone's licence.
 def export_warnings(run: Run, choice: Choice, mixed: bool) -> list[str]:
     """Sentences on how a checkpoint differs from its run; `mixed` says that its layers are of several kinds."""
     if choice.plans == 1:
-        found = [f"All {choice.tokens} routed tokens that were looked at ask for this plan."]
+        found = [f"All {choice.tokens} routed tokens of the calibration text have this plan."]
     else:
         found = [
             f"The run has many plans and the checkpoint one, the most frequent: {choice.share:.1%} of {choice.tokens} "
-            f"routed tokens ask for this very plan, out of {choice.plans} distinct ones; of the layers that tokens "
-            f"choose it has {choice.overlap:.1%}."
+            f"routed tokens have this plan, out of {choice.plans} distinct ones; it contains {choice.overlap:.1%} of "
+            "the layers that tokens choose."
         ]
     sinks = run.recipe.routing.sink_tokens
     if sinks and choice.removed:
@@ -130,7 +130,7 @@ def export_warnings(run: Run, choice: Choice, mixed: bool) -> list[str]:
     if mixed:
         found.append(
             "Its layers are of several kinds, which config.json lists one by one. Loaders and converters that derive "
-            "the kind from a layer's index compute something else."
+            "the kind from a layer's index compute wrong results."
         )
     if is_healed(run):
         found.append("The run is healed: its adapter is merged into these weights.")
@@ -143,14 +143,14 @@ def is_healed(run: Run) -> bool:
 
 
 def is_local(backbone: str) -> bool:
-    """Whether a backbone is a folder, which others do not have."""
+    """Whether a backbone is a local folder."""
     if backbone == embedded.NAME:
         return False
     return backbone.startswith(("/", ".", "~")) or os.path.isdir(backbone)
 
 
 def title(name: str) -> str:
-    """What a backbone or text is called in prose: the embedded model's full name, a folder's own name."""
+    """A backbone or text in prose: the embedded model's full name, a folder's last part."""
     if name == embedded.NAME:
         return embedded.TITLE
     return os.path.basename(name.rstrip("/")) if is_local(name) else name
@@ -166,7 +166,7 @@ def _card(run: Run, body: str, **metadata: Any) -> str:
 
 
 def _comparison(scores: Sequence[Scores]) -> str:
-    """The run beside the checkpoint, as a Markdown table."""
+    """Run and checkpoint as a Markdown table."""
     rows = [HEADS.format("", "---|")]
     for label, each in zip(("the run, as it routes", "this checkpoint"), scores, strict=True):
         rows.append(f"| {label} | {_cells(each.perplexity, each.interval(), each.mean_kl)} |")

@@ -35,7 +35,7 @@ TOLERANCE = 1e-4  # the largest difference of float32 logits that rounding expla
 
 
 def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None, check: bool = True) -> None:
-    """Write the checkpoint into a new folder, and print its card: how it differs from the run, and the results.
+    """Write the checkpoint into a new folder, and print its card.
 
     Args:
         folder: a finished run.
@@ -66,7 +66,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
                 executed,
                 prompt=section.prompt,
                 batch_size=section.batch_size,
-                track=tracker(f"Looking at the plans of {run.router_name}"),
+                track=tracker(f"Counting the plans of {run.router_name}"),
             )
             scores, cut = _measure(run, routed, measuring, choice, budget)
         with status(f"Writing {out} …"):
@@ -81,7 +81,22 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
                 ids = measuring.input_ids[:CHECKED].to(cut.backbone.device)
                 difference = largest_difference(made, cut, choice.kept, ids)
         warnings = export_warnings(run, choice, is_mixed(cut.backbone.model.config, choice.kept))
-        write_json(made / RECORD, _record(run, choice, budget, scores, difference))
+        record = {
+            "router": run.router_name,
+            "backbone": run.backbone,
+            "fingerprint": run.fingerprint,
+            "budget": budget,
+            "layers": choice.layers,
+            "kept": list(choice.kept),
+            "tokens": choice.tokens,
+            "plans": choice.plans,
+            "share": choice.share,
+            "overlap": choice.overlap,
+            "sink_tokens": run.recipe.routing.sink_tokens,
+            "perplexity": {"run": scores[0].perplexity, "checkpoint": scores[1].perplexity},
+            "largest_logit_difference": difference,
+        }
+        write_json(made / RECORD, record)
         card = export_card(run, choice, budget, out.name, scores, warnings, difference)
         write_text(made / CARD, card)
     results.print(card.partition("\n---\n")[2].strip(), soft_wrap=True)  # without the metadata
@@ -209,23 +224,3 @@ def _measure(
         cut.adapt(adapter)
     (theirs,) = evaluate(cut, windows, budgets, description="Measuring the checkpoint's plan", **options)
     return [ours, theirs], cut
-
-
-def _record(
-    run: Run, choice: Choice, budget: str, scores: Sequence[Scores], difference: float | None
-) -> dict[str, Any]:
-    return {
-        "router": run.router_name,
-        "backbone": run.backbone,
-        "fingerprint": run.fingerprint,
-        "budget": budget,
-        "layers": choice.layers,
-        "kept": list(choice.kept),
-        "tokens": choice.tokens,
-        "plans": choice.plans,
-        "share": choice.share,
-        "overlap": choice.overlap,
-        "sink_tokens": run.recipe.routing.sink_tokens,
-        "perplexity": {"run": scores[0].perplexity, "checkpoint": scores[1].perplexity},
-        "largest_logit_difference": difference,
-    }

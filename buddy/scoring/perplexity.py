@@ -30,13 +30,13 @@ MOST = 2**30  # bytes of the dense model's hidden states
 
 @dataclass(frozen=True)
 class Scores:
-    """What one router did at one budget.
+    """The results of one router at one budget.
 
     Attributes:
-        budget: as asked; "auto" where a budget predictor chose for each window.
+        budget: a fraction; "auto" where a budget predictor chose for each window.
         layers: K, executed layers that the budget stands for; for "auto" the mean over tokens, rounded.
-        executed: least, mean and most layers that tokens really ran, prompts included and sinks left out.
-        sinks: tokens per window at full depth whatever the budget.
+        executed: least, mean and most layers that tokens ran, prompts included and sinks left out.
+        sinks: tokens per window that run at full depth at every budget.
         loss: (documents,) summed next-token cross-entropy in nats.
         kl: (documents,) summed KL to the dense model in nats.
         tokens: (documents,) scored tokens.
@@ -74,13 +74,13 @@ class Row:
 
     Attributes:
         window: its number.
-        document: the number of the document that it was cut from.
-        key: K, or the budget "auto" as it was asked.
+        document: number of its document.
+        key: K, or a budget "auto".
         loss, kl: sums over the scored tokens, in nats.
         tokens: scored tokens.
         least, most, total, counted: of the layers that tokens ran, sinks left out: smallest and largest number, sum,
             and number of tokens.
-        sinks: tokens at full depth whatever the budget.
+        sinks: tokens that run at full depth at every budget.
         chosen: of "auto", the K that was chosen.
     """
 
@@ -99,16 +99,16 @@ class Row:
 
 
 class Reference:
-    """What all routers share on one text: the dense model's last hidden states, and the rows at full depth.
+    """Shared by all routers on one text: the dense model's last hidden states, and the rows at full depth.
 
-    Hidden states are kept rather than logits, which take a hundred times their memory and cost a fifth of a small
-    model's pass. At full depth every router has the same plan, whatever its scores, so it runs once; an adapter changes
-    full depth, so rows of adapted models are not kept.
+    Hidden states are stored and not logits, which take a hundred times the memory and cost a fifth of a small model's
+    forward. At full depth every router has the same plan, so it runs once; an adapter changes full depth, so rows of
+    adapted models are not stored.
 
     One object is for one backbone and one way of scoring windows.
 
     Args:
-        most: bytes of hidden states that are kept; those beyond are computed again for each router.
+        most: bytes of hidden states to store; further ones are computed again for each router.
     """
 
     def __init__(self, most: int = MOST) -> None:
@@ -129,7 +129,7 @@ class Reference:
         return head_logits(backbone.model, states.to(ids.device))
 
     def full_depth(self, ids: Tensor) -> list[Row] | None:
-        """The rows of a batch at full depth, if a router was measured on it before."""
+        """The rows of a batch at full depth, if one was measured before."""
         return self._rows.get(_key(ids))
 
     def keep_full_depth(self, ids: Tensor, rows: list[Row]) -> None:
@@ -199,7 +199,7 @@ def measure(
 
 
 def keys_of(model: RoutedLM, budgets: Iterable[float | str]) -> dict[float | str, int | str]:
-    """For each budget what `measure` takes: K, or "auto" as it is.
+    """For each budget the key of `measure`: K, or "auto" unchanged.
 
     Raises:
         BudgetError: out of range, or "auto" without a budget predictor.
@@ -249,7 +249,7 @@ def as_json(scores: Sequence[Scores]) -> dict[str, Any]:
 
 
 def with_documents(scores: Sequence[Scores]) -> dict[str, Any]:
-    """`as_json` and beside it "documents": for each budget the sums over the tokens of every document."""
+    """`as_json` and "documents": for each budget the sums over the tokens of every document."""
     documents = [
         {"budget": s.budget, "loss": s.loss.tolist(), "kl": s.kl.tolist(), "tokens": s.tokens.tolist()} for s in scores
     ]
@@ -257,7 +257,7 @@ def with_documents(scores: Sequence[Scores]) -> dict[str, Any]:
 
 
 def scores_of(saved: Mapping[str, Any]) -> list[Scores]:
-    """The scores that `with_documents` was given, to the bit.
+    """The inverse of `with_documents`, to the bit.
 
     Raises:
         KeyError, TypeError, ValueError: it has another form.

@@ -114,18 +114,6 @@ def mixed(points: Mapping[float, float], layers: float) -> float | None:
     return float(np.interp(layers, *hull(points)))
 
 
-def layers_at(points: Mapping[float, float], loss: float) -> float | None:
-    """The mean layers of the cheapest mixture of two fixed budgets that reaches a mean loss.
-
-    None where no mixture reaches it, or where the smallest budget is better already.
-    """
-    layers, losses = hull(points)
-    falling = np.minimum.accumulate(losses)
-    if not falling[-1] <= loss <= falling[0]:
-        return None
-    return float(np.interp(-loss, -falling, layers))
-
-
 def _above(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
     """Whether the middle point lies on or above the line through the others."""
     (x, y), (u, v), (w, z) = first, middle, last

@@ -1,4 +1,4 @@
-"""What a budget costs in time: prefill and decode of routed, dense and physically pruned models, taken in turn."""
+"""Time and work by budget: prefill and decode of routed, dense and physically pruned models, taken in turn."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Timings:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model under a way of calling it.
+    """A model and the context in which it runs.
 
     Attributes:
         name: "dense", "full" (the engine at full depth), "routed", "shared" (routed, one plan for the prompt) or
             "pruned".
         layers: K.
-        model: what is called.
-        spends: opens the context in which it runs.
+        model: that is timed.
+        spends: opens its context.
         decodes: whether its decoding is timed too.
     """
 
@@ -77,7 +77,7 @@ class Contender:
         return 1e3 * (time.perf_counter() - start)
 
     def _cache(self) -> DynamicCache | None:
-        """For a stock model an empty cache that grows as the engine's does; the engine makes its own."""
+        """For a stock model an empty cache that grows like the engine's; the engine makes its own."""
         if self.name not in ("dense", "pruned"):
             return None
         cache = DynamicCache(config=self.model.config)
@@ -122,7 +122,7 @@ def race(
     """Timings by (name, layers).
 
     Args:
-        field_: who runs.
+        field_: the contenders.
         ids: (B, T) long, text to read; T is at least the longest prompt, B the largest batch.
         prompts: lengths of the prompts whose prefill is timed, in a batch of one.
         batches: batch sizes whose decoding is timed.
@@ -147,15 +147,15 @@ def race(
                 mine.decode.setdefault(batch, []).append(spent_by_each[place])
             mine.decode_late.extend(after[place : place + 1])
     for each in field_:
-        _weigh(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
+        _count_work(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
     return timings
 
 
 def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int, draw: random.Random) -> list[float]:
     """Mean milliseconds of a step for each contender, over the tokens after the first `prompt` of (B, T).
 
-    All take one token before any takes the next, so that what disturbs the machine for a moment meets them alike; who
-    comes after whom is drawn anew for each token.
+    All take one token before any takes the next, so that a short disturbance of the machine affects all of them; the
+    order is drawn anew for each token.
     """
     caches = []
     for each in field_:
@@ -171,7 +171,7 @@ def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int, draw: 
 
 @torch.inference_mode()
 def mixed_prefill(routed: RoutedLM, field_: Sequence[Contender], ids: Tensor, rounds: int = 5) -> float:
-    """Prefill of a batch whose rows have budgets of their own, over what its executed layers cost when pruned.
+    """Prefill of a batch whose rows have different budgets, over the pruned cost of the same layers.
 
     The denominator is the mean, over rows, of the pruned stock model's time for the whole batch at that row's K.
     """
@@ -197,7 +197,7 @@ def _prefill_ms(contender: Contender, ids: Tensor) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _weigh(contender: Contender, ids: Tensor, timings: Timings) -> None:
+def _count_work(contender: Contender, ids: Tensor, timings: Timings) -> None:
     """Floating-point operations of a prefill, with and without the head, and bytes of the cache it leaves."""
     flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     with contender.spends(), FlopCounterMode(display=False, custom_mapping={flash: _attention_flops}) as counter:
@@ -210,8 +210,8 @@ def _weigh(contender: Contender, ids: Tensor, timings: Timings) -> None:
 def cache_bytes(cache: Any) -> int:
     """Bytes that a cache holds: keys, values and, once each, the hidden states that wait in a routed one."""
     held = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
-    owed = [hidden for layer in cache.layers for hidden, _ in getattr(layer, "pending", ())]
-    waiting = {hidden.data_ptr(): hidden for hidden in owed}
+    pending = [hidden for layer in cache.layers for hidden, _ in getattr(layer, "pending", ())]
+    waiting = {hidden.data_ptr(): hidden for hidden in pending}
     return sum(x.numel() * x.element_size() for x in (*held, *waiting.values()))
 
 
@@ -261,5 +261,5 @@ def _cores() -> int:
 def _memory() -> float | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):  # not every system tells
+    except (AttributeError, OSError, ValueError):  # not every system has these
         return None
