@@ -107,13 +107,16 @@ class Reference:
 
     One object is for one backbone and one way of scoring windows.
 
+    Attributes:
+        full_depth: rows at full depth, by the batch's tokens as bytes.
+
     Args:
         most: bytes of hidden states to store; further ones are computed again for each router.
     """
 
     def __init__(self, most: int = MOST) -> None:
         self._states: dict[bytes, Tensor] = {}
-        self._rows: dict[bytes, list[Row]] = {}
+        self.full_depth: dict[bytes, list[Row]] = {}
         self._room = most
 
     @torch.no_grad()
@@ -127,14 +130,6 @@ class Reference:
                 self._room -= states.nbytes
                 self._states[key] = states.cpu()
         return head_logits(backbone.model, states.to(ids.device))
-
-    def full_depth(self, ids: Tensor) -> list[Row] | None:
-        """The rows of a batch at full depth, if one was measured before."""
-        return self._rows.get(_key(ids))
-
-    def keep_full_depth(self, ids: Tensor, rows: list[Row]) -> None:
-        """Remember the rows of a batch at full depth for the next router."""
-        self._rows[_key(ids)] = rows
 
 
 @torch.no_grad()
@@ -160,12 +155,11 @@ def measure(
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
     targets, layers, rows = ids[:, scored + 1], model.geometry.layers, []
     dense: Dense | None = None
-    context = None
+    context, batch = None, _key(ids)
     for key in keys:
         shared = key == layers and model.adapter is None
-        stored = reference.full_depth(ids) if shared else None
-        if stored is not None:
-            rows += stored
+        if shared and batch in reference.full_depth:
+            rows += reference.full_depth[batch]
             continue
         if dense is None:
             with model.stock():
@@ -194,7 +188,7 @@ def measure(
         ]
         rows += new
         if shared:
-            reference.keep_full_depth(ids, new)
+            reference.full_depth[batch] = new
     return rows
 
 
@@ -254,22 +248,6 @@ def with_documents(scores: Sequence[Scores]) -> dict[str, Any]:
         {"budget": s.budget, "loss": s.loss.tolist(), "kl": s.kl.tolist(), "tokens": s.tokens.tolist()} for s in scores
     ]
     return as_json(scores) | {"documents": documents}
-
-
-def scores_of(saved: Mapping[str, Any]) -> list[Scores]:
-    """The inverse of `with_documents`, to the bit.
-
-    Raises:
-        KeyError, TypeError, ValueError: it has another form.
-    """
-    return [_scores(*pair) for pair in zip(saved["results"], saved["documents"], strict=True)]
-
-
-def _scores(result: Mapping[str, Any], sums: Mapping[str, Any]) -> Scores:
-    executed = result["executed"]
-    loss, kl, tokens = (np.array(sums[name], dtype=np.float64) for name in ("loss", "kl", "tokens"))
-    counts = int(executed["min"]), float(executed["mean"]), int(executed["max"])
-    return Scores(float(result["budget"]), int(result["layers"]), counts, int(result["sink_tokens"]), loss, kl, tokens)
 
 
 def _entry(scores: Scores) -> dict[str, Any]:
