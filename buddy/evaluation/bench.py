@@ -54,12 +54,12 @@ def bench_run(
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run, merged=True)
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
-    asked = {str(budget): routed.executed_layers(budget) for budget in wanted}
-    below = sorted({count for count in asked.values() if count < routed.geometry.layers}, reverse=True)
+    counts = {str(budget): routed.executed_layers(budget) for budget in wanted}
+    below = sorted({count for count in counts.values() if count < routed.geometry.layers}, reverse=True)
     if routed.router.full_depth:
         raise BudgetError("This run's router runs every layer, so there is nothing to time; name another run.")
     if not below:
-        raise BudgetError("Every budget asked for is full depth; name one below 1.0, such as --budgets 0.5.")
+        raise BudgetError("All budgets are full depth; give one below 1.0, such as --budgets 0.5.")
     ids = _text(run, routed)
     late = ids.flatten()[None, : min(LATE + STEPS, routed.backbone.context_length)]
     sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
@@ -69,7 +69,7 @@ def bench_run(
             field, ids, prompts=(PROMPT, LONG), batches=(1, BATCH), late=late, rounds=rounds, track=tracker("Rounds")
         )
         mixed = mixed_prefill(routed, field, ids[:, :LONG])
-    report = as_json(asked, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
+    report = as_json(counts, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
@@ -89,14 +89,14 @@ def bench_run(
     results.print(f"Figure: {folder / FIGURE}", soft_wrap=True)
 
 
-def as_json(asked: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:
+def as_json(counts: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:
     """{"results": [one entry a budget], "dense": …}; milliseconds are medians over rounds, and so are the ratios.
 
     Ratios are taken within a round, between runs a few seconds apart, so that a drift of the machine's speed cancels.
     """
     dense = timings["dense", layers]
     entries = []
-    for budget, count in asked.items():
+    for budget, count in counts.items():
         ours = timings["full" if count == layers else "routed", count]
         entry = {"budget": budget, "layers": count} | _entry(ours) | _ratios(ours, dense, "dense")
         if count < layers:
@@ -171,14 +171,14 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
     about = f"{run.router_name}, backbone {title_of(run.backbone)}"
     print_titled_table(f"{about}: milliseconds (× dense, × pruned to as many layers)", head, rows)
     results.print(
-        f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted as the run says. One plan: prefill of {LONG} with "
+        f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted as in the run. One plan: prefill of {LONG} with "
         f"one plan for the prompt. GFLOP and cache: prefill of {LONG}, head included. Medians over "
         f"{report['rounds']} rounds, threads: {report['threads']}."
     )
     ratio, peak = report["mixed_prefill_vs_pruned"], report["peak_memory_mib"]
     results.print(f"Batch {BATCH}, a budget for each row: prefill at {ratio:.3f} × the pruned cost of its layers.")
     taken = ", ".join(f"{spent:.3g} at {count}" for count, spent in report["latency_ms"].items())
-    results.print(f"Kept for budgets such as 15ms, milliseconds a token after {CONTEXT} at so many layers: {taken}.")
+    results.print(f"Milliseconds a token after {CONTEXT} by layers, stored for budgets such as 15ms: {taken}.")
     results.print(f"Peak memory of the process: {peak:.0f} MiB.")
 
 

@@ -37,7 +37,7 @@ def evaluate_run(
     Args:
         folder: the run.
         json_file: where the results go as JSON, if anywhere.
-        budgets: asked instead of the recipe's.
+        budgets: instead of the recipe's.
         data: a text instead of the recipe's.
         split: "test" or "validation" of the recipe's text.
         devices: of this machine that share the windows; under torchrun its number of processes.
@@ -63,7 +63,7 @@ def evaluate_run(
     join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
-    asked = _asked(routed, run, budgets)
+    checked = _checked_budgets(routed, run, budgets)
     with status("Reading text …"), distributed.rank_zero_first():
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {section.batch_size} × {windows.input_ids.shape[1]} tokens"
@@ -71,7 +71,7 @@ def evaluate_run(
         scores = evaluate(
             routed,
             windows,
-            asked,
+            checked,
             prompt=section.prompt,
             batch_size=section.batch_size,
             description=f"Evaluating {run.router_name}",
@@ -84,7 +84,7 @@ def evaluate_run(
         results.print(f"JSON: {json_file}", soft_wrap=True)
 
 
-def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float | str]:
+def _checked_budgets(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float | str]:
     """Budgets as fractions, "auto" unchanged; each checked against the model."""
     if budgets is None:
         return list(available_budgets(routed.router, run.recipe.budgets))

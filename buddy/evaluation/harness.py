@@ -38,7 +38,7 @@ OPTIONS = {
     "think_end_token",
     "truncation",
 }
-BATCH_TOKENS = 1024  # tokens of a batch where neither a run nor the caller says
+BATCH_TOKENS = 1024  # tokens of a batch, by default
 
 
 @dataclass
@@ -69,13 +69,13 @@ class BuddyLM(HFLM):
         batch_size: sequences a batch, as in HFLM; "auto" for as many as hold `batch_tokens` tokens.
         batch_tokens: tokens a batch, padding included; the run's `data.batch_size` × `data.window` by default.
         device: "cpu" moves the model there; anything else leaves it where the run's recipe puts it, since `lm_eval`
-            asks for a GPU whether there is one or not.
+            requests a GPU even where there is none.
         max_batch_size, trust_remote_code: `lm_eval` may give them; they change nothing here.
         options: of HFLM; those in `OPTIONS` alone.
 
     Attributes:
         routed: the model and its router.
-        layers: K, executed layers that the budget stands for.
+        layers: K, the executed layers of the budget.
         on_scored: called with the number of likelihood requests of each batch, instead of a progress bar.
 
     Raises:
@@ -115,7 +115,7 @@ class BuddyLM(HFLM):
         self.ask(budget)
 
     def ask(self, budget: float | int | str) -> None:
-        """Set the budget, and count executed layers anew."""
+        """Set the budget, and count executed layers from zero."""
         self.layers = self.routed.executed_layers(budget)
         self._executed: list[Tensor] = []
 
@@ -158,7 +158,7 @@ class BuddyLM(HFLM):
         return answers
 
     def _answer(self, row: _Row, logits: Tensor, requests: Sequence[Tokenised], answers: list[Any]) -> None:
-        """Fill in what a row's last logits (T', V) say about each of its requests."""
+        """Answer a row's requests from its last logits (T', V)."""
         scores = F.log_softmax(logits[-_longest(row, requests) :], dim=-1, dtype=self.softmax_dtype)
         greedy = scores.argmax(-1)
         for index in row.requests:
@@ -249,7 +249,7 @@ def _longest(row: _Row, requests: Sequence[Tokenised]) -> int:
 def _check(run: Any, budget: Any, options: dict[str, Any]) -> None:
     if run is None or budget is None:
         raise RunError(
-            "The model 'buddy' needs a run and a budget: --model_args run=runs/quickstart/buddy,budget=0.75, say."
+            "The model 'buddy' needs a run and a budget, such as --model_args run=runs/quickstart/buddy,budget=0.75."
         )
     for name in options:
         if name not in OPTIONS:

@@ -116,7 +116,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """A comparison.json.
 
     Raises:
-        RunError: missing, not one, or made by a newer Buddy.
+        RunError: the file is missing, is no comparison, or a newer Buddy wrote it.
     """
     if os.path.isdir(path):
         raise RunError(f"{path} is a folder; name the comparison.json in it.")
@@ -194,9 +194,9 @@ def shown_path(text: str) -> str:
     return Path(text).name if is_path else text
 
 
-def shown_command(words: Iterable[str]) -> str:
+def shown_command(arguments: Iterable[str]) -> str:
     """A command line without the folders of files."""
-    return " ".join(shlex.quote(shown_text(word)) for word in words)
+    return " ".join(shlex.quote(shown_text(argument)) for argument in arguments)
 
 
 def _router_entry(label: str, folder: Path) -> dict[str, Any]:

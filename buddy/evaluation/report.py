@@ -59,7 +59,7 @@ def write_run_results(
 
     Args:
         folder: of the run.
-        recipe: that it was made by.
+        recipe: of the run.
         scores: on the recipe's test windows.
         fit: "seconds" that calibration and training took and "parameters" of the router.
         windows: fingerprint of the test windows.
@@ -202,7 +202,7 @@ def _rate(r: Results) -> str:
     parts = r.record.get("parts", [{"rates": recipe.get("adapter.rates")}])
     tried = list(dict.fromkeys((part["rates"] or "").strip("[]") or f"{recipe['adapter.lr']:g}" for part in parts))
     if len(tried) > 1:
-        return f"the best of the rates {' or of '.join(tried)} (each run's command says which) by validation windows"
+        return f"the best of the rates {' or of '.join(tried)} (see each part's command) by validation windows"
     return f"the best of the rates {tried[0]} by validation windows" if "," in tried[0] else f"the rate {tried[0]}"
 
 
@@ -244,8 +244,8 @@ def _task_protocol(r: Results) -> str:
     limit = r.record["tasks"]["limit"]
     items = f"the first {limit} items of each" if limit else "all items"
     return (
-        f"lm-eval, zero-shot unless a task says otherwise, {items}; accuracy normalised by length where the task has "
-        "it, in percent, the mean over seeds. The plan comes from the question; the answer's tokens are decode steps."
+        f"lm-eval, zero-shot unless a task defines otherwise, {items}; accuracy normalised by length where the task "
+        "has it, in percent, the mean over seeds. The plan comes from the question; the answer's tokens are decode steps."
     )
 
 

@@ -153,7 +153,7 @@ def costs(r: Results) -> Table:
         "measured are not measured again. Layers that ran: min/mean/max over tokens where they are not K for all."
     )
     note += " Adapter's rate: of each seed, the best on validation windows." * healed
-    return _table("What it takes", cells, note)
+    return _table("Cost", cells, note)
 
 
 def speeds(r: Results) -> list[Table]:

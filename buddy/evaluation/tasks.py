@@ -48,10 +48,10 @@ def evaluate_tasks(
     Args:
         folder: the run.
         tasks: names that lm-eval knows: tasks, groups or tags.
-        budgets: asked instead of the recipe's.
+        budgets: instead of the recipe's.
         limit: the first so many items of each task.
         task_data: a folder with NAME.jsonl for each task, instead of the hub's data sets.
-        task_path: a folder of task definitions (YAML) of one's own, beside lm-eval's.
+        task_path: a folder of further task definitions (YAML).
         json_file: where the results go as JSON, if anywhere.
 
     Raises:
@@ -98,7 +98,7 @@ def task_scores(
     if limit is not None and limit < 1:
         raise DataError(f"The limit is {limit}; give 1 or more items for each task, or none.")
     if any(map(auto_of, budgets or ())):
-        raise BudgetError("Tasks are scored at fixed budgets, not at auto; ask for fractions such as 0.75.")
+        raise BudgetError("Tasks are scored at fixed budgets, not at auto; give fractions such as 0.75.")
     with hushed():
         with status("Reading tasks …"):
             tasks = load_tasks(names, task_data, task_path)
@@ -107,14 +107,14 @@ def task_scores(
                     task.build_all_requests(limit=limit)
         with status(f"Loading {run.backbone} …"):
             routed = load_model(run)
-        asked = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
+        wanted = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
         layers = routed.geometry.layers
-        fractions = {fraction_of(each, routed.executed_layers(each), layers): each for each in asked}
+        fractions = {fraction_of(each, routed.executed_layers(each), layers): each for each in wanted}
         from buddy.evaluation.harness import BuddyLM
 
         data = run.recipe.data
         tokens = data.batch_size * data.window
-        model = BuddyLM(routed, asked[0], batch_tokens=tokens)
+        model = BuddyLM(routed, wanted[0], batch_tokens=tokens)
         with within_memory(f"a batch of {tokens} tokens", "free some, or use a machine with more"):
             return {"results": _over_budgets(model, tasks, fractions, limit)}
 
@@ -200,7 +200,7 @@ def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: P
     Args:
         names: of tasks, groups or tags.
         task_data: a folder with NAME.jsonl for each task, instead of the hub's data sets.
-        task_path: a folder of definitions (YAML) of one's own, beside lm-eval's.
+        task_path: a folder of further definitions (YAML).
 
     Raises:
         DataError: an unknown name, data that cannot be had, or a task that runs code or needs more than text.
@@ -209,7 +209,7 @@ def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: P
     if not names:
         raise DataError("No task was named; name at least one, such as piqa.")
     if task_data is not None and task_path is not None:
-        raise DataError("Items come from --task-data, or as the definitions in --task-path say; give one of the two.")
+        raise DataError("Items come from --task-data or from the definitions in --task-path; give one of the two.")
     if task_data is not None:
         check_local(names, task_data)
         tasks = local_tasks(names, task_data, own_manager())

@@ -71,7 +71,7 @@ def export_card(
     Args:
         run: the run whose router chose the plan.
         choice: the plan.
-        budget: the budget asked for.
+        budget: of the plan.
         name: of the checkpoint's folder.
         scores: of the run as it routes, and of the checkpoint, on held-out windows.
         warnings: differences between checkpoint and run, as sentences.

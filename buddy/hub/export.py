@@ -42,7 +42,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         budget: a fraction or a count such as "22layers".
         out: the folder to make.
         data: a text to choose the plan on, instead of the recipe's calibration windows.
-        check: load what was written and compare its logits with the engine's, both in float32.
+        check: load the checkpoint and compare its logits with the engine's, both in float32.
 
     Raises:
         BuddyError: the run, the budget or the text cannot be used, or `out` cannot be written. Nothing is left at

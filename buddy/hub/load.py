@@ -34,7 +34,7 @@ def load(
         run: a run folder, one that `buddy push` or `buddy pull` made, or `owner/name` on the hub.
         backbone: loaded instead of the one that the run names, such as a folder of this machine.
         revision: branch, tag or commit, on the hub only.
-        trust_remote_code: let a run from the hub ask for the Python of its backbone's repository.
+        trust_remote_code: allow a run from the hub that runs the Python of its backbone's repository.
 
     Raises:
         BuddyError: the run or its backbone cannot be used.
@@ -209,13 +209,13 @@ def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0) ->
         record: of one row.
         executed: K.
         layers: L.
-        budget: as it was asked for.
+        budget: of the request.
     """
     latency = latency_of(budget)
-    asked = f"The budget {budget} chose" if auto_of(budget) else "Asked for"
+    text = f"The budget {budget} chose" if auto_of(budget) else "Asked for"
     if latency is not None:
-        asked = f"Asked for {latency:g} ms, which here are"
-    text = f"{asked} {executed} of {layers} layers a token. Prompt: "
+        text = f"Asked for {latency:g} ms, which allow"
+    text += f" {executed} of {layers} layers a token. Prompt: "
     text += _range(record.executed[0], record.sinks[0], layers)
     if len(record.executed) > 1:
         steps, sinks, runs = (torch.cat(each[1:], 1) for each in (record.executed, record.sinks, record.runs))

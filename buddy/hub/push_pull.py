@@ -40,7 +40,7 @@ HUB = "hf://"  # marks a hub name that could be a folder too
 CARD, CONFIG = "README.md", "config.json"
 REQUIRED = (RECIPE, FACTS, ROUTER)
 OPTIONAL = (METRICS, INPUTS, PREDICTOR, PREDICTOR_FACTS, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
-FILES = (*REQUIRED, *OPTIONAL, CONFIG, CARD)  # what is copied, uploaded and downloaded, and nothing else
+FILES = (*REQUIRED, *OPTIONAL, CONFIG, CARD)  # no other files are copied, uploaded or downloaded
 
 
 def push(folder: Path, *, to: str, private: bool = False, licence: str | None = None) -> None:
@@ -209,7 +209,7 @@ def check_files(folder: Path, *, shown_as: str | None = None, trust_remote_code:
         trust_remote_code: allow a recipe that runs the Python of its backbone's repository.
 
     Raises:
-        RunError: a file is missing, damaged, or has a checksum under a name outside `FILES`; or the recipe asks for
+        RunError: a file is missing, damaged, or has a checksum under a name outside `FILES`; or the recipe runs
             code.
     """
     try:

@@ -78,16 +78,16 @@ def draw_tokens(
     heights = [0.5, 0.13 * layers, 0.07 * layers][: 3 if len(runs) > tokens else 2]
     size = (max(7.0, 1.2 + 0.2 * tokens), min(16.0, 2.0 + sum(heights)))
     with figure_at(path, figsize=size, nrows=len(heights), height_ratios=heights) as axes:
-        changed, words, *rest = axes
+        changed, labelled, *rest = axes
         changed.bar(range(tokens), changed_layers(runs[:tokens], sinks), color="#444444", width=0.6)
         changed.set(xlim=(-0.5, tokens - 0.5), xticks=[])
         changed.set_ylabel("layers\nchanged", rotation=0, ha="right", va="center")
         changed.yaxis.set_major_locator(MaxNLocator(nbins=2, integer=True, min_n_ticks=1))
         changed.spines[["top", "right"]].set_visible(False)
         changed.set_title(title, fontsize=10, parse_math=False)
-        _draw_kinds(words, kinds[:tokens], lines=True)
-        words.set_xticks(range(tokens), [""] * tokens)
-        words.set_xticklabels(map(_in_font, labels[:tokens]), parse_math=False, rotation=90, fontsize=8)
+        _draw_kinds(labelled, kinds[:tokens], lines=True)
+        labelled.set_xticks(range(tokens), [""] * tokens)
+        labelled.set_xticklabels(map(_in_font, labels[:tokens]), parse_math=False, rotation=90, fontsize=8)
         for ax in rest:
             _draw_kinds(ax, kinds, lines=False)
             ax.set_xlabel(
@@ -132,7 +132,7 @@ def _in_font(label: str) -> str:
 
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     known = font.get_charmap()
-    return "".join(sign if ord(sign) in known else "□" for sign in label)
+    return "".join(character if ord(character) in known else "□" for character in label)
 
 
 def draw_all(inspection: Inspection, folder: Path) -> dict[tuple[str, int], Path]:
@@ -141,7 +141,7 @@ def draw_all(inspection: Inspection, folder: Path) -> dict[tuple[str, int], Path
     Returns:
         File by kind and step: ("budgets", 0) with a column for each budget, ("domains", K) with one for each text
         where there are several, ("tokens", K) with the first text token by token. The last two leave out full depth,
-        where all layers run, unless no other budget was asked for.
+        where all layers run, unless there is no other budget.
     """
     router, first = inspection.router, inspection.texts[0]
     shares = {f"{name}\n({count})": pooled_share(inspection.at(count)) for name, count in inspection.executed.items()}

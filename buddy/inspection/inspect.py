@@ -143,7 +143,7 @@ def _check_options(
     if text is not None and (domains is not None or windows is not None):
         raise DataError("--text inspects that text alone; leave out --domains and --windows, or --text.")
     if text is not None and not text.strip():
-        raise DataError("The text is empty; give some words.")
+        raise DataError("The text is empty; give some text.")
     if target.exists() and not target.is_dir():
         raise RunError(f"{target} is a file; name a folder for the figures.")
     if not target.absolute().parent.is_dir():
@@ -230,7 +230,7 @@ def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> 
 
 def _label(text: str) -> str:
     characters = (
-        INVISIBLE.get(sign) or (sign if sign.isprintable() else f"\\{ord(sign):x}") for sign in text.strip(" ") or text
+        INVISIBLE.get(one) or (one if one.isprintable() else f"\\{ord(one):x}") for one in text.strip(" ") or text
     )
     label = "".join(characters)
     return label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"

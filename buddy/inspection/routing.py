@@ -199,7 +199,7 @@ def observe(
 
     Args:
         routed: model and router.
-        texts: what to run.
+        texts: to run.
         counts: each K to run at.
         batch_size: windows a forward.
         track: wraps the list of forwards to show progress.
@@ -227,10 +227,10 @@ class Inspection:
     Attributes:
         router: its name.
         geometry: sizes of the backbone.
-        executed: K by budget as it was asked for, deepest first.
+        executed: K by budget, deepest first.
         texts: what ran.
         routings: the plans, by label of the text and K.
-        words: short labels of the tokens of the first text's first window.
+        words: short texts of the tokens of the first text's first window.
     """
 
     router: str
@@ -311,7 +311,7 @@ class Choice:
         layers: L, the depth of the backbone.
         tokens: routed tokens.
         plans: distinct plans among them.
-        share: tokens that asked for this very plan, from 0 to 1.
+        share: of tokens that have this plan, from 0 to 1.
         overlap: of the layers that tokens chose (those that need not run), the share that this plan has.
     """
 

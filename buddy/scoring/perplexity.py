@@ -34,7 +34,7 @@ class Scores:
 
     Attributes:
         budget: a fraction; "auto" where a budget predictor chose for each window.
-        layers: K, executed layers that the budget stands for; for "auto" the mean over tokens, rounded.
+        layers: K, the executed layers of the budget; for "auto" the mean over tokens, rounded.
         executed: least, mean and most layers that tokens ran, prompts included and sinks left out.
         sinks: tokens per window that run at full depth at every budget.
         loss: (documents,) summed next-token cross-entropy in nats.

@@ -155,7 +155,7 @@ def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int, draw: 
     """Mean milliseconds of a step for each contender, over the tokens after the first `prompt` of (B, T).
 
     All take one token before any takes the next, so that a short disturbance of the machine affects all of them; the
-    order is drawn anew for each token.
+    order is drawn for each token.
     """
     caches = []
     for each in field_:
@@ -178,14 +178,14 @@ def mixed_prefill(routed: RoutedLM, field_: Sequence[Contender], ids: Tensor, ro
     pruned = {each.layers: each for each in field_ if each.name == "pruned"}
     pruned[routed.geometry.layers] = next(each for each in field_ if each.name == "dense")
     depths = sorted(pruned)
-    asked = [depths[row % len(depths)] for row in range(len(ids))]
+    counts = [depths[row % len(depths)] for row in range(len(ids))]
     ratios = []
     for number in range(rounds + 1):
-        with routed.at(executed=asked):
+        with routed.at(executed=counts):
             ours = _prefill_ms(Contender("mixed", 0, routed.backbone.model, nullcontext), ids)
-        alone = {depth: _prefill_ms(pruned[depth], ids) for depth in set(asked)}
+        alone = {depth: _prefill_ms(pruned[depth], ids) for depth in set(counts)}
         if number:
-            ratios.append(ours / statistics.mean(alone[depth] for depth in asked))
+            ratios.append(ours / statistics.mean(alone[depth] for depth in counts))
     return statistics.median(ratios)
 
 
