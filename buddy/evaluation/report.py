@@ -245,7 +245,7 @@ def _task_protocol(r: Results) -> str:
     items = f"the first {limit} items of each" if limit else "all items"
     return (
         f"lm-eval, zero-shot unless a task defines otherwise, {items}; accuracy normalised by length where the task "
-        "has it, in percent, the mean over seeds. The plan comes from the question; the answer's tokens are decode steps."
+        "has it, in percent, mean over seeds. The plan comes from the question; the answer's tokens are decode steps."
     )
 
 

@@ -144,9 +144,11 @@ def costs(r: Results) -> Table:
         "seeds": fits.size().astype(str),
         "fit (s)": fits.seconds.mean().map("{:.1f}".format),
         "parameters": fits.parameters.mean().map(lambda value: f"{value:,.0f}".replace(",", " ")),
-        **({"adapter's rate": fits.adapter_lr.agg(_listed)} if healed else {}),
-        "layers that ran": pd.Series({router: _executed(r, router) for router in r.routers.index}),
     }
+    if healed:
+        rates = fits.adapter_lr.agg(lambda each: " ".join(f"{rate:g}" for rate in each.dropna()))
+        columns["adapter's rate"] = rates.replace("", NONE)
+    columns["layers that ran"] = pd.Series({router: _executed(r, router) for router in r.routers.index})
     cells = pd.DataFrame(columns, index=r.routers.index)
     note = (
         "Fit: calibration and training of one run, mean over seeds; losses on the calibration windows that another run "
@@ -300,10 +302,6 @@ def _table(title: str, cells: pd.DataFrame, note: str = "") -> Table:
 def _several_seeds(r: Results) -> pd.Series:
     """Whether a router has several seeds."""
     return r.fits.groupby("router", sort=False).size().reindex(r.routers.index) > 1
-
-
-def _listed(rates: pd.Series) -> str:
-    return " ".join(f"{rate:g}" for rate in rates.dropna()) or NONE
 
 
 def _executed(r: Results, router: str) -> str:

@@ -172,6 +172,7 @@ def measure(
         output = model(ids, executed=executed, prompt=prompt, logits_to_keep=scored)
         losses = cross_entropy(output.logits, targets), kl_to_dense(dense, output.logits)
         sums = [[row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in losses]
+        ran = [row[~sinks].cpu() for row, sinks in zip(output.executed, output.sinks, strict=True)]
         new = [
             Row(
                 window,
@@ -180,7 +181,10 @@ def measure(
                 sums[0][row],
                 sums[1][row],
                 len(scored),
-                *_counts(output.executed[row][~output.sinks[row]]),
+                int(ran[row].min()),
+                int(ran[row].max()),
+                int(ran[row].sum()),
+                ran[row].numel(),
                 int(output.sinks[row].sum()),
                 int(executed[row]) if isinstance(key, str) else None,
             )
@@ -226,11 +230,6 @@ def _scores_at(key: int | str, rows: Sequence[Row]) -> Scores:
     chosen = dict(Counter(row.chosen for row in rows)) if isinstance(key, str) else None
     layers = round(mean) if isinstance(key, str) else key
     return Scores(1.0, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)
-
-
-def _counts(ran: Tensor) -> tuple[int, int, int, int]:
-    """Least, most, sum and number of the layers (N,) that tokens ran."""
-    return int(ran.min()), int(ran.max()), int(ran.sum()), ran.numel()
 
 
 def _key(ids: Tensor) -> bytes:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -199,8 +200,12 @@ def _prefill_ms(contender: Contender, ids: Tensor) -> float:
 
 def _count_work(contender: Contender, ids: Tensor, timings: Timings) -> None:
     """Floating-point operations of a prefill, with and without the head, and bytes of the cache it leaves."""
+
+    def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
     flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    with contender.spends(), FlopCounterMode(display=False, custom_mapping={flash: _attention_flops}) as counter:
+    with contender.spends(), FlopCounterMode(display=False, custom_mapping={flash: attention_flops}) as counter:
         cache = contender.prefill(ids)
     head = 2 * contender.model.lm_head.weight.numel()
     timings.flops = {"total": counter.get_total_flops(), "without_head": counter.get_total_flops() - head}
@@ -215,10 +220,6 @@ def cache_bytes(cache: Any) -> int:
     return sum(x.numel() * x.element_size() for x in (*held, *waiting.values()))
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
 def _wait(ids: Tensor) -> None:
     if ids.device.type == "cuda":
         torch.cuda.synchronize(ids.device)
@@ -231,35 +232,21 @@ def versions() -> dict[str, str]:
     """Python, Buddy and the libraries that results depend on."""
     found = {"python": platform.python_version(), "buddy": buddy.__version__}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # installed without metadata
             found[name] = version(name)
-        except PackageNotFoundError:  # installed without metadata
-            continue
     return found
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, accelerator."""
+    """Processor, cores that this process may use, memory (None where unknown), accelerator."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator) if accelerator else None
-    return {"processor": _processor(), "cores": _cores(), "memory_gib": _memory(), "accelerator": name}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):  # not every system has these
-        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory: float | None = None
+    with suppress(AttributeError, OSError, ValueError):  # not every system has these
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+?)\s*$", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
+        processor = found[1] if found else processor
+    return {"processor": processor, "cores": cores, "memory_gib": memory, "accelerator": name}
