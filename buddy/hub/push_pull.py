@@ -15,10 +15,10 @@ from pathlib import Path
 from shlex import quote
 
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
-from buddy.config import to_yaml
+from buddy.config import flatten, to_yaml
 from buddy.console import results, status
 from buddy.errors import DamagedError, RunError, reason
-from buddy.hub.card import is_local, run_card
+from buddy.hub.card import run_card
 from buddy.io import load_tensors, new_folder, read_json, write_json, write_text, writing
 from buddy.run import (
     ADAPTER,
@@ -304,14 +304,5 @@ def _rename_backbone(made: Path, run: Run, backbone: str) -> None:
 
 def _local_paths(run: Run) -> str:
     """The recipe's keys and values that are local paths."""
-    recipe, data = run.recipe, run.recipe.data
-    paths: dict[str, list[str | None]] = {
-        "data.source": [data.source],
-        "data.train_sources": [*data.train_sources],
-        "data.calibration_sources": [*data.calibration_sources],
-        "ckpt_path": [recipe.ckpt_path],
-        "output": [recipe.output],
-    }
-    found = [f"backbone.name {recipe.backbone.name}"] if is_local(recipe.backbone.name) else []
-    found += [f"{key} {value}" for key, values in paths.items() for value in values if (value or "")[:1] in ("/", "~")]
-    return ", ".join(found)
+    values = flatten(run.recipe).items()
+    return ", ".join(f"{key} {value}" for key, value in values if re.search(r"(^|[\[, '])[/~.]", str(value)))
