@@ -9,7 +9,6 @@ from typing import Any
 from buddy.backbone import embedded
 from buddy.console import counted
 from buddy.errors import DamagedError
-from buddy.inspection.routing import Choice
 from buddy.run import ADAPTER, METRICS, PREDICTOR, Run
 from buddy.scoring.perplexity import Scores
 
@@ -57,36 +56,26 @@ this and keeps its own licence. Buddy itself is under Apache-2.0.
     return _card(run, body, library_name="buddy-depth", license=licence, tags=tags)
 
 
-def export_card(
-    run: Run,
-    choice: Choice,
-    budget: str,
-    name: str,
-    scores: Sequence[Scores],
-    warnings: Sequence[str],
-    difference: float | None,
-) -> str:
+def export_card(run: Run, record: Mapping[str, Any], name: str, scores: Sequence[Scores], *, mixed: bool) -> str:
     """The card of an exported checkpoint.
 
     Args:
         run: the run whose router chose the plan.
-        choice: the plan.
-        budget: of the plan.
+        record: the content of buddy_export.json.
         name: of the checkpoint's folder.
         scores: of the run as it routes, and of the checkpoint, on held-out windows.
-        warnings: differences between checkpoint and run, as sentences.
-        difference: the largest difference of a logit to the engine's; None where it was not measured.
+        mixed: whether its layers are of several kinds.
     """
-    proof = ""
+    kept, difference, proof = record["kept"], record["largest_logit_difference"], ""
     if difference is not None:
         proof = f" Largest difference of a logit to the engine's, in float32: {difference:.2g}."
-    warned = "\n".join(f"- {sentence}\n" for sentence in warnings)
+    differences = "\n".join(f"- {sentence}\n" for sentence in _differences(run, record, mixed))
     body = f"""\
-# {title(run.backbone)}, {len(choice.kept)} of {choice.layers} layers
+# {title(run.backbone)}, {len(kept)} of {record["layers"]} layers
 
-The layers {", ".join(map(str, choice.kept))} of {title(run.backbone)} (counted from 0), as the router \
-`{run.router_name}` chose them at budget {budget}. An ordinary checkpoint: it needs transformers and nothing of \
-Buddy.{proof}
+The layers {", ".join(map(str, kept))} of {title(run.backbone)} (counted from 0), as the router \
+`{run.router_name}` chose them at budget {record["budget"]}. An ordinary checkpoint: it needs transformers and nothing \
+of Buddy.{proof}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -97,7 +86,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 ## Differences from the run
 
-{warned}
+{differences}
 ## Results
 
 On held-out windows of the text that the plan was chosen on:
@@ -110,18 +99,18 @@ These are weights of the backbone, under the backbone's licence.
     return _card(run, body, library_name="transformers", tags=["buddy-depth", "pruned"])
 
 
-def export_warnings(run: Run, choice: Choice, mixed: bool) -> list[str]:
-    """Sentences on how a checkpoint differs from its run; `mixed` says that its layers are of several kinds."""
-    if choice.plans == 1:
-        found = [f"All {choice.tokens} routed tokens of the calibration text have this plan."]
+def _differences(run: Run, record: Mapping[str, Any], mixed: bool) -> list[str]:
+    """Sentences on how a checkpoint differs from its run."""
+    if record["plans"] == 1:
+        found = [f"All {record['tokens']} routed tokens of the text have this plan."]
     else:
         found = [
-            f"The run has many plans and the checkpoint one, the most frequent: {choice.share:.1%} of {choice.tokens} "
-            f"routed tokens have this plan, out of {choice.plans} distinct ones; it contains {choice.overlap:.1%} of "
-            "the layers that tokens choose."
+            f"The run has many plans and the checkpoint one, the most frequent: {record['share']:.1%} of "
+            f"{record['tokens']} routed tokens have this plan, out of {record['plans']} distinct ones; it contains "
+            f"{record['overlap']:.1%} of the layers that tokens choose."
         ]
     sinks = run.recipe.routing.sink_tokens
-    if sinks and choice.removed:
+    if sinks and len(record["kept"]) < record["layers"]:
         first = "token (an attention sink)" if sinks == 1 else f"{sinks} tokens (attention sinks)"
         found.append(
             f"The engine runs the first {first} of each text through all layers at every budget; the checkpoint lacks "

@@ -302,36 +302,10 @@ class Inspection:
         }
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The most frequent plan, and how much of all plans it covers. Sink tokens, which run every layer, are left out.
-
-    Attributes:
-        kept: indices of its layers, rising.
-        layers: L, the depth of the backbone.
-        tokens: routed tokens.
-        plans: distinct plans among them.
-        share: of tokens that have this plan, from 0 to 1.
-        overlap: of the layers that tokens chose (those that need not run), the share that this plan has.
-    """
-
-    kept: tuple[int, ...]
-    layers: int
-    tokens: int
-    plans: int
-    share: float
-    overlap: float
-
-    @property
-    def removed(self) -> tuple[int, ...]:
-        """Indices of the layers that it lacks, rising."""
-        return tuple(layer for layer in range(self.layers) if layer not in self.kept)
-
-
 def most_frequent(
     routed: RoutedLM, windows: Windows, executed: int, *, prompt: int, batch_size: int = 4, track: Track = iter
-) -> Choice:
-    """The plan that most routed tokens of a text run.
+) -> tuple[tuple[int, ...], Measures]:
+    """The layers of the plan that most routed tokens of a text have, and the measures of all plans.
 
     Args:
         routed: model and router.
@@ -342,8 +316,6 @@ def most_frequent(
         track: wraps the list of forwards to show progress.
     """
     text = Text("text", None, windows, prompt)
-    ((_, routing),) = observe(routed, [text], [executed], batch_size=batch_size, track=track).items()
+    (routing,) = observe(routed, [text], [executed], batch_size=batch_size, track=track).values()
     plan = commonest_plan([routing])
-    seen = Measures.of(routing, plan, routed.geometry.always_on)
-    kept = tuple(plan.nonzero()[0].tolist())
-    return Choice(kept, len(plan), seen.tokens, seen.plans, seen.commonest, 1 - seen.off_commonest)
+    return tuple(plan.nonzero()[0].tolist()), Measures.of(routing, plan, routed.geometry.always_on)
