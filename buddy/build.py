@@ -27,7 +27,8 @@ from buddy.predictor.features import Predictor
 from buddy.predictor.fit import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
-from buddy.run import ADAPTER, Run, check_backbone, load_router
+from buddy.run import Run, check_backbone
+from buddy.run_files import ADAPTER, load_router
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, estimator_for
 from buddy.training.healing import HealingModule, Joint

@@ -12,20 +12,12 @@ from buddy.registry import installed
 
 NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
 MAX_LENGTH = 40  # characters of a name
-RESERVED = (
-    "all",
-    "false",
-    "no",
-    "null",
-    "off",
-    "on",
-    "true",
-    "yes",
-)  # YAML and the command line give them another meaning
+# YAML and the command line give them another meaning.
+RESERVED = (*("all", "false", "no", "null", "off", "on", "true", "yes"),)
 
 
 def new_router(name: str, out: Path) -> Path:
-    """Write the package `out/buddy-router-NAME`, whole or not at all; returns its folder.
+    """Write the package `out/buddy-router-NAME` atomically; returns its folder.
 
     Raises:
         RegistryError: the name cannot be used or is taken.
@@ -54,12 +46,12 @@ def check_name(name: str) -> None:
         tidy = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-0123456789")
         hint = f", such as {tidy!r}" if re.fullmatch(NAME, tidy) else ", such as 'my-router'"
         raise RegistryError(
-            f"{name!r} is no name for a router; take lower-case letters and digits, joined by hyphens{hint}."
+            f"{name!r} is not a valid router name; use lower-case letters and digits, joined by hyphens{hint}."
         )
     if len(name) > MAX_LENGTH:
-        raise RegistryError(f"The name {name!r} has {len(name)} letters; take at most {MAX_LENGTH}.")
+        raise RegistryError(f"The name {name!r} has {len(name)} letters; use at most {MAX_LENGTH}.")
     if name in RESERVED:
-        raise RegistryError(f"{name!r} means something else on the command line; choose another name.")
+        raise RegistryError(f"{name!r} is reserved; choose another name.")
     for entry in installed():
         if entry.name == name:
             raise RegistryError(

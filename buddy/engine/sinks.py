@@ -73,13 +73,19 @@ class SinkMemory:
 
 
 def _fingerprint(base: nn.Module) -> list[Any] | None:
-    """What changes when a weight is replaced or written to or an adapter is switched; None where a module has hooks."""
+    """What changes when a weight is replaced or written to or an adapter is switched; None where a module has hooks.
+
+    Every prompt asks for it, of hundreds of modules, so it does not use torch's own walk, which takes twice as long.
+    """
     found: list[Any] = []
-    for module in [base.embed_tokens, *base.layers.modules()]:
-        if module._forward_hooks or module._forward_pre_hooks:
+    modules = [base.embed_tokens, base.layers]
+    while modules:
+        own = modules.pop().__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return None
-        found.append(module.__dict__.get("_disable_adapters"))
-        for weight in module._parameters.values():
+        found.append(own.get("_disable_adapters"))
+        for weight in own["_parameters"].values():
             if weight is not None:
                 found += (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
+        modules += [module for module in own["_modules"].values() if module is not None]
     return found

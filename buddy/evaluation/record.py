@@ -16,8 +16,10 @@ from buddy.config import flatten
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RunError
 from buddy.io import read_json, write_text
+from buddy.provenance import CKPT_KEY, FREE_KEYS
 from buddy.registry import load
-from buddy.run import CKPT_KEYS, FREE_KEYS, METRICS, read_metrics, read_run
+from buddy.run import read_run
+from buddy.run_files import METRICS, read_metrics
 from buddy.schema import Recipe
 from buddy.scoring.timing import machine, versions
 
@@ -39,7 +41,7 @@ EVALUATIONS, TASKS = "evaluations", "tasks"  # folders in a run folder: results 
 PROVENANCE = ("command", "created", "versions", "machine")  # how each part of a joined comparison was made
 RATES = "adapter.rates"  # of comparisons made by 0.1: shown for each part, not compared
 # Prefixes of recipe keys that may differ between joined comparisons.
-OWN = ("router.", "seed", RATES, *FREE_KEYS, *CKPT_KEYS)
+OWN = ("router.", "seed", RATES, *FREE_KEYS, CKPT_KEY)
 
 
 def collect(

@@ -9,7 +9,8 @@ from typing import Any
 from buddy.backbone import embedded
 from buddy.console import counted
 from buddy.errors import DamagedError
-from buddy.run import ADAPTER, METRICS, PREDICTOR, Run
+from buddy.run import Run
+from buddy.run_files import ADAPTER, METRICS, PREDICTOR
 from buddy.scoring.perplexity import Scores
 
 HEADS = "| {0} | perplexity | 95 % interval | KL to dense |\n|{1}---:|---:|---:|"

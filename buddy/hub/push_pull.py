@@ -20,7 +20,8 @@ from buddy.console import results, status
 from buddy.errors import DamagedError, RunError, reason
 from buddy.hub.card import run_card
 from buddy.io import load_tensors, new_folder, read_json, write_json, write_text, writing
-from buddy.run import (
+from buddy.run import Run, read_run
+from buddy.run_files import (
     ADAPTER,
     FACTS,
     INPUTS,
@@ -29,10 +30,8 @@ from buddy.run import (
     PREDICTOR_FACTS,
     RECIPE,
     ROUTER,
-    Run,
     checksums_of,
     read_metrics,
-    read_run,
     update_checksums,
 )
 

@@ -20,7 +20,7 @@ from buddy.predictor.features import Targets, feature_size, measure_targets, sor
 from buddy.predictor.grpo import BudgetPolicy, RewardWeights, random_entropy, train_policy
 from buddy.predictor.regress import CurvePredictor
 from buddy.router import Geometry, available_budgets
-from buddy.run import PREDICTOR, PREDICTOR_FACTS
+from buddy.run_files import PREDICTOR, PREDICTOR_FACTS
 from buddy.schema import Recipe
 
 TARGETS = "predictor-targets"  # in the folder of an unfinished run

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from buddy.console import Bar, errors
 from buddy.errors import TrainingError
 from buddy.io import write_bytes, writing
-from buddy.run import Stopwatch
+from buddy.run_files import Stopwatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")  # in a checkpoint

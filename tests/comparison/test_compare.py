@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from buddy.cli.compare import parse_routers
+from buddy.cli.fitting import parse_routers
 from buddy.compare import CompareConfig, compare
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
@@ -147,6 +147,7 @@ def again(whole, tmp_path) -> Path:
 # Reused, resumed, refused
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_not_made_again(again, ask, monkeypatch, capsys):
     monkeypatch.setattr(Session, "fit", lambda *_: pytest.fail("a complete run was made again"))
     monkeypatch.setattr(Session, "evaluate", lambda *_: pytest.fail("a complete run was evaluated again"))
@@ -269,7 +270,7 @@ def test_changed_inputs_are_refused_and_changed_code_warns(ask, again, tmp_path,
     tiny_folder(model, seed=2)
     with pytest.raises(RunError, match=r"shortgpt/seed-0.*model"):
         compare(ask(tmp_path / "out", *inputs, **options))
-    monkeypatch.setattr("buddy.run.code_digest", lambda router: "other")
+    monkeypatch.setattr("buddy.provenance.code_digest", lambda router: "other")
     assert compare(ask(again, **options)) == 0
     assert f"{again}/shortgpt/seed-0" in capsys.readouterr().err
 

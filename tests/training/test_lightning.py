@@ -1,0 +1,131 @@
+"""Lightning's own features through `buddy fit`, and Buddy's classes in a script with a `Trainer` of its own."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from buddy.compare import fit
+from buddy.io import load_tensors
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "lightning.md"
+CALLBACKS = "lightning.pytorch.callbacks"
+
+
+@pytest.fixture
+def fitted(small, tmp_path):
+    """Fits a recipe of eight steps; gives back the run folder."""
+
+    def fitted(*overrides: str) -> Path:
+        fit(small(tmp_path, *overrides), "small")
+        return tmp_path / "small" / "buddy" / "seed-0"
+
+    return fitted
+
+
+@pytest.fixture(scope="module")
+def plain(small, tmp_path_factory):
+    """The run folder of the recipe as it is."""
+    output = tmp_path_factory.mktemp("plain")
+    fit(small(output), "small")
+    return output / "small" / "buddy" / "seed-0"
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def checkpoints(folder: Path) -> dict[str, dict]:
+    files = (folder / "checkpoints").glob("*.ckpt")
+    return {file.stem: torch.load(file, weights_only=True) for file in files}
+
+
+def routers_differ(one: Path, other: Path) -> bool:
+    mine, theirs = (load_tensors(folder / "router.safetensors") for folder in (one, other))
+    return any(not torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def callback(name: str, **arguments) -> str:
+    return f"callbacks={json.dumps([{'class_path': f'{CALLBACKS}.{name}', 'init_args': arguments}])}"
+
+
+def test_validation_is_in_tensorboard_while_training_goes_on(plain):
+    logged = curves(plain)
+    for name in ("val/kl", "val/loss", "val/kl/0.75", "val/loss/0.5", "val/perplexity/0.75", "val/perplexity/1.0"):
+        assert [step for step, _ in logged[name]] == [1, 3, 5, 7], name
+    pairs = zip(logged["val/kl/0.75"], logged["val/kl/0.5"], strict=True)
+    means = [(one + other) / 2 for (_, one), (_, other) in pairs]
+    assert [value for _, value in logged["val/kl"]] == pytest.approx(means)
+
+
+def test_model_checkpoint_keeps_the_best(fitted):
+    folder = fitted("optimizer.lr=0.3", callback("ModelCheckpoint", monitor="val/kl", filename="best"))
+    values = dict(curves(folder)["val/kl"])
+    kept = checkpoints(folder)
+    assert kept.keys() == {"best", "last"}
+    assert kept["last"]["global_step"] == 8
+    assert kept["best"]["global_step"] - 1 == min(values, key=values.__getitem__)
+
+
+def test_early_stopping_ends_the_training(fitted):
+    folder = fitted(callback("EarlyStopping", monitor="val/kl", patience=1, min_delta=100.0))
+    assert checkpoints(folder)["last"]["global_step"] == 4, "the second validation is no better"
+
+
+def test_mixed_precision(fitted, plain):
+    mixed = fitted("trainer.precision=bf16-mixed")
+    assert routers_differ(plain, mixed)
+    assert {tensor.dtype for tensor in load_tensors(mixed / "router.safetensors").values()} == {torch.float32}
+
+
+def test_accumulated_gradients(fitted, plain):
+    folder = fitted("trainer.accumulate_grad_batches=2")
+    assert checkpoints(folder)["last"]["global_step"] == 8
+    assert routers_differ(folder, plain)
+    assert [step for step, _ in curves(folder)["val/kl"]] == [1, 3, 5, 7], "after whole steps"
+
+
+def test_clipping_is_the_trainers(fitted, plain):
+    clipped = fitted("trainer.gradient_clip_val=1e-6")
+    assert routers_differ(clipped, plain)
+    assert curves(clipped)["train/gradient_norm"][0][1] > 1e-3, "what is logged is the norm before clipping"
+
+
+def test_a_profilers_report_is_shown(fitted, caplog):
+    fitted("trainer.profiler=simple")
+    assert "run_training_batch" in caplog.text
+
+
+def test_a_logger_of_the_recipe(fitted, tmp_path):
+    arguments = {"save_dir": str(tmp_path), "name": "csv"}
+    fitted(f"logger={json.dumps({'class_path': 'lightning.pytorch.loggers.CSVLogger', 'init_args': arguments})}")
+    (path,) = (tmp_path / "csv").rglob("metrics.csv")
+    rows = csv.DictReader(path.read_text().splitlines())
+    assert [float(row["val/kl"]) > 0 for row in rows if row["val/kl"]] == [True] * 4
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, about devices, workers and its own dependencies
+def test_the_script_of_the_document(small, tmp_path, monkeypatch, capsys):
+    script = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
+    tiny = {
+        '"smollm2-135m"': f'"{small.model}", dtype="float32"',
+        "context_layer=3": "context_layer=1",
+        '"sotu", model.tokenizer': f'"{small.text}", model.tokenizer, window=48',
+        "max_steps=100": 'max_steps=4, accelerator="cpu", val_check_interval=2, check_val_every_n_epoch=None',
+    }
+    for words, others in tiny.items():
+        assert words in script
+        script = script.replace(words, others)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(script, names)
+    assert names["trainer"].checkpoint_callback.best_model_path.endswith(".ckpt")
+    assert names["module"].calibrated
+    assert capsys.readouterr().out.strip()
+    names["trainer"].test(names["module"], names["data"], verbose=False)
+    assert [score.layers for score in names["module"].scores] == [6, 4, 3]
