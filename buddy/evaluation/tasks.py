@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from buddy.evaluation.harness import BuddyLM
 
-EXECUTED = ("min", "mean", "max")
 BOOTSTRAPS = 1000  # for the standard errors that have no formula; accuracies have one
 
 
@@ -151,7 +150,11 @@ def _entry(model: BuddyLM, name: str, task: Task, budget: float, limit: int | No
     metric, filtered = _metric(values)
     samples = [sample[metric] for sample in outcome["samples"][name] if sample["filter"] == filtered]
     stderr, ran = values.get(f"{metric}_stderr,{filtered}"), model.executed.tolist()
-    executed = {"min": min(ran), "mean": sum(ran) / len(ran), "max": max(ran)} if ran else dict.fromkeys(EXECUTED)
+    executed = (
+        {"min": min(ran), "mean": sum(ran) / len(ran), "max": max(ran)}
+        if ran
+        else dict.fromkeys(("min", "mean", "max"))
+    )
     return {
         "task": name,
         "budget": budget,

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from buddy.backbone import embedded
+from buddy.backbone.load import title_of
 from buddy.console import counted
 from buddy.errors import DamagedError
+from buddy.evaluation.record import shown_path
 from buddy.run import Run
 from buddy.run_files import ADAPTER, METRICS, PREDICTOR
 from buddy.scoring.perplexity import Scores
@@ -141,9 +143,7 @@ def is_local(backbone: str) -> bool:
 
 def title(name: str) -> str:
     """A backbone or text in prose: the embedded model's full name, a folder's last part."""
-    if name == embedded.NAME:
-        return embedded.TITLE
-    return os.path.basename(name.rstrip("/")) if is_local(name) else name
+    return title_of(shown_path(name))
 
 
 def _card(run: Run, body: str, **metadata: Any) -> str:
