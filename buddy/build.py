@@ -346,6 +346,6 @@ def instantiate(spec: ClassSpec) -> Any:
 
     try:
         return instantiate_class((), asdict(spec))
-    except Exception as error:  # anyone's code
+    except Exception as error:  # third-party code
         reason = str(error).partition("\n")[0].rstrip(".")
         raise RecipeError(f"{spec.class_path} cannot be made ({type(error).__name__}: {reason}); change it.") from error

@@ -1,7 +1,7 @@
 """Milliseconds per generated token on this machine at each number of layers, measured once and stored.
 
 A budget such as 15ms is looked up here. Decode time is close to affine in the layers that run, so a few numbers of
-layers are timed, in turns so that a drift of the machine affects all alike, and values between are interpolated.
+layers are timed, in turns so that a drift of the machine affects all equally, and values between are interpolated.
 """
 
 from __future__ import annotations

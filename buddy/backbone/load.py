@@ -267,4 +267,4 @@ def _load_tokenizer(name: str, source: str, **options: Any) -> PreTrainedTokeniz
 
 
 def _damaged(what: str, error: Exception) -> BackboneError:
-    return BackboneError(f"{what} cannot be loaded ({reason(error)}); mend that, or download the model again.")
+    return BackboneError(f"{what} cannot be loaded ({reason(error)}); correct that, or download the model again.")

@@ -46,7 +46,7 @@ def check_sharding(recipe: Recipe) -> None:
 
 
 def join(trainer: Mapping[str, Any]) -> None:
-    """`distributed.launch`, and the device mesh that the shards lie on."""
+    """`distributed.launch`, and the device mesh of the shards."""
     distributed.launch(trainer)
     if is_sharded(trainer):
         _mesh(trainer["accelerator"])

@@ -1,7 +1,7 @@
 """Text → tokenised documents, each at least one window long.
 
-A source is the embedded speeches, a file, a folder, or a data set of the hub; `datasets` reads them all, and keeps what
-is made of them in its own cache (HF_HOME or HF_DATASETS_CACHE). Nothing is written beside the text.
+A source is the embedded speeches, a file, a folder, or a data set of the hub; `datasets` reads them all, and keeps
+the tokens in its own cache (HF_HOME or HF_DATASETS_CACHE). Nothing is written beside the text.
 
 What counts as a document:
 - a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet), an article of WikiText, except that
@@ -275,7 +275,7 @@ def quiet(size: int) -> Iterator[None]:
 
 @contextmanager
 def keeping(source: str) -> Iterator[None]:
-    """What is made of a source within this block lies in the cache of `datasets`.
+    """Data sets built from a source within this block are in the cache of `datasets`.
 
     Raises:
         DataError: the cache is full, cannot be written, or damaged.
@@ -292,8 +292,8 @@ def keeping(source: str) -> Iterator[None]:
 def cannot_keep(source: str, error: BaseException) -> DataError:
     """The error for a cache that cannot be used."""
     return DataError(
-        f"What is made of the text in {source} cannot be kept or found in {_cache()} ({_reason(error)}); free that "
-        "place, delete what is in it, or set HF_DATASETS_CACHE to another."
+        f"The tokens of the text in {source} cannot be kept or found in {_cache()} ({_reason(error)}); free that "
+        "space, delete the data there, or set HF_DATASETS_CACHE to another folder."
     )
 
 
@@ -349,8 +349,8 @@ def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:
                 raise cannot_keep(source, error) from error
             encoding = " in UTF-8" if builder == "text" else ""
             raise DataError(
-                f"{source} cannot be read as {builder}{encoding} ({_reason(error)}); mend or replace it, or, where it "
-                f"is sound, delete what is kept of it in {_cache()}."
+                f"{source} cannot be read as {builder}{encoding} ({_reason(error)}); correct or replace it, or, if it is "
+                f"intact, delete its data in {_cache()}."
             ) from error
 
 
@@ -361,7 +361,7 @@ def _refuse_null(files: Sequence[Path]) -> None:
             with file.open("rb") as stream:
                 beginning = stream.read(4096).lstrip()
         except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror}); mend or replace it.") from error
+            raise DataError(f"{file} cannot be read ({error.strerror}); correct or replace it.") from error
         if beginning.startswith(b"null"):
             raise DataError(f"{file} begins with null where a text should be; give it one JSON object a row.")
 
