@@ -349,8 +349,8 @@ def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:
                 raise cannot_keep(source, error) from error
             encoding = " in UTF-8" if builder == "text" else ""
             raise DataError(
-                f"{source} cannot be read as {builder}{encoding} ({_reason(error)}); correct or replace it, or, if it is "
-                f"intact, delete its data in {_cache()}."
+                f"{source} cannot be read as {builder}{encoding} ({_reason(error)}); correct or replace it, or, if it "
+                f"is intact, delete its data in {_cache()}."
             ) from error
 
 
