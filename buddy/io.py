@@ -184,7 +184,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def checksum(path: Path) -> str:
     """SHA-256 of a file in hexadecimal digits; DamagedError where it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DamagedError(path, error.strerror or str(error)) from error
 

@@ -475,6 +475,8 @@ def values_of(item) -> st.SearchStrategy:
         return st.floats(**{"max_value": 1e300, **limits}, exclude_min="gt" in bounds)
     if item.name == "options":
         return OPTIONS
+    if item.name == "estimator":
+        return st.sampled_from(["perturbed", "straight-through", "my_module:MyEstimator"])
     if kind == list[str]:
         return st.lists(WORD, min_size=bounds.get("least_items", 0), max_size=3, unique=True)
     return {bool: st.booleans(), str: WORD}.get(kind, st.none() | WORD)

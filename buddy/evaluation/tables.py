@@ -17,7 +17,7 @@ from buddy.scoring.statistics import flips as flipped
 from buddy.scoring.statistics import mixed
 
 NONE = "–"
-MARKED = "* below the best static router (†), the interval of the paired difference leaves out 0"
+MARKED = "* below the best static router (†): the 95 % interval of the paired difference excludes 0"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def differences(r: Results, text: str) -> Table:
     where = best.groupby("router", sort=False).budget.agg(", ".join)
     names = "; ".join(f"{router} at {budgets}" for router, budgets in where.items())
     title = f"Difference to the best static router on {text}, nats a token"
-    note = f"95 % intervals, paired over documents and seeds; * leaves out 0. † best static router: {names}."
+    note = f"95 % intervals, paired over documents and seeds; * excludes 0. † best static router: {names}."
     table = _by_budget(r, title, r.scores.loc[text], lambda row: _signed(row, "best_static"), r.below, note)
     return table if table.has_numbers else replace(table, rows=[])
 
@@ -135,7 +135,7 @@ def kl(r: Results, text: str | None = None) -> Table:
 
 
 def costs(r: Results) -> Table:
-    """Kind, seeds and cost of each router."""
+    """Kind, seeds, fitting time and parameters of each router."""
     fits = r.fits.groupby("router", sort=False)
     healed = "adapter_lr" in r.fits
     columns = {
@@ -147,15 +147,15 @@ def costs(r: Results) -> Table:
     }
     if healed:
         rates = fits.adapter_lr.agg(lambda each: " ".join(f"{rate:g}" for rate in each.dropna()))
-        columns["adapter's rate"] = rates.replace("", NONE)
-    columns["layers that ran"] = pd.Series({router: _executed(r, router) for router in r.routers.index})
+        columns["adapter lr"] = rates.replace("", NONE)
+    columns["executed layers"] = pd.Series({router: _executed(r, router) for router in r.routers.index})
     cells = pd.DataFrame(columns, index=r.routers.index)
     note = (
-        "Fit: calibration and training of one run, mean over seeds; losses on the calibration windows that another run "
-        "measured are not measured again. Layers that ran: min/mean/max over tokens where they are not K for all."
+        "Fit: seconds of calibration and training of one run, mean over seeds. Values that an earlier router or run "
+        "has measured on the calibration windows are read from the cache. Executed layers: min/mean/max over tokens "
+        "where they differ from K."
     )
-    note += " Adapter's rate: of each seed, the best on validation windows." * healed
-    return _table("Cost", cells, note)
+    return _table("Cost", cells, note + (" Adapter lr: for each seed, the best on validation windows." * healed))
 
 
 def speeds(r: Results) -> list[Table]:
@@ -178,13 +178,13 @@ def speeds(r: Results) -> list[Table]:
 
 
 def seeds(r: Results, text: str) -> Table:
-    """Routers with several seeds × budgets below full depth: least and most perplexity."""
+    """Routers with several seeds × budgets below full depth: smallest and largest perplexity."""
     many = r.scores.loc[text][lambda scores: _several_seeds(r).loc[scores.index.get_level_values("router")].to_numpy()]
 
     def cell(row: pd.Series) -> str:
         return f"{number(row.perplexity_min)} – {number(row.perplexity_max)}"
 
-    table = _by_budget(r, f"Perplexity on {text}, least – most over seeds", many, cell, r.below)
+    table = _by_budget(r, f"Perplexity on {text}, min – max over seeds", many, cell, r.below)
     chosen = zip(table.rows, _several_seeds(r), strict=True)
     return replace(table, rows=[cells for cells, several in chosen if several])
 
@@ -210,13 +210,16 @@ def flips(r: Results) -> list[Table]:
         return _signed(own.rename(lambda name: name.removeprefix("flips_")), "fewest_flips", 100, 1)
 
     note = (
-        "Answers that are right at full depth and wrong here, or wrong there and right here, in percent of all: the "
-        "mean over tasks and seeds (2407.09141). † fewest of a static router."
+        "Share of answers that change between right and wrong against full depth, in percent: mean over tasks and "
+        "seeds (2407.09141). † fewest of a static router."
     )
-    title, paired = "Flips, difference to the static router of fewest, %", "95 % intervals, paired over items and seeds"
+    title, paired = (
+        "Flips, difference to the static router with the fewest, %",
+        "95 % intervals, paired over items and seeds",
+    )
     found = [
         _by_budget(r, "Flips against full depth, %", r.task_scores, share, r.below, note),
-        _by_budget(r, title, r.task_scores, flips_difference, r.below, f"{paired}; * leaves out 0."),
+        _by_budget(r, title, r.task_scores, flips_difference, r.below, f"{paired}; * excludes 0."),
     ]
     return [table for table in found if table.has_numbers]
 
@@ -239,7 +242,7 @@ def _tasks_at(r: Results, budget: float) -> Table:
     if budget not in r.below:
         return _table(title, cells)
     difference = scores.apply(_signed, axis=1, mark="best_static", scale=100, digits=1)
-    note = "Difference of the mean: 95 % interval, paired over items and seeds; * leaves out 0; † best static router."
+    note = "Difference of the mean: 95 % interval, paired over items and seeds; * excludes 0; † best static router."
     return _table(title, cells.assign(**{"to the best static": difference}), note)
 
 

@@ -107,7 +107,7 @@ def hull(points: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:
 def mixed(points: Mapping[float, float], layers: float) -> float | None:
     """The least mean loss of a random mixture of two fixed budgets that runs so many layers on average.
 
-    None where there are fewer than two budgets or `layers` is outside their range.
+    None where there are fewer than two budgets or `layers` is outside them.
     """
     if len(points) < 2 or not min(points) <= layers <= max(points):
         return None
