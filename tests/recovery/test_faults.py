@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_refused(unfinished, again, tmp_path, damage):
 
 
 def test_a_checkpoint_of_an_unknown_recipe_is_kept(unfinished, again, tmp_path):
-    DAMAGES["cut"](unfinished / "recipe.yaml")
+    DAMAGES["noise"](unfinished / "recipe.yaml")
     before = contents(unfinished)
     assert str(unfinished) in again()
     assert contents(unfinished) == before
