@@ -140,7 +140,7 @@ def empty_backbone(name: str, dtype: str) -> Backbone:
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
     except Exception as error:  # impossible sizes raise a dozen kinds of error
         raise BackboneError(
-            f"The configuration of {name!r} cannot be used ({reason(error)}); mend it, or name another."
+            f"The configuration of {name!r} cannot be used ({reason(error)}); correct it, or name another."
         ) from error
     return Backbone(name, model, cast(Any, None), fingerprint="")
 

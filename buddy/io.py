@@ -77,9 +77,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_bytes(path, save(plain, dict(metadata)))
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove the temporary files of killed processes, in a folder that no other process writes now."""
-    for part in list(folder.rglob(f".*{PART}")):
+def remove_parts(folder: Path, below: str = "**/") -> None:
+    """Remove the temporary files of killed processes, in a folder that no other process writes now.
+
+    Args:
+        folder: that is searched.
+        below: "" to leave the folders in it alone.
+    """
+    for part in list(folder.glob(f"{below}.*{PART}")):
         part.unlink(missing_ok=True)
 
 
@@ -180,7 +185,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def checksum(path: Path) -> str:
     """SHA-256 of a file in hexadecimal digits; DamagedError where it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DamagedError(path, error.strerror or str(error)) from error
 

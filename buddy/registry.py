@@ -57,6 +57,15 @@ def load(name: str, group: str = ROUTERS) -> Any:
     Raises:
         RegistryError: unknown, announced twice, cannot be imported, or not a class of that group.
     """
+    return _import(find(name, group))
+
+
+def find(name: str, group: str = ROUTERS) -> Entry:
+    """The entry of an installed name or of "my_module:MyRouter"; nothing is imported.
+
+    Raises:
+        RegistryError: unknown, or announced twice.
+    """
     entries, noun = installed(group), _NOUNS[group]
     matches = [entry for entry in entries if entry.name == name]
     if not matches and ":" not in name:
@@ -68,7 +77,7 @@ def load(name: str, group: str = ROUTERS) -> Any:
     if len(matches) > 1:
         owners = " and ".join(repr(entry.distribution) for entry in matches)
         raise RegistryError(f"Two {noun}s are named {name!r}, from {owners}; uninstall one of these distributions.")
-    return _import(matches[0] if matches else Entry(name, name, "", group))
+    return matches[0] if matches else Entry(name, name, "", group)
 
 
 def build(name: str, geometry: "Geometry", options: Mapping[str, Any]) -> "AnyRouter":

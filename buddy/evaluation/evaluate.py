@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from buddy import console, distributed
+from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
@@ -63,7 +64,9 @@ def evaluate_run(
         scores = _scores(run, routed, windows, asked)
     if not distributed.is_global_zero():
         return
-    show_scores(scores, f"{run.router_name} on {data or run.recipe.data.source}, backbone {routed.backbone.title}")
+    show_scores(
+        scores, f"{run.router_name} on {data or run.recipe.data.source}, backbone {title_of(routed.backbone.name)}"
+    )
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)

@@ -197,7 +197,7 @@ class BuddyLM(HFLM):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise DataError(
                     f"An item cannot be scored: {shorten(repr(text), 120)} has an empty question or answer, or an "
-                    f"answer of more than {self.max_length} tokens; mend or remove it."
+                    f"answer of more than {self.max_length} tokens; shorten or remove it."
                 )
             tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
             prompt = len(tokens) - len(continuation) + 1 if self._prompt_matters else 0

@@ -133,7 +133,7 @@ def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
     yield from _markdown(costs(r), *speeds(r))
     spreads = [table for text in r.texts if len((table := seeds(r, text)).cells)]
     if spreads:
-        yield from ("## Seeds", "", "Routers that depend on a seed, each fitted with several.", "")
+        yield from ("## Seeds", "", "Routers that depend on a seed.", "")
         yield from _markdown(*spreads)
     if r.tasks:
         yield from ("## Tasks", "", _task_protocol(r), "")
@@ -141,7 +141,7 @@ def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
     if r.record["failures"]:
         yield from ("## Failed", "")
         for each in r.record["failures"]:
-            yield f"- {each['router']}, seed {each['seed']}: it failed and is not in the tables, or not with this seed."
+            yield f"- {each['router']}, seed {each['seed']}: it failed, so this seed is not in the tables."
         yield ""
     yield from _provenance(r)
 
@@ -164,8 +164,8 @@ def _protocol(r: Results) -> Iterator[str]:
         f"{recipe['backbone.dtype']}), {_learned(r)}, "
         f"at the budgets (executed layers) {layers}. "
         f"{_seeds(r)} All see the same {recipe['data.calibration_windows']} calibration windows and "
-        f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are read "
-        f"and not scored. The first {recipe['routing.sink_tokens']} of each run at full depth, whatever the budget."
+        f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are not "
+        f"scored. The first {recipe['routing.sink_tokens']} of each window run at full depth at every budget."
     )
     yield ""
     yield "| text | windows | documents | scored tokens |\n|---|---:|---:|---:|"
@@ -175,12 +175,11 @@ def _protocol(r: Results) -> Iterator[str]:
         yield f"| {name} | {text['windows']} | {text['documents']} | {tokens[text['label']]:.0f} |"
     yield ""
     yield (
-        "Perplexity is the exponential of the mean cross-entropy over all scored tokens, and where there are several "
-        "seeds the mean of their perplexities. Differences are of mean cross-entropy, negative where a router is "
-        "better than the best static one: 95 % bootstrap intervals that resample documents, the same for both "
-        "routers, and seeds. The best static router is the one that is best on these test windows at that budget, "
-        "which favours it: nobody could have chosen it beforehand. Intervals are not corrected for the number of "
-        f"comparisons. {_at_full_depth(r)}"
+        "Perplexity is the exponential of the mean cross-entropy over all scored tokens; with several seeds it is the "
+        "mean of their perplexities. Differences are of mean cross-entropy, negative if a router is better than the "
+        "best static one. Intervals are 95 % bootstrap intervals that resample seeds, and documents, the same for both "
+        "routers. The best static router is the best on these test windows at that budget, a choice that favours it. "
+        f"Intervals are not corrected for multiple comparisons. {_at_full_depth(r)}"
     )
     yield ""
 
@@ -195,9 +194,9 @@ def _at_full_depth(r: Results) -> str:
     if not _healed(r):
         return "At full depth all routers are the dense model."
     return (
-        f"All are healed alike: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets beside the frozen "
+        f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "
         f"weights, {recipe['adapter.steps']} steps of {recipe['data.batch_size']} windows on "
-        f"{_texts(r, 'data.train_sources')}, at {_rate(r)}. It is on at full depth too, so that rows differ there."
+        f"{_texts(r, 'data.train_sources')}, at {_rate(r)}. It is active at full depth too, so rows differ there."
     )
 
 
@@ -207,8 +206,8 @@ def _rate(r: Results) -> str:
     parts = r.record.get("parts", [{"rates": recipe.get("adapter.rates")}])
     tried = list(dict.fromkeys((part["rates"] or "").strip("[]") or f"{recipe['adapter.lr']:g}" for part in parts))
     if len(tried) > 1:
-        return f"the best of the rates {' or of '.join(tried)} (each run's command says which) by validation windows"
-    return f"the best of the rates {tried[0]} by validation windows" if "," in tried[0] else f"the rate {tried[0]}"
+        return f"the best of the rates {' or of '.join(tried)} (see each run's command) on validation windows"
+    return f"the best of the rates {tried[0]} on validation windows" if "," in tried[0] else f"learning rate {tried[0]}"
 
 
 def _learned(r: Results) -> str:
@@ -216,7 +215,7 @@ def _learned(r: Results) -> str:
     calibrated, trained = (_texts(r, f"data.{name}_sources") for name in ("calibration", "train"))
     if calibrated == trained:
         return f"calibrated or trained on {calibrated}{_own_rates(r)}"
-    return f"all calibrated on {calibrated}, and those with weights trained on {trained}{_own_rates(r)}"
+    return f"all calibrated on {calibrated}, those with parameters trained on {trained}{_own_rates(r)}"
 
 
 def _own_rates(r: Results) -> str:
@@ -238,11 +237,11 @@ def _seeds(r: Results) -> str:
     counts = r.fits.groupby("router", sort=False).size()
     if counts.nunique() == 1:
         count = counts.iloc[0]
-        text = "" if count == 1 else " The text is the same for all."
+        text = "" if count == 1 else " All use the same text."
         return f"Each was fitted with {'one seed' if count == 1 else f'{count} seeds'}.{text}"
     many = ", ".join(f"{router} ({count})" for router, count in counts.items() if count > 1)
     rest = "; the others once" if (counts == 1).any() else ""
-    return f"Fitted with several seeds: {many}{rest}. The text is the same for all."
+    return f"Fitted with several seeds: {many}{rest}. All use the same text."
 
 
 def _task_protocol(r: Results) -> str:
@@ -250,7 +249,7 @@ def _task_protocol(r: Results) -> str:
     items = f"the first {limit} items of each" if limit else "all items"
     return (
         f"lm-eval, zero-shot unless a task says otherwise, {items}; accuracy normalised by length where the task has "
-        "it, in percent, the mean over seeds. The plan comes from the question; the answer's tokens are decode steps."
+        "it, in percent, mean over seeds. The question is the prompt; the answer's tokens are decode steps."
     )
 
 

@@ -95,7 +95,7 @@ class Results:
         Columns: layers; perplexity with perplexity_std, perplexity_min and perplexity_max over seeds; seeds; kl; loss
         (nats a token) with its interval loss_low, loss_high over documents and seeds; best_static, whether it is the
         static router of least loss; difference to that router with difference_low, difference_high and apart, whether
-        the interval leaves out 0, over enough documents; decode_ms and prefill_ms where times were measured.
+        the interval excludes 0, over enough documents; decode_ms and prefill_ms where times were measured.
         """
         rows = [row for text in self.texts for budget in self.budgets for row in self._scores_at(text, budget)]
         by_seed = self.runs.groupby(["text", "router", "budget"], sort=False)

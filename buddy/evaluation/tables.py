@@ -17,7 +17,7 @@ from buddy.scoring.statistics import flips as flipped
 from buddy.scoring.statistics import mixed
 
 NONE = "–"
-MARKED = "* below the best static router (†), the interval of the paired difference leaves out 0"
+MARKED = "* below the best static router (†): the 95 % interval of the paired difference excludes 0"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def differences(r: Results, text: str) -> Table:
     where = best.groupby("router", sort=False).budget.agg(", ".join)
     names = "; ".join(f"{router} at {budgets}" for router, budgets in where.items())
     title = f"Difference to the best static router on {text}, nats a token"
-    note = f"95 % intervals, paired over documents and seeds; * leaves out 0. † best static router: {names}."
+    note = f"95 % intervals, paired over documents and seeds; * excludes 0. † best static router: {names}."
     table = _by_budget(r, title, r.scores.loc[text], lambda row: _signed(row, "best_static"), r.below, note)
     return table if table.says else _empty(table)
 
@@ -144,7 +144,7 @@ def kl(r: Results, text: str | None = None) -> Table:
 
 
 def costs(r: Results) -> Table:
-    """What each router is and what it took."""
+    """Kind, seeds, fitting time and parameters of each router."""
     fits = r.fits.groupby("router", sort=False)
     healed = "adapter_lr" in r.fits
     cells = pd.DataFrame(
@@ -154,19 +154,17 @@ def costs(r: Results) -> Table:
             "seeds": fits.size().astype(str),
             "fit (s)": fits.seconds.mean().map("{:.1f}".format),
             "parameters": fits.parameters.mean().map(lambda value: f"{value:,.0f}".replace(",", " ")),
-            **({"adapter's rate": fits.adapter_lr.agg(_listed)} if healed else {}),
-            "layers that ran": pd.Series({router: _executed(r, router) for router in r.routers.index}),
+            **({"adapter lr": fits.adapter_lr.agg(_listed)} if healed else {}),
+            "executed layers": pd.Series({router: _executed(r, router) for router in r.routers.index}),
         },
         index=r.routers.index,
     )
     note = (
-        "Fit: calibration and training of one run, mean over seeds; what a router before it in the same process, or an "
-        "earlier run, has measured on the calibration windows is not measured again. Layers that ran: min/mean/max "
-        "over tokens where they were not as asked."
+        "Fit: seconds of calibration and training of one run, mean over seeds. Values that an earlier router or run "
+        "has measured on the calibration windows are read from the cache. Executed layers: min/mean/max over tokens "
+        "where they differ from K."
     )
-    return Table(
-        "What it takes", cells, note + (" Adapter's rate: of each seed, the best on validation windows." * healed)
-    )
+    return Table("Cost", cells, note + (" Adapter lr: for each seed, the best on validation windows." * healed))
 
 
 def speeds(r: Results) -> list[Table]:
@@ -189,13 +187,13 @@ def speeds(r: Results) -> list[Table]:
 
 
 def seeds(r: Results, text: str) -> Table:
-    """Routers with several seeds × budgets below full depth: least and most perplexity."""
+    """Routers with several seeds × budgets below full depth: smallest and largest perplexity."""
     many = r.scores.loc[text][lambda scores: _several_seeds(r).loc[scores.index.get_level_values("router")].to_numpy()]
 
     def cell(row: pd.Series) -> str:
         return f"{number(row.perplexity_min)} – {number(row.perplexity_max)}"
 
-    table = _by_budget(r, f"Perplexity on {text}, least – most over seeds", many, cell, r.below)
+    table = _by_budget(r, f"Perplexity on {text}, min – max over seeds", many, cell, r.below)
     return Table(table.title, table.cells[_several_seeds(r).to_numpy()])
 
 
@@ -216,13 +214,16 @@ def flips(r: Results) -> list[Table]:
         return NONE if pd.isna(row.flips) else f"{100 * row.flips:.1f}{'†' if row.fewest_flips else ''}"
 
     note = (
-        "Answers that are right at full depth and wrong here, or wrong there and right here, in percent of all: the "
-        "mean over tasks and seeds (2407.09141). † fewest of a static router."
+        "Share of answers that change between right and wrong against full depth, in percent: mean over tasks and "
+        "seeds (2407.09141). † fewest of a static router."
     )
-    title, paired = "Flips, difference to the static router of fewest, %", "95 % intervals, paired over items and seeds"
+    title, paired = (
+        "Flips, difference to the static router with the fewest, %",
+        "95 % intervals, paired over items and seeds",
+    )
     found = [
         _by_budget(r, "Flips against full depth, %", r.task_scores, share, r.below, note),
-        _by_budget(r, title, r.task_scores, _flips_apart, r.below, f"{paired}; * leaves out 0."),
+        _by_budget(r, title, r.task_scores, _flips_apart, r.below, f"{paired}; * excludes 0."),
     ]
     return [table for table in found if table.says]
 
@@ -245,12 +246,12 @@ def _tasks_at(r: Results, budget: float) -> Table:
     if budget not in r.below:
         return Table(title, cells)
     difference = scores.apply(_signed, axis=1, mark="best_static", scale=100, digits=1)
-    note = "Difference of the mean: 95 % interval, paired over items and seeds; * leaves out 0; † best static router."
+    note = "Difference of the mean: 95 % interval, paired over items and seeds; * excludes 0; † best static router."
     return Table(title, cells.assign(**{"to the best static": difference}), note)
 
 
 def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:
-    """What a budget predictor chose, beside what a random mixture of two fixed budgets would have reached."""
+    """The choices of a budget predictor, and the perplexity of a random mixture of two fixed budgets."""
     counts = ", ".join(f"{layers} layers for {windows}" for layers, windows in sorted(auto.chosen.items()))
     text = f"{auto.budget} chose, of {sum(auto.chosen.values())} windows, {counts}"
     fixed: dict[float, float] = {each.layers: math.log(each.perplexity) for each in scores if each.chosen is None}

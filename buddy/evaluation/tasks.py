@@ -181,7 +181,7 @@ def _refusals_told(name: str) -> Iterator[None]:
         yield
     except (ValueError, AssertionError) as error:
         raise DataError(
-            f"{name} cannot be scored ({reason(error)}); mend its definition or its items, or leave it out."
+            f"{name} cannot be scored ({reason(error)}); correct its definition or its items, or leave it out."
         ) from error
 
 
@@ -287,7 +287,9 @@ def _defined(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
     try:
         return manager.load(names)["tasks"]
     except Exception as error:  # data sets and definitions fail in as many ways as there are to write one
-        advice = "connect to the network if its data are on the hub, mend its definition, or give items by --task-data"
+        advice = (
+            "connect to the network if its data are on the hub, correct its definition, or give items by --task-data"
+        )
         if is_offline_mode():
             advice = "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by --task-data"
         raise DataError(f"{' or '.join(names)} cannot be loaded ({reason(error)}); {advice}.") from error
@@ -420,7 +422,7 @@ def _document(form: Form, item: dict[str, Any], where: str) -> dict[str, Any]:
         _check(form, item)
         return form.document(item)
     except ValueError as error:
-        raise DataError(f"{where} cannot be used: {error}; mend or remove it.") from error
+        raise DataError(f"{where} cannot be used: {error}; correct or remove it.") from error
 
 
 def _check(form: Form, line: Any) -> None:

@@ -105,7 +105,7 @@ def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list
 
 
 def token_lines(runs: np.ndarray, labels: Sequence[str], *, sinks: int, always: tuple[int, int]) -> Iterator[Line]:
-    """A ruler and a line for each token: its label, a sign for each layer, the layers changed since the last token.
+    """A ruler and a line for each token: label, a character for each layer, layers changed since the last token.
 
     Args:
         runs: (T, L) bool.

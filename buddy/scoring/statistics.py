@@ -107,7 +107,7 @@ def hull(points: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:
 def mixed(points: Mapping[float, float], layers: float) -> float | None:
     """The least mean loss of a random mixture of two fixed budgets that runs so many layers on average.
 
-    None where there are fewer than two budgets or `layers` lies outside them.
+    None where there are fewer than two budgets or `layers` is outside them.
     """
     if len(points) < 2 or not min(points) <= layers <= max(points):
         return None
@@ -127,7 +127,7 @@ def layers_at(points: Mapping[float, float], loss: float) -> float | None:
 
 
 def _above(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
-    """Whether the middle point lies on or above the line through the others."""
+    """Whether the middle point is on or above the line through the others."""
     (x, y), (u, v), (w, z) = first, middle, last
     return (v - y) * (w - x) >= (z - y) * (u - x)
 

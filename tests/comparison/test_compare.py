@@ -148,6 +148,7 @@ def again(whole, tmp_path) -> Path:
 # Reused, resumed, refused
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_not_made_again(again, ask, monkeypatch, capsys):
     monkeypatch.setattr(Session, "fit", lambda *_: pytest.fail("a complete run was made again"))
     monkeypatch.setattr(Session, "evaluate", lambda *_: pytest.fail("a complete run was evaluated again"))

@@ -80,6 +80,7 @@ def test_tensorboard_has_its_curves(healed):
         assert [point.step for point in events.Scalars("heal/lr")] == [1, 3, 5]
 
 
+@pytest.mark.slow
 def test_joint_training_moves_both(small, healed, tmp_path):
     fit(small(tmp_path, "rivals=[shortgpt]", "adapter.joint=true", *HEALED), "small")
     runs = (healed / "buddy", tmp_path / "small" / "buddy" / "seed-0")
@@ -123,6 +124,7 @@ def test_commands_take_a_healed_run(healed, tmp_path):
     assert (found["layers"], found["perplexity"]) == (saved["layers"], pytest.approx(saved["perplexity"]))
 
 
+@pytest.mark.slow
 def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
     recipe = small(tmp_path, *HEALED)
     routers = [Rival("shortgpt"), Rival("full")]
@@ -160,6 +162,7 @@ def at_step(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(HealingModule, "_healing", counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "act", "raised", "kept"), [("buddy", interrupt, KeyboardInterrupt, 5), ("shortgpt", kill, Killed, 3)]
 )
@@ -191,6 +194,7 @@ def test_a_kill_in_the_evaluation_costs_no_healing(small, healed, tmp_path, monk
     assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt" / "seed-0"))
 
 
+@pytest.mark.slow
 def test_a_trained_router_is_healed_without_training_it_again(small, finished, healed, tmp_path, capsys):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     fit(small(tmp_path, f"ckpt_path={checkpoint}", *HEALED), "small")
@@ -220,6 +224,7 @@ def test_mistakes_are_found_before_anything_is_written(small, tmp_path, override
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_healing_of_other_modules_is_not_gone_on_from(small, tmp_path, monkeypatch):
     """A named checkpoint keeps an unfinished folder whatever else of the recipe changed."""
     with monkeypatch.context() as patch:
