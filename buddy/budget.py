@@ -34,10 +34,10 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
     """K = round(b · L) for a fraction b in (0, 1] (2606.09514, section 3), n for "n layers", what fits into "n ms".
 
     Args:
-        budget: a fraction (0.75, "0.75"), a count in words ("22layers", "22 layers"), or milliseconds for each
+        budget: a fraction (0.75, "0.75"), a count ("22layers", "22 layers"), or milliseconds for each
             generated token ("15ms").
         layers: L, the depth of the backbone.
-        always_on: layers that run whatever the plan says, the smallest K.
+        always_on: layers that always run, the smallest K.
         table: gives the milliseconds that a token takes at each possible K; called for a latency only.
 
     Raises:
@@ -90,7 +90,7 @@ def latency_of(budget: Budget) -> float | None:
     milliseconds = float(match[1])
     if not 0 < milliseconds < math.inf:
         raise BudgetError(
-            f"The budget {str(budget).strip()} is no time above 0; ask for a latency such as 15ms a token."
+            f"The budget {str(budget).strip()} is not a time above 0; use a latency such as 15ms a token."
         )
     return milliseconds
 
@@ -105,7 +105,7 @@ def auto_of(budget: Budget) -> Auto | None:
     if name.strip() != AUTO:
         return None
     if colon and (not cap.strip() or cap.strip().startswith(AUTO)):
-        raise BudgetError(f"The budget {budget} has no cap after its colon; write auto:0.75, say, or auto alone.")
+        raise BudgetError(f"The budget {budget} has no cap after its colon; write auto, or a cap as in auto:0.75.")
     return Auto(cap.strip() if colon else None)
 
 
@@ -115,7 +115,7 @@ def fraction_of(budget: Budget, executed: int, layers: int) -> float:
 
 
 def format_budget(budget: Budget) -> str:
-    """A budget on one word, the same for all spellings of it: 0.75, 22layers, 15ms."""
+    """The canonical spelling of a budget: 0.75, 22layers, 15ms."""
     if _has_unit(budget):
         return re.sub(r"layers?$", "layers", "".join(str(budget).split()))
     return f"{float(budget):g}"
@@ -153,4 +153,6 @@ def _fraction(budget: Budget) -> float:
     try:
         return float(budget)
     except (TypeError, ValueError):
-        raise BudgetError(f"The budget {shorten(repr(budget), 60)} is neither {KINDS}; ask for 0.75, say.") from None
+        raise BudgetError(
+            f"The budget {shorten(repr(budget), 60)} is neither {KINDS}; use 0.75, for example."
+        ) from None

@@ -39,14 +39,16 @@ from buddy.evaluation.bench import measured
 from buddy.evaluation.record import collect, text_entry
 from buddy.executors import LokyExecutor, RayExecutor
 from buddy.fit import RunSpec, Session
-from buddy.io import check_output_path, writing
+from buddy.io import check_output_path, remove_parts, writing
 from buddy.registry import build
 from buddy.router import AnyRouter
-from buddy.run import FACTS, RunFolder, complete_seeds, folder_name, label_folder, read_run
+from buddy.run import RunFolder, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
+from buddy.run_files import FACTS
 from buddy.schema import PredictorSection, Recipe, Rival
 from buddy.worker import Tasks, Text, Worker, WorkerConfig, read_windows
 
 SEEDS = 3
+PATIENCE = 10.0  # seconds that `fit` waits for another to write its tables
 BACKENDS = ("loky", "ray")
 # Beginnings of recipe keys that change nothing in a run without training, and in a run of a comparison.
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
@@ -129,7 +131,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
                 note = ", complete: reused" if complete else ""
                 errors.print(f"Router {number} of {len(specs)}: {spec.label}{note}", soft_wrap=True)
             if complete and first:
-                spec.run_folder.warn_of_changed_code(session.digests(spec.recipe))
+                warn_of_changed_code(spec.folder, session.digests(spec.recipe))
             elif not complete:
                 (session.fit if first else session.follow)(spec)
     if first:
@@ -142,7 +144,9 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
             layers=session.backbone.num_layers,
             texts=[text_entry(text.label, text.source, session.data.test, own=True)],
         )
-        report.write(record, Path(recipe.output) / folder_name(recipe_name))
+        folder = Path(recipe.output) / folder_name(recipe_name)
+        with _locked(folder, PATIENCE):
+            report.write(record, folder)
 
 
 def compare(config: CompareConfig) -> int:
@@ -334,7 +338,7 @@ def _refuse_others(specs: Sequence[RunSpec], session: Session) -> None:
             "delete that folder."
         )
     for spec in specs:
-        spec.run_folder.warn_of_changed_code(session.digests(spec.recipe))
+        warn_of_changed_code(spec.folder, session.digests(spec.recipe))
 
 
 def _complete_ones(runs: Mapping[str, Sequence[RunSpec]], folder: Path) -> dict[str, list[RunSpec]]:
@@ -384,15 +388,16 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Held while a comparison works in its folder."""
+def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Held while a comparison works in its folder; `patience` in seconds is how long it waits for another one."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             raise RunError(f"Another process compares into {folder}; wait for it, or give another --out.") from None
+        remove_parts(folder, below="")
     try:
         yield
     finally:
@@ -465,5 +470,5 @@ def _times(
         return measured(first, session.backbone, session.data.test.input_ids, folder), None
     except BuddyError as error:
         return None, str(error)
-    except Exception as error:  # a router may be anyone's code
+    except Exception as error:  # a router may be third-party code
         return None, f"{type(error).__name__}: {reason(error)}"

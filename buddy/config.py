@@ -123,7 +123,7 @@ def _changes(overrides: Sequence[str], mistakes: list[str]) -> Iterator[Nested]:
         elif not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or not equals:
             mistakes.append(f"{text!r} is not an override; write key=value, as in trainer.max_steps=50.")
         elif "${" in value:
-            mistakes.append(f"{key} holds ${{…}}, which only a recipe file may; write the value itself.")
+            mistakes.append(f"{key} contains ${{…}}, which only a recipe file may; write the value itself.")
         else:
             try:
                 _refuse_bombs(yaml.compose(value, yaml.SafeLoader))

@@ -26,7 +26,7 @@ from rich.text import Text
 PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no terminal
 WIDTH, GAP, LONGEST = 118, 2, 30  # columns of a table where there is no terminal, between two, and of row labels
 
-# No markup: brackets in a path are brackets.
+# No markup: paths may contain brackets.
 errors = Console(stderr=True, markup=False, emoji=False)
 results = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False)
 
@@ -34,12 +34,12 @@ results = Console(width=None if Console().is_terminal else 200, markup=False, em
 class Bar:
     """A progress bar with steps done, time elapsed and time left; a context manager.
 
-    Where the error stream is no terminal, it prints a plain line every `PLAIN_EVERY` seconds and one at the end.
+    If the error stream is not a terminal, it prints a plain line every `PLAIN_EVERY` seconds and one at the end.
 
     Args:
         description: of the work.
         total: steps.
-        done: steps that were done before.
+        done: steps already done.
     """
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
@@ -104,8 +104,8 @@ def status(description: str) -> Iterator[None]:
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns that line up; brackets in a cell are no markup."""
-    # Into a pipe or file: one line a row, whatever its length.
+    """Print aligned columns without markup."""
+    # In a pipe or file each row is one line of any length.
     console = Console(highlight=False, width=None if results.is_terminal else 1000)
     table = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
@@ -114,12 +114,12 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-    """Print a table to the results, in several parts one below the other where it is wider than the terminal.
+    """Print a table to the output stream, split into parts if it is wider than the terminal.
 
     Args:
         title: above the table.
-        head: the first column says what a row is; the others are numbers, and go to the right.
-        rows: texts, as many as `head` has.
+        head: the first column labels the rows; the others are numbers, aligned right.
+        rows: as many cells as `head`.
         note: below the table.
     """
     width = results.width if results.is_terminal else WIDTH
@@ -166,7 +166,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
-    """Places of the columns after the first, in groups of which each fits into the width beside the first."""
+    """Indices of the columns after the first, in groups that each fit into the width beside the first."""
     widths = [max(map(len, column)) + GAP for column in zip(head, *rows, strict=True)]
     first = min(widths[0], LONGEST + GAP)
     parts: list[list[int]] = [[]]

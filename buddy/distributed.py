@@ -1,15 +1,14 @@
-"""Several processes for one command: launching them, their ranks, and what they exchange.
+"""Several processes for one command: launch, ranks and collectives.
 
-The processes come from torchrun or another launcher, or are launched by the first one, which then repeats the same
-command in each. Only the first one, of global rank zero, writes files and messages. In a single process every function
-here returns at once.
+torchrun or another launcher starts the processes, or the first process launches the others with the same command. Only
+the process of global rank zero writes files and messages. In a single process every function here returns at once.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -21,29 +20,24 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
-RANKS = (
-    "RANK",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "LOCAL_RANK",
-    "SLURM_PROCID",
-)  # variables of launchers, with a process's rank
+# Variables in which launchers give a process its rank.
+RANKS = (*("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID"),)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-TIMEOUT = timedelta(days=7)  # one process may calibrate for hours while the others wait for it
-BACKENDS = ("gloo", "NCCL", "ProcessGroup")  # named in the errors that torch raises when a peer is lost
-_group: ProcessGroup | None = None  # on the CPU, whatever the accelerators use; None for a single process
+TIMEOUT = timedelta(days=7)  # the others may wait hours for calibration
+BACKENDS = ("gloo", "NCCL", "ProcessGroup")  # in the messages of torch about a lost peer
+_group: ProcessGroup | None = None  # on the CPU; None for a single process
 
 
 # Ranks
 
 
 def is_global_zero() -> bool:
-    """Whether this is the process that writes files and messages; known before the processes are launched."""
+    """Whether this process writes files and messages; known before `launch`."""
     return not any(_variable(name) for name in RANKS)
 
 
 def is_distributed() -> bool:
-    """Whether there are several processes, and `launch` connected them."""
+    """Whether `launch` connected several processes."""
     return _group is not None
 
 
@@ -58,32 +52,30 @@ def global_rank() -> int:
 
 
 def torchrun_world_size() -> int:
-    """How many processes torchrun launched, over all nodes; 1 where it did not launch this one."""
+    """How many processes torchrun launched on all nodes; 1 without torchrun."""
     return _variable("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def device_counts(trainer: Mapping[str, Any]) -> tuple[int, int]:
-    """(devices on each node, nodes): those of torchrun where it launched this process, else the recipe's `trainer`."""
+    """(devices on each node, nodes), from torchrun if it launched this process, else from the recipe's `trainer`."""
     if torchrun_world_size() > 1:
         return _variable("LOCAL_WORLD_SIZE", 1), torchrun_world_size() // _variable("LOCAL_WORLD_SIZE", 1)
     return trainer["devices"], trainer["num_nodes"]
 
 
-def prints_errors() -> bool:
-    """Whether this process prints its errors; one that all processes find alike is printed by the first only."""
-    return is_global_zero() or is_distributed() or torchrun_world_size() == 1
-
-
-def rank_suffix() -> str:
-    """Follows "Error": " in process 3"; empty for the first process."""
-    return "" if is_global_zero() else f" in process {_variable('RANK', _variable('LOCAL_RANK'))}"
+def error_prefix() -> str | None:
+    """ "Error" or "Error in process 3"; None before `launch` in other processes, which repeat the first one's error."""
+    if is_global_zero():
+        return "Error"
+    rank = _variable("RANK", _variable("LOCAL_RANK"))
+    return f"Error in process {rank}" if is_distributed() or torchrun_world_size() == 1 else None
 
 
 # Devices
 
 
 def device(accelerator: str) -> torch.device:
-    """Where this process computes: its own one of the machine's accelerators if there are any, else the CPU."""
+    """The device of this process: one of the machine's accelerators, else the CPU."""
     import torch
 
     if accelerator == "cpu" or not torch.accelerator.is_available():
@@ -94,7 +86,7 @@ def device(accelerator: str) -> torch.device:
 
 @contextmanager
 def one_gpu(worker: int) -> Iterator[None]:
-    """A process that is launched within this block sees one GPU of this machine, the next one for each worker."""
+    """Processes launched within this block see one GPU of this machine, numbered by `worker` modulo their count."""
     import torch
 
     before = os.environ.get(VISIBLE)
@@ -114,21 +106,21 @@ def one_gpu(worker: int) -> Iterator[None]:
 
 
 def launch(trainer: Mapping[str, Any]) -> None:
-    """Launch the other processes where no launcher did, and wait until all are connected; a second call does nothing.
+    """Launch the other processes unless a launcher did, and connect all; a second call does nothing.
 
     Args:
-        trainer: the recipe's, of which `accelerator`, `devices` and `num_nodes` matter.
+        trainer: of the recipe; `accelerator`, `devices` and `num_nodes` are read.
 
     Raises:
-        TrainingError: the accelerator or the number of devices is not there, or a launcher began too many processes.
+        TrainingError: the accelerator or devices are missing, or a launcher started too many processes.
     """
     global _group
     devices, nodes = device_counts(trainer)
     if is_distributed() or devices * nodes == 1:
         if not is_distributed() and not is_global_zero():
             raise TrainingError(
-                "A launcher began several processes, and the recipe asks for one device; set trainer.devices (on each "
-                "node) and trainer.num_nodes to what it began."
+                "A launcher started several processes, but the recipe sets one device; set trainer.devices (on each "
+                "node) and trainer.num_nodes to the launched processes."
             )
         return
     from lightning.fabric import Fabric
@@ -138,7 +130,7 @@ def launch(trainer: Mapping[str, Any]) -> None:
     with quiet():
         try:
             fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy="ddp")
-        except Exception as error:  # it only checks these settings, and refuses them with many kinds of error
+        except Exception as error:  # Fabric checks its arguments, with many types of error
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
             raise TrainingError(
                 f"accelerator={accelerator} and devices={devices} do not work here ({reason}); change them."
@@ -156,17 +148,6 @@ def broadcast(value: Any = None) -> Any:
         with lost_peers_reported():
             distributed.broadcast_object_list(box, group=_group)
     return box[0]
-
-
-def all_gather(value: Any) -> list[Any]:
-    """The values of all processes in the order of their ranks, in every process."""
-    found = [value] * world_size()
-    if _group is not None:
-        from torch import distributed
-
-        with lost_peers_reported():
-            distributed.all_gather_object(found, value, group=_group)
-    return found
 
 
 def barrier() -> None:
@@ -188,18 +169,14 @@ def broadcast_state(module: nn.Module) -> None:
             tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
 
 
-@contextmanager
-def rank_zero_first() -> Iterator[None]:
-    """The other processes begin this block when the first one has left it, and find on disk what it wrote."""
-    with _in_turn(0 if is_global_zero() else 1, 1):
-        yield
+def rank_zero_first() -> AbstractContextManager[None]:
+    """The other processes enter this block after the first one left it, and find its files on disk."""
+    return _in_turn(0 if is_global_zero() else 1, 1)
 
 
-@contextmanager
-def one_by_one(trainer: Mapping[str, Any]) -> Iterator[None]:
-    """The processes of a node go through this block one after the other; `launch` may be called within it."""
-    with _in_turn(_variable("LOCAL_RANK"), device_counts(trainer)[0] - 1):
-        yield
+def one_by_one(trainer: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """The processes of a node pass this block one after the other; `launch` may be called within it."""
+    return _in_turn(_variable("LOCAL_RANK"), device_counts(trainer)[0] - 1)
 
 
 @contextmanager
@@ -211,19 +188,9 @@ def _in_turn(turn: int, last: int) -> Iterator[None]:
         barrier()
 
 
-def share_of(items: int) -> list[int]:
-    """The indices of the items that this process does: every n-th of them.
-
-    All processes get equally many, since each step of sharded weights waits for all. Where the items do not suffice,
-    some are done twice, with the same result.
-    """
-    rounds = -(-items // world_size())
-    return [(global_rank() + world_size() * number) % items for number in range(rounds)] if items else []
-
-
 @contextmanager
 def lost_peers_reported() -> Iterator[None]:
-    """Where another process ended, this one ends too: the first with an error, the others with exit code 2.
+    """End this process if another one ended: the first with an error, the others with exit code 2.
 
     Raises:
         TrainingError: another process ended, in the first process.
@@ -236,7 +203,7 @@ def lost_peers_reported() -> Iterator[None]:
         if not is_global_zero():
             raise SystemExit(2) from error
         raise TrainingError(
-            "Another process of this run has ended; see its error, correct the cause, and repeat the command to resume."
+            "Another process of this run ended; see its error, correct the cause, and repeat the command to resume."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""What can go wrong, in words a person can act on.
+"""Errors that a user can cause and correct.
 
-Every error that a user can cause is a `BuddyError`: its message is one plain sentence that says what to do next, and
-the command line prints it without a traceback and exits with 2.
+Each is a `BuddyError`. Its message is one plain sentence with the next step; the command line prints it without a
+traceback and exits with 2.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from textwrap import shorten
 
 
 class BuddyError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and correct."""
 
 
 class BudgetError(BuddyError):
@@ -48,7 +48,7 @@ class DamagedError(RunError):
 
     def __init__(self, path: Path, reason: str) -> None:
         reason = " ".join(reason.split())  # one line
-        super().__init__(f"{path} is damaged ({reason}); make the run again with `buddy fit`.")
+        super().__init__(f"{path} is damaged ({reason}); repeat the run with `buddy fit`.")
         self.path, self.reason = path, reason
 
 
@@ -57,20 +57,20 @@ class TrainingError(BuddyError):
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, on one line of at most 200 characters and without a full stop, to stand in brackets."""
+    """The message of an error, on one line of at most 200 characters and without a full stop."""
     return shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
 
 
-def nearest(word: str, accepted: Iterable[str], limit: int = 3) -> str:
-    """ "; did you mean 'x'?" for a mistyped `word`, or an empty string where nothing accepted is near."""
-    close = get_close_matches(word, list(accepted), n=limit, cutoff=0.55)
+def nearest(word: str, accepted: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for a mistyped `word`, or "" if no accepted word is similar."""
+    close = get_close_matches(word, list(accepted), n=3, cutoff=0.55)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises DataError for text that was typed in another encoding than UTF-8, which no tokenizer reads."""
+    """Raises DataError for text that cannot be encoded in UTF-8, which no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         where = error.start + 1
-        raise DataError(f"{what} has a sign that is no text in UTF-8, number {where}; type it anew.") from error
+        raise DataError(f"{what} has a character that is not valid UTF-8, at position {where}; correct it.") from error

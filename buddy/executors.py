@@ -155,8 +155,9 @@ class LokyExecutor:
             wait([future for future, (*_, pid) in running.items() if not pid.cancelled()], PATIENCE)
             raise
         finally:
+            busy = not all(future.done() for future in running)
             for pool in pools.values():
-                pool.shutdown(kill_workers=True)
+                pool.shutdown(kill_workers=busy)  # a killed worker leaves semaphores, which Python reports
 
 
 def _pool(slot: int) -> Any:

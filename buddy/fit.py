@@ -41,18 +41,11 @@ from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import write_run_results
 from buddy.io import cache_folder, on_disk, within_memory
 from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
+from buddy.provenance import input_digests
 from buddy.registry import ESTIMATORS, load
 from buddy.router import available_budgets
-from buddy.run import (
-    ADAPTER,
-    CHECKPOINTS,
-    LAST,
-    RunFolder,
-    Stopwatch,
-    input_digests,
-    read_metrics,
-    save_router,
-)
+from buddy.run import RunFolder
+from buddy.run_files import ADAPTER, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
 from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.callbacks import (
@@ -125,7 +118,7 @@ class Session:
         """Load backbone and text, and find every mistake in the recipes before anything is written.
 
         Args:
-            recipes: alike but for the router, its overrides and the seed.
+            recipes: the same except for the router, its overrides and the seed.
 
         Raises:
             BuddyError: a recipe cannot be fitted.
@@ -427,7 +420,7 @@ def _run_trainer(
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
             sentence = describe(trainer, error)
-            if stop.requested:  # a caller must not go on to the next run
+            if stop.requested:  # a caller must not continue with the next run
                 errors.print(str(sentence), soft_wrap=True)
                 raise KeyboardInterrupt from error
             raise sentence from error

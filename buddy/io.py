@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PART = ".part"  # ends the name of a file that is being written
 SUM = "checksum"  # the key that `write_with_checksum` adds
-REFUSALS = {  # what a disk says when it is full, read-only, another user's, or failing
+REFUSALS = {  # errors of a full, read-only, protected or failing disk
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
     if hasattr(errno, name)
@@ -77,9 +77,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_bytes(path, save(plain, dict(metadata)))
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove the temporary files of killed processes, in a folder that no other process writes now."""
-    for part in list(folder.rglob(f".*{PART}")):
+def remove_parts(folder: Path, below: str = "**/") -> None:
+    """Remove the temporary files of killed processes, in a folder that no other process writes now.
+
+    Args:
+        folder: that is searched.
+        below: "" to leave the folders in it alone.
+    """
+    for part in list(folder.glob(f"{below}.*{PART}")):
         part.unlink(missing_ok=True)
 
 
@@ -95,26 +100,25 @@ def check_output_path(path: Path, *inputs: Path) -> None:
     """
     path = path.absolute()
     if any(os.path.exists(each) and os.path.exists(path) and os.path.samefile(each, path) for each in inputs):
-        raise RunError(f"{path} is what this command reads; name another file for what it writes.")
-    if os.path.isdir(path):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
+        raise RunError(f"{path} is an input of this command; name another file for its output.")
+    if os.path.isdir(path):  # unlike Path, os.path accepts any text, such as a name of 300 letters
         raise RunError(f"{path} is a folder; name a file in it.")
-    if not os.path.isdir(path.parent):
-        raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
+    _check_parent(path)
     if not os.access(path.parent, os.W_OK):
-        raise RunError(f"{path} cannot be written (the folder is read-only); choose another place.")
+        raise RunError(f"{path} cannot be written (the folder is read-only); choose another folder.")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all: the block fills a folder beside `path`, which then takes its name.
+    """Create a folder atomically: the block fills a hidden sibling, which is renamed to `path` at the end.
 
-    Where the block fails, nothing is left; what a killed process left there is removed by the next call.
+    If the block fails, nothing is left; the next call removes what a killed process left.
 
     Raises:
         RunError: `path` exists, before the block or after it, or its parent is missing or cannot be written.
     """
     path = path.absolute()
-    check_new(path)
+    _check_new(path)
     beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing(path):
         for leftover in path.parent.glob(f"{glob.escape(f'.{path.name}.partial-')}*"):
@@ -124,18 +128,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         beside.mkdir()
     try:
         yield beside
-        check_new(path)  # another process may have been quicker
+        _check_new(path)  # another process may have created it
         with writing(path):
             beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def check_new(path: Path) -> None:
-    """Raises RunError where `new_folder` cannot make a folder: something is there, or its parent is missing."""
-    path = path.absolute()
-    if os.path.lexists(path):  # os.path, unlike Path, answers for any text: a name of 300 letters, say
+def _check_new(path: Path) -> None:
+    if os.path.lexists(path):  # unlike Path, os.path accepts any text
         raise RunError(f"{path} exists and is not overwritten; name a new folder.")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     if not os.path.isdir(path.parent):
         raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
 
@@ -157,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DamagedError(path, "it is not a mapping")
     written = value.pop(SUM, None)
     if written is not None and written != _checksum_of(value):
-        raise DamagedError(path, "it is not what was written")
+        raise DamagedError(path, "its checksum is wrong")
     return value
 
 
@@ -179,23 +185,24 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def checksum(path: Path) -> str:
     """SHA-256 of a file in hexadecimal digits; DamagedError where it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DamagedError(path, error.strerror or str(error)) from error
 
 
 class FileStore:
-    """A cache on disk: one JSON file for each key, shared by all processes that name the same folder.
+    """A cache on disk: one JSON file for each key, shared by all processes that use the folder.
 
     Args:
-        folder: where the files are kept; made by the first `put`.
+        folder: created by the first `put`.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def get(self, key: str) -> Any | None:
-        """The value of a key; None where there is none, or where its file is damaged."""
+        """The value of a key; None if it is missing or its file is damaged."""
         try:
             stored = read_json(self.path(key))
         except DamagedError:
@@ -203,7 +210,7 @@ class FileStore:
         return stored["value"] if stored.get("key") == key and "value" in stored else None
 
     def put(self, key: str, value: Any) -> None:
-        """Store a JSON value under a key, in place of an older one.
+        """Store a JSON value under a key, replacing an older one.
 
         Raises:
             RunError: the folder cannot be written.
@@ -212,17 +219,12 @@ class FileStore:
             self._folder.mkdir(parents=True, exist_ok=True)
         write_with_checksum(self.path(key), {"key": key, "value": value})
 
-    def remove(self, key: str) -> None:
-        """Remove a key and its value, where they are there."""
-        with writing(self._folder):
-            self.path(key).unlink(missing_ok=True)
-
     def path(self, key: str) -> Path:
-        """The file of a key, whether it exists or not."""
+        """The file of a key; it need not exist."""
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-# What the machine refuses
+# Errors of disk and memory
 
 
 @contextmanager
@@ -232,15 +234,15 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise RunError(f"{path} cannot be written ({reason}); free that place or choose another.") from error
+        raise RunError(f"{path} cannot be written ({reason}); free space there or choose another folder.") from error
 
 
 @contextmanager
 def on_disk(path: Path) -> Iterator[None]:
     """`writing` around long work: only errors of the disk itself (see `REFUSALS`) become a RunError.
 
-    TensorBoard writes in a thread of its own and raises that thread's error at its next call; so the thread's own
-    traceback is not printed.
+    TensorBoard writes in its own thread and raises that thread's error at its next call, so the thread's traceback is
+    not printed.
     """
     before = threading.excepthook
     threading.excepthook = lambda args: None if _is_refusal(args.exc_value) else before(args)
@@ -264,7 +266,7 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
         advice: what to do next.
 
     Raises:
-        RunError: memory did not suffice.
+        RunError: not enough memory.
     """
     try:
         yield
@@ -273,11 +275,11 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
         accelerator, cpu = type(error).__name__ == "OutOfMemoryError", "allocate memory" in str(error)
         if not (accelerator or cpu or isinstance(error, MemoryError)):
             raise
-        raise RunError(f"Memory does not suffice for {what}; {advice}.") from error
+        raise RunError(f"Not enough memory for {what}; {advice}.") from error
 
 
 def alive(pid: int) -> bool:
-    """Whether there is a process of this number."""
+    """Whether a process with this number exists."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -292,7 +294,7 @@ def _is_refusal(error: BaseException | None) -> bool:
 
 
 def _checksum_of(value: Mapping[str, Any]) -> str:
-    """SHA-256 of the value as JSON gives it back: tuples are lists, and keys are texts."""
+    """SHA-256 of the value after a round trip through JSON, which turns tuples into lists and keys into text."""
     plain = json.loads(json.dumps(value))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 

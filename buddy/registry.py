@@ -1,13 +1,13 @@
 """Names → classes of routers and estimators, by the entry points of installed packages.
 
-Reading the list imports nothing; loading a name imports one module. Built-in classes have no other way in.
+Reading the list imports nothing; loading a name imports one module. Built-in classes are entry points too.
 """
 
 import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Description:
-    """What `buddy routers` shows of one entry; `problem` says why it cannot be used and is empty otherwise."""
+    """One row of `buddy routers`; `problem` explains why the router cannot be used and is empty otherwise."""
 
     name: str
     distribution: str
@@ -52,10 +52,19 @@ def installed(group: str = ROUTERS) -> list[Entry]:
 
 
 def load(name: str, group: str = ROUTERS) -> Any:
-    """The class of an installed name or of "my_module:MyRouter", which may lie in the current folder.
+    """The class of an installed name or of "my_module:MyRouter", which may be in the current folder.
 
     Raises:
         RegistryError: unknown, announced twice, cannot be imported, or not a class of that group.
+    """
+    return _import(find(name, group))
+
+
+def find(name: str, group: str = ROUTERS) -> Entry:
+    """The entry of an installed name or of "my_module:MyRouter"; nothing is imported.
+
+    Raises:
+        RegistryError: unknown, or announced twice.
     """
     entries, noun = installed(group), _NOUNS[group]
     matches = [entry for entry in entries if entry.name == name]
@@ -68,13 +77,7 @@ def load(name: str, group: str = ROUTERS) -> Any:
     if len(matches) > 1:
         owners = " and ".join(repr(entry.distribution) for entry in matches)
         raise RegistryError(f"Two {noun}s are named {name!r}, from {owners}; uninstall one of these distributions.")
-    return _import(matches[0] if matches else Entry(name, name, "", group))
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raises RegistryError for a name that stands for no router."""
-    for name in names:
-        load(name)
+    return matches[0] if matches else Entry(name, name, "", group)
 
 
 def build(name: str, geometry: "Geometry", options: Mapping[str, Any]) -> "AnyRouter":
@@ -102,7 +105,7 @@ def make(cls: "type[AnyRouter]", name: str, geometry: "Geometry", options: Mappi
 
 
 def describe() -> list[Description]:
-    """Every announced router with what its class says of itself, broken ones with the reason."""
+    """Every announced router with the metadata of its class, or the reason why it is broken."""
     return [_describe(entry) for entry in installed()]
 
 
@@ -128,8 +131,8 @@ def _import(entry: Entry) -> Any:
         sys.path.append(os.getcwd())  # last, so that nothing in the folder hides an installed module
     try:
         cls = EntryPoint(entry.name, entry.value, entry.group).load()
-    except (Exception, SystemExit) as error:  # strangers' code may raise anything
-        advice = "mend or uninstall it" if entry.distribution else "check its spelling and mend the module"
+    except (Exception, SystemExit) as error:  # plug-ins may raise anything
+        advice = "fix or uninstall it" if entry.distribution else "check its spelling and fix the module"
         raise RegistryError(f"{subject} cannot be imported ({_reason(error)}); {advice}.") from error
     return (_checked if entry.group == ROUTERS else _checked_estimator)(cls, subject)
 

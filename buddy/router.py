@@ -1,8 +1,8 @@
 """The interface of routers: a `Context` in, scores out.
 
 Every router, static, random or learned, answers one question: how much is each routable layer worth here? The engine
-alone turns the scores into a plan of exactly K layers. A `LayerwiseRouter` answers it for one layer after the other;
-it sees the hidden state that arrives at each, and the engine holds it to exactly K layers too.
+alone turns the scores into a plan of exactly K layers. A `LayerwiseRouter` answers it layer by layer
+from the hidden state that arrives at each; the engine enforces exactly K layers there too.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Context:
 
     Attributes:
         pooled: (..., F) float32, mean over the positions so far of the context layer's cached states.
-        newest: (..., F) float32, those states of the newest token alone.
+        newest: (..., F) float32, those states of the newest token only.
         hidden: (..., D) float32, the newest token's hidden state as it leaves the context layer.
-        executed: (...) long, the executed layers K asked for, always-on layers included.
+        executed: (...) long, the requested number of executed layers K, including always-on layers.
     """
 
     pooled: Tensor
@@ -77,7 +77,7 @@ class Probe(Protocol):
 
     Attributes:
         geometry: sizes of the model.
-        asked: executed layers K below full depth that the recipe's budgets stand for, deepest first.
+        asked: each K below full depth of the recipe's budgets, deepest first.
         seed: the recipe's seed, for searches with randomness.
         count: N, the number of windows.
         prompt: tokens of a window that count as its prompt.
@@ -119,8 +119,8 @@ class Probe(Protocol):
     ) -> Tensor:
         """Mean nats a token of each window under each plan, (P, N') float64.
 
-        Plans that begin alike share the work up to the first layer where they differ, so one call with many plans is
-        cheaper than many calls.
+        Plans share the work up to the first layer where they differ, so one call with many plans is cheaper than many
+        calls.
 
         Args:
             runs: (P, L) bool, a plan in each row for all tokens; sinks run every layer.
@@ -203,7 +203,7 @@ class LayerwiseRouter(AnyRouter):
     """Decides on each routable layer when the hidden state arrives at it, so after the layers before it have run.
 
     A layer runs where its gate is open until K layers have run; where all layers that are left are needed to reach K,
-    they run whatever their gates say. So every token runs exactly K layers here too. Decoding synchronises with the
+    they run regardless of their gates. So every token runs exactly K layers here too. Decoding synchronises with the
     host at each layer.
 
     It is trained by gradients through gates: what a layer adds to the hidden state is multiplied by a weight.

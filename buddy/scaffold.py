@@ -1,7 +1,6 @@
 """A small, complete package for a new router: `buddy routers new NAME`."""
 
 import re
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -12,20 +11,12 @@ from buddy.registry import installed
 
 NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
 MAX_LENGTH = 40  # characters of a name
-RESERVED = (
-    "all",
-    "false",
-    "no",
-    "null",
-    "off",
-    "on",
-    "true",
-    "yes",
-)  # YAML and the command line give them another meaning
+# YAML and the command line give them another meaning.
+RESERVED = (*("all", "false", "no", "null", "off", "on", "true", "yes"),)
 
 
 def new_router(name: str, out: Path) -> Path:
-    """Write the package `out/buddy-router-NAME`, whole or not at all; returns its folder.
+    """Write the package `out/buddy-router-NAME` atomically; returns its folder.
 
     Raises:
         RegistryError: the name cannot be used or is taken.
@@ -54,31 +45,23 @@ def check_name(name: str) -> None:
         tidy = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-0123456789")
         hint = f", such as {tidy!r}" if re.fullmatch(NAME, tidy) else ", such as 'my-router'"
         raise RegistryError(
-            f"{name!r} is no name for a router; take lower-case letters and digits, joined by hyphens{hint}."
+            f"{name!r} is not a valid router name; use lower-case letters and digits, joined by hyphens{hint}."
         )
     if len(name) > MAX_LENGTH:
-        raise RegistryError(f"The name {name!r} has {len(name)} letters; take at most {MAX_LENGTH}.")
+        raise RegistryError(f"The name {name!r} has {len(name)} letters; use at most {MAX_LENGTH}.")
     if name in RESERVED:
-        raise RegistryError(f"{name!r} means something else on the command line; choose another name.")
+        raise RegistryError(f"{name!r} is reserved; choose another name.")
     for entry in installed():
         if entry.name == name:
             raise RegistryError(
                 f"A router named {name!r} is installed already, by {entry.distribution!r}; choose another name."
             )
-    if _is_installed(f"buddy-router-{name}") or find_spec(_module(name)) is not None:
+    if find_spec(_module(name)) is not None:
         raise RegistryError(f"A package buddy-router-{name} is installed already; choose another name.")
 
 
 def _module(name: str) -> str:
     return f"buddy_router_{name.replace('-', '_')}"
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 PROJECT = """\

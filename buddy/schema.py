@@ -5,7 +5,8 @@ from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from textwrap import shorten
 from typing import Any, get_args, get_origin, get_type_hints
 
-from buddy.errors import nearest
+from buddy.errors import RegistryError, nearest
+from buddy.registry import ESTIMATORS, find
 from buddy.values import TYPES, problem
 
 UNIQUE = {"unique": True}
@@ -91,7 +92,7 @@ class RouterSection:
 class ObjectiveSection:
     kl: float = _number(1.0, ge=0)  # weight of the KL divergence to the dense model
     ce: float = _number(0.0, ge=0)  # weight of the cross-entropy
-    estimator: str = "perturbed"  # an installed name (buddy.estimators) or my_module:MyEstimator
+    estimator: str = "perturbed"  # an installed name or my_module:MyEstimator
     plans: int = _number(4, ge=2)  # perturbed plans a step, in antithetic pairs
     sigma: float = _number(0.15, gt=0)  # spread of the perturbation, in units of the scores
     shared: float = _number(0.75, ge=0, le=1)  # share of its variance that all tokens of a window have in common
@@ -176,7 +177,7 @@ class Recipe:
     trainer: dict[str, Any] = field(default_factory=lambda: asdict(TrainerKeywords()))  # for lightning.Trainer
     callbacks: list[ClassSpec] = field(default_factory=list)  # Lightning's, beside Buddy's own
     logger: ClassSpec | None = None  # Lightning's; null for TensorBoard
-    ckpt_path: str | None = None  # a checkpoint to go on from
+    ckpt_path: str | None = None  # a checkpoint to resume from
     checkpoint_every: int = _number(50, ge=1)  # steps
     seed: int = _number(0, ge=0, le=2**32 - 1)
     output: str = "runs"  # folder of all run folders
@@ -249,6 +250,11 @@ def problems(recipe: Recipe) -> list[str]:
         if sentence := problem(key, value, item.type if item else Any, item.metadata if item else {}):
             wrong[key] = sentence
     wrong |= _trainer_problems(recipe.trainer)
+    if "objective.estimator" not in wrong:
+        try:
+            find(recipe.objective.estimator, ESTIMATORS)
+        except RegistryError as error:
+            wrong["objective.estimator"] = f"objective.estimator: {error}"
     broken = [text for keys, holds, text in RULES if wrong.keys().isdisjoint(keys.split()) and not holds(recipe)]
     return [*wrong.values(), *broken]
 

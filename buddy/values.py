@@ -1,4 +1,4 @@
-"""Plain values of a recipe against type hints and bounds: whether they fit, and how a message shows them."""
+"""Checks of plain values against type hints and bounds, and how messages show values and types."""
 
 import math
 import operator
@@ -29,14 +29,14 @@ BOUNDS = (("ge", operator.ge, "at least"), ("gt", operator.gt, "above"), ("le", 
 
 
 def problem(key: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> str | None:
-    """One sentence for what is wrong with a value, or None.
+    """What is wrong with a value, as one sentence; None if nothing is.
 
     Args:
         key: the subject of the sentence.
         value: plain data, or lists of dataclasses of plain data.
         hint: the type.
-        bounds: `ge`, `gt`, `le`, `choices`, or `pattern` with an `example`; for a list of plain data they hold for each
-            item, but for `unique` and `least_items`.
+        bounds: `ge`, `gt`, `le`, `choices`, or `pattern` with an `example`, which apply to each item of a list;
+            `unique` and `least_items`, which apply to the list.
     """
     if sentence := flaw(value):
         return f"{key} {sentence}"
@@ -48,7 +48,7 @@ def problem(key: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> str |
     if len(value) < bounds.get("least_items", 0):
         return f"{key} is empty; list at least one."
     if bounds.get("unique") and (twice := [each for each in value if value.count(each) > 1]):
-        return f"{key} holds {getattr(twice[0], 'label', twice[0])} more than once; name it once."
+        return f"{key} contains {getattr(twice[0], 'label', twice[0])} more than once; name it once."
     inner: list[str | None] = []
     for number, each in enumerate(value):
         name = f"{key}[{number}]"
@@ -104,7 +104,7 @@ def converted(value: Any, hint: Any) -> Any:
 
 
 def flaw(value: Any) -> str | None:
-    """Why no file can hold a value or no name can be made of it, as the end of a sentence; None for plain data."""
+    """Why a recipe cannot contain a value, as the end of a sentence; None for plain data."""
     if isinstance(value, Mapping):
         value = [*value, *value.values()]
     if is_dataclass(value):
@@ -113,15 +113,15 @@ def flaw(value: Any) -> str | None:
         return next((sentence for each in value if (sentence := flaw(each))), None)
     if isinstance(value, str):
         if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
-            return f"is {shown(value)}, which holds a character that no file can; write it without."
-        return "holds ${…}; write the value itself." if "${" in value else None
+            return f"is {shown(value)}, which has a character that no file can contain; remove it."
+        return "contains ${…}; write the value itself." if "${" in value else None
     if isinstance(value, int) and value.bit_length() > 3000:
         return "has a thousand digits or more; give a smaller number."
     return None if isinstance(value, bool | int | float | None) else f"is a {type(value).__name__}, not plain data."
 
 
 def type_words(hint: Any) -> str:
-    """A type in words."""
+    """A type as messages name it."""
     plain = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
     return TYPES.get(hint) or re.sub(r"<class '(\w+)'>|typing\.|(?:\w+\.)+(?=[A-Z])", r"\1", plain)
 
@@ -130,7 +130,7 @@ def shown(value: Any) -> str:
     """A value as a recipe spells it, on one line and not too long."""
     try:
         text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    except (yaml.YAMLError, ValueError):  # of a kind that no recipe can hold, or a number too long to print
+    except (yaml.YAMLError, ValueError):  # not plain data, or a number too long to print
         text = f"a {type(value).__name__}"
     text = " ".join(text.removesuffix("\n...\n").split())
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -19,7 +19,7 @@ from buddy.evaluation.record import EVALUATIONS, TASKS, evaluation_file, task_fi
 from buddy.fit import RunSpec, Session
 from buddy.io import checksum, read_json, within_memory, write_text, write_with_checksum
 from buddy.router import available_budgets
-from buddy.run import ADAPTER, ROUTER
+from buddy.run_files import ADAPTER, ROUTER
 from buddy.schema import Recipe
 from buddy.scoring.perplexity import Reference, with_documents
 
@@ -106,7 +106,7 @@ class Worker:
 
         Returns:
             None, or why it failed, in one sentence. Every error but an interrupt is caught, since a router may be
-            anyone's code, and the other runs go on.
+            third-party code, and the other runs continue.
         """
         try:
             self._run(spec)

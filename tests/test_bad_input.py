@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from buddy.cli import app
-from buddy.run import read_run, update_checksums
+from buddy.run import read_run
+from buddy.run_files import update_checksums
 from tests.tiny import tiny_folder
 
 

@@ -475,6 +475,8 @@ def values_of(item) -> st.SearchStrategy:
         return st.floats(**{"max_value": 1e300, **limits}, exclude_min="gt" in bounds)
     if item.name == "options":
         return OPTIONS
+    if item.name == "estimator":
+        return st.sampled_from(["perturbed", "straight-through", "my_module:MyEstimator"])
     if kind == list[str]:
         return st.lists(WORD, min_size=bounds.get("least_items", 0), max_size=3, unique=True)
     return {bool: st.booleans(), str: WORD}.get(kind, st.none() | WORD)
@@ -506,7 +508,10 @@ RECIPES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+# hypothesis sometimes says of OPTIONS, wrongly, that it does not recurse
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
+@settings(deadline=None, max_examples=25)
 @given(recipe=RECIPES)
 def test_a_saved_recipe_reads_back_equal(tmp_path_factory, recipe):
     path = tmp_path_factory.getbasetemp() / "saved.yaml"
@@ -522,7 +527,7 @@ KEYS = st.sampled_from(
 VALUES = st.text(max_size=20) | st.text(alphabet="[]{}:,&*!|>-?'\"#%@`$.0123e ~=", max_size=12)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @example(overrides=["router.options.a=" + "[" * 200 + "]" * 200])
 @example(overrides=["router.options={<<: 3}"])
 @example(overrides=["router.options.a=&a [*a]"])

@@ -71,7 +71,7 @@ def documents() -> Iterator[object]:
             yield pytest.param(path, id=path.name, marks=[] if path.name in QUICK else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize("document", documents())
+@pytest.mark.parametrize("document", list(documents()))
 def test_every_block_runs(document, place, tmp_path, monkeypatch):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

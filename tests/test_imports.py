@@ -16,7 +16,7 @@ ROUTERS = ROOT.parent / "routers"
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "matplotlib", "omegaconf"}
 LAYERS = (
     *("errors", "io", "console", "distributed", "plan", "budget", "router"),
-    *("values", "registry", "schema", "config", "run"),
+    *("values", "registry", "schema", "config", "provenance", "run_files", "run"),
     *("backbone", "engine", "data", "losses", "calibration", "scoring", "latency", "training", "predictor"),
     *("build", "evaluation", "fit", "executors", "worker", "compare", "inspection", "footprint", "hub", "testing"),
     *("scaffold", "cli"),

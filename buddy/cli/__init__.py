@@ -1,17 +1,14 @@
-"""The command line: parse, call, print. Each verb is a file and imports what is heavy inside its function."""
+"""The command line: parse, call, print. Verbs import heavy modules inside their functions."""
 
-from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from buddy import __version__
-from buddy.cli.app import MULTI_PROCESS, VERBS, app, require_one_process
+from buddy.cli import fitting, listing, runs  # noqa: F401 - they register the verbs
+from buddy.cli.app import MULTI_PROCESS, app, require_one_process
 
 __all__ = ["app", "main"]
-
-for _verb in VERBS:
-    import_module(f"buddy.cli.{_verb}")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The application that verbs register with, its errors, and what several verbs share."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,20 +9,20 @@ from typer.core import TyperGroup
 
 from buddy.errors import BuddyError, BudgetError
 
-VERBS = (  # in the order of --help; each is a module of this package
+VERBS = (  # in the order of --help
     *("fit", "compare", "evaluate", "bench", "inspect", "generate"),
     *("export", "push", "pull", "memory", "routers", "recipes"),
 )
 MULTI_PROCESS = ("fit", "evaluate")  # verbs that several processes of torchrun do together
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 RESUME = {
-    "fit": " Repeat the command to go on from the last checkpoint.",
-    "compare": " Repeat the command to go on: what is finished stays, and a training goes on from its last checkpoint.",
+    "fit": " Repeat the command to resume from the last checkpoint.",
+    "compare": " Repeat the command to resume: finished runs stay, and training resumes from its last checkpoint.",
 }
 
 
 class Verbs(TyperGroup):
-    """The one place where errors end a command: a `BuddyError` as one sentence and exit code 2, Ctrl-C as 130."""
+    """Ends commands on errors: a `BuddyError` prints one sentence and exits with 2, Ctrl-C with 130."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [verb for verb in VERBS if verb in self.commands]
@@ -30,18 +30,16 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BuddyError as error:
+        except (BuddyError, KeyboardInterrupt) as error:
             from buddy import distributed
 
-            if distributed.prints_errors():
-                typer.echo(f"Error{distributed.rank_suffix()}: {error}", err=True)
+            if isinstance(error, KeyboardInterrupt):
+                if distributed.is_global_zero():
+                    typer.echo(f"\nStopped.{RESUME.get(ctx.invoked_subcommand, '')}", err=True)
+                raise typer.Exit(INTERRUPTED) from error
+            if prefix := distributed.error_prefix():
+                typer.echo(f"{prefix}: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from error
-        except KeyboardInterrupt as error:
-            from buddy import distributed
-
-            if distributed.is_global_zero():
-                typer.echo(f"\nStopped.{RESUME.get(ctx.invoked_subcommand, '')}", err=True)
-            raise typer.Exit(INTERRUPTED) from error
 
 
 PLAIN: dict[str, Any] = {
@@ -76,20 +74,23 @@ def split_budgets(text: str | None) -> list[str] | None:
     return budgets
 
 
-def refuse_options(options: Mapping[str, Any], why: str) -> None:
-    """Raise `BuddyError` for the first option that was given."""
-    for name, value in options.items():
-        if value is not None:
-            raise BuddyError(f"--{name.replace('_', '-')} {why}.")
+def refuse_options(ctx: typer.Context, names: Collection[str], why: str) -> None:
+    """Raise `BuddyError` for the first of these parameters that the command line has."""
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        source = ctx.get_parameter_source(name)
+        if name in names and source is not None and source.name == "COMMANDLINE":
+            spellings = parameter.secondary_opts if ctx.params[name] is False else parameter.opts
+            raise BuddyError(f"{spellings[0]} {why}.")
 
 
 def require_one_process(what: str) -> None:
-    """Raise `BuddyError` where torchrun started several processes for what one process does."""
+    """Raise `BuddyError` if torchrun started several processes for a verb that needs one."""
     from buddy import distributed
 
     launched = distributed.torchrun_world_size()
     if launched > 1:
         raise BuddyError(
-            f"{what} by one process, not by {launched}; give the command without torchrun (fit and evaluate go with "
-            "it, and compare has --jobs)."
+            f"{what} by one process, not by {launched}; run the command without torchrun (which fit and evaluate "
+            "support; compare has --jobs)."
         )

@@ -1,4 +1,4 @@
-"""Everything that a comparison leaves in its folder: JSON, CSV, figures, TensorBoard, and results.md."""
+"""The files of a comparison: JSON, CSV, figures, TensorBoard, and results.md."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_run_results(
 
     Args:
         folder: of the run.
-        recipe: that it was made by.
+        recipe: of the run.
         scores: on the recipe's test windows.
         fit: "seconds" that calibration and training took and "parameters" of the router.
         windows: fingerprint of the test windows.
@@ -86,7 +86,7 @@ def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:
     for path, record in records.items():
         try:
             render(results := Results(record), {})
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # wherever it is read
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise damaged_record(path) from error
     if len(records) > 1:
         results = Results(join(records))
@@ -110,12 +110,7 @@ def write_markdown(results: Results, path: Path, prefix: str = "") -> dict[str, 
 
 
 def render(r: Results, figures: Mapping[str, str]) -> str:
-    """The document.
-
-    Args:
-        r: what is reported.
-        figures: where each figure is, as a link from the document.
-    """
+    """The document, with links to figures by name."""
     return "\n".join(_lines(r, figures)).rstrip() + "\n"
 
 
@@ -131,9 +126,9 @@ def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
             yield from (f"![{CAPTIONS[name].partition(';')[0].rstrip('.')}]({link})", "", CAPTIONS[name], "")
     yield from ("## Cost", "")
     yield from _markdown(costs(r), *speeds(r))
-    spreads = [table for text in r.texts if len((table := seeds(r, text)).cells)]
+    spreads = [table for text in r.texts if (table := seeds(r, text)).rows]
     if spreads:
-        yield from ("## Seeds", "", "Routers that depend on a seed, each fitted with several.", "")
+        yield from ("## Seeds", "", "Routers that depend on a seed.", "")
         yield from _markdown(*spreads)
     if r.tasks:
         yield from ("## Tasks", "", _task_protocol(r), "")
@@ -141,19 +136,19 @@ def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
     if r.record["failures"]:
         yield from ("## Failed", "")
         for each in r.record["failures"]:
-            yield f"- {each['router']}, seed {each['seed']}: it failed and is not in the tables, or not with this seed."
+            yield f"- {each['router']}, seed {each['seed']}: it failed, so this seed is not in the tables."
         yield ""
     yield from _provenance(r)
 
 
 def _markdown(*found: Table) -> Iterator[str]:
     for table in found:
-        if len(table.cells):
+        if table.rows:
             lines = [table.head, ["---", *("---:" for _ in table.head[1:])], *table.rows]
             cells = ([cell.replace("|", "\\|").strip() for cell in line] for line in lines)
             yield from (f"**{table.title}**", "", "".join(f"| {' | '.join(line)} |\n" for line in cells))
             if table.note:
-                yield from (re.sub(r"^\*", r"\\*", table.note), "")  # else it would be a list
+                yield from (re.sub(r"^\*", r"\\*", table.note), "")  # otherwise Markdown makes it a list
 
 
 def _protocol(r: Results) -> Iterator[str]:
@@ -164,8 +159,8 @@ def _protocol(r: Results) -> Iterator[str]:
         f"{recipe['backbone.dtype']}), {_learned(r)}, "
         f"at the budgets (executed layers) {layers}. "
         f"{_seeds(r)} All see the same {recipe['data.calibration_windows']} calibration windows and "
-        f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are read "
-        f"and not scored. The first {recipe['routing.sink_tokens']} of each run at full depth, whatever the budget."
+        f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are not "
+        f"scored. The first {recipe['routing.sink_tokens']} of each window run at full depth at every budget."
     )
     yield ""
     yield "| text | windows | documents | scored tokens |\n|---|---:|---:|---:|"
@@ -175,12 +170,11 @@ def _protocol(r: Results) -> Iterator[str]:
         yield f"| {name} | {text['windows']} | {text['documents']} | {tokens[text['label']]:.0f} |"
     yield ""
     yield (
-        "Perplexity is the exponential of the mean cross-entropy over all scored tokens, and where there are several "
-        "seeds the mean of their perplexities. Differences are of mean cross-entropy, negative where a router is "
-        "better than the best static one: 95 % bootstrap intervals that resample documents, the same for both "
-        "routers, and seeds. The best static router is the one that is best on these test windows at that budget, "
-        "which favours it: nobody could have chosen it beforehand. Intervals are not corrected for the number of "
-        f"comparisons. {_at_full_depth(r)}"
+        "Perplexity is the exponential of the mean cross-entropy over all scored tokens; with several seeds it is the "
+        "mean of their perplexities. Differences are of mean cross-entropy, negative if a router is better than the "
+        "best static one. Intervals are 95 % bootstrap intervals that resample seeds, and documents, the same for both "
+        "routers. The best static router is the best on these test windows at that budget, a choice that favours it. "
+        f"Intervals are not corrected for multiple comparisons. {_at_full_depth(r)}"
     )
     yield ""
 
@@ -190,37 +184,37 @@ def _healed(r: Results) -> bool:
 
 
 def _at_full_depth(r: Results) -> str:
-    """What all rows have in common at full depth; with adapters, what these are."""
+    """Full depth, which all rows share; with adapters, how they were trained."""
     recipe = r.record["recipe"]
     if not _healed(r):
         return "At full depth all routers are the dense model."
     return (
-        f"All are healed alike: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets beside the frozen "
+        f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "
         f"weights, {recipe['adapter.steps']} steps of {recipe['data.batch_size']} windows on "
-        f"{_texts(r, 'data.train_sources')}, at {_rate(r)}. It is on at full depth too, so that rows differ there."
+        f"{_texts(r, 'data.train_sources')}, at {_rate(r)}. It is active at full depth too, so rows differ there."
     )
 
 
 def _rate(r: Results) -> str:
-    """The learning rate of healing, or those that were tried; comparisons of 0.1 may have tried several."""
+    """The learning rate of healing, or those tried by a comparison of 0.1."""
     recipe = r.record["recipe"]
     parts = r.record.get("parts", [{"rates": recipe.get("adapter.rates")}])
     tried = list(dict.fromkeys((part["rates"] or "").strip("[]") or f"{recipe['adapter.lr']:g}" for part in parts))
     if len(tried) > 1:
-        return f"the best of the rates {' or of '.join(tried)} (each run's command says which) by validation windows"
-    return f"the best of the rates {tried[0]} by validation windows" if "," in tried[0] else f"the rate {tried[0]}"
+        return f"the best of the rates {' or of '.join(tried)} (see each run's command) on validation windows"
+    return f"the best of the rates {tried[0]} on validation windows" if "," in tried[0] else f"learning rate {tried[0]}"
 
 
 def _learned(r: Results) -> str:
-    """What routers were calibrated on, and trained on where that is another text."""
+    """The texts of calibration and of training."""
     calibrated, trained = (_texts(r, f"data.{name}_sources") for name in ("calibration", "train"))
     if calibrated == trained:
         return f"calibrated or trained on {calibrated}{_own_rates(r)}"
-    return f"all calibrated on {calibrated}, and those with weights trained on {trained}{_own_rates(r)}"
+    return f"all calibrated on {calibrated}, those with parameters trained on {trained}{_own_rates(r)}"
 
 
 def _own_rates(r: Results) -> str:
-    """The learning rates of comparisons made by 0.1, where they are not the same for all."""
+    """The learning rates by router of a comparison of 0.1."""
     recipe, names = r.record["recipe"], set(r.routers.name)
     rates = str(recipe.get("optimizer.lr_by_router", "{}")).strip("{}").split(", ")
     own = ", ".join(rate for rate in rates if rate.partition(":")[0] in names)
@@ -238,11 +232,11 @@ def _seeds(r: Results) -> str:
     counts = r.fits.groupby("router", sort=False).size()
     if counts.nunique() == 1:
         count = counts.iloc[0]
-        text = "" if count == 1 else " The text is the same for all."
+        text = "" if count == 1 else " All use the same text."
         return f"Each was fitted with {'one seed' if count == 1 else f'{count} seeds'}.{text}"
     many = ", ".join(f"{router} ({count})" for router, count in counts.items() if count > 1)
     rest = "; the others once" if (counts == 1).any() else ""
-    return f"Fitted with several seeds: {many}{rest}. The text is the same for all."
+    return f"Fitted with several seeds: {many}{rest}. All use the same text."
 
 
 def _task_protocol(r: Results) -> str:
@@ -250,12 +244,12 @@ def _task_protocol(r: Results) -> str:
     items = f"the first {limit} items of each" if limit else "all items"
     return (
         f"lm-eval, zero-shot unless a task says otherwise, {items}; accuracy normalised by length where the task has "
-        "it, in percent, the mean over seeds. The plan comes from the question; the answer's tokens are decode steps."
+        "it, in percent, mean over seeds. The question is the prompt; the answer's tokens are decode steps."
     )
 
 
 def _provenance(r: Results) -> Iterator[str]:
-    """The command, the day, the machine and the versions; of each part where several records were joined."""
+    """Command, date, machine and versions of each part of a joined record."""
     yield from ("## How it was made", "")
     for part in r.record.get("parts", [r.record]):
         machine = part["machine"]

@@ -1,4 +1,4 @@
-"""What routers promise, as checks: for `buddy routers check`, and for the tests of those who write a router.
+"""Conformance checks for routers: for `buddy routers check`, and for the tests of router packages.
 
     from buddy.testing import check_router
 
@@ -8,7 +8,7 @@
 or, one test for each check, where a check that does not apply shows as skipped:
 
     @pytest.mark.parametrize("check", CHECKS, ids=str)
-    def test_my_router(check, subject):  # a fixture of scope "module" that gives Subject(MyRouter)
+    def test_my_router(check, subject):  # a fixture of scope "module" that returns Subject(MyRouter)
         check(subject)
 """
 

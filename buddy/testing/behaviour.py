@@ -75,8 +75,8 @@ def saved(subject: Subject) -> str:
             ) from error
     if not torch.equal(output_of(router, subject.inputs), output_of(again, subject.inputs)):
         raise Failed(
-            "A router loaded from its file answers otherwise; keep all that was measured or drawn in "
-            "parameters or buffers (register_buffer), for nothing else is saved."
+            "A router loaded from its file gives other outputs; keep measured and random values in "
+            "parameters or buffers (register_buffer): nothing else is saved."
         )
     return f"{sum(tensor.numel() for tensor in router.state_dict().values())} numbers"
 
@@ -133,7 +133,7 @@ def device(subject: Subject) -> str:
             raise Failed(f"{describe(error, subject.cls)}; {MOVING}.") from error
         raise Skipped(f"{subject.method} reads numbers on the host, so only a real device can tell") from error
     if output.device.type != target.type:
-        raise Failed(f"The answer lies on {output.device} where the context is on another device; {MOVING}.")
+        raise Failed(f"The output is on {output.device}, but the context is on another device; {MOVING}.")
     return str(target) if real else "by its stand-in, meta"
 
 
@@ -186,7 +186,7 @@ def decoding(subject: Subject) -> str:
     differ = (parallel != torch.cat(record.runs, 1)).any(-1).float().mean().item()
     if differ:
         raise Failed(
-            f"Token by token {differ:.0%} of the plans are others than for the window at once; {subject.method} may "
+            f"Token by token {differ:.0%} of the plans differ from those of the whole window; {subject.method} may "
             "depend on nothing but the token's own entries of the context."
         )
     return f"{ROWS} × {LENGTH} plans"
@@ -284,7 +284,7 @@ def _check_counts(executed: Tensor, sinks: Tensor, wanted: Tensor) -> None:
     if wrong.any():
         row, token = wrong.nonzero()[0].tolist()
         raise Failed(
-            f"{int(wrong.sum())} tokens did not run the layers asked for ({int(executed[row, token])} instead of "
+            f"{int(wrong.sum())} tokens ran another number of layers ({int(executed[row, token])} instead of "
             f"{int(wanted[row])}); leave the backbone, its layers and geometry alone, since the engine counts on them."
         )
 

@@ -88,14 +88,14 @@ class Check:
             if need.examine(subject).state in ("failed", "blocked"):
                 return self._result("blocked", f"needs '{need}' to pass first")
         try:
-            with seeded(0):  # the caller's generators go on as if nothing had been checked
+            with seeded(0):  # restores the caller's generators
                 return self._result("passed", self.function(subject))
         except Skipped as error:
             return self._result("skipped", str(error))
         except Failed as error:
             return self._result("failed", str(error), error.__cause__ or error)
         except (Exception, SystemExit) as error:  # a router may raise anything
-            return self._result("failed", f"{describe(error, subject.cls)}; mend it there.", error)
+            return self._result("failed", f"{describe(error, subject.cls)}; fix it there.", error)
 
     def _result(self, state: State, message: str, error: BaseException | None = None) -> Result:
         return Result(self.name, self.promise, state, message, error)

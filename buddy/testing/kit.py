@@ -17,33 +17,8 @@ from buddy.testing import behaviour, outputs
 from buddy.testing.check import Check, Failed, Result
 from buddy.testing.subject import Subject
 
-CHECKS: tuple[Check, ...] = (
-    outputs.description,
-    outputs.calibration,
-    outputs.shape,
-    outputs.dtype,
-    outputs.budgets,
-    outputs.finite,
-    outputs.context,
-    outputs.repeatable,
-    outputs.mixed,
-    outputs.stable,
-    outputs.causal,
-    outputs.rows,
-    outputs.alone,
-    outputs.kind,
-    behaviour.seed,
-    behaviour.seeded,
-    behaviour.saved,
-    behaviour.geometry,
-    behaviour.device,
-    behaviour.bfloat16,
-    behaviour.counts,
-    behaviour.decoding,
-    behaviour.speed,
-    behaviour.groups,
-    behaviour.weights,
-    behaviour.gradients,
+CHECKS: tuple[Check, ...] = tuple(
+    dict.fromkeys(each for module in (outputs, behaviour) for each in vars(module).values() if isinstance(each, Check))
 )
 
 
@@ -86,10 +61,10 @@ def check_named(name: str, *, backbone: str | None = None, options: Sequence[str
     """
     for text in options:
         if not re.fullmatch(r"[A-Za-z_]\w*=.+", text, re.DOTALL):
-            raise RegistryError(f"{text!r} is no option; write --options KEY=VALUE, as in --options hidden=64.")
+            raise RegistryError(f"{text!r} is not an option; write --options KEY=VALUE, as in --options hidden=64.")
     overrides = [f"router.name={json.dumps(name)}", *(f"router.options.{text}" for text in options)]
     router = override(Recipe(), overrides, f"--options of {name}").router
-    subject = Subject(name, router.options)  # on the tiny model first: it finds mistakes at once
+    subject = Subject(name, router.options)  # on the tiny model first, which finds mistakes quickly
     if backbone is not None:
         with status(f"Loading {backbone} …"):
             subject = Subject(name, router.options, load_backbone(backbone, "float32"))

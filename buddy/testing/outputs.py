@@ -59,7 +59,7 @@ def calibration(subject: Subject) -> str:
     try:
         subject.calibrated_router()
     except Exception as error:
-        raise Failed(f"{describe(error, subject.cls)} in calibrate; mend it there.") from error
+        raise Failed(f"{describe(error, subject.cls)} in calibrate; fix it.") from error
     after = _sums(model)
     if changed := [name for name in before if after.get(name) != before[name]]:
         raise Failed(f"calibrate changes the model ({changed[0]}); work on copies of its weights and buffers.")
@@ -122,7 +122,7 @@ def budgets(subject: Subject) -> str:
             output_of(router, inputs.at(depth))
         except Exception as error:
             raise Failed(
-                f"{describe(error, subject.cls)} when {depth} layers are asked for; answer each K from {least} "
+                f"{describe(error, subject.cls)} when {depth} layers are requested; support each K from {least} "
                 f"to {most}, where a table by K − always_on needs routable + 1 rows."
             ) from error
     return f"K from {least} to {most}"

@@ -127,7 +127,7 @@ class Inputs:
 
 
 def raw_outputs(router: AnyRouter, inputs: Inputs) -> list[Any]:
-    """What the router returns: its scores alone, or the logits of each gate in turn."""
+    """The outputs of the router: its scores, or the logits of each gate."""
     if isinstance(router, Router):
         return [router.score(inputs.context)]
     executed = inputs.context.executed
@@ -201,7 +201,7 @@ class Subject:
 
     @property
     def depths(self) -> list[int]:
-        """Each K that may be asked for, ascending."""
+        """Each possible K, ascending."""
         layers = self.geometry.layers
         return [layers] if self.cls.full_depth else [*range(self.geometry.always_on, layers + 1)]
 
@@ -289,8 +289,8 @@ class Subject:
 
     def _tokens(self, rows: int, length: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        words = self.backbone.model.config.vocab_size
-        return torch.randint(FIRST_TOKEN, words, (rows, length), generator=generator).to(self.backbone.device)
+        vocabulary = self.backbone.model.config.vocab_size
+        return torch.randint(FIRST_TOKEN, vocabulary, (rows, length), generator=generator).to(self.backbone.device)
 
 
 def perturbed(router: AnyRouter) -> AnyRouter:
@@ -319,11 +319,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def describe(error: BaseException, cls: type) -> str:
-    """An error in words, with the line in the router's own file where there is one."""
+    """Type and message of an error, with the line in the router's own file if there is one."""
     text = f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
     try:
         file = inspect.getfile(cls)
-    except (OSError, TypeError):  # made in a notebook, say
+    except (OSError, TypeError):  # defined in a notebook, for example
         file = ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f" (line {frames[-1].lineno} of {file.rpartition('/')[2]})" if frames else ""

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from buddy.console import Bar, errors
 from buddy.errors import TrainingError
 from buddy.io import write_bytes, writing
-from buddy.run import Stopwatch
+from buddy.run_files import Stopwatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")  # in a checkpoint
@@ -110,7 +110,7 @@ class ProgressLine(ProgressBar):
     Where that is no terminal, it is a plain line now and then.
 
     Args:
-        description: what is going on.
+        description: of the activity.
         metric: the name under which the objective is logged.
     """
 
@@ -188,7 +188,7 @@ def unusable(path: str | Path, reason: str) -> TrainingError:
 
 
 class SaveSeconds(Callback):
-    """Saves the time spent on a run now and then while training goes on.
+    """Saves the time spent on a run now and then during training.
 
     Args:
         stopwatch: of the run.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buddy.cli.compare import parse_routers
+from buddy.cli.fitting import parse_routers
 from buddy.config import load_recipe, with_router
 from buddy.errors import RecipeError, RegistryError
 from buddy.registry import describe

@@ -53,6 +53,7 @@ def scored(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_full_depth_is_scored_once(ask, scored, tmp_path):
     assert compare(ask()) == 0
     assert scored == [("buddy", [1.0, 0.75, 0.5]), ("shortgpt", [0.75, 0.5])]
@@ -64,6 +65,7 @@ def test_full_depth_is_scored_once(ask, scored, tmp_path):
         assert run["tasks"] == alone
 
 
+@pytest.mark.slow
 def test_full_depth_may_come_first_and_not_be_asked_again(ask, scored, tmp_path):
     asked = replace(ask("budgets=[0.99,0.5]"), routers=[Rival("full"), Rival("shortgpt")])
     assert compare(asked) == 0
@@ -83,6 +85,7 @@ def test_a_changed_definition_is_scored_anew(ask, scored, tmp_path):
         assert len(scored) == times
 
 
+@pytest.mark.slow
 def test_healed_runs_are_scored_at_full_depth_too(ask, scored):
     assert compare(ask("adapter.steps=1")) == 0
     assert scored == [("buddy", [1.0, 0.75, 0.5]), ("shortgpt", [1.0, 0.75, 0.5]), ("full", [1.0])]

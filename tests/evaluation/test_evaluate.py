@@ -9,7 +9,8 @@ from buddy.build import build_held_out
 from buddy.compare import fit
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.evaluation.evaluate import evaluate_run
-from buddy.run import read_run, update_checksums
+from buddy.run import read_run
+from buddy.run_files import update_checksums
 from tests.small import write_text
 from tests.tiny import tiny_backbone
 

@@ -78,17 +78,6 @@ def test_at_full_depth_scores_are_hflms_to_the_bit(batch_size, plans):
     assert ours.loglikelihood(requests, disable_tqdm=True) == theirs.loglikelihood(requests, disable_tqdm=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_at_full_depth_in_other_types(dtype):
-    stock, routed = tiny_backbone("llama"), routed_tiny()
-    stock.model.to(torch.bfloat16)
-    routed.backbone.model.to(torch.bfloat16)
-    theirs = HFLM(stock.model, tokenizer=stock.tokenizer, batch_size=4, softmax_dtype=dtype)
-    ours = BuddyLM(routed, "6layers", batch_size=4, softmax_dtype=dtype)
-    requests = likelihoods(PAIRS)
-    assert ours.loglikelihood(requests, disable_tqdm=True) == theirs.loglikelihood(requests, disable_tqdm=True)
-
-
 def test_at_full_depth_whole_texts_and_generated_ones_are_hflms():
     stock = tiny_backbone("llama")
     theirs, ours = HFLM(stock.model, tokenizer=stock.tokenizer, batch_size=2), BuddyLM(routed_tiny(), 1, batch_size=2)
@@ -147,31 +136,6 @@ def test_a_score_does_not_depend_on_its_company(plans, pairs):
     assert [score for score, _ in together] == pytest.approx([score for score, _ in alone], abs=2e-4)
 
 
-@pytest.mark.parametrize(("plans", "differs"), [("token", False), ("prompt", True)])
-def test_where_the_question_ends_matters_to_plans_of_prompts_alone(plans, differs):
-    """The same text, split elsewhere: one row where each token has its own plan, two where the question has one."""
-    lm, text = COMPANY[plans], "Which-of-them-is-it,-then?"  # no spaces: lm-eval moves them into the answer
-    whole = lm.loglikelihood(likelihoods([(text[:8], text[8:])]), disable_tqdm=True)[0][0]
-    apart = []
-    for split in range(10, 20):
-        pairs = [(text[:8], text[8:split]), (text[:split], text[split:])]
-        apart.append(sum(score for score, _ in lm.loglikelihood(likelihoods(pairs), disable_tqdm=True)))
-    assert (max(abs(whole - each) for each in apart) > 1e-2) == differs
-
-
-def test_one_plan_for_a_batch_leaves_padding_out():
-    routed = routed_tiny(batch_plan="shared")
-    lm = BuddyLM(routed, 0.5, batch_size=2)
-    pairs = [("A long question, is it?", " yes"), ("B", "c")]
-    (found, _), _ = lm.loglikelihood(likelihoods(pairs), disable_tqdm=True)
-    rows = [lm.tok_encode(context + continuation)[:-1] for context, continuation in pairs]
-    ids, mask = torch.zeros(2, len(rows[0]), dtype=torch.long), torch.zeros(2, len(rows[0]), dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
-    logits = routed(ids, mask, executed=torch.tensor([3, 3])).logits[0, -4:].log_softmax(-1)
-    assert found == pytest.approx(float(logits.gather(-1, torch.tensor(lm.tok_encode(" yes"))[:, None]).sum()))
-
-
 def test_generation_spends_the_budget():
     lm = BuddyLM(routed_tiny(), 0.5, batch_size=2)
     asked = {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False}
@@ -181,18 +145,8 @@ def test_generation_spends_the_budget():
         ids = torch.tensor([lm.tok_encode("One")])
         expected = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, pad_token_id=0)
     assert texts[0] == lm.tok_decode(expected[0, 3:].tolist())
-    assert (lm.executed.least, lm.executed.mean, lm.executed.most) == (3, 3.0, 3)
-    assert lm.executed.tokens >= 2 + 11
-
-
-@pytest.mark.parametrize(("sinks", "routed"), [(5, 1), (6, 0)])
-def test_sinks_among_generated_tokens_are_left_out(sinks, routed):
-    """Three tokens are the prompt, then three steps are at positions 3, 4 and 5."""
-    lm = BuddyLM(routed_tiny(sink_tokens=sinks), 0.5, batch_size=1)
-    asked = {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False}
-    lm.generate_until([Instance("generate_until", {}, ("One", asked), 0)], disable_tqdm=True)
-    assert lm.executed.tokens == routed
-    assert (lm.executed.least, lm.executed.most) == ((3, 3) if routed else (None, None))
+    assert set(lm.executed.tolist()) == {3}
+    assert len(lm.executed) >= 2 + 11
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 2])
@@ -200,12 +154,11 @@ def test_layers_that_ran_are_counted_on_real_tokens(sinks):
     lm = BuddyLM(routed_tiny(sink_tokens=sinks), "4layers", batch_size=8)
     pairs = [("Question:", " a"), ("Question:", " b"), ("A much longer question:", " answer")]
     lm.loglikelihood(likelihoods(pairs), disable_tqdm=True)
-    assert (lm.executed.least, lm.executed.mean, lm.executed.most) == (4, 4.0, 4)
+    assert set(lm.executed.tolist()) == {4}
     rows = {len("Question: a") - 1, len("A much longer question: answer") - 1}  # the first two are one row
-    assert lm.executed.tokens == sum(length - sinks for length in rows)
+    assert len(lm.executed) == sum(length - sinks for length in rows)
     lm.ask(0.5)
-    assert lm.executed.tokens == 0
-    assert lm.executed.mean is None
+    assert len(lm.executed) == 0
 
 
 def test_batches_by_tokens():

@@ -7,7 +7,7 @@ import pytest
 
 from buddy.errors import RunError
 from buddy.evaluation.record import join, read_record, shown_command, write_record
-from buddy.evaluation.report import render, show_files
+from buddy.evaluation.report import show_files
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import all_tables
 from tests.evaluation import made
@@ -58,14 +58,6 @@ def test_what_is_no_record_is_refused(content, tmp_path):
         show_files([tmp_path])
 
 
-def test_what_is_read_is_not_written_over(tmp_path):
-    path = tmp_path / "comparison.json"
-    write_record(path, made.record())
-    with pytest.raises(RunError, match=r"comparison\.json"):
-        show_files([path], tmp_path / "." / "comparison.json")
-    assert read_record(path)
-
-
 def test_the_command_names_files_without_their_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
@@ -86,26 +78,6 @@ def test_parts_give_the_tables_of_the_whole():
     whole["runs"].sort(key=lambda run: order[run["router"]])
     tables = ([(table.title, table.head, table.rows) for table in all_tables(Results(r))] for r in (together, whole))
     assert next(tables) == next(tables)
-
-
-def test_the_document_says_how_each_part_was_made():
-    machine = {"processor": "another", "cores": 4, "memory_gib": None, "accelerator": "one"}
-    together = join({A: part(("ours", 0)), B: part(("best", 0), machine=machine, created="2030-01-01T00:00:00")})
-    text = render(Results(together), {})
-    for said in ("buddy compare --routers ours\n", "buddy compare --routers best\n", "2030-01-01", "another, 4 cores"):
-        assert said in text
-
-
-def test_seeds_may_come_from_recipes_that_differ_in_the_seed_alone():
-    recipe = made.record()["recipe"] | {"seed": 1, "router.name": "dice", "output": "elsewhere"}
-    together = join({A: part(("ours", 0), ("dice", 0)), B: part(("ours", 1), recipe=recipe)})
-    assert [(run["router"], run["seed"]) for run in together["runs"]] == [("ours", 0), ("ours", 1), ("dice", 0)]
-
-
-def test_a_failure_that_another_part_made_good_is_left_out():
-    failures = [{"router": label, "seed": 0, "reason": "-"} for label in ("best", "dice")]
-    together = join({A: part(("ours", 0), failures=failures), B: part(("best", 0), failures=[])})
-    assert [each["router"] for each in together["failures"]] == ["dice"]
 
 
 @pytest.mark.parametrize(

@@ -75,17 +75,3 @@ def test_a_task_of_one_item_and_one_without_right_answers(capsys):
     assert line(out, "piqa")[-1] == "100.0"
     assert line(out, "text")[-1] == "12.35"
     assert "average" not in out
-
-
-def test_flips_of_a_task_whose_answers_change(capsys):
-    entry = {"executed": {"min": 3, "mean": 3.0, "max": 3}, "items": 4, "stderr": 0.1, "metric": "acc", "value": 0.5}
-    piqa = [
-        {"task": "piqa", "budget": 1.0, "layers": 6, "correct": [1, 1, 0, 0], **entry},
-        {"task": "piqa", "budget": 0.5, "layers": 3, "correct": [1, 0, 1, 1], **entry},
-    ]
-    text = [{**each, "task": "text", "correct": None} for each in piqa]
-    show_tasks([*piqa, *text], "buddy", 0)
-    assert line(capsys.readouterr().out, "flips")[-2:] == ["–", "75.0"]
-    for unknown in (piqa[1:], piqa[:1], text):
-        show_tasks(unknown, "buddy", 0)
-        assert "flips" not in capsys.readouterr().out

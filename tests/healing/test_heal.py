@@ -18,7 +18,8 @@ from buddy.compare import CompareConfig, compare, fit
 from buddy.errors import RunError, TrainingError
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
-from buddy.run import checksums_of, read_run
+from buddy.run import read_run
+from buddy.run_files import checksums_of
 from buddy.schema import Rival
 from buddy.training.healing import HealingModule
 from buddy.training.module import evaluate
@@ -79,6 +80,7 @@ def test_tensorboard_has_its_curves(healed):
         assert [point.step for point in events.Scalars("heal/lr")] == [1, 3, 5]
 
 
+@pytest.mark.slow
 def test_joint_training_moves_both(small, healed, tmp_path):
     fit(small(tmp_path, "rivals=[shortgpt]", "adapter.joint=true", *HEALED), "small")
     runs = (healed / "buddy", tmp_path / "small" / "buddy" / "seed-0")
@@ -108,6 +110,7 @@ def test_a_run_is_read_as_it_was_measured(healed, name):
     torch.testing.assert_close(merged(IDS, executed=executed).logits, routed(IDS, executed=executed).logits)
 
 
+@pytest.mark.slow
 def test_commands_take_a_healed_run(healed, tmp_path):
     run = ["--run", str(shutil.copytree(healed / "shortgpt", tmp_path / "run"))]
     for words in (
@@ -122,6 +125,7 @@ def test_commands_take_a_healed_run(healed, tmp_path):
     assert (found["layers"], found["perplexity"]) == (saved["layers"], pytest.approx(saved["perplexity"]))
 
 
+@pytest.mark.slow
 def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
     recipe = small(tmp_path, *HEALED)
     routers = [Rival("shortgpt"), Rival("full")]
@@ -159,6 +163,7 @@ def at_step(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(HealingModule, "_healing", counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "act", "raised", "kept"), [("buddy", interrupt, KeyboardInterrupt, 5), ("shortgpt", kill, Killed, 3)]
 )
@@ -190,6 +195,7 @@ def test_a_kill_in_the_evaluation_costs_no_healing(small, healed, tmp_path, monk
     assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt" / "seed-0"))
 
 
+@pytest.mark.slow
 def test_a_trained_router_is_healed_without_training_it_again(small, finished, healed, tmp_path, capsys):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     fit(small(tmp_path, f"ckpt_path={checkpoint}", *HEALED), "small")
@@ -219,6 +225,7 @@ def test_mistakes_are_found_before_anything_is_written(small, tmp_path, override
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_healing_of_other_modules_is_not_gone_on_from(small, tmp_path, monkeypatch):
     """A named checkpoint keeps an unfinished folder whatever else of the recipe changed."""
     with monkeypatch.context() as patch:
@@ -255,7 +262,7 @@ def test_a_changed_adapter_is_a_damaged_run(healed, tmp_path):
     folder = shutil.copytree(healed / "shortgpt", tmp_path / "run")
     path = folder / "adapter" / "adapter_model.safetensors"
     save_tensors(path, {name: 2 * value for name, value in load_tensors(path).items()}, {})
-    with pytest.raises(RunError, match=r"adapter/adapter_model.safetensors is damaged \(it is not what was written\)"):
+    with pytest.raises(RunError, match=r"adapter/adapter_model.safetensors is damaged \(its checksum is wrong\)"):
         read_run(folder)
 
 

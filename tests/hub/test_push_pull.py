@@ -14,7 +14,8 @@ import buddy
 from buddy.cli import app
 from buddy.errors import RunError
 from buddy.hub.push_pull import hub_name, pull, push
-from buddy.run import read_run, update_checksums
+from buddy.run import read_run
+from buddy.run_files import update_checksums
 from tests.hub.fake import FakeHub, contents
 
 RUN = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "inputs.json"}

@@ -85,29 +85,12 @@ def test_what_is_written_is_what_the_chosen_budget_writes(routed):
         assert torch.equal(written, again)
 
 
-def test_each_prompt_in_a_block_is_chosen_for_anew(routed):
-    asked = []
-    with routed.at("auto") as record, torch.no_grad():
-        for seed in range(8):
-            routed.backbone.model(tokens(1, 6, seed))
-            asked.append(record.auto_executed[0])
-    assert set(asked) == {3, 5}
-
-
 def test_a_kept_cache_is_refused(routed):
     ids = tokens(1, 8)
     with routed.at(0.5), torch.no_grad():
         cache = routed.backbone.model(ids[:, :6], use_cache=True).cache
     with routed.at("auto"), pytest.raises(BudgetError, match="auto"):
         routed.backbone.model(ids[:, 6:], cache=cache, use_cache=True)
-
-
-def test_beams_follow_their_row(routed):
-    ids = tokens(2, 8)
-    with routed.at("auto") as record:
-        routed.backbone.model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
-    wanted = routed.choosing("auto")(routed.context(ids)).repeat_interleave(2).tolist()
-    assert list(record.auto_executed) == wanted
 
 
 @pytest.mark.parametrize(
@@ -194,15 +177,3 @@ def test_what_the_command_refuses(finished, words, named):
     assert result.stderr.rpartition("Error: ")[2].count("\n") == 1
     assert named in result.stderr
     assert sorted(path.name for path in (finished / "buddy").iterdir()) == before
-
-
-def test_a_text_that_is_too_long_is_refused_before_anything_is_timed(finished, monkeypatch):
-    monkeypatch.setattr("buddy.latency.measure_latencies", lambda *_: pytest.fail("timed"))
-    result = call("generate", "--run", finished / "buddy", "--budget", "15ms", "--max-new-tokens", 10**6, "text")
-    assert result.exit_code == 2, result.output
-
-
-def test_latencies_and_counts_go_together(finished, tmp_path):
-    evaluate_run(finished / "buddy", budgets=["9999ms", "3layers"], json_file=tmp_path / "curve.json")
-    entries = json.loads((tmp_path / "curve.json").read_text())["results"]
-    assert [(entry["budget"], entry["layers"]) for entry in entries] == [(1.0, 6), (0.5, 3)]

@@ -13,7 +13,7 @@ from buddy.errors import BudgetError, RecipeError, RunError
 from buddy.io import FileStore, load_tensors
 from buddy.predictor import features
 from buddy.predictor.features import measure_targets, prompt_features
-from buddy.predictor.fit import fit_predictor, load_predictor
+from buddy.predictor.fit import load_predictor
 from buddy.run import read_run
 
 OPTIONS = ["router=shortgpt", "predictor.name=regress", "predictor.windows=10", "rivals=[]"]
@@ -129,13 +129,6 @@ def test_an_interrupted_fit_resumes(small, predicting, tmp_path, monkeypatch):
     whole = load_tensors(predicting["regress"] / "predictor.safetensors")
     assert all(torch.equal(load_tensors(ours)[name], tensor) for name, tensor in whole.items())
     assert not list(tmp_path.rglob("predictor-targets*"))
-
-
-def test_an_earlier_attempt_s_predictor_does_not_stay(small, predicting, tmp_path):
-    for name in ("predictor.json", "predictor.safetensors"):
-        shutil.copy(predicting["regress"] / name, tmp_path)
-    assert fit_predictor(small(tmp_path), None, None, tmp_path) is None  # this recipe has no predictor
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_trained_router_s_predictor_is_fitted_after_it_and_keeps_to_the_cap(small, tmp_path, monkeypatch):

@@ -93,15 +93,6 @@ def test_a_group_of_one_kind_teaches_nothing(samples):
     assert max(moved) < 1e-3
 
 
-def test_the_same_seed_gives_the_same_policy():
-    features = prompt_features(contexts(16))
-    pair = [policy(), policy()]
-    for each in pair:
-        train_policy(each, features, losses(features), 6, RewardWeights(), steps=20, lr=1e-2, seed=3)
-    for one, other in zip(*(each.parameters() for each in pair), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_a_cap_is_never_passed():
     ours = policy()
     with torch.no_grad():

@@ -19,13 +19,10 @@ from hypothesis import strategies as st
 
 from buddy.backbone.load import load_backbone
 from buddy.config import flatten, load_recipe
-from buddy.data.text import load_texts
-from buddy.errors import BackboneError, BuddyError, DataError, TrainingError
+from buddy.errors import BackboneError, BuddyError
 from buddy.router import Geometry
 from buddy.run import RunFolder
 from buddy.schema import Recipe
-from buddy.training.callbacks import check_checkpoint
-from tests.evaluation.made import record
 from tests.recovery.asking import ask
 from tests.small import Small
 
@@ -33,27 +30,17 @@ GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
 PLANTED = "planted"  # a file that the tags below would make, if anything ran them
 SPECIAL = [
     "${oc.env:HOME}",
-    "${seed}",
     "${oc.decode:'!!python/object'}",
-    "???",
     "../x",
-    "../../../x",
-    "..",
     "/no/such/folder",
     "~nobody-at-all/x",
     "a\0b",
     "\ud800",
     "x" * 300,
-    "x" * 5000,
     "a\nb",
-    "-",
-    "{}",
     "日本/語",
-    "\u202egnp.yaml",
     "module:",
-    ":Class",
     "os:system",
-    "a:b:c",
     "owner/name:config",
     "1e400",
     "nan",
@@ -70,47 +57,31 @@ BOMB = "router: {name: buddy, options: {a: &a [x, x, x, x, x, x, x, x, x]" + "".
 RAW = [
     BOMB + "}}",
     "a: &a [*a]",
-    "a: &a {b: *a}",
     "router: &r {name: buddy, options: {<<: *r}}",
     "a: &a {x: 1}\nb: &b {<<: [*a, *a, *a, *a]}\ndata: {<<: [*b, *b, *b]}",
     f"seed: !!python/object/apply:os.system ['touch {PLANTED}']",
-    f"seed: !!python/object/new:os.system ['touch {PLANTED}']",
     f"router: {{name: buddy, options: {{a: !!python/object/apply:builtins.open ['{PLANTED}', w]}}}}",
     "seed: !!python/name:os.system",
-    "seed: !!python/module:os",
     "output: !!python/object/apply:pathlib.Path [x]",
-    "output: !!python/object/apply:pathlib.PosixPath [x]",
     "rivals: !!python/tuple [full, uniform]",
     "router: {name: buddy, options: {a: !!binary aGk=, b: !!set {c}, d: !!omap [e: 1], f: !!timestamp 2001-01-01}}",
-    "output: !!binary aGk=",
     "seed: !!int abc",
-    "optimizer: {lr: !!float x}",
     "seed: !unknown 3",
     "seed: 1\nseed: 2",
-    "data: {window: 9, window: 9}",
-    "\tseed: 1",
     "data:\n\twindow: 4",
-    "[" * 2000,
     "a: " + "[" * 2000 + "]" * 2000,
-    "a: " + "{b: " * 2000 + "}" * 2000,
-    "- " * 2000,
     "%YAML 9.9\n---\nseed: 1",
     "seed: 1\n---\nseed: 2",
     "? [a]\n: b",
-    "? {a: b}\n: c",
-    "<<: 3",
     "\ufeffseed: 1",
     "seed: \x00",
     'output: "\\ud800"',
     'output: "a\\0b"',
-    "seed: " + "9" * 6000,
     "seed: 0x" + "f" * 4000,
-    "seed: 1:30:30",
     "data: *nothing",
     "router: ???\nrivals: [???]\nbudgets: [???]",
     "budgets: {0: 1}",
     "data: {source: '${oc.env:HOME}'}",
-    "'${oc.env:HOME}': 1",
     "router: {name: uniform, options: {'${x}': '\\${y}'}}",
 ]
 
@@ -218,21 +189,6 @@ def _walks(recipe: Path) -> bool:
         return False
 
 
-def check_comparison(bench: Bench, content: bytes) -> None:
-    """`buddy compare --from` a damaged file."""
-    path = bench.work / "comparison.json"
-    path.write_bytes(content)
-    ask("compare", "--from", path)
-
-
-def check_text(bench: Bench, ending: str, content: bytes) -> None:
-    """Reading of a damaged text."""
-    path = bench.work / f"text.{ending}"
-    path.write_bytes(content)
-    with _one_sentence(DataError):
-        load_texts(str(path))
-
-
 def check_model(bench: Bench, name: str, content: bytes) -> None:
     """Loading of a backbone of which a file is damaged."""
     folder = bench.work / "model"
@@ -245,21 +201,12 @@ def check_model(bench: Bench, name: str, content: bytes) -> None:
     (folder / name).write_bytes(whole)
 
 
-def check_saved(bench: Bench, content: bytes) -> None:
-    """A damaged checkpoint."""
-    path = bench.work / "odd.ckpt"
-    path.write_bytes(content)
-    with _one_sentence(TrainingError):
-        check_checkpoint(path)
-
-
 def _kinds(bench: Bench) -> dict[str, tuple[float, st.SearchStrategy[Any], Callable[..., None]]]:
     """What is made malformed: its share of the examples, the arguments of its check, the check."""
     runs = {name: (bench.run / name).read_bytes() for name in ("run.json", "recipe.yaml", "router.safetensors")}
     facts = {**json.loads(runs["run.json"]), "checksums": {}}
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
     model = {name: (bench.small.model / name).read_bytes() for name in names}
-    text, made = bench.small.text.read_bytes()[:2000], json.loads(json.dumps(record()))
     config = json.loads(model["config.json"])
 
     def one_of(files: dict[str, bytes]) -> st.SearchStrategy[tuple[str, bytes]]:
@@ -270,17 +217,11 @@ def _kinds(bench: Bench) -> dict[str, tuple[float, st.SearchStrategy[Any], Calla
 
     recipe = st.tuples(recipes(runs["recipe.yaml"]))
     run = one_of(runs) | st.tuples(st.just("run.json"), as_json(facts))
-    comparison = st.tuples(as_json(made) | damaged(json.dumps(made).encode()))
-    texts = one_of(dict.fromkeys(("jsonl", "json", "csv", "parquet", "txt"), text))
     models = one_of(model) | st.tuples(st.just("config.json"), as_json(config))
-    saved = st.tuples(damaged((bench.run / "checkpoints" / "last.ckpt").read_bytes()))
     return {
         "recipes": (1.0, recipe, check_recipe),
         "runs": (0.3, run, check_run),
-        "comparisons": (0.1, comparison, check_comparison),
-        "texts": (0.1, texts, check_text),
-        "models": (0.1, models, check_model),
-        "checkpoints": (0.1, saved, check_saved),
+        "models": (0.2, models, check_model),
     }
 
 

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -111,7 +110,7 @@ def test_no_bit_does_harm(run, tmp_path, name):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "another mapping"])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", embedded.RECORD, embedded.STAMP])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", embedded.RECORD])
 def test_a_damaged_converted_model_is_converted_again(tmp_path, monkeypatch, name, damage):
     def write(source: Path, folder: Path) -> None:
         (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -124,7 +123,7 @@ def test_a_damaged_converted_model_is_converted_again(tmp_path, monkeypatch, nam
     model = contents(folder)
     DAMAGES[damage](folder / name)
     assert embedded.smollm2_folder() == folder
-    assert embedded.fault(folder) is None
+    assert embedded.is_valid(folder)
     assert all(contents(folder)[each] == model[each] for each in ("config.json", "model.safetensors"))
     assert [path.name for path in folder.parent.iterdir() if path.suffix != ".lock"] == [folder.name]
 
@@ -140,7 +139,7 @@ def test_a_damaged_checkpoint_is_refused(unfinished, again, tmp_path, damage):
 
 
 def test_a_checkpoint_of_an_unknown_recipe_is_kept(unfinished, again, tmp_path):
-    DAMAGES["cut"](unfinished / "recipe.yaml")
+    DAMAGES["text"](unfinished / "recipe.yaml")
     before = contents(unfinished)
     assert str(unfinished) in again()
     assert contents(unfinished) == before
@@ -157,6 +156,7 @@ def test_files_that_are_not_needed_to_resume_may_be_damaged(run, unfinished, aga
 # Reused and made again
 
 
+@pytest.mark.slow
 def test_complete_runs_are_reused_and_damaged_ones_made_again(small, run, tmp_path):
     recipe = small(tmp_path, *TRAINED[1:], "rivals=[uniform]")
     fit(recipe, "small")
@@ -185,13 +185,6 @@ def test_a_rival_that_is_complete_is_not_fitted_again(small, tmp_path, monkeypat
     before = contents(uniform)
     fit(recipe, "small")
     assert contents(uniform) == before
-
-
-def test_a_checkpoint_of_the_run_that_is_made_again(small, run, tmp_path):
-    folder = copied(run, tmp_path / "small" / "buddy" / "seed-0")
-    longer = [*TRAINED, "trainer.max_steps=7", f"ckpt_path={folder}/checkpoints/last.ckpt"]
-    fit(small(tmp_path, *longer), "small")
-    assert read_run(folder).recipe.trainer["max_steps"] == 7
 
 
 # Killed
@@ -233,7 +226,7 @@ def test_a_fit_that_is_killed_at_any_file_resumes(small, run, tmp_path, refit):
             assert read_run(folder.path).recipe.trainer["max_steps"] in (1, 6)
         fit(small(output, *TRAINED), "small")
         same_router(run, folder.path)
-        assert not [path for path in output.rglob(".*") if path.suffix != ".lock"]
+        assert not [path for path in output.rglob(".*") if not path.name.endswith(".lock")]
         if not killed:
             break
         write += 3
@@ -271,7 +264,7 @@ def test_a_disk_that_is_full_at_any_file(small, tmp_path):
             break
         failed = disk.opened[number - 1]
         assert "No space left on device" in said, failed
-        assert "/seed-0/" in failed or contents(folder) == before, failed
+        assert contents(folder) == before or read_run(folder).recipe.data.test_windows == 5, failed
         assert not list(tmp_path.rglob("*.part")), failed
         number += 3
     assert number > 6
@@ -303,14 +296,6 @@ def test_a_disk_that_is_read_only(run, again, tmp_path):
         assert "read-only" in refused("evaluate", "--run", folder, "--budgets", "0.5", "--json", disk / "x.json")
         assert "Read-only" in refused("inspect", "--run", folder, "--text", "some text", "--budget", "0.5")
         assert contents(folder) == before
-
-
-def test_a_second_fit_does_nothing(small, tmp_path):
-    folder = RunFolder.of(small(tmp_path), "small")
-    with folder.lock():
-        assert str(folder.path) in refused("fit", "--recipe", small.file, f"output={tmp_path}", "rivals=[uniform]")
-    assert not folder.path.exists()
-    assert not (tmp_path / "small" / "uniform" / "seed-0").exists()
 
 
 # A comparison
@@ -347,9 +332,3 @@ class TestComparison:
         before = contents(out)
         assert name in refused(*made[1], out)
         assert contents(out) == before
-
-    @pytest.mark.parametrize("damage", ["missing", "cut", "a list", "another mapping", "pickle"])
-    def test_a_damaged_record_is_refused(self, made, tmp_path, damage):
-        path = Path(shutil.copy(made[0] / "comparison.json", tmp_path))
-        DAMAGES[damage](path)
-        assert str(path) in refused("compare", "--from", path)

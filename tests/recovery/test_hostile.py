@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from buddy.backbone.load import load_backbone
 from buddy.compare import fit
 from buddy.errors import BackboneError, BuddyError, TrainingError
-from buddy.run import update_checksums
+from buddy.run_files import update_checksums
 from buddy.training.callbacks import check_checkpoint
 from tests.recovery.asking import ask, refused
 from tests.recovery.damage import copied

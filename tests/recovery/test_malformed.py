@@ -1,4 +1,4 @@
-"""Some eighty malformed recipes and files; `python -m tests.soak --what malformed` draws a thousand."""
+"""Some thirty malformed recipes and files; `python -m tests.soak --what malformed` draws a thousand."""
 
 import re
 
@@ -16,8 +16,8 @@ def bench(small, finished, tmp_path) -> Bench:
 
 
 def test_whatever_is_given_ends_well_or_with_one_sentence(bench):
-    counts = fuzz(bench, 50, number=0)
-    assert sum(counts.values()) > 80
+    counts = fuzz(bench, 20, number=0)
+    assert sum(counts.values()) > 25
     assert all(counts.values())
 
 

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.io import load_tensors
-from buddy.run import ADAPTER
+from buddy.run_files import ADAPTER
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from buddy.data.module import Windows
-from buddy.errors import BudgetError
-from buddy.evaluation.evaluate import evaluate_run
 from buddy.training.module import evaluate
 from tests.scale.forked import side_by_side
 from tests.test_cli import call
@@ -39,8 +37,3 @@ def evaluated(words: list[str]) -> None:
     from buddy.cli import app
 
     app(["evaluate", *words], standalone_mode=False)
-
-
-def test_a_time_is_measured_by_one_device(finished):
-    with pytest.raises(BudgetError, match="20ms"):
-        evaluate_run(finished / "buddy", budgets=["0.5", "20ms"], devices=2)

@@ -1,7 +1,5 @@
 """`fit` by several processes, forked: the curves, weights and results of one with the same batch."""
 
-from contextlib import suppress
-
 import pytest
 
 from buddy import distributed
@@ -23,6 +21,7 @@ def fitted(given: list[str]) -> None:
     fit(load_recipe(given[0], given[1:]), "small")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "strategy"), [((), "fsdp"), (("adapter.joint=true",), "ddp")], ids=["healed", "together"]
 )
@@ -50,34 +49,13 @@ def stopped(given: list[str]) -> str:
     return "nothing stopped it"
 
 
+@pytest.mark.slow
 def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
     fitted(words(small, tmp_path / "one"))
     assert side_by_side(stopped, words(small, tmp_path / "two")) == ["KeyboardInterrupt", "SystemExit"]
     assert not (tmp_path / "two" / "small" / "buddy" / "seed-0" / "metrics.json").exists()
     fitted(words(small, tmp_path / "two"))
     assert_alike(*(tmp_path / folder / "small" / "buddy" / "seed-0" for folder in ("one", "two")))
-
-
-def cut_short(given: list[str]) -> None:
-    """A fit that is killed, in effect, once both routers are done and before they are shown."""
-    from buddy.evaluation import report
-
-    def write(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    report.write = write
-    with suppress(KeyboardInterrupt, SystemExit):
-        fitted(given)
-
-
-def test_what_is_finished_is_not_done_again(small, tmp_path, capfd):
-    given = words(small, tmp_path, "router=uniform", "rivals=[random]")
-    side_by_side(cut_short, given)
-    assert capfd.readouterr().err.count("Evaluating") == 2
-    side_by_side(fitted, given)
-    out, err = capfd.readouterr()
-    assert "Evaluating" not in err
-    assert out.count("Perplexity on text") == 1
 
 
 def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):

@@ -182,19 +182,6 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_would(make, uninterrupted,
     assert {**first, **rest} == uninterrupted
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-@pytest.mark.parametrize("every", [2])
-def test_resuming_from_a_checkpoint_within_an_epoch(make, uninterrupted, tmp_path, every):
-    def keep():
-        return [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)]
-
-    train(make(), callbacks=keep())
-    for step in range(every, STEPS + 1, every):
-        rest, trainer = train(make(), ckpt_path=tmp_path / f"step={step}.ckpt", callbacks=keep())
-        assert rest == {later: uninterrupted[later] for later in range(step, STEPS)}
-        assert trainer.global_step == STEPS
-
-
 def test_devices_share_each_batch(make):
     data = make()
     whole = list(data.train_dataloader())

@@ -48,14 +48,6 @@ def test_one_long_text_is_cut_at_paragraphs(tmp_path, words):
     assert together.tolist() == [number % 10 + 2 for number in range(20_000)]
 
 
-def test_a_book_among_many_notes_is_cut_alone(tmp_path, words):
-    rows = [[number] * 30 for number in range(100, 150)] + [[5] * 5_000]
-    read = read_documents(jsonl(tmp_path / "a.jsonl", rows), words, window=20)
-    assert read.lengths[:50].tolist() == [30] * 50
-    assert len(read) > 65
-    assert read.lengths.max() < 600
-
-
 def test_the_text_is_tokenised_once(tmp_path, words, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", [[1] * 10, [2] * 10] * 10)
     first = read_documents(source, words, window=8)

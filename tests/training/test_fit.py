@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from buddy.calibration import probe
-from buddy.calibration.measures import similarities
 from buddy.compare import fit
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.io import load_tensors
-from buddy.run import load_router, read_metrics, read_run
+from buddy.run import read_run
+from buddy.run_files import load_router, read_metrics
 from tests.small import start_buddy
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
@@ -70,14 +69,6 @@ def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished
             assert result["layers"] < 6 or result["kl"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("settings", [["objective.estimator=straight-through"], ["routing.prompt_plan=shared"]])
-def test_other_ways_to_train(small, finished, tmp_path, settings):
-    fit(small(tmp_path, "optimizer.lr=0.1", *settings), "small")
-    trained, first = (load_router(read_run(f / "buddy").folder) for f in (tmp_path / "small", finished))
-    assert (trained["output.weight"] - first["output.weight"]).abs().max() > 0
-    assert all(tensor.isfinite().all() for tensor in trained.values())
-
-
 def test_callbacks_and_logger_are_those_of_the_recipe(small, tmp_path):
     logger = (
         f"logger={{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {tmp_path}, name: csv}}}}"
@@ -85,20 +76,6 @@ def test_callbacks_and_logger_are_those_of_the_recipe(small, tmp_path):
     monitor = "callbacks=[{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]"
     fit(small(tmp_path, "rivals=[]", logger, monitor), "small")
     assert "lr-AdamW" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
-
-
-def test_one_measure_serves_all(small, tmp_path, monkeypatch):
-    measured = []
-    monkeypatch.setattr(probe, "similarities", lambda *args: measured.append(1) or similarities(*args))
-    fit(small(tmp_path, "rivals=[shortgpt]"), "small")
-    assert measured == [1]
-
-
-def test_a_second_fit_takes_the_place_of_the_first(small, tmp_path):
-    fit(small(tmp_path, "router=random"), "small")
-    fit(small(tmp_path, "router=random", "router.options.seed=1"), "small")
-    assert read_run(tmp_path / "small" / "random" / "seed-0").recipe.router.options == {"seed": 1}
-    assert names(tmp_path / "small") == {"random", *BESIDE}
 
 
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):

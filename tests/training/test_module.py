@@ -75,15 +75,6 @@ def test_only_the_router_is_trained(run):
     assert not module.model.backbone.model.training
 
 
-def test_a_checkpoint_is_small_and_without_the_backbone(run, tmp_path):
-    path = tmp_path / "one.ckpt"
-    run(make(hidden=4), 1).save_checkpoint(path)
-    assert path.stat().st_size < 40_000  # the tiny backbone has a megabyte
-    names = set(torch.load(path, weights_only=True)["state_dict"])
-    parts = {"prior", "input.weight", "input.bias", "output.weight", "output.bias"}
-    assert names == {f"{owner}.{part}" for owner in ("router", "start") for part in parts}
-
-
 def test_a_checkpoint_of_another_router_is_refused(run, tmp_path):
     run(make(hidden=4), 1).save_checkpoint(tmp_path / "one.ckpt")
     module = make(hidden=5)
@@ -110,14 +101,6 @@ def test_learning_rates_warm_up_and_fall_to_a_tenth(run):
     expected = [min(1, (step + 1) / 4) * value for step, value in enumerate(cosine)]
     for scale, seen in zip((0.25, 1.0, 3.0), zip(*rates.seen, strict=True), strict=True):
         assert seen == pytest.approx([scale * rate for rate in expected])
-
-
-def test_the_recipes_rate_holds_over_the_checkpoints(run, tmp_path):
-    run(make(lr=1.0, warmup_steps=0), 2).save_checkpoint(tmp_path / "two.ckpt")
-    rates = Rates()
-    run(make(lr=0.5, warmup_steps=0), 8, ckpt_path=tmp_path / "two.ckpt", callbacks=[rates])
-    expected = [0.5 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 8))) for step in range(2, 8)]
-    assert [groups[1] for groups in rates.seen] == pytest.approx(expected)
 
 
 class Spoilt:
@@ -292,20 +275,3 @@ def test_batches_of_other_loaders_are_taken(form, tmp_path):
         trainer.test(module, loader, verbose=False)
     assert trainer.global_step == 4
     assert module.scores[0].tokens.tolist() == [16] * 4, "without documents each window stands for itself"
-
-
-def test_what_is_logged(run, tmp_path):
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
-    run(make(lr=0.3, warmup_steps=0), 6, logger=logger, log_every_n_steps=2)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    for tag in ("objective", "gradient_norm", "changed_plans", "moved_layers"):
-        assert len(logged[f"train/{tag}"]) == 3, tag
-    for k in (3, 4):
-        assert all(value > 0 for value in logged[f"train/objective_{k}_layers"])
-    assert "train/objective_6_layers" not in logged
-    assert all(0 < value <= 1 for value in logged["train/changed_plans"][1:])
-    assert all(0 < value <= 1 for value in logged["train/moved_layers"][1:])

@@ -62,14 +62,6 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_left_as_it_was(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_edited_file_is_read_anew(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("before")
-    load_texts(str(path))
-    path.write_text("after it")
-    assert list(load_texts(str(path))["text"]) == ["after it"]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [

@@ -11,7 +11,7 @@ from buddy import build
 from buddy.build import build_trainer
 from buddy.errors import TrainingError
 from buddy.fit import RunSpec, Session
-from buddy.run import load_router
+from buddy.run_files import load_router
 from buddy.schema import Recipe
 from tests.training.test_module import Spoilt
 
@@ -167,5 +167,5 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("setting", ["trainer.strategy=dpp", "trainer.accelerator=tpu", "trainer.strategy=ddp_spawn"])
 def test_settings_that_the_trainer_refuses(recipe, setting):
-    with pytest.raises(TrainingError, match=setting):
+    with pytest.raises(TrainingError, match=setting.partition(".")[2]):
         build_trainer(recipe(setting))

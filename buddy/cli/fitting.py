@@ -1,14 +1,14 @@
-"""`buddy compare`."""
+"""Verbs that make runs: fit and compare; and memory, which plans for them."""
 
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from buddy.cli.app import FAILED, Overrides, RecipeOption, app, refuse_options, split_list
+from buddy.cli.app import FAILED, JsonOption, Overrides, RecipeOption, app, refuse_options, split_budgets, split_list
 from buddy.errors import BuddyError, RegistryError
 
 if TYPE_CHECKING:
@@ -16,13 +16,29 @@ if TYPE_CHECKING:
 
 ALL = "all"
 KINDS = ("learned", "static", "random")  # the order of `all`
-OPENING, CLOSING = "[{(", "]})"
+TASK_OPTIONS = ("task_limit", "task_data", "task_path")
+Dtype = Literal["bfloat16", "float16", "float32"]
+Strategy = Literal["auto", "fsdp"]
+
+
+@app.command(epilog="\b\nExample: buddy fit --recipe quickstart router=uniform 'rivals=[]'")
+def fit(recipe: Annotated[str, RecipeOption], overrides: Overrides = None) -> None:
+    """Train or calibrate a router and evaluate it."""
+    from buddy.config import load_recipe, recipe_name
+
+    resolved = load_recipe(recipe, overrides or [])
+    from buddy.compare import fit as run_fit
+    from buddy.evaluation.record import shown_command
+
+    words = ["buddy", "fit", "--recipe", recipe, *_decisive(overrides or [])]
+    run_fit(resolved, recipe_name(recipe), shown_command(words))
 
 
 @app.command(
     epilog="\b\nExample: buddy compare --recipe quickstart --routers 'shortgpt,random[per=input]' --domains my_text.txt"
 )
 def compare(
+    ctx: typer.Context,
     recipe: Annotated[str | None, RecipeOption] = None,
     overrides: Overrides = None,
     routers: Annotated[
@@ -37,13 +53,12 @@ def compare(
     ] = None,
     domains: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE,…", help="Texts beside the recipe's own; label=SOURCE gives one a name."),
+        typer.Option(metavar="SOURCE,…", help="More texts than the recipe's; label=SOURCE gives one a name."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at once.", show_default="1")] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Runs at once.")] = 1,
     backend: Annotated[
-        str | None,
-        typer.Option(metavar="loky|ray", help="Processes of this machine, or a Ray cluster.", show_default="loky"),
-    ] = None,
+        str, typer.Option(metavar="loky|ray", help="Processes of this machine, or a Ray cluster.")
+    ] = "loky",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for everything.", show_default="OUTPUT/RECIPE")
     ] = None,
@@ -55,43 +70,35 @@ def compare(
     task_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder of your own task definitions (YAML).")
     ] = None,
-    speed: Annotated[
-        bool | None, typer.Option("--speed/--no-speed", help="Measure tokens a second.", show_default="speed")
-    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens a second.")] = True,
     finished: Annotated[
-        bool, typer.Option("--finished", help="Fit nothing: compare the runs that are finished, each with its seeds.")
+        bool, typer.Option("--finished", help="Fit nothing: compare the complete runs, each with its seeds.")
     ] = False,
     trained: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Heal the routers of an earlier comparison, which are not fitted again."),
+        typer.Option(metavar="DIR", help="Heal the routers of an earlier comparison without fitting them again."),
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there too.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results to this file too.")] = None,
     made: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="FILE,…",
-            help="Show a comparison.json, or several as one, and write --markdown, without any work.",
+            help="Show a comparison.json, or several as one, without new runs; writes --markdown too.",
         ),
     ] = None,
 ) -> None:
     """Compare routers under one recipe, with seeds, on several texts."""
     if (recipe is None) == (made is None):
-        raise BuddyError("Give either --recipe, to compare routers, or --from, to show a comparison that was made.")
-    options = {"task_limit": task_limit, "task_data": task_data, "task_path": task_path}
+        raise BuddyError("Give either --recipe, to compare routers, or --from, to show an existing comparison.")
+    overrides = overrides or []
     if made is not None:
-        given = {"routers": routers, "seeds": seeds, "domains": domains, "jobs": jobs, "out": out, "tasks": tasks}
-        given |= (
-            {"backend": backend}
-            | options
-            | {"no_speed" if speed is False else "speed": speed, "finished": finished or None}
-        )
-        return _show(made, markdown, overrides or [], given | {"trained": trained})
+        return _show(ctx, made, markdown, overrides)
     if tasks is None:
-        refuse_options(options, "is for tasks; add --tasks, such as --tasks piqa")
+        refuse_options(ctx, TASK_OPTIONS, "is for tasks; add --tasks, such as --tasks piqa")
     from buddy.config import load_recipe, recipe_name
 
-    resolved = load_recipe(recipe, overrides or [])
+    resolved = load_recipe(recipe, overrides)
     from buddy.compare import SEEDS, CompareConfig
     from buddy.compare import compare as run_compare
     from buddy.evaluation.record import shown_command
@@ -99,21 +106,20 @@ def compare(
 
     decisive = {"routers": routers, "seeds": seeds or (None if finished else SEEDS), "domains": domains, "tasks": tasks}
     decisive |= {"task-limit": task_limit, "task-data": task_data, "task-path": task_path, "trained": trained}
-    spelt = [word for name, value in decisive.items() if value for word in (f"--{name}", str(value))]
-    spelt += ["--finished"] if finished else []
-    spelt += [each for each in overrides or () if not each.startswith("output=")]
+    words = [word for name, value in decisive.items() if value for word in (f"--{name}", str(value))]
+    words += [*(["--finished"] if finished else []), *_decisive(overrides)]
     config = CompareConfig(
         resolved,
         recipe_name(recipe),
-        command=shown_command(["buddy", "compare", "--recipe", recipe, *spelt]),
+        command=shown_command(["buddy", "compare", "--recipe", recipe, *words]),
         routers=None if routers is None else parse_routers(routers, resolved),
         seeds=seeds,
         texts=domains,
         tasks=Tasks(tuple(split_list(tasks or "")), task_limit, task_data, task_path),
-        jobs=1 if jobs is None else jobs,
-        backend=backend or "loky",
+        jobs=jobs,
+        backend=backend,
         out=out,
-        speed=speed is not False,
+        speed=speed,
         finished=finished,
         trained=trained,
         markdown=markdown,
@@ -122,25 +128,64 @@ def compare(
         raise typer.Exit(FAILED)
 
 
-def _show(made: str, markdown: Path | None, overrides: list[str], given: dict[str, object]) -> None:
-    """Show a comparison that was made; what only a new one can take is refused."""
-    why = "belongs to a new comparison; leave it out, or give --recipe in place of --from"
+def _show(ctx: typer.Context, made: str, markdown: Path | None, overrides: list[str]) -> None:
+    """Show an existing comparison; options that only a new comparison has are refused."""
+    why = "belongs to a new comparison; leave it out, or give --recipe instead of --from"
     if overrides:
         raise BuddyError(f"{overrides[0]} {why}.")
-    refuse_options(given, why)
+    refuse_options(ctx, ctx.params.keys() - {"made", "markdown"}, why)
     from buddy.evaluation.report import show_files
 
-    files = [made] if os.path.isfile(made) else split_list(made)  # a name may hold a comma
+    files = [made] if os.path.isfile(made) else split_list(made)  # a name may contain a comma
     if not files:
         raise BuddyError("--from is empty; name at least one comparison.json.")
     show_files([Path(each) for each in files], markdown)
 
 
+def _decisive(overrides: list[str]) -> list[str]:
+    """The overrides without the output folder, which changes no result."""
+    return [each for each in overrides if not each.startswith("output=")]
+
+
+@app.command("plan", hidden=True)  # the verb's name in 0.1
+@app.command(epilog="\b\nExample: buddy memory --backbone smollm2-135m --devices 2 --strategy fsdp")
+def memory(
+    backbone: Annotated[
+        str, typer.Option(metavar="NAME|DIR|FILE", help="A backbone's name, its folder, or a config.json alone.")
+    ],
+    devices: Annotated[int, typer.Option(min=1, metavar="N", help="Devices to train on.")] = 1,
+    budgets: Annotated[
+        str | None, typer.Option(metavar="B,B…", help="Budgets of the caches: 0.75 or 22layers, for example.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=18, metavar="W", help="Tokens in a training window.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Windows a step, over all devices.")] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights and the cache.")] = "bfloat16",
+    strategy: Annotated[Strategy, typer.Option(help="auto copies the weights, fsdp shards them.")] = "auto",
+    router: Annotated[str, typer.Option(metavar="NAME", help="An installed router.")] = "buddy",
+    json: JsonOption = None,
+) -> None:
+    """Print how much memory training and serving take."""
+    parsed = split_budgets(budgets)
+    from buddy.footprint import print_memory
+
+    print_memory(
+        backbone,
+        devices=devices,
+        budgets=parsed,
+        window=window,
+        batch_size=batch_size,
+        dtype=dtype,
+        strategy=strategy,
+        router=router,
+        json_file=json,
+    )
+
+
 def parse_routers(text: str, recipe: "Recipe") -> "list[Rival]":
     """The routers in "a,b[key=value;key=value],all".
 
-    A key with a dot is a recipe's, as in first[optimizer.lr=3e-3]; one without is an option of the router. A name alone
-    has the overrides of the recipe's rival of that name. `all` adds every installed router that works.
+    A key with a dot is a recipe key, as in first[optimizer.lr=3e-3]; others are options of the router. A name without
+    brackets has the overrides of the recipe's rival of that name. `all` adds every installed router that works.
 
     Raises:
         RegistryError: nothing is named, one is named twice, or brackets or options cannot be read.
@@ -164,18 +209,16 @@ def parse_routers(text: str, recipe: "Recipe") -> "list[Rival]":
 
 def _split(text: str, separator: str) -> list[str]:
     """The parts between separators outside of brackets, stripped; empty ones are left out."""
-    parts, open_brackets = [""], []
+    parts, depth = [""], 0
     for letter in text:
-        if letter in OPENING:
-            open_brackets.append(CLOSING[OPENING.index(letter)])
-        elif letter in CLOSING and (not open_brackets or open_brackets.pop() != letter):
-            open_brackets = [""]
+        depth += (letter in "[{(") - (letter in "]})")
+        if depth < 0:
             break
-        if letter == separator and not open_brackets:
+        if letter == separator and not depth:
             parts.append("")
         else:
             parts[-1] += letter
-    if open_brackets:
+    if depth:
         raise RegistryError(
             f"The brackets in {text!r} do not match; write name[key=value;key=value], as in random[per=input]."
         )
@@ -187,7 +230,7 @@ def _parse(text: str, rivals: "Mapping[str, Rival]") -> "Rival":
 
     match = re.fullmatch(r"(?P<name>[^\[\]]+?)\s*(\[(?P<options>.*)\])?", text, re.DOTALL)
     if not match:
-        raise RegistryError(f"{text!r} is no router; write a name, or name[key=value;key=value].")
+        raise RegistryError(f"{text!r} is not a router; write a name, or name[key=value;key=value].")
     options = _split(match["options"] or "", ";")
     if not options:
         return rivals.get(match["name"], Rival(match["name"]))
@@ -197,7 +240,7 @@ def _parse(text: str, rivals: "Mapping[str, Rival]") -> "Rival":
 def _override(option: str, text: str) -> str:
     key, equals, value = (part.strip() for part in option.partition("="))
     if not equals or not value or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise RegistryError(f"{option!r} in {text} is no option; write key=value, as in random[per=input].")
+        raise RegistryError(f"{option!r} in {text} is not an option; write key=value, as in random[per=input].")
     return f"{key}={value}" if "." in key else f"router.options.{key}={value}"
 
 

@@ -1,0 +1,125 @@
+"""`buddy routers` and `buddy recipes`: list, show, copy, create and check."""
+
+import os
+import re
+from pathlib import Path
+from shlex import quote
+from typing import Annotated
+
+import typer
+
+from buddy.cli.app import FAILED, PLAIN, app
+
+RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="An installed recipe (`buddy recipes`).")]
+
+routers_app = typer.Typer(invoke_without_command=True, **PLAIN)
+app.add_typer(routers_app, name="routers", epilog="\b\nExample: buddy routers check shortgpt")
+
+
+@routers_app.callback()
+def _routers(ctx: typer.Context) -> None:
+    """List the installed routers, check one, or create a new one."""
+    if ctx.invoked_subcommand is None:
+        list_routers()
+
+
+@routers_app.command("list", epilog="\b\nExample: buddy routers list")
+def list_routers() -> None:
+    """List the routers, like `buddy routers`."""
+    from buddy.console import print_table
+    from buddy.registry import describe
+
+    rows = [(d.name, d.kind or "broken", d.problem or d.summary, d.source, d.distribution) for d in describe()]
+    print_table(("name", "kind", "what it does", "source", "distribution"), rows)
+
+
+@routers_app.command(epilog="\b\nExample: buddy routers new ebb-and-flow")
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Lower-case letters and digits, joined by hyphens.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder that will contain the package's folder.")] = Path(),
+) -> None:
+    """Create a package for a new router."""
+    from buddy.scaffold import new_router
+
+    folder = new_router(name, out)
+    place = quote(str(folder) if folder.is_absolute() else f"./{folder}")
+    typer.echo(
+        f"Wrote {folder}; install it with: pip install -e {place}\nThen check it with: buddy routers check {name}"
+    )
+
+
+@routers_app.command(epilog="\b\nExample: buddy routers check evopress --options generations=2 --options offspring=4")
+def check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An installed router, or my_module:MyRouter.")],
+    backbone: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|DIR", help="A model instead of a tiny random one, such as smollm2-135m."),
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the router; once for each.")
+    ] = None,
+) -> None:
+    """Check that a router meets the contract of all routers."""
+    from buddy.console import print_table
+    from buddy.testing.kit import check_named
+
+    results = check_named(name, backbone=backbone, options=options or [])
+    failed = sum(result.state == "failed" for result in results)
+    print_table(("check", "result", "what"), [(r.check, "FAILED" if r.error else r.state, r.line) for r in results])
+    typer.echo(f"{name} fails {failed} of {len(results)} checks." if failed else f"{name} passes.")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+recipes_app = typer.Typer(invoke_without_command=True, **PLAIN)
+app.add_typer(recipes_app, name="recipes", epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
+
+
+@recipes_app.callback()
+def _recipes(ctx: typer.Context) -> None:
+    """List, show or copy the recipes that come with Buddy."""
+    if ctx.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes_app.command("list", epilog="\b\nExample: buddy recipes list")
+def list_recipes() -> None:
+    """List the recipes, like `buddy recipes`."""
+    from buddy.config import installed_recipes
+    from buddy.console import print_table
+
+    rows = [(name, _first_comment(path)) for name, path in installed_recipes().items()]
+    print_table(("name", "what it is"), rows)
+
+
+@recipes_app.command(epilog="\b\nExample: buddy recipes show quickstart")
+def show(name: RecipeName) -> None:
+    """Print a recipe with its comments."""
+    from buddy.config import recipe_path
+
+    typer.echo(recipe_path(name).read_text("utf-8"), nl=False)
+
+
+@recipes_app.command(epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
+def copy(
+    name: RecipeName,
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DEST", help="File or folder; by default the current folder.")
+    ] = None,
+) -> None:
+    """Copy a recipe to a new file."""
+    from buddy.config import recipe_path
+    from buddy.errors import RecipeError
+    from buddy.io import write_text
+
+    path, target = recipe_path(name), destination or Path()
+    target = target / path.name if os.path.isdir(target) else target  # os.path answers for names that are too long
+    if os.path.lexists(target):
+        raise RecipeError(f"{target} exists and is not overwritten; name another file.")
+    write_text(target, path.read_text("utf-8"))
+    typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {target}")
+
+
+def _first_comment(path: Path) -> str:
+    found = re.search(r"^# *(.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return found[1].rstrip() if found else ""

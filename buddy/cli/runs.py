@@ -1,0 +1,185 @@
+"""Verbs that use a run: evaluate, bench, inspect, generate, export, push and pull."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from buddy.cli.app import (
+    BudgetsOption,
+    JsonOption,
+    RunOption,
+    app,
+    refuse_options,
+    require_one_process,
+    split_budgets,
+    split_list,
+)
+from buddy.errors import DataError
+
+Split = Literal["test", "validation"]
+TASK_OPTIONS, TEXT_OPTIONS = ("limit", "task_data", "task_path"), ("data", "split", "devices")  # of evaluate
+
+
+@app.command(epilog="\b\nExample: buddy evaluate --run runs/quickstart/buddy --budgets 0.75,22layers --json curve.json")
+def evaluate(
+    ctx: typer.Context,
+    run: RunOption,
+    json: JsonOption = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="B,B…", help="Budgets instead of the recipe's: 0.75, 22layers, 15ms or auto."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Text instead of the recipe's.")] = None,
+    split: Annotated[Split, typer.Option(help="Which part of the recipe's text; tune on validation only.")] = "test",
+    devices: Annotated[int, typer.Option(min=1, metavar="N", help="Devices that share the windows of text.")] = 1,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="TASK,…", help="Score tasks of lm-eval instead: piqa,arc_easy.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of tasks: the first N items of each.")] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of tasks: a folder with TASK.jsonl, in place of the hub.")
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of tasks: a folder of your own definitions (YAML).")
+    ] = None,
+) -> None:
+    """Measure a run on held-out text, or on tasks, at every budget."""
+    parsed = split_budgets(budgets)
+    if tasks is None:
+        refuse_options(ctx, TASK_OPTIONS, "is for tasks; add --tasks, such as --tasks piqa")
+        if data is not None and split != "test":
+            raise DataError(f"--split {split} is for the run's own text, but --data names another; leave one out.")
+        from buddy.evaluation.evaluate import evaluate_run
+
+        evaluate_run(run, json_file=json, budgets=parsed, data=data, split=split, devices=devices)
+        return
+    refuse_options(ctx, TEXT_OPTIONS, "is for text; leave it out, or --tasks")
+    require_one_process("Tasks are scored")
+    from buddy.evaluation.tasks import evaluate_tasks
+
+    evaluate_tasks(
+        run,
+        tasks=split_list(tasks),
+        budgets=parsed,
+        json_file=json,
+        limit=limit,
+        task_data=task_data,
+        task_path=task_path,
+    )
+
+
+@app.command(epilog="\b\nExample: buddy bench --run runs/quickstart/buddy --budgets 0.75,0.5 --json speed.json")
+def bench(
+    run: RunOption,
+    json: JsonOption = None,
+    budgets: BudgetsOption = None,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measurements of each contender.")] = 7,
+) -> None:
+    """Time a run against the dense and the physically pruned model."""
+    parsed = split_budgets(budgets)
+    from buddy.evaluation.bench import bench_run
+
+    bench_run(run, json_file=json, budgets=parsed, rounds=rounds)
+
+
+@app.command(epilog="\b\nExample: buddy inspect --run runs/quickstart/buddy --budgets 0.75 --text 'To be or not'")
+def inspect(
+    run: RunOption,
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", "--budget", metavar="B,B…", help="Instead of the recipe's: 0.75, 22layers or 15ms."),
+    ] = None,
+    domains: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE,…", help="Texts instead of the recipe's; label=SOURCE gives one a name."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="Inspect only this text, token by token.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Windows of each domain at most.", show_default="16")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the results, instead of the run's.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there as JSON.")] = None,
+) -> None:
+    """Show which layers run for which token, per budget and text."""
+    parsed = split_budgets(budgets)
+    from buddy.inspection.inspect import inspect_run
+
+    inspect_run(run, budgets=parsed, domains=domains, text=text, windows=windows, out=out, json_file=json)
+
+
+@app.command(epilog='\b\nExample: buddy generate --run runs/quickstart/buddy --budget 0.75 "The state of the union is"')
+def generate(
+    run: RunOption,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    budget: Annotated[str, typer.Option(metavar="B", help="0.75, 22layers, 15ms a token, or auto.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draws above temperature 0.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
+) -> None:
+    """Continue a prompt at one budget."""
+    from buddy.hub.load import generate as run_generate
+
+    run_generate(
+        run,
+        prompt=prompt,
+        budget=budget,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+    )
+
+
+@app.command(epilog="\b\nExample: buddy export --run runs/quickstart/shortgpt --budget 0.75 --out shortgpt-22layers")
+def export(
+    run: RunOption,
+    budget: Annotated[str, typer.Option(metavar="B", help="A fraction such as 0.75, or 22layers.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Text to choose the plan on instead of the recipe's.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare the checkpoint's logits with the engine's, in float32.")
+    ] = True,
+) -> None:
+    """Cut the backbone to one plan, for stock transformers."""
+    from buddy.hub.export import export_run
+
+    export_run(run, budget=budget, out=out, data=data, check=check)
+
+
+@app.command(epilog="\b\nExample: buddy push --run runs/quickstart/buddy --to ./shared")
+def push(
+    run: RunOption,
+    to: Annotated[str, typer.Option(metavar="REPO|DIR", help="owner/name on the hub, or a folder to make.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="Of the router's weights, such as apache-2.0.")
+    ] = None,
+) -> None:
+    """Publish a run to a folder or the hub."""
+    from buddy.hub.push_pull import push as run_push
+
+    run_push(run, to=to, private=private, licence=license)
+
+
+@app.command(epilog="\b\nExample: buddy pull ./shared --out pulled")
+def pull(
+    source: Annotated[str, typer.Argument(metavar="REPO|DIR", help="owner/name on the hub, or a folder.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder to make.")],
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="A branch, tag or commit on the hub.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME|DIR", help="The backbone on this machine, if its recipe names another.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow the run to use Python code of its backbone's repository.")
+    ] = False,
+) -> None:
+    """Download a pushed run as a run folder."""
+    from buddy.hub.push_pull import pull as run_pull
+
+    run_pull(source, out=out, revision=revision, backbone=backbone, trust_remote_code=trust_remote_code)

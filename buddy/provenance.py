@@ -1,0 +1,70 @@
+"""What a run is made from: digests of its inputs, and how its recipe and inputs differ from those of another run."""
+
+import ast
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+
+from buddy.config import flatten
+from buddy.registry import load
+from buddy.schema import Recipe
+from buddy.values import shown
+
+CODE = "router's code"  # the digest whose change only warns
+# Keys of a recipe that change nothing in the run.
+FREE_KEYS = (*("output", "rivals", "checkpoint_every", "logger", "trainer.log_every_n_steps"),)
+CKPT_KEY = "ckpt_path"  # a resumed run need not repeat it
+
+
+def input_digests(router: str, model: str, text: str, training_text: str = "") -> dict[str, str]:
+    """Digests of all inputs of a run except its recipe, by the name of the input.
+
+    Args:
+        router: name of the router; the digest is that of its code.
+        model: fingerprint of the backbone.
+        text: fingerprint of the recipe's text.
+        training_text: fingerprint of the additional training texts; empty for none.
+    """
+    digests = {"model": model, "text": text, CODE: code_digest(load(router))}
+    return digests | ({"training text": training_text} if training_text else {})
+
+
+def code_digest(router: type) -> str:
+    """Digest of the module of a class, without comments, docstrings and layout; "unknown" without source code."""
+    try:
+        tree = ast.parse(inspect.getsource(inspect.getmodule(router)))
+    except (OSError, TypeError):  # defined in a notebook, for example
+        return "unknown"
+    return hashlib.sha256(ast.unparse(_WithoutDocstrings().visit(tree)).encode()).hexdigest()[:16]
+
+
+def differences(
+    stored: Recipe,
+    recipe: Recipe,
+    stored_digests: Mapping[str, str],
+    digests: Mapping[str, str],
+    ignore: Sequence[str] = (),
+) -> list[str]:
+    """One phrase for each recipe key or input that differs, such as "optimizer.lr: 0.003 there, 0.006 here".
+
+    Keys that start with one of `FREE_KEYS` or `ignore` may differ, and so may the digest of the router's code. Unknown
+    (empty) stored digests differ from nothing.
+    """
+    there, here = flatten(stored), flatten(recipe)
+    free = (*FREE_KEYS, *ignore, *([CKPT_KEY] if here.get(CKPT_KEY) in (None, "null") else []))
+    keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith(free)]
+    names = [name for name in dict.fromkeys([*stored_digests, *digests]) if stored_digests and name != CODE]
+    return [
+        f"{key}: {shown(there[key]) if key in there else 'not set'} there, "
+        f"{shown(here[key]) if key in here else 'not set'} here"
+        for key in keys
+        if there.get(key) != here.get(key)
+    ] + [f"another {name}" for name in names if stored_digests.get(name) != digests.get(name)]
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    """Removes string statements: docstrings, and others without effect."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        alone = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if alone else node

@@ -1,0 +1,176 @@
+"""The files of a run folder: their names, and reading and writing metrics.json, run.json, checksums and the router."""
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+import buddy
+from buddy.errors import DamagedError, RunError
+from buddy.io import checksum, load_tensors, read_json, save_tensors, write_json, write_with_checksum
+from buddy.schema import Recipe
+from buddy.values import flaw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from buddy.router import Geometry
+
+RECIPE = "recipe.yaml"
+FACTS = "run.json"
+INPUTS = "inputs.json"
+ROUTER = "router.safetensors"
+METRICS = "metrics.json"
+ADAPTER = "adapter"  # the folder of a healed run's adapter
+PREDICTOR = "predictor.safetensors"
+PREDICTOR_FACTS = "predictor.json"
+CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
+FORMAT = 2  # of a run folder; 1 is that of Buddy 0.1, which stored the checksums in run.json
+SUMS = "checksums"  # the key of the checksums in metrics.json
+SAVE_EVERY = 5.0  # seconds between two writes of the time spent
+_TEXTS = ("recipe_name", "router_name", "backbone", "fingerprint", "created")
+_MAPPINGS = ("geometry", "versions")
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Write metrics.json, which completes a run, with the checksums of the other files in the folder."""
+    optional = [name for name in (INPUTS, PREDICTOR, PREDICTOR_FACTS) if (folder / name).exists()]
+    adapter = sorted(f"{ADAPTER}/{path.name}" for path in (folder / ADAPTER).glob("[!.]*"))
+    sums = {name: checksum(folder / name) for name in (RECIPE, FACTS, ROUTER, *optional, *adapter)}
+    write_with_checksum(folder / METRICS, {**metrics, SUMS: sums})
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The results in metrics.json; DamagedError where they are missing or damaged."""
+    metrics = read_json(folder / METRICS)
+    metrics.pop(SUMS, None)
+    return metrics
+
+
+def update_checksums(folder: Path) -> None:
+    """Recompute the checksums of a complete run, after a deliberate change of one of its files."""
+    facts = read_json(folder / FACTS)
+    if SUMS in facts:
+        there = [name for name in facts[SUMS] if (folder / name).exists()]
+        write_json(folder / FACTS, facts | {SUMS: {name: checksum(folder / name) for name in there}})
+    else:
+        write_metrics(folder, read_metrics(folder))
+
+
+def checksums_of(folder: Path) -> dict[str, str]:
+    """The stored SHA-256 of the files of a complete run, by their paths within the folder.
+
+    Raises:
+        DamagedError: they are missing, or a path leads out of the folder.
+    """
+    path = folder / (FACTS if SUMS in read_json(folder / FACTS) else METRICS)
+    sums = read_json(path).get(SUMS)
+    if not isinstance(sums, dict) or not all(map(_is_inside, sums)):
+        raise DamagedError(path, "checksums is missing or wrong")
+    return sums
+
+
+def check_files(folder: Path) -> None:
+    """Raises DamagedError for a file of a run whose checksum is wrong."""
+    for name, written in checksums_of(folder).items():
+        required = name in (RECIPE, ROUTER)  # a pushed run may leave out the others
+        if (required or os.path.lexists(folder / name)) and checksum(folder / name) != written:
+            raise DamagedError(folder / name, "its checksum is wrong")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative path stays inside its folder."""
+    path = PurePath(name)
+    return not flaw(name) and not path.is_absolute() and ".." not in path.parts
+
+
+def save_router(folder: Path, state: Mapping[str, "Tensor"]) -> None:
+    """Write router.safetensors from a router's state dict: equal tensors give equal bytes."""
+    save_tensors(folder / ROUTER, state, {"format": "pt"})  # safetensors does not keep the order of several keys
+
+
+def load_router(folder: Path) -> dict[str, "Tensor"]:
+    """The state dict in router.safetensors; DamagedError where it is missing or damaged."""
+    return load_tensors(folder / ROUTER)
+
+
+def run_facts(
+    folder: Path, recipe: Recipe, recipe_name: str, digests: Mapping[str, str], geometry: "Geometry"
+) -> dict[str, Any]:
+    """The content of run.json: what the run needs to be used again, and how it was made."""
+    versions = {"python": platform.python_version(), "buddy": buddy.__version__}
+    versions |= {name: version(name) for name in ("torch", "lightning", "transformers")}
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe_name": recipe_name,
+        "router_name": recipe.router.name,
+        "seed": recipe.seed,
+        "backbone": recipe.backbone.name,
+        "fingerprint": digests["model"],
+        "geometry": asdict(geometry),
+        "versions": versions,
+        "seconds": _seconds_in(folder),
+    }
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The facts of run.json that a `Run` has as fields.
+
+    Raises:
+        DamagedError: one is missing or of another type.
+        RunError: a newer Buddy made the run.
+    """
+    path = folder / FACTS
+    facts = read_json(path)
+    made = facts.get("format")
+    if isinstance(made, int) and made > FORMAT:
+        raise RunError(f"{folder} was made by a newer Buddy (run format {made}); upgrade Buddy to read it.")
+    kinds = {"format": int, **dict.fromkeys(_TEXTS, str), **dict.fromkeys(_MAPPINGS, dict)}
+    for name, kind in kinds.items():
+        if not isinstance(facts.get(name), kind) or flaw(facts[name]):
+            raise DamagedError(path, f"{name} is missing or wrong")
+    return {name: facts[name] for name in (*_TEXTS, *_MAPPINGS)}
+
+
+class Stopwatch:
+    """Seconds spent on a run over all its sessions, stored in its run.json; starts when constructed.
+
+    Args:
+        folder: of the run, from `RunFolder.begin`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FACTS
+        self._before = _seconds_in(folder)
+        self._start = self._saved = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far, including earlier sessions."""
+        return self._before + time.perf_counter() - self._start
+
+    def tick(self) -> None:
+        """Save the seconds, at most every `SAVE_EVERY` seconds."""
+        if time.perf_counter() - self._saved >= SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Save the seconds in run.json."""
+        self._saved = time.perf_counter()
+        write_json(self._path, read_json(self._path) | {"seconds": self.seconds})
+
+
+def _seconds_in(folder: Path) -> float:
+    """The seconds of earlier sessions; 0 if there were none or the file is damaged."""
+    try:
+        seconds = read_json(folder / FACTS)["seconds"]
+    except (DamagedError, KeyError):
+        return 0.0
+    return float(seconds) if isinstance(seconds, int | float) else 0.0
