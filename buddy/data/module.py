@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from buddy.data.text import Documents, read_documents
-from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, split, spread, windows_of
+from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, sample, split, spread, windows_of
 from buddy.errors import DataError
 
 if TYPE_CHECKING:
@@ -99,15 +99,10 @@ class TextData(LightningDataModule):
             setattr(self, name, spread(documents, self.split[name], self.window, count, random))
         others = [self._read(source) for source in self.train_sources]
         self._pools = [Pool(documents, self.split["train"]), *(Pool(each, np.arange(len(each))) for each in others)]
-        more = [self._some(self._read(source)) for source in self.calibration_sources]
+        share = -(-self._wanted["calibration"] // (1 + len(self.calibration_sources)))
+        more = [sample(self._read(source), self.window, share, self.seed) for source in self.calibration_sources]
         self.calibration = in_turn([self.calibration, *more], len(self.calibration))
         self._documents = documents
-
-    def _some(self, documents: Documents) -> Windows:
-        """Calibration windows of an additional text."""
-        count = -(-self._wanted["calibration"] // (1 + len(self.calibration_sources)))
-        order = generator(self.seed, Stream.SPLIT).permutation(len(documents))
-        return spread(documents, order, self.window, count, generator(self.seed, Stream.WINDOWS))
 
     @property
     def fingerprint(self) -> str:

@@ -74,6 +74,11 @@ def windows_of(
     documents = read_documents(source, tokenizer, window, text_field)
     if not len(documents):
         raise DataError(f"The text in {source} is too short for one window of {window} tokens; give more text.")
+    return sample(documents, window, count, seed)
+
+
+def sample(documents: Documents, window: int, count: int, seed: int) -> Windows:
+    """Up to `count` windows of all documents in random order."""
     order = generator(seed, Stream.SPLIT).permutation(len(documents))
     return spread(documents, order, window, count, generator(seed, Stream.WINDOWS))
 
