@@ -42,7 +42,7 @@ from buddy.evaluation.report import write_run_results
 from buddy.io import cache_folder, on_disk, within_memory
 from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
 from buddy.provenance import input_digests
-from buddy.registry import ESTIMATORS, load
+from buddy.registry import load
 from buddy.router import available_budgets
 from buddy.run import RunFolder
 from buddy.run_files import ADAPTER, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
@@ -126,7 +126,6 @@ class Session:
         recipe = recipes[-1]
         for each in recipes:
             load(each.router.name)
-            load(each.objective.estimator, ESTIMATORS)
             with quiet():
                 build_trainer(each, logger=False)
             for spec in (*each.callbacks, *filter(None, [each.logger])):

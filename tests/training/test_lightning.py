@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.compare import fit
-from buddy.errors import RegistryError
+from buddy.errors import BuddyError
 from buddy.io import load_tensors
 from buddy.training.estimators import StraightThrough
 
@@ -110,7 +110,7 @@ class Halved(StraightThrough):
 def test_an_estimator_of_ones_own_is_one_class(fitted, plain):
     folder = fitted("objective.estimator=tests.training.test_lightning:Halved")
     assert routers_differ(folder, plain)
-    with pytest.raises(RegistryError, match="purturbed"):
+    with pytest.raises(BuddyError, match="purturbed"):
         fitted("objective.estimator=purturbed")
 
 
