@@ -19,7 +19,7 @@ from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows, windows_of
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import RecipeError, RunError, TrainingError
+from buddy.errors import RecipeError, RunError, TrainingError, reason
 from buddy.io import cache_folder
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
@@ -37,15 +37,15 @@ from buddy.training.module import RoutingModule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VALIDATIONS = 4  # in a fit, unless the recipe says otherwise
+VALIDATIONS = 4  # in a fit, by default
 HEALING_CHANGES = {"kind", "lr", "steps"}  # keys of `adapter` that may change when a healing is resumed
 
 
 def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
-    """The backbone that a recipe names, on this process's accelerator where there is one and else on the CPU.
+    """The backbone of a recipe, on this process's device.
 
     Args:
-        on_cpu: leave it on the CPU, since its weights will be sharded.
+        on_cpu: leave it on the CPU, to shard its weights next.
     """
     section = recipe.backbone
     backbone = load_backbone(
@@ -57,17 +57,17 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
 
 
 def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
-    """The backbone with the recipe's router attached, not calibrated yet.
+    """The backbone with the recipe's router attached, before calibration.
 
     Raises:
-        BudgetError: a budget below what the always-on layers allow.
+        BudgetError: a budget below the always-on layers.
     """
     routing = recipe.routing
     geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
     routed = RoutedLM(
         backbone,
         build(recipe.router.name, geometry, recipe.router.options),
-        pool=routing.pool,  # type: ignore[arg-type]  # a recipe accepts these words alone
+        pool=routing.pool,  # type: ignore[arg-type]  # a recipe accepts only these values
         sink_tokens=routing.sink_tokens,
         prompt_plan=routing.prompt_plan,  # type: ignore[arg-type]
         policy=routing.policy,
@@ -81,21 +81,21 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
 
 
 def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
-    """Let `--budget auto` use a budget predictor, up to the recipe's cap."""
+    """Use a budget predictor for `--budget auto`, up to the recipe's cap."""
     cap = routed.executed_layers(recipe.predictor.cap)
     routed.chooser = lambda most: predictor.chooser(min(most, cap))
 
 
 def heals(recipe: Recipe, router: AnyRouter) -> bool:
-    """Whether a router gets an adapter: where the recipe has one, every router that skips layers does."""
+    """Whether a router gets an adapter: the recipe has one, and the router skips layers."""
     return recipe.adapter is not None and not router.full_depth
 
 
 def build_adapter(recipe: Recipe, backbone: Backbone, context_layer: int) -> Adapter:
-    """A new adapter as the recipe's section says, on the backbone's layers after the context layers.
+    """The recipe's adapter, new, on the backbone's layers after the context layers.
 
     Raises:
-        TrainingError: target modules that the layers do not have.
+        TrainingError: a target module that the layers do not have.
     """
     section = recipe.adapter
     return Adapter.new(
@@ -110,7 +110,7 @@ def build_adapter(recipe: Recipe, backbone: Backbone, context_layer: int) -> Ada
 
 
 def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
-    """The recipe's text, which `prepare_data` and `setup` read later.
+    """The recipe's text, before `prepare_data` and `setup`.
 
     Raises:
         RecipeError: windows longer than the backbone's context, or an additional text that is the recipe's own.
@@ -144,13 +144,13 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
 
 
 def build_held_out(recipe: Recipe, backbone: Backbone, *, calibration: bool = False) -> TextData:
-    """The recipe's text, read and split, for use without training: additional training texts are not read.
+    """The recipe's text, read and split, without the additional training texts.
 
     Args:
-        calibration: whether calibration windows are needed, which may need `data.calibration_sources`.
+        calibration: read the additional calibration texts.
 
     Raises:
-        BuddyError: as `build_data`, or the text cannot be read.
+        BuddyError: see `build_data`, or the text cannot be read.
     """
     data = replace(recipe.data, train_sources=[])
     data = data if calibration else replace(data, calibration_sources=[])
@@ -163,7 +163,7 @@ def build_held_out(recipe: Recipe, backbone: Backbone, *, calibration: bool = Fa
 def build_windows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str, *, count: int, window: int | None = None
 ) -> Windows:
-    """Up to `count` windows of another text than the recipe's, cut with its seed, as long as its own by default.
+    """Up to `count` windows of another text, with the recipe's seed and by default its length.
 
     Raises:
         DataError: the text cannot be read, or is too short for one window.
@@ -177,11 +177,10 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
     """The model of a complete run, ready to serve.
 
     Args:
-        merged: add a healed run's adapter to the weights, so that it costs no time; there is no stock model then.
-            Otherwise the adapter stays beside the weights and can be switched off.
+        merged: add a healed run's adapter to the weights, so that it costs no time, but cannot be disabled.
 
     Raises:
-        RunError: the backbone has changed, or the saved router, adapter or budget predictor does not fit.
+        RunError: the backbone has changed, or the saved router, adapter or budget predictor does not match.
     """
     backbone = _backbone_from(run)
     routed = build_model(run.recipe, backbone)
@@ -195,7 +194,7 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
 
 
 def _backbone_from(run: Run) -> Backbone:
-    """The run's backbone, sharded where its recipe says so and several processes are together."""
+    """The run's backbone, sharded if its recipe says so and several processes are connected."""
     trainer = run.recipe.trainer
     sharded = distributed.is_distributed() and is_sharded(trainer)
     with distributed.one_by_one(trainer) if sharded else nullcontext():
@@ -212,7 +211,7 @@ def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
     """Load router and adapter of the complete run in a folder into a model, frozen.
 
     Raises:
-        RunError: the saved router does not fit its class, or the adapter is damaged or for another backbone.
+        RunError: the saved router does not match its class, or the adapter is damaged or for another backbone.
     """
     restore_router(routed, folder)
     if heals(recipe, routed.router):
@@ -235,10 +234,10 @@ def restore_router(routed: RoutedLM, folder: Path) -> None:
 
 
 def build_estimator(recipe: Recipe, router: AnyRouter) -> Estimator:
-    """The recipe's estimator with its objective; layerwise routers have one of their own.
+    """The recipe's estimator with its objective; layerwise routers have their own.
 
     Raises:
-        RegistryError: no estimator of that name.
+        RegistryError: the estimator is unknown.
     """
     section = recipe.objective
     return estimator_for(router, section.estimator, Objective(section.kl, section.ce), asdict(section))
@@ -265,7 +264,7 @@ def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
 
 
 def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
-    """The LightningModule that trains a recipe's adapter, and the path of its checkpoint."""
+    """The LightningModule that trains a recipe's adapter."""
     optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
     return HealingModule(
         routed,
@@ -283,7 +282,7 @@ def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> Healing
 
 
 def healing_identity(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
-    """Settings and digest of the router that an interrupted healing must have been begun with to be resumed."""
+    """Settings and digest of the router, which must be equal to resume an interrupted healing."""
     settings = {
         f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in HEALING_CHANGES
     }
@@ -294,35 +293,32 @@ def healing_identity(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
 
 
 def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
-    """Lightning's trainer with the keywords of a recipe; those in `options` come on top.
+    """Lightning's trainer with the keywords of a recipe, overridden by `options`.
 
     Raises:
-        TrainingError: it refuses them.
+        TrainingError: Lightning refuses them.
     """
     keywords = recipe.trainer
     strategy = keywords["strategy"]
     if any(way in str(strategy) for way in ("spawn", "fork", "notebook")):
-        raise TrainingError(
-            f"trainer.strategy={strategy} cannot start processes for a routed model; choose ddp instead."
-        )
+        raise TrainingError(f"trainer.strategy={strategy} cannot start processes for a routed model; set it to ddp.")
     devices, nodes = distributed.device_counts(keywords)
-    if strategy == STRATEGY:  # the backbone is sharded before; the router is whole on each device
+    if strategy == STRATEGY:  # `shard` handles the backbone; each device has the whole router
         strategy = "ddp" if devices * nodes > 1 else "auto"
     settings = {**keywords, "devices": devices, "num_nodes": nodes, "strategy": strategy}
     try:
         return lightning.Trainer(**(trainer_defaults(keywords) | settings | options))
-    except Exception as error:  # only settings are looked at here, and they are refused with many kinds of error
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+    except Exception as error:  # Lightning refuses settings with many types of errors
         raise TrainingError(
-            f"trainer.accelerator={keywords['accelerator']}, devices={devices} and strategy={keywords['strategy']} do "
-            f"not work here ({reason}); change them."
+            f"trainer.accelerator={keywords['accelerator']}, trainer.devices={devices} and "
+            f"trainer.strategy={keywords['strategy']} do not work here ({reason(error)}); change them."
         ) from error
 
 
 def trainer_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What Buddy's trainers do unless a recipe says otherwise: they validate four times, each time after a whole step.
+    """Defaults of Buddy's trainers: four validations, each after a whole optimizer step.
 
-    Inference mode stays off, since tensors made in it cannot be trained with later.
+    Inference mode is off, since training cannot use its tensors.
     """
     steps, accumulated = settings.get("max_steps", -1), settings.get("accumulate_grad_batches", 1)
     validation = {"val_check_interval": max(1, steps // VALIDATIONS) * accumulated, "check_val_every_n_epoch": None}
@@ -337,7 +333,7 @@ def trainer_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def instantiate(spec: ClassSpec) -> Any:
-    """The object of a class of the recipe's `callbacks` or `logger`.
+    """An object of the recipe's `callbacks` or `logger`.
 
     Raises:
         RecipeError: the class cannot be imported, or does not take its arguments.
@@ -346,6 +342,7 @@ def instantiate(spec: ClassSpec) -> Any:
 
     try:
         return instantiate_class((), asdict(spec))
-    except Exception as error:  # anyone's code
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise RecipeError(f"{spec.class_path} cannot be made ({type(error).__name__}: {reason}); change it.") from error
+    except Exception as error:  # foreign code
+        raise RecipeError(
+            f"{spec.class_path} cannot be created ({type(error).__name__}: {reason(error)}); change it."
+        ) from error

@@ -470,5 +470,5 @@ def _times(
         return measured(first, session.backbone, session.data.test.input_ids, folder), None
     except BuddyError as error:
         return None, str(error)
-    except Exception as error:  # a router may be anyone's code
+    except Exception as error:  # a router may be third-party code
         return None, f"{type(error).__name__}: {reason(error)}"

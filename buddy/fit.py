@@ -118,7 +118,7 @@ class Session:
         """Load backbone and text, and find every mistake in the recipes before anything is written.
 
         Args:
-            recipes: alike but for the router, its overrides and the seed.
+            recipes: the same except for the router, its overrides and the seed.
 
         Raises:
             BuddyError: a recipe cannot be fitted.
@@ -419,7 +419,7 @@ def _run_trainer(
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
             sentence = describe(trainer, error)
-            if stop.requested:  # a caller must not go on to the next run
+            if stop.requested:  # a caller must not continue with the next run
                 errors.print(str(sentence), soft_wrap=True)
                 raise KeyboardInterrupt from error
             raise sentence from error

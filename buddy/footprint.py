@@ -140,7 +140,7 @@ def empty_backbone(name: str, dtype: str) -> Backbone:
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
     except Exception as error:  # impossible sizes raise a dozen kinds of error
         raise BackboneError(
-            f"The configuration of {name!r} cannot be used ({reason(error)}); mend it, or name another."
+            f"The configuration of {name!r} cannot be used ({reason(error)}); correct it, or name another."
         ) from error
     return Backbone(name, model, cast(Any, None), fingerprint="")
 
@@ -148,8 +148,8 @@ def empty_backbone(name: str, dtype: str) -> Backbone:
 def weight_bytes(backbone: Backbone, devices: int, strategy: str) -> int:
     """Of the frozen backbone on each device while training.
 
-    With "auto" each device has all of it. With "fsdp" it has its shard, and whole what is not in a layer, the layer
-    that runs and the next one.
+    With "auto" each device has all of it. With "fsdp" it has its shard, all weights outside the layers, and two whole
+    layers: the one that runs and the next one.
     """
     total = _bytes(backbone.model)
     if strategy == "auto" or devices == 1:
@@ -234,7 +234,7 @@ def _executed(backbone: Backbone, router: AnyRouter, budgets: Sequence[str] | No
     for budget in [f"{budget:g}" for budget in default] if budgets is None else budgets:
         found[budget] = executed_layers(budget, backbone.num_layers, router.geometry.always_on)
         if router.full_depth and found[budget] < backbone.num_layers:
-            raise BudgetError(f"This router runs every layer; ask for budget 1.0 instead of {budget}.")
+            raise BudgetError(f"This router runs every layer; give budget 1.0 instead of {budget}.")
     return found
 
 

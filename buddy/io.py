@@ -103,8 +103,7 @@ def check_output_path(path: Path, *inputs: Path) -> None:
         raise RunError(f"{path} is an input of this command; name another file for its output.")
     if os.path.isdir(path):  # unlike Path, os.path accepts any text, such as a name of 300 letters
         raise RunError(f"{path} is a folder; name a file in it.")
-    if not os.path.isdir(path.parent):
-        raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
+    _check_parent(path)
     if not os.access(path.parent, os.W_OK):
         raise RunError(f"{path} cannot be written (the folder is read-only); choose another folder.")
 
@@ -119,7 +118,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         RunError: `path` exists, before the block or after it, or its parent is missing or cannot be written.
     """
     path = path.absolute()
-    check_new(path)
+    _check_new(path)
     beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing(path):
         for leftover in path.parent.glob(f"{glob.escape(f'.{path.name}.partial-')}*"):
@@ -129,18 +128,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         beside.mkdir()
     try:
         yield beside
-        check_new(path)  # another process may have created it
+        _check_new(path)  # another process may have created it
         with writing(path):
             beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def check_new(path: Path) -> None:
-    """Raises RunError where `new_folder` cannot make a folder: something is there, or its parent is missing."""
-    path = path.absolute()
+def _check_new(path: Path) -> None:
     if os.path.lexists(path):  # unlike Path, os.path accepts any text
         raise RunError(f"{path} exists and is not overwritten; name a new folder.")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     if not os.path.isdir(path.parent):
         raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
 
@@ -184,7 +185,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def checksum(path: Path) -> str:
     """SHA-256 of a file in hexadecimal digits; DamagedError where it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DamagedError(path, error.strerror or str(error)) from error
 

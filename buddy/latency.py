@@ -1,7 +1,7 @@
 """Milliseconds per generated token on this machine at each number of layers, measured once and stored.
 
-A budget such as 15ms is looked up here. Decode time is close to affine in the layers that run, so a few numbers of
-layers are timed, in turns so that a drift of the machine affects all alike, and values between are interpolated.
+Budgets such as 15ms resolve by this table. Decode time is nearly affine in the number of layers, so a few numbers are
+timed, in turns so that a drift of the machine affects all of them, and the others are interpolated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,10 +28,10 @@ from buddy.io import FileStore
 from buddy.scoring.timing import Contender, decode_in_turn, machine
 
 LOCK = "measuring.lock"
-LAYOUT = 2  # raise it when tokens are timed in another way: older tables are then not found
+LAYOUT = 2  # raise it when tokens are timed differently: older tables are then not found
 POINTS, ROUNDS = 5, 5
-PROMPT, STEPS = 64, 16  # tokens before those that are timed, and their number
-# Any text will do; a real one changes plans as often as text does.
+PROMPT, STEPS = 64, 16  # tokens of the prompt, and timed tokens
+# A natural text, so that plans change as often as in use.
 TEXT = (
     "A river that runs to the sea does not ask at each stone which way is down. It takes the way that is open, and "
     "where two are open it takes both, and the deeper one keeps the water in the dry months. Those who live by it "
@@ -41,10 +41,10 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class LatencyTable:
-    """Milliseconds per token of one model at each K, measured on first use unless they are stored.
+    """Milliseconds per token of one model at each K, stored or measured on first use.
 
     Args:
-        folder: where tables are stored; None keeps this one in memory only.
+        folder: of the stored tables; None keeps this one in memory only.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -52,7 +52,7 @@ class LatencyTable:
         self._table: dict[int, float] | None = None
 
     def __call__(self, routed: RoutedLM) -> dict[int, float]:
-        """The table, K → milliseconds, for every K that a budget can resolve to."""
+        """K → milliseconds, for every K of a budget."""
         if self._table is None:
             self._table = interpolated(self._points(routed, ROUNDS, fresh=False))
         return self._table
@@ -66,16 +66,14 @@ class LatencyTable:
     def _points(self, routed: RoutedLM, rounds: int, fresh: bool) -> dict[int, float]:
         setting = setting_of(routed)
         key = json.dumps(setting, sort_keys=True)
-        points = None if fresh else self._stored(key)  # a stored table waits for no other process
-        if points is not None:
-            return points
-        with self._alone() as writable:
-            points = None if fresh else self._stored(key)  # another process may have measured it meanwhile
-            if points is None:
-                counts = points_of(routed)
-                span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-                points = measure_latencies(routed, rounds, tracker(f"Timing tokens at {span} layers"))
-                if writable:
+        points = None if fresh else self._stored(key)  # without the lock
+        if points is None:
+            with self._lock():
+                points = None if fresh else self._stored(key)  # another process may have measured it meanwhile
+                if points is None:
+                    counts = points_of(routed)
+                    span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+                    points = measure_latencies(routed, rounds, tracker(f"Timing tokens at {span} layers"))
                     self._store(key, setting, points, rounds)
         return points
 
@@ -84,6 +82,8 @@ class LatencyTable:
         return None if stored is None else {int(count): float(x) for count, x in stored["milliseconds"].items()}
 
     def _store(self, key: str, setting: Mapping[str, Any], points: Mapping[int, float], rounds: int) -> None:
+        if self._folder is None:
+            return
         measured = datetime.now(UTC).isoformat(timespec="seconds")
         table = {"setting": setting, "measured": measured, "rounds": rounds, "context": PROMPT, "milliseconds": points}
         try:
@@ -92,32 +92,23 @@ class LatencyTable:
             errors.print(f"Latencies are not stored: {error}", soft_wrap=True)
 
     @contextmanager
-    def _alone(self) -> Iterator[bool]:
-        """Excludes other measurements, of any model, which would slow this one; yields whether the folder is usable."""
-        if self._folder is None:
-            yield False
-            return
-        lock = FileLock(self._folder / LOCK)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except OSError as error:
-            errors.print(f"Latencies are not stored in {self._folder} ({error.strerror or error}).", soft_wrap=True)
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+    def _lock(self) -> Iterator[None]:
+        """Excludes other measurements, of any model, which would slow this one."""
+        with ExitStack() as stack:
+            if self._folder is not None:
+                with suppress(OSError):  # `_store` reports a folder that cannot be written
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(FileLock(self._folder / LOCK))
+            yield
 
 
 @torch.no_grad()
 def measure_latencies(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter) -> dict[int, float]:
-    """Median milliseconds of a decode step at a few K, batch 1, with an adapter off: runs are served with it merged.
+    """Median milliseconds of a decode step at a few K, batch 1, with the adapter off, as if it were merged.
 
     Args:
         routed: the model.
-        rounds: each K is timed once in each, after one round that is not counted.
+        rounds: timings of each K, after one warm-up round.
         track: wraps the rounds to show progress.
     """
     counts, ids, model = points_of(routed), _text(routed), routed.backbone.model
@@ -133,7 +124,7 @@ def measure_latencies(routed: RoutedLM, rounds: int = ROUNDS, track: Track = ite
 def interpolated(points: Mapping[int, float]) -> dict[int, float]:
     """Milliseconds at every K between the smallest and the largest, linear between points.
 
-    More layers never take less: where noise says so, the point before is used.
+    More layers never take less time: a smaller value, which is noise, is replaced by the one before.
     """
     counts = sorted(points)
     values = np.maximum.accumulate([points[count] for count in counts])
@@ -142,7 +133,7 @@ def interpolated(points: Mapping[int, float]) -> dict[int, float]:
 
 
 def points_of(routed: RoutedLM) -> list[int]:
-    """The K to time: evenly spaced from the layers that always run to full depth."""
+    """The K to time: evenly spaced from the always-on layers to full depth."""
     layers, least = routed.geometry.layers, routed.geometry.always_on
     if routed.router.full_depth:
         return [layers]
@@ -152,7 +143,7 @@ def points_of(routed: RoutedLM) -> list[int]:
 def setting_of(routed: RoutedLM) -> dict[str, Any]:
     """All that the time of a token depends on, except other load on the machine."""
     backbone, here = routed.backbone, machine()
-    beside = 0 if routed.adapter is None else routed.adapter.size
+    added = 0 if routed.adapter is None else routed.adapter.size
     return {
         "layout": LAYOUT,
         "processor": here["processor"],
@@ -160,7 +151,7 @@ def setting_of(routed: RoutedLM) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "backbone": backbone.fingerprint,
-        "parameters": backbone.model.num_parameters() - beside,  # the same whether an adapter is merged or beside
+        "parameters": backbone.model.num_parameters() - added,  # equal for a merged and an unmerged adapter
         "dtype": str(backbone.dtype),
         "attention": backbone.model.config._attn_implementation,
         "router": type(routed.router).__name__,
@@ -170,7 +161,7 @@ def setting_of(routed: RoutedLM) -> dict[str, Any]:
 
 
 def _text(routed: RoutedLM) -> Tensor:
-    """(1, T) long: a prompt, and the `STEPS` tokens that are timed at its end."""
+    """(1, T) long: a prompt and the `STEPS` timed tokens."""
     tokens = routed.backbone.tokenizer(TEXT, add_special_tokens=False).input_ids
     length = min(PROMPT + STEPS, routed.backbone.context_length)
     return torch.tensor([(tokens * length)[:length]], device=routed.backbone.device)

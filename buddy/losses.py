@@ -1,4 +1,4 @@
-"""What a plan is judged by: KL to the dense model and next-token cross-entropy, token by token; and budget draws."""
+"""KL to the dense model and next-token cross-entropy per token, the objective, and draws of budgets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Dense:
-    """The dense model's next-token distribution, in the form that KL needs.
+    """The dense model's next-token distribution, as `kl_to_dense` needs it.
 
     Args:
         logits: (B, T, V).
@@ -38,7 +38,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _distribution(logits: Tensor, probability: Tensor) -> Tensor:
-    """Fill in the probabilities; Σ p ln p, from the logits, which is cheaper than from the logarithm of each p."""
+    """Writes the probabilities; returns Σ p ln p, from the logits, which is cheaper than from the logarithms of p."""
     torch.softmax(logits.detach().float(), -1, out=probability)
     return -_cross(probability, logits)
 
@@ -51,8 +51,8 @@ def _cross(probability: Tensor, logits: Tensor) -> Tensor:
 def _by_token(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """`function` over the last dimension, a few tokens at a time.
 
-    A vocabulary in float32 is some hundred kilobytes a token: on a CPU, few tokens stay in its cache, which is several
-    times faster than one pass over all of them; on an accelerator the bound only keeps memory small.
+    Logits in float32 take some hundred kilobytes per token. On a CPU, a few tokens fit in its cache, which is several
+    times faster than one pass over all tokens; on an accelerator the limit only saves memory.
     """
     shape = tensors[0].shape[:-1]
     step = 8 if tensors[0].device.type == "cpu" else 512
@@ -61,7 +61,7 @@ def _by_token(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 class Objective:
-    """Weighted sum of both, per token.
+    """Weighted sum of KL and cross-entropy, per token.
 
     Args:
         kl: weight of KL to the dense model.
@@ -78,7 +78,7 @@ class Objective:
 
 
 def draw_budgets(grid: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
-    """K for each of `rows` examples, (rows,) long, drawn from the grid without repeats as long as it lasts."""
+    """K for each of `rows` examples, (rows,) long, drawn from the grid without repeats as long as possible."""
     drawn: list[int] = []
     while len(drawn) < rows:
         drawn += [grid[i] for i in torch.randperm(len(grid), generator=generator)]

@@ -324,10 +324,7 @@ def _resolve(folder: Path) -> Path:
         seeds, below = complete_seeds(folder), _runs_in(folder)
         if len(seeds) == 1:
             return folder / f"seed-{seeds[0]}"
-        if seeds:
-            names = ", ".join(f"seed-{seed}" for seed in seeds)
-            raise RunError(f"{folder} holds the runs {names}; name one of them, such as {folder}/seed-{seeds[0]}.")
-        if any(folder.glob(f"seed-*/{RECIPE}")):
+        if not seeds and any(folder.glob(f"seed-*/{RECIPE}")):
             raise _unfinished(folder)
         if below:
             raise RunError(f"{folder} is not a run but holds the runs {', '.join(below)}; name one of them.")

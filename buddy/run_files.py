@@ -121,6 +121,12 @@ def run_facts(
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
+    """The facts of run.json that a `Run` has as fields.
+
+    Raises:
+        DamagedError: one is missing or of another type.
+        RunError: a newer Buddy made the run.
+    """
     path = folder / FACTS
     facts = read_json(path)
     made = facts.get("format")

@@ -1,7 +1,6 @@
 """A small, complete package for a new router: `buddy routers new NAME`."""
 
 import re
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -57,20 +56,12 @@ def check_name(name: str) -> None:
             raise RegistryError(
                 f"A router named {name!r} is installed already, by {entry.distribution!r}; choose another name."
             )
-    if _is_installed(f"buddy-router-{name}") or find_spec(_module(name)) is not None:
+    if find_spec(_module(name)) is not None:
         raise RegistryError(f"A package buddy-router-{name} is installed already; choose another name.")
 
 
 def _module(name: str) -> str:
     return f"buddy_router_{name.replace('-', '_')}"
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 PROJECT = """\

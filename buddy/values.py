@@ -48,7 +48,7 @@ def problem(key: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> str |
     if len(value) < bounds.get("least_items", 0):
         return f"{key} is empty; list at least one."
     if bounds.get("unique") and (twice := [each for each in value if value.count(each) > 1]):
-        return f"{key} holds {getattr(twice[0], 'label', twice[0])} more than once; name it once."
+        return f"{key} contains {getattr(twice[0], 'label', twice[0])} more than once; name it once."
     inner: list[str | None] = []
     for number, each in enumerate(value):
         name = f"{key}[{number}]"

@@ -106,7 +106,7 @@ class Worker:
 
         Returns:
             None, or why it failed, in one sentence. Every error but an interrupt is caught, since a router may be
-            anyone's code, and the other runs go on.
+            third-party code, and the other runs continue.
         """
         try:
             self._run(spec)

@@ -1,1 +1,1 @@
-"""What the site has beside the prose of docs/: references made from the code, the picture of a token's way, hooks."""
+"""Generated parts of the documents: references from the code, the picture of a plan, and hooks of mkdocs."""

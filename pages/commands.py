@@ -22,7 +22,7 @@ failed (a check of a router, a run of a comparison), 2 with one sentence for bad
 
 @dataclass(frozen=True)
 class Parameter:
-    """What `--help` prints of one argument or option."""
+    """One argument or option as `--help` prints it."""
 
     spelling: str
     default: str

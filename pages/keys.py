@@ -13,7 +13,7 @@ ROW = re.compile(r"^\| `([\w.]+)` \|.*\| (.*) \|$")
 
 
 class Key(NamedTuple):
-    """What the schema knows of one key, as the page spells it."""
+    """One key of a recipe as the page shows it."""
 
     name: str
     kind: str
@@ -21,7 +21,7 @@ class Key(NamedTuple):
 
 
 def keys(section: object | None = None, prefix: str = "") -> Iterator[Key]:
-    """Everything that a recipe may say, in the order of the schema."""
+    """All keys of a recipe, in the order of the schema."""
     section = Recipe() if section is None else section
     for item in fields(section):  # type: ignore[arg-type]
         name, value, bounds = prefix + item.name, getattr(section, item.name), item.metadata
@@ -37,7 +37,7 @@ def keys(section: object | None = None, prefix: str = "") -> Iterator[Key]:
 
 
 def written(page: str) -> str:
-    """The page with its tables of keys made anew: rows of keys that went are gone, new ones stand in their place.
+    """The page with its tables of keys regenerated, in the order of the schema and without removed keys.
 
     Raises:
         ValueError: a key has no row, and so no meaning, yet.

@@ -1,4 +1,4 @@
-"""The picture in docs/concepts.md: one token's way through the layers of a small model at one budget, as SVG."""
+"""The picture in docs/concepts.md: which layers one token runs in a small model at one budget, as SVG."""
 
 from xml.sax.saxutils import escape
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from buddy.predictor.grpo import BudgetPolicy, RewardWeights, train_policy
 from buddy.predictor.regress import CurvePredictor
-from buddy.scoring.statistics import layers_at
+from buddy.scoring.statistics import hull
 
 
 def by_epsilon(increase: np.ndarray, arms: np.ndarray, epsilon: float) -> np.ndarray:
@@ -239,3 +239,15 @@ def _policies(measured: Measured, fold: np.ndarray, cost: float) -> np.ndarray:
         with torch.no_grad():
             places[own] = policy(measured.features[own]).argmax(-1).numpy()
     return places
+
+
+def layers_at(points: Mapping[float, float], loss: float) -> float | None:
+    """The mean layers of the cheapest mixture of two fixed budgets that reaches a mean loss.
+
+    None where no mixture reaches it, or where the smallest budget is better already.
+    """
+    layers, losses = hull(points)
+    falling = np.minimum.accumulate(losses)
+    if not falling[-1] <= loss <= falling[0]:
+        return None
+    return float(np.interp(-loss, -falling, layers))

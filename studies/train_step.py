@@ -179,9 +179,11 @@ def measure(rounds: int, steps: int) -> tuple[list[float], list[float]]:
     for _ in track(range(rounds), "Blocks"):
         clock = _Clock()
         with quiet():
+            module = build_module(recipe, routed)
+            module.mark_calibrated()
             trainer = lightning.Trainer(
                 max_steps=steps,
-                max_epochs=-1,
+                limit_val_batches=0,
                 accelerator="cpu",
                 callbacks=[clock],
                 logger=False,
@@ -189,7 +191,7 @@ def measure(rounds: int, steps: int) -> tuple[list[float], list[float]]:
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            trainer.fit(build_module(recipe, routed), datamodule=data)
+            trainer.fit(module, datamodule=data)
         ours += clock.seconds[1:]
         loop = BareLoop(routed, data.batch, grid, recipe.optimizer.lr)
         bare += _timed(loop, steps)[1:]

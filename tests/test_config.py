@@ -509,6 +509,7 @@ RECIPES = st.builds(
 
 
 # hypothesis sometimes says of OPTIONS, wrongly, that it does not recurse
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 @settings(deadline=None, max_examples=25)
 @given(recipe=RECIPES)

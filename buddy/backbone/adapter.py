@@ -1,7 +1,6 @@
-"""A LoRA adapter (2106.09685) on the linear modules of a backbone's layers, by peft: made, switched, saved, merged.
+"""A LoRA adapter (2106.09685, by peft) on the linear modules of a backbone's layers after the context layers.
 
-The context layers have none, so a router sees the same context with and without the adapter, and a router that sees
-nothing else plans the same.
+A router sees the same context with and without the adapter, so a router with no other input computes the same plans.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
-from buddy.errors import DamagedError, RunError, TrainingError, nearest
+from buddy.errors import DamagedError, RunError, TrainingError, nearest, reason
 from buddy.io import load_tensors, read_json, save_tensors, write_json, writing
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ NAME = "default"  # peft's name for the only adapter of a model
 
 
 def linear_modules(backbone: Backbone) -> list[str]:
-    """Names of the linear modules of a decoder layer, such as q_proj, in their order."""
+    """Names of the linear modules of the decoder layers, such as q_proj, in order."""
     names = (
         name.rpartition(".")[2]
         for layer in backbone.layers
@@ -41,7 +40,7 @@ def linear_modules(backbone: Backbone) -> list[str]:
 
 
 def check_targets(targets: Sequence[str], backbone: Backbone) -> list[str]:
-    """The module names that `targets` stand for: themselves, or every linear module for "all-linear".
+    """The module names in `targets`, or those of all linear modules for "all-linear".
 
     Raises:
         TrainingError: a name that no linear module of a layer has.
@@ -58,10 +57,10 @@ def check_targets(targets: Sequence[str], backbone: Backbone) -> list[str]:
 
 
 class Adapter:
-    """An adapter on a backbone, in place, until `remove` or `merge`; made by `new` or `load`.
+    """An adapter on a backbone, in place, until `remove` or `merge`; `new` and `load` create it.
 
     Attributes:
-        parts: what is trained and saved in checkpoints, by the name of the module that it adapts.
+        parts: the trainable modules, by the name of the module that they adapt.
     """
 
     def __init__(self, backbone: Backbone, config: LoraConfig) -> None:
@@ -94,11 +93,11 @@ class Adapter:
         first: int,
         seed: int,
     ) -> Adapter:
-        """An adapter without effect yet: its second factors are zeros, the first are drawn from the seed alone.
+        """A new adapter without effect: the second factors are zero, the first depend only on the seed.
 
         Args:
             backbone: without an adapter.
-            rank: r of the two factors of each module.
+            rank: r, of the two factors of each module.
             alpha: their product is scaled by alpha / r.
             dropout: of the factors' inputs, in training.
             targets: names of linear modules, or "all-linear".
@@ -127,7 +126,7 @@ class Adapter:
         """The adapter in a folder, frozen, on a backbone without one.
 
         Raises:
-            RunError: missing, damaged, or made for another backbone.
+            RunError: a file is missing or damaged, or belongs to another backbone.
         """
         made = read_json(folder / MADE_FOR)
         if made.get("fingerprint") != backbone.fingerprint:
@@ -139,8 +138,8 @@ class Adapter:
         config, tensors = _read_config(folder), load_tensors(folder / WEIGHTS)
         try:
             adapter = cls(backbone, config)
-        except (TypeError, ValueError) as error:  # peft finds none of the modules, or words for numbers
-            raise DamagedError(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
+        except (TypeError, ValueError) as error:  # peft finds none of the modules, or wrong types
+            raise DamagedError(folder / CONFIG, reason(error)) from error
         try:
             adapter._load_state(tensors, folder / WEIGHTS)
         except BaseException:
@@ -150,7 +149,7 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """Number of parameters that it adds to the model."""
+        """Number of added parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
@@ -160,7 +159,7 @@ class Adapter:
     def train(self) -> None:
         """Switch to training: dropout, and products in the backbone's dtype; the factors stay in float32.
 
-        Otherwise peft casts the inputs of every module to float32, which takes as long as the module itself.
+        By default peft casts the inputs of every module to float32, which takes as long as the module itself.
         """
         self.parts.train()
         self._in_float32(False)
@@ -173,7 +172,7 @@ class Adapter:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within this block the modules are the stock ones."""
+        """Within this block the adapter is disabled."""
         if self._is_off:
             yield
             return
@@ -184,7 +183,7 @@ class Adapter:
             self._switch(True)
 
     def save(self, folder: Path) -> None:
-        """Write it as peft does, for `PeftModel.from_pretrained` too, with the backbone's fingerprint beside it."""
+        """Write it in peft's format, as for `PeftModel.from_pretrained`, with the backbone's fingerprint."""
         with writing(folder):
             folder.mkdir(exist_ok=True)
         config = {**self._peft.peft_config[NAME].to_dict(), "inference_mode": True}
@@ -193,14 +192,14 @@ class Adapter:
         save_tensors(folder / WEIGHTS, self._state(), {"format": "pt"})
 
     def remove(self) -> None:
-        """Give the stock modules back."""
+        """Restore the stock modules."""
         self._peft.unload()
 
     def merge(self) -> None:
-        """Add it to the weights for good: the same function but for rounding, at the stock model's cost.
+        """Add it to the weights permanently: the same function up to rounding, at the stock model's cost.
 
         Raises:
-            RunError: weights that are not finite.
+            RunError: a weight is not finite.
         """
         try:
             self._peft.merge_and_unload(safe_merge=True)
@@ -215,11 +214,11 @@ class Adapter:
         self._is_off = not on
         for layer in self._tuned:
             layer.enable_adapters(on)
-        if on and not self._trains:  # peft makes trainable what it switches on
+        if on and not self._trains:  # peft makes enabled adapters trainable
             self.parts.requires_grad_(False)
 
     def _state(self) -> dict[str, Tensor]:
-        """The factors by their names in a file; they share memory with the adapter's own."""
+        """The factors under their names in a file; they share memory with the adapter."""
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(self._peft, adapter_name=NAME, save_embedding_layers=False)
@@ -242,7 +241,7 @@ class _Factor(nn.Linear):
 
 
 def _own_parts(layer: Any) -> nn.ModuleDict:
-    """What peft added to a linear module: two factors, and dropout before them."""
+    """The modules that peft added to a linear module: two factors, and dropout before them."""
     return nn.ModuleDict({"A": layer.lora_A[NAME], "B": layer.lora_B[NAME], "dropout": layer.lora_dropout[NAME]})
 
 
@@ -255,4 +254,4 @@ def _read_config(folder: Path) -> LoraConfig:
     try:
         return LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:
-        raise DamagedError(folder / CONFIG, str(error).partition("\n")[0].rstrip(".")) from error
+        raise DamagedError(folder / CONFIG, reason(error)) from error

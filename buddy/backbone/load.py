@@ -1,8 +1,8 @@
 """Load, freeze and describe a causal language model: the backbone whose layers a router may skip.
 
-A backbone is named by `smollm2-135m` (the embedded SmolLM2-135M-Instruct, no network), by a local folder in the hub's
-layout (config.json, safetensors, tokenizer) or by a name on the hub. Its architecture is read from the configuration
-and refused, before any weight is loaded, unless `FAMILIES` lists it.
+The name of a backbone is `smollm2-135m` (the embedded SmolLM2-135M-Instruct, no network), a local folder in the hub's
+layout (config.json, safetensors, tokenizer) or a name on the hub. `FAMILIES` lists the supported architectures; others
+are refused before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from buddy.backbone import embedded
 from buddy.errors import BackboneError, nearest, reason
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """A family of models that can be routed.
+    """A supported family of models.
 
     Attributes:
-        causal_lm: name of its causal-LM class in transformers.
-        attention: the implementation of attention that computes it exactly.
+        causal_lm: its causal-LM class in transformers.
+        attention: an implementation of attention that is exact for it.
     """
 
     causal_lm: str
     attention: str = "sdpa"
 
 
-# By `model_type`. What they share: an inner `model.layers` of plain residual layers, each with a `self_attn` whose keys
-# and values are the layer's only state between tokens. A new family is a line here and one in `tests/tiny.py`.
+# By `model_type`. All have an inner `model.layers` of plain residual layers, each with a `self_attn` whose keys and
+# values are the layer's only state between tokens. A new family is a line here and one in `tests/tiny.py`.
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM"),
@@ -49,20 +49,19 @@ FAMILIES = {
 }
 CHOICES = f"a folder in the hub's layout, owner/name on the hub, or {embedded.NAME!r}"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MIN_LAYERS = 3  # a context layer, a last layer, and one between that may be skipped
+MIN_LAYERS = 3  # a context layer, a routable layer and the last layer
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
-SIGNS = 1024  # weights of each parameter whose signs enter the fingerprint
+SAMPLE = 1024  # values of each parameter that digests look at
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A frozen causal language model in evaluation mode, its tokenizer, and the sizes others need.
+    """A frozen causal language model in evaluation mode, its tokenizer, and its sizes.
 
     Attributes:
-        name: the recipe's name of it, saved in runs; "smollm2-135m" for the embedded model.
+        name: its name in recipes and runs; "smollm2-135m" for the embedded model.
         model: the transformers model; no parameter requires a gradient.
-        tokenizer: always has a padding token; where a model has none of its own it is the end token, so padding needs
-            an attention mask.
+        tokenizer: always has a padding token, by default the end token, so padding needs an attention mask.
         fingerprint: 16 hexadecimal digits, equal for the same weights in any dtype; see `fingerprint`.
     """
 
@@ -70,11 +69,6 @@ class Backbone:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
-
-    @property
-    def title(self) -> str:
-        """What the model is called in texts and tables: the name, or the embedded model's full name."""
-        return title_of(self.name)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -103,12 +97,12 @@ class Backbone:
 
     @property
     def context_length(self) -> int:
-        """Positions that the model was made for, in tokens."""
+        """The largest number of positions, in tokens."""
         return self.model.config.max_position_embeddings
 
     @property
     def device(self) -> torch.device:
-        """Where the model is now."""
+        """The model's device."""
         return self.model.device
 
     @property
@@ -118,7 +112,7 @@ class Backbone:
 
 
 def title_of(name: str) -> str:
-    """What a backbone is called in texts and tables: `name`, or the embedded model's full name."""
+    """The name of a backbone in texts and tables: `name`, or the embedded model's full name."""
     return embedded.TITLE if name in embedded.NAMES else name
 
 
@@ -132,7 +126,7 @@ def load_backbone(
             HF_HUB_OFFLINE is honoured.
         dtype: float32, bfloat16 or float16.
         revision: a branch, tag or commit; for hub names only.
-        trust_remote_code: let a repository's own Python make its tokenizer; the model is always transformers' own.
+        trust_remote_code: use a repository's own Python for its tokenizer; the model is always transformers' own.
 
     Raises:
         BackboneError: the model cannot be found, is damaged or incomplete, or cannot be routed; unknown dtype.
@@ -152,11 +146,11 @@ def load_backbone(
 
 
 def check_routable(name: str, config: dict) -> None:
-    """Refuse, by name, a model whose configuration (the content of config.json) says that it cannot be routed.
+    """Refuse a model that cannot be routed, by the content of its config.json.
 
     Raises:
-        BackboneError: the architecture is not in `FAMILIES`, has no next-token head, reads later tokens, or is too
-            shallow to skip a layer.
+        BackboneError: the architecture is not in `FAMILIES`, has no next-token head, attends to later tokens, or has
+            too few layers.
     """
     kind = str(config.get("model_type"))
     architectures = config.get("architectures") or []
@@ -173,26 +167,30 @@ def check_routable(name: str, config: dict) -> None:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """16 hexadecimal digits that tell one backbone's weights from another's, whatever dtype they were loaded in.
+    """16 hexadecimal digits that depend on the weights of a backbone, and not on their dtype.
 
-    Hashes the sizes and the signs of weights sampled evenly from every parameter: rounding to another
-    floating-point type never turns a sign (zero keeps its own), while values do change.
+    A hash of the sizes and of the signs of weights sampled evenly from every parameter: rounding to another
+    floating-point type keeps each sign, also of zero.
     """
     digest = hashlib.sha256(repr([getattr(model.config, key, None) for key in ("model_type", *SIZES)]).encode())
     for parameter in model.parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // SIGNS)]
-        digest.update(torch.signbit(sample).cpu().numpy().tobytes())
+        digest.update(torch.signbit(sampled(parameter)).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
+def sampled(parameter: Tensor) -> Tensor:
+    """About `SAMPLE` values of a parameter, evenly spaced, (N,)."""
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLE)]
+
+
 def locate(name: str, revision: str | None = None) -> str:
-    """The folder, or the hub's name, that `name` stands for.
+    """The folder or the name on the hub of a backbone.
 
     Raises:
-        BackboneError: it can be neither, the folder cannot be a model, or something local is given a revision.
+        BackboneError: neither exists, the folder is no model, or a local model has a revision.
     """
-    folder = Path(os.path.expanduser(name))  # os.path, unlike Path, answers for any text: "~nobody", 300 letters
+    folder = Path(os.path.expanduser(name))  # Path.expanduser fails for "~unknown"
     if name in embedded.NAMES:
         folder = embedded.smollm2_folder()
     elif not name.strip():
@@ -203,7 +201,7 @@ def locate(name: str, revision: str | None = None) -> str:
         raise BackboneError(f"{name!r} is a file; name the folder that holds config.json and the weights.")
     elif name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
         raise BackboneError(f"There is no folder {name!r}; check the path, or give {CHOICES}.")
-    elif "/" not in name:  # none of the hub's models that can be routed has a name without an owner
+    elif "/" not in name:  # all supported models on the hub have an owner
         raise BackboneError(f"No model is named {name!r}{nearest(name, embedded.NAMES) or f'; give {CHOICES}.'}")
     else:
         return name
@@ -213,7 +211,7 @@ def locate(name: str, revision: str | None = None) -> str:
 
 
 def _check_folder(name: str, folder: Path) -> None:
-    """Refuse a folder that cannot be a model before transformers looks for it elsewhere."""
+    """Refuse a folder without a model, before transformers searches elsewhere."""
     if not (folder / "config.json").is_file():
         raise BackboneError(f"The folder {name!r} has no config.json; name a folder made by save_pretrained.")
     if not list(folder.glob("*.safetensors")):
@@ -221,7 +219,7 @@ def _check_folder(name: str, folder: Path) -> None:
 
 
 def read_config(name: str, source: str, revision: str = "main") -> dict:
-    """The content of config.json in a source of `locate`, read without running or importing any model's code."""
+    """The content of config.json: of a folder, a file or a name on the hub, without running any model's code."""
     from huggingface_hub.constants import is_offline_mode
     from transformers import PreTrainedConfig
 
@@ -231,7 +229,7 @@ def read_config(name: str, source: str, revision: str = "main") -> dict:
             raise ValueError("config.json holds no mapping")
         return config
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        if os.path.isdir(source):
+        if os.path.exists(source):
             raise _damaged(repr(name), error) from error
         why = "HF_HUB_OFFLINE is set and the hub's cache lacks it" if is_offline_mode() else reason(error)
         raise BackboneError(f"No model {name!r} was found ({why}); check the name, or give {CHOICES}.") from error
@@ -240,15 +238,15 @@ def read_config(name: str, source: str, revision: str = "main") -> dict:
 def _load_model(name: str, source: str, **options: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    # Without this, a hub model that has only pickle files makes transformers ask a public service to convert it.
+    # Otherwise transformers asks a public service to convert a hub model that has only pickle files.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     how = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **how, **options)
-    except Exception as error:  # impossible sizes and cut files show as a dozen kinds of error, all the user's
+    except Exception as error:  # wrong sizes and incomplete files raise a dozen types of error
         raise _damaged(repr(name), error) from error
     absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    if absent:  # transformers would leave them random
+    if absent:  # transformers would initialise them randomly
         trouble = f"The weights of {name!r} lack {min(absent)} in the size that config.json gives"
         raise BackboneError(f"{trouble}; download the model again.")
     return model.eval().requires_grad_(False)
@@ -267,4 +265,4 @@ def _load_tokenizer(name: str, source: str, **options: Any) -> PreTrainedTokeniz
 
 
 def _damaged(what: str, error: Exception) -> BackboneError:
-    return BackboneError(f"{what} cannot be loaded ({reason(error)}); mend that, or download the model again.")
+    return BackboneError(f"{what} cannot be loaded ({reason(error)}); correct that, or download the model again.")

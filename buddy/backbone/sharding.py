@@ -1,7 +1,7 @@
 """`trainer.strategy=fsdp`: each device holds a shard of every decoder layer (FSDP2), and the whole router.
 
-All processes gather a layer together when it is called, whether or not their plans run it, so processes with different
-plans never deadlock. Everything outside the layers (embeddings, last norm, head) is replicated on every device.
+All processes gather each layer that is called, whether or not their plans run it, so processes with different plans
+never deadlock. Embeddings, last norm and head are replicated on every device.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ STRATEGY = "fsdp"
 
 
 def is_sharded(trainer: Mapping[str, Any]) -> bool:
-    """Whether weights are sharded: the recipe asks for it, and for more than one device."""
+    """Whether weights are sharded: with strategy fsdp and more than one device."""
     devices, nodes = distributed.device_counts(trainer)
     return trainer["strategy"] == STRATEGY and devices * nodes > 1
 
 
 def check_sharding(recipe: Recipe) -> None:
-    """Raises TrainingError for parts of a recipe that do not work with sharded weights."""
+    """Raises TrainingError for recipe keys that do not work with sharded weights."""
     if not is_sharded(recipe.trainer):
         return
     if recipe.predictor.name is not None:
         raise TrainingError(
-            "A budget predictor is fitted by one process alone, which fsdp does not allow; set trainer.strategy=ddp or "
+            "Only one process fits a budget predictor, which fsdp does not allow; set trainer.strategy=ddp or "
             "predictor.name=null."
         )
     if recipe.adapter is not None and recipe.adapter.joint:
         raise TrainingError(
-            "adapter.joint runs rows at full depth without the router, and fsdp needs all processes to run the same; "
+            "adapter.joint runs some rows without the router, and fsdp needs the same calls in all processes; "
             "set adapter.joint=false or trainer.strategy=ddp."
         )
 
 
 def join(trainer: Mapping[str, Any]) -> None:
-    """`distributed.launch`, and the device mesh that the shards lie on."""
+    """`distributed.launch`, and create the device mesh of the shards."""
     distributed.launch(trainer)
     if is_sharded(trainer):
         _mesh(trainer["accelerator"])
@@ -55,8 +55,8 @@ def join(trainer: Mapping[str, Any]) -> None:
 def shard(backbone: Backbone, accelerator: str) -> None:
     """Keep only this process's shard of every layer, on its device; call `finish_sharding` next.
 
-    Nothing may be attached to the backbone. Each layer goes to the device whole, one after the other. No process waits
-    for another here.
+    The backbone must be without a router or adapter. The layers are moved to the device one after the other. No process
+    waits for another here.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -70,7 +70,7 @@ def shard(backbone: Backbone, accelerator: str) -> None:
 
 @torch.no_grad()
 def finish_sharding(backbone: Backbone) -> None:
-    """The first forward, by all processes: FSDP takes the module that is called first for its root, the decoder."""
+    """The first forward, in all processes: FSDP's root is the module that is called first, here the decoder."""
     backbone.base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device), use_cache=False)
 
 

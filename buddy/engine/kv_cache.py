@@ -110,7 +110,7 @@ class PendingLayer:
             RuntimeError: states are pending, as when a routed model's cache is given to the stock model after `detach`.
         """
         if self.pending:
-            raise RuntimeError("Skipped states still wait in this cache; go on with the routed model that filled it.")
+            raise RuntimeError("Skipped states are pending in this cache; use the routed model that filled it.")
         return super().update(key_states, value_states, *args, **kwargs)
 
     @property
@@ -184,7 +184,7 @@ class SlidingLayer(PendingLayer, DynamicSlidingWindowLayer):
 
 
 class HoleLayer(PendingLayer, DynamicLayer):
-    """Policy `hole`: stores only the positions that some row ran, with full or sliding attention alike.
+    """Policy `hole`: stores only the positions that some row ran, with full and with sliding attention.
 
     Attributes:
         seen: positions that passed, stored or not.
@@ -264,7 +264,7 @@ class RoutedCache:
 
     Attributes:
         filled_by: what fills it: the backbone's fingerprint, the policy, the index of the context layer and the states
-            that are pooled. Only the same may go on with it.
+            that are pooled. Only the same may continue with it.
         pool: the context so far.
         scores: (B, 1, R), those of the last decision, for tokens that do not decide; None where every token decides.
         decided: position of the prompt's last token, from which decisions are counted; None before there is one.

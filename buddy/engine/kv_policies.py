@@ -240,7 +240,7 @@ class RectangularView:
         return take(mask[:, 0], rows, positions, self.batch)[:, None]
 
     def blocks(self, mask: Tensor | None) -> Blocks | None:
-        """Keys lie in order of position, so early queries need only the early keys."""
+        """Keys are in order of position, so early queries need only the early keys."""
         return None if self.group.positions is None else attention_blocks(self.group.positions, mask, self.length)
 
     def _place(self, to: Tensor | None, part: Tensor, flat: Tensor, real: Tensor | None) -> Tensor:

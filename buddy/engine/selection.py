@@ -4,7 +4,7 @@ A stock layer takes rectangles (rows × tokens), but each row of a batch may hav
 layer. Rows with similar numbers share a call, padded with tokens that did not choose the layer and whose output is
 dropped; rows with very different numbers get calls of their own.
 
-Attention is cut into blocks of queries on the CPU: a causal kernel skips the half of the products that lie ahead of the
+Attention is cut into blocks of queries on the CPU: a causal kernel skips the half of the products that are ahead of the
 queries, while one with an explicit mask computes them and throws them away. Selected queries in rising order need,
 block by block, only the keys up to their last, which wins most of that half back.
 """

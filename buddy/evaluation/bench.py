@@ -28,6 +28,8 @@ from buddy.scoring.timing import PROMPT, STEPS, Contender, Timings, contenders, 
 
 FIGURE = "speed.png"
 NONE = "–"
+FILE, ROUNDS, FULL = "speed.json", 3, "full"  # of a comparison
+TURNS = "drawn for each token"  # how times are measured; those in the folder of another way are measured again
 LONG, BATCH = 512, 8
 LATE = 1024  # tokens of context before the late decode steps, where the backbone reads as many
 Field = Mapping[tuple[str, int], Timings]
@@ -41,7 +43,7 @@ def bench_run(
     Args:
         folder: the run.
         json_file: where the results go as JSON, if anywhere.
-        budgets: asked instead of the recipe's.
+        budgets: instead of the recipe's.
         rounds: how often each contender runs.
 
     Raises:
@@ -53,12 +55,12 @@ def bench_run(
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run, merged=True)
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
-    asked = {str(budget): routed.executed_layers(budget) for budget in wanted}
-    below = sorted({count for count in asked.values() if count < routed.geometry.layers}, reverse=True)
+    counts = {str(budget): routed.executed_layers(budget) for budget in wanted}
+    below = sorted({count for count in counts.values() if count < routed.geometry.layers}, reverse=True)
     if routed.router.full_depth:
-        raise BudgetError("This run's router runs every layer, so there is nothing to bench; name another run.")
+        raise BudgetError("This run's router runs every layer, so there is nothing to time; name another run.")
     if not below:
-        raise BudgetError("Every budget asked for is full depth; name one below 1.0, such as --budgets 0.5.")
+        raise BudgetError("All budgets are full depth; give one below 1.0, such as --budgets 0.5.")
     ids = _text(run, routed)
     late = ids.flatten()[None, : min(LATE + STEPS, routed.backbone.context_length)]
     sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
@@ -68,29 +70,34 @@ def bench_run(
             field, ids, prompts=(PROMPT, LONG), batches=(1, BATCH), late=late, rounds=rounds, track=tracker("Rounds")
         )
         mixed = mixed_prefill(routed, field, ids[:, :LONG])
-    report = as_json(asked, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
-    report |= {"peak_memory_mib": _peak_mib(), "threads": torch.get_num_threads(), "rounds": rounds}
-    report |= {"late_context": late.shape[1] - STEPS, "latency_ms": _remeasured(routed, rounds)}
+    report = as_json(counts, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    report |= {"peak_memory_mib": peak, "threads": torch.get_num_threads(), "rounds": rounds}
+    # Budgets such as 15ms use this table from now on.
+    latency = {} if routed.table is None else routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]
+    report |= {"late_context": late.shape[1] - STEPS, "latency_ms": latency}
     _show(report, run)
     if json_file:
         write_json(json_file, report)
         results.print(f"JSON: {json_file}", soft_wrap=True)
     try:
         draw(report, folder / FIGURE)
-    except RunError as error:  # to time a run needs no right to write into it
+    except RunError as error:  # timing works in a read-only run folder
         errors.print(f"No figure: {error}", soft_wrap=True)
         return
     results.print(f"Figure: {folder / FIGURE}", soft_wrap=True)
 
 
-def as_json(asked: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:
+def as_json(counts: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:
     """{"results": [one entry a budget], "dense": …}; milliseconds are medians over rounds, and so are the ratios.
 
-    A ratio is taken within each round, between runs a few seconds apart, so that a drift of the machine cancels.
+    Ratios are taken within a round, between runs a few seconds apart, so that a drift of the machine's speed cancels.
     """
     dense = timings["dense", layers]
     entries = []
-    for budget, count in asked.items():
+    for budget, count in counts.items():
         ours = timings["full" if count == layers else "routed", count]
         entry = {"budget": budget, "layers": count} | _entry(ours) | _ratios(ours, dense, "dense")
         if count < layers:
@@ -133,10 +140,13 @@ def _series(timings: Timings) -> dict[str, list[float]]:
 
 def _entry(timings: Timings) -> dict[str, Any]:
     """Figures of one contender."""
-    series = _series(timings)
+    return _summary(_series(timings)) | {"cache_bytes": timings.cache_bytes, "prefill_flops": timings.flops}
+
+
+def _summary(series: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Median, least and most milliseconds of each series."""
     entry: dict[str, Any] = {f"{key}_ms": statistics.median(values) for key, values in series.items()}
-    entry |= {f"{key}_spread": [min(values), max(values)] for key, values in series.items()}
-    return entry | {"cache_bytes": timings.cache_bytes, "prefill_flops": timings.flops}
+    return entry | {f"{key}_spread": [min(values), max(values)] for key, values in series.items()}
 
 
 def _ratios(ours: Timings, theirs: Timings, name: str, prefix: str = "") -> dict[str, float]:
@@ -162,14 +172,14 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
     about = f"{run.router_name}, backbone {title_of(run.backbone)}"
     print_titled_table(f"{about}: milliseconds (× dense, × pruned to as many layers)", head, rows)
     results.print(
-        f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted as the run says. One plan: prefill of {LONG} with "
+        f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted as in the run. One plan: prefill of {LONG} with "
         f"one plan for the prompt. GFLOP and cache: prefill of {LONG}, head included. Medians over "
         f"{report['rounds']} rounds, threads: {report['threads']}."
     )
     ratio, peak = report["mixed_prefill_vs_pruned"], report["peak_memory_mib"]
     results.print(f"Batch {BATCH}, a budget for each row: prefill at {ratio:.3f} × the pruned cost of its layers.")
     taken = ", ".join(f"{spent:.3g} at {count}" for count, spent in report["latency_ms"].items())
-    results.print(f"Kept for budgets such as 15ms, milliseconds a token after {CONTEXT} at so many layers: {taken}.")
+    results.print(f"Milliseconds a token after {CONTEXT} by layers, stored for budgets such as 15ms: {taken}.")
     results.print(f"Peak memory of the process: {peak:.0f} MiB.")
 
 
@@ -178,11 +188,6 @@ def _cell(entry: Mapping[str, Any], key: str) -> str:
         return NONE
     ratios = [f"{entry[name]:.3f}" for name in (f"vs_dense_{key}", f"vs_pruned_{key}") if name in entry]
     return f"{entry[f'{key}_ms']:.2f}" + (f" ({', '.join(ratios)})" if ratios else "")
-
-
-def _remeasured(routed: RoutedLM, rounds: int) -> dict[int, float]:
-    """Milliseconds a token at a few K, measured anew; budgets such as 15ms go by them from now on."""
-    return {} if routed.table is None else routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]
 
 
 def _text(run: Run, routed: RoutedLM) -> torch.Tensor:
@@ -194,23 +199,12 @@ def _text(run: Run, routed: RoutedLM) -> torch.Tensor:
     return windows.repeat(repeats, 1)[:BATCH].to(routed.backbone.device)
 
 
-def _peak_mib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-FILE, ROUNDS = "speed.json", 3
-TURNS = "drawn for each token"  # of how times were taken, so that those taken otherwise are measured again
-FULL = "full"
-
-
 def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folder: Path) -> dict[str, Any]:
     """Milliseconds of each router below full depth, of the engine at full depth and of the stock model.
 
-    All take turns, in decoding token by token, so that a drift of the machine's speed meets all of them. What was
-    measured for the same routers is read from the folder instead. Healed runs are timed without their adapters, since
-    a model that serves has them in its weights.
+    All take turns, in decoding token by token, so that a drift of the machine's speed affects all of them. Times of
+    the same routers are read from the folder. Healed runs are timed without their adapters, which are merged into the
+    weights for serving.
 
     Args:
         runs: a finished run of each router, by label.
@@ -285,10 +279,5 @@ def _contender(name: str, count: int, routed: RoutedLM, router: AnyRouter) -> Co
 
 
 def _times_entry(timings: Timings) -> dict[str, Any]:
-    (prefill,), decode = timings.prefill.values(), timings.decode[1]
-    return {
-        "prefill_ms": statistics.median(prefill),
-        "prefill_spread": [min(prefill), max(prefill)],
-        "decode_ms": statistics.median(decode),
-        "decode_spread": [min(decode), max(decode)],
-    }
+    (prefill,) = timings.prefill.values()
+    return _summary({"prefill": prefill, "decode": timings.decode[1]})

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from buddy import console, distributed
+from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
@@ -19,7 +20,7 @@ from buddy.evaluation.tables import show_scores
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import Scores, as_json
+from buddy.scoring.perplexity import as_json
 from buddy.training.module import evaluate
 
 
@@ -32,71 +33,60 @@ def evaluate_run(
     split: str = "test",
     devices: int = 1,
 ) -> None:
-    """Evaluate a run and print the table, by as many processes as there are devices; the first of them speaks.
+    """Evaluate a run with a process for each device; the first process prints the table.
 
     Args:
         folder: the run.
         json_file: where the results go as JSON, if anywhere.
-        budgets: asked instead of the recipe's.
+        budgets: instead of the recipe's.
         data: a text instead of the recipe's.
         split: "test" or "validation" of the recipe's text.
-        devices: of this machine that share the windows; torchrun's number of processes holds where it began them.
+        devices: of this machine that share the windows; under torchrun its number of processes.
 
     Raises:
         BuddyError: the run, a budget or the text cannot be used.
     """
     console.errors.quiet = console.results.quiet = not distributed.is_global_zero()
-    run = _spread(read_run(folder), devices)
+    run = read_run(folder)
+    trainer = {**run.recipe.trainer, "devices": devices, "num_nodes": 1}  # not those that the run was made on
+    run = replace(run, recipe=replace(run.recipe, trainer=trainer))
+    section = run.recipe.data
     if json_file and distributed.is_global_zero():
         check_output_path(json_file, *([Path(data)] if data else []))
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
-    _refuse_times(budgets, math.prod(distributed.device_counts(run.recipe.trainer)))
+    processes = math.prod(distributed.device_counts(run.recipe.trainer))
+    if latencies := [budget for budget in budgets or () if processes > 1 and latency_of(budget) is not None]:
+        raise BudgetError(
+            f"{latencies[0]} is a time on one device, and {processes} devices slow one another down; leave out "
+            "--devices, or ask for a fraction such as 0.75."
+        )
     join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
-    asked = _asked(routed, run, budgets)
+    checked = _checked_budgets(routed, run, budgets)
     with status("Reading text …"), distributed.rank_zero_first():
         windows = windows_for(run, routed, data, split)
-    sizes = f"a batch of {run.recipe.data.batch_size} × {windows.input_ids.shape[1]} tokens"
+    sizes = f"a batch of {section.batch_size} × {windows.input_ids.shape[1]} tokens"
     with within_memory(sizes, "free some, or use a machine with more"), distributed.lost_peers_reported():
-        scores = _scores(run, routed, windows, asked)
+        scores = evaluate(
+            routed,
+            windows,
+            checked,
+            prompt=section.prompt,
+            batch_size=section.batch_size,
+            description=f"Evaluating {run.router_name}",
+        )
     if not distributed.is_global_zero():
         return
-    show_scores(scores, f"{run.router_name} on {data or run.recipe.data.source}, backbone {routed.backbone.title}")
+    show_scores(scores, f"{run.router_name} on {data or section.source}, backbone {title_of(routed.backbone.name)}")
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)
 
 
-def _spread(run: Run, devices: int) -> Run:
-    """The run on so many devices of this machine, whatever it was made on."""
-    trainer = {**run.recipe.trainer, "devices": devices, "num_nodes": 1}
-    return replace(run, recipe=replace(run.recipe, trainer=trainer))
-
-
-def _refuse_times(budgets: Sequence[str] | None, devices: int) -> None:
-    for budget in budgets or () if devices > 1 else ():
-        if latency_of(budget) is not None:
-            raise BudgetError(
-                f"{budget} is a time on one device, and {devices} disturb one another; ask for it without --devices, "
-                "or for a fraction such as 0.75."
-            )
-
-
-def _scores(run: Run, routed: RoutedLM, windows: Windows, asked: Sequence[float | str]) -> list[Scores]:
-    return evaluate(
-        routed,
-        windows,
-        asked,
-        prompt=run.recipe.data.prompt,
-        batch_size=run.recipe.data.batch_size,
-        description=f"Evaluating {run.router_name}",
-    )
-
-
-def _asked(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float | str]:
-    """Budgets as fractions, "auto" as it is; each checked against the model."""
+def _checked_budgets(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float | str]:
+    """Budgets as fractions, "auto" unchanged; each checked against the model."""
     if budgets is None:
         return list(available_budgets(routed.router, run.recipe.budgets))
     found: list[float | str] = []

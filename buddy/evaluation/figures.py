@@ -23,10 +23,10 @@ from buddy.values import shown
 LAYERS, TIME = "quality-layers", "quality-time"
 CAPTIONS = {
     LAYERS: "Cross-entropy over executed layers; bands are 95 % intervals over documents and seeds. A line that is far "
-    "worse than the others leaves its panel at the top; the tables have it.",
+    "worse than the others leaves its panel at the top; the tables contain it.",
     TIME: "Cross-entropy over the measured time of a decoded token, one point for each budget.",
 }
-# Told apart by people who see few colours (Paul Tol's "muted" and "bright"); lines of one colour differ in their marks.
+# For readers with colour blindness (Paul Tol's "muted" and "bright"); lines of one colour differ in their marks.
 COLOURS: tuple[str, ...] = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee", "#882255")
 COLOURS += ("#44aa99", "#999933", "#aa4499", "#555555", "#e6550d", "#000000")
 MARKS = "osD^vPX*<>hd"
@@ -38,10 +38,10 @@ Scalar = bool | int | float | str
 
 @contextmanager
 def figure_at(path: Path, **options: Any) -> Iterator[Any]:
-    """The axes of a new figure, saved to `path` (PNG), whole or not at all, when the block ends without an error.
+    """The axes of a new figure, written atomically to `path` (PNG) when the block ends without an error.
 
     Args:
-        path: where the figure goes; an older one there is replaced.
+        path: of the PNG file; an older one is replaced.
         options: of `matplotlib.pyplot.subplots`.
 
     Raises:
@@ -82,12 +82,12 @@ def draw_panels(r: Results, path: Path, x: str, label: str, *, shade: float = 0.
     """Cross-entropy over a column of `Results.scores`: a panel for each text, a line for each router.
 
     Args:
-        r: what is drawn.
+        r: the results.
         path: of the PNG file.
         x: the column.
         label: of the horizontal axis.
         shade: opacity of the 95 % intervals over documents and seeds.
-        stock: where the stock dense model is on the horizontal axis, if it is to be shown.
+        stock: position of the stock dense model on the horizontal axis, if any.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -129,18 +129,21 @@ def draw_scores(scores: Sequence[Scores], path: Path) -> None:
 
 
 def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) -> Path:
-    """Write `<folder>/tensorboard` anew: a run for each router, so that curves overlay and HPARAMS has a row for each.
+    """Write `<folder>/tensorboard` anew: a run for each router, whose curves overlay, and a row for each in HPARAMS.
 
     Curves have executed layers as steps and means over seeds as values.
 
     Args:
-        r: what is shown.
+        r: the results.
         folder: of the comparison.
         pictures: PNG files by name.
 
     Returns:
         The folder to give TensorBoard.
     """
+    from matplotlib.image import imread
+    from torch.utils.tensorboard import SummaryWriter
+
     final, partial = folder / TENSORBOARD, folder / f".{TENSORBOARD}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     columns = {(text, budget): f"{text}_loss_at_{budget:g}" for text in r.texts for budget in r.budgets}
@@ -150,7 +153,9 @@ def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) ->
         metrics = {f"fit_{name}": float(value) for name, value in fits.loc[router].items()}
         metrics |= {columns[key]: float(loss) for key, loss in scores.loss.items()}
         write_run(partial / about.folder, _curves(r, scores), _settings(r, router), metrics, {}, columns.values())
-    _write_pictures(partial / PICTURES, pictures)
+    with on_disk(partial), SummaryWriter(str(partial / PICTURES)) as writer:
+        for tag, path in pictures.items():
+            writer.add_image(tag, imread(path)[..., :3], dataformats="HWC")
     with writing(final):
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -167,16 +172,16 @@ def write_run(
 ) -> None:
     """Add one run's events to a folder, which TensorBoard shows as one run.
 
-    torch's `add_hparams` would make another run below it; the same summaries are written into this one instead.
+    torch's `add_hparams` makes another run below it; this writes the same summaries into the run itself.
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         curves: points (step, value) by tag.
-        settings: columns of the table of hyper-parameters; the same keys in all runs that are looked at together,
-            since the table takes its columns from one of them.
+        settings: columns of the table of hyper-parameters; the same keys in all runs that are shown together, since
+            the table takes its columns from one of them.
         metrics: results in that table.
         texts: Markdown by tag.
-        columns: results that other runs may have and this one lacks.
+        columns: results of other runs that this one may lack.
 
     Raises:
         RunError: the folder cannot be written.
@@ -196,13 +201,13 @@ def write_run(
 
 
 def write_scores(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Mapping[str, float]) -> None:
-    """TensorBoard's curves and settings of one run; steps are executed layers, so that runs of several routers overlay.
+    """TensorBoard's curves and settings of one run; steps are executed layers, so the curves of runs overlay.
 
     Args:
         folder: of the run.
-        recipe: that it was made by.
+        recipe: of the run.
         scores: on the recipe's test windows.
-        fit: what it took, such as "seconds".
+        fit: its cost, such as "seconds".
     """
     ordered = sorted(scores, key=lambda each: each.layers)
     curves = {
@@ -222,15 +227,6 @@ def settings_of(recipe: Recipe) -> dict[str, Scalar]:
     flat = flatten(recipe)
     options = {key: flat.pop(key) for key in [*flat] if key.startswith("router.options.")}
     return flat | {"router.options": ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in options.items())}
-
-
-def _write_pictures(folder: Path, pictures: Mapping[str, Path]) -> None:
-    from matplotlib.image import imread
-    from torch.utils.tensorboard import SummaryWriter
-
-    with on_disk(folder), SummaryWriter(str(folder)) as writer:
-        for tag, path in pictures.items():
-            writer.add_image(tag, imread(path)[..., :3], dataformats="HWC")
 
 
 def _curves(r: Results, scores: pd.DataFrame) -> dict[str, list[tuple[int, float]]]:
@@ -261,7 +257,7 @@ def _band(axis: Any, points: pd.DataFrame, shade: float, **style: Any) -> None:
 
 
 def _limit(axis: Any, points: pd.DataFrame, shade: float) -> None:
-    """Keep the panel to where most routers are: a line that is far worse leaves it at the top."""
+    """Limit the panel to the range of most routers: a line that is far worse leaves it at the top."""
     by_router = points.groupby("router").loss
     worst, least = by_router.max()[by_router.size() > 1], points.loss.min()
     if len(worst) and worst.max() - least > 2.5 * (worst.median() - least):

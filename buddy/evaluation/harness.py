@@ -8,7 +8,6 @@ lm-eval finds it through the entry point group `lm_eval.models`, in versions tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -21,9 +20,9 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from buddy.build import load_model
-from buddy.console import Bar
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError, nearest
 from buddy.run import read_run
@@ -39,30 +38,7 @@ OPTIONS = {
     "think_end_token",
     "truncation",
 }
-BATCH_TOKENS = 1024  # tokens of a batch where neither a run nor the caller says
-
-
-@dataclass
-class Executed:
-    """Layers that tokens really ran: questions and answers, sinks and padding left out."""
-
-    least: int | None = None
-    most: int | None = None
-    total: int = 0
-    tokens: int = 0
-
-    def add(self, executed: Tensor) -> None:
-        """Count tokens (n,) long."""
-        if executed.numel():
-            least, most = int(executed.min()), int(executed.max())
-            self.least = least if self.least is None else min(self.least, least)
-            self.most = most if self.most is None else max(self.most, most)
-            self.total, self.tokens = self.total + int(executed.sum()), self.tokens + executed.numel()
-
-    @property
-    def mean(self) -> float | None:
-        """Mean over tokens; None before the first."""
-        return self.total / self.tokens if self.tokens else None
+BATCH_TOKENS = 1024  # tokens of a batch, by default
 
 
 @dataclass
@@ -79,11 +55,11 @@ Tokenised = tuple[Any, list[int], list[int]]  # the request's texts, its context
 
 @register_model("buddy")
 class BuddyLM(HFLM):
-    """A routed model that lm-eval asks for likelihoods and text.
+    """A routed model for lm-eval: likelihoods and generated text.
 
     A request is a context and a continuation. The plans of the continuation's tokens come from the context and from
     what precedes them, never from what follows: all tokens run at once in the engine's parallel form, which is what
-    step-by-step decoding gives. Where plans hang on where the prompt ends (`routing.prompt_plan=shared`,
+    step-by-step decoding gives. Where plans depend on where the prompt ends (`routing.prompt_plan=shared`,
     `routing.reroute_every`, routers of one plan an input), only sequences whose contexts are equally long share a
     batch. At full depth batches and scores are those of `HFLM`, bit for bit.
 
@@ -93,15 +69,14 @@ class BuddyLM(HFLM):
         batch_size: sequences a batch, as in HFLM; "auto" for as many as hold `batch_tokens` tokens.
         batch_tokens: tokens a batch, padding included; the run's `data.batch_size` × `data.window` by default.
         device: "cpu" moves the model there; anything else leaves it where the run's recipe puts it, since `lm_eval`
-            asks for a GPU whether there is one or not.
+            requests a GPU even where there is none.
         max_batch_size, trust_remote_code: `lm_eval` may give them; they change nothing here.
         options: of HFLM; those in `OPTIONS` alone.
 
     Attributes:
         routed: the model and its router.
-        layers: K, executed layers that the budget stands for.
-        executed: layers that tokens really ran since the budget was last set.
-        on_scored: called with the number of likelihood requests that have just been answered, instead of a bar.
+        layers: K, the executed layers of the budget.
+        on_scored: called with the number of likelihood requests of each batch, instead of a progress bar.
 
     Raises:
         RunError: no run, no budget, or an unknown option.
@@ -140,16 +115,21 @@ class BuddyLM(HFLM):
         self.ask(budget)
 
     def ask(self, budget: float | int | str) -> None:
-        """Spend this budget from now on, and count executed layers anew."""
+        """Set the budget, and count executed layers from zero."""
         self.layers = self.routed.executed_layers(budget)
-        self.executed = Executed()
+        self._executed: list[Tensor] = []
+
+    @property
+    def executed(self) -> Tensor:
+        """(n,) long, layers that each token ran since the budget was set; sinks and padding are left out."""
+        return torch.cat([torch.zeros(0, dtype=torch.long), *self._executed])
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether greedy decoding would say it) for each context and continuation."""
+        """(log-probability in nats, whether greedy decoding gives it) for each context and continuation."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.on_scored is not None)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval's results say of the model."""
+        """The model's entry in lm-eval's results."""
         backbone = self.routed.backbone
         return {
             "model_num_parameters": backbone.model.num_parameters(),
@@ -164,18 +144,21 @@ class BuddyLM(HFLM):
         self, requests: Sequence[Tokenised], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         answers: list[Any] = [None] * len(requests)
-        with self._reporting(len(requests), disable_tqdm) as report:
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             for rows in self._batches(requests):
                 first = self._first_wanted(rows, requests)
                 lengths = torch.tensor([len(row.tokens) for row in rows])
                 logits = self._logits([row.tokens for row in rows], lengths, rows[0].prompt, first)
                 for row, own in zip(rows, logits, strict=True):
                     self._answer(row, own[: len(row.tokens) - first], requests, answers)
-                report(sum(len(row.requests) for row in rows))
+                count = sum(len(row.requests) for row in rows)
+                bar.update(count)
+                if self.on_scored is not None:
+                    self.on_scored(count)
         return answers
 
     def _answer(self, row: _Row, logits: Tensor, requests: Sequence[Tokenised], answers: list[Any]) -> None:
-        """Fill in what a row's last logits (T', V) say about each of its requests."""
+        """Answer a row's requests from its last logits (T', V)."""
         scores = F.log_softmax(logits[-_longest(row, requests) :], dim=-1, dtype=self.softmax_dtype)
         greedy = scores.argmax(-1)
         for index in row.requests:
@@ -191,13 +174,13 @@ class BuddyLM(HFLM):
         return min(len(row.tokens) - _longest(row, requests) for row in rows) if self._routes else 0
 
     def _batches(self, requests: Sequence[Tokenised]) -> Iterator[list[_Row]]:
-        """Rows that run together: longest first, as HFLM has them; equal prompts only where plans hang on them."""
+        """Rows that run together: longest first, as HFLM has them; equal prompts only where plans depend on them."""
         rows: dict[tuple, _Row] = {}
         for index, (text, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise DataError(
                     f"An item cannot be scored: {shorten(repr(text), 120)} has an empty question or answer, or an "
-                    f"answer of more than {self.max_length} tokens; mend or remove it."
+                    f"answer of more than {self.max_length} tokens; shorten or remove it."
                 )
             tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
             prompt = len(tokens) - len(continuation) + 1 if self._prompt_matters else 0
@@ -208,17 +191,14 @@ class BuddyLM(HFLM):
             whole = requests[index][1] + requests[index][2]
             return row.prompt, -len(whole), whole
 
-        for _, alike in groupby(sorted(rows.values(), key=order), key=lambda row: row.prompt):
-            yield from self._chunks(list(alike))
-
-    def _chunks(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        start = 0
-        while start < len(rows):
-            size = self.batch_size
-            if self._batch_tokens is not None:
-                size = max(1, self._batch_tokens // len(rows[start].tokens))
-            yield rows[start : start + size]
-            start += size
+        for _, group in groupby(sorted(rows.values(), key=order), key=lambda row: row.prompt):
+            rest = list(group)
+            while rest:
+                size = self.batch_size
+                if self._batch_tokens is not None:
+                    size = max(1, self._batch_tokens // len(rest[0].tokens))
+                yield rest[:size]
+                rest = rest[size:]
 
     @property
     def _routes(self) -> bool:
@@ -242,7 +222,7 @@ class BuddyLM(HFLM):
         output = self.routed(
             ids, mask, executed=torch.full((len(ids),), self.layers), prompt=prompt, logits_to_keep=keep
         )
-        self.executed.add(output.executed[real & ~output.sinks])
+        self._executed.append(output.executed[real & ~output.sinks].cpu())
         return output.logits
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -255,25 +235,10 @@ class BuddyLM(HFLM):
         mask = options.get("attention_mask")
         if mask is not None:
             read &= mask.bool().repeat_interleave(len(read) // len(mask), 0)  # rows of one text's beams are neighbours
-        self.executed.add(record.executed[0][read])
-        for step, sinks in zip(record.executed[1:], record.sinks[1:], strict=True):
-            self.executed.add(step[~sinks])
+        self._executed.append(record.executed[0][read].cpu())
+        steps = zip(record.executed[1:], record.sinks[1:], strict=True)
+        self._executed += [step[~sinks].cpu() for step, sinks in steps]
         return tokens
-
-    @contextmanager
-    def _reporting(self, total: int, silent: bool) -> Iterator[Callable[[int], None]]:
-        if self.on_scored is not None or silent:
-            yield self.on_scored or (lambda _: None)
-            return
-        done = 0
-        with Bar(f"Scoring at {self.layers} layers", total) as bar:
-
-            def report(count: int) -> None:
-                nonlocal done
-                done += count
-                bar.update(done)
-
-            yield report
 
 
 def _longest(row: _Row, requests: Sequence[Tokenised]) -> int:
@@ -284,7 +249,7 @@ def _longest(row: _Row, requests: Sequence[Tokenised]) -> int:
 def _check(run: Any, budget: Any, options: dict[str, Any]) -> None:
     if run is None or budget is None:
         raise RunError(
-            "The model 'buddy' needs a run and a budget: --model_args run=runs/quickstart/buddy,budget=0.75, say."
+            "The model 'buddy' needs a run and a budget, such as --model_args run=runs/quickstart/buddy,budget=0.75."
         )
     for name in options:
         if name not in OPTIONS:

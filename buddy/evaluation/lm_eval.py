@@ -12,7 +12,7 @@ WRONG_INPUT = 2
 
 
 def main() -> None:
-    """`lm_eval` with the words of the command line; mistakes that Buddy finds end it with one sentence."""
+    """Run `lm_eval` with the command line's arguments; a BuddyError ends it with one sentence and exit code 2."""
     try:
         require_lm_eval()
         from lm_eval.__main__ import cli_evaluate

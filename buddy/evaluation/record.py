@@ -39,8 +39,8 @@ KEYS = (
 )
 EVALUATIONS, TASKS = "evaluations", "tasks"  # folders in a run folder: results on further texts, and on tasks
 PROVENANCE = ("command", "created", "versions", "machine")  # how each part of a joined comparison was made
-RATES = "adapter.rates"  # of comparisons made by 0.1: kept with each part and shown, not compared
-# Beginnings of recipe keys that say which runs were asked for, and nothing of how they were made.
+RATES = "adapter.rates"  # of comparisons made by 0.1: shown for each part, not compared
+# Prefixes of recipe keys that may differ between joined comparisons.
 OWN = ("router.", "seed", RATES, *FREE_KEYS, CKPT_KEY)
 
 
@@ -56,15 +56,14 @@ def collect(
     speed: Mapping[str, Any] | None = None,
     failures: Sequence[tuple[str, int, str]] = (),
 ) -> dict[str, Any]:
-    """The content of comparison.json, read from finished run folders.
+    """The content of comparison.json, read from complete run folders.
 
     Args:
         runs: the folders of each router's runs, one a seed, by label in the order of the rows.
-        command: what a person would type to make it again, without folders (see `shown_command`).
+        command: makes it again, without folders (see `shown_command`).
         recipe: of all runs, but for router and seed.
         layers: L of the backbone.
-        texts: what runs were evaluated on, each as `text_entry` describes it; the recipe's own is in metrics.json,
-            others are in `evaluation_file`.
+        texts: `text_entry` of each text; results on the recipe's own are in metrics.json, others in `evaluation_file`.
         tasks: names of tasks that runs were scored on, each in `task_file`.
         task_limit: items of each task, if not all.
         speed: times, as `buddy.evaluation.bench.measured` gives them.
@@ -93,7 +92,7 @@ def collect(
 
 
 def text_entry(label: str, source: str, windows: Windows, *, own: bool) -> dict[str, Any]:
-    """What comparison.json says of a text; `own` is that of the recipe, whose results are in metrics.json."""
+    """The entry of a text in comparison.json; `own` marks the recipe's text, whose results are in metrics.json."""
     counts = {"windows": len(windows), "documents": len(windows.documents.unique())}
     return {"label": label, "source": shown_path(source), "own": own, **counts, "fingerprint": windows.fingerprint}
 
@@ -109,7 +108,7 @@ def task_file(folder: Path, name: str) -> Path:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write indented JSON, whole or not at all; lists of numbers keep to one line, for there are thousands of them."""
+    """Write indented JSON atomically, each list of numbers on one line."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     text = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     write_text(path, text + "\n")
@@ -119,7 +118,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """A comparison.json.
 
     Raises:
-        RunError: missing, not one, or made by a newer Buddy.
+        RunError: the file is missing, is no comparison, or a newer Buddy wrote it.
     """
     if os.path.isdir(path):
         raise RunError(f"{path} is a folder; name the comparison.json in it.")
@@ -138,7 +137,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def damaged_record(path: Path) -> RunError:
-    """The error for a comparison.json that cannot be used."""
+    """The error for a damaged comparison.json."""
     return RunError(f"{path} is damaged; make it again with the `buddy compare` that made it.")
 
 
@@ -157,7 +156,7 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     if not others:
         return dict(first)
     for path, other in others:
-        _check_alike(first_path, first, path, other)
+        _check_comparable(first_path, first, path, other)
     routers: dict[str, tuple[Path, Any]] = {}
     runs: dict[tuple[str, int], tuple[Path, Any]] = {}
     for path, record in records.items():
@@ -187,19 +186,19 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def shown_text(text: str) -> str:
-    """A path by its last part; of other text, such as a list, each path in it."""
+    """The last part of a path; in other text, such as a list, of each path in it."""
     return shown_path(text) if os.path.exists(text) else "".join(map(shown_path, re.split(r"([],=[{} ])", text)))
 
 
 def shown_path(text: str) -> str:
-    """The last part of a path; any other text, names on the hub among them, as it is."""
+    """The last part of a path; other text, such as a name on the hub, unchanged."""
     is_path = os.sep in text and (text.startswith((os.sep, ".", "~")) or os.path.exists(text))
     return Path(text).name if is_path else text
 
 
-def shown_command(words: Iterable[str]) -> str:
-    """The words of a command as a person would type them, without the folders of files."""
-    return " ".join(shlex.quote(shown_text(word)) for word in words)
+def shown_command(arguments: Iterable[str]) -> str:
+    """A command line without the folders of files."""
+    return " ".join(shlex.quote(shown_text(argument)) for argument in arguments)
 
 
 def _router_entry(label: str, folder: Path) -> dict[str, Any]:
@@ -227,8 +226,8 @@ def _run_entry(label: str, folder: Path, texts: Sequence[Mapping[str, Any]], tas
     }
 
 
-def _check_alike(path: Path, one: Mapping[str, Any], other_path: Path, other: Mapping[str, Any]) -> None:
-    """Raises RunError unless both were made in the same way."""
+def _check_comparable(path: Path, one: Mapping[str, Any], other_path: Path, other: Mapping[str, Any]) -> None:
+    """Raises RunError unless recipes, texts, layers and tasks are the same."""
     here, there = one["recipe"], other["recipe"]
     differing = [
         f"{key}: {here.get(key, 'not set')} and {there.get(key, 'not set')}"
@@ -242,6 +241,6 @@ def _check_alike(path: Path, one: Mapping[str, Any], other_path: Path, other: Ma
     differing += [key for key in ("layers", "tasks") if one.get(key) != other.get(key)]
     if differing:
         raise RunError(
-            f"{path} and {other_path} were made differently ({'; '.join(differing)}) and cannot stand in one "
-            "comparison; make one of them again as the other was made."
+            f"{path} and {other_path} were made differently ({'; '.join(differing)}) and cannot be joined; "
+            "make one of them again with the settings of the other."
         )

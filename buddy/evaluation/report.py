@@ -1,4 +1,4 @@
-"""Everything that a comparison leaves in its folder: JSON, CSV, figures, TensorBoard, and results.md."""
+"""The files of a comparison: JSON, CSV, figures, TensorBoard, and results.md."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_run_results(
 
     Args:
         folder: of the run.
-        recipe: that it was made by.
+        recipe: of the run.
         scores: on the recipe's test windows.
         fit: "seconds" that calibration and training took and "parameters" of the router.
         windows: fingerprint of the test windows.
@@ -86,7 +86,7 @@ def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:
     for path, record in records.items():
         try:
             render(results := Results(record), {})
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # wherever it is read
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise damaged_record(path) from error
     if len(records) > 1:
         results = Results(join(records))
@@ -110,12 +110,7 @@ def write_markdown(results: Results, path: Path, prefix: str = "") -> dict[str, 
 
 
 def render(r: Results, figures: Mapping[str, str]) -> str:
-    """The document.
-
-    Args:
-        r: what is reported.
-        figures: where each figure is, as a link from the document.
-    """
+    """The document, with links to figures by name."""
     return "\n".join(_lines(r, figures)).rstrip() + "\n"
 
 
@@ -131,7 +126,7 @@ def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
             yield from (f"![{CAPTIONS[name].partition(';')[0].rstrip('.')}]({link})", "", CAPTIONS[name], "")
     yield from ("## Cost", "")
     yield from _markdown(costs(r), *speeds(r))
-    spreads = [table for text in r.texts if len((table := seeds(r, text)).cells)]
+    spreads = [table for text in r.texts if (table := seeds(r, text)).rows]
     if spreads:
         yield from ("## Seeds", "", "Routers that depend on a seed.", "")
         yield from _markdown(*spreads)
@@ -148,12 +143,12 @@ def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
 
 def _markdown(*found: Table) -> Iterator[str]:
     for table in found:
-        if len(table.cells):
+        if table.rows:
             lines = [table.head, ["---", *("---:" for _ in table.head[1:])], *table.rows]
             cells = ([cell.replace("|", "\\|").strip() for cell in line] for line in lines)
             yield from (f"**{table.title}**", "", "".join(f"| {' | '.join(line)} |\n" for line in cells))
             if table.note:
-                yield from (re.sub(r"^\*", r"\\*", table.note), "")  # else it would be a list
+                yield from (re.sub(r"^\*", r"\\*", table.note), "")  # otherwise Markdown makes it a list
 
 
 def _protocol(r: Results) -> Iterator[str]:
@@ -189,7 +184,7 @@ def _healed(r: Results) -> bool:
 
 
 def _at_full_depth(r: Results) -> str:
-    """What all rows have in common at full depth; with adapters, what these are."""
+    """Full depth, which all rows share; with adapters, how they were trained."""
     recipe = r.record["recipe"]
     if not _healed(r):
         return "At full depth all routers are the dense model."
@@ -201,7 +196,7 @@ def _at_full_depth(r: Results) -> str:
 
 
 def _rate(r: Results) -> str:
-    """The learning rate of healing, or those that were tried; comparisons of 0.1 may have tried several."""
+    """The learning rate of healing, or those tried by a comparison of 0.1."""
     recipe = r.record["recipe"]
     parts = r.record.get("parts", [{"rates": recipe.get("adapter.rates")}])
     tried = list(dict.fromkeys((part["rates"] or "").strip("[]") or f"{recipe['adapter.lr']:g}" for part in parts))
@@ -211,7 +206,7 @@ def _rate(r: Results) -> str:
 
 
 def _learned(r: Results) -> str:
-    """What routers were calibrated on, and trained on where that is another text."""
+    """The texts of calibration and of training."""
     calibrated, trained = (_texts(r, f"data.{name}_sources") for name in ("calibration", "train"))
     if calibrated == trained:
         return f"calibrated or trained on {calibrated}{_own_rates(r)}"
@@ -219,7 +214,7 @@ def _learned(r: Results) -> str:
 
 
 def _own_rates(r: Results) -> str:
-    """The learning rates of comparisons made by 0.1, where they are not the same for all."""
+    """The learning rates by router of a comparison of 0.1."""
     recipe, names = r.record["recipe"], set(r.routers.name)
     rates = str(recipe.get("optimizer.lr_by_router", "{}")).strip("{}").split(", ")
     own = ", ".join(rate for rate in rates if rate.partition(":")[0] in names)
@@ -254,7 +249,7 @@ def _task_protocol(r: Results) -> str:
 
 
 def _provenance(r: Results) -> Iterator[str]:
-    """The command, the day, the machine and the versions; of each part where several records were joined."""
+    """Command, date, machine and versions of each part of a joined record."""
     yield from ("## How it was made", "")
     for part in r.record.get("parts", [r.record]):
         machine = part["machine"]

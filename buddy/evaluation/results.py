@@ -41,7 +41,7 @@ WHOLE = ("layers", "executed_min", "executed_max", "documents", "tokens", "param
 def frame(record: Mapping[str, Any]) -> pd.DataFrame:
     """A record in long form, one row for each number: router, seed, text, budget, document, metric, value.
 
-    `text` is a task for the metrics "score" and "correct", and missing for what a run took to fit. `document` numbers
+    `text` is a task for the metrics "score" and "correct", and missing for the cost of fitting. `document` numbers
     the documents of a text, or the items of a task; it is missing for metrics over all of them.
     """
     return pd.DataFrame(_rows(record), columns=COLUMNS)
@@ -85,7 +85,7 @@ class Results:
 
     @cached_property
     def fits(self) -> pd.DataFrame:
-        """What each run took: seconds, parameters and, of healed runs, adapter_lr, by (router, seed)."""
+        """Cost of each run: seconds, parameters and, of healed runs, adapter_lr, by (router, seed)."""
         return self._in_order(_wide(self.frame[self.frame.text.isna()], ["router", "seed"]))
 
     @cached_property
@@ -231,23 +231,23 @@ class Results:
 def _rows(record: Mapping[str, Any]) -> Iterator[tuple]:
     """The rows of `frame`."""
     for run in record["runs"]:
-        who = run["router"], run["seed"]
-        yield from ((*who, None, None, None, name, value) for name, value in run["fit"].items())
+        owner = run["router"], run["seed"]
+        yield from ((*owner, None, None, None, name, value) for name, value in run["fit"].items())
         for text in (each["label"] for each in record["domains"]):
             found = run["domains"][text]
             for result, sums in zip(found["results"], found["documents"], strict=True):
-                key = (*who, text, float(result["budget"]))
+                key = (*owner, text, float(result["budget"]))
                 yield from ((*key, None, name, value) for name, value in _metrics(result))
                 for name in ("loss", "kl", "tokens"):
                     yield from ((*key, document, name, value) for document, value in enumerate(sums[name]))
         for entry in run["tasks"]:
-            key = (*who, entry["task"], float(entry["budget"]))
+            key = (*owner, entry["task"], float(entry["budget"]))
             yield (*key, None, "score", entry["value"])
             yield from ((*key, item, "correct", value) for item, value in enumerate(entry["correct"] or ()))
 
 
 def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name and value of what was measured over all documents."""
+    """Names and values of the metrics over all documents."""
     yield from ((name, result[name]) for name in ("layers", "perplexity", "kl", "documents", "tokens"))
     yield from zip(("interval_low", "interval_high"), result["interval"], strict=True)
     yield from ((f"executed_{name}", result["executed"][name]) for name in ("min", "mean", "max"))
@@ -263,7 +263,7 @@ def _wide(long: pd.DataFrame, index: list[str]) -> pd.DataFrame:
 
 
 def _difference(test: Callable[..., tuple[float, tuple[float, float]]], ours: Any, theirs: Any, *more: Any) -> dict:
-    """Columns of a paired difference; an interval over fewer than `FEWEST` documents or items says nothing."""
+    """Columns of a paired difference; `apart` needs at least `FEWEST` documents or items."""
     value, (low, high) = test(ours, theirs, *more)
     units = min(array.shape[-1] for array in (ours if isinstance(ours, list) else [ours]))
     apart = units >= FEWEST and (low > 0 or high < 0)

@@ -1,10 +1,10 @@
-"""The tables of results, as pandas frames of texts: printed here, written as Markdown by `buddy.evaluation.report`."""
+"""The tables of results: printed here, written as Markdown by `buddy.evaluation.report`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -22,26 +22,17 @@ MARKED = "* below the best static router (†): the 95 % interval of the paired 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts: the first column says what a row is."""
+    """A table of text cells; the first column labels the rows."""
 
     title: str
-    cells: pd.DataFrame
+    head: list[str]
+    rows: list[list[str]]
     note: str = ""
 
     @property
-    def head(self) -> list[str]:
-        """The columns' headings."""
-        return [str(name) for name in self.cells.columns]
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """The cells, row by row."""
-        return self.cells.to_numpy().tolist()
-
-    @property
-    def says(self) -> bool:
-        """Whether any cell has a number."""
-        return bool(len(self.cells)) and not self.cells.iloc[:, 1:].isin([NONE, "†"]).all(axis=None)
+    def has_numbers(self) -> bool:
+        """Whether any cell holds a number."""
+        return any(cell not in (NONE, "†") for cells in self.rows for cell in cells[1:])
 
 
 def show(results: Results) -> None:
@@ -106,7 +97,7 @@ def all_tables(r: Results) -> list[Table]:
     """Every table of the terminal, in the order of reading."""
     found = [make(r, text) for text in r.texts for make in (perplexities, differences)]
     found += [kl(r), costs(r), *speeds(r), *tasks(r), *flips(r)]
-    return [table for table in found if len(table.cells)]
+    return [table for table in found if table.rows]
 
 
 def perplexities(r: Results, text: str) -> Table:
@@ -130,7 +121,7 @@ def differences(r: Results, text: str) -> Table:
     title = f"Difference to the best static router on {text}, nats a token"
     note = f"95 % intervals, paired over documents and seeds; * excludes 0. † best static router: {names}."
     table = _by_budget(r, title, r.scores.loc[text], lambda row: _signed(row, "best_static"), r.below, note)
-    return table if table.says else _empty(table)
+    return table if table.has_numbers else replace(table, rows=[])
 
 
 def kl(r: Results, text: str | None = None) -> Table:
@@ -147,24 +138,24 @@ def costs(r: Results) -> Table:
     """Kind, seeds, fitting time and parameters of each router."""
     fits = r.fits.groupby("router", sort=False)
     healed = "adapter_lr" in r.fits
-    cells = pd.DataFrame(
-        {
-            "router": r.routers.index,
-            "kind": r.routers.kind,
-            "seeds": fits.size().astype(str),
-            "fit (s)": fits.seconds.mean().map("{:.1f}".format),
-            "parameters": fits.parameters.mean().map(lambda value: f"{value:,.0f}".replace(",", " ")),
-            **({"adapter lr": fits.adapter_lr.agg(_listed)} if healed else {}),
-            "executed layers": pd.Series({router: _executed(r, router) for router in r.routers.index}),
-        },
-        index=r.routers.index,
-    )
+    columns = {
+        "router": r.routers.index,
+        "kind": r.routers.kind,
+        "seeds": fits.size().astype(str),
+        "fit (s)": fits.seconds.mean().map("{:.1f}".format),
+        "parameters": fits.parameters.mean().map(lambda value: f"{value:,.0f}".replace(",", " ")),
+    }
+    if healed:
+        rates = fits.adapter_lr.agg(lambda each: " ".join(f"{rate:g}" for rate in each.dropna()))
+        columns["adapter lr"] = rates.replace("", NONE)
+    columns["executed layers"] = pd.Series({router: _executed(r, router) for router in r.routers.index})
+    cells = pd.DataFrame(columns, index=r.routers.index)
     note = (
         "Fit: seconds of calibration and training of one run, mean over seeds. Values that an earlier router or run "
         "has measured on the calibration windows are read from the cache. Executed layers: min/mean/max over tokens "
         "where they differ from K."
     )
-    return Table("Cost", cells, note + (" Adapter lr: for each seed, the best on validation windows." * healed))
+    return _table("Cost", cells, note + (" Adapter lr: for each seed, the best on validation windows." * healed))
 
 
 def speeds(r: Results) -> list[Table]:
@@ -194,7 +185,8 @@ def seeds(r: Results, text: str) -> Table:
         return f"{number(row.perplexity_min)} – {number(row.perplexity_max)}"
 
     table = _by_budget(r, f"Perplexity on {text}, min – max over seeds", many, cell, r.below)
-    return Table(table.title, table.cells[_several_seeds(r).to_numpy()])
+    chosen = zip(table.rows, _several_seeds(r), strict=True)
+    return replace(table, rows=[cells for cells, several in chosen if several])
 
 
 def tasks(r: Results) -> list[Table]:
@@ -213,6 +205,10 @@ def flips(r: Results) -> list[Table]:
     def share(row: pd.Series) -> str:
         return NONE if pd.isna(row.flips) else f"{100 * row.flips:.1f}{'†' if row.fewest_flips else ''}"
 
+    def flips_difference(row: pd.Series) -> str:
+        own = row[[name for name in row.index if "flips_" in f"{name}_"]]
+        return _signed(own.rename(lambda name: name.removeprefix("flips_")), "fewest_flips", 100, 1)
+
     note = (
         "Share of answers that change between right and wrong against full depth, in percent: mean over tasks and "
         "seeds (2407.09141). † fewest of a static router."
@@ -223,9 +219,9 @@ def flips(r: Results) -> list[Table]:
     )
     found = [
         _by_budget(r, "Flips against full depth, %", r.task_scores, share, r.below, note),
-        _by_budget(r, title, r.task_scores, _flips_apart, r.below, f"{paired}; * excludes 0."),
+        _by_budget(r, title, r.task_scores, flips_difference, r.below, f"{paired}; * excludes 0."),
     ]
-    return [table for table in found if table.says]
+    return [table for table in found if table.has_numbers]
 
 
 def number(value: float) -> str:
@@ -244,10 +240,10 @@ def _tasks_at(r: Results, budget: float) -> Table:
     cells.insert(0, "router", scores.index)
     title = f"Tasks at {budget:g} ({r.budgets[budget]} layers), %"
     if budget not in r.below:
-        return Table(title, cells)
+        return _table(title, cells)
     difference = scores.apply(_signed, axis=1, mark="best_static", scale=100, digits=1)
     note = "Difference of the mean: 95 % interval, paired over items and seeds; * excludes 0; † best static router."
-    return Table(title, cells.assign(**{"to the best static": difference}), note)
+    return _table(title, cells.assign(**{"to the best static": difference}), note)
 
 
 def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:
@@ -285,11 +281,6 @@ def _signed(row: pd.Series, mark: str, scale: float = 1.0, digits: int = 2) -> s
     return f"{mean} ({low}, {high}){'*' if row.apart else ' '}"
 
 
-def _flips_apart(row: pd.Series) -> str:
-    own = row[[name for name in row.index if "flips_" in f"{name}_"]]
-    return _signed(own.rename(lambda name: name.removeprefix("flips_")), "fewest_flips", 100, 1)
-
-
 def _by_budget(
     r: Results,
     title: str,
@@ -304,20 +295,16 @@ def _by_budget(
         f"{budget:g} ({layers})": [texts.get((router, budget), NONE) for router in r.routers.index]
         for budget, layers in budgets.items()
     }
-    return Table(title, pd.DataFrame({"router": r.routers.index, **cells}), note)
+    return _table(title, pd.DataFrame({"router": r.routers.index, **cells}), note)
 
 
-def _empty(table: Table) -> Table:
-    return Table(table.title, table.cells.iloc[:0], table.note)
+def _table(title: str, cells: pd.DataFrame, note: str = "") -> Table:
+    return Table(title, [str(name) for name in cells.columns], cells.to_numpy().tolist(), note)
 
 
 def _several_seeds(r: Results) -> pd.Series:
     """Whether a router has several seeds."""
     return r.fits.groupby("router", sort=False).size().reindex(r.routers.index) > 1
-
-
-def _listed(rates: pd.Series) -> str:
-    return " ".join(f"{rate:g}" for rate in rates.dropna()) or NONE
 
 
 def _executed(r: Results, router: str) -> str:

@@ -20,7 +20,7 @@ from buddy.errors import BuddyError, BudgetError, DataError, nearest, reason
 from buddy.evaluation.tables import show_tasks
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.router import available_budgets
-from buddy.run import Run, read_run
+from buddy.run import read_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,10 +47,10 @@ def evaluate_tasks(
     Args:
         folder: the run.
         tasks: names that lm-eval knows: tasks, groups or tags.
-        budgets: asked instead of the recipe's.
+        budgets: instead of the recipe's.
         limit: the first so many items of each task.
         task_data: a folder with NAME.jsonl for each task, instead of the hub's data sets.
-        task_path: a folder of task definitions (YAML) of one's own, beside lm-eval's.
+        task_path: a folder of further task definitions (YAML).
         json_file: where the results go as JSON, if anywhere.
 
     Raises:
@@ -58,8 +58,8 @@ def evaluate_tasks(
     """
     if json_file:
         check_output_path(json_file)
+    found = task_scores(folder, tasks, budgets, limit, task_data, task_path)
     run = read_run(folder)
-    found = _scored(run, tasks, budgets, limit, task_data, task_path)
     show_tasks(
         found["results"],
         f"{run.router_name} on tasks, backbone {title_of(run.backbone)}",
@@ -71,16 +71,16 @@ def evaluate_tasks(
 
 
 def task_scores(
-    run_folder: Path,
-    tasks: Sequence[str],
+    folder: Path,
+    names: Sequence[str],
     budgets: Sequence[float | str] | None = None,
     limit: int | None = None,
     task_data: Path | None = None,
     task_path: Path | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What a run scores on tasks; no table is printed.
+    """A run's scores on tasks.
 
-    The arguments are those of `evaluate_tasks`.
+    The arguments are those of `evaluate_tasks`; `names` are its tasks.
 
     Returns:
         {"results": [one entry for each task and budget]}. An entry has "task", "budget", "layers" (K), "executed"
@@ -92,38 +92,28 @@ def task_scores(
     Raises:
         BuddyError: the run, a budget or a task cannot be used, or lm-eval is not installed.
     """
-    return _scored(read_run(run_folder), tasks, budgets, limit, task_data, task_path)
-
-
-def _scored(
-    run: Run,
-    names: Sequence[str],
-    budgets: Sequence[float | str] | None,
-    limit: int | None,
-    task_data: Path | None,
-    task_path: Path | None,
-) -> dict[str, list[dict[str, Any]]]:
+    run = read_run(folder)
     require_lm_eval()
     if limit is not None and limit < 1:
         raise DataError(f"The limit is {limit}; give 1 or more items for each task, or none.")
     if any(map(auto_of, budgets or ())):
-        raise BudgetError("Tasks are scored at fixed budgets, not at auto; ask for fractions such as 0.75.")
+        raise BudgetError("Tasks are scored at fixed budgets, not at auto; give fractions such as 0.75.")
     with hushed():
         with status("Reading tasks …"):
             tasks = load_tasks(names, task_data, task_path)
             for name, task in tasks.items():
-                with _refusals_told(name):
+                with _refusals_reported(name):
                     task.build_all_requests(limit=limit)
         with status(f"Loading {run.backbone} …"):
             routed = load_model(run)
-        asked = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
+        wanted = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
         layers = routed.geometry.layers
-        fractions = {fraction_of(each, routed.executed_layers(each), layers): each for each in asked}
+        fractions = {fraction_of(each, routed.executed_layers(each), layers): each for each in wanted}
         from buddy.evaluation.harness import BuddyLM
 
         data = run.recipe.data
         tokens = data.batch_size * data.window
-        model = BuddyLM(routed, asked[0], batch_tokens=tokens)
+        model = BuddyLM(routed, wanted[0], batch_tokens=tokens)
         with within_memory(f"a batch of {tokens} tokens", "free some, or use a machine with more"):
             return {"results": _over_budgets(model, tasks, fractions, limit)}
 
@@ -131,41 +121,45 @@ def _scored(
 def _over_budgets(
     model: BuddyLM, tasks: dict[str, Task], budgets: dict[float, float | str], limit: int | None
 ) -> list[dict[str, Any]]:
+    """An entry of the results for each task and budget."""
     found = []
-    total, done = len(budgets) * sum(len(task.instances) for task in tasks.values()), 0
-    with Bar("Scoring tasks", total) as bar:
-        for name, task in tasks.items():
-            for fraction, budget in budgets.items():
-                note, start = f"{name} at {budget}", done
+    totals = [len(task.instances) for task in tasks.values() for _ in budgets]
+    pairs = [(name, fraction) for name in tasks for fraction in budgets]
+    with Bar("Scoring tasks", sum(totals)) as bar:
+        for number, (name, fraction) in enumerate(pairs):
+            note, scored = f"{name} at {budgets[fraction]}", [sum(totals[:number])]
 
-                def on_scored(count: int, note: str = note) -> None:
-                    nonlocal done
-                    done += count
-                    bar.update(done, note)
+            def on_scored(count: int, note: str = note, scored: list[int] = scored) -> None:
+                scored.append(count)
+                bar.update(sum(scored), note)
 
-                model.ask(budget)
-                model.on_scored = on_scored
-                found.append(_entry(model, name, task, fraction, limit))
-                done = start + len(task.instances)  # generated answers are not counted one by one
-                bar.update(done, note)
+            model.ask(budgets[fraction])
+            model.on_scored = on_scored
+            found.append(_entry(model, name, tasks[name], fraction, limit))
+            bar.update(sum(totals[: number + 1]), note)  # generated answers are not counted one by one
     return found
 
 
 def _entry(model: BuddyLM, name: str, task: Task, budget: float, limit: int | None) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
-    task.set_fewshot_seed(FEWSHOT_SEED)  # else its sampler draws on, and each budget gets other examples
-    with _refusals_told(name):
+    task.set_fewshot_seed(FEWSHOT_SEED)  # otherwise each budget gets other examples
+    with _refusals_reported(name):
         outcome = evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=BOOTSTRAPS)
     values = outcome["results"][name]
     metric, filtered = _metric(values)
     samples = [sample[metric] for sample in outcome["samples"][name] if sample["filter"] == filtered]
-    stderr, executed = values.get(f"{metric}_stderr,{filtered}"), model.executed
+    stderr, ran = values.get(f"{metric}_stderr,{filtered}"), model.executed.tolist()
+    executed = (
+        {"min": min(ran), "mean": sum(ran) / len(ran), "max": max(ran)}
+        if ran
+        else dict.fromkeys(("min", "mean", "max"))
+    )
     return {
         "task": name,
         "budget": budget,
         "layers": model.layers,
-        "executed": {"min": executed.least, "mean": executed.mean, "max": executed.most},
+        "executed": executed,
         "metric": metric,
         "value": float(values[f"{metric},{filtered}"]),
         "stderr": float(stderr) if isinstance(stderr, float) else None,
@@ -175,13 +169,13 @@ def _entry(model: BuddyLM, name: str, task: Task, budget: float, limit: int | No
 
 
 @contextmanager
-def _refusals_told(name: str) -> Iterator[None]:
-    """What lm-eval refuses within this block, by ValueError or an assertion, becomes a DataError."""
+def _refusals_reported(name: str) -> Iterator[None]:
+    """Turn lm-eval's ValueErrors and assertions within this block into DataErrors."""
     try:
         yield
     except (ValueError, AssertionError) as error:
         raise DataError(
-            f"{name} cannot be scored ({reason(error)}); mend its definition or its items, or leave it out."
+            f"{name} cannot be scored ({reason(error)}); correct its definition or its items, or leave it out."
         ) from error
 
 
@@ -198,7 +192,7 @@ FEWSHOT_SEED = 1234  # of lm-eval's command
 
 
 def require_lm_eval() -> None:
-    """Raises DataError, which says what to install, where lm-eval is missing."""
+    """Raises DataError with the command that installs lm-eval, where it is missing."""
     if any(find_spec(name) is None for name in NEEDED):
         raise DataError("Tasks need lm-eval, which is not installed; run: pip install 'buddy-depth[tasks]'")
 
@@ -209,7 +203,7 @@ def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: P
     Args:
         names: of tasks, groups or tags.
         task_data: a folder with NAME.jsonl for each task, instead of the hub's data sets.
-        task_path: a folder of definitions (YAML) of one's own, beside lm-eval's.
+        task_path: a folder of further definitions (YAML).
 
     Raises:
         DataError: an unknown name, data that cannot be had, or a task that runs code or needs more than text.
@@ -218,7 +212,7 @@ def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: P
     if not names:
         raise DataError("No task was named; name at least one, such as piqa.")
     if task_data is not None and task_path is not None:
-        raise DataError("Items come from --task-data, or as the definitions in --task-path say; give one of the two.")
+        raise DataError("Items come from --task-data or from the definitions in --task-path; give one of the two.")
     if task_data is not None:
         check_local(names, task_data)
         tasks = local_tasks(names, task_data, own_manager())
@@ -242,7 +236,7 @@ def own_manager() -> TaskManager:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Within this block lm-eval writes no log lines but errors, and no bar over items that it only puts into words."""
+    """Within this block lm-eval writes no log lines but errors, and shows no bar while it builds requests."""
     from lm_eval.api import task
 
     logger = logging.getLogger("lm_eval")
@@ -257,7 +251,7 @@ def hushed() -> Iterator[None]:
 
 
 def _check_kind(name: str, task: Task) -> None:
-    """What lm-eval itself refuses, only later."""
+    """Refuse now what lm-eval refuses later."""
     if getattr(task, "UNSAFE_CODE", False):
         raise DataError(
             f"{name} runs code that the model writes, which may do harm; leave it out, or run it where it can do none "
@@ -268,7 +262,7 @@ def _check_kind(name: str, task: Task) -> None:
 
 
 def _manager_with(folder: Path, names: Sequence[str]) -> TaskManager:
-    """An index with a folder's definitions; lm-eval's own are in it where these alone do not do."""
+    """An index of a folder's definitions, with lm-eval's own only where a name needs them."""
     from lm_eval.tasks import TaskManager
 
     if not folder.is_dir() or not any(folder.rglob("*.yaml")):
@@ -286,8 +280,10 @@ def _defined(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
             raise DataError(f"lm-eval has no task named {name!r}{hint}")
     try:
         return manager.load(names)["tasks"]
-    except Exception as error:  # data sets and definitions fail in as many ways as there are to write one
-        advice = "connect to the network if its data are on the hub, mend its definition, or give items by --task-data"
+    except Exception as error:  # data sets and definitions raise errors of every kind
+        advice = (
+            "connect to the network if its data are on the hub, correct its definition, or give items by --task-data"
+        )
         if is_offline_mode():
             advice = "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by --task-data"
         raise DataError(f"{' or '.join(names)} cannot be loaded ({reason(error)}); {advice}.") from error
@@ -299,11 +295,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Form:
-    """What a task's lines hold, and how one becomes the document that lm-eval's definition reads.
+    """The fields of a task's lines, and the document that lm-eval's definition reads from one.
 
     Attributes:
-        texts: fields that must be texts.
-        document: of a checked line.
+        texts: fields that hold text.
+        document: makes it of a checked line.
         choices: how many there are; None for two or more.
         fixed: the choices themselves, where the task has no others.
     """
@@ -381,9 +377,8 @@ def local_tasks(names: Sequence[str], folder: Path, manager: TaskManager) -> dic
     """lm-eval's own tasks over the folder's files: its definitions, read by the `json` builder of `datasets`.
 
     Raises:
-        DataError: see `check_local`; or a file is not JSON, is empty, or an item lacks what its task needs.
+        DataError: a file is not JSON, is empty, or an item lacks what its task needs.
     """
-    check_local(names, folder)
     found: dict[str, Task] = {}
     for name in names:
         path = folder / f"{name}.jsonl"
@@ -394,7 +389,7 @@ def local_tasks(names: Sequence[str], folder: Path, manager: TaskManager) -> dic
                 found |= manager.load([{"group": "local", "task": members}])["tasks"]
         except BuddyError:
             raise
-        except Exception as error:  # what `datasets` and Arrow say of a file that they cannot read
+        except Exception as error:  # errors of `datasets` and Arrow
             said = reason(error.__cause__ or error)
             raise DataError(f"{path} cannot be read ({said}); give it one JSON object a line, in UTF-8.") from error
     return found
@@ -420,7 +415,7 @@ def _document(form: Form, item: dict[str, Any], where: str) -> dict[str, Any]:
         _check(form, item)
         return form.document(item)
     except ValueError as error:
-        raise DataError(f"{where} cannot be used: {error}; mend or remove it.") from error
+        raise DataError(f"{where} cannot be used: {error}; correct or remove it.") from error
 
 
 def _check(form: Form, line: Any) -> None:

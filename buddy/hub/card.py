@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from buddy.backbone import embedded
+from buddy.backbone.load import title_of
 from buddy.console import counted
 from buddy.errors import DamagedError
-from buddy.inspection.routing import Choice
+from buddy.evaluation.record import shown_path
 from buddy.run import Run
 from buddy.run_files import ADAPTER, METRICS, PREDICTOR
 from buddy.scoring.perplexity import Scores
@@ -23,7 +24,7 @@ def run_card(run: Run, metrics: Mapping[str, Any] | None, name: str, licence: st
     Args:
         run: the run.
         metrics: its results, as in metrics.json; None where there are none.
-        name: the folder or hub name that others load it by.
+        name: the folder or hub name to load it by.
         licence: the hub's identifier of a licence for the router's weights; None where none was chosen.
 
     Raises:
@@ -51,43 +52,33 @@ from the recipe `{run.recipe_name}` on the text `{title(run.recipe.data.source)}
 {_usage(run, name)}
 ## Licence
 
-The router's weights: {licence or "no licence was chosen by those who made it; ask them"}. The backbone is not part of \
+The router's weights: {licence or "its authors chose no licence; ask them"}. The backbone is not part of \
 this and keeps its own licence. Buddy itself is under Apache-2.0.
 """
     tags = ["buddy-depth", "dynamic-depth", run.router_name]
     return _card(run, body, library_name="buddy-depth", license=licence, tags=tags)
 
 
-def export_card(
-    run: Run,
-    choice: Choice,
-    budget: str,
-    name: str,
-    scores: Sequence[Scores],
-    warnings: Sequence[str],
-    difference: float | None,
-) -> str:
+def export_card(run: Run, record: Mapping[str, Any], name: str, scores: Sequence[Scores], *, mixed: bool) -> str:
     """The card of an exported checkpoint.
 
     Args:
         run: the run whose router chose the plan.
-        choice: the plan.
-        budget: the budget asked for.
+        record: the content of buddy_export.json.
         name: of the checkpoint's folder.
         scores: of the run as it routes, and of the checkpoint, on held-out windows.
-        warnings: sentences on how the checkpoint differs from the run.
-        difference: the largest difference of a logit to the engine's; None where it was not measured.
+        mixed: whether its layers are of several kinds.
     """
-    proof = ""
+    kept, difference, proof = record["kept"], record["largest_logit_difference"], ""
     if difference is not None:
         proof = f" Largest difference of a logit to the engine's, in float32: {difference:.2g}."
-    warned = "\n".join(f"- {sentence}\n" for sentence in warnings)
+    differences = "\n".join(f"- {sentence}\n" for sentence in _differences(run, record, mixed))
     body = f"""\
-# {title(run.backbone)}, {len(choice.kept)} of {choice.layers} layers
+# {title(run.backbone)}, {len(kept)} of {record["layers"]} layers
 
-The layers {", ".join(map(str, choice.kept))} of {title(run.backbone)} (counted from 0), as the router \
-`{run.router_name}` chose them at budget {budget}. An ordinary checkpoint: it needs transformers and nothing of \
-Buddy.{proof}
+The layers {", ".join(map(str, kept))} of {title(run.backbone)} (counted from 0), as the router \
+`{run.router_name}` chose them at budget {record["budget"]}. An ordinary checkpoint: it needs transformers and nothing \
+of Buddy.{proof}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,9 +87,9 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-## What it is not
+## Differences from the run
 
-{warned}
+{differences}
 ## Results
 
 On held-out windows of the text that the plan was chosen on:
@@ -111,18 +102,18 @@ These are weights of the backbone, under the backbone's licence.
     return _card(run, body, library_name="transformers", tags=["buddy-depth", "pruned"])
 
 
-def export_warnings(run: Run, choice: Choice, mixed: bool) -> list[str]:
-    """Sentences on how a checkpoint differs from its run; `mixed` says that its layers are of several kinds."""
-    if choice.plans == 1:
-        found = [f"All {choice.tokens} routed tokens that were looked at ask for this plan."]
+def _differences(run: Run, record: Mapping[str, Any], mixed: bool) -> list[str]:
+    """Sentences on how a checkpoint differs from its run."""
+    if record["plans"] == 1:
+        found = [f"All {record['tokens']} routed tokens of the text have this plan."]
     else:
         found = [
-            f"The run has many plans and the checkpoint one, the most frequent: {choice.share:.1%} of {choice.tokens} "
-            f"routed tokens ask for this very plan, out of {choice.plans} distinct ones; of the layers that tokens "
-            f"choose it has {choice.overlap:.1%}."
+            f"The run has many plans and the checkpoint one, the most frequent: {record['share']:.1%} of "
+            f"{record['tokens']} routed tokens have this plan, out of {record['plans']} distinct ones; it contains "
+            f"{record['overlap']:.1%} of the layers that tokens choose."
         ]
     sinks = run.recipe.routing.sink_tokens
-    if sinks and choice.removed:
+    if sinks and len(record["kept"]) < record["layers"]:
         first = "token (an attention sink)" if sinks == 1 else f"{sinks} tokens (attention sinks)"
         found.append(
             f"The engine runs the first {first} of each text through all layers at every budget; the checkpoint lacks "
@@ -131,7 +122,7 @@ def export_warnings(run: Run, choice: Choice, mixed: bool) -> list[str]:
     if mixed:
         found.append(
             "Its layers are of several kinds, which config.json lists one by one. Loaders and converters that derive "
-            "the kind from a layer's index compute something else."
+            "the kind from a layer's index compute wrong results."
         )
     if is_healed(run):
         found.append("The run is healed: its adapter is merged into these weights.")
@@ -144,17 +135,15 @@ def is_healed(run: Run) -> bool:
 
 
 def is_local(backbone: str) -> bool:
-    """Whether a backbone is a folder, which others do not have."""
+    """Whether a backbone is a local folder."""
     if backbone == embedded.NAME:
         return False
     return backbone.startswith(("/", ".", "~")) or os.path.isdir(backbone)
 
 
 def title(name: str) -> str:
-    """What a backbone or text is called in prose: the embedded model's full name, a folder's own name."""
-    if name == embedded.NAME:
-        return embedded.TITLE
-    return os.path.basename(name.rstrip("/")) if is_local(name) else name
+    """A backbone or text in prose: the embedded model's full name, a folder's last part."""
+    return title_of(shown_path(name))
 
 
 def _card(run: Run, body: str, **metadata: Any) -> str:
@@ -167,7 +156,7 @@ def _card(run: Run, body: str, **metadata: Any) -> str:
 
 
 def _comparison(scores: Sequence[Scores]) -> str:
-    """The run beside the checkpoint, as a Markdown table."""
+    """Run and checkpoint as a Markdown table."""
     rows = [HEADS.format("", "---|")]
     for label, each in zip(("the run, as it routes", "this checkpoint"), scores, strict=True):
         rows.append(f"| {label} | {_cells(each.perplexity, each.interval(), each.mean_kl)} |")

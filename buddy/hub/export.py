@@ -20,9 +20,9 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import PER_LAYER, pruned_model
 from buddy.errors import DataError, RunError
-from buddy.hub.card import export_card, export_warnings
+from buddy.hub.card import export_card
 from buddy.hub.push_pull import CARD
-from buddy.inspection.routing import Choice, most_frequent
+from buddy.inspection.routing import most_frequent
 from buddy.io import new_folder, within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run, read_run
@@ -35,14 +35,14 @@ TOLERANCE = 1e-4  # the largest difference of float32 logits that rounding expla
 
 
 def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None, check: bool = True) -> None:
-    """Write the checkpoint into a new folder, and print its card: how it differs from the run, and the results.
+    """Write the checkpoint into a new folder, and print its card.
 
     Args:
         folder: a finished run.
         budget: a fraction or a count such as "22layers".
         out: the folder to make.
         data: a text to choose the plan on, instead of the recipe's calibration windows.
-        check: load what was written and compare its logits with the engine's, both in float32.
+        check: load the checkpoint and compare its logits with the engine's, both in float32.
 
     Raises:
         BuddyError: the run, the budget or the text cannot be used, or `out` cannot be written. Nothing is left at
@@ -60,29 +60,43 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
             choosing, measuring = _windows(run, routed, data)
         sizes = f"a batch of {section.batch_size} × {choosing.input_ids.shape[1]} tokens"
         with within_memory(sizes, "free some, or use a machine with more"):
-            choice = most_frequent(
+            kept, plans = most_frequent(
                 routed,
                 choosing,
                 executed,
                 prompt=section.prompt,
                 batch_size=section.batch_size,
-                track=tracker(f"Looking at the plans of {run.router_name}"),
+                track=tracker(f"Counting the plans of {run.router_name}"),
             )
-            scores, cut = _measure(run, routed, measuring, choice, budget)
+            scores, cut = _measure(run, routed, measuring, kept, budget)
         with status(f"Writing {out} …"):
             if cut.adapter is not None:
                 cut.merge()
-            write_checkpoint(made, cut.backbone, choice.kept)
+            write_checkpoint(made, cut.backbone, kept)
         difference = None
         if check:
             sizes = f"two copies of {run.backbone} in float32"
             advice = "free some, or give --no-check"
             with status("Comparing its logits with the engine's …"), within_memory(sizes, advice):
                 ids = measuring.input_ids[:CHECKED].to(cut.backbone.device)
-                difference = largest_difference(made, cut, choice.kept, ids)
-        warnings = export_warnings(run, choice, is_mixed(cut.backbone.model.config, choice.kept))
-        write_json(made / RECORD, _record(run, choice, budget, scores, difference))
-        card = export_card(run, choice, budget, out.name, scores, warnings, difference)
+                difference = largest_difference(made, cut, kept, ids)
+        record = {
+            "router": run.router_name,
+            "backbone": run.backbone,
+            "fingerprint": run.fingerprint,
+            "budget": budget,
+            "layers": cut.geometry.layers,
+            "kept": list(kept),
+            "tokens": plans.tokens,
+            "plans": plans.plans,
+            "share": plans.commonest,
+            "overlap": 1 - plans.off_commonest,
+            "sink_tokens": run.recipe.routing.sink_tokens,
+            "perplexity": {"run": scores[0].perplexity, "checkpoint": scores[1].perplexity},
+            "largest_logit_difference": difference,
+        }
+        write_json(made / RECORD, record)
+        card = export_card(run, record, out.name, scores, mixed=is_mixed(cut.backbone.model.config, kept))
         write_text(made / CARD, card)
     results.print(card.partition("\n---\n")[2].strip(), soft_wrap=True)  # without the metadata
     results.print(f'\nCheckpoint: {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
@@ -194,38 +208,18 @@ def _windows(run: Run, routed: RoutedLM, data: str | None) -> tuple[Windows, Win
 
 
 def _measure(
-    run: Run, routed: RoutedLM, windows: Windows, choice: Choice, budget: str
+    run: Run, routed: RoutedLM, windows: Windows, kept: Sequence[int], budget: str
 ) -> tuple[list[Scores], RoutedLM]:
     """Scores of the run, and of the plan for every token, sinks included; and the model that runs that plan."""
     backbone = routed.backbone
-    budgets = [fraction_of(budget, len(choice.kept), routed.geometry.layers)]
+    budgets = [fraction_of(budget, len(kept), routed.geometry.layers)]
     section = run.recipe.data
     options: dict[str, Any] = {"prompt": section.prompt, "batch_size": section.batch_size, "reference": Reference()}
     (ours,) = evaluate(routed, windows, budgets, description="Measuring the run", **options)
     adapter, routed.adapter = routed.adapter, None  # so that `detach` leaves it on the backbone
     routed.detach()
-    cut = RoutedLM(backbone, OnePlan(routed.geometry, choice.kept), sink_tokens=0)
+    cut = RoutedLM(backbone, OnePlan(routed.geometry, kept), sink_tokens=0)
     if adapter is not None:
         cut.adapt(adapter)
     (theirs,) = evaluate(cut, windows, budgets, description="Measuring the checkpoint's plan", **options)
     return [ours, theirs], cut
-
-
-def _record(
-    run: Run, choice: Choice, budget: str, scores: Sequence[Scores], difference: float | None
-) -> dict[str, Any]:
-    return {
-        "router": run.router_name,
-        "backbone": run.backbone,
-        "fingerprint": run.fingerprint,
-        "budget": budget,
-        "layers": choice.layers,
-        "kept": list(choice.kept),
-        "tokens": choice.tokens,
-        "plans": choice.plans,
-        "share": choice.share,
-        "overlap": choice.overlap,
-        "sink_tokens": run.recipe.routing.sink_tokens,
-        "perplexity": {"run": scores[0].perplexity, "checkpoint": scores[1].perplexity},
-        "largest_logit_difference": difference,
-    }

@@ -32,9 +32,9 @@ def load(
 
     Args:
         run: a run folder, one that `buddy push` or `buddy pull` made, or `owner/name` on the hub.
-        backbone: loaded instead of the one that the run names, for one that is elsewhere here.
+        backbone: loaded instead of the one that the run names, such as a folder of this machine.
         revision: branch, tag or commit, on the hub only.
-        trust_remote_code: let a run from the hub ask for the Python of its backbone's repository.
+        trust_remote_code: allow a run from the hub that runs the Python of its backbone's repository.
 
     Raises:
         BuddyError: the run or its backbone cannot be used.
@@ -55,7 +55,7 @@ def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, **options: Any)
         folder: a finished run.
         prompt: text to continue, or to answer with `chat`.
         budget: as for `Model.generate`.
-        options: max_new_tokens, temperature, seed, chat of `Model.write`.
+        options: max_new_tokens, temperature, seed, chat of `Model.generate`.
 
     Raises:
         BuddyError: the run, the budget or the prompt cannot be used.
@@ -64,7 +64,7 @@ def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, **options: Any)
     with status(f"Loading {folder} …"):
         model = load(folder)
     streamer = TextStreamer(model.routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.write(prompt, budget, streamer=streamer, **options)
+    model.generate(prompt, budget, streamer=streamer, **options)
     errors.print(model.ran, soft_wrap=True)
 
 
@@ -87,48 +87,8 @@ class Model:
         router, geometry = type(self.routed.router).__name__, self.routed.geometry
         return f"<buddy model: {self.routed.backbone.name}, {geometry.layers} layers, router {router}>"
 
-    def generate(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> str:
-        """The continuation of a prompt.
-
-        Args:
-            prompt: text to continue, or messages {"role": …, "content": …} to answer.
-            budget: a fraction such as 0.75, a count such as "22layers", a latency such as "15ms", or "auto".
-            options: those of `write`: max_new_tokens, temperature, seed, chat.
-
-        Raises:
-            BuddyError: the prompt, the budget or an option cannot be used.
-        """
-        return self.write(prompt, budget, **options)
-
-    def stream(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> Iterator[str]:
-        """The same, piece by piece as it is generated; leaving the loop stops the model.
-
-        Raises:
-            BuddyError: as `generate` does, at the first piece.
-        """
-        tokenizer = self.routed.backbone.tokenizer
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop, failed = Stop(), []
-
-        def work() -> None:
-            try:
-                self.write(prompt, budget, streamer=streamer, stop=stop, **options)
-            except BaseException as error:  # raised again in the thread that reads the pieces
-                failed.append(error)
-                streamer.on_finalized_text("", stream_end=True)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from filter(None, streamer)
-        finally:
-            stop.now = True
-            thread.join()
-        if failed:
-            raise failed[0]
-
     @torch.no_grad()
-    def write(
+    def generate(
         self,
         prompt: Prompt,
         budget: Budget = 1.0,
@@ -143,13 +103,13 @@ class Model:
         """The continuation of a prompt without special tokens; sets `ran`.
 
         Args:
-            prompt: text to continue, or to answer with `chat`; or messages to answer.
-            budget: as for `generate`.
-            max_new_tokens: at most so many.
+            prompt: text to continue, or to answer with `chat`; or messages {"role": …, "content": …} to answer.
+            budget: a fraction such as 0.75, a count such as "22layers", a latency such as "15ms", or "auto".
+            max_new_tokens: most tokens to generate.
             temperature: 0 takes the most likely token, above 0 samples.
             seed: of the sampling.
             chat: put the prompt into the model's chat template.
-            streamer: of transformers; gets the tokens as they come.
+            streamer: of transformers; receives each token.
             stop: ends the text after the token at which its `now` is set.
 
         Raises:
@@ -186,6 +146,33 @@ class Model:
         self.ran = summary(record, record.auto_executed[0] if auto else layers, depth, budget)
         return routed.backbone.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
 
+    def stream(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> Iterator[str]:
+        """The text of `generate` piece by piece; leaving the loop stops the model.
+
+        Raises:
+            BuddyError: as `generate` does, at the first piece.
+        """
+        tokenizer = self.routed.backbone.tokenizer
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop, failed = Stop(), []
+
+        def work() -> None:
+            try:
+                self.generate(prompt, budget, streamer=streamer, stop=stop, **options)
+            except BaseException as error:  # raised again in the thread that reads the pieces
+                failed.append(error)
+                streamer.on_finalized_text("", stream_end=True)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from filter(None, streamer)
+        finally:
+            stop.now = True
+            thread.join()
+        if failed:
+            raise failed[0]
+
     def _encode(self, prompt: Prompt, chat: bool) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask, (1, T) long each."""
         backbone, tokenizer = self.routed.backbone, self.routed.backbone.tokenizer
@@ -196,7 +183,7 @@ class Model:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             try:
                 prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            except Exception as error:  # a template is a program of the model's authors, and may raise anything
+            except Exception as error:  # a template is a program and may raise any error
                 raise DataError(
                     f"The chat template of {backbone.name} does not take these messages ({reason(error)}); give a list "
                     'of {"role": …, "content": …}, with texts for both.'
@@ -222,13 +209,13 @@ def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0) ->
         record: of one row.
         executed: K.
         layers: L.
-        budget: as it was asked for.
+        budget: of the request.
     """
     latency = latency_of(budget)
-    asked = f"The budget {budget} chose" if auto_of(budget) else "Asked for"
+    text = f"The budget {budget} chose" if auto_of(budget) else "Asked for"
     if latency is not None:
-        asked = f"Asked for {latency:g} ms, which here are"
-    text = f"{asked} {executed} of {layers} layers a token. Prompt: "
+        text = f"Asked for {latency:g} ms, which allow"
+    text += f" {executed} of {layers} layers a token. Prompt: "
     text += _range(record.executed[0], record.sinks[0], layers)
     if len(record.executed) > 1:
         steps, sinks, runs = (torch.cat(each[1:], 1) for each in (record.executed, record.sinks, record.runs))
@@ -251,7 +238,7 @@ def _range(executed: torch.Tensor, sinks: torch.Tensor, layers: int) -> str:
 def _check_options(
     prompt: Prompt, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, chat: bool = False
 ) -> None:
-    """Raises DataError for what no model can do."""
+    """Raises DataError for an empty prompt and for values out of range."""
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         raise DataError("The prompt is empty; give some text to continue.")
     if max_new_tokens < 1:

@@ -1,7 +1,7 @@
 """`buddy push` and `buddy pull`: a run as a folder of plain files, on the hub or on disk.
 
-A run is shared as text, JSON and safetensors alone: no pickle, no links, no code. The folder is a run folder, so that
-every command takes it as it is. A folder from somebody else is checked file by file before it is used.
+A run is shared as text, JSON and safetensors only: no pickle, no links, no code. The folder is a run folder that every
+command accepts. A foreign folder is checked file by file before it is used.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from shlex import quote
 
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
-from buddy.config import to_yaml
+from buddy.config import flatten, to_yaml
 from buddy.console import results, status
 from buddy.errors import DamagedError, RunError, reason
-from buddy.hub.card import is_local, run_card
-from buddy.io import checksum, load_tensors, new_folder, read_json, write_json, write_text, writing
+from buddy.hub.card import run_card
+from buddy.io import load_tensors, new_folder, read_json, write_json, write_text, writing
 from buddy.run import Run, read_run
 from buddy.run_files import (
     ADAPTER,
@@ -39,7 +39,7 @@ HUB = "hf://"  # marks a hub name that could be a folder too
 CARD, CONFIG = "README.md", "config.json"
 REQUIRED = (RECIPE, FACTS, ROUTER)
 OPTIONAL = (METRICS, INPUTS, PREDICTOR, PREDICTOR_FACTS, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
-FILES = (*REQUIRED, *OPTIONAL, CONFIG, CARD)  # what is copied, uploaded and downloaded, and nothing else
+FILES = (*REQUIRED, *OPTIONAL, CONFIG, CARD)  # no other files are copied, uploaded or downloaded
 
 
 def push(folder: Path, *, to: str, private: bool = False, licence: str | None = None) -> None:
@@ -56,7 +56,7 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
     """
     name = hub_name(to)
     run = read_run(folder)
-    check_files(run.folder, trust_remote_code=True)  # a missing file is found here and not by those who pull
+    check_files(run.folder, trust_remote_code=True)  # so that a missing file is reported here and not at `pull`
     if name is None:
         if private:
             raise RunError(f"--private is for the hub, and {to} is a folder; leave it out.")
@@ -70,7 +70,7 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
             where = upload(Path(made), name, private=private)
     results.print(f"Pushed {run.router_name} for {run.backbone} to {where}: {', '.join(files)}", soft_wrap=True)
     if local := _local_paths(run):
-        results.print(f"Warning: its recipe names local folders, which others can read: {local}", soft_wrap=True)
+        results.print(f"Warning: the shared recipe contains local paths: {local}", soft_wrap=True)
     source = name or to
     results.print(f"Use:  buddy pull {quote(source)} --out DIR, or in Python buddy.load({source!r})", soft_wrap=True)
 
@@ -83,14 +83,14 @@ def pull(
     backbone: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Make a run folder of what `push` wrote; its files are the same to the bit.
+    """Make a run folder from the output of `push`; its files are equal to the bit.
 
     Args:
         source: `owner/name` on the hub, or a folder.
         out: the run folder to make.
         revision: branch, tag or commit, on the hub only.
-        backbone: written into its recipe instead of the name there, for a backbone that is elsewhere here.
-        trust_remote_code: let its recipe ask for the Python of its backbone's repository.
+        backbone: replaces the backbone's name in its recipe, such as by a folder of this machine.
+        trust_remote_code: allow a recipe that runs the Python of its backbone's repository.
 
     Raises:
         RunError: the source cannot be used, or `out` cannot be written. Nothing is left at `out` then.
@@ -120,9 +120,9 @@ def pull(
 
 
 def hub_name(text: str, revision: str | None = None) -> str | None:
-    """The repository `owner/name` that a text names; None where it names a folder.
+    """The repository `owner/name` for a text such as `hf://owner/name`; None for a folder.
 
-    `hf://owner/name` is always the hub; `owner/name` is the hub where there is no folder `owner` here.
+    `hf://owner/name` is always on the hub; `owner/name` is where there is no local folder `owner`.
 
     Raises:
         RunError: it is empty, `hf://` without such a name, could be either, or is a folder with a revision.
@@ -145,7 +145,7 @@ def hub_name(text: str, revision: str | None = None) -> str | None:
 
 
 def folder_of(text: str) -> Path:
-    """The path of a text that names a folder."""
+    """The path of a folder's name, with `~` expanded."""
     return Path(os.path.expanduser(text))
 
 
@@ -153,9 +153,9 @@ def folder_of(text: str) -> Path:
 
 
 def upload(folder: Path, name: str, *, private: bool = False) -> str:
-    """Upload a folder's files to the repository `owner/name`, which is made where it is missing; returns its address.
+    """Upload a folder's files to the repository `owner/name`, which is created if missing; returns its address.
 
-    Files of an earlier run that this one lacks, such as an adapter, are removed there; other files stay.
+    Run files that this run lacks, such as an adapter, are removed there; other files stay.
 
     Raises:
         RunError: no token, no network, or no right to write there.
@@ -200,30 +200,32 @@ def download(name: str, revision: str | None = None, folder: Path | None = None)
 
 
 def check_files(folder: Path, *, shown_as: str | None = None, trust_remote_code: bool = False) -> Run:
-    """Read every file of a run that somebody else may have made.
+    """Check every file of a foreign run, and read the run.
 
     Args:
         folder: of the run.
-        shown_as: what errors call the folder.
-        trust_remote_code: let its recipe ask for the Python of its backbone's repository.
+        shown_as: the folder's name in errors.
+        trust_remote_code: allow a recipe that runs the Python of its backbone's repository.
 
     Raises:
-        RunError: a file is missing, damaged, or has a checksum under a name outside `FILES`; or the recipe asks for
+        RunError: a file is missing, damaged, or has a checksum under a name outside `FILES`; or the recipe runs
             code.
     """
     try:
         for name in REQUIRED:
             if not (folder / name).is_file():
                 raise RunError(
-                    f"{folder} holds no run: {name} is missing; name what `buddy push` made, or a run folder."
+                    f"{folder} holds no run: {name} is missing; name a run folder, or one that `buddy push` made."
                 )
         sums = checksums_of(folder)
         if not sums.keys() <= set(FILES):
-            raise RunError(f"{folder} has checksums of files that no run has; name what `buddy push` made.")
+            raise RunError(
+                f"{folder} has checksums of files that are not part of a run; name a folder that `buddy push` made."
+            )
+        run = read_run(folder)  # checks the sums of all files that are there
         for name in sums.keys() - {CONFIG, CARD}:
-            if checksum(folder / name) != sums[name]:
-                raise DamagedError(folder / name, "it is not what was written")
-        run = read_run(folder)
+            if not (folder / name).is_file():
+                raise DamagedError(folder / name, "it is missing")
         for path in filter(Path.is_file, (folder / name for name in FILES)):
             if path.suffix == ".safetensors":
                 load_tensors(path)
@@ -246,7 +248,7 @@ def with_backbone(run: Run, backbone: str) -> Run:
 
 
 def _plain_files(folder: Path) -> list[str]:
-    """Those of `FILES` that are in a folder; RunError where one is a link, which could lead anywhere, or no file."""
+    """Those of `FILES` that are in a folder; RunError where one is a link or not a file."""
     found = []
     for name in FILES:
         path = folder / name
@@ -259,7 +261,7 @@ def _plain_files(folder: Path) -> list[str]:
 
 
 def _copy_files(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:
-    """Copy `FILES` into an empty folder; whatever else is in the source stays behind."""
+    """Copy `FILES`, and no other files, into an empty folder."""
     for name in _plain_files(source):
         if name not in skip:
             with writing(target):
@@ -277,7 +279,7 @@ def _write_shared(made: Path, run: Run, name: str, licence: str | None) -> list[
 
 
 def _write_config(folder: Path, run: Run) -> None:
-    """Write config.json: the resolved recipe, versions and backbone as JSON, for programs to read."""
+    """Write config.json: the resolved recipe, versions and backbone for other programs."""
     value = {
         "library_name": "buddy-depth",
         "router": run.router_name,
@@ -300,15 +302,6 @@ def _rename_backbone(made: Path, run: Run, backbone: str) -> None:
 
 
 def _local_paths(run: Run) -> str:
-    """The recipe's keys whose values are paths of this machine, with the values."""
-    recipe, data = run.recipe, run.recipe.data
-    paths: dict[str, list[str | None]] = {
-        "data.source": [data.source],
-        "data.train_sources": [*data.train_sources],
-        "data.calibration_sources": [*data.calibration_sources],
-        "ckpt_path": [recipe.ckpt_path],
-        "output": [recipe.output],
-    }
-    found = [f"backbone.name {recipe.backbone.name}"] if is_local(recipe.backbone.name) else []
-    found += [f"{key} {value}" for key, values in paths.items() for value in values if (value or "")[:1] in ("/", "~")]
-    return ", ".join(found)
+    """The recipe's keys and values that are local paths."""
+    values = flatten(run.recipe).items()
+    return ", ".join(f"{key} {value}" for key, value in values if re.search(r"(^|[\[, '])[/~.]", str(value)))

@@ -13,7 +13,7 @@ from buddy.inspection.routing import Inspection, changed_layers, pooled_share
 from buddy.io import writing
 
 SUFFIX = ".inspect"  # ends the names of the event files written here, so that a later call can replace them
-LABELLED, WHOLE = 60, 1024  # tokens of a text that are drawn with their words, and without
+LABELLED, WHOLE = 60, 1024  # tokens of a text that are drawn with labels, and without
 NUMBERED_LAYERS = 48  # deeper models get no numbers in the cells of a heat map
 SKIPPED, CHOSEN, ALWAYS, SINK = range(4)
 KINDS = {
@@ -33,9 +33,11 @@ def draw_shares(path: Path, columns: Mapping[str, Sequence[float]], *, title: st
         title: above the figure.
         label: what the columns are.
     """
+    from matplotlib.ticker import PercentFormatter
+
     shares = np.array(list(columns.values())).T
     layers, count = shares.shape
-    names = [_cut(name, 24) for name in columns]
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in columns]
     size = (2.6 + 0.75 * count, min(11.0, 1.6 + 0.2 * layers))
     with figure_at(path, figsize=(max(size[0], 0.085 * max(map(len, title.splitlines()))), size[1])) as axes:
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
@@ -49,7 +51,7 @@ def draw_shares(path: Path, columns: Mapping[str, Sequence[float]], *, title: st
         _layer_axis(axes, layers)
         axes.set_xlabel(label)
         axes.set_title(title, fontsize=10, parse_math=False)
-        axes.figure.colorbar(image, ax=axes, label="share of tokens", aspect=40, format=_percent)
+        axes.figure.colorbar(image, ax=axes, label="share of tokens", aspect=40, format=PercentFormatter(1))
 
 
 def draw_tokens(
@@ -57,40 +59,47 @@ def draw_tokens(
 ) -> None:
     """The plans of one text: tokens to the right, layers upwards, filled where the layer ran.
 
-    The first tokens have their words below them, and above them bars of how many layers changed since the token
-    before. A longer text is drawn whole beneath.
+    The first tokens have their text below them, and above them bars of how many layers changed since the previous
+    token. The whole of a longer text is drawn below.
 
     Args:
         path: of the PNG file.
         runs: (T, L) bool.
-        labels: a short word for each token.
+        labels: a short text for each token.
         sinks: first tokens at full depth at every budget.
         always: how many layers always run at the bottom and at the top.
         title: above the figure.
     """
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
     kinds = _kinds(runs[:WHOLE], sinks, always)
     tokens, layers = min(len(runs), LABELLED), runs.shape[1]
     heights = [0.5, 0.13 * layers, 0.07 * layers][: 3 if len(runs) > tokens else 2]
     size = (max(7.0, 1.2 + 0.2 * tokens), min(16.0, 2.0 + sum(heights)))
     with figure_at(path, figsize=size, nrows=len(heights), height_ratios=heights) as axes:
-        changed, words, *rest = axes
+        changed, labelled, *rest = axes
         changed.bar(range(tokens), changed_layers(runs[:tokens], sinks), color="#444444", width=0.6)
         changed.set(xlim=(-0.5, tokens - 0.5), xticks=[])
         changed.set_ylabel("layers\nchanged", rotation=0, ha="right", va="center")
-        _integers(changed)
+        changed.yaxis.set_major_locator(MaxNLocator(nbins=2, integer=True, min_n_ticks=1))
         changed.spines[["top", "right"]].set_visible(False)
         changed.set_title(title, fontsize=10, parse_math=False)
-        _draw_kinds(words, kinds[:tokens], lines=True)
-        words.set_xticks(range(tokens), [""] * tokens)
-        words.set_xticklabels(map(_in_font, labels[:tokens]), parse_math=False, rotation=90, fontsize=8)
+        _draw_kinds(labelled, kinds[:tokens], lines=True)
+        labelled.set_xticks(range(tokens), [""] * tokens)
+        labelled.set_xticklabels(map(_in_font, labels[:tokens]), parse_math=False, rotation=90, fontsize=8)
         for ax in rest:
             _draw_kinds(ax, kinds, lines=False)
-            ax.set_xlabel(_extent(len(runs)))
-        _legend(axes[-1].figure)
+            ax.set_xlabel(
+                f"all {len(runs)} tokens" if len(runs) <= WHOLE else f"the first {WHOLE} of {len(runs)} tokens"
+            )
+        patches = [Patch(facecolor=colour, edgecolor="#888888", label=name) for colour, name in KINDS.values()]
+        legend = {"loc": "outside lower center", "ncols": len(patches), "frameon": False}
+        axes[-1].figure.legend(handles=patches, **legend)
 
 
 def _kinds(runs: np.ndarray, sinks: int, always: tuple[int, int]) -> np.ndarray:
-    """(T, L) what each token did in each layer, as one of the four kinds."""
+    """(T, L) one of the four kinds for each token and layer."""
     kinds = np.where(runs, CHOSEN, SKIPPED)
     first, last = always
     kinds[:, :first] = kinds[:, runs.shape[1] - last :] = ALWAYS
@@ -117,38 +126,13 @@ def _layer_axis(axes: Any, layers: int) -> None:
     axes.set_ylabel("layer")
 
 
-def _integers(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=2, integer=True, min_n_ticks=1))
-
-
-def _legend(figure: Any) -> None:
-    from matplotlib.patches import Patch
-
-    patches = [Patch(facecolor=colour, edgecolor="#888888", label=name) for colour, name in KINDS.values()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-
-
 def _in_font(label: str) -> str:
     """The label with an empty box for every character that the figure's font lacks."""
     from matplotlib import font_manager
 
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     known = font.get_charmap()
-    return "".join(sign if ord(sign) in known else "□" for sign in label)
-
-
-def _extent(tokens: int) -> str:
-    return f"all {tokens} tokens" if tokens <= WHOLE else f"the first {WHOLE} of {tokens} tokens"
-
-
-def _percent(share: float, _: int) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _cut(name: str, longest: int) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return "".join(character if ord(character) in known else "□" for character in label)
 
 
 def draw_all(inspection: Inspection, folder: Path) -> dict[tuple[str, int], Path]:
@@ -157,7 +141,7 @@ def draw_all(inspection: Inspection, folder: Path) -> dict[tuple[str, int], Path
     Returns:
         File by kind and step: ("budgets", 0) with a column for each budget, ("domains", K) with one for each text
         where there are several, ("tokens", K) with the first text token by token. The last two leave out full depth,
-        where all layers run, unless no other budget was asked for.
+        where all layers run, unless there is no other budget.
     """
     router, first = inspection.router, inspection.texts[0]
     shares = {f"{name}\n({count})": pooled_share(inspection.at(count)) for name, count in inspection.executed.items()}

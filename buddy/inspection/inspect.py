@@ -1,4 +1,4 @@
-"""`buddy inspect`: which layers a finished run spends on which token, as numbers, figures and lines in a terminal."""
+"""`buddy inspect`: which layers a finished run executes for which token: numbers, figures and lines in a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from buddy.inspection.figures import draw_all, write_tensorboard
 from buddy.inspection.routing import (
     Inspection,
     Measures,
-    Text,
     changed_layers,
     observe,
     read_text,
@@ -54,16 +53,16 @@ def inspect_run(
     out: Path | None = None,
     json_file: Path | None = None,
 ) -> None:
-    """Look at the plans of a run: print tables, draw figures, write the numbers.
+    """Print tables of a run's plans, draw figures, write the numbers.
 
     Args:
         folder: the run.
         budgets: instead of the recipe's.
         domains: texts as "SOURCE,label=SOURCE,…" instead of the recipe's test text.
-        text: a text to look at alone, token by token, instead of any domain.
-        windows: of each domain at most so many; 16 by default.
-        out: the folder for all that is written, instead of `routing` in the run folder for figures and numbers, and
-            the run folder itself for TensorBoard.
+        text: a text to inspect token by token, instead of any domain.
+        windows: most windows of each domain; 16 by default.
+        out: the folder for all output, instead of `routing` in the run folder for figures and numbers, and the run
+            folder itself for TensorBoard.
         json_file: the file for the numbers.
 
     Raises:
@@ -97,15 +96,14 @@ def inspect_run(
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
-    """A short label for each token: its text without blanks around it, or the blanks themselves as visible signs.
-
-    Line ends and other invisible characters are replaced by signs; long tokens are cut.
+    """A short label for each token: its text without the spaces around it, shortened; spaces, line ends and other
+    invisible characters become visible ones.
     """
     return [_label(tokenizer.decode([token]) or tokenizer.convert_ids_to_tokens(token)) for token in ids]
 
 
 def token_lines(runs: np.ndarray, labels: Sequence[str], *, sinks: int, always: tuple[int, int]) -> Iterator[Line]:
-    """A ruler and a line for each token: its label, a sign for each layer, the layers changed since the last token.
+    """A ruler and a line for each token: label, a character for each layer, layers changed since the last token.
 
     Args:
         runs: (T, L) bool.
@@ -134,18 +132,18 @@ def token_lines(runs: np.ndarray, labels: Sequence[str], *, sinks: int, always: 
 
 
 def share_line(share: Sequence[float]) -> Line:
-    """A sign for each layer, as high as its share of tokens; a dot for a layer that no token ran."""
+    """A character for each layer, as high as its share of tokens; a dot for a layer that no token ran."""
     return Line("".join(HEIGHTS[min(7, int(part * 8))] if part > 0 else SKIPPED for part in share))
 
 
 def _check_options(
     target: Path, json_file: Path | None, text: str | None, domains: str | None, windows: int | None
 ) -> None:
-    """Finds mistakes before the model is loaded."""
+    """Check the options before the model is loaded."""
     if text is not None and (domains is not None or windows is not None):
-        raise DataError("--text looks at that text alone; leave out --domains and --windows, or --text.")
+        raise DataError("--text inspects that text alone; leave out --domains and --windows, or --text.")
     if text is not None and not text.strip():
-        raise DataError("The text to look at is empty; give some words.")
+        raise DataError("The text is empty; give some text.")
     if target.exists() and not target.is_dir():
         raise RunError(f"{target} is a file; name a folder for the figures.")
     if not target.absolute().parent.is_dir():
@@ -155,7 +153,7 @@ def _check_options(
 
 
 def _print_tables(inspection: Inspection) -> None:
-    """The numbers, and for each text at each budget a line of signs: how many tokens ran each layer."""
+    """The measures, and for each text at each budget a line that shows how many tokens ran each layer."""
     span = next(iter(inspection.measures[next(iter(inspection.executed.values()))].values())).span
     table = Table(title=f"Plans of {inspection.router}, by budget and text")
     table.add_column("budget\n(layers)", no_wrap=True)
@@ -172,7 +170,11 @@ def _print_tables(inspection: Inspection) -> None:
             table.add_row(heading, label, *_cells(found))
             shares.add_row(heading, label, share_line(found.share))
     results.print(table)
-    sizes = "; ".join(_size(text, inspection.sinks) for text in inspection.texts)
+    sizes = "; ".join(
+        f"{text.label}: {counted(text.windows.input_ids.numel() - inspection.sinks * len(text.windows), 'token')} in "
+        f"{counted(len(text.windows), 'window')} of {counted(len(text.windows.documents.unique()), 'document')}"
+        for text in inspection.texts
+    )
     sinks = f"; sink tokens, run at full depth and left out: {inspection.sinks} a window" if inspection.sinks else ""
     results.print(
         "Plan changes: tokens whose plan is not that of the token before; layers apart: in how many layers these two "
@@ -195,12 +197,6 @@ def _cells(found: Measures) -> list[str]:
         percent(found.commonest),
         percent(found.off_commonest),
     ]
-
-
-def _size(text: Text, sinks: int) -> str:
-    windows, documents = len(text.windows), len(text.windows.documents.unique())
-    tokens = counted(text.windows.input_ids.numel() - sinks * windows, "token")
-    return f"{text.label}: {tokens} in {counted(windows, 'window')} of {counted(documents, 'document')}"
 
 
 def _print_tokens(inspection: Inspection, budget: str) -> None:
@@ -234,7 +230,7 @@ def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> 
 
 def _label(text: str) -> str:
     characters = (
-        INVISIBLE.get(sign) or (sign if sign.isprintable() else f"\\{ord(sign):x}") for sign in text.strip(" ") or text
+        INVISIBLE.get(one) or (one if one.isprintable() else f"\\{ord(one):x}") for one in text.strip(" ") or text
     )
     label = "".join(characters)
     return label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"

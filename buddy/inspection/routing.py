@@ -1,4 +1,4 @@
-"""Text → the plans that really ran for its tokens, and what they say in numbers."""
+"""The plans that ran for the tokens of a text, and measures of these plans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from buddy.build import build_held_out, build_windows
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
-from buddy.engine.model import Output, RoutedLM
+from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
 from buddy.router import Geometry
 from buddy.run import Run
@@ -176,10 +176,8 @@ def typed_text(routed: RoutedLM, text: str) -> Text:
     """One window with exactly this text; all of it is the prompt, as in `buddy generate`.
 
     Raises:
-        DataError: the text is empty, too short for one routed token, or longer than the backbone reads.
+        DataError: the text is too short for one routed token, or longer than the backbone reads.
     """
-    if not text.strip():
-        raise DataError("The text to look at is empty; give some words.")
     check_text(text, "The text to look at")
     ids = routed.backbone.tokenizer(text, return_tensors="pt").input_ids
     tokens, most = ids.shape[1], routed.backbone.context_length
@@ -201,7 +199,7 @@ def observe(
 
     Args:
         routed: model and router.
-        texts: what to run.
+        texts: to run.
         counts: each K to run at.
         batch_size: windows a forward.
         track: wraps the list of forwards to show progress.
@@ -216,17 +214,10 @@ def observe(
     for text, count, rows in track(forwards):
         ids = text.windows.input_ids[rows].to(routed.backbone.device)
         output = routed(ids, executed=torch.full((len(ids),), count), prompt=text.prompt, logits_to_keep=1)
-        found[text.label, count].append(_checked_runs(output, routed.sink_tokens))
+        if not torch.equal(output.runs.sum(-1), output.executed):
+            raise RuntimeError("The layers that ran are not those of the plan.")
+        found[text.label, count].append(output.runs.cpu().numpy())
     return {key: Routing(np.concatenate(parts), routed.sink_tokens) for key, parts in found.items()}
-
-
-def _checked_runs(output: Output, sinks: int) -> np.ndarray:
-    """(B, T, L) bool, the plans; RuntimeError where the layers' own records of what ran contradict them."""
-    if not torch.equal(output.runs.sum(-1), output.executed):
-        raise RuntimeError("The layers that ran are not those of the plan.")
-    if not bool(output.sinks[:, :sinks].all()) or bool(output.sinks[:, sinks:].any()):
-        raise RuntimeError(f"The tokens at full depth are not the first {sinks}.")
-    return output.runs.cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -236,10 +227,10 @@ class Inspection:
     Attributes:
         router: its name.
         geometry: sizes of the backbone.
-        executed: K by budget as it was asked for, deepest first.
+        executed: K by budget, deepest first.
         texts: what ran.
         routings: the plans, by label of the text and K.
-        words: short labels of the tokens of the first text's first window.
+        words: short texts of the tokens of the first text's first window.
     """
 
     router: str
@@ -266,16 +257,17 @@ class Inspection:
     @cached_property
     def measures(self) -> dict[int, dict[str, Measures]]:
         """The numbers by K and label of the text."""
-        return {count: self._measures_at(count) for count in set(self.executed.values())}
-
-    def _measures_at(self, count: int) -> dict[str, Measures]:
-        routings = self.at(count)
-        reference = commonest_plan(routings)
-        found = (Measures.of(routing, reference, self.geometry.always_on) for routing in routings)
-        return dict(zip((text.label for text in self.texts), found, strict=True))
+        found: dict[int, dict[str, Measures]] = {}
+        for count in set(self.executed.values()):
+            plan = commonest_plan(self.at(count))
+            found[count] = {
+                text.label: Measures.of(self.routings[text.label, count], plan, self.geometry.always_on)
+                for text in self.texts
+            }
+        return found
 
     def as_json(self) -> dict[str, Any]:
-        """Everything in numbers; a token's plan is a string of L characters, "1" for a layer that ran."""
+        """All numbers; a token's plan is a string of L characters, "1" for a layer that ran."""
         first = self.texts[0]
         domains = {
             text.label: {
@@ -310,36 +302,10 @@ class Inspection:
         }
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The most frequent plan, and how well it stands for all. Sink tokens, which run every layer, are left out.
-
-    Attributes:
-        kept: indices of its layers, rising.
-        layers: L, the depth of the backbone.
-        tokens: routed tokens that were looked at.
-        plans: distinct plans among them.
-        share: tokens that asked for this very plan, from 0 to 1.
-        overlap: of the layers that tokens chose (those that need not run), the share that this plan has.
-    """
-
-    kept: tuple[int, ...]
-    layers: int
-    tokens: int
-    plans: int
-    share: float
-    overlap: float
-
-    @property
-    def removed(self) -> tuple[int, ...]:
-        """Indices of the layers that it lacks, rising."""
-        return tuple(layer for layer in range(self.layers) if layer not in self.kept)
-
-
 def most_frequent(
     routed: RoutedLM, windows: Windows, executed: int, *, prompt: int, batch_size: int = 4, track: Track = iter
-) -> Choice:
-    """The plan that most routed tokens of a text run.
+) -> tuple[tuple[int, ...], Measures]:
+    """The layers of the plan that most routed tokens of a text have, and the measures of all plans.
 
     Args:
         routed: model and router.
@@ -350,8 +316,6 @@ def most_frequent(
         track: wraps the list of forwards to show progress.
     """
     text = Text("text", None, windows, prompt)
-    ((_, routing),) = observe(routed, [text], [executed], batch_size=batch_size, track=track).items()
+    (routing,) = observe(routed, [text], [executed], batch_size=batch_size, track=track).values()
     plan = commonest_plan([routing])
-    seen = Measures.of(routing, plan, routed.geometry.always_on)
-    kept = tuple(plan.nonzero()[0].tolist())
-    return Choice(kept, len(plan), seen.tokens, seen.plans, seen.commonest, 1 - seen.off_commonest)
+    return tuple(plan.nonzero()[0].tolist()), Measures.of(routing, plan, routed.geometry.always_on)

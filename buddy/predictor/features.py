@@ -1,14 +1,14 @@
-"""What budget predictors see of a prompt, the budgets they choose from, and the measured losses they are fitted to."""
+"""The base of budget predictors, their features of a prompt, and the measured losses they are fitted to."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import fingerprint
@@ -22,23 +22,41 @@ Choose = Callable[[Context], Tensor]
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
-class Predictor(Protocol):
-    """What serves `--budget auto`: chooses how many layers each prompt is worth.
+class Predictor(nn.Module):
+    """Chooses the budget of each prompt for `--budget auto`.
+
+    Args:
+        arms: executed layers K to choose from.
 
     Attributes:
         name: "regress" or "grpo".
-        arms: executed layers K to choose from, deepest first.
+        arms: each K once, deepest first.
     """
 
-    name: str
-    arms: tuple[int, ...]
+    name: ClassVar[str]
+
+    def __init__(self, arms: Iterable[int]) -> None:
+        super().__init__()
+        self.arms = sorted_arms(arms)
+
+    def choose(self, features: Tensor, allowed: Sequence[int]) -> Tensor:
+        """The chosen K (...) long of features (..., size), among the arms with the allowed indices."""
+        raise NotImplementedError
 
     def chooser(self, most: int) -> Choose:
-        """A function from contexts (...) to the chosen arms (...) long, none above `most` layers.
+        """A function from contexts (...) to the chosen arms (...) long, of at most `most` layers.
 
         Raises:
             BudgetError: every arm has more layers.
         """
+        allowed = [index for index, arm in enumerate(self.arms) if arm <= most]
+        if not allowed:
+            least = min(self.arms)
+            raise BudgetError(
+                f"The cap leaves {most} layers, but this run's predictor chooses at least {least}; raise the cap to "
+                f"{least}layers or more, or use the budget {most}layers without auto."
+            )
+        return lambda context: self.choose(prompt_features(context), allowed)
 
 
 def feature_size(geometry: Geometry) -> int:
@@ -55,21 +73,6 @@ def prompt_features(context: Context) -> Tensor:
 def sorted_arms(counts: Iterable[int]) -> tuple[int, ...]:
     """Each number of layers once, deepest first."""
     return tuple(sorted(set(counts), reverse=True))
-
-
-def arms_within(arms: Sequence[int], most: int) -> list[int]:
-    """Indices of the arms that have at most so many layers.
-
-    Raises:
-        BudgetError: there are none.
-    """
-    indices = [index for index, arm in enumerate(arms) if arm <= most]
-    if not indices:
-        raise BudgetError(
-            f"The cap leaves {most} layers, but this run's predictor chooses from {min(arms)} on; raise the cap to "
-            f"{min(arms)}layers or more, or ask for {most}layers without auto."
-        )
-    return indices
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,12 @@ def measure_targets(
     """Run windows under the router's own plans at each arm and at full depth.
 
     Args:
-        routed: model and router, as they will serve.
+        routed: the model with its trained router.
         batches: each returns windows (B, W) long.
         arms: executed layers K.
-        prompt: tokens of a window that the predictor sees; the others are scored.
-        store: keeps what was measured of each batch, so that the same call resumes after an interruption.
-        key: all that the windows depend on, in that store.
+        prompt: first tokens of a window, which give the features; the losses are of the others.
+        store: keeps the measurements of each batch, so that the same call resumes after an interruption.
+        key: all that the windows depend on.
         track: wraps the batches to show progress.
     """
     counts = sorted_arms([*arms, routed.geometry.layers])
@@ -134,11 +137,11 @@ def measure_targets(
 
 
 def _digest(routed: RoutedLM, *others: object) -> str:
-    """Of the state of router and model, and of all else that measured losses depend on."""
-    model = fingerprint(routed.backbone.model)  # as it is now, with an adapter where it has one
+    """Digest of all that measured losses depend on: model, router, settings and `others`."""
+    model = fingerprint(routed.backbone.model)  # of the weights now, with an adapter if there is one
     digest = hashlib.sha256(repr((model, routed.settings, routed.pool, routed.policy.name, others)).encode())
     for name, tensor in sorted(routed.router.state_dict().items()):
-        flat = tensor.detach().cpu().flatten()  # gives a single number a dimension too
+        flat = tensor.detach().cpu().flatten()  # a scalar gets a dimension
         digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:20]
 

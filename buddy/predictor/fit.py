@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from buddy.console import errors, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DamagedError, RunError
 from buddy.io import FileStore, load_tensors, read_json, save_tensors, write_json
-from buddy.predictor.features import Targets, feature_size, measure_targets, sorted_arms
+from buddy.predictor.features import Predictor, Targets, feature_size, measure_targets, sorted_arms
 from buddy.predictor.grpo import BudgetPolicy, RewardWeights, random_entropy, train_policy
 from buddy.predictor.regress import CurvePredictor
 from buddy.router import Geometry, available_budgets
@@ -24,26 +23,27 @@ from buddy.run_files import PREDICTOR, PREDICTOR_FACTS
 from buddy.schema import Recipe
 
 TARGETS = "predictor-targets"  # in the folder of an unfinished run
-AnyPredictor = CurvePredictor | BudgetPolicy
+KINDS: dict[str, type[CurvePredictor] | type[BudgetPolicy]] = {
+    kind.name: kind for kind in (CurvePredictor, BudgetPolicy)
+}
 Curves = dict[str, list[tuple[int, float]]]  # points (x, y) by TensorBoard tag
 
 
-def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> AnyPredictor | None:
-    """Measure training windows at every budget, fit the recipe's predictor and save it; None where it names none.
+def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> Predictor | None:
+    """Measure training windows at every budget, fit the recipe's predictor and save it; None without a predictor.
 
-    The windows are those of the training steps after the last one: drawn from the training split as router and adapter
-    got theirs, but other draws, which may overlap. In a distributed run the first process does this while the others
-    wait to evaluate.
+    The windows are those of the steps after the last training step: other draws from the training split, which may
+    overlap with the ones of router and adapter. In a distributed run only the first process does this.
 
     Args:
         recipe: the whole run.
-        routed: model and router, as they will serve.
+        routed: the model with its trained router.
         data: the text, set up.
-        folder: of the run that is being made. Measurements stay there until `remove_targets`, so that the same call
-            resumes after an interruption.
+        folder: of the incomplete run. It has the measurements until `remove_targets`, so that the same call resumes
+            after an interruption.
     """
     section = recipe.predictor
-    for name in (PREDICTOR, PREDICTOR_FACTS):  # of an earlier attempt, perhaps by another recipe
+    for name in (PREDICTOR, PREDICTOR_FACTS):  # of an earlier attempt
         (folder / name).unlink(missing_ok=True)
     if section.name is None:
         return None
@@ -71,11 +71,11 @@ def remove_targets(folder: Path) -> None:
     shutil.rmtree(folder / TARGETS, ignore_errors=True)
 
 
-def load_predictor(folder: Path, geometry: Geometry) -> AnyPredictor | None:
-    """The predictor of a run, frozen; None where it has none.
+def load_predictor(folder: Path, geometry: Geometry) -> Predictor | None:
+    """The predictor of a run, frozen; None without one.
 
     Raises:
-        RunError: a file is missing or damaged, or it was made for another model.
+        RunError: a file is missing or damaged, or belongs to another model.
     """
     if not (folder / PREDICTOR_FACTS).exists() and not (folder / PREDICTOR).exists():
         return None
@@ -93,12 +93,11 @@ def load_predictor(folder: Path, geometry: Geometry) -> AnyPredictor | None:
     return predictor.eval().requires_grad_(False)
 
 
-def make_predictor(name: str, geometry: Geometry, arms: Sequence[int], options: Mapping[str, Any]) -> AnyPredictor:
-    """A predictor that is not fitted yet; ValueError for an unknown name."""
-    kinds: dict[str, type[nn.Module]] = {kind.name: kind for kind in (CurvePredictor, BudgetPolicy)}
-    if name not in kinds:
-        raise ValueError(f"no predictor is named {name!r}")
-    return kinds[name](feature_size(geometry), arms, **options)
+def make_predictor(name: str, geometry: Geometry, arms: Sequence[int], options: Mapping[str, Any]) -> Predictor:
+    """A predictor before it is fitted; ValueError for an unknown name."""
+    if name not in KINDS:
+        raise ValueError(f"there is no predictor {name!r}")
+    return KINDS[name](feature_size(geometry), arms, **options)
 
 
 def predictor_arms(recipe: Recipe, routed: RoutedLM) -> tuple[int, ...]:
@@ -120,7 +119,7 @@ def predictor_arms(recipe: Recipe, routed: RoutedLM) -> tuple[int, ...]:
 
 def _measure(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arms: tuple[int, ...]) -> Targets:
     data.train_seed = recipe.seed
-    # From this step on, neither the router nor an adapter was given the windows.
+    # Neither router nor adapter was trained on the windows of these steps.
     first = max(recipe.trainer["max_steps"], recipe.adapter.steps if recipe.adapter else 0)
     count = -(-recipe.predictor.windows // data.batch_size)
     batches = [partial(data.batch, first + number) for number in range(count)]
@@ -136,7 +135,7 @@ def _measure(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arm
 
 
 def _regress(predictor: CurvePredictor, targets: Targets) -> tuple[dict[str, Any], Curves]:
-    """Fit; returns how well the increases are predicted for left-out requests, as facts and as curves over layers."""
+    """Fit; returns the leave-one-out errors, as facts and as curves over layers."""
     increase = targets.increase(predictor.arms)
     left_out = predictor.fit(targets.features, increase)
     error, spread = (left_out - increase).square().mean(0).sqrt(), increase.std(0, correction=0)
@@ -144,7 +143,7 @@ def _regress(predictor: CurvePredictor, targets: Targets) -> tuple[dict[str, Any
     curve = [{"layers": k, "increase": mean, "spread": wide, "error": off} for k, mean, wide, off in rows]
     shown = [f"{r['error']:.3f} at {r['layers']} ({r['spread']:.3f})" for r in curve if r["spread"] > 0]
     errors.print(
-        f"Error of the predicted rise of the loss by layers (and the error of predicting the mean), nats a token: "
+        f"Error of the predicted increase of the loss by layers (error of the mean in brackets), nats per token: "
         f"{', '.join(shown)}.",
         soft_wrap=True,
     )
@@ -153,7 +152,7 @@ def _regress(predictor: CurvePredictor, targets: Targets) -> tuple[dict[str, Any
 
 
 def _train(recipe: Recipe, policy: BudgetPolicy, targets: Targets, layers: int) -> tuple[dict[str, Any], Curves]:
-    """Train; returns the policy's state at the end as facts, and its way there as curves over steps."""
+    """Train; returns the final state of the policy as facts, and curves over steps."""
     section = recipe.predictor
     progress = train_policy(
         policy,
@@ -168,7 +167,9 @@ def _train(recipe: Recipe, policy: BudgetPolicy, targets: Targets, layers: int) 
         track=tracker("Training the budget predictor"),
     )
     most, last = random_entropy(policy.arms), progress[-1]
-    errors.print(f"Policy's entropy {last.entropy:.3f} of {most:.3f} (at random), {last.layers:.1f} layers on average.")
+    errors.print(
+        f"Entropy of the policy {last.entropy:.3f} of at most {most:.3f}, {last.layers:.1f} layers on average."
+    )
     tags = ("entropy", "reward", "layers")
     curves = {f"predictor/{tag}": [(each.step, getattr(each, tag)) for each in progress] for tag in tags}
     curves["predictor/entropy_at_random"] = [(each.step, most) for each in progress]

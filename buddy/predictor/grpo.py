@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.predictor.features import Choose, Track, arms_within, prompt_features, sorted_arms
-from buddy.router import Context
+from buddy.predictor.features import Predictor, Track
 
 BATCH = 2  # requests a step, as in the paper
 TINY = 1e-6
@@ -20,12 +19,12 @@ TINY = 1e-6
 
 @dataclass(frozen=True)
 class RewardWeights:
-    """Weights of the policy's reward and of its regularisation.
+    """Weights of the reward and of the regularisation.
 
     Attributes:
         quality: of the cross-entropy, nats a token (λ_perf).
         cost: of the share of layers that run (λ_cost).
-        entropy: β, keeps the policy from settling too soon.
+        entropy: β, against early convergence.
         kl: of KL(policy ‖ policy at the start).
     """
 
@@ -35,8 +34,8 @@ class RewardWeights:
     kl: float = 0.0
 
 
-class BudgetPolicy(nn.Module):
-    """Logits over budgets from a prompt's context: Linear – SiLU – Linear; it serves the likeliest budget.
+class BudgetPolicy(Predictor):
+    """Logits over budgets from a prompt's context: Linear – SiLU – Linear; it chooses the most probable budget.
 
     Args:
         size: length of the feature vector.
@@ -47,8 +46,7 @@ class BudgetPolicy(nn.Module):
     name = "grpo"
 
     def __init__(self, size: int, arms: Sequence[int], *, hidden: int = 32) -> None:
-        super().__init__()
-        self.arms = sorted_arms(arms)
+        super().__init__(arms)
         self.input = nn.Linear(size, hidden)
         self.output = nn.Linear(hidden, len(self.arms))
 
@@ -56,25 +54,19 @@ class BudgetPolicy(nn.Module):
         """Logits (..., arms) of features (..., size)."""
         return self.output(F.silu(self.input(features)))
 
-    def chooser(self, most: int) -> Choose:
-        """See `Predictor.chooser`."""
-        indices = arms_within(self.arms, most)
-        arms = torch.tensor(self.arms)[indices]
-
-        def choose(context: Context) -> Tensor:
-            logits = self(prompt_features(context))[..., indices]
-            return arms.to(logits.device)[logits.argmax(-1)]
-
-        return choose
+    def choose(self, features: Tensor, allowed: Sequence[int]) -> Tensor:
+        """See `Predictor.choose`."""
+        arms = torch.tensor(self.arms, device=features.device)[allowed]
+        return arms[self(features)[..., allowed].argmax(-1)]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """State of a training, over all requests.
+    """State of the training, over all requests.
 
     Attributes:
         step: steps done.
-        entropy: the policy's mean entropy, nats; ln(arms) for one that chooses at random.
+        entropy: the policy's mean entropy, nats; at most ln(arms).
         reward: mean expected reward.
         layers: mean expected layers.
     """
@@ -103,7 +95,7 @@ def train_policy(
 
     For each request M budgets are drawn from the policy and rewarded by −quality · CE − cost · K/L. The advantage is
     the reward normalised within the group, and the loss −mean(A · log π) − β H(π) + kl · KL(π ‖ π at the start). The
-    router is frozen, so the cross-entropy of a request under a budget is a number that is measured only once.
+    router is frozen, so the cross-entropy of each request under each budget is measured only once.
 
     Args:
         policy: the one to train.
@@ -115,7 +107,7 @@ def train_policy(
         lr: learning rate of Adam.
         samples: M.
         seed: of requests and samples.
-        points: how often progress is noted.
+        points: number of progress entries.
         track: wraps the steps to show progress.
     """
     random = torch.Generator().manual_seed(seed)
@@ -134,9 +126,9 @@ def train_policy(
 
 
 def rewards_of(losses: Tensor, arms: Sequence[int], layers: int, weights: RewardWeights) -> Tensor:
-    """(N, arms): the reward of each request under each arm; in double precision where the losses are.
+    """(N, arms): the reward of each request under each arm, in the dtype of the losses, best float64.
 
-    Equal rewards then have no spread: in single precision the mean of three may differ by more than `TINY`.
+    In single precision the mean of three equal rewards may differ from them by more than `TINY`.
     """
     return -weights.quality * losses - weights.cost * torch.tensor(arms) / layers
 
@@ -150,7 +142,7 @@ def grpo_loss(
     samples: int,
     random: torch.Generator,
 ) -> Tensor:
-    """() the loss that `train_policy` minimises, of requests with features (B, size) and rewards (B, arms)."""
+    """() the loss of `train_policy`, of requests with features (B, size) and rewards (B, arms)."""
     log = policy(features).log_softmax(-1)
     drawn = torch.multinomial(log.detach().exp(), samples, replacement=True, generator=random)
     reward = rewards.gather(1, drawn)
@@ -162,7 +154,7 @@ def grpo_loss(
 
 
 def random_entropy(arms: Sequence[int]) -> float:
-    """ln A, the entropy in nats of a policy that chooses at random."""
+    """ln A, the entropy in nats of the uniform policy."""
     return math.log(len(arms))
 
 

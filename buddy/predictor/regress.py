@@ -5,44 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from buddy.predictor.features import Choose, arms_within, prompt_features, sorted_arms
-from buddy.router import Context
+from buddy.predictor.features import Predictor
 
-STRENGTHS = 10.0 ** torch.arange(-3, 5, 0.5, dtype=torch.float64)  # in units of the mean squared length of a row
+STRENGTHS = 10.0 ** torch.arange(-3, 5, 0.5, dtype=torch.float64)  # in units of the mean squared norm of a row
 
 
-class CurvePredictor(nn.Module):
-    """Predicts for each budget how much higher a request's loss per token is than at full depth.
+class CurvePredictor(Predictor):
+    """Predicts the increase of a request's loss per token at each budget over full depth.
 
-    A linear regression by least squares, since few prompts have losses measured at every budget. It sees the pooled
-    states alone, or all features where these predict left-out requests better. It chooses the smallest budget whose
-    predicted increase is at most ε; where there is none, the largest that it may choose.
+    A ridge regression, since few prompts have losses measured at every budget. Its features are the pooled states, or
+    all features if these predict left-out requests better. It chooses the smallest budget whose predicted increase is
+    at most ε, or the largest allowed budget if there is none.
 
     Args:
         size: length of the feature vector.
         arms: executed layers K to choose from.
-        pooled: features at its start that are the pooled states.
+        pooled: length of the pooled states, the first features.
         epsilon: ε, nats a token.
     """
 
     name = "regress"
 
     def __init__(self, size: int, arms: Sequence[int], *, pooled: int, epsilon: float) -> None:
-        super().__init__()
-        self.arms, self.pooled, self.epsilon = sorted_arms(arms), pooled, float(epsilon)
+        super().__init__(arms)
+        self.pooled, self.epsilon = pooled, float(epsilon)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("slope", torch.zeros(len(self.arms), size))
         self.register_buffer("level", torch.zeros(len(self.arms)))
 
     def fit(self, features: Tensor, increase: Tensor) -> Tensor:
-        """Fit in place; returns leave-one-out predictions (N, arms) float64, of each row by a fit without it.
+        """Fit in place; returns leave-one-out predictions (N, arms) float64.
 
         Args:
             features: (N, size).
-            increase: (N, arms), nats a token above full depth, of each request at each arm.
+            increase: (N, arms), nats per token above full depth.
         """
         self.mean.copy_(features.mean(0))
         self.scale.copy_(features.std(0, correction=0).clamp(min=1e-6))
@@ -55,26 +54,20 @@ class CurvePredictor(nn.Module):
         return left_out
 
     def increase(self, features: Tensor) -> Tensor:
-        """(..., arms) float32: predicted nats a token above full depth, of features (..., size)."""
+        """(..., arms) float32: predicted nats per token above full depth, of features (..., size)."""
         return self._standardised(features) @ self.slope.T + self.level
 
-    def chooser(self, most: int) -> Choose:
-        """See `Predictor.chooser`."""
-        indices = arms_within(self.arms, most)
-        arms = torch.tensor(self.arms)[indices]
-
-        def choose(context: Context) -> Tensor:
-            increase = self.increase(prompt_features(context))[..., indices]
-            return smallest_within(increase, arms.to(increase.device), self.epsilon)
-
-        return choose
+    def choose(self, features: Tensor, allowed: Sequence[int]) -> Tensor:
+        """See `Predictor.choose`."""
+        arms = torch.tensor(self.arms, device=features.device)[allowed]
+        return smallest_within(self.increase(features)[..., allowed], arms, self.epsilon)
 
     def _standardised(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.scale
 
 
 def smallest_within(increase: Tensor, arms: Tensor, epsilon: float) -> Tensor:
-    """(...) long: the smallest arm whose increase is at most ε; the largest arm where there is none.
+    """(...) long: the smallest arm whose increase is at most ε, or the largest arm if there is none.
 
     Args:
         increase: (..., A) nats.
@@ -87,9 +80,8 @@ def smallest_within(increase: Tensor, arms: Tensor, epsilon: float) -> Tensor:
 def ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ridge regression: slope (P, F), level (P,) and leave-one-out predictions (N, P).
 
-    All targets share the strength with the least leave-one-out error, each target's in units of its variance. An
-    infinite strength, which predicts the mean for all, is among the candidates: features that say nothing change
-    nothing.
+    All targets share the strength with the smallest leave-one-out error, in units of each target's variance. An
+    infinite strength, which predicts the mean, is among the candidates, so uninformative features have no effect.
 
     Args:
         features: (N, F) float64, of mean 0.
@@ -112,5 +104,5 @@ def ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _leave_one_out(residuals: Tensor, leverage: Tensor) -> Tensor:
-    """(N, P): the residual of each row in a regression without that row."""
+    """(N, P): the residual of each row under a regression without that row."""
     return residuals / (1 - leverage).clamp(min=1e-9)[:, None]

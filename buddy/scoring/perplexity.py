@@ -30,13 +30,13 @@ MOST = 2**30  # bytes of the dense model's hidden states
 
 @dataclass(frozen=True)
 class Scores:
-    """What one router did at one budget.
+    """The results of one router at one budget.
 
     Attributes:
-        budget: as asked; "auto" where a budget predictor chose for each window.
-        layers: K, executed layers that the budget stands for; for "auto" the mean over tokens, rounded.
-        executed: least, mean and most layers that tokens really ran, prompts included and sinks left out.
-        sinks: tokens per window at full depth whatever the budget.
+        budget: a fraction; "auto" where a budget predictor chose for each window.
+        layers: K, the executed layers of the budget; for "auto" the mean over tokens, rounded.
+        executed: least, mean and most layers that tokens ran, prompts included and sinks left out.
+        sinks: tokens per window that run at full depth at every budget.
         loss: (documents,) summed next-token cross-entropy in nats.
         kl: (documents,) summed KL to the dense model in nats.
         tokens: (documents,) scored tokens.
@@ -74,13 +74,13 @@ class Row:
 
     Attributes:
         window: its number.
-        document: the number of the document that it was cut from.
-        key: K, or the budget "auto" as it was asked.
+        document: number of its document.
+        key: K, or a budget "auto".
         loss, kl: sums over the scored tokens, in nats.
         tokens: scored tokens.
         least, most, total, counted: of the layers that tokens ran, sinks left out: smallest and largest number, sum,
             and number of tokens.
-        sinks: tokens at full depth whatever the budget.
+        sinks: tokens that run at full depth at every budget.
         chosen: of "auto", the K that was chosen.
     """
 
@@ -99,21 +99,24 @@ class Row:
 
 
 class Reference:
-    """What all routers share on one text: the dense model's last hidden states, and the rows at full depth.
+    """Shared by all routers on one text: the dense model's last hidden states, and the rows at full depth.
 
-    Hidden states are kept rather than logits, which take a hundred times their memory and cost a fifth of a small
-    model's pass. At full depth every router has the same plan, whatever its scores, so it runs once; an adapter changes
-    full depth, so rows of adapted models are not kept.
+    Hidden states are stored and not logits, which take a hundred times the memory and cost a fifth of a small model's
+    forward. At full depth every router has the same plan, so it runs once; an adapter changes full depth, so rows of
+    adapted models are not stored.
 
     One object is for one backbone and one way of scoring windows.
 
+    Attributes:
+        full_depth: rows at full depth, by the batch's tokens as bytes.
+
     Args:
-        most: bytes of hidden states that are kept; those beyond are computed again for each router.
+        most: bytes of hidden states to store; further ones are computed again for each router.
     """
 
     def __init__(self, most: int = MOST) -> None:
         self._states: dict[bytes, Tensor] = {}
-        self._rows: dict[bytes, list[Row]] = {}
+        self.full_depth: dict[bytes, list[Row]] = {}
         self._room = most
 
     @torch.no_grad()
@@ -127,14 +130,6 @@ class Reference:
                 self._room -= states.nbytes
                 self._states[key] = states.cpu()
         return head_logits(backbone.model, states.to(ids.device))
-
-    def full_depth(self, ids: Tensor) -> list[Row] | None:
-        """The rows of a batch at full depth, if a router was measured on it before."""
-        return self._rows.get(_key(ids))
-
-    def keep_full_depth(self, ids: Tensor, rows: list[Row]) -> None:
-        """Remember the rows of a batch at full depth for the next router."""
-        self._rows[_key(ids)] = rows
 
 
 @torch.no_grad()
@@ -160,12 +155,11 @@ def measure(
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
     targets, layers, rows = ids[:, scored + 1], model.geometry.layers, []
     dense: Dense | None = None
-    context = None
+    context, batch = None, _key(ids)
     for key in keys:
         shared = key == layers and model.adapter is None
-        stored = reference.full_depth(ids) if shared else None
-        if stored is not None:
-            rows += stored
+        if shared and batch in reference.full_depth:
+            rows += reference.full_depth[batch]
             continue
         if dense is None:
             with model.stock():
@@ -178,6 +172,7 @@ def measure(
         output = model(ids, executed=executed, prompt=prompt, logits_to_keep=scored)
         losses = cross_entropy(output.logits, targets), kl_to_dense(dense, output.logits)
         sums = [[row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in losses]
+        ran = [row[~sinks].cpu() for row, sinks in zip(output.executed, output.sinks, strict=True)]
         new = [
             Row(
                 window,
@@ -186,7 +181,10 @@ def measure(
                 sums[0][row],
                 sums[1][row],
                 len(scored),
-                *_counts(output.executed[row][~output.sinks[row]]),
+                int(ran[row].min()),
+                int(ran[row].max()),
+                int(ran[row].sum()),
+                ran[row].numel(),
                 int(output.sinks[row].sum()),
                 int(executed[row]) if isinstance(key, str) else None,
             )
@@ -194,12 +192,12 @@ def measure(
         ]
         rows += new
         if shared:
-            reference.keep_full_depth(ids, new)
+            reference.full_depth[batch] = new
     return rows
 
 
 def keys_of(model: RoutedLM, budgets: Iterable[float | str]) -> dict[float | str, int | str]:
-    """For each budget what `measure` takes: K, or "auto" as it is.
+    """For each budget the key of `measure`: K, or "auto" unchanged.
 
     Raises:
         BudgetError: out of range, or "auto" without a budget predictor.
@@ -234,11 +232,6 @@ def _scores_at(key: int | str, rows: Sequence[Row]) -> Scores:
     return Scores(1.0, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)
 
 
-def _counts(ran: Tensor) -> tuple[int, int, int, int]:
-    """Least, most, sum and number of the layers (N,) that tokens ran."""
-    return int(ran.min()), int(ran.max()), int(ran.sum()), ran.numel()
-
-
 def _key(ids: Tensor) -> bytes:
     return ids.cpu().numpy().tobytes()
 
@@ -249,27 +242,11 @@ def as_json(scores: Sequence[Scores]) -> dict[str, Any]:
 
 
 def with_documents(scores: Sequence[Scores]) -> dict[str, Any]:
-    """`as_json` and beside it "documents": for each budget the sums over the tokens of every document."""
+    """`as_json` and "documents": for each budget the sums over the tokens of every document."""
     documents = [
         {"budget": s.budget, "loss": s.loss.tolist(), "kl": s.kl.tolist(), "tokens": s.tokens.tolist()} for s in scores
     ]
     return as_json(scores) | {"documents": documents}
-
-
-def scores_of(saved: Mapping[str, Any]) -> list[Scores]:
-    """The scores that `with_documents` was given, to the bit.
-
-    Raises:
-        KeyError, TypeError, ValueError: it has another form.
-    """
-    return [_scores(*pair) for pair in zip(saved["results"], saved["documents"], strict=True)]
-
-
-def _scores(result: Mapping[str, Any], sums: Mapping[str, Any]) -> Scores:
-    executed = result["executed"]
-    loss, kl, tokens = (np.array(sums[name], dtype=np.float64) for name in ("loss", "kl", "tokens"))
-    counts = int(executed["min"]), float(executed["mean"]), int(executed["max"])
-    return Scores(float(result["budget"]), int(result["layers"]), counts, int(result["sink_tokens"]), loss, kl, tokens)
 
 
 def _entry(scores: Scores) -> dict[str, Any]:

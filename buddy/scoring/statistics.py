@@ -48,7 +48,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray, level: 
 
     Args:
         ours: (seeds, documents) summed cross-entropy in nats.
-        theirs: likewise on the same documents; the number of seeds may differ.
+        theirs: the reference on the same documents; the number of seeds may differ.
         tokens: (documents,) scored tokens.
     """
     estimates = _resampled(ours, tokens, SEEDS) - _resampled(theirs, tokens, REFERENCE_SEEDS)
@@ -64,7 +64,7 @@ def accuracy_difference(
 
     Args:
         ours: for each task (seeds, items) of 0 and 1.
-        theirs: likewise on the same items.
+        theirs: the reference on the same items.
     """
     estimates = _accuracies(ours, SEEDS) - _accuracies(theirs, REFERENCE_SEEDS)
     mean, reference = (float(np.mean([task.mean(1) for task in tasks])) for tasks in (ours, theirs))
@@ -107,27 +107,15 @@ def hull(points: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:
 def mixed(points: Mapping[float, float], layers: float) -> float | None:
     """The least mean loss of a random mixture of two fixed budgets that runs so many layers on average.
 
-    None where there are fewer than two budgets or `layers` lies outside them.
+    None where there are fewer than two budgets or `layers` is outside them.
     """
     if len(points) < 2 or not min(points) <= layers <= max(points):
         return None
     return float(np.interp(layers, *hull(points)))
 
 
-def layers_at(points: Mapping[float, float], loss: float) -> float | None:
-    """The mean layers of the cheapest mixture of two fixed budgets that reaches a mean loss.
-
-    None where no mixture reaches it, or where the smallest budget is better already.
-    """
-    layers, losses = hull(points)
-    falling = np.minimum.accumulate(losses)
-    if not falling[-1] <= loss <= falling[0]:
-        return None
-    return float(np.interp(-loss, -falling, layers))
-
-
 def _above(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
-    """Whether the middle point lies on or above the line through the others."""
+    """Whether the middle point is on or above the line through the others."""
     (x, y), (u, v), (w, z) = first, middle, last
     return (v - y) * (w - x) >= (z - y) * (u - x)
 
@@ -151,6 +139,6 @@ def _item_weights(items: int, task: int) -> np.ndarray:
 
 
 def _over_seeds(values: np.ndarray, stream: int) -> np.ndarray:
-    """(RESAMPLES,) means over seeds drawn anew in each resample, of values (seeds, RESAMPLES)."""
+    """(RESAMPLES,) means over the seeds drawn for each resample, of values (seeds, RESAMPLES)."""
     seeds = np.random.default_rng((0, stream)).integers(len(values), size=(RESAMPLES, len(values)))
     return values[seeds, np.arange(RESAMPLES)[:, None]].mean(1)

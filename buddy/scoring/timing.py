@@ -1,14 +1,15 @@
-"""What a budget costs in time: prefill and decode of routed, dense and physically pruned models, taken in turn."""
+"""Time and work by budget: prefill and decode of routed, dense and physically pruned models, taken in turn."""
 
 from __future__ import annotations
 
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,14 +48,14 @@ class Timings:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model under a way of calling it.
+    """A model and the context in which it runs.
 
     Attributes:
         name: "dense", "full" (the engine at full depth), "routed", "shared" (routed, one plan for the prompt) or
             "pruned".
         layers: K.
-        model: what is called.
-        spends: opens the context in which it runs.
+        model: that is timed.
+        spends: opens its context.
         decodes: whether its decoding is timed too.
     """
 
@@ -77,7 +78,7 @@ class Contender:
         return 1e3 * (time.perf_counter() - start)
 
     def _cache(self) -> DynamicCache | None:
-        """For a stock model an empty cache that grows as the engine's does; the engine makes its own."""
+        """For a stock model an empty cache that grows like the engine's; the engine makes its own."""
         if self.name not in ("dense", "pruned"):
             return None
         cache = DynamicCache(config=self.model.config)
@@ -122,7 +123,7 @@ def race(
     """Timings by (name, layers).
 
     Args:
-        field_: who runs.
+        field_: the contenders.
         ids: (B, T) long, text to read; T is at least the longest prompt, B the largest batch.
         prompts: lengths of the prompts whose prefill is timed, in a batch of one.
         batches: batch sizes whose decoding is timed.
@@ -147,15 +148,15 @@ def race(
                 mine.decode.setdefault(batch, []).append(spent_by_each[place])
             mine.decode_late.extend(after[place : place + 1])
     for each in field_:
-        _weigh(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
+        _count_work(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
     return timings
 
 
 def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int, draw: random.Random) -> list[float]:
     """Mean milliseconds of a step for each contender, over the tokens after the first `prompt` of (B, T).
 
-    All take one token before any takes the next, so that what disturbs the machine for a moment meets them alike; who
-    comes after whom is drawn anew for each token.
+    All take one token before any takes the next, so that a short disturbance of the machine affects all of them; the
+    order is drawn for each token.
     """
     caches = []
     for each in field_:
@@ -171,21 +172,21 @@ def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int, draw: 
 
 @torch.inference_mode()
 def mixed_prefill(routed: RoutedLM, field_: Sequence[Contender], ids: Tensor, rounds: int = 5) -> float:
-    """Prefill of a batch whose rows have budgets of their own, over what its executed layers cost when pruned.
+    """Prefill of a batch whose rows have different budgets, over the pruned cost of the same layers.
 
     The denominator is the mean, over rows, of the pruned stock model's time for the whole batch at that row's K.
     """
     pruned = {each.layers: each for each in field_ if each.name == "pruned"}
     pruned[routed.geometry.layers] = next(each for each in field_ if each.name == "dense")
     depths = sorted(pruned)
-    asked = [depths[row % len(depths)] for row in range(len(ids))]
+    counts = [depths[row % len(depths)] for row in range(len(ids))]
     ratios = []
     for number in range(rounds + 1):
-        with routed.at(executed=asked):
+        with routed.at(executed=counts):
             ours = _prefill_ms(Contender("mixed", 0, routed.backbone.model, nullcontext), ids)
-        alone = {depth: _prefill_ms(pruned[depth], ids) for depth in set(asked)}
+        alone = {depth: _prefill_ms(pruned[depth], ids) for depth in set(counts)}
         if number:
-            ratios.append(ours / statistics.mean(alone[depth] for depth in asked))
+            ratios.append(ours / statistics.mean(alone[depth] for depth in counts))
     return statistics.median(ratios)
 
 
@@ -197,10 +198,14 @@ def _prefill_ms(contender: Contender, ids: Tensor) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _weigh(contender: Contender, ids: Tensor, timings: Timings) -> None:
+def _count_work(contender: Contender, ids: Tensor, timings: Timings) -> None:
     """Floating-point operations of a prefill, with and without the head, and bytes of the cache it leaves."""
+
+    def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
     flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    with contender.spends(), FlopCounterMode(display=False, custom_mapping={flash: _attention_flops}) as counter:
+    with contender.spends(), FlopCounterMode(display=False, custom_mapping={flash: attention_flops}) as counter:
         cache = contender.prefill(ids)
     head = 2 * contender.model.lm_head.weight.numel()
     timings.flops = {"total": counter.get_total_flops(), "without_head": counter.get_total_flops() - head}
@@ -215,10 +220,6 @@ def cache_bytes(cache: Any) -> int:
     return sum(x.numel() * x.element_size() for x in (*held, *waiting.values()))
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
 def _wait(ids: Tensor) -> None:
     if ids.device.type == "cuda":
         torch.cuda.synchronize(ids.device)
@@ -231,35 +232,21 @@ def versions() -> dict[str, str]:
     """Python, Buddy and the libraries that results depend on."""
     found = {"python": platform.python_version(), "buddy": buddy.__version__}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # installed without metadata
             found[name] = version(name)
-        except PackageNotFoundError:  # installed without metadata
-            continue
     return found
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, accelerator."""
+    """Processor, cores that this process may use, memory (None where unknown), accelerator."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator) if accelerator else None
-    return {"processor": _processor(), "cores": _cores(), "memory_gib": _memory(), "accelerator": name}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):  # not every system tells
-        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory: float | None = None
+    with suppress(AttributeError, OSError, ValueError):  # not every system has these
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+?)\s*$", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
+        processor = found[1] if found else processor
+    return {"processor": processor, "cores": cores, "memory_gib": memory, "accelerator": name}

@@ -284,7 +284,7 @@ def _check_counts(executed: Tensor, sinks: Tensor, wanted: Tensor) -> None:
     if wrong.any():
         row, token = wrong.nonzero()[0].tolist()
         raise Failed(
-            f"{int(wrong.sum())} tokens did not run the requested number of layers ({int(executed[row, token])}, not "
+            f"{int(wrong.sum())} tokens ran another number of layers ({int(executed[row, token])} instead of "
             f"{int(wanted[row])}); leave the backbone, its layers and geometry alone, since the engine counts on them."
         )
 

@@ -110,7 +110,7 @@ class ProgressLine(ProgressBar):
     Where that is no terminal, it is a plain line now and then.
 
     Args:
-        description: what is going on.
+        description: of the activity.
         metric: the name under which the objective is logged.
     """
 
@@ -188,7 +188,7 @@ def unusable(path: str | Path, reason: str) -> TrainingError:
 
 
 class SaveSeconds(Callback):
-    """Saves the time spent on a run now and then while training goes on.
+    """Saves the time spent on a run now and then during training.
 
     Args:
         stopwatch: of the run.

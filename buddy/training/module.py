@@ -454,11 +454,11 @@ def evaluate(
 ) -> list[Scores]:
     """Scores of the model's router at each budget, by `Trainer.test`.
 
-    Processes that are together share the batches out and all get all scores: to the last bit those of one alone that
-    computes each batch alike, since sums are taken in the order of the windows, whichever process measured them.
+    Processes that are together share the batches out and all get all scores: bit-identical to those of one process
+    with the same batches, because sums are taken in the order of the windows.
 
     Args:
-        model: model and router, alike in all processes.
+        model: model and router, the same in all processes.
         windows: held-out text.
         budgets: fractions, each of which becomes K layers; or "auto", which chooses K for each window from its prompt.
         prompt: tokens of each window that are not scored.

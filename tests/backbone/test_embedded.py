@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from buddy.backbone import embedded
-from buddy.backbone.embedded import LAYOUT, NAME, RECORD, fault, smollm2_folder
+from buddy.backbone.embedded import RECORD, is_valid, smollm2_folder
 from buddy.errors import BackboneError
 from buddy.io import cache_root
 
@@ -44,12 +44,6 @@ def test_several_processes_convert_once_and_leave_nothing_over(conversions):
     assert in_cache() == [folder.name]
 
 
-def test_a_folder_of_an_older_layout_is_replaced(conversions):
-    (cache_root() / NAME).mkdir(parents=True)
-    folder = smollm2_folder()
-    assert in_cache() == [folder.name] == [f"{NAME}-{LAYOUT}"]
-
-
 def flip(folder):
     """Change one byte, keeping the size, as a failing disk would."""
     file = folder / "model.safetensors"
@@ -69,28 +63,16 @@ def flip(folder):
 def test_damage_is_found_and_mended(conversions, damage):
     folder = smollm2_folder()
     damage(folder)
-    assert fault(folder) is not None
-    assert fault(smollm2_folder()) is None
+    assert not is_valid(folder)
+    assert is_valid(smollm2_folder())
     assert len(conversions) == 2
 
 
 def test_another_version_of_the_wheel_is_converted_anew(conversions, monkeypatch):
     for version, expected in (("0.1.2", 1), ("0.2.0", 2), (None, 2)):  # None: the wheel is no longer installed
         monkeypatch.setattr(embedded, "_installed_version", lambda version=version: version)
-        assert fault(smollm2_folder()) is None
+        assert is_valid(smollm2_folder())
         assert len(conversions) == expected
-
-
-def test_full_sums_only_where_times_differ(conversions, monkeypatch):
-    folder = smollm2_folder()
-    summed = []
-    sha256 = embedded._sha256
-    monkeypatch.setattr(embedded, "_sha256", lambda file: summed.append(file.name) or sha256(file))
-    assert fault(folder) is None
-    assert summed == []
-    os.utime(folder / "config.json", (1, 1))
-    assert fault(folder) is None
-    assert summed == ["config.json", "model.safetensors"]
 
 
 KILLED = """

@@ -122,16 +122,6 @@ def test_losses_are_those_of_a_stock_model_by_brute_force(family):
         assert measured.losses(plan[None]).mean().item() == pytest.approx(expected, abs=2e-6)
 
 
-@pytest.mark.parametrize("policy", ["hole", "zero"])
-def test_losses_are_the_same_under_every_cache_policy(policy):
-    stock = routed(sinks=2)
-    model = type(stock)(stock.backbone, stock.router, sink_tokens=2, policy=policy)
-    (plan,) = plans(1, seed=4)
-    with torch.no_grad():
-        expected = loss(model(WINDOWS, runs=plan.expand(*WINDOWS.shape, -1)).logits).item()
-    assert probe(model).loss(plan) == pytest.approx(expected, abs=2e-6)
-
-
 def test_fewer_windows_are_the_first_ones_bit_for_bit():
     runs = plans(4)
     whole, grown = probe().losses(runs), probe()
@@ -221,17 +211,6 @@ def test_the_memory_for_states_is_bounded_and_shared_by_the_batches():
     assert 0 < fit(size, WINDOWS.device, 1) <= measures.MAX_CACHE >> 20
     assert fit(size, WINDOWS.device, 4) == fit(size, WINDOWS.device, 1) // 4
     assert fit(measures.MAX_CACHE + 1, WINDOWS.device, 1) == 0
-
-
-def test_a_round_in_parts_goes_on_from_the_last_too():
-    model = routed()
-    measured, called = probe(model), count_calls(model)
-    for removed in ([], [3]):
-        called.clear()
-        runs = torch.stack([measured.plan_without([*removed, index]) for index in range(3)])
-        for windows in (2, 4, 5):
-            measured.losses(runs, windows=windows)
-    assert called == [5, 5, 5] * 3
 
 
 def test_a_round_of_kl_runs_the_dense_model_once():

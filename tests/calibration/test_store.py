@@ -60,8 +60,6 @@ def test_another_setting_is_another_file(tmp_path):
     path = written(tmp_path).path
     assert read(tmp_path, threads=2) == {}
     assert Measurements(tmp_path, dict(reversed(SETTING.items()))).path == path
-    with closing(sqlite3.connect(path)) as file:
-        assert dict(file.execute("SELECT name, value FROM setting")) == {"windows": "abc", "threads": "1"}
 
 
 def test_reading_makes_no_file(tmp_path):
@@ -122,20 +120,6 @@ def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, capfd):
     said = capfd.readouterr().err
     assert "BUDDY_CALIBRATION_CACHE" in said
     assert said.count("\n") == 1
-
-
-def test_values_wait_for_a_busy_file(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(store, "BUSY_TIMEOUT", 0.05)
-    measured = written(tmp_path)
-    with closing(sqlite3.connect(measured.path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        measured["late"] = torch.ones(2)
-        measured.save()
-        other.execute("COMMIT")
-    assert read(tmp_path, ["late"]) == {}
-    measured.save()
-    assert equal(read(tmp_path, ["late"]), {"late": torch.ones(2)})
-    assert capfd.readouterr().err == ""
 
 
 def _write_and_read(folder: Path, number: int) -> None:

@@ -65,6 +65,7 @@ def test_full_depth_is_scored_once(ask, scored, tmp_path):
         assert run["tasks"] == alone
 
 
+@pytest.mark.slow
 def test_full_depth_may_come_first_and_not_be_asked_again(ask, scored, tmp_path):
     asked = replace(ask("budgets=[0.99,0.5]"), routers=[Rival("full"), Rival("shortgpt")])
     assert compare(asked) == 0

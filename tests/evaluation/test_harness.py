@@ -145,8 +145,8 @@ def test_generation_spends_the_budget():
         ids = torch.tensor([lm.tok_encode("One")])
         expected = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, pad_token_id=0)
     assert texts[0] == lm.tok_decode(expected[0, 3:].tolist())
-    assert (lm.executed.least, lm.executed.mean, lm.executed.most) == (3, 3.0, 3)
-    assert lm.executed.tokens >= 2 + 11
+    assert set(lm.executed.tolist()) == {3}
+    assert len(lm.executed) >= 2 + 11
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 2])
@@ -154,12 +154,11 @@ def test_layers_that_ran_are_counted_on_real_tokens(sinks):
     lm = BuddyLM(routed_tiny(sink_tokens=sinks), "4layers", batch_size=8)
     pairs = [("Question:", " a"), ("Question:", " b"), ("A much longer question:", " answer")]
     lm.loglikelihood(likelihoods(pairs), disable_tqdm=True)
-    assert (lm.executed.least, lm.executed.mean, lm.executed.most) == (4, 4.0, 4)
+    assert set(lm.executed.tolist()) == {4}
     rows = {len("Question: a") - 1, len("A much longer question: answer") - 1}  # the first two are one row
-    assert lm.executed.tokens == sum(length - sinks for length in rows)
+    assert len(lm.executed) == sum(length - sinks for length in rows)
     lm.ask(0.5)
-    assert lm.executed.tokens == 0
-    assert lm.executed.mean is None
+    assert len(lm.executed) == 0
 
 
 def test_batches_by_tokens():

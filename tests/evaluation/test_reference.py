@@ -6,7 +6,7 @@ import torch
 
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.scoring.perplexity import Reference, Scores, scores_of, with_documents
+from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.module import evaluate
 from tests.engine.reference import Fickle
 from tests.tiny import FAMILIES, tiny_backbone
@@ -56,10 +56,3 @@ def test_sharing_changes_no_number_and_full_depth_runs_once():
         for one, other in zip(alone, shared, strict=True):
             assert_equal(one, other)
     assert (forwards.count(1), forwards.count(2)) == (9, 6), "three batches at three depths, then at two"
-
-
-def test_scores_are_read_back_to_the_bit():
-    backbone = tiny_backbone()
-    scores = evaluate(RoutedLM(backbone, Fickle(geometry_of(backbone))), WINDOWS, [1.0, 0.5], prompt=5)
-    for one, other in zip(scores, scores_of(with_documents(scores)), strict=True):
-        assert_equal(one, other)

@@ -110,6 +110,7 @@ def test_a_run_is_read_as_it_was_measured(healed, name):
     torch.testing.assert_close(merged(IDS, executed=executed).logits, routed(IDS, executed=executed).logits)
 
 
+@pytest.mark.slow
 def test_commands_take_a_healed_run(healed, tmp_path):
     run = ["--run", str(shutil.copytree(healed / "shortgpt", tmp_path / "run"))]
     for words in (

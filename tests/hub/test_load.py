@@ -80,12 +80,12 @@ def test_streaming_gives_the_same_in_pieces(model):
 def test_leaving_a_stream_stops_the_model(model, monkeypatch):
     before, written = threading.active_count(), []
 
-    def write(prompt, budget, *, streamer, stop):
+    def generate(prompt, budget, *, streamer, stop):
         while not stop(torch.zeros(1, 1), None).all():
             written.append(time.sleep(0.001))
             streamer.on_finalized_text("word ")
 
-    monkeypatch.setattr(model, "write", write)
+    monkeypatch.setattr(model, "generate", generate)
     stream = model.stream(PROMPT, 0.5)
     assert next(stream) == "word "
     stream.close()
@@ -96,7 +96,7 @@ def test_leaving_a_stream_stops_the_model(model, monkeypatch):
 def test_stop_ends_a_text(model):
     stop = Stop()
     stop.now = True
-    model.write(PROMPT, 0.5, max_new_tokens=50, stop=stop)
+    model.generate(PROMPT, 0.5, max_new_tokens=50, stop=stop)
     assert "decode step" not in model.ran
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.compare import fit
+from buddy.errors import BuddyError
 from buddy.io import load_tensors
+from buddy.training.estimators import StraightThrough
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "lightning.md"
 CALLBACKS = "lightning.pytorch.callbacks"
@@ -94,6 +97,21 @@ def test_clipping_is_the_trainers(fitted, plain):
     clipped = fitted("trainer.gradient_clip_val=1e-6")
     assert routers_differ(clipped, plain)
     assert curves(clipped)["train/gradient_norm"][0][1] > 1e-3, "what is logged is the norm before clipping"
+
+
+class Halved(StraightThrough):
+    """An estimator that no distribution announces."""
+
+    def __call__(self, routed, batch, generator):
+        estimate = super().__call__(routed, batch, generator)
+        return replace(estimate, loss=estimate.loss / 2)
+
+
+def test_an_estimator_of_ones_own_is_one_class(fitted, plain):
+    folder = fitted("objective.estimator=tests.training.test_lightning:Halved")
+    assert routers_differ(folder, plain)
+    with pytest.raises(BuddyError, match="purturbed"):
+        fitted("objective.estimator=purturbed")
 
 
 def test_a_profilers_report_is_shown(fitted, caplog):
