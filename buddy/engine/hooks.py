@@ -79,7 +79,7 @@ class ForwardHooks:
         if request is None:
             if not isinstance(cache, RoutedCache):
                 return None
-            request = Request()  # a cache that was filled under a budget goes on at full depth
+            request = Request()  # a cache that was filled under a budget continues at full depth
         if routed.backbone.layers[0]._current_forward is not self._current:
             raise BuddyError("Another router was attached to this backbone; detach that one, and attach this anew.")
         if args:

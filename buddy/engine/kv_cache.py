@@ -140,7 +140,7 @@ class GrowingLayer(PendingLayer, DynamicLayer):
     """Full attention. A long cache is a view of a buffer that grows by `ROOM` positions; stock copies it at each token.
 
     Attributes:
-        view: the keys as `update` left them; where `keys` is another tensor, somebody moved rows or cropped.
+        view: the keys as `update` left them; if `keys` is another tensor, rows were moved or cropped.
     """
 
     view: Tensor | None
