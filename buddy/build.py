@@ -24,7 +24,7 @@ from buddy.io import cache_folder
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.predictor.features import Predictor
-from buddy.predictor.fit import load_predictor
+from buddy.predictor.train import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone

@@ -40,14 +40,14 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import write_run_results
 from buddy.io import cache_folder, on_disk, within_memory
-from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
+from buddy.metrics.perplexity import Reference, Scores
+from buddy.predictor.train import fit_predictor, predictor_arms, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
 from buddy.run import RunFolder
 from buddy.run_files import ADAPTER, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
     GracefulStop,

@@ -18,9 +18,9 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.tables import show_scores
 from buddy.io import check_output_path, within_memory, write_json
+from buddy.metrics.perplexity import as_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import as_json
 from buddy.training.module import evaluate
 
 

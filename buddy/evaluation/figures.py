@@ -16,8 +16,8 @@ import pandas as pd
 from buddy.config import flatten
 from buddy.evaluation.results import Results
 from buddy.io import on_disk, write_bytes, writing
+from buddy.metrics.perplexity import Scores
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Scores
 from buddy.values import shown
 
 LAYERS, TIME = "quality-layers", "quality-time"

@@ -24,9 +24,9 @@ from buddy.hub.card import export_card
 from buddy.hub.push_pull import CARD
 from buddy.inspection.routing import most_frequent
 from buddy.io import new_folder, within_memory, write_json, write_text, writing
+from buddy.metrics.perplexity import Reference, Scores
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.module import evaluate
 
 RECORD = "buddy_export.json"

@@ -24,8 +24,8 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.io import cache_folder
 from buddy.losses import Objective, draw_budgets
+from buddy.metrics.perplexity import Reference, Row, Scores, keys_of, measure, scores_from
 from buddy.router import Context
-from buddy.scoring.perplexity import Reference, Row, Scores, keys_of, measure, scores_from
 from buddy.training.callbacks import ProgressLine
 from buddy.training.estimators import Batch, Estimate, Estimator, estimator_for
 

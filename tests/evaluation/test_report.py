@@ -11,7 +11,7 @@ from buddy.config import flatten
 from buddy.evaluation.figures import settings_of
 from buddy.evaluation.report import write_run_results
 from buddy.evaluation.tables import show_scores, show_tasks
-from buddy.scoring.perplexity import Scores, as_json
+from buddy.metrics.perplexity import Scores, as_json
 from tests.hparams import row_of_table
 
 

@@ -23,7 +23,7 @@ from buddy.budget import auto_of
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import head_logits
 from buddy.losses import Dense, cross_entropy, kl_to_dense
-from buddy.scoring.statistics import quantiles, resamples
+from buddy.metrics.statistics import quantiles, resamples
 
 MOST = 2**30  # bytes of the dense model's hidden states
 
