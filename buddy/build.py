@@ -31,7 +31,7 @@ from buddy.run import Run, check_backbone
 from buddy.run_files import ADAPTER, load_router
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, estimator_for
-from buddy.training.healing import HealingModule, Joint
+from buddy.training.healing import HealingModule
 from buddy.training.module import RoutingModule
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
     return recipe.adapter is not None and recipe.adapter.joint and router.trainable
 
 
-def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
+def build_healing(recipe: Recipe, routed: RoutedLM) -> HealingModule:
     """The LightningModule that trains a recipe's adapter."""
     optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
     return HealingModule(
@@ -276,8 +276,8 @@ def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> Healing
         weight_decay=optimizer.weight_decay,
         seed=recipe.seed,
         identity=healing_identity(recipe, routed.router),
-        checkpoint=str(checkpoint),
-        joint=Joint(build_estimator(recipe, routed.router), optimizer.lr) if both else None,
+        estimator=build_estimator(recipe, routed.router) if both else None,
+        router_lr=optimizer.lr,
     )
 
 

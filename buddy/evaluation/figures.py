@@ -211,9 +211,9 @@ def write_scores(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Ma
     """
     ordered = sorted(scores, key=lambda each: each.layers)
     curves = {
-        "test/perplexity": [(each.layers, each.perplexity) for each in ordered],
-        "test/loss": [(each.layers, math.log(each.perplexity)) for each in ordered],
-        "test/kl": [(each.layers, each.mean_kl) for each in ordered],
+        "test/perplexity_by_layers": [(each.layers, each.perplexity) for each in ordered],
+        "test/loss_by_layers": [(each.layers, each.mean_loss) for each in ordered],
+        "test/kl_by_layers": [(each.layers, each.mean_kl) for each in ordered],
     }
     metrics = {f"perplexity_at_{each.budget:g}": each.perplexity for each in ordered}
     metrics |= {f"fit_{name}": value for name, value in fit.items()}

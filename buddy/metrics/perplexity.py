@@ -53,9 +53,14 @@ class Scores:
     chosen: Mapping[int, int] | None = None
 
     @property
+    def mean_loss(self) -> float:
+        """Mean cross-entropy in nats a token."""
+        return float(self.loss.sum() / self.tokens.sum())
+
+    @property
     def perplexity(self) -> float:
-        """exp of the mean cross-entropy over all tokens."""
-        return math.exp(self.loss.sum() / self.tokens.sum())
+        """exp of `mean_loss`."""
+        return math.exp(self.mean_loss)
 
     @property
     def mean_kl(self) -> float:

@@ -16,13 +16,13 @@ from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.compare import CompareConfig, compare, fit
 from buddy.errors import RunError, TrainingError
+from buddy.evaluation.evaluate import evaluate
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
 from buddy.run import read_run
 from buddy.run_files import checksums_of
 from buddy.schema import Rival
 from buddy.training.healing import HealingModule
-from buddy.training.module import evaluate
 from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights
 from tests.small import only_seeds, write_text
 
