@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,11 +150,6 @@ def grpo_loss(
     kl = (log.exp() * (log - start(features).log_softmax(-1))).sum(-1)
     gain = (advantage.to(log) * log.gather(1, drawn)).mean(1)
     return (weights.kl * kl - gain - weights.entropy * _entropy(log)).mean()
-
-
-def random_entropy(arms: Sequence[int]) -> float:
-    """ln A, the entropy in nats of the uniform policy."""
-    return math.log(len(arms))
 
 
 def _entropy(log: Tensor) -> Tensor:

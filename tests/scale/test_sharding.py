@@ -16,7 +16,7 @@ from buddy.losses import Objective
 from buddy.training.estimators import Batch, StraightThrough, Weighted
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
-from tests.healing.made import new_adapter, stirred
+from tests.adapted import new_adapter, stirred
 from tests.scale.forked import side_by_side
 from tests.tiny import tiny_backbone
 

@@ -1,9 +1,7 @@
 """Healing as a part of `fit` and `compare`: what is left, what is read back, what goes on, what is refused."""
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +21,9 @@ from buddy.run import read_run
 from buddy.run_files import checksums_of
 from buddy.schema import Rival
 from buddy.training.healing import HealingModule
-from tests.healing.made import IDS, Killed, assert_same, kill, metrics, weights
+from tests.adapted import IDS
 from tests.small import only_seeds, write_text
-
-pytestmark = pytest.mark.usefixtures("no_pictures")
+from tests.training.stopping import Killed, at_step, interrupt, kill, same
 
 STEPS = 7
 HEALED = [f"adapter.steps={STEPS}", "adapter.lr=0.02", "adapter.rank=2"]
@@ -35,12 +32,30 @@ NAMES = ("buddy", "shortgpt", "full")
 SIZE = 5 * 2 * (4 * (64 + 64) - 2 * 32 + 3 * (64 + 128))  # of an adapter of rank 2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures(finished):
+    """Fits draw none, once the runs are there that all tests share: others look at pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("buddy.evaluation.report.draw_scores", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def healed(small, tmp_path_factory) -> Path:
     """Runs of two routers, healed, and of one that there is nothing to heal of; read them, never write into them."""
     output = tmp_path_factory.mktemp("healed")
     fit(small(output, "rivals=[shortgpt,full]", *HEALED), "small")
     return only_seeds(output / "small")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter that is saved in a run folder."""
+    return load_tensors(folder / "adapter" / "adapter_model.safetensors")
+
+
+def metrics(folder: Path) -> dict:
+    """The results in a run folder."""
+    return json.loads((folder / "metrics.json").read_text())
 
 
 # Whole
@@ -59,7 +74,7 @@ def test_every_router_that_skips_layers_has_an_adapter(healed, finished):
 
 
 def test_the_router_is_the_unhealed_one(healed, finished):
-    assert_same(*(load_tensors(runs / "buddy" / "router.safetensors") for runs in (healed, finished)))
+    assert same(*(load_tensors(runs / "buddy" / "router.safetensors") for runs in (healed, finished)))
 
 
 def test_healing_helps_and_full_depth_of_each_run_is_its_own(healed, finished):
@@ -87,7 +102,7 @@ def test_joint_training_moves_both(small, healed, tmp_path):
     first, joint = (load_tensors(run / "router.safetensors") for run in runs)
     assert not torch.equal(first["output.weight"], joint["output.weight"])
     assert {path.name for path in (tmp_path / "small" / "buddy" / "seed-0").iterdir()}.isdisjoint({"checkpoints"})
-    assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt" / "seed-0"))
+    assert same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt" / "seed-0"))
 
 
 # Read back
@@ -134,7 +149,7 @@ def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
     other = replace(config, texts=str(text))
     assert compare(config) == compare(other) == 0  # the second finds the runs finished and reads them
     runs = tmp_path / "out"
-    assert_same(weights(healed / "shortgpt"), weights(runs / "shortgpt" / "seed-0"))
+    assert same(weights(healed / "shortgpt"), weights(runs / "shortgpt" / "seed-0"))
     assert (runs / "shortgpt" / "seed-1" / "run.json").exists()
     assert not (runs / "full" / "seed-1").exists()
     kept = json.loads((runs / "shortgpt" / "seed-0" / "evaluations" / "other.json").read_text())
@@ -146,23 +161,6 @@ def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
 # Stopped
 
 
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def at_step(monkeypatch, step: int, act) -> None:
-    """`act` is called in the middle of a step of healing, once."""
-    calls, healing = [], HealingModule._healing
-
-    def counted(self, *args):
-        calls.append(None)
-        if len(calls) == step:
-            act()
-        return healing(self, *args)
-
-    monkeypatch.setattr(HealingModule, "_healing", counted)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "act", "raised", "kept"), [("buddy", interrupt, KeyboardInterrupt, 5), ("shortgpt", kill, Killed, 3)]
@@ -170,7 +168,7 @@ def at_step(monkeypatch, step: int, act) -> None:
 def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypatch, capsys, name, act, raised, kept):
     partial = tmp_path / "small" / name / "seed-0" / "checkpoints"
     with monkeypatch.context() as patch:
-        at_step(patch, 5, act)
+        at_step(patch, HealingModule, 5, act)
         with pytest.raises(raised):
             fit(small(tmp_path, f"router={name}", *HEALED), "small")
     assert torch.load(partial / "healing.ckpt", weights_only=True)["global_step"] == kept
@@ -180,19 +178,21 @@ def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypat
     assert str(partial / "healing.ckpt") in said
     assert f"Healing {name}: {STEPS} of {STEPS}" in said
     assert "Training buddy" not in said
-    assert_same(weights(healed / name), weights(tmp_path / "small" / name / "seed-0"))
+    assert same(weights(healed / name), weights(tmp_path / "small" / name / "seed-0"))
     assert metrics(tmp_path / "small" / name / "seed-0")["results"] == metrics(healed / name)["results"]
 
 
-def test_a_kill_in_the_evaluation_costs_no_healing(small, healed, tmp_path, monkeypatch, capsys):
+def test_a_kill_in_the_evaluation_costs_no_step(small, healed, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("buddy.fit.evaluate", lambda *_, **__: kill())
         with pytest.raises(Killed):
-            fit(small(tmp_path, "router=shortgpt", *HEALED), "small")
+            fit(small(tmp_path, *HEALED), "small")
     capsys.readouterr()
-    fit(small(tmp_path, "router=shortgpt", *HEALED), "small")
-    assert "Healing shortgpt" not in capsys.readouterr().err
-    assert_same(weights(healed / "shortgpt"), weights(tmp_path / "small" / "shortgpt" / "seed-0"))
+    fit(small(tmp_path, *HEALED), "small")
+    said = capsys.readouterr().err
+    assert "Training buddy" not in said
+    assert "Healing buddy" not in said
+    assert same(weights(healed / "buddy"), weights(tmp_path / "small" / "buddy" / "seed-0"))
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_a_trained_router_is_healed_without_training_it_again(small, finished, h
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     fit(small(tmp_path, f"ckpt_path={checkpoint}", *HEALED), "small")
     assert "Training buddy" not in capsys.readouterr().err
-    assert_same(weights(healed / "buddy"), weights(tmp_path / "small" / "buddy" / "seed-0"))
+    assert same(weights(healed / "buddy"), weights(tmp_path / "small" / "buddy" / "seed-0"))
 
 
 # Wrong
@@ -229,7 +229,7 @@ def test_mistakes_are_found_before_anything_is_written(small, tmp_path, override
 def test_a_healing_of_other_modules_is_not_gone_on_from(small, tmp_path, monkeypatch):
     """A named checkpoint keeps an unfinished folder whatever else of the recipe changed."""
     with monkeypatch.context() as patch:
-        at_step(patch, 5, kill)
+        at_step(patch, HealingModule, 5, kill)
         with pytest.raises(Killed):
             fit(small(tmp_path, *HEALED, *BRIEFLY), "small")
     checkpoints = tmp_path / "small" / "buddy" / "seed-0" / "checkpoints"
