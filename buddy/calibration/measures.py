@@ -32,7 +32,7 @@ def similarities(backbone: Backbone, batches: Iterable[Tensor], first: int, sink
     """Block Influence (R,) and angular distances (R + 1, R + 1), both float32, in one pass over the windows.
 
     Args:
-        backbone: without an active plan.
+        backbone: the frozen model, outside of any budget.
         batches: windows (B, T) long.
         first: the first routable layer.
         sinks: first positions, excluded from Block Influence.
@@ -74,7 +74,7 @@ def taylor_importance(backbone: Backbone, batches: Iterable[Tensor], layers: ran
     The parameters require gradients within this call only.
 
     Args:
-        backbone: without an active plan.
+        backbone: the frozen model, outside of any budget.
         batches: windows (B, T) long.
         layers: the routable ones.
         windows: number of windows in all batches.
@@ -194,7 +194,7 @@ class PlanLosses:
     """Mean losses of windows under plans, in nats a token; fixed batches give a loss the same bits in every call.
 
     Args:
-        backbone: without an active plan.
+        backbone: the frozen model, outside of any budget.
         batches: windows (B, T) long each.
         sinks: first positions, which run every layer.
     """

@@ -43,7 +43,7 @@ class Measurements:
     reported once on the error stream.
 
     Args:
-        folder: of the files; the first write creates it. None keeps values in memory only.
+        folder: holds the files; the first write creates it. None keeps values in memory only.
         setting: names and values of all that the measurements depend on; another setting is another file.
     """
 

@@ -40,7 +40,7 @@ class Scores:
         loss: (documents,) summed next-token cross-entropy in nats.
         kl: (documents,) summed KL to the dense model in nats.
         tokens: (documents,) scored tokens.
-        chosen: of "auto", K → windows for which it was chosen.
+        chosen: number of windows for each K that "auto" chose; None for a fixed budget.
     """
 
     budget: float | str
@@ -83,10 +83,10 @@ class Row:
         key: K, or a budget "auto".
         loss, kl: sums over the scored tokens, in nats.
         tokens: scored tokens.
-        least, most, total, counted: of the layers that tokens ran, sinks left out: smallest and largest number, sum,
-            and number of tokens.
+        least, most, total: smallest and largest number and sum of the layers that tokens ran, sinks left out.
+        counted: number of those tokens.
         sinks: tokens that run at full depth at every budget.
-        chosen: of "auto", the K that was chosen.
+        chosen: K that "auto" chose; None for a fixed budget.
     """
 
     window: int

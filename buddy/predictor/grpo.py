@@ -21,10 +21,10 @@ class RewardWeights:
     """Weights of the reward and of the regularisation.
 
     Attributes:
-        quality: of the cross-entropy, nats a token (λ_perf).
-        cost: of the share of layers that run (λ_cost).
-        entropy: β, against early convergence.
-        kl: of KL(policy ‖ policy at the start).
+        quality: factor of the cross-entropy in nats a token (λ_perf).
+        cost: factor of K/L, the share of layers that run (λ_cost).
+        entropy: β, factor of the policy's entropy in nats, against early convergence.
+        kl: factor of KL(policy ‖ policy at the start) in nats.
     """
 
     quality: float = 5.0
@@ -101,11 +101,11 @@ def train_policy(
         features: (N, size) of the requests' prompts.
         losses: (N, arms) nats a token, of each request under each arm.
         layers: L.
-        weights: of reward and regularisation.
-        steps: of the optimizer, each on `BATCH` requests.
+        weights: factors of the reward and of the regularisation.
+        steps: optimizer steps, each on `BATCH` requests.
         lr: learning rate of Adam.
         samples: M.
-        seed: of requests and samples.
+        seed: determines the draws of requests and samples.
         points: number of progress entries.
         track: wraps the steps to show progress.
     """

@@ -40,7 +40,7 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
         recipe: the whole run.
         routed: the model with its trained router.
         data: the text, set up.
-        folder: of the incomplete run. It has the measurements until `remove_targets`, so that the same call resumes
+        folder: the incomplete run. It holds the measurements until `remove_targets`, so that the same call resumes
             after an interruption.
     """
     section = recipe.predictor

@@ -27,10 +27,10 @@ class HealingModule(BudgetModule):
     Args:
         model: backbone, calibrated or trained router, and adapter.
         budgets: fractions of the layers, or other budgets such as "22layers".
-        objective: by which outputs are judged; KL to the stock model by default.
+        objective: judges outputs; KL to the stock model by default.
         identity: settings that a checkpoint must have been made with to be resumed, by the names to show.
         estimator: turns plans into a loss for the router, which is trained in the same steps; None leaves it as it is.
-        router_lr: of the router, times its own factors.
+        router_lr: learning rate of the router, which its parameter groups multiply by their scales.
         options: prompt, lr, warmup_steps, weight_decay and seed of `BudgetModule`.
     """
 

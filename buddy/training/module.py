@@ -51,12 +51,12 @@ class BudgetModule(LightningModule):
         budgets: fractions of the layers, or other budgets such as "22layers"; "auto" is for test alone.
         prompt: tokens of each window that are read, not scored; a quarter of the window by default.
         lr, warmup_steps, weight_decay: AdamW with linear warm-up, then cosine to a tenth of the rate.
-        seed: of all random draws; with a micro-batch's number it determines them.
+        seed: determines all random draws, together with the number of the micro-batch.
         reference: shares the dense model's results with the tests of other routers on the same windows.
 
     Attributes:
         model: backbone and router.
-        scores: of the last validation or test, `Scores` for each budget.
+        scores: `Scores` of the last validation or test, one for each budget.
     """
 
     model: RoutedLM
@@ -274,7 +274,7 @@ class RoutingModule(BudgetModule):
             is another: all plans are the same there, and nothing could be learned.
         estimator: turns windows and budgets into a loss for the router; a name of group `buddy.estimators`, or an
             `Estimator`. Layerwise routers have one of their own.
-        objective: by which plans are judged; KL to the dense model by default.
+        objective: judges plans; KL to the dense model by default.
         prompt, lr, warmup_steps, weight_decay, seed, reference: as for `BudgetModule`.
     """
 
