@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -13,7 +12,7 @@ import lightning
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter
-from buddy.backbone.load import Backbone, load_backbone
+from buddy.backbone.load import Backbone, load_backbone, state_digest
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
 from buddy.data.text import same_source
@@ -286,10 +285,7 @@ def healing_identity(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
     settings = {
         f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in HEALING_CHANGES
     }
-    digest = hashlib.sha256()
-    for name, tensor in sorted(router.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return {**settings, "the router": digest.hexdigest()[:16]}
+    return {**settings, "the router": state_digest(router.state_dict())}
 
 
 def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:

@@ -37,6 +37,8 @@ class Timings:
         prefill: times of a prompt in a batch of one, by its length in tokens.
         decode: times of a step after `PROMPT` tokens, by batch size.
         decode_late: times of a step after a long context, batch 1.
+        cache_bytes: size of the cache after the longest prompt.
+        flops: floating-point operations of that prompt, in "total" and "without_head".
     """
 
     prefill: dict[int, list[float]] = field(default_factory=dict)
