@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buddy.engine.bridges import Bridges
 from buddy.engine.kv_cache import ContextPool, RoutedCache, context_features
 from buddy.engine.kv_policies import Policy
 from buddy.engine.sinks import SinkStates
@@ -33,6 +34,7 @@ class Settings:
     prompt_plan: str
     batch_plan: str
     reroute_every: int | None
+    bridges: Bridges | None = None
 
     def for_router(self, router: AnyRouter) -> Settings:
         """The settings under a router: one plan for each input, where that is its scope."""
@@ -248,6 +250,11 @@ class RoutedForward:
         elif not full_depth:
             self._decide(prompt, only_last)
 
+    def skip(self, layer: int, hidden: Tensor) -> Tensor:
+        """The state (B, T, D) of tokens that skip `layer`, from the state before it."""
+        bridges = self.settings.bridges
+        return hidden if bridges is None else bridges.forward(layer, hidden)
+
     @property
     def runs(self) -> Tensor:
         """(B, T, L) bool, the plan with sinks at full depth."""
@@ -288,7 +295,8 @@ class RoutedForward:
     def can_defer(self, layer: int) -> bool:
         """Whether the states that skip `layer` may be pending: one token's always, a prompt's if memory allows.
 
-        One state of D values is pending for a run of skipped layers, in place of keys and values for each of them.
+        One state of D values is pending for a run of skipped layers, in place of keys and values for each of them. With
+        bridges the state differs from layer to layer.
         """
         if self.shape[1] == 1:
             return True
@@ -300,6 +308,8 @@ class RoutedForward:
         width, kv = self.context.hidden.shape[-1], 2 * self._kv_width
         skipped = [rows is False or (isinstance(rows, list) and self.only_sinks(rows)) for rows in self.active_rows]
         blocks = [list(block) for skips, block in groupby(range(len(skipped)), key=skipped.__getitem__) if skips]
+        if self.settings.bridges is not None:
+            blocks = [[layer] for block in blocks for layer in block]
         if len(blocks) * width <= sum(map(len, blocks)) * kv:
             return [True] * len(skipped)
         long = {layer for block in blocks if width <= len(block) * kv for layer in block}

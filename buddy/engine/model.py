@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from buddy.backbone.load import Backbone, load_backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
+from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Output, Record, Request, Settings
 from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
@@ -172,6 +173,18 @@ class RoutedLM(nn.Module):
         self.adapter.merge()
         self.adapter = None
 
+    def bridge(self, bridges: Bridges | None) -> None:
+        """Apply bridges where tokens skip layers from now on; None takes them off."""
+        if bridges is not None:
+            bridges.to(self.backbone.device).freeze(self.backbone.dtype)
+        self._own_settings = replace(self._own_settings, bridges=bridges)
+        self.settings = replace(self.settings, bridges=bridges)
+
+    @property
+    def bridges(self) -> Bridges | None:
+        """What tokens pass through in place of the layers that they skip."""
+        return self.settings.bridges
+
     @contextmanager
     def stock(self) -> Iterator[None]:
         """Within this block the backbone is the stock model: no layer is skipped, and an adapter is off."""
@@ -275,7 +288,7 @@ class RoutedLM(nn.Module):
         """
         runs = torch.ones(*input_ids.shape, self.geometry.layers, dtype=torch.bool, device=input_ids.device)
         runs[..., self.geometry.context_layer : -1] = False
-        with self._hooks.requested(Request(runs=runs, prompt=0)):
+        with self.changed(bridges=None), self._hooks.requested(Request(runs=runs, prompt=0)):
             self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
             context = self._hooks.take_last().context
         return Context(context.pooled[:, -1], context.newest[:, -1], context.hidden[:, -1], context.executed[:, -1])
