@@ -92,4 +92,4 @@ def _regression(
     up = torch.linalg.eigh(spread).eigenvectors[:, -rank:]
     added = mean @ weight
     parts = (weight @ up).T, up, bias + added - up @ (up.T @ added)
-    return tuple(part.float() for part in parts)  # type: ignore[return-value]
+    return tuple(part.float() for part in parts)

@@ -10,6 +10,7 @@ tokens; FlexiDepth (2503.23798) trains an adapter in the skip path.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Bridges(nn.Module):
         rank: r, from 1 to D.
 
     Attributes:
+        rank: r.
         down: (L, r, D).
         up: (L, D, r).
         bias: (L, D).
@@ -42,11 +44,13 @@ class Bridges(nn.Module):
     def __init__(self, geometry: Geometry, rank: int) -> None:
         super().__init__()
         layers, width = geometry.layers, geometry.hidden
+        self.rank = rank
         self.down = nn.Parameter(torch.zeros(layers, rank, width), requires_grad=False)
         self.up = nn.Parameter(torch.zeros(layers, width, rank), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(layers, width), requires_grad=False)
         self.register_buffer("fitted", torch.zeros(layers, dtype=torch.bool))
-        self._frozen: list[tuple[Tensor, ...] | None] | None = None  # of all layers, in the backbone's dtype
+        self._frozen: list[tuple[Tensor, ...] | None] | None = None  # of all layers, in one dtype
+        self._dtype = torch.float32
 
     @property
     def size(self) -> int:
@@ -77,8 +81,13 @@ class Bridges(nn.Module):
     def freeze(self, dtype: torch.dtype) -> Bridges:
         """End training; from now on the bridges compute in `dtype`, the backbone's."""
         self.requires_grad_(False)
-        self._frozen = [self._parts(layer, dtype) for layer in range(len(self.fitted))]
+        self._frozen, self._dtype = [self._parts(layer, dtype) for layer in range(len(self.fitted))], dtype
         return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Bridges:
+        """Called by torch to move the module; what is frozen moves with it."""
+        super()._apply(*args, **kwargs)
+        return self if self._frozen is None else self.freeze(self._dtype)
 
     def save(self, path: Path) -> None:
         """Write all weights to a safetensors file."""

@@ -34,7 +34,6 @@ class Settings:
     prompt_plan: str
     batch_plan: str
     reroute_every: int | None
-    bridges: Bridges | None = None
 
     def for_router(self, router: AnyRouter) -> Settings:
         """The settings under a router: one plan for each input, where that is its scope."""
@@ -185,6 +184,7 @@ class RoutedForward:
         past: positions before these tokens.
         mask: (B, past + T) of 0 and 1, or None where nothing is padded.
         cache: an adopted cache, or None.
+        bridges: what tokens pass through in place of the layers that they skip.
 
     Attributes:
         active_rows: for each layer which tokens run it, or None where the layer has more to do than run: the context
@@ -206,9 +206,11 @@ class RoutedForward:
         past: int,
         mask: Tensor | None,
         cache: RoutedCache | None,
+        bridges: Bridges | None,
     ) -> None:
         self.settings, self.score, self.request, self.shape, self.past = settings, score, request, shape, past
-        self.cache, self.policy, self.context_layer = cache, settings.policy, settings.context_layer
+        self.cache, self.bridges = cache, bridges
+        self.policy, self.context_layer = settings.policy, settings.context_layer
         self.active_rows: list[ActiveRows | None] = [True] * settings.layers
         self.active_rows[settings.context_layer - 1] = None
         self.compute_all_layers = request.compute_all_layers or request.gates is not None
@@ -252,8 +254,7 @@ class RoutedForward:
 
     def skip(self, layer: int, hidden: Tensor) -> Tensor:
         """The state (B, T, D) of tokens that skip `layer`, from the state before it."""
-        bridges = self.settings.bridges
-        return hidden if bridges is None else bridges.forward(layer, hidden)
+        return hidden if self.bridges is None else self.bridges.forward(layer, hidden)
 
     @property
     def runs(self) -> Tensor:
@@ -308,7 +309,7 @@ class RoutedForward:
         width, kv = self.context.hidden.shape[-1], 2 * self._kv_width
         skipped = [rows is False or (isinstance(rows, list) and self.only_sinks(rows)) for rows in self.active_rows]
         blocks = [list(block) for skips, block in groupby(range(len(skipped)), key=skipped.__getitem__) if skips]
-        if self.settings.bridges is not None:
+        if self.bridges is not None:
             blocks = [[layer] for block in blocks for layer in block]
         if len(blocks) * width <= sum(map(len, blocks)) * kv:
             return [True] * len(skipped)

@@ -109,7 +109,7 @@ class RoutedLayer:
         forward.partial_layers.append(ran)
         rest = map_embeddings(embeddings, lambda x: x[:, count:])
         policy.skip(self, forward, hidden[:, count:], cache, rest)
-        if self._forward_hooks or torch.is_grad_enabled() or forward.settings.bridges is not None:
+        if self._forward_hooks or torch.is_grad_enabled() or forward.bridges is not None:
             return torch.cat([out, forward.skip(self._index, hidden[:, count:])], 1)
         hidden[:, :count] = out  # in place, so that a run of skipped layers shares one pending state
         return hidden

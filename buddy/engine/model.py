@@ -57,6 +57,7 @@ class RoutedLM(nn.Module):
             budget predictor.
         adapter: a LoRA adapter on the backbone, or None. It is active at every budget, full depth included; `dense`,
             `stock` and a forward without a plan leave it out.
+        bridges: what tokens pass through in place of the layers that they skip, or None; see `bridge`.
 
     Raises:
         BuddyError: an unknown policy, or a router of an unknown scope.
@@ -92,6 +93,7 @@ class RoutedLM(nn.Module):
         self.table: Callable[[RoutedLM], Table] | None = None
         self.chooser: Callable[[int], Choose] | None = None
         self.adapter: Any | None = None
+        self.bridges: Bridges | None = None
 
     @classmethod
     def from_pretrained(
@@ -174,16 +176,8 @@ class RoutedLM(nn.Module):
         self.adapter = None
 
     def bridge(self, bridges: Bridges | None) -> None:
-        """Apply bridges where tokens skip layers from now on; None takes them off."""
-        if bridges is not None:
-            bridges.to(self.backbone.device).freeze(self.backbone.dtype)
-        self._own_settings = replace(self._own_settings, bridges=bridges)
-        self.settings = replace(self.settings, bridges=bridges)
-
-    @property
-    def bridges(self) -> Bridges | None:
-        """What tokens pass through in place of the layers that they skip."""
-        return self.settings.bridges
+        """Pass tokens through these bridges, frozen, where they skip layers; None takes them off."""
+        self.bridges = None if bridges is None else bridges.to(self.backbone.device).freeze(self.backbone.dtype)
 
     @contextmanager
     def stock(self) -> Iterator[None]:
@@ -288,7 +282,7 @@ class RoutedLM(nn.Module):
         """
         runs = torch.ones(*input_ids.shape, self.geometry.layers, dtype=torch.bool, device=input_ids.device)
         runs[..., self.geometry.context_layer : -1] = False
-        with self.changed(bridges=None), self._hooks.requested(Request(runs=runs, prompt=0)):
+        with self._hooks.requested(Request(runs=runs, prompt=0)):
             self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
             context = self._hooks.take_last().context
         return Context(context.pooled[:, -1], context.newest[:, -1], context.hidden[:, -1], context.executed[:, -1])
