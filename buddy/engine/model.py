@@ -285,7 +285,7 @@ class RoutedLM(nn.Module):
         with self._hooks.requested(Request(runs=runs, prompt=0)):
             self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
             context = self._hooks.take_last().context
-        return Context(context.pooled[:, -1], context.newest[:, -1], context.hidden[:, -1], context.executed[:, -1])
+        return context[:, -1]
 
     def forward(
         self,
