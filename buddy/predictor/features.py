@@ -137,10 +137,11 @@ def measure_targets(
 
 
 def _digest(routed: RoutedLM, *others: object) -> str:
-    """Digest of all that measured losses depend on: model, router, settings and `others`."""
+    """Digest of all that measured losses depend on: model, router, bridges, settings and `others`."""
     model = fingerprint(routed.backbone.model)  # of the weights now, with an adapter if there is one
-    router = state_digest(routed.router.state_dict())
-    measured = (model, router, routed.settings, routed.pool, routed.policy.name, others)
+    bridges = {} if routed.bridges is None else routed.bridges.state_dict()
+    weights = state_digest({**routed.router.state_dict(), **bridges})
+    measured = (model, weights, routed.settings, routed.pool, routed.policy.name, others)
     return hashlib.sha256(repr(measured).encode()).hexdigest()[:20]
 
 

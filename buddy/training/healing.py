@@ -25,12 +25,13 @@ class HealingModule(BudgetModule):
     stock model, the adapter off. Dropout is the one draw that each process makes for itself.
 
     Args:
-        model: backbone, calibrated or trained router, and adapter.
+        model: backbone, calibrated or trained router, adapter, and bridges where they are used.
         budgets: fractions of the layers, or other budgets such as "22layers".
         objective: judges outputs; KL to the stock model by default.
         identity: settings that a checkpoint must have been made with to be resumed, by the names to show.
         estimator: turns plans into a loss for the router, which is trained in the same steps; None leaves it as it is.
         router_lr: learning rate of the router, which its parameter groups multiply by their scales.
+        train_bridges: train the model's bridges in the same steps, at the adapter's rate.
         options: prompt, lr, warmup_steps, weight_decay and seed of `BudgetModule`.
     """
 
@@ -45,19 +46,22 @@ class HealingModule(BudgetModule):
         identity: Mapping[str, str] | None = None,
         estimator: Estimator | None = None,
         router_lr: float = 0.0,
+        train_bridges: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(model, budgets=budgets, **options)
         self.parts = model.adapter.parts
         self.router = model.router if estimator else None
+        self.bridges = model.bridges.trainable() if train_bridges and model.bridges is not None else None
         self.objective, self.estimator, self.router_lr = objective or Objective(), estimator, router_lr
         self.identity = dict(identity or {})
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """The adapter, and the router's own groups where it is trained too."""
+        """Adapter and trained bridges, and the router's own groups where it is trained too."""
         router = self.router.parameter_groups() if self.estimator else []
         rates = [(group["params"], self.router_lr * group["scale"]) for group in router]
-        return [(self.model.adapter.parameters(), self.settings["lr"]), *rates]
+        bridges = [] if self.bridges is None else list(self.bridges.parameters())
+        return [([*self.model.adapter.parameters(), *bridges], self.settings["lr"]), *rates]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""
