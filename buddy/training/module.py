@@ -294,13 +294,14 @@ class RoutingModule(BudgetModule):
         seed: int = 0,
         reference: Reference | None = None,
     ) -> None:
-        optimizer = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
+        optimizer: dict[str, Any] = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
         super().__init__(model, budgets=budgets, prompt=prompt, seed=seed, reference=reference, **optimizer)
         self.router = model.router
         self.start = copy.deepcopy(model.router).requires_grad_(False)
         self.objective = objective or Objective()
-        named = isinstance(estimator, str)
-        self.estimator = estimator_for(model.router, estimator, self.objective, {}) if named else estimator
+        if isinstance(estimator, str):
+            estimator = estimator_for(model.router, estimator, self.objective, {})
+        self.estimator = estimator
         self.calibrated = False
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
@@ -312,8 +313,9 @@ class RoutingModule(BudgetModule):
         windows = data.calibration.input_ids
         # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
         size = 1 if self.model.backbone.device.type == "cpu" else data.batch_size
-        options = {"asked": self.grid, "seed": self.seed, "prompt": self._prompt(windows)}
-        self.router.calibrate(CalibrationProbe(self.model, windows, size, store=cache_folder("calibration"), **options))
+        probe = CalibrationProbe(self.model, windows, size, asked=self.grid, store=cache_folder("calibration"))
+        probe.seed, probe.prompt = self.seed, self._prompt(windows)
+        self.router.calibrate(probe)
         self.mark_calibrated()
 
     def mark_calibrated(self) -> None:
