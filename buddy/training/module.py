@@ -313,8 +313,8 @@ class RoutingModule(BudgetModule):
         windows = data.calibration.input_ids
         # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
         size = 1 if self.model.backbone.device.type == "cpu" else data.batch_size
-        probe = CalibrationProbe(self.model, windows, size, asked=self.grid, store=cache_folder("calibration"))
-        probe.seed, probe.prompt = self.seed, self._prompt(windows)
+        prompt, store = self._prompt(windows), cache_folder("calibration")
+        probe = CalibrationProbe(self.model, windows, size, asked=self.grid, seed=self.seed, prompt=prompt, store=store)
         self.router.calibrate(probe)
         self.mark_calibrated()
 
