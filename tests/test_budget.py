@@ -86,7 +86,7 @@ def test_the_table_is_not_asked_for_other_budgets():
     ("budget", "words"),
     [
         *((text, text) for text in ("0ms", "-3ms", "15parsecs", "75%", "nanms", "ms", "1,5ms", "auto")),
-        ("9" * 5000 + "layers", "999"),
+        ("9" * 50 + "layers", "999"),
         ("4ms", "4.06ms"),
     ],
 )

@@ -10,21 +10,16 @@ from tests.recovery.asking import refused
 from tests.recovery.malformed import RAW, Bench, check_recipe, fuzz
 
 
-@pytest.fixture
-def bench(small, finished, tmp_path) -> Bench:
-    return Bench(tmp_path, small, finished / "buddy")
-
-
 @pytest.mark.slow
-def test_whatever_is_given_ends_well_or_with_one_sentence(bench):
-    assert all(fuzz(bench, 20, number=0).values())
+def test_whatever_is_given_ends_well_or_with_one_sentence(small, finished, tmp_path):
+    assert all(fuzz(Bench(tmp_path, small, finished / "buddy"), 20, number=0).values())
 
 
 @pytest.mark.parametrize("text", RAW, ids=range(len(RAW)))
-def test_the_darker_corners_of_yaml(bench, text, monkeypatch):
-    monkeypatch.chdir(bench.work)
-    check_recipe(bench, text.encode("utf-8", "surrogatepass"))
-    assert [path.name for path in bench.work.iterdir()] == ["mine.yaml"]
+def test_the_darker_corners_of_yaml(small, tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_recipe(Bench(tmp_path, small, tmp_path), text.encode("utf-8", "surrogatepass"))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
 @pytest.mark.parametrize(
