@@ -20,7 +20,7 @@ class TokenTable(BuddyRouter):
         prior, prior_windows, prior_weight, bound: as for `BuddyRouter`.
     """
 
-    source = "control"
+    source = "–"
 
     def __init__(
         self,
