@@ -38,7 +38,7 @@ from buddy.data.module import TextData
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
-from buddy.evaluation.report import write_run_results
+from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, on_disk, within_memory
 from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
 from buddy.provenance import input_digests
@@ -47,7 +47,7 @@ from buddy.router import available_budgets
 from buddy.run import RunFolder
 from buddy.run_files import ADAPTER, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Reference, Scores
+from buddy.scoring.perplexity import Reference, Scores, with_documents
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
     GracefulStop,
@@ -203,9 +203,10 @@ class Session:
                 save_router(folder, model.router.state_dict())
                 if model.adapter is not None:
                     model.adapter.save(folder / ADAPTER)
-                metrics = write_run_results(folder, recipe, scores, fit=cost, windows=self.data.test.fingerprint)
+                draw_run(folder, scores)
                 _remove_intermediate(folder)
-                run_folder.complete(metrics)
+                about = {"fit": cost, "windows": self.data.test.fingerprint}
+                run_folder.complete(with_documents(scores) | about)
             except BaseException as error:
                 with suppress(BuddyError):  # the disk may be full
                     if not isinstance(error, KeyboardInterrupt):

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from buddy.config import load_recipe
 from buddy.errors import RunError
-from buddy.evaluation.record import join, read_record, shown_command, write_record
-from buddy.evaluation.report import show_files
+from buddy.evaluation.record import join, read_record, show_files, shown_command, write_record
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import all_tables
+from buddy.run import complete_seeds, label_folder
+from tests.documents import ROOT
 from tests.evaluation import made
 
 A, B = Path("a/comparison.json"), Path("b/comparison.json")
@@ -94,3 +96,11 @@ def test_parts_give_the_tables_of_the_whole():
 def test_what_cannot_be_joined_is_refused(other, named):
     with pytest.raises(RunError, match=named):
         join({A: part(("ours", 0)), B: other})
+
+
+def test_the_stored_runs_are_where_their_recipe_looks_for_them():
+    recipe, stored = load_recipe("comparison"), ROOT / "docs" / "comparison"
+    folders = {label: label_folder(label) for label in (recipe.router.name, *(each.label for each in recipe.rivals))}
+    record = read_record(stored / "comparison.json")
+    assert {each["label"]: each["folder"] for each in record["routers"]} == folders
+    assert all(complete_seeds(stored / folder) for folder in folders.values())

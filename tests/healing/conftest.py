@@ -5,5 +5,5 @@ import pytest
 def no_pictures(finished):
     """Fits draw none, once the runs are there that all tests share: others look at pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.evaluation.report.draw_scores", lambda *_: None)
+        patch.setattr("buddy.fit.draw_run", lambda *_: None)
         yield
