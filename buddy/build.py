@@ -56,6 +56,13 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
     return backbone
 
 
+def build_router(recipe: Recipe, backbone: Backbone) -> AnyRouter:
+    """The recipe's router for a backbone, before calibration."""
+    routing, section = recipe.routing, recipe.router
+    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
+    return build(section.name, geometry, section.options)
+
+
 def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     """The backbone with the recipe's router attached, before calibration.
 
@@ -63,10 +70,9 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
         BudgetError: a budget below the always-on layers.
     """
     routing = recipe.routing
-    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
     routed = RoutedLM(
         backbone,
-        build(recipe.router.name, geometry, recipe.router.options),
+        build_router(recipe, backbone),
         pool=routing.pool,  # type: ignore[arg-type]  # a recipe accepts only these values
         sink_tokens=routing.sink_tokens,
         prompt_plan=routing.prompt_plan,  # type: ignore[arg-type]
