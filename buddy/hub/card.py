@@ -12,7 +12,7 @@ from buddy.console import counted
 from buddy.errors import DamagedError
 from buddy.evaluation.record import shown_path
 from buddy.run import Run
-from buddy.run_files import ADAPTER, METRICS, PREDICTOR
+from buddy.run_files import ADAPTER, BRIDGE, METRICS, PREDICTOR
 from buddy.scoring.perplexity import Scores
 
 HEADS = "| {0} | perplexity | 95 % interval | KL to dense |\n|{1}---:|---:|---:|"
@@ -32,6 +32,8 @@ def run_card(run: Run, metrics: Mapping[str, Any] | None, name: str, licence: st
     """
     layers, backbone = run.geometry.get("layers", "its"), title(run.backbone)
     extras = ""
+    if (run.folder / BRIDGE).is_file():
+        extras += " Bridges in `bridge.safetensors` correct the hidden state of tokens that skip a layer."
     if is_healed(run):
         extras += " An adapter in `adapter/`, in the format of peft, heals the backbone."
     if (run.folder / PREDICTOR).is_file():

@@ -23,6 +23,7 @@ from buddy.io import load_tensors, new_folder, read_json, write_json, write_text
 from buddy.run import Run, read_run
 from buddy.run_files import (
     ADAPTER,
+    BRIDGE,
     FACTS,
     INPUTS,
     METRICS,
@@ -38,7 +39,7 @@ from buddy.run_files import (
 HUB = "hf://"  # marks a hub name that could be a folder too
 CARD, CONFIG = "README.md", "config.json"
 REQUIRED = (RECIPE, FACTS, ROUTER)
-OPTIONAL = (METRICS, INPUTS, PREDICTOR, PREDICTOR_FACTS, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
+OPTIONAL = (METRICS, INPUTS, BRIDGE, PREDICTOR, PREDICTOR_FACTS, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
 FILES = (*REQUIRED, *OPTIONAL, CONFIG, CARD)  # no other files are copied, uploaded or downloaded
 
 
