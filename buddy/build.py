@@ -13,7 +13,7 @@ import lightning
 from torch import nn
 
 from buddy import distributed
-from buddy.backbone.adapter import Adapter
+from buddy.backbone.adapter import Adapter, check_targets
 from buddy.backbone.load import Backbone, load_backbone
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
@@ -26,7 +26,7 @@ from buddy.io import cache_folder
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.predictor.features import Predictor
-from buddy.predictor.fit import load_predictor
+from buddy.predictor.fit import load_predictor, predictor_arms
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone
@@ -86,6 +86,29 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     for budget in available_budgets(routed.router, recipe.budgets):
         routed.executed_layers(budget)
     return routed
+
+
+def check_model(recipe: Recipe, backbone: Backbone) -> None:
+    """Raises a BuddyError for a router, predictor, adapter or checkpoint that does not fit the recipe."""
+    model = build_model(recipe, backbone)
+    try:
+        if recipe.ckpt_path and not model.router.trainable:
+            raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
+        if recipe.ckpt_path and trains_both(recipe, model.router):
+            raise RecipeError(
+                "adapter.joint=true trains router and adapter from the start; leave ckpt_path out, or set it to false."
+            )
+        if recipe.predictor.name is not None:
+            predictor_arms(recipe, model)
+    finally:
+        model.detach()
+    if recipe.bridge is not None and recipe.bridge.rank > backbone.hidden_size:
+        raise RecipeError(
+            f"bridge.rank is {recipe.bridge.rank}, but the hidden states of {backbone.name} have "
+            f"{backbone.hidden_size} numbers; set it to that or less."
+        )
+    if recipe.adapter is not None:
+        check_targets(recipe.adapter.targets, backbone)
 
 
 def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import distributed
-from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
 from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, join, shard
 from buddy.build import (
@@ -26,6 +25,7 @@ from buddy.build import (
     build_model,
     build_module,
     build_trainer,
+    check_model,
     heals,
     instantiate,
     restore_router,
@@ -39,10 +39,10 @@ from buddy.data.module import TextData
 from buddy.data.windows import Windows
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, RecipeError, TrainingError
+from buddy.errors import BuddyError, TrainingError
 from buddy.evaluation.report import write_run_results
 from buddy.io import cache_folder, is_below, on_disk, within_memory
-from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
+from buddy.predictor.fit import fit_predictor, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
@@ -101,7 +101,7 @@ class Session:
         with status(f"Loading {recipe.backbone.name} …"):
             backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
             for each in recipes:
-                _check_model(each, backbone)
+                check_model(each, backbone)
         data = build_data(recipe, backbone)
         data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
         with status(f"Reading {recipe.data.source} …"):
@@ -156,11 +156,12 @@ class Session:
                 with within_memory(f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens", MEMORY):
                     before = read_metrics(spec.reuse_from)["fit"]["seconds"] if spec.reuse_from else 0.0
                     self._fit(recipe, model, folder, spec.reuse_from)
-                    cost = {"seconds": before + self._stopwatch.seconds, "parameters": _parameters(model)}
+                    added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
+                    weights = added + sum(parameter.numel() for parameter in model.router.parameters())
+                    cost = {"seconds": before + self._stopwatch.seconds, "parameters": weights}
                     self._stopwatch.save()
                     fitted = True
-                    predictor = fit_predictor(recipe, model, self.data, folder)
-                    if predictor is not None:
+                    if predictor := fit_predictor(recipe, model, self.data, folder):
                         attach_predictor(recipe, model, predictor)
                     scores = self._test(recipe, model)
                 save_router(folder, model.router.state_dict())
@@ -291,35 +292,6 @@ class Session:
         """Save the time spent, now and then."""
         if self._stopwatch:
             self._stopwatch.tick()
-
-
-def _check_model(recipe: Recipe, backbone: Backbone) -> None:
-    """Raises a BuddyError for a router, predictor, adapter or checkpoint that does not fit the recipe."""
-    model = build_model(recipe, backbone)
-    try:
-        if recipe.ckpt_path and not model.router.trainable:
-            raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
-        if recipe.ckpt_path and trains_both(recipe, model.router):
-            raise RecipeError(
-                "adapter.joint=true trains router and adapter from the start; leave ckpt_path out, or set it to false."
-            )
-        if recipe.predictor.name is not None:
-            predictor_arms(recipe, model)
-    finally:
-        model.detach()
-    if recipe.bridge is not None and recipe.bridge.rank > backbone.hidden_size:
-        raise RecipeError(
-            f"bridge.rank is {recipe.bridge.rank}, but the hidden states of {backbone.name} have "
-            f"{backbone.hidden_size} numbers; set it to that or less."
-        )
-    if recipe.adapter is not None:
-        check_targets(recipe.adapter.targets, backbone)
-
-
-def _parameters(model: RoutedLM) -> int:
-    """Number of weights of router, bridges and adapter."""
-    added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
-    return sum(parameter.numel() for parameter in model.router.parameters()) + added
 
 
 def _report_missing(model: RoutedLM) -> None:

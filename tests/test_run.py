@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from buddy.config import load_recipe, to_yaml
-from buddy.errors import DamagedError, RecipeError, RunError
+from buddy.errors import DamagedError, RunError
 from buddy.io import read_json, write_json
 from buddy.provenance import code_digest
 from buddy.router import Geometry
@@ -151,14 +151,6 @@ def test_an_interrupted_run_resumes_or_starts_from_an_empty_folder(folder, recip
     assert names(folder.path.parent) == {"seed-0"}
     assert load_recipe(folder.path / "recipe.yaml") == requested
     assert ("Warning" in capsys.readouterr().err) is (what == "router's code")
-
-
-def test_a_checkpoint_of_an_unknown_recipe_is_kept(folder, recipe):
-    checkpoint = leave_checkpoint(folder, recipe)
-    (folder.path / "recipe.yaml").write_text("seed: [")
-    with folder.lock(), pytest.raises(RecipeError, match=str(folder.path)):
-        begin(folder, recipe)
-    assert checkpoint.exists()
 
 
 def test_differences_name_keys_inputs_and_damaged_files(folder, recipe):
@@ -335,7 +327,7 @@ def test_an_unfinished_run_is_not_read(folder, recipe):
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "router.safetensors", "metrics.json"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "zeros", "another mapping", "pickle"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "zeros", "another mapping"])
 def test_a_damaged_file_is_named(folder, recipe, name, damage):
     path = make(folder, recipe)
     DAMAGES[damage](path / name)
