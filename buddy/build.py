@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
-from torch import nn
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter, check_targets
-from buddy.backbone.load import Backbone, load_backbone
+from buddy.backbone.load import Backbone, load_backbone, state_digest
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
 from buddy.data.text import same_source
@@ -26,20 +23,27 @@ from buddy.io import cache_folder
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.predictor.features import Predictor
-from buddy.predictor.fit import load_predictor, predictor_arms
+from buddy.predictor.train import load_predictor, predictor_arms
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone
 from buddy.run_files import ADAPTER, BRIDGE, load_router
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, estimator_for
-from buddy.training.healing import HealingModule, Joint
+from buddy.training.healing import HealingModule
 from buddy.training.module import RoutingModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VALIDATIONS = 4  # in a fit, by default
+TRAINER: dict[str, Any] = {  # defaults of Buddy's trainers
+    "max_epochs": -1,
+    "enable_model_summary": False,
+    "deterministic": "warn",
+    "inference_mode": False,  # training cannot use its tensors
+    "num_sanity_val_steps": 0,
+}
 HEALING_CHANGES = {"kind", "lr", "steps"}  # keys of `adapter` that may change when a healing is resumed
 
 
@@ -302,7 +306,7 @@ def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
     return recipe.adapter is not None and recipe.adapter.joint and router.trainable
 
 
-def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
+def build_healing(recipe: Recipe, routed: RoutedLM) -> HealingModule:
     """The LightningModule that trains a recipe's adapter, and its bridges where the recipe says so."""
     optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
     return HealingModule(
@@ -315,8 +319,8 @@ def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> Healing
         weight_decay=optimizer.weight_decay,
         seed=recipe.seed,
         identity=healing_identity(recipe, routed),
-        checkpoint=str(checkpoint),
-        joint=Joint(build_estimator(recipe, routed.router), optimizer.lr) if both else None,
+        estimator=build_estimator(recipe, routed.router) if both else None,
+        router_lr=optimizer.lr,
         train_bridges=recipe.bridge is not None and recipe.bridge.train,
     )
 
@@ -327,15 +331,7 @@ def healing_identity(recipe: Recipe, routed: RoutedLM) -> dict[str, str]:
         f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in HEALING_CHANGES
     }
     parts = {"the router": routed.router} | ({} if routed.bridges is None else {"the bridges": routed.bridges})
-    return settings | {name: _digest(part) for name, part in parts.items()}
-
-
-def _digest(part: nn.Module) -> str:
-    """Digest of a module's weights, equal on every device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(part.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return settings | {name: state_digest(part.state_dict()) for name, part in parts.items()}
 
 
 def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
@@ -352,30 +348,17 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
     if strategy == STRATEGY:  # `shard` handles the backbone; each device has the whole router
         strategy = "ddp" if devices * nodes > 1 else "auto"
     settings = {**keywords, "devices": devices, "num_nodes": nodes, "strategy": strategy}
+    if not {"val_check_interval", "check_val_every_n_epoch"} & {*keywords}:  # validate after whole optimizer steps
+        accumulated = keywords.get("accumulate_grad_batches", 1)
+        settings["val_check_interval"] = max(1, keywords["max_steps"] // VALIDATIONS) * accumulated
+        settings["check_val_every_n_epoch"] = None
     try:
-        return lightning.Trainer(**(trainer_defaults(keywords) | settings | options))
+        return lightning.Trainer(**(TRAINER | settings | options))
     except Exception as error:  # Lightning refuses settings with many types of errors
         raise TrainingError(
             f"trainer.accelerator={keywords['accelerator']}, trainer.devices={devices} and "
             f"trainer.strategy={keywords['strategy']} do not work here ({reason(error)}); change them."
         ) from error
-
-
-def trainer_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of Buddy's trainers: four validations, each after a whole optimizer step.
-
-    Inference mode is off, since training cannot use its tensors.
-    """
-    steps, accumulated = settings.get("max_steps", -1), settings.get("accumulate_grad_batches", 1)
-    validation = {"val_check_interval": max(1, steps // VALIDATIONS) * accumulated, "check_val_every_n_epoch": None}
-    own = {"val_check_interval", "check_val_every_n_epoch"} & {*settings}
-    return ({} if own or steps < 1 else validation) | {
-        "max_epochs": -1,
-        "enable_model_summary": False,
-        "deterministic": "warn",
-        "inference_mode": False,
-        "num_sanity_val_steps": 0,
-    }
 
 
 def instantiate(spec: ClassSpec) -> Any:

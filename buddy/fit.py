@@ -40,16 +40,17 @@ from buddy.data.windows import Windows
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
+from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.report import write_run_results
 from buddy.io import cache_folder, is_below, on_disk, within_memory
-from buddy.predictor.fit import fit_predictor, remove_targets
+from buddy.metrics.perplexity import Reference, Scores
+from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
 from buddy.run import RunSpec
 from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
     GracefulStop,
@@ -58,7 +59,7 @@ from buddy.training.callbacks import (
     check_checkpoint,
     unusable,
 )
-from buddy.training.module import NotFinite, evaluate
+from buddy.training.module import NotFinite
 
 HEALING = "healing.ckpt"  # in the folder of checkpoints
 MEMORY = "set data.batch_size or data.window smaller, or objective.plans=2"
@@ -342,7 +343,7 @@ def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, cal
     steps = replace(recipe, trainer={**recipe.trainer, "max_steps": recipe.adapter.steps})
     start = checkpoint if checkpoint.exists() else None
     line = ProgressLine(f"Healing {recipe.router.name}", "heal/objective")
-    module = build_healing(recipe, model, checkpoint)
+    module = build_healing(recipe, model)
     _run_trainer(steps, module, data, checkpoint, start, [line, *callbacks], describe)
     model.adapter.freeze()
     model.bridge(model.bridges)

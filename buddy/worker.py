@@ -20,11 +20,11 @@ from buddy.errors import BuddyError, DamagedError, DataError, TrainingError, rea
 from buddy.evaluation.record import evaluation_file, task_file
 from buddy.fit import Session
 from buddy.io import checksum, read_json, within_memory, write_text, write_with_checksum
+from buddy.metrics.perplexity import Reference, Scores, with_documents
 from buddy.router import available_budgets
 from buddy.run import RunSpec
 from buddy.run_files import ADAPTER, ROUTER
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Reference, Scores, with_documents
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,7 @@ class RoutedForward:
         mask: (B, past + T) of 0 and 1, or None where nothing is padded.
         cache: an adopted cache, or None.
         bridges: what tokens pass through in place of the layers that they skip.
+        tokens: (B, T) long, or None for embeddings.
 
     Attributes:
         active_rows: for each layer which tokens run it, or None where the layer has more to do than run: the context
@@ -207,9 +208,10 @@ class RoutedForward:
         mask: Tensor | None,
         cache: RoutedCache | None,
         bridges: Bridges | None,
+        tokens: Tensor | None,
     ) -> None:
         self.settings, self.score, self.request, self.shape, self.past = settings, score, request, shape, past
-        self.cache, self.bridges = cache, bridges
+        self.cache, self.bridges, self.tokens = cache, bridges, tokens
         self.policy, self.context_layer = settings.policy, settings.context_layer
         self.active_rows: list[ActiveRows | None] = [True] * settings.layers
         self.active_rows[settings.context_layer - 1] = None
@@ -240,11 +242,11 @@ class RoutedForward:
         prompt = self._shared_prompt()
         # A prompt that shares its last token's plan, while serving, needs no other token's context.
         only_last = request.prompt is None and prompt == self.shape[1]
-        parts = pooled, newest, hidden, self._executed(hidden.device)
+        context = Context(pooled, newest, hidden, self._executed(hidden.device), self.tokens)
         if only_last and self.shape[1] > 1:
-            parts = tuple(part[:, -1:] for part in parts)  # type: ignore[assignment]
-        pooled, newest, hidden, executed = parts
-        self.context = Context(pooled, newest, hidden.float(), executed)
+            context = context[:, -1:]
+        context = replace(context, hidden=context.hidden.float())
+        self.context = context
         if request.runs is not None:
             self._run_plan(request.runs)
         elif self.compute_all_layers and full_depth:

@@ -95,7 +95,7 @@ class ForwardHooks:
         past = 0 if cache is None else self._adopt(cache)
         if request.choose is not None and (request.executed is None or not past):
             request = self._choose(request, kwargs, past)
-        rest = request.for_rows(shape[0]), shape, past, mask, cache, routed.bridges
+        rest = request.for_rows(shape[0]), shape, past, mask, cache, routed.bridges, tokens
         if isinstance(routed.router, LayerwiseRouter):
             forward: RoutedForward = LayerwiseForward(routed.settings, routed.router, *rest)
         else:

@@ -11,9 +11,9 @@ from buddy.backbone.load import title_of
 from buddy.console import counted
 from buddy.errors import DamagedError
 from buddy.evaluation.record import shown_path
+from buddy.metrics.perplexity import Scores
 from buddy.run import Run
 from buddy.run_files import ADAPTER, BRIDGE, METRICS, PREDICTOR
-from buddy.scoring.perplexity import Scores
 
 HEADS = "| {0} | perplexity | 95 % interval | KL to dense |\n|{1}---:|---:|---:|"
 

@@ -63,7 +63,7 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint up to date: every so many steps, and when the training ends or is stopped.
 
     Args:
-        path: of the checkpoint.
+        path: the checkpoint's file.
         every: steps from one save to the next.
     """
 
@@ -109,7 +109,7 @@ class ProgressLine(ProgressBar):
     Where that is no terminal, it is a plain line now and then.
 
     Args:
-        description: of the activity.
+        description: label of the line.
         metric: the name under which the objective is logged.
     """
 
