@@ -13,7 +13,7 @@ from buddy.backbone.sharding import join
 from buddy.budget import auto_of, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status
-from buddy.data.module import Windows
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.tables import show_scores

@@ -19,7 +19,8 @@ from torchmetrics import MeanMetric
 
 from buddy.calibration.probe import CalibrationProbe
 from buddy.console import quiet
-from buddy.data.module import WindowBatches, Windows
+from buddy.data.module import WindowBatches
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.io import cache_folder
