@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
+from torch import nn
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter
@@ -18,6 +19,7 @@ from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows, windows_of
+from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError, TrainingError, reason
 from buddy.io import cache_folder
@@ -28,7 +30,7 @@ from buddy.predictor.fit import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone
-from buddy.run_files import ADAPTER, load_router
+from buddy.run_files import ADAPTER, BRIDGE, load_router
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, estimator_for
 from buddy.training.healing import HealingModule, Joint
@@ -84,6 +86,11 @@ def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> 
     """Use a budget predictor for `--budget auto`, up to the recipe's cap."""
     cap = routed.executed_layers(recipe.predictor.cap)
     routed.chooser = lambda most: predictor.chooser(min(most, cap))
+
+
+def uses_bridges(recipe: Recipe, router: AnyRouter) -> bool:
+    """Whether a router gets bridges: the recipe has them, and the router skips layers."""
+    return recipe.bridge is not None and not router.full_depth
 
 
 def heals(recipe: Recipe, router: AnyRouter) -> bool:
@@ -208,21 +215,22 @@ def _backbone_from(run: Run) -> Backbone:
 
 
 def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
-    """Load router and adapter of the complete run in a folder into a model, frozen.
+    """Load router, bridges and adapter of the complete run in a folder into a model, frozen.
 
     Raises:
-        RunError: the saved router does not match its class, or the adapter is damaged or for another backbone.
+        RunError: the saved router does not match its class, the bridges are damaged, or the adapter is damaged or for
+            another backbone.
     """
-    restore_router(routed, folder)
+    restore_router(routed, recipe, folder)
     if heals(recipe, routed.router):
         routed.adapt(Adapter.load(routed.backbone, folder / ADAPTER))
 
 
-def restore_router(routed: RoutedLM, folder: Path) -> None:
-    """Load the router of the complete run in a folder into a model, frozen.
+def restore_router(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
+    """Load router and bridges of the complete run in a folder into a model, frozen.
 
     Raises:
-        RunError: the saved router does not fit its class.
+        RunError: the saved router does not fit its class, or the bridges are damaged.
     """
     try:
         routed.router.load_state_dict(load_router(folder))
@@ -231,6 +239,8 @@ def restore_router(routed: RoutedLM, folder: Path) -> None:
             f"The router saved in {folder} does not fit its class any more; make the run again with `buddy fit`."
         ) from error
     routed.router.eval().requires_grad_(False)
+    if uses_bridges(recipe, routed.router):
+        routed.bridge(Bridges.load(folder / BRIDGE, routed.geometry, recipe.bridge.rank))
 
 
 def build_estimator(recipe: Recipe, router: AnyRouter) -> Estimator:
@@ -264,7 +274,7 @@ def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
 
 
 def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
-    """The LightningModule that trains a recipe's adapter."""
+    """The LightningModule that trains a recipe's adapter, and its bridges where the recipe says so."""
     optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
     return HealingModule(
         routed,
@@ -275,21 +285,28 @@ def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> Healing
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
         seed=recipe.seed,
-        identity=healing_identity(recipe, routed.router),
+        identity=healing_identity(recipe, routed),
         checkpoint=str(checkpoint),
         joint=Joint(build_estimator(recipe, routed.router), optimizer.lr) if both else None,
+        train_bridges=recipe.bridge is not None and recipe.bridge.train,
     )
 
 
-def healing_identity(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
-    """Settings and digest of the router, which must be equal to resume an interrupted healing."""
+def healing_identity(recipe: Recipe, routed: RoutedLM) -> dict[str, str]:
+    """Settings, and digests of router and bridges, which must be equal to resume an interrupted healing."""
     settings = {
         f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in HEALING_CHANGES
     }
+    parts = {"the router": routed.router} | ({} if routed.bridges is None else {"the bridges": routed.bridges})
+    return settings | {name: _digest(part) for name, part in parts.items()}
+
+
+def _digest(part: nn.Module) -> str:
+    """Digest of a module's weights, equal on every device."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(router.state_dict().items()):
+    for name, tensor in sorted(part.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return {**settings, "the router": digest.hexdigest()[:16]}
+    return digest.hexdigest()[:16]
 
 
 def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:

@@ -23,7 +23,15 @@ LARGEST = 2**20  # bytes of a recipe file
 MOST_VALUES = 10_000  # in a file or an override, with all aliases expanded
 Nested = dict[Any, Any]
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError)
-OWN_KEYS = ("router.options.", "routing.", "objective.", "optimizer.", "adapter", "trainer.")  # a rival may override
+OWN_KEYS = (
+    "router.options.",
+    "routing.",
+    "objective.",
+    "optimizer.",
+    "bridge",
+    "adapter",
+    "trainer.",
+)  # a rival may override
 SHARED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "strategy", "accelerator"))  # by all routers
 RENAMED = {  # keys of Buddy 0.1
     "trainer.nodes": "trainer.num_nodes",
@@ -105,7 +113,7 @@ def _rival_problems(recipe: Recipe, rival: Rival) -> Iterator[str]:
     if shared := [text for text in rival.overrides if not text.startswith(OWN_KEYS) or text.startswith(SHARED)]:
         yield (
             f"rivals: {rival.label} overrides what all routers share ({', '.join(shared)}); it may override keys of "
-            "router.options, routing, objective, optimizer, adapter and most of trainer."
+            "router.options, routing, objective, optimizer, bridge, adapter and most of trainer."
         )
         return
     try:

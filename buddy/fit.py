@@ -31,11 +31,14 @@ from buddy.build import (
     instantiate,
     restore_router,
     trains_both,
+    uses_bridges,
 )
+from buddy.calibration.bridges import fit_bridges
 from buddy.calibration.probe import CalibrationProbe
 from buddy.console import errors, quiet, status, track
 from buddy.data.module import TextData
 from buddy.data.windows import Windows
+from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
 from buddy.evaluation.report import write_run_results
@@ -45,7 +48,7 @@ from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
 from buddy.run import RunFolder
-from buddy.run_files import ADAPTER, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
+from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
 from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.callbacks import (
@@ -201,6 +204,9 @@ class Session:
                         attach_predictor(recipe, model, predictor)
                     scores = self._test(recipe, model)
                 save_router(folder, model.router.state_dict())
+                if model.bridges is not None:
+                    _report_missing(model)
+                    model.bridges.save(folder / BRIDGE)
                 if model.adapter is not None:
                     model.adapter.save(folder / ADAPTER)
                 metrics = write_run_results(folder, recipe, scores, fit=cost, windows=self.data.test.fingerprint)
@@ -249,18 +255,20 @@ class Session:
         )
 
     def _fit(self, recipe: Recipe, model: RoutedLM, folder: Path, reuse_from: Path | None) -> None:
-        """Calibrate, train and heal."""
+        """Calibrate, train and heal; bridges are fitted on the router's plans before its training and after it."""
         self.data.train_seed = recipe.seed
         callbacks = [SaveSeconds(self._stopwatch)] if self._stopwatch else []
         checkpoint = folder / CHECKPOINTS / LAST
         if reuse_from is not None:
-            restore_router(model, reuse_from)
+            restore_router(model, recipe, reuse_from)
             checkpoint.unlink(missing_ok=True)  # of a router that was begun here before
         else:
             self._calibrate(recipe, model)
+            self._fit_bridges(recipe, model)
             both = trains_both(recipe, model.router)
             if model.router.trainable and not both:
                 _train(recipe, model, self.data, checkpoint, callbacks)
+                self._fit_bridges(recipe, model)
             if not both:
                 model.router.eval().requires_grad_(False)
         if heals(recipe, model.router):
@@ -278,6 +286,27 @@ class Session:
                 probe.release()
         distributed.broadcast_state(model.router)
 
+    def _fit_bridges(self, recipe: Recipe, model: RoutedLM) -> None:
+        """Fit the bridges on the plans that the router makes now, at all budgets below full depth."""
+        budgets = [model.executed_layers(budget) for budget in available_budgets(model.router, recipe.budgets)]
+        executed = [count for count in budgets if count < model.geometry.layers]
+        if not uses_bridges(recipe, model.router) or not executed:
+            return
+        section, fitted = recipe.bridge, Bridges(model.geometry, recipe.bridge.rank)
+        if distributed.is_global_zero() or is_sharded(recipe.trainer):
+            fitted = fit_bridges(
+                model,
+                self.data.calibration.input_ids[: section.windows],
+                executed,
+                rank=section.rank,
+                ridge=section.ridge,
+                prompt=recipe.data.prompt,
+                batch_size=recipe.data.batch_size,
+                track=self._track,
+            )
+        distributed.broadcast_state(fitted)
+        model.bridge(fitted)
+
     def _calibration_probe(self, recipe: Recipe, model: RoutedLM) -> CalibrationProbe:
         """One probe for all routers, which share what it has measured."""
         if self._probe is None:
@@ -294,7 +323,8 @@ class Session:
 
     def _test(self, recipe: Recipe, model: RoutedLM) -> list[Scores]:
         """Scores on the recipe's test windows, by all processes with the same weights."""
-        for part in (model.router, *([] if model.adapter is None else [model.adapter.parts])):
+        adapted = None if model.adapter is None else model.adapter.parts
+        for part in filter(None, (model.router, model.bridges, adapted)):
             distributed.broadcast_state(part)
         return self.evaluate(recipe, model, self.data.test, self._reference, f"Evaluating {recipe.router.name}")
 
@@ -320,14 +350,30 @@ def _check_model(recipe: Recipe, backbone: Backbone) -> None:
             predictor_arms(recipe, model)
     finally:
         model.detach()
+    if recipe.bridge is not None and recipe.bridge.rank > backbone.hidden_size:
+        raise RecipeError(
+            f"bridge.rank is {recipe.bridge.rank}, but the hidden states of {backbone.name} have "
+            f"{backbone.hidden_size} numbers; set it to that or less."
+        )
     if recipe.adapter is not None:
         check_targets(recipe.adapter.targets, backbone)
 
 
 def _parameters(model: RoutedLM) -> int:
-    """Trainable numbers of router and adapter."""
-    adapter = 0 if model.adapter is None else model.adapter.size
-    return sum(parameter.numel() for parameter in model.router.parameters()) + adapter
+    """Number of weights of router, bridges and adapter."""
+    added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
+    return sum(parameter.numel() for parameter in model.router.parameters()) + added
+
+
+def _report_missing(model: RoutedLM) -> None:
+    """Say which routable layers have no bridge."""
+    geometry = model.geometry
+    routable = range(geometry.context_layer, geometry.context_layer + geometry.routable)
+    if missing := [str(layer) for layer in routable if not model.bridges.fitted[layer]]:
+        errors.print(
+            f"No bridge in layer {', '.join(missing)}: fewer than {geometry.hidden} calibration tokens skip it.",
+            soft_wrap=True,
+        )
 
 
 def _remove_intermediate(folder: Path) -> None:
@@ -373,6 +419,7 @@ def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, cal
     module = build_healing(recipe, model, checkpoint)
     _run_trainer(steps, module, data, checkpoint, start, [line, *callbacks], describe)
     model.adapter.freeze()
+    model.bridge(model.bridges)
     model.router.eval().requires_grad_(False)
 
 

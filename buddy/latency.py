@@ -156,6 +156,7 @@ def setting_of(routed: RoutedLM) -> dict[str, Any]:
         "attention": backbone.model.config._attn_implementation,
         "router": type(routed.router).__name__,
         "router_parameters": sum(parameter.numel() for parameter in routed.router.parameters()),
+        "bridge_rank": None if routed.bridges is None else routed.bridges.rank,
         "routing": asdict(routed.settings) | {"policy": routed.policy.name, "pool": routed.pool},
     }
 

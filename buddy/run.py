@@ -5,6 +5,7 @@
     run.json             versions, seed, backbone, geometry, date, and the seconds of fitting so far
     checkpoints/         of training; an interrupted run resumes from last.ckpt
     router.safetensors   parameters and buffers of the router (never pickle)
+    bridge.safetensors   of a run with bridges
     adapter/             of a healed run
     predictor.*          of the budget predictor, if there is one
     metrics.json         the results, and checksums of the files above

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from buddy.backbone.load import Backbone, load_backbone
 from buddy.budget import Budget, Table, auto_of, executed_layers
+from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Output, Record, Request, Settings
 from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
@@ -56,6 +57,7 @@ class RoutedLM(nn.Module):
             budget predictor.
         adapter: a LoRA adapter on the backbone, or None. It is active at every budget, full depth included; `dense`,
             `stock` and a forward without a plan leave it out.
+        bridges: what tokens pass through in place of the layers that they skip, or None; see `bridge`.
 
     Raises:
         BuddyError: an unknown policy, or a router of an unknown scope.
@@ -91,6 +93,7 @@ class RoutedLM(nn.Module):
         self.table: Callable[[RoutedLM], Table] | None = None
         self.chooser: Callable[[int], Choose] | None = None
         self.adapter: Any | None = None
+        self.bridges: Bridges | None = None
 
     @classmethod
     def from_pretrained(
@@ -171,6 +174,10 @@ class RoutedLM(nn.Module):
         """Add the adapter to the backbone's weights; the stock model cannot be had any more."""
         self.adapter.merge()
         self.adapter = None
+
+    def bridge(self, bridges: Bridges | None) -> None:
+        """Pass tokens through these bridges, frozen, where they skip layers; None takes them off."""
+        self.bridges = None if bridges is None else bridges.to(self.backbone.device).freeze(self.backbone.dtype)
 
     @contextmanager
     def stock(self) -> Iterator[None]:
@@ -278,7 +285,7 @@ class RoutedLM(nn.Module):
         with self._hooks.requested(Request(runs=runs, prompt=0)):
             self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
             context = self._hooks.take_last().context
-        return Context(context.pooled[:, -1], context.newest[:, -1], context.hidden[:, -1], context.executed[:, -1])
+        return context[:, -1]
 
     def forward(
         self,

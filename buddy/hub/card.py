@@ -11,7 +11,7 @@ from buddy.backbone.load import title_of
 from buddy.console import counted
 from buddy.evaluation.record import shown_path
 from buddy.run import Run
-from buddy.run_files import ADAPTER, PREDICTOR
+from buddy.run_files import ADAPTER, BRIDGE, PREDICTOR
 from buddy.scoring.perplexity import Scores
 
 MEASURES = ("perplexity", "95 % interval", "KL to dense")
@@ -28,6 +28,8 @@ def run_card(run: Run, metrics: Mapping[str, Any], name: str, licence: str | Non
     """
     layers, backbone = run.geometry.get("layers", "its"), title(run.backbone)
     extras = ""
+    if (run.folder / BRIDGE).is_file():
+        extras += " Bridges in `bridge.safetensors` correct the hidden state of tokens that skip a layer."
     if is_healed(run):
         extras += " An adapter in `adapter/`, in the format of peft, heals the backbone."
     if (run.folder / PREDICTOR).is_file():

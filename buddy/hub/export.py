@@ -26,6 +26,7 @@ from buddy.inspection.routing import most_frequent
 from buddy.io import new_folder, within_memory, write_json, write_text, writing
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run, read_run
+from buddy.run_files import BRIDGE
 from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.module import evaluate
 
@@ -45,12 +46,17 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         check: load the checkpoint and compare its logits with the engine's, both in float32.
 
     Raises:
-        BuddyError: the run, the budget or the text cannot be used, or `out` cannot be written. Nothing is left at
-            `out` then.
+        BuddyError: the run, the budget or the text cannot be used, the run has bridges, or `out` cannot be written.
+            Nothing is left at `out` then.
     """
     run = read_run(folder)
     if data is not None and not data.strip():
         raise DataError("The text to choose the plan on has no name; name one, or leave --data out.")
+    if (run.folder / BRIDGE).exists():
+        raise RunError(
+            f"{folder} has bridges where tokens skip layers, which stock transformers cannot run; fit it anew with "
+            "bridge=null to export it."
+        )
     section = run.recipe.data
     with new_folder(out) as made:
         with status(f"Loading {run.backbone} …"):

@@ -24,6 +24,7 @@ from buddy.io import load_tensors, new_folder, read_json, write_json, write_text
 from buddy.run import Run, read_run
 from buddy.run_files import (
     ADAPTER,
+    BRIDGE,
     FACTS,
     INPUTS,
     METRICS,
@@ -39,7 +40,7 @@ from buddy.run_files import (
 HUB = "hf://"  # marks a hub name that could be a folder too
 CARD, CONFIG = "README.md", "config.json"
 FILES = (  # no other files are copied, uploaded or downloaded
-    *(RECIPE, FACTS, ROUTER, METRICS, INPUTS, PREDICTOR, PREDICTOR_FACTS),
+    *(RECIPE, FACTS, ROUTER, METRICS, INPUTS, BRIDGE, PREDICTOR, PREDICTOR_FACTS),
     *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES),
     *(CONFIG, CARD),
 )

@@ -137,10 +137,11 @@ def measure_targets(
 
 
 def _digest(routed: RoutedLM, *others: object) -> str:
-    """Digest of all that measured losses depend on: model, router, settings and `others`."""
+    """Digest of all that measured losses depend on: model, router, bridges, settings and `others`."""
     model = fingerprint(routed.backbone.model)  # of the weights now, with an adapter if there is one
     digest = hashlib.sha256(repr((model, routed.settings, routed.pool, routed.policy.name, others)).encode())
-    for name, tensor in sorted(routed.router.state_dict().items()):
+    bridges = {} if routed.bridges is None else routed.bridges.state_dict()
+    for name, tensor in sorted([*routed.router.state_dict().items(), *bridges.items()]):
         flat = tensor.detach().cpu().flatten()  # a scalar gets a dimension
         digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:20]

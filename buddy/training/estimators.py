@@ -261,9 +261,8 @@ def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]
         raise TrainingError(f"{name} decides layer by layer and has no scores; train it by the weights of its gates.")
     with torch.no_grad():
         output = routed(batch.input_ids, logits_to_keep=batch.scored)
-        seen = output.context
         executed = batch.executed[:, None].expand(batch.input_ids.shape)
-        context = Context(seen.pooled, seen.newest, seen.hidden, executed)
+        context = replace(output.context, executed=executed)
         return context, Dense(output.logits), batch.input_ids[:, batch.scored + 1]
 
 

@@ -40,12 +40,13 @@ class HealingModule(BudgetModule):
     stock model, the adapter off. Dropout is the one draw that each process makes for itself.
 
     Args:
-        model: backbone, calibrated or trained router, and adapter.
+        model: backbone, calibrated or trained router, adapter, and bridges where they are used.
         budgets: fractions of the layers, or other budgets such as "22layers".
         objective: by which outputs are judged; KL to the stock model by default.
         identity: settings that a checkpoint must have been made with to be resumed, by the names to show.
         checkpoint: its path, for messages.
         joint: how the router is trained in the same steps; None leaves it as it is.
+        train_bridges: train the model's bridges in the same steps, at the adapter's rate.
         prompt, lr, warmup_steps, weight_decay, seed: as for `BudgetModule`.
     """
 
@@ -65,6 +66,7 @@ class HealingModule(BudgetModule):
         identity: Mapping[str, str] | None = None,
         checkpoint: str = "healing.ckpt",
         joint: Joint | None = None,
+        train_bridges: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -77,6 +79,7 @@ class HealingModule(BudgetModule):
         )
         self.parts = model.adapter.parts
         self.router = model.router if joint else None
+        self.bridges = model.bridges.trainable() if train_bridges and model.bridges is not None else None
         self.objective, self.joint = objective or Objective(), joint
         self.identity, self.checkpoint = dict(identity or {}), checkpoint
 
@@ -86,10 +89,11 @@ class HealingModule(BudgetModule):
         return self.model.adapter
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """The adapter, and the router's own groups where it is trained too."""
+        """Adapter and trained bridges, and the router's own groups where it is trained too."""
         router = self.router.parameter_groups() if self.joint else []
         rates = [(group["params"], self.joint.lr * group["scale"]) for group in router]
-        return [(self.adapter.parameters(), self.settings["lr"]), *rates]
+        bridges = [] if self.bridges is None else list(self.bridges.parameters())
+        return [([*self.adapter.parameters(), *bridges], self.settings["lr"]), *rates]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""
