@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,6 +39,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VALIDATIONS = 4  # in a fit, by default
+TRAINER: dict[str, Any] = {  # defaults of Buddy's trainers
+    "max_epochs": -1,
+    "enable_model_summary": False,
+    "deterministic": "warn",
+    "inference_mode": False,  # training cannot use its tensors
+    "num_sanity_val_steps": 0,
+}
 HEALING_CHANGES = {"kind", "lr", "steps"}  # keys of `adapter` that may change when a healing is resumed
 
 
@@ -323,30 +329,17 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
     if strategy == STRATEGY:  # `shard` handles the backbone; each device has the whole router
         strategy = "ddp" if devices * nodes > 1 else "auto"
     settings = {**keywords, "devices": devices, "num_nodes": nodes, "strategy": strategy}
+    if not {"val_check_interval", "check_val_every_n_epoch"} & {*keywords}:  # validate after whole optimizer steps
+        accumulated = keywords.get("accumulate_grad_batches", 1)
+        settings["val_check_interval"] = max(1, keywords["max_steps"] // VALIDATIONS) * accumulated
+        settings["check_val_every_n_epoch"] = None
     try:
-        return lightning.Trainer(**(trainer_defaults(keywords) | settings | options))
+        return lightning.Trainer(**(TRAINER | settings | options))
     except Exception as error:  # Lightning refuses settings with many types of errors
         raise TrainingError(
             f"trainer.accelerator={keywords['accelerator']}, trainer.devices={devices} and "
             f"trainer.strategy={keywords['strategy']} do not work here ({reason(error)}); change them."
         ) from error
-
-
-def trainer_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of Buddy's trainers: four validations, each after a whole optimizer step.
-
-    Inference mode is off, since training cannot use its tensors.
-    """
-    steps, accumulated = settings.get("max_steps", -1), settings.get("accumulate_grad_batches", 1)
-    validation = {"val_check_interval": max(1, steps // VALIDATIONS) * accumulated, "check_val_every_n_epoch": None}
-    own = {"val_check_interval", "check_val_every_n_epoch"} & {*settings}
-    return ({} if own or steps < 1 else validation) | {
-        "max_epochs": -1,
-        "enable_model_summary": False,
-        "deterministic": "warn",
-        "inference_mode": False,
-        "num_sanity_val_steps": 0,
-    }
 
 
 def instantiate(spec: ClassSpec) -> Any:

@@ -164,9 +164,7 @@ def _pool(slot: int) -> Any:
     """A pool of one process."""
     from joblib.externals.loky import ProcessPoolExecutor
 
-    with distributed.one_gpu(slot):
-        env = {name: value for name, value in os.environ.items() if name == distributed.VISIBLE}
-    return ProcessPoolExecutor(1, initializer=_begin, initargs=(os.getpid(),), env=env)
+    return ProcessPoolExecutor(1, initializer=_begin, initargs=(os.getpid(),), env=distributed.gpu_of_worker(slot))
 
 
 def _begin(parent: int) -> None:

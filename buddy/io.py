@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -22,11 +21,8 @@ if TYPE_CHECKING:
 
 PART = ".part"  # ends the name of a file that is being written
 SUM = "checksum"  # the key that `write_with_checksum` adds
-REFUSALS = {  # errors of a full, read-only, protected or failing disk
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
-    if hasattr(errno, name)
-}
+# Errors of a full, read-only, protected or failing disk.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 # Writing
@@ -119,12 +115,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path = path.absolute()
     _check_new(path)
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    beside = path.with_name(f".{path.name}.partial")
     with writing(path):
-        for leftover in path.parent.glob(f"{glob.escape(f'.{path.name}.partial-')}*"):
-            pid = leftover.name.rpartition("-")[2]
-            if pid.isdecimal() and (int(pid) == os.getpid() or not alive(int(pid))):
-                shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
     try:
         yield beside
@@ -276,17 +269,6 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
         if not (accelerator or cpu or isinstance(error, MemoryError)):
             raise
         raise RunError(f"Not enough memory for {what}; {advice}.") from error
-
-
-def alive(pid: int) -> bool:
-    """Whether a process with this number exists."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def _is_refusal(error: BaseException | None) -> bool:

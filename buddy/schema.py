@@ -197,6 +197,9 @@ class Recipe:
         return self.seed if self.data.seed is None else self.data.seed
 
 
+COMPLETE = Recipe(bridge=BridgeSection(), adapter=AdapterSection(), logger=ClassSpec())  # with all optional sections
+
+
 def section_of(hint: Any) -> type | None:
     """The dataclass of a field that holds a section, even if the section may be null; None for a plain value."""
     parts = (hint, *get_args(hint)) if get_origin(hint) is not list else ()
@@ -304,7 +307,7 @@ def unknown_key(name: str, key: Any, accepted: Sequence[str]) -> str:
         key: its last part.
         accepted: the keys of its section.
     """
-    paths = [path for path, *_ in leaves(Recipe(bridge=BridgeSection(), adapter=AdapterSection()))]
+    paths = [path for path, *_ in leaves(COMPLETE)]
     if elsewhere := " or ".join(repr(path) for path in paths if path.endswith(f".{key}")):
         return f"The key '{name}' is unknown; did you mean {elsewhere}?"
     hint = nearest(str(key), accepted) or nearest(name, paths)

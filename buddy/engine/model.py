@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from buddy.backbone.load import Backbone, load_backbone
-from buddy.budget import Budget, Table, auto_of, executed_layers
+from buddy.budget import Budget, Table, auto_cap, executed_layers
 from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Output, Record, Request, Settings
 from buddy.engine.hooks import ForwardHooks
@@ -263,13 +263,12 @@ class RoutedLM(nn.Module):
         Raises:
             BudgetError: no budget predictor, or a cap below all that it can choose.
         """
-        cap = auto_of(budget).cap
         if self.chooser is None:
             raise BudgetError(
                 "This run has no budget predictor; fit one with `buddy fit … predictor.name=regress`, or ask for a "
                 "fraction such as 0.75."
             )
-        return self.chooser(self.geometry.layers if cap is None else self.executed_layers(cap))
+        return self.chooser(self.executed_layers(auto_cap(budget)))
 
     @torch.no_grad()
     def context(self, input_ids: Tensor, attention_mask: Tensor | None = None, **positions: Tensor) -> Context:
@@ -378,7 +377,7 @@ class RoutedLM(nn.Module):
 
     def _request(self, budgets: Sequence[Budget]) -> Request:
         """The request for budgets."""
-        auto = [budget for budget in budgets if auto_of(budget)]
+        auto = [budget for budget in budgets if auto_cap(budget)]
         if not auto:
             return Request(executed=tuple(self.executed_layers(each) for each in budgets))
         if len(budgets) > 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 from buddy import console, distributed
 from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
-from buddy.budget import auto_of, fraction_of, latency_of
+from buddy.budget import auto_cap, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status
 from buddy.data.windows import Windows
@@ -91,7 +91,7 @@ def _checked_budgets(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) 
         return list(available_budgets(routed.router, run.recipe.budgets))
     found: list[float | str] = []
     for budget in budgets:
-        if auto_of(budget):
+        if auto_cap(budget):
             routed.choosing(budget)
             found.append(budget)
         else:

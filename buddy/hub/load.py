@@ -11,7 +11,7 @@ import torch
 from transformers import StoppingCriteria, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from buddy.budget import Budget, auto_of, latency_of
+from buddy.budget import Budget, auto_cap, latency_of
 from buddy.build import load_model
 from buddy.console import counted, errors, status
 from buddy.engine.forward import Record
@@ -125,7 +125,7 @@ class Model:
                 f"{routed.backbone.context_length} positions that {routed.backbone.name} was made for; shorten the "
                 "prompt or set a smaller max_new_tokens."
             )
-        auto = auto_of(budget) is not None
+        auto = auto_cap(budget) is not None
         layers = depth if auto else routed.executed_layers(budget)  # a latency may be measured here
         options: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": routed.tokenizer.pad_token_id}
         if temperature:
@@ -209,7 +209,7 @@ def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0) ->
         budget: of the request.
     """
     latency = latency_of(budget)
-    text = f"The budget {budget} chose" if auto_of(budget) else "Asked for"
+    text = f"The budget {budget} chose" if auto_cap(budget) else "Asked for"
     if latency is not None:
         text = f"Asked for {latency:g} ms, which allow"
     text += f" {executed} of {layers} layers a token. Prompt: "

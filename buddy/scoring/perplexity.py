@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from buddy.backbone.load import Backbone
-from buddy.budget import auto_of
+from buddy.budget import auto_cap
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import head_logits
 from buddy.losses import Dense, cross_entropy, kl_to_dense
@@ -203,9 +203,9 @@ def keys_of(model: RoutedLM, budgets: Iterable[float | str]) -> dict[float | str
         BudgetError: out of range, or "auto" without a budget predictor.
     """
     for budget in budgets:
-        if auto_of(budget):
+        if auto_cap(budget):
             model.choosing(str(budget))
-    return {budget: str(budget) if auto_of(budget) else model.executed_layers(budget) for budget in budgets}
+    return {budget: str(budget) if auto_cap(budget) else model.executed_layers(budget) for budget in budgets}
 
 
 def scores_from(rows: Iterable[Row], keys: Mapping[float | str, int | str]) -> list[Scores]:
