@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
-from torch import nn
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter
-from buddy.backbone.load import Backbone, load_backbone
+from buddy.backbone.load import Backbone, load_backbone, state_digest
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
 from buddy.data.text import same_source
@@ -25,14 +23,14 @@ from buddy.io import cache_folder
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.predictor.features import Predictor
-from buddy.predictor.fit import load_predictor
+from buddy.predictor.train import load_predictor
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone
 from buddy.run_files import ADAPTER, BRIDGE, load_router
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, estimator_for
-from buddy.training.healing import HealingModule, Joint
+from buddy.training.healing import HealingModule
 from buddy.training.module import RoutingModule
 
 if TYPE_CHECKING:
@@ -279,7 +277,7 @@ def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
     return recipe.adapter is not None and recipe.adapter.joint and router.trainable
 
 
-def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
+def build_healing(recipe: Recipe, routed: RoutedLM) -> HealingModule:
     """The LightningModule that trains a recipe's adapter, and its bridges where the recipe says so."""
     optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
     return HealingModule(
@@ -292,8 +290,8 @@ def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> Healing
         weight_decay=optimizer.weight_decay,
         seed=recipe.seed,
         identity=healing_identity(recipe, routed),
-        checkpoint=str(checkpoint),
-        joint=Joint(build_estimator(recipe, routed.router), optimizer.lr) if both else None,
+        estimator=build_estimator(recipe, routed.router) if both else None,
+        router_lr=optimizer.lr,
         train_bridges=recipe.bridge is not None and recipe.bridge.train,
     )
 
@@ -304,15 +302,7 @@ def healing_identity(recipe: Recipe, routed: RoutedLM) -> dict[str, str]:
         f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in HEALING_CHANGES
     }
     parts = {"the router": routed.router} | ({} if routed.bridges is None else {"the bridges": routed.bridges})
-    return settings | {name: _digest(part) for name, part in parts.items()}
-
-
-def _digest(part: nn.Module) -> str:
-    """Digest of a module's weights, equal on every device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(part.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return settings | {name: state_digest(part.state_dict()) for name, part in parts.items()}
 
 
 def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:

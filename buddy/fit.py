@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import distributed
@@ -41,26 +41,26 @@ from buddy.data.windows import Windows
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError
+from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.report import write_run_results
 from buddy.io import cache_folder, on_disk, within_memory
-from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
+from buddy.metrics.perplexity import Reference, Scores
+from buddy.predictor.train import fit_predictor, predictor_arms, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
 from buddy.run import RunFolder
 from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
     GracefulStop,
     LastCheckpoint,
     ProgressLine,
-    SaveSeconds,
     check_checkpoint,
     unusable,
 )
-from buddy.training.module import NotFinite, evaluate
+from buddy.training.module import NotFinite
 
 HEALING = "healing.ckpt"  # in the folder of checkpoints
 MEMORY = "set data.batch_size or data.window smaller, or objective.plans=2"
@@ -257,7 +257,7 @@ class Session:
     def _fit(self, recipe: Recipe, model: RoutedLM, folder: Path, reuse_from: Path | None) -> None:
         """Calibrate, train and heal; bridges are fitted on the router's plans before its training and after it."""
         self.data.train_seed = recipe.seed
-        callbacks = [SaveSeconds(self._stopwatch)] if self._stopwatch else []
+        callbacks = [LambdaCallback(on_train_batch_end=lambda *_: self._stopwatch.tick())] if self._stopwatch else []
         checkpoint = folder / CHECKPOINTS / LAST
         if reuse_from is not None:
             restore_router(model, recipe, reuse_from)
@@ -416,7 +416,7 @@ def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, cal
     steps = replace(recipe, trainer={**recipe.trainer, "max_steps": recipe.adapter.steps})
     start = checkpoint if checkpoint.exists() else None
     line = ProgressLine(f"Healing {recipe.router.name}", "heal/objective")
-    module = build_healing(recipe, model, checkpoint)
+    module = build_healing(recipe, model)
     _run_trainer(steps, module, data, checkpoint, start, [line, *callbacks], describe)
     model.adapter.freeze()
     model.bridge(model.bridges)

@@ -18,10 +18,10 @@ from buddy.errors import BuddyError, DamagedError, DataError, TrainingError, rea
 from buddy.evaluation.record import EVALUATIONS, TASKS, evaluation_file, task_file
 from buddy.fit import RunSpec, Session
 from buddy.io import checksum, read_json, within_memory, write_text, write_with_checksum
+from buddy.metrics.perplexity import Reference, with_documents
 from buddy.router import available_budgets
 from buddy.run_files import ADAPTER, ROUTER
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Reference, with_documents
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from buddy.config import flatten
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RunError
 from buddy.io import read_json, write_text
+from buddy.metrics.timing import machine, versions
 from buddy.provenance import CKPT_KEY, FREE_KEYS
 from buddy.registry import load
 from buddy.run import read_run
 from buddy.run_files import METRICS, read_metrics
 from buddy.schema import Recipe
-from buddy.scoring.timing import machine, versions
 
 FORMAT = 1
 KEYS = (

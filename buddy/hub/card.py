@@ -10,9 +10,9 @@ from buddy.backbone import embedded
 from buddy.backbone.load import title_of
 from buddy.console import counted
 from buddy.evaluation.record import shown_path
+from buddy.metrics.perplexity import Scores
 from buddy.run import Run
 from buddy.run_files import ADAPTER, BRIDGE, PREDICTOR
-from buddy.scoring.perplexity import Scores
 
 MEASURES = ("perplexity", "95 % interval", "KL to dense")
 

@@ -20,15 +20,15 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import PER_LAYER, pruned_model
 from buddy.errors import DataError, RunError
+from buddy.evaluation.evaluate import evaluate
 from buddy.hub.card import export_card
 from buddy.hub.push_pull import CARD
 from buddy.inspection.routing import most_frequent
 from buddy.io import new_folder, within_memory, write_json, write_text, writing
+from buddy.metrics.perplexity import Reference, Scores
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run, read_run
 from buddy.run_files import BRIDGE
-from buddy.scoring.perplexity import Reference, Scores
-from buddy.training.module import evaluate
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are compared with the engine's

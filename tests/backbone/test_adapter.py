@@ -12,8 +12,8 @@ from buddy.backbone.adapter import CONFIG, FILES, WEIGHTS, Adapter, check_target
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, RunError, TrainingError
 from buddy.io import load_tensors, save_tensors
+from tests.adapted import EXECUTED, IDS, adapted, by_hand, factors, new_adapter, stirred
 from tests.engine.reference import Fickle, FickleGates, reference_logits
-from tests.healing.made import EXECUTED, IDS, adapted, by_hand, factors, new_adapter, stirred
 from tests.tiny import tiny_backbone, tiny_model
 
 POLICIES = ["fill", "hole", "zero"]

@@ -17,11 +17,11 @@ from buddy.compare import fit
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError, DataError, RunError
+from buddy.evaluation.evaluate import evaluate
 from buddy.hub.export import OnePlan, export_run, is_mixed, largest_difference, write_checkpoint
 from buddy.hub.push_pull import pull, push
 from buddy.inspection.routing import most_frequent
 from buddy.run import read_run
-from buddy.training.module import evaluate
 from tests.engine.reference import Fickle, FickleGates, reference_logits
 from tests.small import write_text
 from tests.tiny import FAMILIES, tiny_backbone, tiny_folder, tiny_model
