@@ -15,7 +15,8 @@ from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import quiet, results, status
-from buddy.data.module import WindowBatches, Windows
+from buddy.data.module import WindowBatches
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.tables import show_scores
