@@ -7,7 +7,7 @@ from string import Template
 
 from buddy.errors import RegistryError
 from buddy.io import new_folder, writing
-from buddy.registry import installed
+from buddy.registry import installed, owner
 
 NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
 MAX_LENGTH = 40  # characters of a name
@@ -54,7 +54,7 @@ def check_name(name: str) -> None:
     for entry in installed():
         if entry.name == name:
             raise RegistryError(
-                f"A router named {name!r} is installed already, by {entry.distribution!r}; choose another name."
+                f"A router named {name!r} is installed already, by {owner(entry)!r}; choose another name."
             )
     if find_spec(_module(name)) is not None:
         raise RegistryError(f"A package buddy-router-{name} is installed already; choose another name.")

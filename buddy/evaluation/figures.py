@@ -15,7 +15,7 @@ import pandas as pd
 
 from buddy.evaluation.results import Results
 from buddy.io import on_disk, write_bytes, writing
-from buddy.scoring.perplexity import Scores
+from buddy.metrics.perplexity import Scores
 from buddy.values import shown
 
 LAYERS, TIME = "quality-layers", "quality-time"
@@ -134,9 +134,9 @@ def draw_run(folder: Path, scores: Sequence[Scores]) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     curves = {
-        "test/perplexity": [(each.layers, each.perplexity) for each in ordered],
-        "test/loss": [(each.layers, math.log(each.perplexity)) for each in ordered],
-        "test/kl": [(each.layers, each.mean_kl) for each in ordered],
+        "test/perplexity_by_layers": [(each.layers, each.perplexity) for each in ordered],
+        "test/loss_by_layers": [(each.layers, each.mean_loss) for each in ordered],
+        "test/kl_by_layers": [(each.layers, each.mean_kl) for each in ordered],
     }
     with _writer(folder) as writer:
         _add_curves(writer, curves)

@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from buddy import console
-from buddy.config import flatten
+from buddy.config import REMOVED, RENAMED, flatten
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RunError
 from buddy.evaluation.figures import draw_all, write_tensorboard
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import render, show
 from buddy.io import check_output_path, read_json, write_text
+from buddy.metrics.timing import machine, versions
 from buddy.provenance import CKPT_KEY, FREE_KEYS
 from buddy.registry import load
 from buddy.run import read_run
 from buddy.run_files import METRICS, read_metrics
 from buddy.schema import Recipe
-from buddy.scoring.timing import machine, versions
 
 JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "results.md"
 FORMAT = 1
 EVALUATIONS, TASKS = "evaluations", "tasks"  # folders in a run folder: results on further texts, and on tasks
 PROVENANCE = ("command", "created", "versions", "machine")  # how each part of a joined comparison was made
-# Prefixes of recipe keys that may differ between joined comparisons; adapter.rates was a key of Buddy 0.1.
-OWN = ("router.", "seed", "adapter.rates", *FREE_KEYS, CKPT_KEY)
+# Prefixes of recipe keys that may differ between joined comparisons.
+OWN = ("router.", "seed", *FREE_KEYS, CKPT_KEY, *REMOVED)
 
 
 def collect(
@@ -285,7 +285,10 @@ def _run_entry(label: str, folder: Path, texts: Sequence[Mapping[str, Any]], tas
 
 def _check_comparable(path: Path, one: Mapping[str, Any], other_path: Path, other: Mapping[str, Any]) -> None:
     """Raises RunError unless recipes, texts, layers and tasks are the same."""
-    here, there = one["recipe"], other["recipe"]
+    defaults = flatten(Recipe())  # of keys that 0.1 did not have
+    here, there = (
+        defaults | {RENAMED.get(key, key): value for key, value in each["recipe"].items()} for each in (one, other)
+    )
     differing = [
         f"{key}: {here.get(key, 'not set')} and {there.get(key, 'not set')}"
         for key in dict.fromkeys([*here, *there])

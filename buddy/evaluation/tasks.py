@@ -9,16 +9,16 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from buddy.backbone.load import title_of
-from buddy.budget import auto_of, fraction_of
+from buddy.budget import auto_cap, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, print_titled_table, results, status
 from buddy.errors import BudgetError, DataError, reason
 from buddy.evaluation.tables import NONE
 from buddy.evaluation.task_data import FEWSHOT_SEED, hushed, load_tasks, require_lm_eval
 from buddy.io import check_output_path, within_memory, write_json
+from buddy.metrics.statistics import flips
 from buddy.router import available_budgets
 from buddy.run import read_run
-from buddy.scoring.statistics import flips
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -92,7 +92,7 @@ def task_scores(
     require_lm_eval()
     if limit is not None and limit < 1:
         raise DataError(f"The limit is {limit}; give 1 or more items for each task, or none.")
-    if any(map(auto_of, budgets or ())):
+    if any(map(auto_cap, budgets or ())):
         raise BudgetError("Tasks are scored at fixed budgets, not at auto; give fractions such as 0.75.")
     with hushed():
         with status("Reading tasks …"):

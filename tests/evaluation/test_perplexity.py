@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.scoring.perplexity import Reference, Scores, with_documents
-from buddy.training.module import evaluate
+from buddy.evaluation.evaluate import evaluate
+from buddy.metrics.perplexity import Reference, Scores, with_documents
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone, tiny_model
 

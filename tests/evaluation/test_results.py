@@ -14,7 +14,7 @@ from buddy.evaluation.figures import LAYERS, TIME, draw_all, draw_run, write_ten
 from buddy.evaluation.record import show_files, write_record
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import render
-from buddy.scoring.statistics import difference
+from buddy.metrics.statistics import difference
 from tests.evaluation import made
 from tests.hparams import row_of_table
 
@@ -187,6 +187,6 @@ def test_a_run_has_its_own_figure_and_curves(tmp_path):
         assert figure.format == "PNG"
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [], "and in no run of its own for TensorBoard"
     events = EventAccumulator(str(tmp_path)).Reload()
-    curve = [(event.step, event.value) for event in events.Scalars("test/perplexity")]
+    curve = [(event.step, event.value) for event in events.Scalars("test/perplexity_by_layers")]
     assert curve == [(k, pytest.approx(math.exp(mean), rel=1e-6)) for k, mean in ((4, 4.0), (6, 3.5), (8, 3.0))]
-    assert {"test/loss", "test/kl"} <= {*events.Tags()["scalars"]}
+    assert {"test/loss_by_layers", "test/kl_by_layers"} <= {*events.Tags()["scalars"]}
