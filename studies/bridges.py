@@ -17,10 +17,10 @@ from torch import Tensor
 from buddy.build import build_held_out, load_model
 from buddy.calibration.bridges import fit_bridges
 from buddy.engine.model import RoutedLM
+from buddy.evaluation.evaluate import evaluate
 from buddy.router import available_budgets
 from buddy.run import read_run
 from buddy.schema import Recipe
-from buddy.training.module import evaluate
 
 
 def part_of(recipe: Recipe, model: RoutedLM, source: str, part: str, count: int) -> object:

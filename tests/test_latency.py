@@ -13,8 +13,8 @@ from buddy import latency
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
 from buddy.latency import LatencyTable, interpolated, measure_latencies, points_of, setting_of
+from tests.adapted import adapted
 from tests.engine.reference import Fickle
-from tests.healing.made import adapted
 from tests.tiny import tiny_backbone
 
 

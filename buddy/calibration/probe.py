@@ -32,7 +32,7 @@ class CalibrationProbe:
         batch_size: windows per forward.
         track: wraps a loop to show progress, given its items and a description; None shows nothing.
         asked: executed layers K of the budgets.
-        seed: of random searches.
+        seed: for routers whose search draws random numbers.
         prompt: first tokens of a window, its prompt; half of the window by default.
         store: folder of the measured values, so that an interrupted search resumes; None keeps them in memory only.
 

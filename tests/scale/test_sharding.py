@@ -8,15 +8,15 @@ from torch.distributed.fsdp import FSDPModule
 from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, shard
 from buddy.calibration.probe import CalibrationProbe
 from buddy.console import quiet
-from buddy.data.module import Windows
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
+from buddy.evaluation.evaluate import evaluate
 from buddy.losses import Objective
 from buddy.training.estimators import Batch, StraightThrough, Weighted
-from buddy.training.module import evaluate
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
-from tests.healing.made import new_adapter, stirred
+from tests.adapted import new_adapter, stirred
 from tests.scale.forked import side_by_side
 from tests.tiny import tiny_backbone
 
