@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import distributed
+from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone
 from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, join, shard
 from buddy.build import (
     attach_predictor,
-    build_adapter,
     build_backbone,
     build_data,
     build_healing,
@@ -333,7 +333,8 @@ def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, ca
 
 def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
     """Train an adapter under the router's plans, with the router if the recipe says so; both are frozen afterwards."""
-    model.adapt(build_adapter(recipe, model.backbone, model.geometry.context_layer))
+    context_layer = model.geometry.context_layer
+    model.adapt(Adapter.new(model.backbone, recipe.adapter, first=context_layer, seed=recipe.seed))
     model.adapter.train()
 
     def describe(_: lightning.Trainer, error: NotFinite) -> TrainingError:
