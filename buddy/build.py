@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning
 
 from buddy import distributed
-from buddy.backbone.adapter import Adapter
+from buddy.backbone.adapter import Adapter, check_targets
 from buddy.backbone.load import Backbone, load_backbone, state_digest
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
@@ -23,7 +23,7 @@ from buddy.io import cache_folder
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.predictor.features import Predictor
-from buddy.predictor.train import load_predictor
+from buddy.predictor.train import load_predictor, predictor_arms
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone
@@ -62,6 +62,13 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
     return backbone
 
 
+def build_router(recipe: Recipe, backbone: Backbone) -> AnyRouter:
+    """The recipe's router for a backbone, before calibration."""
+    routing, section = recipe.routing, recipe.router
+    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
+    return build(section.name, geometry, section.options)
+
+
 def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     """The backbone with the recipe's router attached, before calibration.
 
@@ -69,10 +76,9 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
         BudgetError: a budget below the always-on layers.
     """
     routing = recipe.routing
-    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
     routed = RoutedLM(
         backbone,
-        build(recipe.router.name, geometry, recipe.router.options),
+        build_router(recipe, backbone),
         pool=routing.pool,  # type: ignore[arg-type]  # a recipe accepts only these values
         sink_tokens=routing.sink_tokens,
         prompt_plan=routing.prompt_plan,  # type: ignore[arg-type]
@@ -84,6 +90,29 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     for budget in available_budgets(routed.router, recipe.budgets):
         routed.executed_layers(budget)
     return routed
+
+
+def check_model(recipe: Recipe, backbone: Backbone) -> None:
+    """Raises a BuddyError for a router, predictor, adapter or checkpoint that does not fit the recipe."""
+    model = build_model(recipe, backbone)
+    try:
+        if recipe.ckpt_path and not model.router.trainable:
+            raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
+        if recipe.ckpt_path and trains_both(recipe, model.router):
+            raise RecipeError(
+                "adapter.joint=true trains router and adapter from the start; leave ckpt_path out, or set it to false."
+            )
+        if recipe.predictor.name is not None:
+            predictor_arms(recipe, model)
+    finally:
+        model.detach()
+    if recipe.bridge is not None and recipe.bridge.rank > backbone.hidden_size:
+        raise RecipeError(
+            f"bridge.rank is {recipe.bridge.rank}, but the hidden states of {backbone.name} have "
+            f"{backbone.hidden_size} numbers; set it to that or less."
+        )
+    if recipe.adapter is not None:
+        check_targets(recipe.adapter.targets, backbone)
 
 
 def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
@@ -100,24 +129,6 @@ def uses_bridges(recipe: Recipe, router: AnyRouter) -> bool:
 def heals(recipe: Recipe, router: AnyRouter) -> bool:
     """Whether a router gets an adapter: the recipe has one, and the router skips layers."""
     return recipe.adapter is not None and not router.full_depth
-
-
-def build_adapter(recipe: Recipe, backbone: Backbone, context_layer: int) -> Adapter:
-    """The recipe's adapter, new, on the backbone's layers after the context layers.
-
-    Raises:
-        TrainingError: a target module that the layers do not have.
-    """
-    section = recipe.adapter
-    return Adapter.new(
-        backbone,
-        rank=section.rank,
-        alpha=section.alpha,
-        dropout=section.dropout,
-        targets=section.targets,
-        first=context_layer,
-        seed=recipe.seed,
-    )
 
 
 def build_data(recipe: Recipe, backbone: Backbone) -> TextData:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,18 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import distributed
-from buddy.backbone.adapter import check_targets
+from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone
 from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, join, shard
 from buddy.build import (
     attach_predictor,
-    build_adapter,
     build_backbone,
     build_data,
     build_healing,
     build_model,
     build_module,
     build_trainer,
+    check_model,
     heals,
     instantiate,
     restore_router,
@@ -40,16 +39,16 @@ from buddy.data.module import TextData
 from buddy.data.windows import Windows
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, RecipeError, TrainingError
+from buddy.errors import BuddyError, TrainingError
 from buddy.evaluation.evaluate import evaluate
-from buddy.evaluation.report import write_run_results
-from buddy.io import cache_folder, on_disk, within_memory
-from buddy.metrics.perplexity import Reference, Scores
-from buddy.predictor.train import fit_predictor, predictor_arms, remove_targets
+from buddy.evaluation.figures import draw_run
+from buddy.io import cache_folder, is_below, on_disk, within_memory
+from buddy.metrics.perplexity import Reference, Scores, with_documents
+from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
-from buddy.run import RunFolder
+from buddy.run import RunSpec
 from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
 from buddy.training.callbacks import (
@@ -64,42 +63,6 @@ from buddy.training.module import NotFinite
 
 HEALING = "healing.ckpt"  # in the folder of checkpoints
 MEMORY = "set data.batch_size or data.window smaller, or objective.plans=2"
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """One run to make or to reuse: a router under a recipe with one seed.
-
-    Attributes:
-        label: the router with its overrides, as tables name it.
-        recipe: of the run.
-        recipe_name: kept in run.json.
-        folder: of the run.
-        reuse_from: a complete run whose router is taken, so that nothing is calibrated or trained but the adapter.
-        free_keys: beginnings of recipe keys that change nothing in this run.
-    """
-
-    label: str
-    recipe: Recipe
-    recipe_name: str
-    folder: Path
-    reuse_from: Path | None = None
-    free_keys: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return f"{self.label}, seed {self.recipe.seed}"
-
-    @property
-    def run_folder(self) -> RunFolder:
-        """Begins, resumes and completes the run."""
-        return RunFolder(self.folder)
-
-    @property
-    def log(self) -> Path:
-        """The file that a worker's output goes to."""
-        return self.folder.with_name(f"{self.folder.name}.log")
 
 
 class Session:
@@ -139,7 +102,7 @@ class Session:
         with status(f"Loading {recipe.backbone.name} …"):
             backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
             for each in recipes:
-                _check_model(each, backbone)
+                check_model(each, backbone)
         data = build_data(recipe, backbone)
         data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
         with status(f"Reading {recipe.data.source} …"):
@@ -148,17 +111,17 @@ class Session:
         return cls(backbone, data)
 
     @classmethod
-    def launch(cls, recipes: Sequence[Recipe], specs: Sequence[RunSpec]) -> Session:
+    def launch(cls, specs: Sequence[RunSpec]) -> Session:
         """`prepare`, then start the other processes of `trainer.devices`, and shard the backbone if that is asked for.
 
         Raises:
             RunError: another process makes one of the runs.
         """
-        first, trainer = distributed.is_global_zero(), recipes[-1].trainer
+        first, trainer = distributed.is_global_zero(), specs[-1].recipe.trainer
         if not first or distributed.torchrun_world_size() > 1:
             join(trainer)  # all processes exist already
         with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.rank_zero_first():
-            session = cls.prepare(recipes)
+            session = cls.prepare([spec.recipe for spec in specs])
             for spec in specs if first else ():
                 with spec.run_folder.lock():  # a second command is refused here, before it does anything
                     pass
@@ -171,10 +134,8 @@ class Session:
 
     def digests(self, recipe: Recipe) -> dict[str, str]:
         """Digests of the inputs of a run of the recipe."""
-        data = self.data
-        return input_digests(
-            recipe.router.name, self.backbone.fingerprint, data.fingerprint, data.train_fingerprint or ""
-        )
+        texts = self.data.fingerprint, self.data.train_fingerprint or ""
+        return input_digests(recipe.router.name, self.backbone.fingerprint, *texts)
 
     def differences(self, spec: RunSpec) -> list[str]:
         """Why the run in the folder, complete or begun, is not this one; empty if it is, or if there is none."""
@@ -196,11 +157,12 @@ class Session:
                 with within_memory(f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens", MEMORY):
                     before = read_metrics(spec.reuse_from)["fit"]["seconds"] if spec.reuse_from else 0.0
                     self._fit(recipe, model, folder, spec.reuse_from)
-                    cost = {"seconds": before + self._stopwatch.seconds, "parameters": _parameters(model)}
+                    added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
+                    weights = added + sum(parameter.numel() for parameter in model.router.parameters())
+                    cost = {"seconds": before + self._stopwatch.seconds, "parameters": weights}
                     self._stopwatch.save()
                     fitted = True
-                    predictor = fit_predictor(recipe, model, self.data, folder)
-                    if predictor is not None:
+                    if predictor := fit_predictor(recipe, model, self.data, folder):
                         attach_predictor(recipe, model, predictor)
                     scores = self._test(recipe, model)
                 save_router(folder, model.router.state_dict())
@@ -209,9 +171,10 @@ class Session:
                     model.bridges.save(folder / BRIDGE)
                 if model.adapter is not None:
                     model.adapter.save(folder / ADAPTER)
-                metrics = write_run_results(folder, recipe, scores, fit=cost, windows=self.data.test.fingerprint)
+                draw_run(folder, scores)
                 _remove_intermediate(folder)
-                run_folder.complete(metrics)
+                about = {"fit": cost, "windows": self.data.test.fingerprint}
+                run_folder.complete(with_documents(scores) | about)
             except BaseException as error:
                 with suppress(BuddyError):  # the disk may be full
                     if not isinstance(error, KeyboardInterrupt):
@@ -244,20 +207,14 @@ class Session:
         self, recipe: Recipe, model: RoutedLM, windows: Windows, reference: Reference, description: str
     ) -> list[Scores]:
         """Scores of a fitted model on windows, at the recipe's budgets."""
-        return evaluate(
-            model,
-            windows,
-            available_budgets(model.router, recipe.budgets),
-            prompt=recipe.data.prompt,
-            batch_size=recipe.data.batch_size,
-            description=description,
-            reference=reference,
-        )
+        budgets, data = available_budgets(model.router, recipe.budgets), recipe.data
+        options = {"prompt": data.prompt, "batch_size": data.batch_size}
+        return evaluate(model, windows, budgets, **options, description=description, reference=reference)
 
     def _fit(self, recipe: Recipe, model: RoutedLM, folder: Path, reuse_from: Path | None) -> None:
         """Calibrate, train and heal; bridges are fitted on the router's plans before its training and after it."""
         self.data.train_seed = recipe.seed
-        callbacks = [LambdaCallback(on_train_batch_end=lambda *_: self._stopwatch.tick())] if self._stopwatch else []
+        callbacks = [LambdaCallback(on_train_batch_end=self._tick)]
         checkpoint = folder / CHECKPOINTS / LAST
         if reuse_from is not None:
             restore_router(model, recipe, reuse_from)
@@ -329,40 +286,14 @@ class Session:
         return self.evaluate(recipe, model, self.data.test, self._reference, f"Evaluating {recipe.router.name}")
 
     def _track(self, items: Sequence[Any], description: str) -> Iterable[Any]:
-        """`track`, which also saves the time spent."""
         for item in track(items, description):
             yield item
-            if self._stopwatch:
-                self._stopwatch.tick()
+            self._tick()
 
-
-def _check_model(recipe: Recipe, backbone: Backbone) -> None:
-    """Raises a BuddyError for a router, predictor, adapter or checkpoint that does not fit the recipe."""
-    model = build_model(recipe, backbone)
-    try:
-        if recipe.ckpt_path and not model.router.trainable:
-            raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
-        if recipe.ckpt_path and trains_both(recipe, model.router):
-            raise RecipeError(
-                "adapter.joint=true trains router and adapter from the start; leave ckpt_path out, or set it to false."
-            )
-        if recipe.predictor.name is not None:
-            predictor_arms(recipe, model)
-    finally:
-        model.detach()
-    if recipe.bridge is not None and recipe.bridge.rank > backbone.hidden_size:
-        raise RecipeError(
-            f"bridge.rank is {recipe.bridge.rank}, but the hidden states of {backbone.name} have "
-            f"{backbone.hidden_size} numbers; set it to that or less."
-        )
-    if recipe.adapter is not None:
-        check_targets(recipe.adapter.targets, backbone)
-
-
-def _parameters(model: RoutedLM) -> int:
-    """Number of weights of router, bridges and adapter."""
-    added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
-    return sum(parameter.numel() for parameter in model.router.parameters()) + added
+    def _tick(self, *_: Any) -> None:
+        """Save the time spent, now and then."""
+        if self._stopwatch:
+            self._stopwatch.tick()
 
 
 def _report_missing(model: RoutedLM) -> None:
@@ -384,13 +315,10 @@ def _remove_intermediate(folder: Path) -> None:
     remove_targets(folder)
 
 
-def _train(
-    recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback] = ()
-) -> None:
+def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
     """Train the calibrated router in place, from the run's own checkpoint or else from `ckpt_path`."""
-    named = recipe.ckpt_path and Path(os.path.realpath(recipe.ckpt_path))
-    inside = named and named.is_relative_to(os.path.realpath(checkpoint.parent))  # beside the run's own, and asked for
-    start = checkpoint if checkpoint.exists() and not inside else recipe.ckpt_path
+    beside = is_below(recipe.ckpt_path, checkpoint.parent)  # the run's own, and asked for
+    start = checkpoint if checkpoint.exists() and not beside else recipe.ckpt_path
 
     def describe(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
         before = checkpoint.with_name("before-failure.ckpt")
@@ -405,7 +333,8 @@ def _train(
 
 def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
     """Train an adapter under the router's plans, with the router if the recipe says so; both are frozen afterwards."""
-    model.adapt(build_adapter(recipe, model.backbone, model.geometry.context_layer))
+    context_layer = model.geometry.context_layer
+    model.adapt(Adapter.new(model.backbone, recipe.adapter, first=context_layer, seed=recipe.seed))
     model.adapter.train()
 
     def describe(_: lightning.Trainer, error: NotFinite) -> TrainingError:
@@ -432,19 +361,10 @@ def _run_trainer(
     callbacks: Sequence[Callback],
     describe: Callable[[lightning.Trainer, NotFinite], TrainingError],
 ) -> None:
-    """`Trainer.fit` with the recipe's callbacks and logger, and with one checkpoint that is kept up to date.
-
-    Args:
-        recipe: of the run.
-        module: to train.
-        data: the text, set up.
-        checkpoint: path of the checkpoint, in a folder of the run's folder.
-        start: a checkpoint to resume from.
-        callbacks: Buddy's own, beside the recipe's.
-        describe: the error for a step that was not finite.
+    """`Trainer.fit` with the recipe's callbacks and logger; keeps `checkpoint` up to date and resumes from `start`.
 
     Raises:
-        TrainingError: a step was not finite, or the checkpoint cannot be used.
+        TrainingError: `describe` of a step that was not finite, or the checkpoint cannot be used.
         KeyboardInterrupt: stopped after a step by a signal, with a checkpoint.
     """
     if start:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
+
 from buddy.errors import DamagedError, RunError
 
 if TYPE_CHECKING:
@@ -84,6 +86,31 @@ def remove_parts(folder: Path, below: str = "**/") -> None:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file within this block; the operating system frees it when the process ends.
+
+    Args:
+        path: of the lock file.
+        busy: the message if another process holds it.
+        patience: seconds to wait for that process.
+
+    Raises:
+        RunError: another process holds it, or its folder cannot be written.
+    """
+    lock = FileLock(path)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            raise RunError(busy) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def check_output_path(path: Path, *inputs: Path) -> None:
     """Check, before long work, that its result can be written to `path`; an existing file is replaced.
 
@@ -137,6 +164,11 @@ def _check_new(path: Path) -> None:
 def _check_parent(path: Path) -> None:
     if not os.path.isdir(path.parent):
         raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
+
+
+def is_below(path: str | Path | None, folder: Path) -> bool:
+    """Whether a path is a folder, or leads into it, links resolved; not for None."""
+    return path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 # Reading

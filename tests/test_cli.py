@@ -20,7 +20,7 @@ BEHIND = {  # what the verbs call
     "fit": "buddy.compare.fit",
     "evaluate": "buddy.evaluation.evaluate.evaluate_run",
     "compare": "buddy.compare.compare",
-    "show_files": "buddy.evaluation.report.show_files",
+    "show_files": "buddy.evaluation.record.show_files",
     "generate": "buddy.hub.load.generate",
 }
 
@@ -186,6 +186,9 @@ def test_a_mistake_is_one_sentence_and_exit_2(calls, named, words):
         ["fti"],
         ["fit", "--recpe", "quickstart"],
         ["generate", "--run", "r", "--budget", "0.5", "--max-new-tokens", "0", "hi"],
+        ["compare", "--recipe", "quickstart", "--seeds", "0"],
+        ["compare", "--recipe", "quickstart", "--jobs", "0"],
+        ["compare", "--recipe", "quickstart", "--backend", "dask"],
         ["recipes", "shw"],
         [],
     ],

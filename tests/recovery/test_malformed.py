@@ -4,8 +4,6 @@ import re
 
 import pytest
 
-from buddy.data.text import load_texts
-from buddy.errors import DataError
 from tests.recovery.asking import refused
 from tests.recovery.malformed import RAW, Bench, check_recipe, fuzz
 
@@ -38,12 +36,3 @@ def test_the_error_names_the_mistake(tmp_path, text, named):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     assert re.search(named, refused("fit", "--recipe", path))
-
-
-def test_json_that_begins_with_null(tmp_path):
-    """Which Arrow's reader does not survive."""
-    path = tmp_path / "text.json"
-    for content in ("null", "  null\n", 'null\n{"text": "a"}'):
-        path.write_text(content)
-        with pytest.raises(DataError, match=r"text\.json begins with null"):
-            load_texts(str(path))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from buddy.data.module import Windows
+from buddy.data.windows import Windows
 from buddy.evaluation.evaluate import evaluate
 from tests.scale.forked import side_by_side
 from tests.test_cli import call

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, shard
 from buddy.calibration.probe import CalibrationProbe
 from buddy.console import quiet
-from buddy.data.module import Windows
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.evaluation.evaluate import evaluate

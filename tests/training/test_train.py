@@ -10,7 +10,8 @@ from torch import Tensor
 from buddy import build
 from buddy.build import build_trainer
 from buddy.errors import TrainingError
-from buddy.fit import RunSpec, Session
+from buddy.fit import Session
+from buddy.run import RunSpec
 from buddy.run_files import load_router
 from buddy.schema import Recipe
 from buddy.training.module import RoutingModule
