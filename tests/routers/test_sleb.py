@@ -6,14 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buddy import Geometry
-from buddy.calibration.probe import CalibrationProbe
-from buddy.engine.model import RoutedLM, geometry_of
 from routers.sleb import SLEB
-from tests.routers.landscape import Landscape, left_out, rugged
-from tests.routers.uneven import WINDOWS, BruteForce, uneven_backbone
-
-SIZES = Geometry(layers=12, context_layer=1, hidden=8, features=4)
+from tests.routers.landscape import SIZES, Landscape, left_out, rugged, searched
+from tests.routers.uneven import BruteForce, calibrated
 
 
 def greedy(loss, routable: int, rounds: int) -> list[int]:
@@ -24,16 +19,9 @@ def greedy(loss, routable: int, rounds: int) -> list[int]:
     return removed
 
 
-def searched(asked: list[int], seed: int = 0, **options) -> SLEB:
-    backbone = uneven_backbone(seed)
-    router = SLEB(geometry_of(backbone), **options)
-    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 2, asked=asked))
-    return router
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_removal_is_the_one_that_brute_force_finds_least_harmful(seed):
-    router, brute = searched([10, 8], seed), BruteForce(seed)
+    router, brute = calibrated(SLEB, seed, asked=[10, 8]), BruteForce(seed)
     order = greedy(brute.ce, 10, 4)
     assert router.rank.argsort()[:4].tolist() == order
     for before, after in pairwise(left_out(router, k) for k in range(12, 7, -1)):
@@ -45,8 +33,7 @@ def test_every_removal_is_the_one_that_brute_force_finds_least_harmful(seed):
 def test_it_is_the_plain_algorithm_on_any_losses(seed, least, budgets):
     loss = rugged(10, seed)
     probe = Landscape(SIZES, loss, range(11, least - 1, -1)[-budgets:])
-    router = SLEB(SIZES)
-    router.calibrate(probe)
+    router = searched(SLEB, probe)
     order = greedy(lambda removed: loss(frozenset(removed)), 10, 12 - least)
     assert router.rank.argsort()[: len(order)].tolist() == order
     assert {criterion for _, criterion, _ in probe.calls} == {"ce"}
@@ -56,8 +43,7 @@ def test_it_is_the_plain_algorithm_on_any_losses(seed, least, budgets):
 @pytest.mark.parametrize(("windows", "measured"), [(None, 20), (5, 5), (99, 20)])
 def test_it_measures_on_the_windows_that_it_is_told(windows, measured):
     probe = Landscape(SIZES, rugged(10, 0), [10], count=20)
-    router = SLEB(SIZES, windows=windows)
-    router.calibrate(probe)
+    searched(SLEB, probe, windows=windows)
     assert max(asked for _, _, asked in probe.calls) == measured
     assert len([asked for _, _, asked in probe.calls if asked == measured]) == 2
     assert probe.shown == ["removing layers"]

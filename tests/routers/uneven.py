@@ -1,12 +1,16 @@
 """A tiny model whose layers matter differently, and the loss of any plan by brute force on the stock model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from buddy import Router
 from buddy.backbone.load import Backbone, fingerprint
+from buddy.calibration.probe import CalibrationProbe
+from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import reference_logits
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -24,6 +28,22 @@ def uneven_backbone(seed: int = 0) -> Backbone:
         layer.self_attn.o_proj.weight.mul_(strength)
         layer.mlp.down_proj.weight.mul_(strength)
     return Backbone("uneven", model, tiny_tokenizer(), fingerprint(model))
+
+
+def calibrated(
+    cls: type[Router],
+    seed: int = 0,
+    *,
+    asked: Sequence[int] = (),
+    draw: int = 0,
+    context_layer: int = 1,
+    **options: Any,
+) -> Any:
+    """A router calibrated on `uneven_backbone(seed)` and `WINDOWS`; `asked` and `draw` are the probe's K and seed."""
+    backbone = uneven_backbone(seed)
+    router = cls(geometry_of(backbone, context_layer), **options)
+    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 2, asked=asked, seed=draw))
+    return router
 
 
 class BruteForce:
