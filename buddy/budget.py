@@ -7,7 +7,6 @@ A fraction or a count determines K by itself. A latency needs a table of millise
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from textwrap import shorten
 
 from buddy.errors import BudgetError
@@ -17,17 +16,6 @@ Table = Mapping[int, float]  # executed layers K → milliseconds a generated to
 
 KINDS = "a fraction such as 0.75 nor a count such as 22layers, nor a latency such as 15ms, nor auto"
 AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class Auto:
-    """A budget that a predictor chooses for each request.
-
-    Attributes:
-        cap: an upper bound, as a budget; None for none.
-    """
-
-    cap: str | None = None
 
 
 def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable[[], Table] | None = None) -> int:
@@ -44,7 +32,7 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
         BudgetError: not a budget, above full depth, below the always-on layers, a latency that no plan reaches or that
             there is no table for, or "auto", which stands for no fixed number of layers.
     """
-    if auto_of(budget):
+    if auto_cap(budget):
         raise BudgetError(
             f"The budget {budget} is chosen for each request, by `buddy generate` and `buddy evaluate`; ask for a "
             "fraction such as 0.75 here."
@@ -55,8 +43,10 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
             raise BudgetError(f"No latency was measured for {budget}; ask for a fraction such as 0.75.")
         return _within(latency, table())
     least = f"{always_on}layers (a fraction of {always_on / layers:.3g})"
-    count = _layer_count(budget)
-    if count is None:
+    match = re.fullmatch(r"\s*(\d{1,9})\s*layers?\s*", str(budget))
+    if match:
+        count = int(match[1])
+    else:
         fraction = _fraction(budget)
         if not 0 < fraction <= 1:
             raise BudgetError(
@@ -95,8 +85,10 @@ def latency_of(budget: Budget) -> float | None:
     return milliseconds
 
 
-def auto_of(budget: Budget) -> Auto | None:
-    """The `Auto` that "auto", or "auto:0.75" with a cap, stands for; None for another kind of budget.
+def auto_cap(budget: Budget) -> Budget | None:
+    """The cap of "auto", a budget that a predictor chooses for each request; None for another kind of budget.
+
+    The cap of "auto:0.75" is "0.75", that of "auto" full depth.
 
     Raises:
         BudgetError: the cap is empty or "auto" again.
@@ -106,19 +98,23 @@ def auto_of(budget: Budget) -> Auto | None:
         return None
     if colon and (not cap.strip() or cap.strip().startswith(AUTO)):
         raise BudgetError(f"The budget {budget} has no cap after its colon; write auto, or a cap as in auto:0.75.")
-    return Auto(cap.strip() if colon else None)
+    return cap.strip() or 1.0
 
 
 def fraction_of(budget: Budget, executed: int, layers: int) -> float:
     """A budget as a fraction: itself where it is one, else executed / layers."""
-    return executed / layers if _has_unit(budget) else float(budget)
+    try:
+        return float(budget)
+    except ValueError:  # a unit
+        return executed / layers
 
 
 def format_budget(budget: Budget) -> str:
     """The canonical spelling of a budget: 0.75, 22layers, 15ms."""
-    if _has_unit(budget):
+    try:
+        return f"{float(budget):g}"
+    except ValueError:  # a unit
         return re.sub(r"layers?$", "layers", "".join(str(budget).split()))
-    return f"{float(budget):g}"
 
 
 def _within(latency: float, table: Table) -> int:
@@ -138,15 +134,6 @@ def _rounded_up(milliseconds: float) -> str:
     """Three digits, not below the number itself."""
     decimals = max(0, 2 - math.floor(math.log10(milliseconds)))
     return f"{math.ceil(milliseconds * 10**decimals) / 10**decimals:.{decimals}f}"
-
-
-def _has_unit(budget: Budget) -> bool:
-    return _layer_count(budget) is not None or latency_of(budget) is not None
-
-
-def _layer_count(budget: Budget) -> int | None:
-    match = re.fullmatch(r"\s*(\d{1,9})\s*layers?\s*", budget) if isinstance(budget, str) else None
-    return int(match[1]) if match else None
 
 
 def _fraction(budget: Budget) -> float:

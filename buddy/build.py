@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,32 +10,40 @@ from typing import TYPE_CHECKING, Any
 import lightning
 
 from buddy import distributed
-from buddy.backbone.adapter import Adapter
-from buddy.backbone.load import Backbone, load_backbone
+from buddy.backbone.adapter import Adapter, check_targets
+from buddy.backbone.load import Backbone, load_backbone, state_digest
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
 from buddy.data.text import same_source
 from buddy.data.windows import Windows, windows_of
+from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError, TrainingError, reason
 from buddy.io import cache_folder
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.predictor.features import Predictor
-from buddy.predictor.fit import load_predictor
+from buddy.predictor.train import load_predictor, predictor_arms
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone
-from buddy.run_files import ADAPTER, load_router
+from buddy.run_files import ADAPTER, BRIDGE, load_router
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, estimator_for
-from buddy.training.healing import HealingModule, Joint
+from buddy.training.healing import HealingModule
 from buddy.training.module import RoutingModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VALIDATIONS = 4  # in a fit, by default
+TRAINER: dict[str, Any] = {  # defaults of Buddy's trainers
+    "max_epochs": -1,
+    "enable_model_summary": False,
+    "deterministic": "warn",
+    "inference_mode": False,  # training cannot use its tensors
+    "num_sanity_val_steps": 0,
+}
 HEALING_CHANGES = {"kind", "lr", "steps"}  # keys of `adapter` that may change when a healing is resumed
 
 
@@ -56,6 +62,13 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
     return backbone
 
 
+def build_router(recipe: Recipe, backbone: Backbone) -> AnyRouter:
+    """The recipe's router for a backbone, before calibration."""
+    routing, section = recipe.routing, recipe.router
+    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
+    return build(section.name, geometry, section.options)
+
+
 def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     """The backbone with the recipe's router attached, before calibration.
 
@@ -63,10 +76,9 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
         BudgetError: a budget below the always-on layers.
     """
     routing = recipe.routing
-    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
     routed = RoutedLM(
         backbone,
-        build(recipe.router.name, geometry, recipe.router.options),
+        build_router(recipe, backbone),
         pool=routing.pool,  # type: ignore[arg-type]  # a recipe accepts only these values
         sink_tokens=routing.sink_tokens,
         prompt_plan=routing.prompt_plan,  # type: ignore[arg-type]
@@ -80,10 +92,38 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     return routed
 
 
+def check_model(recipe: Recipe, backbone: Backbone) -> None:
+    """Raises a BuddyError for a router, predictor, adapter or checkpoint that does not fit the recipe."""
+    model = build_model(recipe, backbone)
+    try:
+        if recipe.ckpt_path and not model.router.trainable:
+            raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
+        if recipe.ckpt_path and trains_both(recipe, model.router):
+            raise RecipeError(
+                "adapter.joint=true trains router and adapter from the start; leave ckpt_path out, or set it to false."
+            )
+        if recipe.predictor.name is not None:
+            predictor_arms(recipe, model)
+    finally:
+        model.detach()
+    if recipe.bridge is not None and recipe.bridge.rank > backbone.hidden_size:
+        raise RecipeError(
+            f"bridge.rank is {recipe.bridge.rank}, but the hidden states of {backbone.name} have "
+            f"{backbone.hidden_size} numbers; set it to that or less."
+        )
+    if recipe.adapter is not None:
+        check_targets(recipe.adapter.targets, backbone)
+
+
 def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
     """Use a budget predictor for `--budget auto`, up to the recipe's cap."""
     cap = routed.executed_layers(recipe.predictor.cap)
     routed.chooser = lambda most: predictor.chooser(min(most, cap))
+
+
+def uses_bridges(recipe: Recipe, router: AnyRouter) -> bool:
+    """Whether a router gets bridges: the recipe has them, and the router skips layers."""
+    return recipe.bridge is not None and not router.full_depth
 
 
 def heals(recipe: Recipe, router: AnyRouter) -> bool:
@@ -208,21 +248,22 @@ def _backbone_from(run: Run) -> Backbone:
 
 
 def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
-    """Load router and adapter of the complete run in a folder into a model, frozen.
+    """Load router, bridges and adapter of the complete run in a folder into a model, frozen.
 
     Raises:
-        RunError: the saved router does not match its class, or the adapter is damaged or for another backbone.
+        RunError: the saved router does not match its class, the bridges are damaged, or the adapter is damaged or for
+            another backbone.
     """
-    restore_router(routed, folder)
+    restore_router(routed, recipe, folder)
     if heals(recipe, routed.router):
         routed.adapt(Adapter.load(routed.backbone, folder / ADAPTER))
 
 
-def restore_router(routed: RoutedLM, folder: Path) -> None:
-    """Load the router of the complete run in a folder into a model, frozen.
+def restore_router(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
+    """Load router and bridges of the complete run in a folder into a model, frozen.
 
     Raises:
-        RunError: the saved router does not fit its class.
+        RunError: the saved router does not fit its class, or the bridges are damaged.
     """
     try:
         routed.router.load_state_dict(load_router(folder))
@@ -231,6 +272,8 @@ def restore_router(routed: RoutedLM, folder: Path) -> None:
             f"The router saved in {folder} does not fit its class any more; make the run again with `buddy fit`."
         ) from error
     routed.router.eval().requires_grad_(False)
+    if uses_bridges(recipe, routed.router):
+        routed.bridge(Bridges.load(folder / BRIDGE, routed.geometry, recipe.bridge.rank))
 
 
 def build_estimator(recipe: Recipe, router: AnyRouter) -> Estimator:
@@ -263,8 +306,8 @@ def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
     return recipe.adapter is not None and recipe.adapter.joint and router.trainable
 
 
-def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> HealingModule:
-    """The LightningModule that trains a recipe's adapter."""
+def build_healing(recipe: Recipe, routed: RoutedLM) -> HealingModule:
+    """The LightningModule that trains a recipe's adapter, and its bridges where the recipe says so."""
     optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
     return HealingModule(
         routed,
@@ -275,21 +318,20 @@ def build_healing(recipe: Recipe, routed: RoutedLM, checkpoint: Path) -> Healing
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
         seed=recipe.seed,
-        identity=healing_identity(recipe, routed.router),
-        checkpoint=str(checkpoint),
-        joint=Joint(build_estimator(recipe, routed.router), optimizer.lr) if both else None,
+        identity=healing_identity(recipe, routed),
+        estimator=build_estimator(recipe, routed.router) if both else None,
+        router_lr=optimizer.lr,
+        train_bridges=recipe.bridge is not None and recipe.bridge.train,
     )
 
 
-def healing_identity(recipe: Recipe, router: AnyRouter) -> dict[str, str]:
-    """Settings and digest of the router, which must be equal to resume an interrupted healing."""
+def healing_identity(recipe: Recipe, routed: RoutedLM) -> dict[str, str]:
+    """Settings, and digests of router and bridges, which must be equal to resume an interrupted healing."""
     settings = {
         f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in HEALING_CHANGES
     }
-    digest = hashlib.sha256()
-    for name, tensor in sorted(router.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return {**settings, "the router": digest.hexdigest()[:16]}
+    parts = {"the router": routed.router} | ({} if routed.bridges is None else {"the bridges": routed.bridges})
+    return settings | {name: state_digest(part.state_dict()) for name, part in parts.items()}
 
 
 def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
@@ -306,30 +348,17 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
     if strategy == STRATEGY:  # `shard` handles the backbone; each device has the whole router
         strategy = "ddp" if devices * nodes > 1 else "auto"
     settings = {**keywords, "devices": devices, "num_nodes": nodes, "strategy": strategy}
+    if not {"val_check_interval", "check_val_every_n_epoch"} & {*keywords}:  # validate after whole optimizer steps
+        accumulated = keywords.get("accumulate_grad_batches", 1)
+        settings["val_check_interval"] = max(1, keywords["max_steps"] // VALIDATIONS) * accumulated
+        settings["check_val_every_n_epoch"] = None
     try:
-        return lightning.Trainer(**(trainer_defaults(keywords) | settings | options))
+        return lightning.Trainer(**(TRAINER | settings | options))
     except Exception as error:  # Lightning refuses settings with many types of errors
         raise TrainingError(
             f"trainer.accelerator={keywords['accelerator']}, trainer.devices={devices} and "
             f"trainer.strategy={keywords['strategy']} do not work here ({reason(error)}); change them."
         ) from error
-
-
-def trainer_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of Buddy's trainers: four validations, each after a whole optimizer step.
-
-    Inference mode is off, since training cannot use its tensors.
-    """
-    steps, accumulated = settings.get("max_steps", -1), settings.get("accumulate_grad_batches", 1)
-    validation = {"val_check_interval": max(1, steps // VALIDATIONS) * accumulated, "check_val_every_n_epoch": None}
-    own = {"val_check_interval", "check_val_every_n_epoch"} & {*settings}
-    return ({} if own or steps < 1 else validation) | {
-        "max_epochs": -1,
-        "enable_model_summary": False,
-        "deterministic": "warn",
-        "inference_mode": False,
-        "num_sanity_val_steps": 0,
-    }
 
 
 def instantiate(spec: ClassSpec) -> Any:

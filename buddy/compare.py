@@ -8,48 +8,37 @@ run.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from buddy import console, distributed
-from buddy.build import heals
+from buddy.build import build_router, heals
 from buddy.config import with_router
-from buddy.console import Bar, errors, status
-from buddy.data.text import named_sources, same_source
+from buddy.console import Bar, clock, errors, status
 from buddy.data.windows import Windows
-from buddy.engine.model import geometry_of
-from buddy.errors import (
-    BuddyError,
-    DataError,
-    RecipeError,
-    RunError,
-    reason,
-)
+from buddy.errors import BuddyError, RecipeError, RunError, reason
 from buddy.evaluation import report
 from buddy.evaluation.bench import measured
 from buddy.evaluation.record import collect, text_entry
-from buddy.executors import LokyExecutor, RayExecutor
-from buddy.fit import RunSpec, Session
-from buddy.io import check_output_path, remove_parts, writing
-from buddy.registry import build
+from buddy.executors import LokyExecutor, RayExecutor, SerialExecutor
+from buddy.fit import Session
+from buddy.io import check_output_path, locked, remove_parts
 from buddy.router import AnyRouter
-from buddy.run import RunFolder, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
+from buddy.run import RunFolder, RunSpec, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
 from buddy.run_files import FACTS
 from buddy.schema import PredictorSection, Recipe, Rival
-from buddy.worker import Tasks, Text, Worker, WorkerConfig, read_windows
+from buddy.worker import Tasks, Text, Worker, read_windows, run_in_worker, texts_of
 
 SEEDS = 3
 PATIENCE = 10.0  # seconds that `fit` waits for another to write its tables
-BACKENDS = ("loky", "ray")
 # Beginnings of recipe keys that change nothing in a run without training, and in a run of a comparison.
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
 FREE_KEYS = ("predictor.",)
@@ -121,11 +110,13 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
     console.errors.quiet = console.results.quiet = not first
     base, own = common_recipe(recipe), Rival(recipe.router.name)
     own_recipe = replace(base, predictor=recipe.predictor, ckpt_path=recipe.ckpt_path)
-    recipes = {each: with_router(base, each) for each in recipe.rivals if each != own} | {own: own_recipe}
-    specs = {each.label: _spec(each.label, of, recipe_name) for each, of in recipes.items()}
-    session = Session.launch(list(recipes.values()), list(specs.values()))
+    recipes = {each.label: with_router(base, each) for each in recipe.rivals if each != own} | {own.label: own_recipe}
+    specs = [
+        RunSpec(label, of, recipe_name, RunFolder.of(of, recipe_name, label).path) for label, of in recipes.items()
+    ]
+    session = Session.launch(specs)
     with distributed.lost_peers_reported():
-        for number, spec in enumerate(specs.values(), start=1):
+        for number, spec in enumerate(specs, start=1):
             complete = distributed.broadcast(first and spec.run_folder.is_complete and not session.differences(spec))
             if len(specs) > 1 or complete:
                 note = ", complete: reused" if complete else ""
@@ -135,10 +126,9 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
             elif not complete:
                 (session.fit if first else session.follow)(spec)
     if first:
-        folders = {label: [specs[label].folder] for label in (own.label, *specs)}
         (text,) = texts_of(None, recipe)
         record = collect(
-            folders,
+            {spec.label: [spec.folder] for spec in (specs[-1], *specs)},  # the recipe's own router first
             command=command,
             recipe=base,
             layers=session.backbone.num_layers,
@@ -169,21 +159,23 @@ def compare(config: CompareConfig) -> int:
     session = Session.prepare(list(recipes.values()))
     with status("Reading text …"):
         windows = {text: read_windows(text, base, session.data) for text in texts}
-    runs = {label: _specs(config, label, recipe, session) for label, recipe in recipes.items()}
-    _refuse_others([spec for group in runs.values() for spec in group], session)
+    specs = [spec for label, of in recipes.items() for spec in _specs(config, label, of, session)]
+    _refuse_others(specs, session)
     if config.finished:
-        runs = _complete_ones(runs, config.folder)
+        specs = _complete_ones(specs, config.folder)
     elif config.trained is not None:
-        runs = _reusing(runs, config.trained, session)
+        specs = _reusing(specs, config.trained, session)
     with _locked(config.folder):
-        failures = _work(config, base, runs, session, windows)
+        failures = _work(config, base, specs, session, windows)
         failed = {spec.folder for spec, _ in failures}
-        done = {label: [spec for spec in group if spec.folder not in failed] for label, group in runs.items()}
-        done = {label: group for label, group in done.items() if group}
+        done: dict[str, list[Path]] = {}
+        for spec in specs:
+            if spec.folder not in failed:
+                done.setdefault(spec.label, []).append(spec.folder)
         speed, problem = _times(done, session, config.folder) if done and config.speed else (None, None)
         if done:
             record = collect(
-                {label: [spec.folder for spec in group] for label, group in done.items()},
+                done,
                 command=config.command,
                 recipe=base,
                 layers=session.backbone.num_layers,
@@ -203,16 +195,9 @@ def compare(config: CompareConfig) -> int:
 
 def check(config: CompareConfig) -> None:
     """Raises a BuddyError for mistakes that show without the model."""
-    seeds = SEEDS if config.seeds is None else config.seeds
-    trainer = config.recipe.trainer
-    if seeds < 1:
-        raise RecipeError(f"--seeds is {seeds}; give 1 or more.")
+    seeds, trainer = config.seeds or SEEDS, config.recipe.trainer
     if config.recipe.seed + seeds > 2**32:
         raise RecipeError(f"seed is {config.recipe.seed}, too large for {seeds} seeds from it on; set it smaller.")
-    if config.jobs < 1:
-        raise RecipeError(f"--jobs is {config.jobs}; give 1 or more.")
-    if config.backend not in BACKENDS:
-        raise RecipeError(f"--backend is {config.backend}; give one of {', '.join(BACKENDS)}.")
     if trainer["devices"] != 1 or trainer["num_nodes"] != 1:
         raise RecipeError(
             "buddy compare trains each router on one device; set trainer.devices=1 and trainer.num_nodes=1, and --jobs "
@@ -222,10 +207,8 @@ def check(config: CompareConfig) -> None:
         raise RecipeError("buddy compare resumes by itself; leave ckpt_path out.")
     if config.trained is not None:
         _check_trained(config)
-    if config.folder.exists() and not config.folder.is_dir():
-        raise RunError(f"{config.folder} is a file; name a folder as --out.")
-    if (config.folder / FACTS).exists():
-        raise RunError(f"{config.folder} is a run folder; name another folder as --out.")
+    if os.path.isfile(config.folder) or os.path.exists(config.folder / FACTS):
+        raise RunError(f"{config.folder} is a file or a run folder; name another folder as --out.")
     if config.markdown:
         check_output_path(config.markdown)
     if config.tasks.names:
@@ -248,42 +231,6 @@ def _check_trained(config: CompareConfig) -> None:
         raise RunError(f"{trained} holds the unhealed runs, which stay; give another --out for the healed ones.")
 
 
-# Texts
-
-
-def texts_of(text: str | None, recipe: Recipe) -> list[Text]:
-    """The recipe's own text and those in "SOURCE,label=SOURCE,…"; its own may be named too, to give it a label.
-
-    Raises:
-        DataError: nothing is named, two have one label, a label cannot be a file name, or a text is trained on.
-    """
-    source = recipe.data.source
-    (own,) = named_sources(None, source)
-    others = {} if text is None else named_sources(text, source)
-    for label in [label for label, other in others.items() if same_source(other, source)]:
-        own = label
-        del others[label]
-    if own in others:
-        raise DataError(
-            f"Two texts are called {own!r}, one of them the recipe's own; give the other a name, as in --domains "
-            f"other={others[own]}."
-        )
-    found = [Text(own, source, own=True), *(Text(label, other) for label, other in others.items())]
-    for each in found:
-        for key in ("train_sources", "calibration_sources"):
-            if any(same_source(each.source, seen) for seen in getattr(recipe.data, key)):
-                raise DataError(
-                    f"The text {each.label} is in data.{key}, so results on it would be worthless; leave it out of "
-                    "--domains or of the recipe."
-                )
-        if not re.fullmatch(r"[\w.-]+", each.label):
-            raise DataError(
-                f"The label {each.label!r} cannot be a file name; give one of letters, digits, dots and hyphens, as in "
-                f"--domains other={each.source}."
-            )
-    return found
-
-
 # Runs
 
 
@@ -296,29 +243,19 @@ def common_recipe(recipe: Recipe) -> Recipe:
     return replace(recipe, data=data, rivals=[], predictor=PredictorSection(), ckpt_path=None)
 
 
-def _spec(label: str, recipe: Recipe, recipe_name: str) -> RunSpec:
-    return RunSpec(label, recipe, recipe_name, RunFolder.of(recipe, recipe_name, label).path)
-
-
 def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) -> list[RunSpec]:
     """The runs of one router: one for each seed if the router or its adapter depends on it, else one."""
-    router, folder = _router(recipe, session), config.folder / label_folder(label)
+    router, folder = build_router(recipe, session.backbone), config.folder / label_folder(label)
     trained = router.trainable or heals(recipe, router)
-    count = config.seeds or SEEDS
+    many = config.seeds or SEEDS
     if config.finished and config.seeds is None:
-        count = max([seed - recipe.seed + 1 for seed in complete_seeds(folder)] + [1])
-    seeds = range(recipe.seed, recipe.seed + (count if trained or _depends_on_seed(recipe, router) else 1))
+        many = max([seed - recipe.seed + 1 for seed in complete_seeds(folder)] + [1])
+    seeds = range(recipe.seed, recipe.seed + (many if trained or _depends_on_seed(recipe, router) else 1))
     free = FREE_KEYS if trained else (*FREE_KEYS, *TRAINING_KEYS)
     return [
         RunSpec(label, replace(recipe, seed=seed), config.recipe_name, folder / f"seed-{seed}", free_keys=free)
         for seed in seeds
     ]
-
-
-def _router(recipe: Recipe, session: Session) -> AnyRouter:
-    routing, section = recipe.routing, recipe.router
-    geometry = geometry_of(session.backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # checked
-    return build(section.name, geometry, section.options)
 
 
 def _depends_on_seed(recipe: Recipe, router: AnyRouter) -> bool:
@@ -341,18 +278,18 @@ def _refuse_others(specs: Sequence[RunSpec], session: Session) -> None:
         warn_of_changed_code(spec.folder, session.digests(spec.recipe))
 
 
-def _complete_ones(runs: Mapping[str, Sequence[RunSpec]], folder: Path) -> dict[str, list[RunSpec]]:
+def _complete_ones(specs: Sequence[RunSpec], folder: Path) -> list[RunSpec]:
     """The runs that are complete; routers without one are reported and left out."""
-    found = {label: [spec for spec in group if spec.run_folder.is_complete] for label, group in runs.items()}
-    missing = [label for label, group in found.items() if not group]
-    if len(missing) == len(found):
+    found = [spec for spec in specs if spec.run_folder.is_complete]
+    if not found:
         raise RunError(f"No run in {folder} is complete yet; leave --finished out to fit them.")
-    if missing:
+    labels = {spec.label for spec in found}
+    if missing := dict.fromkeys(spec.label for spec in specs if spec.label not in labels):
         errors.print(f"Not complete, and left out: {', '.join(missing)}.", soft_wrap=True)
-    return {label: group for label, group in found.items() if group}
+    return found
 
 
-def _reusing(runs: Mapping[str, Sequence[RunSpec]], folder: Path, session: Session) -> dict[str, list[RunSpec]]:
+def _reusing(specs: Sequence[RunSpec], folder: Path, session: Session) -> list[RunSpec]:
     """The runs, each with the trained router of its counterpart in another comparison; those without one are reported.
 
     A router that does not depend on the seed was fitted once, and serves all seeds.
@@ -360,18 +297,17 @@ def _reusing(runs: Mapping[str, Sequence[RunSpec]], folder: Path, session: Sessi
     Raises:
         RunError: there is no counterpart at all, or one was made otherwise.
     """
-    found = {label: [_reuse(spec, folder, session) for spec in group] for label, group in runs.items()}
-    specs = [spec for group in found.values() for spec in group]
+    specs = [_reuse(spec, folder, session) for spec in specs]
     if not any(spec.reuse_from for spec in specs):
         raise RunError(f"{folder} holds a complete run of none of these routers and seeds; leave --trained out.")
     alone = [spec.title for spec in specs if spec.reuse_from is None and not spec.run_folder.is_complete]
     if alone:
         errors.print(f"Fitted here, because {folder} has no complete run: {'; '.join(alone)}.", soft_wrap=True)
-    return found
+    return specs
 
 
 def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
-    router, there = _router(spec.recipe, session), folder / spec.folder.parent.name
+    router, there = build_router(spec.recipe, session.backbone), folder / spec.folder.parent.name
     seeds = [spec.recipe.seed] if _depends_on_seed(spec.recipe, router) else complete_seeds(there)
     if not seeds or not (other := RunFolder(there / f"seed-{seeds[0]}")).is_complete:
         return spec
@@ -390,18 +326,10 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
 @contextmanager
 def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Held while a comparison works in its folder; `patience` in seconds is how long it waits for another one."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=patience)
-        except Timeout:
-            raise RunError(f"Another process compares into {folder}; wait for it, or give another --out.") from None
+    busy = f"Another process compares into {folder}; wait for it, or give another --out."
+    with locked(folder / ".lock", busy, patience):
         remove_parts(folder, below="")
-    try:
         yield
-    finally:
-        lock.release()
 
 
 # Work
@@ -410,63 +338,60 @@ def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 def _work(
     config: CompareConfig,
     base: Recipe,
-    runs: Mapping[str, Sequence[RunSpec]],
+    specs: Sequence[RunSpec],
     session: Session,
     windows: Mapping[Text, Windows],
 ) -> list[tuple[RunSpec, str]]:
     """Do all runs; those that failed, and why."""
-    specs = [spec for group in runs.values() for spec in group]
-    if config.backend == "loky" and config.jobs == 1:
-        return _serially(Worker(session, windows, config.tasks).run, specs)
     failures: list[tuple[RunSpec, str]] = []
-    threads = max(1, torch.get_num_threads() // config.jobs)
-    ray = RayExecutor(threads=threads)
-    executor = ray if config.backend == "ray" else LokyExecutor(config.jobs, threads)
-    absolute = [replace(spec, folder=spec.folder.resolve()) for spec in specs]
-    with Bar(f"Runs, {'on Ray' if config.backend == 'ray' else f'{config.jobs} at once'}", len(specs)) as bar:
-        done = 0
 
-        def on_done(spec: RunSpec, outcome: Any) -> None:
-            nonlocal done
-            done += 1
-            if outcome is not None:
-                own = next(each for each in specs if each.folder.resolve() == spec.folder)
-                failures.append((own, str(outcome)))
-            bar.update(done, f"{'failed: ' if outcome else ''}{spec.title}")
+    def on_done(spec: RunSpec, outcome: Any) -> None:
+        failures.extend([] if outcome is None else [(spec, str(outcome))])
+
+    if config.backend == "loky" and config.jobs == 1:
+        work = Worker(session, windows, config.tasks).run
+        SerialExecutor().run(_announced(work, len(specs)), specs, on_done)
+        return failures
+    threads = max(1, torch.get_num_threads() // config.jobs)
+    ray = config.backend == "ray"
+    executor = RayExecutor(threads=threads) if ray else LokyExecutor(config.jobs, threads)
+    with Bar(f"Runs, {'on Ray' if ray else f'{config.jobs} at once'}", len(specs)) as bar:
+        done = count(1)
+
+        def show(spec: RunSpec, outcome: Any) -> None:
+            on_done(spec, outcome)
+            bar.update(next(done), f"{'failed: ' if outcome else ''}{spec.title}")
 
         errors.print(f"Each run writes what it does to {config.folder}/<router>/seed-N.log.", soft_wrap=True)
-        executor.run(WorkerConfig(base, tuple(windows), config.tasks), absolute, on_done)
+        executor.run(partial(run_in_worker, base, tuple(windows), config.tasks), specs, show)
     return failures
 
 
-def _serially(run: Callable[[RunSpec], str | None], specs: Sequence[RunSpec]) -> list[tuple[RunSpec, str]]:
-    """All runs in this process, each announced with the time that is left."""
-    failures: list[tuple[RunSpec, str]] = []
+def _announced(work: Callable[[RunSpec], str | None], total: int) -> Callable[[RunSpec], str | None]:
+    """`work` that first prints the number of the run and the time that is left."""
     spent: list[float] = []
-    for number, spec in enumerate(specs):
-        worked = [seconds for seconds in spent if seconds >= ALREADY_COMPLETE]
+
+    def announced(spec: RunSpec) -> str | None:
         left = ""
-        if worked:
-            remaining = (len(specs) - number) * sum(worked) / len(worked)
-            left = f" ({_clock(sum(spent))} elapsed, about {_clock(remaining)} left)"
-        errors.print(f"Run {number + 1} of {len(specs)}: {spec.title}{left}", soft_wrap=True)
+        if worked := [seconds for seconds in spent if seconds >= ALREADY_COMPLETE]:
+            remaining = (total - len(spent)) * sum(worked) / len(worked)
+            left = f" ({clock(sum(spent))} elapsed, about {clock(remaining)} left)"
+        errors.print(f"Run {len(spent) + 1} of {total}: {spec.title}{left}", soft_wrap=True)
         start = time.monotonic()
-        why = run(spec)
-        spent.append(time.monotonic() - start)
-        failures += [(spec, why)] if why else []
-    return failures
+        try:
+            return work(spec)
+        finally:
+            spent.append(time.monotonic() - start)
 
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    return announced
 
 
 def _times(
-    runs: Mapping[str, Sequence[RunSpec]], session: Session, folder: Path
+    runs: Mapping[str, Sequence[Path]], session: Session, folder: Path
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Times of the first run of each router, or why there are none."""
     try:
-        first = {label: read_run(group[0].folder) for label, group in runs.items()}
+        first = {label: read_run(group[0]) for label, group in runs.items()}
         return measured(first, session.backbone, session.data.test.input_ids, folder), None
     except BuddyError as error:
         return None, str(error)

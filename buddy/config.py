@@ -23,7 +23,15 @@ LARGEST = 2**20  # bytes of a recipe file
 MOST_VALUES = 10_000  # in a file or an override, with all aliases expanded
 Nested = dict[Any, Any]
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError)
-OWN_KEYS = ("router.options.", "routing.", "objective.", "optimizer.", "adapter", "trainer.")  # a rival may override
+OWN_KEYS = (
+    "router.options.",
+    "routing.",
+    "objective.",
+    "optimizer.",
+    "bridge",
+    "adapter",
+    "trainer.",
+)  # a rival may override
 SHARED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "strategy", "accelerator"))  # by all routers
 RENAMED = {  # keys of Buddy 0.1
     "trainer.nodes": "trainer.num_nodes",
@@ -32,6 +40,7 @@ RENAMED = {  # keys of Buddy 0.1
     "trainer.ckpt_path": "ckpt_path",
     "optimizer.clip": "trainer.gradient_clip_val",
 }
+REMOVED = ("optimizer.lr_by_router", "adapter.rates")  # keys of Buddy 0.1, ignored where they are empty
 
 
 # Reading and overriding
@@ -85,8 +94,7 @@ def _composed(read: Callable[[], Nested], overrides: Sequence[str], what: str, r
     """A checked recipe from nested values and overrides; `references`: resolve `${key}` instead of refusing it."""
     try:
         mistakes: list[str] = []
-        changes = list(_changes(overrides, mistakes))
-        values = _overridden(_current(read()), changes, references, mistakes)
+        values = _overridden(_current(read()), list(_changes(overrides, mistakes)), references)
         recipe: Recipe = _build(Recipe, values, "", mistakes)
         mistakes += problems(recipe)
         mistakes += [] if mistakes else [text for rival in recipe.rivals for text in _rival_problems(recipe, rival)]
@@ -105,7 +113,7 @@ def _rival_problems(recipe: Recipe, rival: Rival) -> Iterator[str]:
     if shared := [text for text in rival.overrides if not text.startswith(OWN_KEYS) or text.startswith(SHARED)]:
         yield (
             f"rivals: {rival.label} overrides what all routers share ({', '.join(shared)}); it may override keys of "
-            "router.options, routing, objective, optimizer, adapter and most of trainer."
+            "router.options, routing, objective, optimizer, bridge, adapter and most of trainer."
         )
         return
     try:
@@ -132,26 +140,18 @@ def _changes(overrides: Sequence[str], mistakes: list[str]) -> Iterator[Nested]:
                 mistakes.append(f"The value of {key} cannot be read ({_reason(error)}); check quotes and brackets.")
 
 
-def _overridden(values: Nested, changes: Sequence[Nested], references: bool, mistakes: list[str]) -> Nested:
+def _overridden(values: Nested, changes: Sequence[Nested], references: bool) -> Nested:
     """Defaults, the values and the changes, merged leaf by leaf."""
     values = _merged(asdict(Recipe()), values)
     names = [name for change in changes if (name := _at(change, "router").get("name")) is not None]
     if names and names[-1] != _at(values, "router").get("name"):
         _at(values, "router")["options"] = {}
-    if any("lr" in _at(change, "optimizer") for change in changes):  # an explicit rate applies to all routers
-        _at(values, "optimizer").pop("lr_by_router", None)
     for change in changes:
         values = _merged(values, change)
     if references:
         config = OmegaConf.create(values)
         OmegaConf.resolve(config)
         values = _plain(config)
-    _own_rates(values)
-    if rates := _at(values, "adapter").pop("rates", None):
-        mistakes.append(
-            f"adapter.rates was removed; compare the rates {shown(rates)} as rivals, such as "
-            "{name: NAME, overrides: [adapter.lr=RATE]}."
-        )
     return values
 
 
@@ -189,7 +189,7 @@ def _build(kind: type, values: Mapping[Any, Any], prefix: str, mistakes: list[st
 
 
 def _current(part: Nested) -> Nested:
-    """Part of a recipe with short forms expanded and keys of Buddy 0.1 renamed."""
+    """Part of a recipe with short forms expanded and keys of Buddy 0.1 translated."""
     if isinstance(part.get("router"), str):
         part["router"] = {"name": part["router"]}
     if isinstance(_at(part, "adapter").get("targets"), str):
@@ -204,19 +204,10 @@ def _current(part: Nested) -> Nested:
             where = part.setdefault(parents[0], {}) if parents else part
             if isinstance(where, dict):
                 where[name] = (value or None) if key == "clip" else value
+    for section, _, key in (name.partition(".") for name in REMOVED):
+        if not _at(part, section).get(key, True):
+            part[section].pop(key)
     return part
-
-
-def _own_rates(values: Nested) -> None:
-    """Translate `optimizer.lr_by_router` of Buddy 0.1 to `optimizer.lr` and overrides of the rivals."""
-    optimizer = _at(values, "optimizer")
-    if not isinstance(optimizer.get("lr_by_router"), dict):
-        return
-    rates, own = optimizer.pop("lr_by_router"), _at(values, "router").get("name")
-    for rival in values["rivals"] if isinstance(values["rivals"], list) else ():
-        if isinstance(rival, dict) and "overrides" not in rival and {rival.get("name"), own} & {*rates}:
-            rival["overrides"] = [f"optimizer.lr={rates.get(rival.get('name'), optimizer['lr'])}"]
-    optimizer["lr"] = rates.get(own, optimizer["lr"])
 
 
 def _at(values: Mapping[Any, Any], section: str) -> Nested:

@@ -76,9 +76,9 @@ class Bar:
     def _print_line(self) -> None:
         self._printed_at = time.monotonic()
         task = self._progress.tasks[0]
-        parts = [f"{task.description}: {task.completed:.0f} of {task.total:.0f}", f"{_clock(task.elapsed)} elapsed"]
+        parts = [f"{task.description}: {task.completed:.0f} of {task.total:.0f}", f"{clock(task.elapsed)} elapsed"]
         if not task.finished and task.time_remaining is not None:
-            parts.append(f"{_clock(task.time_remaining)} left")
+            parts.append(f"{clock(task.time_remaining)} left")
         note = task.fields["note"]
         errors.print(", ".join([*parts, note] if note else parts), soft_wrap=True)
 
@@ -165,6 +165,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def clock(seconds: float | None) -> str:
+    """Seconds as hours, minutes and seconds, as in 0:02:05."""
+    return str(timedelta(seconds=round(seconds or 0)))
+
+
 def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
     """Indices of the columns after the first, in groups that each fit into the width beside the first."""
     widths = [max(map(len, column)) + GAP for column in zip(head, *rows, strict=True)]
@@ -178,7 +183,3 @@ def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
         parts[-1].append(place)
         used += widths[place]
     return parts
-
-
-def _clock(seconds: float | None) -> str:
-    return str(timedelta(seconds=round(seconds or 0)))

@@ -41,16 +41,6 @@ def is_distributed() -> bool:
     return _group is not None
 
 
-def world_size() -> int:
-    """How many processes are connected."""
-    return 1 if _group is None else _group.size()
-
-
-def global_rank() -> int:
-    """The rank of this process among them, from 0."""
-    return 0 if _group is None else _group.rank()
-
-
 def torchrun_world_size() -> int:
     """How many processes torchrun launched on all nodes; 1 without torchrun."""
     return _variable("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
@@ -84,22 +74,16 @@ def device(accelerator: str) -> torch.device:
     return torch.device(kind.type, _variable("LOCAL_RANK") % count) if count > 1 else kind
 
 
-@contextmanager
-def one_gpu(worker: int) -> Iterator[None]:
-    """Processes launched within this block see one GPU of this machine, numbered by `worker` modulo their count."""
+def gpu_of_worker(worker: int) -> dict[str, str]:
+    """The environment variable that leaves a process one GPU of this machine: `worker` modulo their count.
+
+    Empty where there are not several.
+    """
     import torch
 
-    before = os.environ.get(VISIBLE)
-    gpus = before.split(",") if before else [str(number) for number in range(torch.cuda.device_count())]
-    if len(gpus) < 2:
-        yield
-        return
-    os.environ[VISIBLE] = gpus[worker % len(gpus)]
-    try:
-        yield
-    finally:
-        os.environ.pop(VISIBLE)
-        os.environ.update({VISIBLE: before} if before else {})
+    visible = os.environ.get(VISIBLE)
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return {VISIBLE: gpus[worker % len(gpus)]} if len(gpus) > 1 else {}
 
 
 # Launching and exchanging
@@ -157,16 +141,8 @@ def barrier() -> None:
 
 def broadcast_state(module: nn.Module) -> None:
     """Copy the first process's parameters and buffers into a module, in every process."""
-    if _group is None:
-        return
-    import torch
-    from torch import distributed
-
-    with lost_peers_reported():
-        for tensor in module.state_dict().values():
-            sent = tensor.detach().cpu().flatten().view(torch.uint8)  # bytes: gloo does not send every type
-            distributed.broadcast(sent, src=0, group=_group)
-            tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
+    if is_distributed():
+        module.load_state_dict(broadcast({name: tensor.cpu() for name, tensor in module.state_dict().items()}))
 
 
 def rank_zero_first() -> AbstractContextManager[None]:

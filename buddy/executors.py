@@ -63,7 +63,7 @@ class Executor(Protocol):
 
 
 class SerialExecutor:
-    """One unit after another in this process; its output goes where that of this process goes."""
+    """Runs one unit after another in this process. Their output is not redirected to logs."""
 
     def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
         for unit in units:
@@ -104,7 +104,7 @@ def _call(setup: _Setup, function: Function[U], unit: U) -> Any:
 
 @dataclass(frozen=True)
 class LokyExecutor:
-    """Several units at once, each in a process of this machine, on a GPU of its own where there are several.
+    """Runs several units at once, each in a process of this machine, on a GPU of its own where there are several.
 
     Each process is a pool of its own, so that its death ends no other unit.
 
@@ -164,9 +164,7 @@ def _pool(slot: int) -> Any:
     """A pool of one process."""
     from joblib.externals.loky import ProcessPoolExecutor
 
-    with distributed.one_gpu(slot):
-        env = {name: value for name, value in os.environ.items() if name == distributed.VISIBLE}
-    return ProcessPoolExecutor(1, initializer=_begin, initargs=(os.getpid(),), env=env)
+    return ProcessPoolExecutor(1, initializer=_begin, initargs=(os.getpid(),), env=distributed.gpu_of_worker(slot))
 
 
 def _begin(parent: int) -> None:
@@ -188,7 +186,7 @@ def _begin(parent: int) -> None:
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """Units as tasks of a Ray cluster, on one GPU each where it has any. All nodes see the same files and packages.
+    """Runs units as tasks of a Ray cluster, on one GPU each if it has any; all nodes see the same files and packages.
 
     Args:
         address: of the cluster, such as "10.0.0.1:6379"; without it that of RAY_ADDRESS, or a new one on this machine.
@@ -215,7 +213,7 @@ class RayExecutor:
                 ray.init(address, **options)
                 with _handled(signal.SIGTERM, signal.default_int_handler):
                     gpus = 1 if ray.cluster_resources().get("GPU") else 0
-                    task: Any = ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=ATTEMPTS)(_call)
+                    task: Any = ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=ATTEMPTS - 1)(_call)
                     shared = ray.put(function)
                     running |= {task.remote(setup, shared, unit): unit for unit in units}
                     while running:
@@ -253,12 +251,12 @@ def _outcome(ref: Any) -> Any:
         return error.cause
     except ray.exceptions.RayError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        return WorkerDied(f"Its worker died {ATTEMPTS + 1} times ({reason}); free some memory.")
+        return WorkerDied(f"Its worker died {ATTEMPTS} times ({reason}); free some memory.")
 
 
 @contextmanager
 def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
-    """Within this block a signal is handled so. Python lets only the main thread say."""
+    """Handle a signal so within this block; Python allows that in the main thread only."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is None:
         yield
         return

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import distributed
-from buddy.backbone.adapter import check_targets
 from buddy.backbone.load import Backbone
 from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, join, shard
 from buddy.build import (
@@ -27,76 +25,44 @@ from buddy.build import (
     build_model,
     build_module,
     build_trainer,
+    check_model,
     heals,
     instantiate,
     restore_router,
     trains_both,
+    uses_bridges,
 )
+from buddy.calibration.bridges import fit_bridges
 from buddy.calibration.probe import CalibrationProbe
 from buddy.console import errors, quiet, status, track
 from buddy.data.module import TextData
 from buddy.data.windows import Windows
+from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, RecipeError, TrainingError
+from buddy.errors import BuddyError, TrainingError
+from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.report import write_run_results
-from buddy.io import cache_folder, on_disk, within_memory
-from buddy.predictor.fit import fit_predictor, predictor_arms, remove_targets
+from buddy.io import cache_folder, is_below, on_disk, within_memory
+from buddy.metrics.perplexity import Reference, Scores
+from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
-from buddy.run import RunFolder
-from buddy.run_files import ADAPTER, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
+from buddy.run import RunSpec
+from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Reference, Scores
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
     GracefulStop,
     LastCheckpoint,
     ProgressLine,
-    SaveSeconds,
     check_checkpoint,
     unusable,
 )
-from buddy.training.module import NotFinite, evaluate
+from buddy.training.module import NotFinite
 
 HEALING = "healing.ckpt"  # in the folder of checkpoints
 MEMORY = "set data.batch_size or data.window smaller, or objective.plans=2"
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """One run to make or to reuse: a router under a recipe with one seed.
-
-    Attributes:
-        label: the router with its overrides, as tables name it.
-        recipe: of the run.
-        recipe_name: kept in run.json.
-        folder: of the run.
-        reuse_from: a complete run whose router is taken, so that nothing is calibrated or trained but the adapter.
-        free_keys: beginnings of recipe keys that change nothing in this run.
-    """
-
-    label: str
-    recipe: Recipe
-    recipe_name: str
-    folder: Path
-    reuse_from: Path | None = None
-    free_keys: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return f"{self.label}, seed {self.recipe.seed}"
-
-    @property
-    def run_folder(self) -> RunFolder:
-        """Begins, resumes and completes the run."""
-        return RunFolder(self.folder)
-
-    @property
-    def log(self) -> Path:
-        """The file that a worker's output goes to."""
-        return self.folder.with_name(f"{self.folder.name}.log")
 
 
 class Session:
@@ -136,7 +102,7 @@ class Session:
         with status(f"Loading {recipe.backbone.name} …"):
             backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
             for each in recipes:
-                _check_model(each, backbone)
+                check_model(each, backbone)
         data = build_data(recipe, backbone)
         data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
         with status(f"Reading {recipe.data.source} …"):
@@ -145,17 +111,17 @@ class Session:
         return cls(backbone, data)
 
     @classmethod
-    def launch(cls, recipes: Sequence[Recipe], specs: Sequence[RunSpec]) -> Session:
+    def launch(cls, specs: Sequence[RunSpec]) -> Session:
         """`prepare`, then start the other processes of `trainer.devices`, and shard the backbone if that is asked for.
 
         Raises:
             RunError: another process makes one of the runs.
         """
-        first, trainer = distributed.is_global_zero(), recipes[-1].trainer
+        first, trainer = distributed.is_global_zero(), specs[-1].recipe.trainer
         if not first or distributed.torchrun_world_size() > 1:
             join(trainer)  # all processes exist already
         with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.rank_zero_first():
-            session = cls.prepare(recipes)
+            session = cls.prepare([spec.recipe for spec in specs])
             for spec in specs if first else ():
                 with spec.run_folder.lock():  # a second command is refused here, before it does anything
                     pass
@@ -168,10 +134,8 @@ class Session:
 
     def digests(self, recipe: Recipe) -> dict[str, str]:
         """Digests of the inputs of a run of the recipe."""
-        data = self.data
-        return input_digests(
-            recipe.router.name, self.backbone.fingerprint, data.fingerprint, data.train_fingerprint or ""
-        )
+        texts = self.data.fingerprint, self.data.train_fingerprint or ""
+        return input_digests(recipe.router.name, self.backbone.fingerprint, *texts)
 
     def differences(self, spec: RunSpec) -> list[str]:
         """Why the run in the folder, complete or begun, is not this one; empty if it is, or if there is none."""
@@ -193,14 +157,18 @@ class Session:
                 with within_memory(f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens", MEMORY):
                     before = read_metrics(spec.reuse_from)["fit"]["seconds"] if spec.reuse_from else 0.0
                     self._fit(recipe, model, folder, spec.reuse_from)
-                    cost = {"seconds": before + self._stopwatch.seconds, "parameters": _parameters(model)}
+                    added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
+                    weights = added + sum(parameter.numel() for parameter in model.router.parameters())
+                    cost = {"seconds": before + self._stopwatch.seconds, "parameters": weights}
                     self._stopwatch.save()
                     fitted = True
-                    predictor = fit_predictor(recipe, model, self.data, folder)
-                    if predictor is not None:
+                    if predictor := fit_predictor(recipe, model, self.data, folder):
                         attach_predictor(recipe, model, predictor)
                     scores = self._test(recipe, model)
                 save_router(folder, model.router.state_dict())
+                if model.bridges is not None:
+                    _report_missing(model)
+                    model.bridges.save(folder / BRIDGE)
                 if model.adapter is not None:
                     model.adapter.save(folder / ADAPTER)
                 metrics = write_run_results(folder, recipe, scores, fit=cost, windows=self.data.test.fingerprint)
@@ -238,29 +206,25 @@ class Session:
         self, recipe: Recipe, model: RoutedLM, windows: Windows, reference: Reference, description: str
     ) -> list[Scores]:
         """Scores of a fitted model on windows, at the recipe's budgets."""
-        return evaluate(
-            model,
-            windows,
-            available_budgets(model.router, recipe.budgets),
-            prompt=recipe.data.prompt,
-            batch_size=recipe.data.batch_size,
-            description=description,
-            reference=reference,
-        )
+        budgets, data = available_budgets(model.router, recipe.budgets), recipe.data
+        options = {"prompt": data.prompt, "batch_size": data.batch_size}
+        return evaluate(model, windows, budgets, **options, description=description, reference=reference)
 
     def _fit(self, recipe: Recipe, model: RoutedLM, folder: Path, reuse_from: Path | None) -> None:
-        """Calibrate, train and heal."""
+        """Calibrate, train and heal; bridges are fitted on the router's plans before its training and after it."""
         self.data.train_seed = recipe.seed
-        callbacks = [SaveSeconds(self._stopwatch)] if self._stopwatch else []
+        callbacks = [LambdaCallback(on_train_batch_end=self._tick)]
         checkpoint = folder / CHECKPOINTS / LAST
         if reuse_from is not None:
-            restore_router(model, reuse_from)
+            restore_router(model, recipe, reuse_from)
             checkpoint.unlink(missing_ok=True)  # of a router that was begun here before
         else:
             self._calibrate(recipe, model)
+            self._fit_bridges(recipe, model)
             both = trains_both(recipe, model.router)
             if model.router.trainable and not both:
                 _train(recipe, model, self.data, checkpoint, callbacks)
+                self._fit_bridges(recipe, model)
             if not both:
                 model.router.eval().requires_grad_(False)
         if heals(recipe, model.router):
@@ -278,6 +242,27 @@ class Session:
                 probe.release()
         distributed.broadcast_state(model.router)
 
+    def _fit_bridges(self, recipe: Recipe, model: RoutedLM) -> None:
+        """Fit the bridges on the plans that the router makes now, at all budgets below full depth."""
+        budgets = [model.executed_layers(budget) for budget in available_budgets(model.router, recipe.budgets)]
+        executed = [count for count in budgets if count < model.geometry.layers]
+        if not uses_bridges(recipe, model.router) or not executed:
+            return
+        section, fitted = recipe.bridge, Bridges(model.geometry, recipe.bridge.rank)
+        if distributed.is_global_zero() or is_sharded(recipe.trainer):
+            fitted = fit_bridges(
+                model,
+                self.data.calibration.input_ids[: section.windows],
+                executed,
+                rank=section.rank,
+                ridge=section.ridge,
+                prompt=recipe.data.prompt,
+                batch_size=recipe.data.batch_size,
+                track=self._track,
+            )
+        distributed.broadcast_state(fitted)
+        model.bridge(fitted)
+
     def _calibration_probe(self, recipe: Recipe, model: RoutedLM) -> CalibrationProbe:
         """One probe for all routers, which share what it has measured."""
         if self._probe is None:
@@ -294,40 +279,31 @@ class Session:
 
     def _test(self, recipe: Recipe, model: RoutedLM) -> list[Scores]:
         """Scores on the recipe's test windows, by all processes with the same weights."""
-        for part in (model.router, *([] if model.adapter is None else [model.adapter.parts])):
+        adapted = None if model.adapter is None else model.adapter.parts
+        for part in filter(None, (model.router, model.bridges, adapted)):
             distributed.broadcast_state(part)
         return self.evaluate(recipe, model, self.data.test, self._reference, f"Evaluating {recipe.router.name}")
 
     def _track(self, items: Sequence[Any], description: str) -> Iterable[Any]:
-        """`track`, which also saves the time spent."""
         for item in track(items, description):
             yield item
-            if self._stopwatch:
-                self._stopwatch.tick()
+            self._tick()
+
+    def _tick(self, *_: Any) -> None:
+        """Save the time spent, now and then."""
+        if self._stopwatch:
+            self._stopwatch.tick()
 
 
-def _check_model(recipe: Recipe, backbone: Backbone) -> None:
-    """Raises a BuddyError for a router, predictor, adapter or checkpoint that does not fit the recipe."""
-    model = build_model(recipe, backbone)
-    try:
-        if recipe.ckpt_path and not model.router.trainable:
-            raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
-        if recipe.ckpt_path and trains_both(recipe, model.router):
-            raise RecipeError(
-                "adapter.joint=true trains router and adapter from the start; leave ckpt_path out, or set it to false."
-            )
-        if recipe.predictor.name is not None:
-            predictor_arms(recipe, model)
-    finally:
-        model.detach()
-    if recipe.adapter is not None:
-        check_targets(recipe.adapter.targets, backbone)
-
-
-def _parameters(model: RoutedLM) -> int:
-    """Trainable numbers of router and adapter."""
-    adapter = 0 if model.adapter is None else model.adapter.size
-    return sum(parameter.numel() for parameter in model.router.parameters()) + adapter
+def _report_missing(model: RoutedLM) -> None:
+    """Say which routable layers have no bridge."""
+    geometry = model.geometry
+    routable = range(geometry.context_layer, geometry.context_layer + geometry.routable)
+    if missing := [str(layer) for layer in routable if not model.bridges.fitted[layer]]:
+        errors.print(
+            f"No bridge in layer {', '.join(missing)}: fewer than {geometry.hidden} calibration tokens skip it.",
+            soft_wrap=True,
+        )
 
 
 def _remove_intermediate(folder: Path) -> None:
@@ -338,13 +314,10 @@ def _remove_intermediate(folder: Path) -> None:
     remove_targets(folder)
 
 
-def _train(
-    recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback] = ()
-) -> None:
+def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
     """Train the calibrated router in place, from the run's own checkpoint or else from `ckpt_path`."""
-    named = recipe.ckpt_path and Path(os.path.realpath(recipe.ckpt_path))
-    inside = named and named.is_relative_to(os.path.realpath(checkpoint.parent))  # beside the run's own, and asked for
-    start = checkpoint if checkpoint.exists() and not inside else recipe.ckpt_path
+    beside = is_below(recipe.ckpt_path, checkpoint.parent)  # the run's own, and asked for
+    start = checkpoint if checkpoint.exists() and not beside else recipe.ckpt_path
 
     def describe(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
         before = checkpoint.with_name("before-failure.ckpt")
@@ -370,9 +343,10 @@ def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, cal
     steps = replace(recipe, trainer={**recipe.trainer, "max_steps": recipe.adapter.steps})
     start = checkpoint if checkpoint.exists() else None
     line = ProgressLine(f"Healing {recipe.router.name}", "heal/objective")
-    module = build_healing(recipe, model, checkpoint)
+    module = build_healing(recipe, model)
     _run_trainer(steps, module, data, checkpoint, start, [line, *callbacks], describe)
     model.adapter.freeze()
+    model.bridge(model.bridges)
     model.router.eval().requires_grad_(False)
 
 
@@ -385,19 +359,10 @@ def _run_trainer(
     callbacks: Sequence[Callback],
     describe: Callable[[lightning.Trainer, NotFinite], TrainingError],
 ) -> None:
-    """`Trainer.fit` with the recipe's callbacks and logger, and with one checkpoint that is kept up to date.
-
-    Args:
-        recipe: of the run.
-        module: to train.
-        data: the text, set up.
-        checkpoint: path of the checkpoint, in a folder of the run's folder.
-        start: a checkpoint to resume from.
-        callbacks: Buddy's own, beside the recipe's.
-        describe: the error for a step that was not finite.
+    """`Trainer.fit` with the recipe's callbacks and logger; keeps `checkpoint` up to date and resumes from `start`.
 
     Raises:
-        TrainingError: a step was not finite, or the checkpoint cannot be used.
+        TrainingError: `describe` of a step that was not finite, or the checkpoint cannot be used.
         KeyboardInterrupt: stopped after a step by a signal, with a checkpoint.
     """
     if start:

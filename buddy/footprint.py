@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import DTYPES, Backbone, check_routable, locate, read_config
-from buddy.budget import executed_layers
 from buddy.console import counted, print_titled_table, results
-from buddy.engine.model import geometry_of
-from buddy.errors import BackboneError, BudgetError, DataError, RegistryError, reason
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import BackboneError, DataError, RegistryError, reason
 from buddy.io import check_output_path, write_json
 from buddy.registry import build
-from buddy.router import AnyRouter, Geometry, LayerwiseRouter
+from buddy.router import AnyRouter, Geometry, LayerwiseRouter, available_budgets
 from buddy.schema import ObjectiveSection, Recipe
 
 GIB = 2**30
@@ -30,6 +29,12 @@ CHUNK = 512  # tokens whose logits an accelerator evaluates together
 GATHERED = 2  # layers that are whole on a device under fsdp: the one that runs and the one that is fetched
 CONTEXT = 1000  # tokens of a row whose cache is printed
 POLICIES = ("fill", "hole")
+TRAINING = {  # rows of the table
+    "weights": "weights, frozen",
+    "router_and_optimizer": "router and optimizer",
+    "step": "a step, at most",
+    "total": "together",
+}
 NOTE = (
     "The step, and what fsdp gathers, are estimates; the rest is counted. The driver and the allocator take more. "
     "Healing computes gradients through the layers and takes more than this."
@@ -76,49 +81,59 @@ def print_memory(
         raise DataError(
             f"--window is {window}, but {backbone} reads at most {model.context_length} tokens; set that or less."
         )
-    module = build(router, geometry_of(model), {})
-    if isinstance(module, LayerwiseRouter):
+    routed = RoutedLM(model, build(router, geometry_of(model), {}))
+    if isinstance(routed.router, LayerwiseRouter):
         raise RegistryError(
             f"The router {router!r} is trained by gradients through the layers, whose memory is not estimated here; "
             "name another router."
         )
-    rows, plans = batch_size // devices, ObjectiveSection().plans
-    training = {
-        "weights": weight_bytes(model, devices, strategy),
-        "router_and_optimizer": router_bytes(module, training=True, devices=devices),
-        "step": step_bytes(model, module.geometry, rows, window, plans) if module.trainable else 0,
-    }
-    training["total"] = sum(training.values())
-    executed = _executed(model, module, budgets)
-    cache = {
-        budget: {policy: cache_bytes(model, CONTEXT, policy, count) for policy in POLICIES}
-        for budget, count in executed.items()
-    }
-    serving: dict[str, Any] = {
-        "weights": _bytes(model.model),
-        "router": router_bytes(module, training=False),
-        "cache": cache,
-        "executed": executed,
-    }
-    parameters = sum(parameter.numel() for parameter in model.model.parameters())
-    results.print(f"{backbone}: {model.num_layers} layers, {parameters / 1e6:,.1f} million parameters, {dtype}")
+    default = [f"{budget:g}" for budget in available_budgets(routed.router, Recipe().budgets)]
+    executed = {budget: routed.executed_layers(budget) for budget in budgets or default}
+    found = _estimate(routed, executed, devices, batch_size // devices, window, strategy)
+    training, serving = found["training"], found["serving"]
+    millions = f"{found['parameters'] / 1e6:,.1f} million parameters"
+    results.print(f"{backbone}: {model.num_layers} layers, {millions}, {dtype}")
     batch = f"{counted(devices, 'device')}, {strategy}, {counted(batch_size, 'window')} of {window} tokens a step"
-    labels = ("weights, frozen", "router and optimizer", "a step, at most", "together")
-    sizes = [(label, _gib(size)) for label, size in zip(labels, training.values(), strict=True)]
+    sizes = [(label, _gib(training[key])) for key, label in TRAINING.items()]
     print_titled_table(f"Training a router, each device ({batch})", ("", "GiB"), sizes)
     print_titled_table(
         f"Serving, one device: weights {_gib(serving['weights'])} GiB, router {_gib(serving['router'])} GiB, and the "
         f"cache of {CONTEXT} tokens of a row, by budget and routing.policy",
         ("budget", "layers", *(f"{policy}, GiB" for policy in POLICIES)),
-        [(budget, str(executed[budget]), *map(_gib, of.values())) for budget, of in cache.items()],
+        [(budget, str(executed[budget]), *map(_gib, of.values())) for budget, of in serving["cache"].items()],
         NOTE,
     )
     if json_file:
-        write_json(
-            json_file,
-            {"parameters": parameters, "layers": model.num_layers, "training": training, "serving": serving},
-        )
+        write_json(json_file, found)
         results.print(f"JSON: {json_file}", soft_wrap=True)
+
+
+def _estimate(
+    routed: RoutedLM, executed: Mapping[str, int], devices: int, rows: int, window: int, strategy: str
+) -> dict[str, Any]:
+    """All numbers, in bytes, as `--json` writes them; `rows` windows of a step are on each device."""
+    backbone, router = routed.backbone, routed.router
+    step = step_bytes(backbone, router.geometry, rows, window, ObjectiveSection().plans)
+    training = {
+        "weights": weight_bytes(backbone, devices, strategy),
+        "router_and_optimizer": router_bytes(router, training=True, devices=devices),
+        "step": step if router.trainable else 0,
+    }
+    cache = {
+        budget: {policy: cache_bytes(backbone, CONTEXT, policy, count) for policy in POLICIES}
+        for budget, count in executed.items()
+    }
+    return {
+        "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
+        "layers": backbone.num_layers,
+        "training": training | {"total": sum(training.values())},
+        "serving": {
+            "weights": _bytes(backbone.model),
+            "router": router_bytes(router, training=False),
+            "cache": cache,
+            "executed": dict(executed),
+        },
+    }
 
 
 def empty_backbone(name: str, dtype: str) -> Backbone:
@@ -170,7 +185,7 @@ def router_bytes(router: AnyRouter, *, training: bool, devices: int = 1) -> int:
     return 2 * total + trained * (3 + (devices > 1))
 
 
-def cache_bytes(backbone: Backbone, tokens: int, policy: str, executed: int, sinks: int = 0) -> int:
+def cache_bytes(backbone: Backbone, tokens: int, policy: str, executed: int) -> int:
     """Of the keys and values of one row.
 
     Under "fill" and "zero" every layer has every position (a sliding layer its last ones), at every budget. Under
@@ -182,18 +197,13 @@ def cache_bytes(backbone: Backbone, tokens: int, policy: str, executed: int, sin
         tokens: positions so far.
         policy: "fill", "hole" or "zero".
         executed: K.
-        sinks: first tokens, in all layers.
     """
-    config, layers = backbone.model.config, backbone.num_layers
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
-    slides = [window is not None and kind == "sliding_attention" for kind in kinds[:layers]]
-    positions = [min(tokens, window - 1) if sliding else tokens for sliding in slides]
+    stock = DynamicCache(config=backbone.model.config).layers
+    positions = sum(min(tokens, layer.sliding_window - 1) if layer.is_sliding else tokens for layer in stock)
     each = 2 * backbone.kv_size * backbone.dtype.itemsize
     if policy != "hole":
-        return sum(positions) * each
-    routed = sum(max(count - sinks, 0) for count in positions) * executed / layers
-    return round((routed + layers * min(sinks, tokens)) * (each + SLOT + VALID))
+        return positions * each
+    return round(positions * executed / backbone.num_layers * (each + SLOT + VALID))
 
 
 def step_bytes(backbone: Backbone, geometry: Geometry, rows: int, window: int, plans: int, chunk: int = CHUNK) -> int:
@@ -225,17 +235,6 @@ def step_bytes(backbone: Backbone, geometry: Geometry, rows: int, window: int, p
     attention = 4 * (query + backbone.kv_size + config.hidden_size)
     layer = tokens * plans * (element * max(mlp, attention) + window)
     return context + max(dense, 2 * distribution + max(layer, plan_logits + evaluated))
-
-
-def _executed(backbone: Backbone, router: AnyRouter, budgets: Sequence[str] | None) -> dict[str, int]:
-    """K by budget; of the default budgets only those that the router can serve."""
-    default = [1.0] if router.full_depth else Recipe().budgets
-    found = {}
-    for budget in [f"{budget:g}" for budget in default] if budgets is None else budgets:
-        found[budget] = executed_layers(budget, backbone.num_layers, router.geometry.always_on)
-        if router.full_depth and found[budget] < backbone.num_layers:
-            raise BudgetError(f"This router runs every layer; give budget 1.0 instead of {budget}.")
-    return found
 
 
 def _gib(size: int) -> str:

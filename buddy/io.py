@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
+
 from buddy.errors import DamagedError, RunError
 
 if TYPE_CHECKING:
@@ -22,11 +23,8 @@ if TYPE_CHECKING:
 
 PART = ".part"  # ends the name of a file that is being written
 SUM = "checksum"  # the key that `write_with_checksum` adds
-REFUSALS = {  # errors of a full, read-only, protected or failing disk
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
-    if hasattr(errno, name)
-}
+# Errors of a full, read-only, protected or failing disk.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 # Writing
@@ -88,6 +86,31 @@ def remove_parts(folder: Path, below: str = "**/") -> None:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file within this block; the operating system frees it when the process ends.
+
+    Args:
+        path: of the lock file.
+        busy: the message if another process holds it.
+        patience: seconds to wait for that process.
+
+    Raises:
+        RunError: another process holds it, or its folder cannot be written.
+    """
+    lock = FileLock(path)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            raise RunError(busy) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def check_output_path(path: Path, *inputs: Path) -> None:
     """Check, before long work, that its result can be written to `path`; an existing file is replaced.
 
@@ -119,12 +142,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path = path.absolute()
     _check_new(path)
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    beside = path.with_name(f".{path.name}.partial")
     with writing(path):
-        for leftover in path.parent.glob(f"{glob.escape(f'.{path.name}.partial-')}*"):
-            pid = leftover.name.rpartition("-")[2]
-            if pid.isdecimal() and (int(pid) == os.getpid() or not alive(int(pid))):
-                shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
     try:
         yield beside
@@ -144,6 +164,11 @@ def _check_new(path: Path) -> None:
 def _check_parent(path: Path) -> None:
     if not os.path.isdir(path.parent):
         raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
+
+
+def is_below(path: str | Path | None, folder: Path) -> bool:
+    """Whether a path is a folder, or leads into it, links resolved; not for None."""
+    return path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 # Reading
@@ -276,17 +301,6 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
         if not (accelerator or cpu or isinstance(error, MemoryError)):
             raise
         raise RunError(f"Not enough memory for {what}; {advice}.") from error
-
-
-def alive(pid: int) -> bool:
-    """Whether a process with this number exists."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def _is_refusal(error: BaseException | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from buddy.console import errors, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
 from buddy.io import FileStore
-from buddy.scoring.timing import Contender, decode_in_turn, machine
+from buddy.metrics.timing import Contender, Track, decode_in_turn, machine
 
 LOCK = "measuring.lock"
 LAYOUT = 2  # raise it when tokens are timed differently: older tables are then not found
@@ -37,7 +37,6 @@ TEXT = (
     "where two are open it takes both, and the deeper one keeps the water in the dry months. Those who live by it "
     "learn its habits: when it rises, which meadow it floods first, where the ice is thin in March. "
 )
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class LatencyTable:
@@ -49,54 +48,50 @@ class LatencyTable:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._store = FileStore(folder) if folder else None
         self._table: dict[int, float] | None = None
 
     def __call__(self, routed: RoutedLM) -> dict[int, float]:
         """K → milliseconds, for every K of a budget."""
         if self._table is None:
-            self._table = interpolated(self._points(routed, ROUNDS, fresh=False))
+            points = self._stored(routed)
+            if points is None:
+                with self._lock():  # another process may measure it meanwhile
+                    points = self._stored(routed) or self._measured(routed, ROUNDS)
+            self._table = interpolated(points)
         return self._table
 
     def remeasure(self, routed: RoutedLM, rounds: int = ROUNDS) -> dict[int, float]:
         """Measure again and replace the stored table; returns the measured points, K → milliseconds."""
-        points = self._points(routed, rounds, fresh=True)
+        with self._lock():
+            points = self._measured(routed, rounds)
         self._table = interpolated(points)
         return points
 
-    def _points(self, routed: RoutedLM, rounds: int, fresh: bool) -> dict[int, float]:
-        setting = setting_of(routed)
-        key = json.dumps(setting, sort_keys=True)
-        points = None if fresh else self._stored(key)  # without the lock
-        if points is None:
-            with self._lock():
-                points = None if fresh else self._stored(key)  # another process may have measured it meanwhile
-                if points is None:
-                    counts = points_of(routed)
-                    span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-                    points = measure_latencies(routed, rounds, tracker(f"Timing tokens at {span} layers"))
-                    self._store(key, setting, points, rounds)
+    def _stored(self, routed: RoutedLM) -> dict[int, float] | None:
+        stored = self._store.get(_key(setting_of(routed))) if self._store else None
+        return {int(count): float(x) for count, x in stored["milliseconds"].items()} if stored else None
+
+    def _measured(self, routed: RoutedLM, rounds: int) -> dict[int, float]:
+        """Milliseconds at `points_of`, measured and stored."""
+        counts, setting = points_of(routed), setting_of(routed)
+        span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        points = measure_latencies(routed, rounds, tracker(f"Timing tokens at {span} layers"))
+        if self._store is not None:
+            measured = datetime.now(UTC).isoformat(timespec="seconds")
+            table = {"setting": setting, "measured": measured, "rounds": rounds, "context": PROMPT}
+            try:
+                self._store.put(_key(setting), {**table, "milliseconds": points})
+            except RunError as error:
+                errors.print(f"Latencies are not stored: {error}", soft_wrap=True)
         return points
-
-    def _stored(self, key: str) -> dict[int, float] | None:
-        stored = None if self._folder is None else FileStore(self._folder).get(key)
-        return None if stored is None else {int(count): float(x) for count, x in stored["milliseconds"].items()}
-
-    def _store(self, key: str, setting: Mapping[str, Any], points: Mapping[int, float], rounds: int) -> None:
-        if self._folder is None:
-            return
-        measured = datetime.now(UTC).isoformat(timespec="seconds")
-        table = {"setting": setting, "measured": measured, "rounds": rounds, "context": PROMPT, "milliseconds": points}
-        try:
-            FileStore(self._folder).put(key, table)
-        except RunError as error:
-            errors.print(f"Latencies are not stored: {error}", soft_wrap=True)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Excludes other measurements, of any model, which would slow this one."""
         with ExitStack() as stack:
             if self._folder is not None:
-                with suppress(OSError):  # `_store` reports a folder that cannot be written
+                with suppress(OSError):  # storing reports a folder that cannot be written
                     self._folder.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(FileLock(self._folder / LOCK))
             yield
@@ -156,8 +151,13 @@ def setting_of(routed: RoutedLM) -> dict[str, Any]:
         "attention": backbone.model.config._attn_implementation,
         "router": type(routed.router).__name__,
         "router_parameters": sum(parameter.numel() for parameter in routed.router.parameters()),
+        "bridge_rank": None if routed.bridges is None else routed.bridges.rank,
         "routing": asdict(routed.settings) | {"policy": routed.policy.name, "pool": routed.pool},
     }
+
+
+def _key(setting: Mapping[str, Any]) -> str:
+    return json.dumps(setting, sort_keys=True)
 
 
 def _text(routed: RoutedLM) -> Tensor:

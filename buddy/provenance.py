@@ -12,7 +12,7 @@ from buddy.values import shown
 
 CODE = "router's code"  # the digest whose change only warns
 # Keys of a recipe that change nothing in the run.
-FREE_KEYS = (*("output", "rivals", "checkpoint_every", "logger", "trainer.log_every_n_steps"),)
+FREE_KEYS = ("output", "rivals", "checkpoint_every", "logger", "trainer.log_every_n_steps")
 CKPT_KEY = "ckpt_path"  # a resumed run need not repeat it
 
 

@@ -25,16 +25,6 @@ _PLAIN = {int, float, bool, str, type(None)}  # types of options that are checke
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One announced class: its name, "module:Class", the distribution that announces it, and the group."""
-
-    name: str
-    value: str
-    distribution: str
-    group: str = ROUTERS
-
-
-@dataclass(frozen=True)
 class Description:
     """One row of `buddy routers`; `problem` explains why the router cannot be used and is empty otherwise."""
 
@@ -46,9 +36,14 @@ class Description:
     problem: str = ""
 
 
-def installed(group: str = ROUTERS) -> list[Entry]:
+def installed(group: str = ROUTERS) -> list[EntryPoint]:
     """Every announced class of a group, by name and then distribution; nothing is imported."""
-    return sorted((_entry(point) for point in entry_points(group=group)), key=lambda e: (e.name, e.distribution))
+    return sorted(entry_points(group=group), key=lambda entry: (entry.name, owner(entry)))
+
+
+def owner(entry: EntryPoint) -> str:
+    """The name of the distribution that announces a class; empty for "my_module:MyRouter"."""
+    return entry.dist.name if entry.dist else ""
 
 
 def load(name: str, group: str = ROUTERS) -> Any:
@@ -60,7 +55,7 @@ def load(name: str, group: str = ROUTERS) -> Any:
     return _import(find(name, group))
 
 
-def find(name: str, group: str = ROUTERS) -> Entry:
+def find(name: str, group: str = ROUTERS) -> EntryPoint:
     """The entry of an installed name or of "my_module:MyRouter"; nothing is imported.
 
     Raises:
@@ -75,9 +70,9 @@ def find(name: str, group: str = ROUTERS) -> Entry:
     if not matches and not re.fullmatch(r"[\w.]+:[\w.]+", name):
         raise RegistryError(f"No {noun} can be named {name!r}; write module:Class, as in my_module:MyClass.")
     if len(matches) > 1:
-        owners = " and ".join(repr(entry.distribution) for entry in matches)
+        owners = " and ".join(repr(owner(entry)) for entry in matches)
         raise RegistryError(f"Two {noun}s are named {name!r}, from {owners}; uninstall one of these distributions.")
-    return matches[0] if matches else Entry(name, name, "", group)
+    return matches[0] if matches else EntryPoint(name, name, group)
 
 
 def build(name: str, geometry: "Geometry", options: Mapping[str, Any]) -> "AnyRouter":
@@ -106,46 +101,40 @@ def make(cls: "type[AnyRouter]", name: str, geometry: "Geometry", options: Mappi
 
 def describe() -> list[Description]:
     """Every announced router with the metadata of its class, or the reason why it is broken."""
-    return [_describe(entry) for entry in installed()]
+    rows = []
+    for entry in installed():
+        try:
+            cls = load(entry.name)
+        except RegistryError as error:
+            rows.append(Description(entry.name, owner(entry), problem=str(error)))
+        else:
+            summary = (cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
+            rows.append(Description(entry.name, owner(entry), summary, cls.kind, cls.source))
+    return rows
 
 
-def _describe(entry: Entry) -> Description:
-    try:
-        cls = load(entry.name)
-    except RegistryError as error:
-        return Description(entry.name, entry.distribution, problem=str(error))
-    summary = (cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
-    return Description(entry.name, entry.distribution, summary, cls.kind, cls.source)
-
-
-def _entry(point: EntryPoint) -> Entry:
-    distribution = point.dist.name if point.dist is not None else None
-    return Entry(point.name, point.value, distribution or "an unnamed distribution", point.group)
-
-
-def _import(entry: Entry) -> Any:
+def _import(entry: EntryPoint) -> Any:
+    distribution = owner(entry)
     subject = f"The {_NOUNS[entry.group]} {entry.name!r}" + (
-        f" of distribution {entry.distribution!r}" if entry.distribution else ""
+        f" of distribution {distribution!r}" if distribution else ""
     )
-    if not entry.distribution and os.getcwd() not in sys.path:
+    if not distribution and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that nothing in the folder hides an installed module
     try:
-        cls = EntryPoint(entry.name, entry.value, entry.group).load()
+        cls = entry.load()
     except (Exception, SystemExit) as error:  # plug-ins may raise anything
-        advice = "fix or uninstall it" if entry.distribution else "check its spelling and fix the module"
+        advice = "fix or uninstall it" if distribution else "check its spelling and fix the module"
         raise RegistryError(f"{subject} cannot be imported ({_reason(error)}); {advice}.") from error
-    return (_checked if entry.group == ROUTERS else _checked_estimator)(cls, subject)
+    return _checked(cls, subject, entry.group)
 
 
-def _checked_estimator(cls: Any, subject: str) -> Any:
-    if not (isinstance(cls, type) and any("__call__" in vars(base) for base in cls.__mro__)):
-        raise RegistryError(f"{subject} is not an estimator; make it a class with a method __call__.")
-    return cls
-
-
-def _checked(cls: Any, subject: str) -> "type[AnyRouter]":
+def _checked(cls: Any, subject: str, group: str = ROUTERS) -> Any:
     from buddy.router import LayerwiseRouter, Router
 
+    if group == ESTIMATORS:
+        if not (isinstance(cls, type) and any("__call__" in vars(base) for base in cls.__mro__)):
+            raise RegistryError(f"{subject} is not an estimator; make it a class with a method __call__.")
+        return cls
     if not (isinstance(cls, type) and issubclass(cls, Router | LayerwiseRouter)):
         raise RegistryError(f"{subject} is not a router; make it a subclass of buddy.Router or buddy.LayerwiseRouter.")
     if inspect.isabstract(cls):

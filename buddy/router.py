@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
@@ -61,12 +61,19 @@ class Context:
         newest: (..., F) float32, those states of the newest token only.
         hidden: (..., D) float32, the newest token's hidden state as it leaves the context layer.
         executed: (...) long, the requested number of executed layers K, including always-on layers.
+        tokens: (...) long, the newest token's id; None where the model was given embeddings.
     """
 
     pooled: Tensor
     newest: Tensor
     hidden: Tensor
     executed: Tensor
+    tokens: Tensor | None = None
+
+    def __getitem__(self, index: Any) -> Context:
+        """The context of some tokens, selected by the leading dimensions."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Context(**{name: part if part is None else part[index] for name, part in parts.items()})  # type: ignore[arg-type]
 
 
 class Probe(Protocol):

@@ -5,6 +5,7 @@
     run.json             versions, seed, backbone, geometry, date, and the seconds of fitting so far
     checkpoints/         of training; an interrupted run resumes from last.ckpt
     router.safetensors   parameters and buffers of the router (never pickle)
+    bridge.safetensors   of a run with bridges
     adapter/             of a healed run
     predictor.*          of the budget predictor, if there is one
     metrics.json         the results, and checksums of the files above
@@ -23,18 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from buddy.config import load_recipe, to_yaml
 from buddy.console import errors
 from buddy.errors import BuddyError, DamagedError, RunError, nearest
-from buddy.io import (
-    read_json,
-    remove_parts,
-    write_json,
-    write_text,
-    writing,
-)
+from buddy.io import is_below, locked, read_json, remove_parts, write_json, write_text, writing
 from buddy.provenance import CODE, differences
 from buddy.run_files import (
     FACTS,
@@ -85,32 +78,25 @@ class RunFolder:
     @property
     def work(self) -> Path:
         """The folder to write in: the final one, or a sibling while that holds a complete run."""
-        return self._beside("new").path if self.is_complete else self.path
+        return self._beside("new") if self.is_complete else self.path
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """The lock to hold while the run is made; the operating system frees it when the process ends.
+        """The lock to hold while the run is made; it completes a swap that was killed.
 
         Raises:
             RunError: another process holds it, or the folder cannot be written.
         """
-        lock = FileLock(self._beside("lock").path)
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise RunError(f"Another process is making {self.path}; wait for it or stop it first.") from None
-        try:
+        busy = f"Another process is making {self.path}; wait for it or stop it first."
+        with locked(self._beside("lock"), busy):
             self._swap()
             with writing(self.path):
-                remove_parts(self.path)
+                for folder in (self.path, self._beside("new")):
+                    remove_parts(folder)
             yield
-        finally:
-            lock.release()
 
     def differences(self, recipe: Recipe, digests: Mapping[str, str], ignore: Sequence[str] = ()) -> list[str]:
-        """How the run in the folder, complete or not, differs from a requested one; empty if the folder is empty.
+        """How the run in the folder differs from a requested one; empty if it can be reused or resumed.
 
         Args:
             recipe: the requested one.
@@ -118,20 +104,22 @@ class RunFolder:
             ignore: prefixes of recipe keys that may differ, beside those of `buddy.provenance`.
 
         Returns:
-            One phrase for each recipe key, input or damaged file, as in "optimizer.lr: 0.003 there, 0.006 here".
+            One phrase for each recipe key, input or damaged file, as in "optimizer.lr: 0.003 there, 0.006 here"; none
+            if the folder holds no run.
+
+        Raises:
+            BuddyError: a newer Buddy made the run, or the recipe of an incomplete run cannot be read.
         """
+        if not self.is_complete and not (self.path / RECIPE).exists():
+            return []
         try:
             if self.is_complete:
                 stored = read_run(self.path).recipe
                 read_metrics(self.path)
-            elif (self.path / RECIPE).exists():
-                stored = load_recipe(self.path / RECIPE, saved=True)
             else:
-                return []
+                stored = load_recipe(self.path / RECIPE, saved=True)
         except DamagedError as error:
             return [f"{error.path.name} is damaged ({error.reason})"]
-        except BuddyError as error:
-            return [str(error).rstrip(".")]
         return differences(stored, recipe, _stored_digests(self.path), digests, ignore)
 
     def begin(self, recipe: Recipe, recipe_name: str, digests: Mapping[str, str], geometry: "Geometry") -> Path:
@@ -150,18 +138,17 @@ class RunFolder:
             The folder to write in, `work`.
 
         Raises:
-            RunError: something that is not a run is in the way, or the folder cannot be written.
+            BuddyError: something that is not a run is in the way, the recipe of an incomplete run cannot be read, or
+                the folder cannot be written.
         """
         self._check_free()
         work = self.work
-        if work.exists():
-            if _resumes(work, recipe, digests):
-                warn_of_changed_code(work, digests)
-            else:
-                self._discard(work)
+        if is_below(recipe.ckpt_path, work) or not RunFolder(work).differences(recipe, digests):
+            warn_of_changed_code(work, digests)
+        else:
+            self._discard(work)
         with writing(work):
             work.mkdir(parents=True, exist_ok=True)
-            remove_parts(work)
         write_text(work / RECIPE, to_yaml(recipe))
         write_json(work / INPUTS, dict(digests))
         write_json(work / FACTS, run_facts(work, recipe, recipe_name, digests, geometry))
@@ -183,18 +170,12 @@ class RunFolder:
     def abandon(self) -> None:
         """Remove an incomplete run unless it has a checkpoint to resume from."""
         work = self.work
-        if work.exists() and not RunFolder(work).is_complete and not any(work.rglob("*.ckpt")):
+        if work.exists() and not (work / METRICS).exists() and not any(work.rglob("*.ckpt")):
             self._discard(work)
 
-    def recover(self) -> None:
-        """Finish a swap that was killed between its two renames, so that the run can be read."""
-        if not os.path.isdir(self.path) and os.path.isdir(self._beside("old").path):
-            with self.lock():
-                pass
-
-    def _beside(self, ending: str) -> "RunFolder":
+    def _beside(self, ending: str) -> Path:
         """A hidden sibling: "new" is a refit in progress, "old" a run that is being replaced or deleted."""
-        return RunFolder(self.path.with_name(f".{self.path.name}.{ending}"))
+        return self.path.with_name(f".{self.path.name}.{ending}")
 
     def _check_free(self) -> None:
         """Raises RunError where something other than a run would be overwritten or hidden."""
@@ -203,31 +184,59 @@ class RunFolder:
                 f"{self.path.parent} is a run of Buddy 0.1, but must hold one folder for each seed; move it or choose "
                 "another output."
             )
-        for folder in (self.path, self._beside("new").path):
-            is_run = (folder / RECIPE).exists() or (folder / FACTS).exists()
-            if folder.exists() and not is_run and (not folder.is_dir() or any(folder.glob("[!.]*"))):
-                raise RunError(f"{folder} exists and is not a run folder; move it or choose another output.")
+        if self.path.exists() and not _is_run(self.path) and any(self.path.glob("[!.]*")):
+            raise RunError(f"{self.path} exists and is not a run folder; move it or choose another output.")
 
     def _discard(self, folder: Path) -> None:
         """Delete a folder; renamed first, so that no half-deleted run is resumed after a kill."""
-        old = self._beside("old").path
         with writing(folder):
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            shutil.rmtree(old)
+            shutil.rmtree(folder.rename(self._beside("old")))
 
     def _swap(self) -> None:
-        """Move a complete refit to the final folder, and finish a swap that was killed."""
+        """Move a complete refit to the final folder, and remove what it replaces."""
         new, old = self._beside("new"), self._beside("old")
         with writing(self.path):
-            if new.is_complete:
+            if (new / METRICS).exists():
                 if self.path.exists():
-                    shutil.rmtree(old.path, ignore_errors=True)
-                    self.path.rename(old.path)
-                new.path.rename(self.path)
-            elif not self.path.exists() and old.is_complete:
-                old.path.rename(self.path)
-        shutil.rmtree(old.path, ignore_errors=True)
+                    self.path.rename(old)
+                new.rename(self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run to make or to reuse: a router under a recipe with one seed.
+
+    Attributes:
+        label: the router with its overrides, as tables name it.
+        recipe: of the run.
+        recipe_name: kept in run.json.
+        folder: of the run.
+        reuse_from: a complete run whose router is taken, so that nothing is calibrated or trained but the adapter.
+        free_keys: beginnings of recipe keys that change nothing in this run.
+    """
+
+    label: str
+    recipe: Recipe
+    recipe_name: str
+    folder: Path
+    reuse_from: Path | None = None
+    free_keys: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return f"{self.label}, seed {self.recipe.seed}"
+
+    @property
+    def run_folder(self) -> RunFolder:
+        """Begins, resumes and completes the run."""
+        return RunFolder(self.folder)
+
+    @property
+    def log(self) -> Path:
+        """The file that a worker's output goes to."""
+        return self.folder.with_name(f"{self.folder.name}.log")
 
 
 def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:
@@ -282,12 +291,7 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         RunError: the folder or a file in it is missing or damaged, the run is not complete, or a newer Buddy made it.
     """
-    try:
-        found = _resolve(Path(folder))
-    except OSError as error:  # a name that is too long, a folder without permission
-        raise RunError(
-            f"The run folder {folder} cannot be read ({error.strerror or error}); check the path."
-        ) from error
+    found = _resolve(Path(folder))
     facts = read_facts(found)
     check_files(found)
     try:
@@ -312,33 +316,28 @@ def complete_seeds(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def _is_run(folder: Path) -> bool:
+    return any(os.path.exists(folder / name) for name in (FACTS, RECIPE))
+
+
 def _resolve(folder: Path) -> Path:
     """The folder of a complete run, given that folder or the one above it."""
-    RunFolder(Path(os.path.realpath(folder))).recover()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # os.path answers for names that are too long
         hint = nearest(folder.name, _runs_in(folder.parent))
         raise RunError(f"There is no run folder {folder}{hint or '; make it with `buddy fit --recipe NAME`.'}")
-    if not (folder / FACTS).exists() and not (folder / RECIPE).exists():
-        for old in folder.glob(".seed-*.old"):
-            RunFolder(folder / old.name.removeprefix(".").removesuffix(".old")).recover()
-        seeds, below = complete_seeds(folder), _runs_in(folder)
+    if not _is_run(folder):
+        seeds = [*folder.glob(f"seed-*/{METRICS}")] or [*folder.glob(f"seed-*/{RECIPE}")]
         if len(seeds) == 1:
-            return folder / f"seed-{seeds[0]}"
-        if not seeds and any(folder.glob(f"seed-*/{RECIPE}")):
-            raise _unfinished(folder)
-        if below:
-            raise RunError(f"{folder} is not a run but holds the runs {', '.join(below)}; name one of them.")
-        raise RunError(f"{folder} is not a run folder; name one, such as runs/quickstart/buddy.")
+            return _resolve(seeds[0].parent)
+        below = _runs_in(folder)
+        holds = f" but holds the runs {', '.join(below)}; name one of them" if below else ""
+        raise RunError(f"{folder} is not a run folder{holds or '; name one, such as runs/quickstart/buddy'}.")
     missing = [name for name in (RECIPE, FACTS, ROUTER) if not (folder / name).is_file()]
     if not RunFolder(folder).is_complete and (missing or SUMS not in read_json(folder / FACTS)):
-        raise _unfinished(folder)
+        raise RunError(f"The run {folder} is unfinished: {METRICS} is missing; repeat its `buddy fit` to resume.")
     if missing:
         raise DamagedError(folder / missing[0], "it is missing")
     return folder
-
-
-def _unfinished(folder: Path) -> RunError:
-    return RunError(f"The run {folder} is unfinished: {METRICS} is missing; repeat its `buddy fit` to resume.")
 
 
 def _runs_in(folder: Path) -> list[str]:
@@ -353,25 +352,3 @@ def _stored_digests(folder: Path) -> dict[str, str]:
         return read_json(folder / INPUTS)
     except BuddyError:
         return {}
-
-
-def _resumes(folder: Path, recipe: Recipe, digests: Mapping[str, str]) -> bool:
-    """Whether an incomplete run resumes, instead of being replaced.
-
-    Raises:
-        RunError: it has a checkpoint but an unreadable recipe, so the checkpoint may belong to any run.
-    """
-    checkpoint = recipe.ckpt_path
-    if checkpoint and Path(os.path.realpath(checkpoint)).is_relative_to(os.path.realpath(folder)):
-        return True
-    try:
-        stored = load_recipe(folder / RECIPE, saved=True)
-    except BuddyError as error:
-        if not any(folder.rglob("*.ckpt")):
-            return False
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise RunError(
-            f"{folder} has a checkpoint, but its recipe cannot be read ({reason}); delete that folder to start again, "
-            "or set ckpt_path to the checkpoint."
-        ) from error
-    return not differences(stored, recipe, _stored_digests(folder), digests)

@@ -26,6 +26,7 @@ FACTS = "run.json"
 INPUTS = "inputs.json"
 ROUTER = "router.safetensors"
 METRICS = "metrics.json"
+BRIDGE = "bridge.safetensors"
 ADAPTER = "adapter"  # the folder of a healed run's adapter
 PREDICTOR = "predictor.safetensors"
 PREDICTOR_FACTS = "predictor.json"
@@ -40,7 +41,7 @@ _MAPPINGS = ("geometry", "versions")
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
     """Write metrics.json, which completes a run, with the checksums of the other files in the folder."""
-    optional = [name for name in (INPUTS, PREDICTOR, PREDICTOR_FACTS) if (folder / name).exists()]
+    optional = [name for name in (INPUTS, BRIDGE, PREDICTOR, PREDICTOR_FACTS) if (folder / name).exists()]
     adapter = sorted(f"{ADAPTER}/{path.name}" for path in (folder / ADAPTER).glob("[!.]*"))
     sums = {name: checksum(folder / name) for name in (RECIPE, FACTS, ROUTER, *optional, *adapter)}
     write_with_checksum(folder / METRICS, {**metrics, SUMS: sums})

@@ -118,6 +118,14 @@ class AdapterSection:
 
 
 @dataclass(frozen=True)
+class BridgeSection:
+    rank: int = _number(64, ge=1)  # at most the width of the hidden state
+    ridge: float = _number(0.3, ge=0)  # penalty of squared weights, in units of the variance of a bridge's input
+    windows: int | None = _number(None, ge=1)  # calibration windows to fit on; null for all
+    train: bool = False  # train the bridges with the adapter, from the closed form
+
+
+@dataclass(frozen=True)
 class PredictorSection:
     name: str | None = field(default=None, metadata={"choices": ("regress", "grpo")})  # null for none
     windows: int = _number(128, ge=2)  # training windows whose losses are measured at every budget
@@ -172,6 +180,7 @@ class Recipe:
     rivals: list[Rival] = field(default_factory=list, metadata=UNIQUE)  # routers compared under the same recipe
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    bridge: BridgeSection | None = None  # linear maps where tokens skip layers; null for none
     adapter: AdapterSection | None = None  # healing; null for none
     predictor: PredictorSection = field(default_factory=PredictorSection)  # of budgets, for --budget auto
     trainer: dict[str, Any] = field(default_factory=lambda: asdict(TrainerKeywords()))  # for lightning.Trainer
@@ -186,6 +195,9 @@ class Recipe:
     def data_seed(self) -> int:
         """The seed of split and windows: `data.seed` where it is given."""
         return self.seed if self.data.seed is None else self.data.seed
+
+
+COMPLETE = Recipe(bridge=BridgeSection(), adapter=AdapterSection(), logger=ClassSpec())  # with all optional sections
 
 
 def section_of(hint: Any) -> type | None:
@@ -228,6 +240,11 @@ RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what
         "objective.estimator routing.policy",
         lambda r: r.objective.estimator != "straight-through" or r.routing.policy == "fill",
         "objective.estimator=straight-through needs routing.policy=fill.",
+    ),
+    (
+        "bridge.train adapter",
+        lambda r: r.bridge is None or not r.bridge.train or r.adapter is not None,
+        "bridge.train trains the bridges together with the adapter; give adapter.steps=200 or another key of adapter.",
     ),
     ("objective.plans", lambda r: r.objective.plans % 2 == 0, "objective.plans must be even: plans come in pairs."),
     (
@@ -290,7 +307,7 @@ def unknown_key(name: str, key: Any, accepted: Sequence[str]) -> str:
         key: its last part.
         accepted: the keys of its section.
     """
-    paths = [path for path, *_ in leaves(Recipe(adapter=AdapterSection()))]
+    paths = [path for path, *_ in leaves(COMPLETE)]
     if elsewhere := " or ".join(repr(path) for path in paths if path.endswith(f".{key}")):
         return f"The key '{name}' is unknown; did you mean {elsewhere}?"
     hint = nearest(str(key), accepted) or nearest(name, paths)

@@ -1,9 +1,10 @@
-"""A worker: does runs one after the other in one process, with one backbone and one set of texts."""
+"""Runs with all that a comparison adds to them: evaluations on further texts and scores on tasks."""
 
 from __future__ import annotations
 
+import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,21 +13,23 @@ from typing import Any
 from buddy.backbone.adapter import WEIGHTS
 from buddy.build import build_windows, restore
 from buddy.data.module import TextData
+from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DamagedError, DataError, TrainingError, reason
-from buddy.evaluation.record import EVALUATIONS, TASKS, evaluation_file, task_file
-from buddy.fit import RunSpec, Session
+from buddy.evaluation.record import evaluation_file, task_file
+from buddy.fit import Session
 from buddy.io import checksum, read_json, within_memory, write_text, write_with_checksum
+from buddy.metrics.perplexity import Reference, Scores, with_documents
 from buddy.router import available_budgets
+from buddy.run import RunSpec
 from buddy.run_files import ADAPTER, ROUTER
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Reference, with_documents
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to evaluate on; `own` is the recipe's, of which the test windows are taken."""
+    """A text to evaluate on; `own` marks the recipe's own, whose test windows are used."""
 
     label: str
     source: str
@@ -41,6 +44,39 @@ class Tasks:
     limit: int | None = None
     data: Path | None = None
     path: Path | None = None
+
+
+def texts_of(text: str | None, recipe: Recipe) -> list[Text]:
+    """The recipe's own text and those in "SOURCE,label=SOURCE,…"; its own may be named too, to give it a label.
+
+    Raises:
+        DataError: nothing is named, two have one label, a label cannot be a file name, or a text is trained on.
+    """
+    source = recipe.data.source
+    (own,) = named_sources(None, source)
+    others = {} if text is None else named_sources(text, source)
+    for label in [label for label, other in others.items() if same_source(other, source)]:
+        own = label
+        del others[label]
+    if own in others:
+        raise DataError(
+            f"Two texts are called {own!r}, one of them the recipe's own; give the other a name, as in --domains "
+            f"other={others[own]}."
+        )
+    found = [Text(own, source, own=True), *(Text(label, other) for label, other in others.items())]
+    for each in found:
+        for key in ("train_sources", "calibration_sources"):
+            if any(same_source(each.source, seen) for seen in getattr(recipe.data, key)):
+                raise DataError(
+                    f"The text {each.label} is in data.{key}, so results on it would be worthless; leave it out of "
+                    "--domains or of the recipe."
+                )
+        if not re.fullmatch(r"[\w.-]+", each.label):
+            raise DataError(
+                f"The label {each.label!r} cannot be a file name; give one of letters, digits, dots and hyphens, as in "
+                f"--domains other={each.source}."
+            )
+    return found
 
 
 def read_windows(text: Text, recipe: Recipe, data: TextData) -> Windows:
@@ -59,32 +95,6 @@ def read_windows(text: Text, recipe: Recipe, data: TextData) -> Windows:
             f"asks for {section.test_windows}; give more text, or set data.test_windows={len(windows)}."
         )
     return windows
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What a worker process needs to make runs; small enough to send. Calling it does one run.
-
-    Attributes:
-        recipe: of any of the runs.
-        texts: what runs are evaluated on.
-        tasks: what they are scored on.
-    """
-
-    recipe: Recipe
-    texts: tuple[Text, ...]
-    tasks: Tasks
-
-    def __call__(self, spec: RunSpec) -> str | None:
-        """`Worker.run`, with backbone and text that are loaded once a process."""
-        if not _workers or _workers[-1][0] != self:
-            session = Session.prepare([self.recipe])
-            windows = {text: read_windows(text, self.recipe, session.data) for text in self.texts}
-            _workers[:] = [(self, Worker(session, windows, self.tasks))]
-        return _workers[-1][1].run(spec)
-
-
-_workers: list[tuple[WorkerConfig, Worker]] = []  # of this process, at most one
 
 
 class Worker:
@@ -125,38 +135,32 @@ class Worker:
     def _run(self, spec: RunSpec) -> None:
         if not spec.run_folder.is_complete:
             self._session.fit(spec)
-        for name in (EVALUATIONS, TASKS) if self._tasks.names else (EVALUATIONS,):
-            (spec.folder / name).mkdir(exist_ok=True)
-        missing = [text for text in self._windows if not text.own and not self._is_evaluated(spec, text)]
+        missing = {}
+        for text, windows in self._windows.items():
+            path = evaluation_file(spec.folder, text.label, text.own)
+            key = {"windows": windows.fingerprint, **_weights(spec)}  # what a result on the text depends on
+            if not text.own and not _has(path, key):
+                missing[text] = path, key
         if missing:
             with self._session.model(spec.recipe) as model:
                 restore(model, spec.recipe, spec.folder)
-                for text in missing:
-                    self._evaluate(spec, text, model)
+                for text, (path, key) in missing.items():
+                    _write(path, key | with_documents(self._evaluate(spec, text, model)))
         for name in self._tasks.names:
             self._score(spec, name)
 
-    def _evaluate(self, spec: RunSpec, text: Text, model: RoutedLM) -> None:
+    def _evaluate(self, spec: RunSpec, text: Text, model: RoutedLM) -> list[Scores]:
         data, title = spec.recipe.data, f"Evaluating {spec.label} on {text.label}"
         sizes = f"a batch of {data.batch_size} × {data.window} tokens"
         with within_memory(sizes, "free some, or compare anew with data.batch_size smaller and another --out"):
-            scores = self._session.evaluate(spec.recipe, model, self._windows[text], self._references[text], title)
-        path = evaluation_file(spec.folder, text.label, own=False)
-        write_with_checksum(path, self._evaluation_key(spec, text) | with_documents(scores))
-
-    def _is_evaluated(self, spec: RunSpec, text: Text) -> bool:
-        return _has(evaluation_file(spec.folder, text.label, own=False), self._evaluation_key(spec, text))
-
-    def _evaluation_key(self, spec: RunSpec, text: Text) -> dict[str, Any]:
-        """What a result on a text depends on."""
-        return {"windows": self._windows[text].fingerprint, **_weights(spec)}
+            return self._session.evaluate(spec.recipe, model, self._windows[text], self._references[text], title)
 
     def _score(self, spec: RunSpec, name: str) -> None:
         tasks, path = self._tasks, task_file(spec.folder, name)
         folders = {key: folder and str(folder) for key, folder in (("data", tasks.data), ("path", tasks.path))}
         key = {"limit": tasks.limit, **_weights(spec), **folders, **_task_content(name, tasks)}
         if not _has(path, key):
-            write_with_checksum(path, key | {"results": self._task_entries(spec, name, healed="adapter" in key)})
+            _write(path, key | {"results": self._task_entries(spec, name, healed="adapter" in key)})
 
     def _task_entries(self, spec: RunSpec, name: str, healed: bool) -> list[dict[str, Any]]:
         """One entry for each budget; full depth is computed once for all runs, unless adapters change it."""
@@ -176,6 +180,25 @@ class Worker:
         return [entries.get(budget) or {**(known or {}), "budget": budget} for budget in layers]
 
 
+def run_in_worker(recipe: Recipe, texts: Sequence[Text], tasks: Tasks, spec: RunSpec) -> str | None:
+    """`Worker.run` in a process that does several runs and loads backbone and texts once.
+
+    Args:
+        recipe: of any of the runs.
+        texts: what runs are evaluated on.
+        tasks: what they are scored on.
+        spec: the run.
+    """
+    if not _workers:
+        session = Session.prepare([recipe])
+        windows = {text: read_windows(text, recipe, session.data) for text in texts}
+        _workers.append(Worker(session, windows, tasks))
+    return _workers[0].run(spec)
+
+
+_workers: list[Worker] = []  # of this process, at most one
+
+
 def _weights(spec: RunSpec) -> dict[str, str]:
     """Digests of what was fitted: the router, and the adapter of a healed run."""
     adapter = spec.folder / ADAPTER / WEIGHTS
@@ -191,6 +214,11 @@ def _task_content(name: str, tasks: Tasks) -> dict[str, Any]:
         "lines": checksum(items) if items and items.is_file() else None,
         "definitions": [checksum(path) for path in own],
     }
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_with_checksum(path, value)
 
 
 def _has(path: Path, key: Mapping[str, Any]) -> bool:

@@ -1,1 +1,1 @@
-"""Generated parts of the documents: references from the code, the picture of a plan, and hooks of mkdocs."""
+"""Generated parts of the documents: references from the code, and hooks of mkdocs."""

@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from buddy.schema import Recipe, TrainerKeywords, section_of
+from buddy.schema import COMPLETE, leaves
 from buddy.values import shown, type_words
 
 ROW = re.compile(r"^\| `([\w.]+)` \|.*\| (.*) \|$")
@@ -20,20 +19,10 @@ class Key(NamedTuple):
     default: str
 
 
-def keys(section: object | None = None, prefix: str = "") -> Iterator[Key]:
+def keys() -> Iterator[Key]:
     """All keys of a recipe, in the order of the schema."""
-    section = Recipe() if section is None else section
-    for item in fields(section):  # type: ignore[arg-type]
-        name, value, bounds = prefix + item.name, getattr(section, item.name), item.metadata
-        if name == "trainer":
-            value = TrainerKeywords()
-        inner = section_of(item.type)
-        if inner is not None and value is None:  # a section that may be left out
-            value = inner()
-        if is_dataclass(value):
-            yield from keys(value, f"{name}.")
-        else:
-            yield Key(name, _kind(item.type, bounds), shown(value))
+    for name, value, item in leaves(COMPLETE):
+        yield Key(name, _kind(item.type, item.metadata), shown(value))
 
 
 def written(page: str) -> str:

@@ -4,14 +4,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pages import commands, keys, way
+from pages import commands, keys
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = DOCS / "recipes.md"
 GENERATED: dict[Path, Callable[[], str]] = {  # file → its content
     RECIPES: lambda: keys.written(RECIPES.read_text("utf-8")),
     DOCS / "reference" / "commands.md": commands.reference,
-    DOCS / "layers.svg": way.picture,
 }
 
 

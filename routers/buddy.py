@@ -85,14 +85,18 @@ class BuddyRouter(Router):
             self.prior.copy_((rank - rank.mean()) / rank.std())
 
     def score(self, context: Context) -> Tensor:
-        """(..., R) float32: the network's scores plus ω times the prior."""
-        seen = [_unit(getattr(context, part)) for part in self.parts]
-        if self.budget_aware:
-            seen.append((context.executed / self.geometry.layers).float()[..., None])
-        scores = self.output(F.silu(self.input(torch.cat(seen, -1))))
+        """(..., R) float32: the learned scores, bounded, plus ω times the prior."""
+        scores = self.learned(context)
         if self.bound is not None:
             scores = self.bound * torch.tanh(scores / self.bound)
         return scores + self.prior_weight * self.prior
+
+    def learned(self, context: Context) -> Tensor:
+        """(..., R) float32: the network's scores."""
+        seen = [_unit(getattr(context, part)) for part in self.parts]
+        if self.budget_aware:
+            seen.append((context.executed / self.geometry.layers).float()[..., None])
+        return self.output(F.silu(self.input(torch.cat(seen, -1))))
 
     def parameter_groups(self) -> list[dict]:
         """Step sizes by fan-in: the first layer a quarter, the last bias three times the recipe's learning rate."""

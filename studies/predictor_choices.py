@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from buddy.metrics.statistics import hull
 from buddy.predictor.grpo import BudgetPolicy, RewardWeights, train_policy
 from buddy.predictor.regress import CurvePredictor
-from buddy.scoring.statistics import hull
 
 
 def by_epsilon(increase: np.ndarray, arms: np.ndarray, epsilon: float) -> np.ndarray:

@@ -116,7 +116,7 @@ def _tensorboard(words: list[str], place: str) -> None:
     assert folders, place
     for folder in folders:
         tags = set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
-        assert {"test/perplexity", "test/loss", "test/kl"} <= tags, folder
+        assert {f"test/{name}_by_layers" for name in ("perplexity", "loss", "kl")} <= tags, folder
 
 
 def _pip(words: list[str], place: str) -> None:

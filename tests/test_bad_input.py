@@ -4,31 +4,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from buddy.cli import app
 from buddy.run import read_run
 from buddy.run_files import update_checksums
+from tests.recovery.asking import refused
 from tests.tiny import tiny_folder
-
-
-def refused(*words: object, lines: int = 1) -> str:
-    """The sentence with which the command ends; `lines` where several mistakes are named at once."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 2, (result.stdout, result.stderr, result.exception)
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == lines, result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stderr.removeprefix("Error: ").strip()
 
 
 @pytest.fixture
 def fit(small, tmp_path):
     """What `buddy fit` says to overrides of the small recipe; it must write nothing."""
 
-    def fit(*overrides: str, recipe: str | Path = small.file, lines: int = 1) -> str:
-        said = refused("fit", "--recipe", recipe, f"output={tmp_path / 'runs'}", *overrides, lines=lines)
+    def fit(*overrides: str, recipe: str | Path = small.file) -> str:
+        said = refused("fit", "--recipe", recipe, f"output={tmp_path / 'runs'}", *overrides)
         assert not (tmp_path / "runs").exists()
         return said
 
@@ -44,18 +32,12 @@ def fit(small, tmp_path):
         ("router.options.hiden=3", "'hidden'"),
         ("router.options.prior=none_at_all", "none_at_all"),
         ("budgts=[1.0]", "'budgets'"),
-        ("trainer.max_steps=many", "trainer.max_steps"),
-        ("data.batch_size=-5", "data.batch_size"),
-        ("budgets=[]", "budgets"),
-        ("budgets=[1.5]", "budgets[0]"),
         ("budgets=[0.2]", "2layers"),
         ("routing.context_layer=5", "context_layer"),
         ("backbone.name=owner/never-seen", "owner/never-seen"),
         ("backbone.name=/no/such/folder", "/no/such/folder"),
         ("data.source=/no/such.txt", "/no/such.txt"),
         ("data.text_field=body", "data.text_field"),
-        ("trainer.accelerator=gpus", "trainer.accelerator"),
-        ("routing.reroute_every=often", "routing.reroute_every"),
         ("data.window=513", "data.window"),
         ("trainer.strategy=dpp", "dpp"),
         ("ckpt_path=no.ckpt", "ckpt_path"),
@@ -66,7 +48,7 @@ def test_a_recipe_that_cannot_be_fitted(fit, override, named):
 
 
 def test_all_mistakes_are_named_at_once(fit):
-    said = fit("budgets=[]", "sed=1", "optimizer.lr=fast", lines=4)
+    said = fit("budgets=[]", "sed=1", "optimizer.lr=fast")
     assert all(part in said for part in ("budgets", "'seed'", "optimizer.lr"))
 
 
@@ -97,30 +79,25 @@ def run(finished, tmp_path):
 class TestRuns:
     """Run folders that cannot be used, by both commands that read one."""
 
-    def test_missing_or_a_folder_of_runs(self, finished, command):
+    def test_missing_a_folder_of_runs_or_unfinished(self, finished, run, command):
         assert "'buddy'" in refused(*command, "--run", finished / "budy")
         assert "uniform" in refused(*command, "--run", finished)
-
-    @pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "router.safetensors"])
-    @pytest.mark.parametrize("damage", ["missing", "cut"])
-    def test_files_missing_or_cut(self, run, command, name, damage):
-        content = (run / name).read_bytes()
-        (run / name).unlink()
-        if damage == "cut":
-            (run / name).write_bytes(content[:-9])
-        assert name in refused(*command, "--run", run)
-
-    def test_unfinished(self, run, command):
         (run / "metrics.json").unlink()
         assert "buddy fit" in refused(*command, "--run", run.parent)
 
-    @pytest.mark.parametrize("model", ["another", "none"])
-    def test_whose_backbone_is_another_or_gone(self, small, tmp_path, run, command, model):
-        folder = tiny_folder(tmp_path / "model", seed=1) if model == "another" else "/no/such/folder"
-        recipe = run / "recipe.yaml"
-        recipe.write_text(recipe.read_text().replace(str(small.model), str(folder)))
-        update_checksums(run)
-        assert ("fingerprint" if model == "another" else "/no/such/folder") in refused(*command, "--run", run)
+    @pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "router.safetensors"])
+    def test_files_cut_or_missing(self, run, command, name):
+        (run / name).write_bytes((run / name).read_bytes()[:-9])
+        assert name in refused(*command, "--run", run)
+        (run / name).unlink()
+        assert name in refused(*command, "--run", run)
+
+    def test_whose_backbone_is_another_or_gone(self, small, tmp_path, run, command):
+        recipe = (run / "recipe.yaml").read_text()
+        for folder, named in ((tiny_folder(tmp_path / "model", seed=1), "fingerprint"), ("/no/folder", "/no/folder")):
+            (run / "recipe.yaml").write_text(recipe.replace(str(small.model), str(folder)))
+            update_checksums(run)
+            assert named in refused(*command, "--run", run)
 
 
 @pytest.mark.parametrize(

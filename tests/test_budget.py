@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.budget import Auto, auto_of, executed_grid, executed_layers, format_budget, fraction_of, latency_of
+from buddy.budget import auto_cap, executed_grid, executed_layers, format_budget, fraction_of, latency_of
 from buddy.errors import BudgetError
 
 
@@ -27,26 +27,25 @@ def test_a_grid_keeps_its_order():
     assert executed_grid([0.5, 1.0], 30, 2) == [15, 30]
 
 
-def test_a_count_is_told_back_as_a_fraction():
-    assert fraction_of("15layers", 15, 30) == 0.5
-    assert fraction_of("0.51", 15, 30) == 0.51
-
-
 @pytest.mark.parametrize(
-    ("budget", "words"),
+    ("budget", "fraction", "words"),
     [
-        (1.5, "not above 0 and at most 1; ask for a fraction such as 0.75, or for layers as in 22layers"),
-        (0, "not above 0"),
-        (float("nan"), "not above 0"),
-        (0.05, "below the layers that always run; ask for 4layers"),
-        ("3layers", "below the layers that always run"),
-        ("31layers", "more than the backbone's 30 layers"),
-        ("half", "neither a fraction"),
-        ([0.5, 1.0], r"The budget \[0.5, 1.0\] is neither a fraction"),
+        (0.75, 0.75, "0.75"),
+        ("0.510", 0.51, "0.51"),
+        (1.0, 1.0, "1"),
+        ("15 layers", 0.5, "15layers"),
+        ("15layer", 0.5, "15layers"),
+        ("15 ms", 0.5, "15ms"),
     ],
 )
-def test_a_budget_that_cannot_be_met_is_refused(budget, words):
-    with pytest.raises(BudgetError, match=words):
+def test_budgets_are_shown_in_one_way_and_as_a_fraction(budget, fraction, words):
+    assert format_budget(budget) == words
+    assert fraction_of(budget, 15, 30) == fraction
+
+
+@pytest.mark.parametrize("budget", [1.5, 0, float("nan"), 0.05, "3layers", "31layers", "half", [0.5, 1.0]])
+def test_a_budget_that_cannot_be_met_is_refused(budget):
+    with pytest.raises(BudgetError, match=re.escape(str(budget))):
         executed_layers(budget, 30, 4)
 
 
@@ -72,7 +71,7 @@ def test_no_latency_is_passed_and_none_is_wasted(milliseconds):
 @given(st.floats(0.001, 5000))
 def test_what_is_asked_for_in_place_of_too_little_suffices(fastest):
     table = {2: fastest, 3: fastest + 1}
-    with pytest.raises(BudgetError, match="ask for at least") as refused:
+    with pytest.raises(BudgetError, match="at least") as refused:
         executed_layers(f"{fastest * 0.9:.9f}ms", 3, 2, lambda: table)
     advice = str(refused.value).rpartition("at least ")[2].rstrip(".")
     assert executed_layers(advice, 3, 2, lambda: table) >= 2
@@ -86,16 +85,9 @@ def test_the_table_is_not_asked_for_other_budgets():
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        ("0ms", "0ms"),
-        ("-3ms", "-3ms"),
-        ("15parsecs", "15parsecs"),
-        ("75%", "75%"),
-        ("9" * 5000 + "layers", "is neither"),
-        ("nanms", "is neither"),
-        ("ms", "is neither"),
-        ("1,5ms", "is neither"),
+        *((text, text) for text in ("0ms", "-3ms", "15parsecs", "75%", "nanms", "ms", "1,5ms", "auto")),
+        ("9" * 50 + "layers", "999"),
         ("4ms", "4.06ms"),
-        ("auto", "is chosen for each request"),
     ],
 )
 def test_a_latency_that_cannot_be_met_is_refused(budget, words):
@@ -108,33 +100,9 @@ def test_a_latency_needs_a_table():
         executed_layers("15ms", 30, 2)
 
 
-# The predictor's choice
-
-
 def test_auto_and_its_cap():
-    assert auto_of("auto") == Auto(None)
-    assert auto_of(" auto : 0.75 ") == Auto("0.75")
-    assert auto_of("auto:22layers") == Auto("22layers")
-    assert auto_of("automatic") is auto_of("0.75") is auto_of(0.75) is None
+    caps = {"auto": 1.0, " auto : 0.75 ": "0.75", "auto:22layers": "22layers", "automatic": None, 0.75: None}
+    assert {budget: auto_cap(budget) for budget in caps} == caps
     for budget in ("auto:", "auto:auto"):
         with pytest.raises(BudgetError, match="auto:"):
-            auto_of(budget)
-
-
-@pytest.mark.parametrize(
-    ("budget", "words"),
-    [
-        (0.75, "0.75"),
-        ("0.750", "0.75"),
-        (1.0, "1"),
-        ("22 layers", "22layers"),
-        ("1layer", "1layers"),
-        ("15 ms", "15ms"),
-    ],
-)
-def test_budgets_are_shown_in_one_way(budget, words):
-    assert format_budget(budget) == words
-
-
-def test_a_latency_is_told_back_as_a_fraction():
-    assert fraction_of("15ms", 15, 30) == 0.5
+            auto_cap(budget)

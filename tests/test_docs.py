@@ -15,7 +15,6 @@ import pytest
 
 from buddy.backbone.load import FAMILIES
 from buddy.config import installed_recipes, load_recipe, to_yaml
-from buddy.errors import RecipeError
 from buddy.registry import installed, load
 from buddy.values import shown
 from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_cfg
@@ -84,24 +83,6 @@ def test_every_block_runs(document, place, tmp_path, monkeypatch):
     finally:
         for path in tmp_path.glob("*.py"):
             sys.modules.pop(path.stem, None)
-
-
-@pytest.mark.parametrize(
-    ("language", "text", "error"),
-    [
-        ("bash", "buddy fit --recipe quikstart", AssertionError),
-        ("bash", "curl https://example.org", AssertionError),
-        ("bash", "make nothing", AssertionError),
-        ("bash", "pip install '.[nothing]'", AssertionError),
-        ("bash", "tensorboard --logdir runs", AssertionError),
-        ("python", "raise ValueError", ValueError),
-        ("yaml", "sed: 1", RecipeError),
-    ],
-)
-def test_the_runners_refuse_what_is_wrong(language, text, error, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(error):
-        run(Block("a test", language, text))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -17,7 +17,7 @@ HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "matplotlib", "omeg
 LAYERS = (
     *("errors", "io", "console", "distributed", "plan", "budget", "router"),
     *("values", "registry", "schema", "config", "provenance", "run_files", "run"),
-    *("backbone", "engine", "data", "losses", "calibration", "scoring", "latency", "training", "predictor"),
+    *("backbone", "engine", "data", "losses", "calibration", "metrics", "latency", "training", "predictor"),
     *("build", "evaluation", "fit", "executors", "worker", "compare", "inspection", "footprint", "hub", "testing"),
     *("scaffold", "cli"),
 )

@@ -13,8 +13,8 @@ from buddy import latency
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
 from buddy.latency import LatencyTable, interpolated, measure_latencies, points_of, setting_of
+from tests.adapted import adapted
 from tests.engine.reference import Fickle
-from tests.healing.made import adapted
 from tests.tiny import tiny_backbone
 
 
@@ -26,12 +26,16 @@ def routed():
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Stands in for the clock: 1 ms a layer and 2 ms besides; counts how often the whole was measured."""
-    calls = []
+    """Stands in for the clock: 1 ms a layer and 2 ms besides; the rounds of each measurement."""
+
+    class Calls(list):
+        offset = 2.0
+
+    calls = Calls()
 
     def stand_in(routed, rounds, track):
         calls.append(rounds)
-        return {count: 2.0 + count for count in points_of(routed)}
+        return {count: calls.offset + count for count in points_of(routed)}
 
     monkeypatch.setattr(latency, "measure_latencies", stand_in)
     return calls
@@ -54,12 +58,6 @@ def test_every_count_is_timed_in_every_round(routed, monkeypatch):
     assert found == {k: pytest.approx(k + 1.5, abs=0.1) for k in (2, 3, 4, 5, 6)}  # the first round is not counted
 
 
-def test_real_tokens_are_timed(routed):
-    found = measure_latencies(routed, rounds=1)
-    assert list(found) == [2, 3, 4, 5, 6]
-    assert all(0 < taken < 1000 for taken in found.values())
-
-
 @given(st.dictionaries(st.integers(2, 40), st.floats(0.1, 100), min_size=1))
 def test_between_points_lies_a_line_that_never_falls(points):
     table = interpolated(points)
@@ -71,12 +69,26 @@ def test_between_points_lies_a_line_that_never_falls(points):
     assert max(values) == pytest.approx(max(points.values()))
 
 
-def test_measured_on_first_use_and_read_by_the_next_process(routed, timed, tmp_path):
-    assert LatencyTable(tmp_path)(routed) == {2: 4.0, 3: 5.0, 4: 6.0, 5: 7.0, 6: 8.0}
-    assert LatencyTable(tmp_path)(routed)[6] == 8.0
+def test_measured_on_first_use_read_by_the_next_process_and_remeasured_on_demand(routed, timed, tmp_path):
+    table = LatencyTable(tmp_path)
+    assert table(routed) == LatencyTable(tmp_path)(routed) == {2: 4.0, 3: 5.0, 4: 6.0, 5: 7.0, 6: 8.0}
     assert len(timed) == 1
-    assert LatencyTable(None)(routed)[6] == 8.0
-    assert len(timed) == 2, "without a folder nothing is stored"
+    timed.offset = 3.0
+    assert table.remeasure(routed, 3) == {2: 5.0, 3: 6.0, 4: 7.0, 5: 8.0, 6: 9.0}
+    assert table(routed)[4] == LatencyTable(tmp_path)(routed)[4] == 7.0
+    assert LatencyTable(None)(routed)[6] == 9.0
+    assert timed == [5, 3, 5], "without a folder nothing is stored"
+
+
+@pytest.mark.parametrize("text", ["", '{"setting": {}, "milliseconds": {"2": 1}}'])
+def test_a_damaged_table_is_measured_again(routed, timed, tmp_path, text):
+    LatencyTable(tmp_path)(routed)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(text)
+    for _ in range(2):
+        assert LatencyTable(tmp_path)(routed)[6] == 8.0
+    assert len(timed) == 2
+    assert LatencyTable(path)(routed)[6] == 8.0, "a folder that cannot be used costs time only"
 
 
 def test_two_models_are_not_measured_at_once(routed, tmp_path, monkeypatch):
@@ -93,14 +105,6 @@ def test_two_models_are_not_measured_at_once(routed, tmp_path, monkeypatch):
         LatencyTable(tmp_path)(routed)
     with other:  # whoever has a table waits for nobody
         assert LatencyTable(tmp_path)(routed)[6] == 5.0
-
-
-def test_remeasured_on_demand(routed, timed, tmp_path, monkeypatch):
-    table = LatencyTable(tmp_path)
-    assert table(routed) is table(routed)
-    monkeypatch.setattr(latency, "measure_latencies", lambda *_: {2: 1.0, 6: 5.0})
-    assert table.remeasure(routed, 3) == {2: 1.0, 6: 5.0}
-    assert table(routed)[4] == LatencyTable(tmp_path)(routed)[4] == 3.0
 
 
 def test_another_setting_has_another_table(routed, monkeypatch):
@@ -131,22 +135,11 @@ def test_an_adapter_beside_the_weights_has_the_table_of_the_merged_model(monkeyp
     assert setting_of(routed) == beside
 
 
-@pytest.mark.parametrize("text", ["", '{"setting": {}, "milliseconds": {"2": 1}}'])
-def test_a_damaged_table_is_measured_again(routed, timed, tmp_path, text):
-    LatencyTable(tmp_path)(routed)
-    (path,) = tmp_path.glob("*.json")
-    path.write_text(text)
-    for _ in range(2):
-        assert LatencyTable(tmp_path)(routed)[6] == 8.0
-    assert len(timed) == 2
-    assert LatencyTable(path)(routed)[6] == 8.0, "a folder that cannot be used costs time only"
-
-
 def test_a_model_resolves_latencies_by_its_table(routed, timed):
     routed.table = LatencyTable(None)
     try:
         assert [routed.executed_layers(budget) for budget in ("4ms", "6.9 ms", "8ms", "1000ms")] == [2, 4, 6, 6]
-        with pytest.raises(BudgetError, match="4\\.00"):
+        with pytest.raises(BudgetError, match=r"4\.00"):
             routed.executed_layers("3.9ms")
         with routed.at("5ms") as record, torch.no_grad():
             routed.backbone.model(torch.randint(3, 259, (1, 9)))

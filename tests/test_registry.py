@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from buddy import registry
 from buddy.errors import RegistryError
-from buddy.registry import Entry, build, describe, installed, load
+from buddy.registry import Description, build, describe, installed, load
 from buddy.router import Geometry, Router
 from tests.documents import setup_cfg
 
@@ -71,20 +70,14 @@ def install(tmp_path, monkeypatch):
 
 
 def test_built_in_routers_are_announced_like_any_other():
-    mine = [entry for entry in installed() if entry.distribution == "buddy-depth"]
-    written = setup_cfg()["options.entry_points"]["buddy.routers"].strip().splitlines()
-    assert [f"{entry.name} = {entry.value}" for entry in mine] == sorted(written)
-    assert {"buddy", "full", "random", "shortgpt", "uniform"} <= {entry.name for entry in mine}
-    assert all(entry.value.startswith("routers.") for entry in mine)
+    mine = [f"{entry.name} = {entry.value}" for entry in installed() if entry.value.startswith("routers.")]
+    assert mine == sorted(setup_cfg()["options.entry_points"]["buddy.routers"].strip().splitlines())
 
 
-def test_a_stranger_is_listed_without_being_imported(install):
+def test_listing_imports_nothing(install):
     install("stranger", {"odd-one": "odd_module:Stranger"}, odd_module="raise SystemExit('imported')")
-    assert Entry("odd-one", "odd_module:Stranger", "stranger") in installed()
+    assert ("odd-one", "odd_module:Stranger") in [(entry.name, entry.value) for entry in installed()]
     assert "odd_module" not in sys.modules
-
-
-def test_listing_imports_no_torch():
     code = "import sys; from buddy.registry import installed; assert installed(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -100,25 +93,16 @@ def test_loading_imports_one_module(install):
     [
         ("random-drp", "'random'"),
         ("zzz", "'zzz'.*angular, .*buddy"),
-        ("", "''"),
         ("nowhere_module:Thing", "ModuleNotFoundError"),
         ("buddy.router:Rooter", "AttributeError"),
         ("x:", "'x:'"),
-        ("a:b:c", "'a:b:c'"),
         ("buddy.router:Geometry", "'buddy.router:Geometry'"),
-        ("math:pi", "'math:pi'"),
         ("buddy.router:Router", "score"),
     ],
 )
 def test_names_that_cannot_be_loaded(name, words):
     with pytest.raises(RegistryError, match=words):
         load(name)
-
-
-def test_nothing_installed(monkeypatch):
-    monkeypatch.setattr(registry, "entry_points", lambda group: [])
-    with pytest.raises(RegistryError, match="Installed: none"):
-        load("buddy")
 
 
 def test_two_distributions_with_one_name(install):
@@ -133,12 +117,7 @@ def test_two_distributions_with_one_name(install):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [
-        ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
-        ("raise SystemExit", "SystemExit"),
-        ("def", "SyntaxError"),
-        ("1 / 0", "ZeroDivisionError: division by zero"),
-    ],
+    [("import nowhere", "ModuleNotFoundError"), ("raise SystemExit", "SystemExit"), ("def", "SyntaxError")],
 )
 def test_a_broken_router_is_listed_with_its_reason_and_stops_nobody_else(install, text, reason):
     install("stranger", {"broken": "broken_module:Stranger"}, broken_module=text)
@@ -152,12 +131,10 @@ def test_a_broken_router_is_listed_with_its_reason_and_stops_nobody_else(install
 def test_descriptions(install):
     install("stranger", {"odd": "odd_module:Stranger", "strict": "odd_module:Strict"}, odd_module=PLUGIN)
     rows = {row.name: row for row in describe()}
-    assert rows["odd"].summary == "Scores layers as told."
-    assert (rows["odd"].kind, rows["odd"].source, rows["odd"].distribution) == ("static", "a friend", "stranger")
+    assert rows["odd"] == Description("odd", "stranger", "Scores layers as told.", "static", "a friend")
     assert rows["strict"].summary == ""
-    assert rows["uniform"].kind == "static"
-    assert rows["random"].kind == "random"
-    assert rows["buddy"].kind == "learned"
+    kinds = {"uniform": "static", "random": "random", "buddy": "learned"}
+    assert {name: rows[name].kind for name in kinds} == kinds
 
 
 def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
@@ -170,30 +147,18 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "local_module")
 
 
-def test_build_passes_options(install):
-    install("stranger", {"odd": "odd_module:Stranger"}, odd_module=PLUGIN)
-    router = build("odd", GEOMETRY, {"weight": 1.5, "size": None, "parts": ["a"], "anything": 3})
-    assert router.geometry is GEOMETRY
-    assert router.weight == 1.5
-
-
-def test_all_wrong_options_are_named_at_once(install):
+def test_options_are_passed_or_all_named_at_once(install):
     install("stranger", {"odd": "odd_module:Stranger", "strict": "odd_module:Strict"}, odd_module=PLUGIN)
+    router = build("odd", GEOMETRY, {"weight": 1, "size": None, "parts": ["a"], "anything": 3})
+    assert (router.geometry, router.weight) == (GEOMETRY, 1)
     with pytest.raises(RegistryError, match="strict") as caught:
         build("strict", GEOMETRY, {"hiden": 3, "zzz": 1, "prior": 3, "hidden": True})
     for named in ("hiden", "'hidden'", "zzz", "prior", "True"):
         assert named in str(caught.value)
     with pytest.raises(RegistryError, match=r"size.*weight"):
         build("odd", GEOMETRY, {"size": "a"})
-
-
-@pytest.mark.parametrize("option", ["x", "geometry"])
-def test_a_router_without_options_takes_none(option):
-    with pytest.raises(RegistryError, match=rf"router\.options\.{option}"):
-        build("full", GEOMETRY, {option: 1})
-
-
-def test_a_value_that_the_class_refuses(install):
-    install("stranger", {"odd": "odd_module:Stranger"}, odd_module=PLUGIN)
-    with pytest.raises(RegistryError, match="weight must be at most 9"):
+    with pytest.raises(RegistryError, match="at most 9"):
         build("odd", GEOMETRY, {"weight": 10})
+    for option in ("x", "geometry"):
+        with pytest.raises(RegistryError, match=rf"router\.options\.{option}"):
+            build("full", GEOMETRY, {option: 1})

@@ -28,24 +28,15 @@ ALL = "all-linear"
 NAME = "default"  # peft's name for the only adapter of a model
 
 
-def linear_modules(backbone: Backbone) -> list[str]:
-    """Names of the linear modules of the decoder layers, such as q_proj, in order."""
-    names = (
-        name.rpartition(".")[2]
-        for layer in backbone.layers
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    )
-    return list(dict.fromkeys(names))
-
-
 def check_targets(targets: Sequence[str], backbone: Backbone) -> list[str]:
-    """The module names in `targets`, or those of all linear modules for "all-linear".
+    """The module names in `targets`; for "all-linear" those of all linear modules of the decoder layers, in order.
 
     Raises:
         TrainingError: a name that no linear module of a layer has.
     """
-    known = linear_modules(backbone)
+    modules = backbone.layers.named_modules()
+    linear = (name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear))
+    known = list(dict.fromkeys(linear))
     for name in targets:
         if name not in (ALL, *known):
             hint = nearest(name, known) or "; choose from these, or all-linear."
@@ -73,12 +64,15 @@ class Adapter:
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             self._peft, self._is_off = get_peft_model(backbone.model, config, NAME), False
         config.base_model_name_or_path = backbone.name
-        found = {name: part for name, part in backbone.model.named_modules() if isinstance(part, BaseTunerLayer)}
-        self._tuned = list(found.values())
-        for layer in self._tuned:
-            for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
-                factor.__class__ = _Factor
-        self.parts = nn.ModuleDict({name.replace(".", "-"): _own_parts(part) for name, part in found.items()})
+        self._tuned: list[Any] = []
+        self.parts = nn.ModuleDict()
+        for name, layer in backbone.model.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                down, up = layer.lora_A[NAME], layer.lora_B[NAME]
+                down.__class__ = up.__class__ = _Factor
+                own = {"A": down, "B": up, "dropout": layer.lora_dropout[NAME]}
+                self.parts[name.replace(".", "-")] = nn.ModuleDict(own)
+                self._tuned.append(layer)
         self.parts.eval()
 
     @classmethod
@@ -128,6 +122,8 @@ class Adapter:
         Raises:
             RunError: a file is missing or damaged, or belongs to another backbone.
         """
+        from peft import LoraConfig
+
         made = read_json(folder / MADE_FOR)
         if made.get("fingerprint") != backbone.fingerprint:
             raise RunError(
@@ -135,10 +131,12 @@ class Adapter:
                 f"{made.get('fingerprint')}, not {backbone.fingerprint}); load that one, or heal this one with "
                 "`buddy fit`."
             )
-        config, tensors = _read_config(folder), load_tensors(folder / WEIGHTS)
+        if read_json(folder / CONFIG).get("peft_type") != "LORA":
+            raise DamagedError(folder / CONFIG, "it does not describe a LoRA adapter")
+        tensors = load_tensors(folder / WEIGHTS)
         try:
-            adapter = cls(backbone, config)
-        except (TypeError, ValueError) as error:  # peft finds none of the modules, or wrong types
+            adapter = cls(backbone, LoraConfig.from_pretrained(str(folder)))
+        except (TypeError, ValueError, KeyError) as error:  # wrong keys or types, or none of the modules
             raise DamagedError(folder / CONFIG, reason(error)) from error
         try:
             adapter._load_state(tensors, folder / WEIGHTS)
@@ -176,11 +174,17 @@ class Adapter:
         if self._is_off:
             yield
             return
-        self._switch(False)
+        self._is_off = True
+        for layer in self._tuned:
+            layer.enable_adapters(False)
         try:
             yield
         finally:
-            self._switch(True)
+            self._is_off = False
+            for layer in self._tuned:
+                layer.enable_adapters(True)
+            if not self._trains:  # peft makes enabled adapters trainable
+                self.parts.requires_grad_(False)
 
     def save(self, folder: Path) -> None:
         """Write it in peft's format, as for `PeftModel.from_pretrained`, with the backbone's fingerprint."""
@@ -210,13 +214,6 @@ class Adapter:
         for layer in self._tuned:
             layer.cast_input_dtype_enabled = yes
 
-    def _switch(self, on: bool) -> None:
-        self._is_off = not on
-        for layer in self._tuned:
-            layer.enable_adapters(on)
-        if on and not self._trains:  # peft makes enabled adapters trainable
-            self.parts.requires_grad_(False)
-
     def _state(self) -> dict[str, Tensor]:
         """The factors under their names in a file; they share memory with the adapter."""
         from peft import get_peft_model_state_dict
@@ -238,20 +235,3 @@ class _Factor(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
-
-def _own_parts(layer: Any) -> nn.ModuleDict:
-    """The modules that peft added to a linear module: two factors, and dropout before them."""
-    return nn.ModuleDict({"A": layer.lora_A[NAME], "B": layer.lora_B[NAME], "dropout": layer.lora_dropout[NAME]})
-
-
-def _read_config(folder: Path) -> LoraConfig:
-    from peft import LoraConfig
-
-    held = read_json(folder / CONFIG)
-    if held.get("peft_type") != "LORA":
-        raise DamagedError(folder / CONFIG, "it does not describe a LoRA adapter")
-    try:
-        return LoraConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError, KeyError) as error:
-        raise DamagedError(folder / CONFIG, reason(error)) from error

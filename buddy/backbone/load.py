@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -175,6 +176,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(repr([getattr(model.config, key, None) for key in ("model_type", *SIZES)]).encode())
     for parameter in model.parameters():
         digest.update(torch.signbit(sampled(parameter)).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that depend on every bit of a state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        flat = tensor.detach().cpu().flatten()  # a scalar gets a dimension
+        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

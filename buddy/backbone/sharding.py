@@ -78,4 +78,4 @@ def finish_sharding(backbone: Backbone) -> None:
 def _mesh(accelerator: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(distributed.device(accelerator).type, (distributed.world_size(),))
+    return init_device_mesh(distributed.device(accelerator).type, (torch.distributed.get_world_size(),))

@@ -32,7 +32,7 @@ def similarities(backbone: Backbone, batches: Iterable[Tensor], first: int, sink
     """Block Influence (R,) and angular distances (R + 1, R + 1), both float32, in one pass over the windows.
 
     Args:
-        backbone: without an active plan.
+        backbone: the frozen model, outside of any budget.
         batches: windows (B, T) long.
         first: the first routable layer.
         sinks: first positions, excluded from Block Influence.
@@ -74,7 +74,7 @@ def taylor_importance(backbone: Backbone, batches: Iterable[Tensor], layers: ran
     The parameters require gradients within this call only.
 
     Args:
-        backbone: without an active plan.
+        backbone: the frozen model, outside of any budget.
         batches: windows (B, T) long.
         layers: the routable ones.
         windows: number of windows in all batches.
@@ -130,9 +130,6 @@ class PrefixWalk:
         sinks: positions at full depth.
         known: states after prefixes of plans, from an earlier walk over the same tokens.
         wanted: prefixes of plans whose states are kept.
-
-    Attributes:
-        kept: states after the wanted prefixes that occurred.
     """
 
     def __init__(
@@ -141,39 +138,36 @@ class PrefixWalk:
         layers: Sequence[Layer],
         input_ids: Tensor,
         sinks: int,
-        known: Mapping[str, State] | None = None,
-        wanted: Collection[str] = (),
+        known: Mapping[str, State],
+        wanted: Collection[str],
     ) -> None:
-        self._layers, self._known, self._wanted = layers, known or {}, wanted
-        self.kept = {start: state for start, state in self._known.items() if start in wanted}
+        self._layers, self._wanted, self._known = layers, wanted, dict(known)
         hidden, self._inputs = layerless.embed(input_ids)
         self._sinks = _dense_states(layerless, layers, input_ids[:, :sinks]) if sinks else []
-        self._plan, self._path = "", {0: State(hidden, True)}  # states by the number of layers before them
+        self._path = {"": State(hidden, True)}  # states after the prefixes of the last plan
+
+    @property
+    def kept(self) -> dict[str, State]:
+        """States after the wanted prefixes that occurred."""
+        return {prefix: state for prefix, state in self._known.items() if prefix in self._wanted}
 
     @torch.no_grad()
     def last(self, plan: str) -> Tensor:
         """The last layer's output, (B, T, D), under a plan that runs the last layer."""
-        shared = next((i for i, (a, b) in enumerate(zip(plan, self._plan, strict=False)) if a != b), len(self._plan))
-        self._path = {done: state for done, state in self._path.items() if done <= shared}
-        for index in range(self._resume(plan, max(self._path)), len(plan)):
-            state = self._path[index + 1] = self._step(index, self._path[index], plan[index] == "1")
-            if plan[: index + 1] in self._wanted:
-                self.kept[plan[: index + 1]] = state
-        self._plan = plan
-        return self._path[len(plan)].hidden
+        self._path = {prefix: state for prefix, state in self._path.items() if plan.startswith(prefix)}
+        found = {**self._path, **self._known}
+        done = next(count for count in range(len(plan), -1, -1) if plan[:count] in found)
+        state = found[plan[:done]]
+        for index in range(done, len(plan)):
+            prefix = plan[: index + 1]
+            state = self._path[prefix] = self._step(index, state, plan[index] == "1")
+            if prefix in self._wanted:
+                self._known[prefix] = state
+        return state.hidden
 
     def dense(self) -> Tensor:
         """The last layer's output at full depth, (B, T, D)."""
         return self.last("1" * len(self._layers))
-
-    def _resume(self, plan: str, done: int) -> int:
-        """The largest number of the plan's layers with a known result; the plan before shares `done` layers."""
-        for longer in range(len(plan), done, -1):
-            state = self.kept.get(plan[:longer]) or self._known.get(plan[:longer])
-            if state is not None:
-                self._path[longer] = state
-                return longer
-        return done
 
     def _step(self, index: int, state: State, runs: bool) -> State:
         hidden = state.hidden
@@ -197,10 +191,10 @@ def _dense_states(layerless: LayerlessModel, layers: Sequence[Layer], input_ids:
 
 
 class PlanLosses:
-    """Losses of windows under plans, in fixed batches, so that stored values never change the rounding of others.
+    """Mean losses of windows under plans, in nats a token; fixed batches give a loss the same bits in every call.
 
     Args:
-        backbone: without an active plan.
+        backbone: the frozen model, outside of any budget.
         batches: windows (B, T) long each.
         sinks: first positions, which run every layer.
     """
@@ -213,7 +207,7 @@ class PlanLosses:
     def measure(
         self, pairs: Sequence[Pair], criterion: Criterion, track: Callable[[Sequence[Pair]], Iterable[Pair]]
     ) -> Iterator[tuple[Batch, str, Tensor]]:
-        """Batch, plan, and the losses (B,) float64 of the batch's windows, for each pair.
+        """Yields for each pair its batch, its plan, and the mean loss (B,) float64 of each window, in nats a token.
 
         Args:
             pairs: batch by batch, the plans of each in lexicographic order, ascending or descending.
@@ -249,7 +243,7 @@ class PlanLosses:
         wanted = prefixes_to_keep(plans, layers, states_that_fit(size, backbone.device, len(self._batches)))
         if criterion == "kl":
             wanted.add("1" * layers)  # every call needs the dense model's output
-        return PrefixWalk(self._layerless, backbone.layers, batch, self._sinks, self._cache.get(number), wanted)
+        return PrefixWalk(self._layerless, backbone.layers, batch, self._sinks, self._cache.get(number, {}), wanted)
 
     def _keep(self, batch: Batch, states: dict[str, State]) -> None:
         """Keep states for a later walk over the batch; of more than `batches` batches, drop the oldest."""

@@ -6,6 +6,7 @@ All routers of a recipe share one probe, so they see the same windows, and each 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,7 +32,7 @@ class CalibrationProbe:
         batch_size: windows per forward.
         track: wraps a loop to show progress, given its items and a description; None shows nothing.
         asked: executed layers K of the budgets.
-        seed: of random searches.
+        seed: for routers whose search draws random numbers.
         prompt: first tokens of a window, its prompt; half of the window by default.
         store: folder of the measured values, so that an interrupted search resumes; None keeps them in memory only.
 
@@ -162,9 +163,8 @@ class CalibrationProbe:
         seen = []
         for batch in self.track(self._batches, "contexts of the prompts"):
             prompt = batch[:, : self.prompt].to(self.routed.backbone.device)
-            context = self.routed(prompt, logits_to_keep=1).context
-            seen.append([getattr(context, name)[:, -1] for name in ("pooled", "newest", "hidden", "executed")])
-        return Context(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+            seen.append(self.routed(prompt, logits_to_keep=1).context[:, -1])
+        return Context(*(torch.cat([getattr(each, field.name) for each in seen]) for field in fields(Context)))
 
     def _similarity(self, name: str) -> Tensor:
         """Block Influence or the angular distances; one pass measures both."""

@@ -31,7 +31,7 @@ from buddy.engine.model import RoutedLM
 LAYOUT = 1  # raise it when values are measured differently: older ones are then not found
 WRITE_EVERY = 2.0  # seconds: the most that a kill loses
 BUSY_TIMEOUT = 20.0  # seconds to wait for another process that writes
-DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ)
+DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ}
 TABLE = "CREATE TABLE IF NOT EXISTS measured (key TEXT PRIMARY KEY, value BLOB, sum INTEGER) WITHOUT ROWID"
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Measurements:
     reported once on the error stream.
 
     Args:
-        folder: of the files; the first write creates it. None keeps values in memory only.
+        folder: holds the files; the first write creates it. None keeps values in memory only.
         setting: names and values of all that the measurements depend on; another setting is another file.
     """
 
@@ -107,13 +107,13 @@ class Measurements:
         try:
             try:
                 return action()
-            except (sqlite3.DatabaseError, _DamagedRow) as error:
-                code = getattr(error, "sqlite_errorcode", None) or 0
-                if not (isinstance(error, _DamagedRow) or code in DAMAGE or code & 0xFF in DAMAGE):
+            except sqlite3.DatabaseError as error:
+                code = getattr(error, "sqlite_errorcode", 0)
+                if not DAMAGE & {code, code & 0xFF}:  # an extended code has the primary one in its lowest byte
                     raise
             self._rename_damaged()
             return action()
-        except (sqlite3.Error, OSError, _DamagedRow) as error:
+        except (sqlite3.Error, OSError) as error:
             self._usable = False
             errors.print(
                 f"Measured values cannot be stored in {self.path.parent} ({error}), so an interrupted search would "
@@ -181,8 +181,10 @@ def _device(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-class _DamagedRow(Exception):
+class _DamagedRow(sqlite3.DatabaseError):
     """A row whose checksum is wrong."""
+
+    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
 
 
 def _sum(key: str, value: bytes) -> int:
@@ -194,6 +196,6 @@ def _decode(key: str, value: Any, total: Any) -> Tensor:
     try:
         if _sum(key, value) == total:
             return load(value)[""]
-    except (TypeError, SafetensorError, KeyError) as error:
-        raise _DamagedRow from error
+    except (TypeError, SafetensorError, KeyError):
+        pass
     raise _DamagedRow

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,8 +17,25 @@ if TYPE_CHECKING:
 ALL = "all"
 KINDS = ("learned", "static", "random")  # the order of `all`
 TASK_OPTIONS = ("task_limit", "task_data", "task_path")
+DECISIVE = ("routers", "seeds", "domains", "tasks", *TASK_OPTIONS, "trained")  # options of compare that change results
+Backend = Literal["loky", "ray"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Strategy = Literal["auto", "fsdp"]
+RoutersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B[KEY=VALUE;…],…",
+        help="Names, with options in brackets, or `all`; by default the recipe's router and its rivals.",
+    ),
+]
+FromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FILE,…",
+        help="Show a comparison.json, or several as one, without new runs; writes --markdown too.",
+    ),
+]
 
 
 @app.command(epilog="\b\nExample: buddy fit --recipe quickstart router=uniform 'rivals=[]'")
@@ -41,24 +58,16 @@ def compare(
     ctx: typer.Context,
     recipe: Annotated[str | None, RecipeOption] = None,
     overrides: Overrides = None,
-    routers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B[KEY=VALUE;…],…",
-            help="Names, with options in brackets, or `all`; by default the recipe's router and its rivals.",
-        ),
-    ] = None,
+    routers: RoutersOption = None,
     seeds: Annotated[
-        int | None, typer.Option(metavar="N", help="For each router that depends on one.", show_default="3")
+        int | None, typer.Option(min=1, metavar="N", help="For each router that depends on one.", show_default="3")
     ] = None,
     domains: Annotated[
         str | None,
         typer.Option(metavar="SOURCE,…", help="More texts than the recipe's; label=SOURCE gives one a name."),
     ] = None,
-    jobs: Annotated[int, typer.Option(metavar="N", help="Runs at once.")] = 1,
-    backend: Annotated[
-        str, typer.Option(metavar="loky|ray", help="Processes of this machine, or a Ray cluster.")
-    ] = "loky",
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at once.")] = 1,
+    backend: Annotated[Backend, typer.Option(help="Processes of this machine, or a Ray cluster.")] = "loky",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for everything.", show_default="OUTPUT/RECIPE")
     ] = None,
@@ -79,39 +88,26 @@ def compare(
         typer.Option(metavar="DIR", help="Heal the routers of an earlier comparison without fitting them again."),
     ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results to this file too.")] = None,
-    made: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="FILE,…",
-            help="Show a comparison.json, or several as one, without new runs; writes --markdown too.",
-        ),
-    ] = None,
+    made: FromOption = None,
 ) -> None:
     """Compare routers under one recipe, with seeds, on several texts."""
     if (recipe is None) == (made is None):
         raise BuddyError("Give either --recipe, to compare routers, or --from, to show an existing comparison.")
-    overrides = overrides or []
     if made is not None:
-        return _show(ctx, made, markdown, overrides)
+        return _show(ctx, made, markdown, overrides or [])
     if tasks is None:
         refuse_options(ctx, TASK_OPTIONS, "is for tasks; add --tasks, such as --tasks piqa")
     from buddy.config import load_recipe, recipe_name
 
-    resolved = load_recipe(recipe, overrides)
-    from buddy.compare import SEEDS, CompareConfig
+    resolved = load_recipe(recipe, overrides or [])
+    from buddy.compare import CompareConfig
     from buddy.compare import compare as run_compare
-    from buddy.evaluation.record import shown_command
     from buddy.worker import Tasks
 
-    decisive = {"routers": routers, "seeds": seeds or (None if finished else SEEDS), "domains": domains, "tasks": tasks}
-    decisive |= {"task-limit": task_limit, "task-data": task_data, "task-path": task_path, "trained": trained}
-    words = [word for name, value in decisive.items() if value for word in (f"--{name}", str(value))]
-    words += [*(["--finished"] if finished else []), *_decisive(overrides)]
     config = CompareConfig(
         resolved,
         recipe_name(recipe),
-        command=shown_command(["buddy", "compare", "--recipe", recipe, *words]),
+        command=_compare_command(ctx.params),
         routers=None if routers is None else parse_routers(routers, resolved),
         seeds=seeds,
         texts=domains,
@@ -126,6 +122,18 @@ def compare(
     )
     if run_compare(config):
         raise typer.Exit(FAILED)
+
+
+def _compare_command(given: Mapping[str, Any]) -> str:
+    """The command with the options that decide its results."""
+    from buddy.compare import SEEDS
+    from buddy.evaluation.record import shown_command
+
+    seeds = given["seeds"] or (None if given["finished"] else SEEDS)
+    values = {name: given[name] for name in DECISIVE} | {"seeds": seeds}
+    words = [word for name, value in values.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += [*(["--finished"] if given["finished"] else []), *_decisive(given["overrides"] or [])]
+    return shown_command(["buddy", "compare", "--recipe", given["recipe"], *words])
 
 
 def _show(ctx: typer.Context, made: str, markdown: Path | None, overrides: list[str]) -> None:

@@ -12,13 +12,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from buddy.data.text import Documents, read_documents
-from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, sample, split, spread, windows_of
+from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, sample, split, spread
 from buddy.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["TextData", "WindowBatches", "Windows", "windows_of"]
 
 STEPS = 200  # batches in an epoch without `steps` and without a trainer
 
@@ -167,18 +165,8 @@ class TextData(LightningDataModule):
         return torch.from_numpy(np.stack([pool.draw(self.window, random) for pool in pools]))
 
     def _read(self, source: str) -> Documents:
-        documents = read_documents(source, self.tokenizer, self.window, self.text_field)
-        needed = FEWEST_DOCUMENTS if source == self.source else 1
-        if len(documents) < needed:
-            windows = int((documents.lengths // self.window).sum())
-            smaller = documents.tokens // (2 * needed)
-            advice = f" or set data.window={smaller} or smaller" if smaller >= 16 else ""
-            why = f"{needed} documents are needed, one for each split" if needed > 1 else "training needs one"
-            raise DataError(
-                f"The text in {source} gives {windows} windows of {self.window} tokens in {len(documents)} "
-                f"documents and {why}; give more text{advice}."
-            )
-        return documents
+        fewest = FEWEST_DOCUMENTS if source == self.source else 1
+        return read_documents(source, self.tokenizer, self.window, self.text_field, fewest=fewest)
 
 
 class Pool:

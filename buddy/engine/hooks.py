@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from buddy.backbone.load import Backbone
+from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Record, Request, RoutedForward, Settings
 from buddy.engine.kv_cache import RoutedCache, adopt
 from buddy.engine.layers import CurrentForward, attach, detach
@@ -25,6 +26,7 @@ class Routed(Protocol):
 
     router: AnyRouter
     settings: Settings
+    bridges: Bridges | None
 
     @property
     def backbone(self) -> Backbone:
@@ -93,7 +95,7 @@ class ForwardHooks:
         past = 0 if cache is None else self._adopt(cache)
         if request.choose is not None and (request.executed is None or not past):
             request = self._choose(request, kwargs, past)
-        rest = request.for_rows(shape[0]), shape, past, mask, cache
+        rest = request.for_rows(shape[0]), shape, past, mask, cache, routed.bridges, tokens
         if isinstance(routed.router, LayerwiseRouter):
             forward: RoutedForward = LayerwiseForward(routed.settings, routed.router, *rest)
         else:

@@ -86,7 +86,7 @@ class RoutedLayer:
         cache = kwargs.get("cache")
         if cache is not None:
             forward.policy.skip(self, forward, hidden, cache, kwargs.get("position_embeddings"))
-        return hidden
+        return forward.skip(self._index, hidden)
 
     def _run_sinks(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict, count: int) -> Tensor:
         """Only the first `count` tokens run, and they see no others; K/V of the others can wait."""
@@ -109,8 +109,8 @@ class RoutedLayer:
         forward.partial_layers.append(ran)
         rest = map_embeddings(embeddings, lambda x: x[:, count:])
         policy.skip(self, forward, hidden[:, count:], cache, rest)
-        if self._forward_hooks or torch.is_grad_enabled():
-            return torch.cat([out, hidden[:, count:]], 1)
+        if self._forward_hooks or torch.is_grad_enabled() or forward.bridges is not None:
+            return torch.cat([out, forward.skip(self._index, hidden[:, count:])], 1)
         hidden[:, :count] = out  # in place, so that a run of skipped layers shares one pending state
         return hidden
 
@@ -127,25 +127,27 @@ class RoutedLayer:
         runs = forward.chosen(self._index)
         out = super().forward(hidden, *args, **kwargs)
         forward.partial_layers.append(runs)
-        chosen = torch.where(runs[..., None], out, hidden)
+        skipped = forward.skip(self._index, hidden)
+        chosen = torch.where(runs[..., None], out, skipped)
         gates = forward.request.gates
         if gates is None:
             return chosen
         gate = gates[..., self._index, None]
-        return chosen + (gate - gate.detach()).to(out.dtype) * (out - hidden)
+        return chosen + (gate - gate.detach()).to(out.dtype) * (out - skipped)
 
     def _run_weighted(self, forward: LayerwiseForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """All tokens are computed, and what the layer adds to them is multiplied by the weight of its gate."""
+        """All tokens are computed; the weight of the gate mixes the layer's output with the state of a skip."""
         weight = forward.weigh(self._index, hidden)
         out = super().forward(hidden, *args, **kwargs)
         forward.full_layers += 1
-        return hidden + weight[..., None].to(out.dtype) * (out - hidden)
+        skipped = forward.skip(self._index, hidden)
+        return skipped + weight[..., None].to(out.dtype) * (out - skipped)
 
     def _run_some(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict, counts: list[int]) -> Tensor:
         """Run the chosen tokens of the chosen rows; the policy sees to the others."""
         ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         writer: Any = forward.policy.writer(self, forward, hidden, kwargs)
-        out = hidden
+        out = forward.skip(self._index, hidden)
         for group in groups(forward.chosen(self._index), counts):
             view = writer.view(group)
             out = self._run_group(group, view, out, ran, hidden, args, kwargs)

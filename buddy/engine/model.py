@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from buddy.backbone.load import Backbone, load_backbone
-from buddy.budget import Budget, Table, auto_of, executed_layers
+from buddy.budget import Budget, Table, auto_cap, executed_layers
+from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Output, Record, Request, Settings
 from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
@@ -56,6 +57,7 @@ class RoutedLM(nn.Module):
             budget predictor.
         adapter: a LoRA adapter on the backbone, or None. It is active at every budget, full depth included; `dense`,
             `stock` and a forward without a plan leave it out.
+        bridges: what tokens pass through in place of the layers that they skip, or None; see `bridge`.
 
     Raises:
         BuddyError: an unknown policy, or a router of an unknown scope.
@@ -91,6 +93,7 @@ class RoutedLM(nn.Module):
         self.table: Callable[[RoutedLM], Table] | None = None
         self.chooser: Callable[[int], Choose] | None = None
         self.adapter: Any | None = None
+        self.bridges: Bridges | None = None
 
     @classmethod
     def from_pretrained(
@@ -171,6 +174,10 @@ class RoutedLM(nn.Module):
         """Add the adapter to the backbone's weights; the stock model cannot be had any more."""
         self.adapter.merge()
         self.adapter = None
+
+    def bridge(self, bridges: Bridges | None) -> None:
+        """Pass tokens through these bridges, frozen, where they skip layers; None takes them off."""
+        self.bridges = None if bridges is None else bridges.to(self.backbone.device).freeze(self.backbone.dtype)
 
     @contextmanager
     def stock(self) -> Iterator[None]:
@@ -256,13 +263,12 @@ class RoutedLM(nn.Module):
         Raises:
             BudgetError: no budget predictor, or a cap below all that it can choose.
         """
-        cap = auto_of(budget).cap
         if self.chooser is None:
             raise BudgetError(
                 "This run has no budget predictor; fit one with `buddy fit … predictor.name=regress`, or ask for a "
                 "fraction such as 0.75."
             )
-        return self.chooser(self.geometry.layers if cap is None else self.executed_layers(cap))
+        return self.chooser(self.executed_layers(auto_cap(budget)))
 
     @torch.no_grad()
     def context(self, input_ids: Tensor, attention_mask: Tensor | None = None, **positions: Tensor) -> Context:
@@ -278,7 +284,7 @@ class RoutedLM(nn.Module):
         with self._hooks.requested(Request(runs=runs, prompt=0)):
             self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
             context = self._hooks.take_last().context
-        return Context(context.pooled[:, -1], context.newest[:, -1], context.hidden[:, -1], context.executed[:, -1])
+        return context[:, -1]
 
     def forward(
         self,
@@ -371,7 +377,7 @@ class RoutedLM(nn.Module):
 
     def _request(self, budgets: Sequence[Budget]) -> Request:
         """The request for budgets."""
-        auto = [budget for budget in budgets if auto_of(budget)]
+        auto = [budget for budget in budgets if auto_cap(budget)]
         if not auto:
             return Request(executed=tuple(self.executed_layers(each) for each in budgets))
         if len(budgets) > 1:

@@ -21,10 +21,10 @@ from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_json, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
+from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, contenders, machine, mixed_prefill, race, versions
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, read_run
 from buddy.run_files import ROUTER, load_router
-from buddy.scoring.timing import PROMPT, STEPS, Contender, Timings, contenders, machine, mixed_prefill, race, versions
 
 FIGURE = "speed.png"
 NONE = "–"

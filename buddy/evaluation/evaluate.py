@@ -7,21 +7,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lightning.pytorch import Trainer
+
 from buddy import console, distributed
 from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
-from buddy.budget import auto_of, fraction_of, latency_of
+from buddy.budget import auto_cap, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
-from buddy.console import results, status
-from buddy.data.module import Windows
+from buddy.console import quiet, results, status
+from buddy.data.module import WindowBatches
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
 from buddy.evaluation.tables import show_scores
 from buddy.io import check_output_path, within_memory, write_json
+from buddy.metrics.perplexity import Reference, Scores, as_json
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import as_json
-from buddy.training.module import evaluate
+from buddy.training.callbacks import ProgressLine
+from buddy.training.module import RoutingModule
 
 
 def evaluate_run(
@@ -91,7 +95,7 @@ def _checked_budgets(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) 
         return list(available_budgets(routed.router, run.recipe.budgets))
     found: list[float | str] = []
     for budget in budgets:
-        if auto_of(budget):
+        if auto_cap(budget):
             routed.choosing(budget)
             found.append(budget)
         else:
@@ -104,3 +108,47 @@ def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Win
     if data is None:
         return getattr(build_held_out(run.recipe, routed.backbone), split)
     return build_windows(run.recipe, routed.backbone.tokenizer, data, count=run.recipe.data.test_windows)
+
+
+def evaluate(
+    model: RoutedLM,
+    windows: Windows,
+    budgets: Sequence[float | str],
+    *,
+    prompt: int,
+    batch_size: int = 4,
+    reference: Reference | None = None,
+    description: str | None = None,
+) -> list[Scores]:
+    """Scores of the model's router at each budget, by `Trainer.test`.
+
+    Processes that are together share the batches out and all get all scores: bit-identical to those of one process
+    with the same batches, because sums are taken in the order of the windows.
+
+    Args:
+        model: model and router, the same in all processes.
+        windows: held-out text.
+        budgets: fractions, each of which becomes K layers; or "auto", which chooses K for each window from its prompt.
+        prompt: tokens of each window that are not scored.
+        batch_size: windows per forward.
+        reference: keeps what all routers share, where several are evaluated on the same windows in the same way.
+        description: of the progress line; None shows none.
+
+    Raises:
+        BudgetError: a budget out of range, or "auto" without a budget predictor.
+    """
+    module = RoutingModule(model, budgets=budgets, prompt=prompt, reference=reference)
+    device = model.backbone.device
+    with quiet():
+        trainer = Trainer(
+            accelerator=device.type,
+            devices=[device.index] if device.index is not None else 1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=description is not None,
+            enable_model_summary=False,
+            inference_mode=False,
+            callbacks=[] if description is None else [ProgressLine(description)],
+        )
+        trainer.test(module, WindowBatches(windows, batch_size), verbose=False)
+    return module.scores

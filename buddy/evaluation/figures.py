@@ -16,8 +16,8 @@ import pandas as pd
 from buddy.config import flatten
 from buddy.evaluation.results import Results
 from buddy.io import on_disk, write_bytes, writing
+from buddy.metrics.perplexity import Scores
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Scores
 from buddy.values import shown
 
 LAYERS, TIME = "quality-layers", "quality-time"
@@ -211,9 +211,9 @@ def write_scores(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Ma
     """
     ordered = sorted(scores, key=lambda each: each.layers)
     curves = {
-        "test/perplexity": [(each.layers, each.perplexity) for each in ordered],
-        "test/loss": [(each.layers, math.log(each.perplexity)) for each in ordered],
-        "test/kl": [(each.layers, each.mean_kl) for each in ordered],
+        "test/perplexity_by_layers": [(each.layers, each.perplexity) for each in ordered],
+        "test/loss_by_layers": [(each.layers, each.mean_loss) for each in ordered],
+        "test/kl_by_layers": [(each.layers, each.mean_kl) for each in ordered],
     }
     metrics = {f"perplexity_at_{each.budget:g}": each.perplexity for each in ordered}
     metrics |= {f"fit_{name}": value for name, value in fit.items()}

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from buddy.backbone.load import title_of
-from buddy.config import flatten
+from buddy.config import RENAMED, flatten
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RunError
 from buddy.io import read_json, write_text
+from buddy.metrics.timing import machine, versions
 from buddy.provenance import CKPT_KEY, FREE_KEYS
 from buddy.registry import load
 from buddy.run import read_run
 from buddy.run_files import METRICS, read_metrics
 from buddy.schema import Recipe
-from buddy.scoring.timing import machine, versions
 
 FORMAT = 1
 KEYS = (
@@ -39,7 +39,8 @@ KEYS = (
 )
 EVALUATIONS, TASKS = "evaluations", "tasks"  # folders in a run folder: results on further texts, and on tasks
 PROVENANCE = ("command", "created", "versions", "machine")  # how each part of a joined comparison was made
-RATES = "adapter.rates"  # of comparisons made by 0.1: shown for each part, not compared
+# Keys of comparisons made by 0.1: rates of healing, shown for each part and not compared; rates of some routers.
+RATES, RATES_BY_ROUTER = "adapter.rates", "optimizer.lr_by_router"
 # Prefixes of recipe keys that may differ between joined comparisons.
 OWN = ("router.", "seed", RATES, *FREE_KEYS, CKPT_KEY)
 
@@ -173,8 +174,12 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
                 raise RunError(f"The run {name} is in {there} and in {path}; leave one of the files out.")
     order = {label: place for place, label in enumerate(routers)}
     failures = [each for record in records.values() for each in record["failures"]]
+    recipe = dict(first["recipe"])
+    for each in records.values():
+        recipe |= {key: value for key, value in each["recipe"].items() if key == RATES_BY_ROUTER}
     return {
         **first,
+        "recipe": recipe,
         "routers": [router for _, router in routers.values()],
         "runs": [runs[key][1] for key in sorted(runs, key=lambda key: (order[key[0]], key[1]))],
         "speed": None,
@@ -228,11 +233,15 @@ def _run_entry(label: str, folder: Path, texts: Sequence[Mapping[str, Any]], tas
 
 def _check_comparable(path: Path, one: Mapping[str, Any], other_path: Path, other: Mapping[str, Any]) -> None:
     """Raises RunError unless recipes, texts, layers and tasks are the same."""
-    here, there = one["recipe"], other["recipe"]
+    defaults = flatten(Recipe())  # of keys that 0.1 did not have
+    here, there = (
+        defaults | {RENAMED.get(key, key): value for key, value in each["recipe"].items()} for each in (one, other)
+    )
+    own = OWN if RATES_BY_ROUTER in here.keys() & there.keys() else (*OWN, RATES_BY_ROUTER)
     differing = [
         f"{key}: {here.get(key, 'not set')} and {there.get(key, 'not set')}"
         for key in dict.fromkeys([*here, *there])
-        if not key.startswith(OWN) and here.get(key) != there.get(key)
+        if not key.startswith(own) and here.get(key) != there.get(key)
     ]
     texts, others = ({each["label"]: each.get("fingerprint") for each in record["domains"]} for record in (one, other))
     differing += [

@@ -13,8 +13,8 @@ from buddy.evaluation.record import damaged_record, join, read_record, write_rec
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import Table, costs, differences, flips, kl, perplexities, seeds, show, speeds, tasks
 from buddy.io import check_output_path, write_text
+from buddy.metrics.perplexity import Scores, with_documents
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Scores, with_documents
 
 JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "results.md"
 FIGURE = "loss.png"  # of a run

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from buddy.backbone.load import title_of
-from buddy.scoring.statistics import accuracy_difference, difference, flips, loss_interval, mean_loss
+from buddy.metrics.statistics import accuracy_difference, difference, flips, loss_interval, mean_loss
 
 FEWEST = 5  # documents or items that a mark of significance needs
 

@@ -12,9 +12,9 @@ import pandas as pd
 
 from buddy import console
 from buddy.evaluation.results import Results
-from buddy.scoring.perplexity import Scores
-from buddy.scoring.statistics import flips as flipped
-from buddy.scoring.statistics import mixed
+from buddy.metrics.perplexity import Scores
+from buddy.metrics.statistics import flips as flipped
+from buddy.metrics.statistics import mixed
 
 NONE = "–"
 MARKED = "* below the best static router (†): the 95 % interval of the paired difference excludes 0"

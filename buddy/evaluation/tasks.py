@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddy.backbone.load import title_of
-from buddy.budget import auto_of, fraction_of
+from buddy.budget import auto_cap, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, results, status
 from buddy.data.text import quiet
@@ -96,7 +96,7 @@ def task_scores(
     require_lm_eval()
     if limit is not None and limit < 1:
         raise DataError(f"The limit is {limit}; give 1 or more items for each task, or none.")
-    if any(map(auto_of, budgets or ())):
+    if any(map(auto_cap, budgets or ())):
         raise BudgetError("Tasks are scored at fixed budgets, not at auto; give fractions such as 0.75.")
     with hushed():
         with status("Reading tasks …"):

@@ -9,29 +9,27 @@ from typing import Any
 from buddy.backbone import embedded
 from buddy.backbone.load import title_of
 from buddy.console import counted
-from buddy.errors import DamagedError
 from buddy.evaluation.record import shown_path
+from buddy.metrics.perplexity import Scores
 from buddy.run import Run
-from buddy.run_files import ADAPTER, METRICS, PREDICTOR
-from buddy.scoring.perplexity import Scores
+from buddy.run_files import ADAPTER, BRIDGE, PREDICTOR
 
-HEADS = "| {0} | perplexity | 95 % interval | KL to dense |\n|{1}---:|---:|---:|"
+MEASURES = ("perplexity", "95 % interval", "KL to dense")
 
 
-def run_card(run: Run, metrics: Mapping[str, Any] | None, name: str, licence: str | None) -> str:
+def run_card(run: Run, metrics: Mapping[str, Any], name: str, licence: str | None) -> str:
     """The card of a run.
 
     Args:
         run: the run.
-        metrics: its results, as in metrics.json; None where there are none.
+        metrics: its results, as in metrics.json.
         name: the folder or hub name to load it by.
         licence: the hub's identifier of a licence for the router's weights; None where none was chosen.
-
-    Raises:
-        RunError: the results have another form.
     """
     layers, backbone = run.geometry.get("layers", "its"), title(run.backbone)
     extras = ""
+    if (run.folder / BRIDGE).is_file():
+        extras += " Bridges in `bridge.safetensors` correct the hidden state of tokens that skip a layer."
     if is_healed(run):
         extras += " An adapter in `adapter/`, in the format of peft, heals the backbone."
     if (run.folder / PREDICTOR).is_file():
@@ -46,7 +44,7 @@ from the recipe `{run.recipe_name}` on the text `{title(run.recipe.data.source)}
 
 ## Results
 
-{_results(run, metrics)}
+{_results(metrics)}
 ## Use
 
 {_usage(run, name)}
@@ -104,9 +102,8 @@ These are weights of the backbone, under the backbone's licence.
 
 def _differences(run: Run, record: Mapping[str, Any], mixed: bool) -> list[str]:
     """Sentences on how a checkpoint differs from its run."""
-    if record["plans"] == 1:
-        found = [f"All {record['tokens']} routed tokens of the text have this plan."]
-    else:
+    found = [f"All {record['tokens']} routed tokens of the text have this plan."]
+    if record["plans"] > 1:
         found = [
             f"The run has many plans and the checkpoint one, the most frequent: {record['share']:.1%} of "
             f"{record['tokens']} routed tokens have this plan, out of {record['plans']} distinct ones; it contains "
@@ -142,7 +139,7 @@ def is_local(backbone: str) -> bool:
 
 
 def title(name: str) -> str:
-    """A backbone or text in prose: the embedded model's full name, a folder's last part."""
+    """The name of a backbone or text in prose: the embedded model's full name, the last part of a folder's path."""
     return title_of(shown_path(name))
 
 
@@ -157,35 +154,37 @@ def _card(run: Run, body: str, **metadata: Any) -> str:
 
 def _comparison(scores: Sequence[Scores]) -> str:
     """Run and checkpoint as a Markdown table."""
-    rows = [HEADS.format("", "---|")]
-    for label, each in zip(("the run, as it routes", "this checkpoint"), scores, strict=True):
-        rows.append(f"| {label} | {_cells(each.perplexity, each.interval(), each.mean_kl)} |")
+    names = ("the run, as it routes", "this checkpoint")
+    rows = [
+        [name, *_cells(each.perplexity, each.interval(), each.mean_kl)]
+        for name, each in zip(names, scores, strict=True)
+    ]
     documents = counted(len(scores[0].tokens), "document")
-    return "\n".join([*rows, "", f"{int(scores[0].tokens.sum())} scored tokens of {documents}.\n"])
+    return _table(["", *MEASURES], rows, f"{int(scores[0].tokens.sum())} scored tokens of {documents}.")
 
 
-def _results(run: Run, metrics: Mapping[str, Any] | None) -> str:
-    if metrics is None:
-        return "None were saved with the run.\n"
-    try:
-        rows = [
-            f"| {entry['budget']:g} | {entry['executed']['mean']:.2f} | "
-            f"{_cells(entry['perplexity'], entry['interval'], entry['kl'])} |"
-            for entry in metrics["results"]
-        ]
-        first = metrics["results"][0]
-        note = f"{first['tokens']} scored tokens of {counted(first['documents'], 'document')} of held-out text"
-        sinks = first["sink_tokens"]
-    except (LookupError, TypeError, ValueError) as error:
-        raise DamagedError(run.folder / METRICS, "its results have another form") from error
-    if sinks:
-        note += f"; first tokens of a window at full depth, counted apart: {sinks}"
-    return "\n".join([HEADS.format("budget | layers a token", "---:|---:|"), *rows, "", f"{note}.\n"])
+def _results(metrics: Mapping[str, Any]) -> str:
+    """The results of a run at each budget as a Markdown table."""
+    rows = [
+        [f"{e['budget']:g}", f"{e['executed']['mean']:.2f}", *_cells(e["perplexity"], e["interval"], e["kl"])]
+        for e in metrics["results"]
+    ]
+    first = metrics["results"][0]
+    note = f"{first['tokens']} scored tokens of {counted(first['documents'], 'document')} of held-out text"
+    if first["sink_tokens"]:
+        note += f"; first tokens of a window at full depth, counted apart: {first['sink_tokens']}"
+    return _table(["budget", "layers a token", *MEASURES], rows, f"{note}.")
 
 
-def _cells(perplexity: float, interval: Sequence[float], kl: float) -> str:
+def _cells(perplexity: float, interval: Sequence[float], kl: float) -> list[str]:
     low, high = interval
-    return f"{perplexity:.2f} | {low:.2f} – {high:.2f} | {max(kl, 0.0):.4f}"
+    return [f"{perplexity:.2f}", f"{low:.2f} – {high:.2f}", f"{max(kl, 0.0):.4f}"]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    """A Markdown table and a note below it; the first column labels the rows."""
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{note}\n"
 
 
 def _usage(run: Run, name: str) -> str:

@@ -20,14 +20,15 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import PER_LAYER, pruned_model
 from buddy.errors import DataError, RunError
+from buddy.evaluation.evaluate import evaluate
 from buddy.hub.card import export_card
 from buddy.hub.push_pull import CARD
 from buddy.inspection.routing import most_frequent
 from buddy.io import new_folder, within_memory, write_json, write_text, writing
+from buddy.metrics.perplexity import Reference, Scores
 from buddy.router import Context, Geometry, Router
 from buddy.run import Run, read_run
-from buddy.scoring.perplexity import Reference, Scores
-from buddy.training.module import evaluate
+from buddy.run_files import BRIDGE
 
 RECORD = "buddy_export.json"
 CHECKED = 2  # windows whose logits are compared with the engine's
@@ -45,12 +46,17 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         check: load the checkpoint and compare its logits with the engine's, both in float32.
 
     Raises:
-        BuddyError: the run, the budget or the text cannot be used, or `out` cannot be written. Nothing is left at
-            `out` then.
+        BuddyError: the run, the budget or the text cannot be used, the run has bridges, or `out` cannot be written.
+            Nothing is left at `out` then.
     """
     run = read_run(folder)
     if data is not None and not data.strip():
         raise DataError("The text to choose the plan on has no name; name one, or leave --data out.")
+    if (run.folder / BRIDGE).exists():
+        raise RunError(
+            f"{folder} has bridges where tokens skip layers, which stock transformers cannot run; fit it anew with "
+            "bridge=null to export it."
+        )
     section = run.recipe.data
     with new_folder(out) as made:
         with status(f"Loading {run.backbone} …"):
@@ -68,24 +74,24 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
                 batch_size=section.batch_size,
                 track=tracker(f"Counting the plans of {run.router_name}"),
             )
-            scores, cut = _measure(run, routed, measuring, kept, budget)
+            scores = _measure(run, routed, measuring, kept, budget)
         with status(f"Writing {out} …"):
-            if cut.adapter is not None:
-                cut.merge()
-            write_checkpoint(made, cut.backbone, kept)
+            if routed.adapter is not None:
+                routed.merge()
+            write_checkpoint(made, routed.backbone, kept)
         difference = None
         if check:
             sizes = f"two copies of {run.backbone} in float32"
             advice = "free some, or give --no-check"
             with status("Comparing its logits with the engine's …"), within_memory(sizes, advice):
-                ids = measuring.input_ids[:CHECKED].to(cut.backbone.device)
-                difference = largest_difference(made, cut, kept, ids)
+                ids = measuring.input_ids[:CHECKED].to(routed.backbone.device)
+                difference = largest_difference(made, routed, kept, ids)
         record = {
             "router": run.router_name,
             "backbone": run.backbone,
             "fingerprint": run.fingerprint,
             "budget": budget,
-            "layers": cut.geometry.layers,
+            "layers": routed.geometry.layers,
             "kept": list(kept),
             "tokens": plans.tokens,
             "plans": plans.plans,
@@ -96,7 +102,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
             "largest_logit_difference": difference,
         }
         write_json(made / RECORD, record)
-        card = export_card(run, record, out.name, scores, mixed=is_mixed(cut.backbone.model.config, kept))
+        card = export_card(run, record, out.name, scores, mixed=is_mixed(routed.backbone.model.config, kept))
         write_text(made / CARD, card)
     results.print(card.partition("\n---\n")[2].strip(), soft_wrap=True)  # without the metadata
     results.print(f'\nCheckpoint: {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
@@ -201,25 +207,16 @@ def _windows(run: Run, routed: RoutedLM, data: str | None) -> tuple[Windows, Win
             "plan on and one to measure it on; give more text."
         )
     first = max(1, len(found) * section.calibration_windows // count)
-    return (
-        Windows(found.input_ids[:first], found.documents[:first]),
-        Windows(found.input_ids[first:], found.documents[first:]),
-    )
+    return found[:first], found[first:]
 
 
-def _measure(
-    run: Run, routed: RoutedLM, windows: Windows, kept: Sequence[int], budget: str
-) -> tuple[list[Scores], RoutedLM]:
-    """Scores of the run, and of the plan for every token, sinks included; and the model that runs that plan."""
-    backbone = routed.backbone
-    budgets = [fraction_of(budget, len(kept), routed.geometry.layers)]
+def _measure(run: Run, routed: RoutedLM, windows: Windows, kept: Sequence[int], budget: str) -> list[Scores]:
+    """Scores of the run, and of the plan for every token, sinks included."""
     section = run.recipe.data
     options: dict[str, Any] = {"prompt": section.prompt, "batch_size": section.batch_size, "reference": Reference()}
+    budgets = [fraction_of(budget, len(kept), routed.geometry.layers)]
     (ours,) = evaluate(routed, windows, budgets, description="Measuring the run", **options)
-    adapter, routed.adapter = routed.adapter, None  # so that `detach` leaves it on the backbone
-    routed.detach()
-    cut = RoutedLM(backbone, OnePlan(routed.geometry, kept), sink_tokens=0)
-    if adapter is not None:
-        cut.adapt(adapter)
-    (theirs,) = evaluate(cut, windows, budgets, description="Measuring the checkpoint's plan", **options)
-    return [ours, theirs], cut
+    plan = OnePlan(routed.geometry, kept).to(routed.backbone.device)
+    with routed.routed_by(plan), routed.changed(sink_tokens=0):
+        (theirs,) = evaluate(routed, windows, budgets, description="Measuring the checkpoint's plan", **options)
+    return [ours, theirs]

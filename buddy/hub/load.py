@@ -11,7 +11,7 @@ import torch
 from transformers import StoppingCriteria, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from buddy.budget import Budget, auto_of, latency_of
+from buddy.budget import Budget, auto_cap, latency_of
 from buddy.build import load_model
 from buddy.console import counted, errors, status
 from buddy.engine.forward import Record
@@ -63,7 +63,7 @@ def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, **options: Any)
     _check_options(prompt, **options)
     with status(f"Loading {folder} …"):
         model = load(folder)
-    streamer = TextStreamer(model.routed.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextStreamer(model.routed.tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(prompt, budget, streamer=streamer, **options)
     errors.print(model.ran, soft_wrap=True)
 
@@ -125,9 +125,13 @@ class Model:
                 f"{routed.backbone.context_length} positions that {routed.backbone.name} was made for; shorten the "
                 "prompt or set a smaller max_new_tokens."
             )
-        auto = auto_of(budget) is not None
+        auto = auto_cap(budget) is not None
         layers = depth if auto else routed.executed_layers(budget)  # a latency may be measured here
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        options: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": routed.tokenizer.pad_token_id}
+        if temperature:
+            options["temperature"] = temperature
+        if stop is not None:
+            options["stopping_criteria"] = [stop]
         sizes = f"{length} + {max_new_tokens} tokens through {layers} of {depth} layers"
         with (
             within_memory(sizes, "shorten the prompt or max_new_tokens"),
@@ -135,16 +139,9 @@ class Model:
             routed.at(budget if auto else f"{layers}layers") as record,
         ):
             torch.manual_seed(seed)
-            ids = routed.backbone.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                stopping_criteria=None if stop is None else [stop],
-                pad_token_id=routed.backbone.tokenizer.pad_token_id,
-                **sampling,
-            )
+            ids = routed.backbone.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
         self.ran = summary(record, record.auto_executed[0] if auto else layers, depth, budget)
-        return routed.backbone.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+        return routed.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
 
     def stream(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> Iterator[str]:
         """The text of `generate` piece by piece; leaving the loop stops the model.
@@ -152,7 +149,7 @@ class Model:
         Raises:
             BuddyError: as `generate` does, at the first piece.
         """
-        tokenizer = self.routed.backbone.tokenizer
+        tokenizer = self.routed.tokenizer
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failed = Stop(), []
 
@@ -175,7 +172,7 @@ class Model:
 
     def _encode(self, prompt: Prompt, chat: bool) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask, (1, T) long each."""
-        backbone, tokenizer = self.routed.backbone, self.routed.backbone.tokenizer
+        backbone, tokenizer = self.routed.backbone, self.routed.tokenizer
         chat = chat or not isinstance(prompt, str)
         if chat:
             if not tokenizer.chat_template:
@@ -212,7 +209,7 @@ def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0) ->
         budget: of the request.
     """
     latency = latency_of(budget)
-    text = f"The budget {budget} chose" if auto_of(budget) else "Asked for"
+    text = f"The budget {budget} chose" if auto_cap(budget) else "Asked for"
     if latency is not None:
         text = f"Asked for {latency:g} ms, which allow"
     text += f" {executed} of {layers} layers a token. Prompt: "
@@ -245,9 +242,7 @@ def _check_options(
         raise DataError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
     if not 0 <= seed < 2**64:
         raise DataError(f"The seed is {seed}; give one from 0 to 2⁶⁴ − 1.")
-    if not temperature >= 0:
-        raise DataError(f"The temperature is {temperature}; give 0 or more.")
-    if 0 < temperature < MIN_TEMPERATURE:
+    if not (temperature == 0 or temperature >= MIN_TEMPERATURE):
         raise DataError(
             f"The temperature is {temperature}; give 0 for the most likely token, or {MIN_TEMPERATURE:g} or more."
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from shlex import quote
 
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
+from buddy.backbone.load import locate
 from buddy.config import flatten, to_yaml
 from buddy.console import results, status
 from buddy.errors import DamagedError, RunError, reason
@@ -23,6 +24,7 @@ from buddy.io import load_tensors, new_folder, read_json, write_json, write_text
 from buddy.run import Run, read_run
 from buddy.run_files import (
     ADAPTER,
+    BRIDGE,
     FACTS,
     INPUTS,
     METRICS,
@@ -37,9 +39,11 @@ from buddy.run_files import (
 
 HUB = "hf://"  # marks a hub name that could be a folder too
 CARD, CONFIG = "README.md", "config.json"
-REQUIRED = (RECIPE, FACTS, ROUTER)
-OPTIONAL = (METRICS, INPUTS, PREDICTOR, PREDICTOR_FACTS, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
-FILES = (*REQUIRED, *OPTIONAL, CONFIG, CARD)  # no other files are copied, uploaded or downloaded
+FILES = (  # no other files are copied, uploaded or downloaded
+    *(RECIPE, FACTS, ROUTER, METRICS, INPUTS, BRIDGE, PREDICTOR, PREDICTOR_FACTS),
+    *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES),
+    *(CONFIG, CARD),
+)
 
 
 def push(folder: Path, *, to: str, private: bool = False, licence: str | None = None) -> None:
@@ -67,7 +71,7 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
     else:
         with tempfile.TemporaryDirectory(prefix="buddy-push-") as made, status(f"Uploading to {name} …"):
             files = _write_shared(Path(made), run, name, licence)
-            where = upload(Path(made), name, private=private)
+            where = _upload(Path(made), name, private=private)
     results.print(f"Pushed {run.router_name} for {run.backbone} to {where}: {', '.join(files)}", soft_wrap=True)
     if local := _local_paths(run):
         results.print(f"Warning: the shared recipe contains local paths: {local}", soft_wrap=True)
@@ -93,12 +97,11 @@ def pull(
         trust_remote_code: allow a recipe that runs the Python of its backbone's repository.
 
     Raises:
+        BackboneError: there is no such backbone.
         RunError: the source cannot be used, or `out` cannot be written. Nothing is left at `out` then.
     """
-    if backbone is not None and not backbone.strip():
-        raise RunError("The backbone's name is empty; name one, or leave --backbone out.")
-    if backbone is not None and backbone.startswith(("/", ".", "~")) and not os.path.isdir(folder_of(backbone)):
-        raise RunError(f"There is no folder {backbone} for the backbone; check the path.")
+    if backbone is not None:
+        locate(backbone)
     name = hub_name(source, revision)
     if name is None and not os.path.isdir(folder_of(source)):
         raise RunError(f"There is no folder {source}; check the path, or give owner/name for the hub.")
@@ -106,8 +109,9 @@ def pull(
         if name is None:
             _copy_files(folder_of(source), made)
         else:
-            with tempfile.TemporaryDirectory(prefix="buddy-pull-") as scratch, status(f"Downloading {name} …"):
-                _copy_files(download(name, revision, Path(scratch)), made)
+            with status(f"Downloading {name} …"):
+                download(name, revision, made)
+            shutil.rmtree(made / ".cache", ignore_errors=True)  # of the hub's client
         run = check_files(made, shown_as=name or source.rstrip("/"), trust_remote_code=trust_remote_code)
         if backbone is not None:
             _rename_backbone(made, run, backbone)
@@ -152,14 +156,8 @@ def folder_of(text: str) -> Path:
 # The hub
 
 
-def upload(folder: Path, name: str, *, private: bool = False) -> str:
-    """Upload a folder's files to the repository `owner/name`, which is created if missing; returns its address.
-
-    Run files that this run lacks, such as an adapter, are removed there; other files stay.
-
-    Raises:
-        RunError: no token, no network, or no right to write there.
-    """
+def _upload(folder: Path, name: str, *, private: bool) -> str:
+    """Upload a folder to the repository `owner/name`; returns its address. `FILES` that it lacks are removed there."""
     from huggingface_hub import HfApi
 
     client = HfApi()
@@ -200,7 +198,7 @@ def download(name: str, revision: str | None = None, folder: Path | None = None)
 
 
 def check_files(folder: Path, *, shown_as: str | None = None, trust_remote_code: bool = False) -> Run:
-    """Check every file of a foreign run, and read the run.
+    """The run in a foreign folder, after a check of every file.
 
     Args:
         folder: of the run.
@@ -208,22 +206,11 @@ def check_files(folder: Path, *, shown_as: str | None = None, trust_remote_code:
         trust_remote_code: allow a recipe that runs the Python of its backbone's repository.
 
     Raises:
-        RunError: a file is missing, damaged, or has a checksum under a name outside `FILES`; or the recipe runs
-            code.
+        RunError: a file is missing or damaged, or the recipe runs code.
     """
     try:
-        for name in REQUIRED:
-            if not (folder / name).is_file():
-                raise RunError(
-                    f"{folder} holds no run: {name} is missing; name a run folder, or one that `buddy push` made."
-                )
-        sums = checksums_of(folder)
-        if not sums.keys() <= set(FILES):
-            raise RunError(
-                f"{folder} has checksums of files that are not part of a run; name a folder that `buddy push` made."
-            )
         run = read_run(folder)  # checks the sums of all files that are there
-        for name in sums.keys() - {CONFIG, CARD}:
+        for name in checksums_of(run.folder).keys() - {CONFIG, CARD}:
             if not (folder / name).is_file():
                 raise DamagedError(folder / name, "it is missing")
         for path in filter(Path.is_file, (folder / name for name in FILES)):
@@ -273,8 +260,7 @@ def _write_shared(made: Path, run: Run, name: str, licence: str | None) -> list[
     """Fill an empty folder with a run's files, its config.json and its card; returns their names."""
     _copy_files(run.folder, made, skip=(CARD, CONFIG))
     _write_config(made, run)
-    metrics = read_metrics(made) if (made / METRICS).is_file() else None
-    write_text(made / CARD, run_card(run, metrics, name, licence))
+    write_text(made / CARD, run_card(run, read_metrics(made), name, licence))
     return _plain_files(made)
 
 

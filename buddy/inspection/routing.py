@@ -116,8 +116,7 @@ def read_text(run: Run, routed: RoutedLM, label: str, source: str, count: int) -
     """
     section = run.recipe.data
     if same_source(source, section.source):  # the other windows were learned from
-        test = build_held_out(run.recipe, routed.backbone).test
-        windows = Windows(test.input_ids[:count], test.documents[:count])
+        windows = build_held_out(run.recipe, routed.backbone).test[:count]
     else:
         windows = build_windows(run.recipe, routed.backbone.tokenizer, source, count=count)
     return Text(label, source, windows, section.prompt)

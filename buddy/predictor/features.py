@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.backbone.load import fingerprint
+from buddy.backbone.load import fingerprint, state_digest
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError
 from buddy.io import FileStore
@@ -137,13 +137,12 @@ def measure_targets(
 
 
 def _digest(routed: RoutedLM, *others: object) -> str:
-    """Digest of all that measured losses depend on: model, router, settings and `others`."""
+    """Digest of all that measured losses depend on: model, router, bridges, settings and `others`."""
     model = fingerprint(routed.backbone.model)  # of the weights now, with an adapter if there is one
-    digest = hashlib.sha256(repr((model, routed.settings, routed.pool, routed.policy.name, others)).encode())
-    for name, tensor in sorted(routed.router.state_dict().items()):
-        flat = tensor.detach().cpu().flatten()  # a scalar gets a dimension
-        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:20]
+    bridges = {} if routed.bridges is None else routed.bridges.state_dict()
+    weights = state_digest({**routed.router.state_dict(), **bridges})
+    measured = (model, weights, routed.settings, routed.pool, routed.policy.name, others)
+    return hashlib.sha256(repr(measured).encode()).hexdigest()[:20]
 
 
 def _losses(routed: RoutedLM, ids: Tensor, counts: Sequence[int], prompt: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,10 +21,10 @@ class RewardWeights:
     """Weights of the reward and of the regularisation.
 
     Attributes:
-        quality: of the cross-entropy, nats a token (λ_perf).
-        cost: of the share of layers that run (λ_cost).
-        entropy: β, against early convergence.
-        kl: of KL(policy ‖ policy at the start).
+        quality: factor of the cross-entropy in nats a token (λ_perf).
+        cost: factor of K/L, the share of layers that run (λ_cost).
+        entropy: β, factor of the policy's entropy in nats, against early convergence.
+        kl: factor of KL(policy ‖ policy at the start) in nats.
     """
 
     quality: float = 5.0
@@ -102,11 +101,11 @@ def train_policy(
         features: (N, size) of the requests' prompts.
         losses: (N, arms) nats a token, of each request under each arm.
         layers: L.
-        weights: of reward and regularisation.
-        steps: of the optimizer, each on `BATCH` requests.
+        weights: factors of the reward and of the regularisation.
+        steps: optimizer steps, each on `BATCH` requests.
         lr: learning rate of Adam.
         samples: M.
-        seed: of requests and samples.
+        seed: determines the draws of requests and samples.
         points: number of progress entries.
         track: wraps the steps to show progress.
     """
@@ -151,11 +150,6 @@ def grpo_loss(
     kl = (log.exp() * (log - start(features).log_softmax(-1))).sum(-1)
     gain = (advantage.to(log) * log.gather(1, drawn)).mean(1)
     return (weights.kl * kl - gain - weights.entropy * _entropy(log)).mean()
-
-
-def random_entropy(arms: Sequence[int]) -> float:
-    """ln A, the entropy in nats of the uniform policy."""
-    return math.log(len(arms))
 
 
 def _entropy(log: Tensor) -> Tensor:

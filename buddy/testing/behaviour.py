@@ -111,7 +111,7 @@ def device(subject: Subject) -> str:
     real = torch.accelerator.is_available()
     target: Any = torch.accelerator.current_accelerator() if real else torch.device("meta")
     router = (subject.router() if real else subject.new_router()).to(target)
-    inputs = subject.inputs.map(lambda x: x.to(target)).at(subject.inputs.context.executed)
+    inputs = subject.inputs.to(target)
     try:
         with _RefuseMixedDevices():
             output = output_of(router, inputs)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from buddy.router import AnyRouter, Router
+from buddy.router import AnyRouter, Context, Router
 from buddy.testing.check import Failed, check
 from buddy.testing.subject import LENGTH, ROWS, Inputs, Subject, describe, output_of, raw_outputs, seeded
 
@@ -99,7 +100,7 @@ def finite(subject: Subject) -> str:
     router, inputs, depths, padding = subject.router(), subject.inputs, subject.depths, subject.inputs.copy()
     padding.context.pooled[:, 0] = 0.0
     cases = {f"K = {depth}": inputs.at(depth) for depth in depths}
-    cases["the large states of an attention sink"] = inputs.map(lambda x: SINK_SCALE * x)
+    cases["the large states of an attention sink"] = inputs.vary(lambda x: SINK_SCALE * x)
     cases["a pooled state of zeros, as padding has"] = padding
     for case, part in cases.items():
         try:
@@ -123,14 +124,14 @@ def repeatable(subject: Subject) -> str:
     router, inputs, given = subject.router(), subject.inputs, subject.inputs.copy()
     with torch.no_grad():
         raw_outputs(router, given)
-    for name in ("pooled", "newest", "hidden", "executed"):
-        if not torch.equal(getattr(given.context, name), getattr(inputs.context, name)):
-            raise Failed(f"{subject.method} changes context.{name} in place; work on a new tensor, as x = x + 1 does.")
+    for field in fields(Context):
+        if not torch.equal(getattr(given.context, field.name), getattr(inputs.context, field.name)):
+            raise Failed(f"score changes context.{field.name} in place; work on a new tensor, as x = x + 1 does.")
     if not torch.equal(given.arriving, inputs.arriving):
         raise Failed("gate changes the hidden state in place; work on a new tensor, as x = x + 1 does.")
     with seeded(0):
         first = output_of(router, inputs)
-    output_of(router, inputs.map(lambda x: x.flip(-1)))
+    output_of(router, inputs.vary(lambda x: x.flip(-1)))
     with seeded(1):
         again = output_of(router, inputs)
     if not torch.equal(first, again):
@@ -145,7 +146,7 @@ def repeatable(subject: Subject) -> str:
 def stable(subject: Subject) -> str:
     """Otherwise decoding would not follow the plans of training."""
     router, inputs, generator = subject.router(), subject.inputs, torch.Generator().manual_seed(0)
-    jittered = inputs.map(lambda x: x * (1 + JITTER * torch.randn(x.shape, generator=generator).to(x)))
+    jittered = inputs.vary(lambda x: x * (1 + JITTER * torch.randn(x.shape, generator=generator).to(x)))
     one, two = output_of(router, inputs), output_of(router, jittered)
     if isinstance(router, Router):
         same = (one.argsort(stable=True, descending=True) == two.argsort(stable=True, descending=True)).all(-1)

@@ -92,8 +92,7 @@ class Inputs:
 
     def __getitem__(self, index: tuple[int | slice, ...]) -> Inputs:
         """Some of the tokens, selected by the leading dimensions."""
-        parts = (getattr(self.context, field.name)[index] for field in fields(Context))
-        return Inputs(Context(*parts), self.arriving[(slice(None), *index)])
+        return Inputs(self.context[index], self.arriving[(slice(None), *index)])
 
     def at(self, executed: int | Tensor) -> Inputs:
         """The same tokens with another K, one for all or one for each."""
@@ -101,19 +100,27 @@ class Inputs:
         return replace(self, context=replace(self.context, executed=counts))
 
     def map(self, change: Callable[..., Tensor], *others: Inputs) -> Inputs:
-        """`change` applied to each floating-point tensor, and the same tensors of `others`."""
-        each = ((i.context.pooled, i.context.newest, i.context.hidden, i.arriving) for i in (self, *others))
-        pooled, newest, hidden, arriving = map(change, *each)
-        return Inputs(Context(pooled, newest, hidden, self.context.executed), arriving)
+        """`change` applied to each tensor, and the same tensors of `others`."""
+        each = (self, *others)
+        parts = {f.name: change(*(getattr(inputs.context, f.name) for inputs in each)) for f in fields(Context)}
+        return Inputs(Context(**parts), change(*(inputs.arriving for inputs in each)))
+
+    def vary(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """`change` applied to each floating-point tensor."""
+        return self.map(lambda x: change(x) if x.is_floating_point() else x)
 
     def blend(self, other: Inputs, where: Tensor) -> Inputs:
         """`other`, with its K, in place of the tokens where `where` (...) is true."""
-        blended = self.map(lambda mine, theirs: torch.where(where[..., None], theirs, mine), other)
-        return blended.at(torch.where(where, other.context.executed, self.context.executed))
+        wide = where[..., None]
+        return self.map(lambda x, y: torch.where(wide if x.is_floating_point() else where, y, x), other)
+
+    def to(self, device: torch.device) -> Inputs:
+        """A copy in contiguous tensors, as the engine's are, on a device."""
+        return self.map(lambda x: x.to(device, copy=True, memory_format=torch.contiguous_format))
 
     def copy(self) -> Inputs:
-        """A copy in contiguous tensors, as the engine's are."""
-        return self.map(lambda x: x.contiguous().clone()).at(self.context.executed.contiguous().clone())
+        """A copy on the same device."""
+        return self.to(self.arriving.device)
 
 
 def raw_outputs(router: AnyRouter, inputs: Inputs) -> list[Any]:

@@ -20,7 +20,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from buddy.console import Bar, errors
 from buddy.errors import TrainingError
 from buddy.io import write_bytes, writing
-from buddy.run_files import Stopwatch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")  # in a checkpoint
@@ -64,7 +63,7 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint up to date: every so many steps, and when the training ends or is stopped.
 
     Args:
-        path: of the checkpoint.
+        path: the checkpoint's file.
         every: steps from one save to the next.
     """
 
@@ -110,7 +109,7 @@ class ProgressLine(ProgressBar):
     Where that is no terminal, it is a plain line now and then.
 
     Args:
-        description: of the activity.
+        description: label of the line.
         metric: the name under which the objective is logged.
     """
 
@@ -185,18 +184,3 @@ def unusable(path: str | Path, reason: str) -> TrainingError:
         f"The checkpoint {path} is damaged or not one of Buddy's ({shorten(reason, 200, placeholder=' …')}); delete it "
         "and start anew, or name another as ckpt_path."
     )
-
-
-class SaveSeconds(Callback):
-    """Saves the time spent on a run now and then during training.
-
-    Args:
-        stopwatch: of the run.
-    """
-
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self._stopwatch = stopwatch
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.is_global_zero:
-            self._stopwatch.tick()

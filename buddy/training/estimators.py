@@ -57,7 +57,10 @@ class Batch:
         return (free.cumsum(0) - 1)[here][free[here]], int(free.sum())
 
     def weight(self, layers: int) -> float:
-        """What a mean over the rows below full depth counts, so that the mean over processes is that of the batch."""
+        """The factor, without unit, of this share's mean over its rows below full depth.
+
+        With it, the mean over processes is the mean over all such rows of the whole batch.
+        """
         here, all_of_them = self.rows_below(layers)
         if self.everyone is None or not all_of_them:
             return 1.0
@@ -136,41 +139,28 @@ class Perturbed:
         scores = _scores(routed, context)
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
         value = torch.zeros(len(batch.input_ids), device=scores.device)
-        free = (batch.executed < routed.geometry.layers).nonzero()[:, 0]  # at full depth there is only one plan
+        geometry, plans = routed.geometry, self.plans
+        free = (batch.executed < geometry.layers).nonzero()[:, 0]  # at full depth there is only one plan
         if not len(free):
             return Estimate(scores.sum() * 0.0, value, runs, context, dense)
-        part = replace(batch, input_ids=batch.input_ids[free], executed=batch.executed[free])
-        rows = batch.rows_below(routed.geometry.layers)
-        tried, plans = self._try(routed, part, scores.detach()[free], dense[free], targets[free], generator, rows)
-        value[free] = tried.mean((0, 2))
-        first, routable = routed.geometry.context_layer, routed.geometry.routable
-        direction = _direction(tried, plans[..., first : first + routable], self.sigma)
+        with torch.no_grad():
+            noise = self._noise(scores[free], generator, *batch.rows_below(geometry.layers))
+            ids, executed = batch.input_ids[free].repeat(plans, 1), batch.executed[free].repeat(plans)
+            tried = routed.plan((scores[free] + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
+            logits = routed(ids, runs=tried, logits_to_keep=batch.scored).logits.unflatten(0, (plans, -1))
+            tried = tried.unflatten(0, (plans, -1))[:, :, batch.scored]
+            expected, following = dense[free], targets[free]
+            losses = torch.stack([self.objective(expected, each, following) for each in logits])  # (M, B, S)
+            value[free] = losses.mean((0, 2))
+            first = geometry.context_layer
+            direction = _direction(losses, tried[..., first : first + geometry.routable], self.sigma)
         # A token that follows an earlier token's decision gives its credit to the scores of that token.
         credited = routed.held(scores, batch.prompt)[free][:, batch.scored]
-        loss = (direction * credited).sum(-1).mean() * batch.weight(routed.geometry.layers)
+        loss = (direction * credited).sum(-1).mean() * batch.weight(geometry.layers)
         return Estimate(loss, value, runs, context, dense)
 
-    @torch.no_grad()
-    def _try(
-        self,
-        routed: RoutedLM,
-        batch: Batch,
-        scores: Tensor,
-        dense: Dense,
-        targets: Tensor,
-        generator: torch.Generator,
-        numbers: tuple[Tensor, int],
-    ) -> tuple[Tensor, Tensor]:
-        """Objectives (M, B, S) of M plans and the plans themselves (M, B, S, L) bool; all in one forward."""
-        noise = self._noise(scores, generator, *numbers)
-        rows, executed = (x.repeat(self.plans, *[1] * (x.dim() - 1)) for x in (batch.input_ids, batch.executed))
-        runs = routed.plan((scores + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
-        logits = routed(rows, runs=runs, logits_to_keep=batch.scored).logits.unflatten(0, (self.plans, -1))
-        values = torch.stack([self.objective(dense, plan, targets) for plan in logits])
-        return values, runs.unflatten(0, (self.plans, -1))[:, :, batch.scored]
-
     def _noise(self, scores: Tensor, generator: torch.Generator, here: Tensor, rows: int) -> Tensor:
-        """(M, B, T, R) of unit variance, in antithetic pairs: the rows that are `here` of those of the whole batch."""
+        """(M, B, T, R) of unit variance, in antithetic pairs; `here` are the numbers of these rows among `rows`."""
         _, tokens, routable = scores.shape
         own = torch.randn(self.plans // 2, rows, tokens, routable, generator=generator)[:, here]
         common = torch.randn(self.plans // 2, rows, 1, routable, generator=generator)[:, here]
@@ -178,10 +168,13 @@ class Perturbed:
         return torch.stack([half, -half], 1).flatten(0, 1)
 
 
-def _direction(values: Tensor, runs: Tensor, sigma: float) -> Tensor:
-    """(B, S, R): the gradient for the scores. Rows are put on one scale, or deep budgets would have no weight."""
-    credit = values - values.mean(0)
-    credit = credit / (values.std(0).mean(-1, keepdim=True) + 1e-6)
+def _direction(losses: Tensor, runs: Tensor, sigma: float) -> Tensor:
+    """(B, S, R): the gradient for the scores, from losses (M, B, S) in nats and plans (M, B, S, R).
+
+    The losses of each row are divided by their spread over plans, or deep budgets would have no weight.
+    """
+    credit = losses - losses.mean(0)
+    credit = credit / (losses.std(0).mean(-1, keepdim=True) + 1e-6)
     runs = runs.to(credit)
     return NOISE_GAP / sigma * (credit[..., None] * (runs - runs.mean(0))).mean(0)
 
@@ -255,15 +248,14 @@ class Weighted:
 
 
 def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]:
-    """The router's context for every token, with the asked K; the dense distribution; the next tokens (B, S)."""
+    """The router's context for every token, with the K asked for; the dense distribution; the next tokens (B, S)."""
     if isinstance(routed.router, LayerwiseRouter):
         name = type(routed.router).__name__
         raise TrainingError(f"{name} decides layer by layer and has no scores; train it by the weights of its gates.")
     with torch.no_grad():
         output = routed(batch.input_ids, logits_to_keep=batch.scored)
-        seen = output.context
         executed = batch.executed[:, None].expand(batch.input_ids.shape)
-        context = Context(seen.pooled, seen.newest, seen.hidden, executed)
+        context = replace(output.context, executed=executed)
         return context, Dense(output.logits), batch.input_ids[:, batch.scored + 1]
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from buddy.backbone.adapter import Adapter
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.losses import Dense, Objective
@@ -17,19 +15,6 @@ from buddy.training.estimators import Batch, Estimator, Perturbed
 from buddy.training.module import BudgetModule
 
 IDENTITY = "healing"  # in a checkpoint
-
-
-@dataclass(frozen=True)
-class Joint:
-    """How the router is trained in the same steps.
-
-    Attributes:
-        estimator: turns plans into a loss for the router.
-        lr: of the router, times its own factors.
-    """
-
-    estimator: Estimator
-    lr: float
 
 
 class HealingModule(BudgetModule):
@@ -40,13 +25,14 @@ class HealingModule(BudgetModule):
     stock model, the adapter off. Dropout is the one draw that each process makes for itself.
 
     Args:
-        model: backbone, calibrated or trained router, and adapter.
+        model: backbone, calibrated or trained router, adapter, and bridges where they are used.
         budgets: fractions of the layers, or other budgets such as "22layers".
-        objective: by which outputs are judged; KL to the stock model by default.
+        objective: judges outputs; KL to the stock model by default.
         identity: settings that a checkpoint must have been made with to be resumed, by the names to show.
-        checkpoint: its path, for messages.
-        joint: how the router is trained in the same steps; None leaves it as it is.
-        prompt, lr, warmup_steps, weight_decay, seed: as for `BudgetModule`.
+        estimator: turns plans into a loss for the router, which is trained in the same steps; None leaves it as it is.
+        router_lr: learning rate of the router, which its parameter groups multiply by their scales.
+        train_bridges: train the model's bridges in the same steps, at the adapter's rate.
+        options: prompt, lr, warmup_steps, weight_decay and seed of `BudgetModule`.
     """
 
     prefix, activity, advice = "heal", "Healing", ""
@@ -57,45 +43,31 @@ class HealingModule(BudgetModule):
         *,
         budgets: Sequence[float | str],
         objective: Objective | None = None,
-        prompt: int | None = None,
-        lr: float = 1e-3,
-        warmup_steps: int = 20,
-        weight_decay: float = 0.0,
-        seed: int = 0,
         identity: Mapping[str, str] | None = None,
-        checkpoint: str = "healing.ckpt",
-        joint: Joint | None = None,
+        estimator: Estimator | None = None,
+        router_lr: float = 0.0,
+        train_bridges: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            model,
-            budgets=budgets,
-            prompt=prompt,
-            lr=lr,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            seed=seed,
-        )
+        super().__init__(model, budgets=budgets, **options)
         self.parts = model.adapter.parts
-        self.router = model.router if joint else None
-        self.objective, self.joint = objective or Objective(), joint
-        self.identity, self.checkpoint = dict(identity or {}), checkpoint
-
-    @property
-    def adapter(self) -> Adapter:
-        """What is trained."""
-        return self.model.adapter
+        self.router = model.router if estimator else None
+        self.bridges = model.bridges.trainable() if train_bridges and model.bridges is not None else None
+        self.objective, self.estimator, self.router_lr = objective or Objective(), estimator, router_lr
+        self.identity = dict(identity or {})
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """The adapter, and the router's own groups where it is trained too."""
-        router = self.router.parameter_groups() if self.joint else []
-        rates = [(group["params"], self.joint.lr * group["scale"]) for group in router]
-        return [(self.adapter.parameters(), self.settings["lr"]), *rates]
+        """Adapter and trained bridges, and the router's own groups where it is trained too."""
+        router = self.router.parameter_groups() if self.estimator else []
+        rates = [(group["params"], self.router_lr * group["scale"]) for group in router]
+        bridges = [] if self.bridges is None else list(self.bridges.parameters())
+        return [([*self.model.adapter.parameters(), *bridges], self.settings["lr"]), *rates]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""
         prepared, generator = self._batch(batch, batch_idx, self.grid)
         torch.manual_seed(self._draw_seed + self.global_rank)  # for dropout, which takes no generator
-        loss, value = self._joint(prepared, generator) if self.joint else self._healing(prepared)
+        loss, value = self._joint(prepared, generator) if self.estimator else self._healing(prepared)
         self._require_finite("loss", loss.detach(), value)
         self._log(value, prepared.executed)
         # The factors of a layer that no row runs have no gradient, and processes side by side wait for each of them.
@@ -106,13 +78,17 @@ class HealingModule(BudgetModule):
         checkpoint[IDENTITY] = self.identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another healing."""
-        wrong, made = self.differing_weights(checkpoint), checkpoint.get(IDENTITY, {})
+        """Refuse a checkpoint of another healing.
+
+        Raises:
+            TrainingError: it was made with other settings, or of another adapter.
+        """
+        made = checkpoint.get(IDENTITY, {})
         differing = [name for name, value in self.identity.items() if made.get(name) != value]
-        if wrong or differing:
+        if differing:
             raise TrainingError(
-                f"The checkpoint {self.checkpoint} is of another healing (it differs in "
-                f"{', '.join(differing or wrong[:3])}); delete it, and repeat."
+                f"The checkpoint {self.trainer.ckpt_path} is of another healing (it differs in "
+                f"{', '.join(differing)}); delete it, and repeat."
             )
         super().on_load_checkpoint(checkpoint)
 
@@ -128,8 +104,8 @@ class HealingModule(BudgetModule):
 
     def _joint(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The same with the router's own loss, where the estimator's does not reach the adapter by itself."""
-        estimate = self.joint.estimator(self.model, batch, generator)
-        if not isinstance(self.joint.estimator, Perturbed):
+        estimate = self.estimator(self.model, batch, generator)
+        if not isinstance(self.estimator, Perturbed):
             return estimate.loss, estimate.objective
         loss, value = self._healing(batch, estimate.runs, estimate.dense)
         return loss + estimate.loss, value

@@ -9,24 +9,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from buddy.calibration.probe import CalibrationProbe
-from buddy.console import quiet
-from buddy.data.module import WindowBatches, Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.io import cache_folder
 from buddy.losses import Objective, draw_budgets
-from buddy.router import Context
-from buddy.scoring.perplexity import Reference, Row, Scores, keys_of, measure, scores_from
-from buddy.training.callbacks import ProgressLine
+from buddy.metrics.perplexity import Reference, Row, Scores, keys_of, measure, scores_from
 from buddy.training.estimators import Batch, Estimate, Estimator, estimator_for
 
 if TYPE_CHECKING:
@@ -55,14 +51,15 @@ class BudgetModule(LightningModule):
         budgets: fractions of the layers, or other budgets such as "22layers"; "auto" is for test alone.
         prompt: tokens of each window that are read, not scored; a quarter of the window by default.
         lr, warmup_steps, weight_decay: AdamW with linear warm-up, then cosine to a tenth of the rate.
-        seed: of all random draws; with a micro-batch's number it determines them.
+        seed: determines all random draws, together with the number of the micro-batch.
         reference: shares the dense model's results with the tests of other routers on the same windows.
 
     Attributes:
-        rows: after test, one `Row` for each window and budget, of all processes.
-        scores: after test, `Scores` for each budget.
+        model: backbone and router.
+        scores: `Scores` of the last validation or test, one for each budget.
     """
 
+    model: RoutedLM
     prefix: ClassVar[str]  # of the names under which training logs
     activity: ClassVar[str]  # in messages
     advice: ClassVar[str]  # against losses that are not finite
@@ -72,28 +69,23 @@ class BudgetModule(LightningModule):
         model: RoutedLM,
         *,
         budgets: Sequence[float | str],
-        prompt: int | None,
         lr: float,
-        warmup_steps: int,
-        weight_decay: float,
-        seed: int,
+        prompt: int | None = None,
+        warmup_steps: int = 20,
+        weight_decay: float = 0.0,
+        seed: int = 0,
         reference: Reference | None = None,
     ) -> None:
         super().__init__()
-        self._held = (model,)  # in a tuple: the model stays out of this module's state and modes
+        object.__setattr__(self, "model", model)  # not as a submodule: it stays out of this module's state and modes
         self.keys = keys_of(model, budgets)
         self.prompt, self.seed = prompt, seed
         self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
         self.grid = [key for key in self.keys.values() if isinstance(key, int)]
-        self.train_means, self.val_kl, self.val_loss = (self._metrics() for _ in range(3))
+        self.train_means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
         self._reference, self._val_reference = reference or Reference(most=0), Reference(VALIDATION_STATES)
-        self.rows: list[Row] = []
+        self._rows: list[Row] = []  # of the windows that this process has measured in a validation or test
         self.scores: list[Scores] = []
-
-    @property
-    def model(self) -> RoutedLM:
-        """Backbone and router."""
-        return self._held[0]
 
     @property
     def below(self) -> list[int]:
@@ -142,62 +134,49 @@ class BudgetModule(LightningModule):
 
         Where a gradient scaler is at work, it skips such a step by itself and lowers its scale.
         """
-        by_value = gradient_clip_algorithm == "value"
-        parameters = [parameter for params, _ in self.groups() for parameter in params]
-        norm = nn.utils.clip_grad_norm_(
-            parameters, math.inf if by_value or not gradient_clip_val else gradient_clip_val
-        )
+        gradients = [p.grad for params, _ in self.groups() for p in params if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             self._require_finite("gradient", norm)
-        if by_value:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log(f"{self.prefix}/gradient_norm", norm)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the windows of a batch at every budget."""
-        for row in self._measured(batch, batch_idx, list(dict.fromkeys(self.grid)), self._val_reference):
-            for metric, value in ((self.val_kl, row.kl), (self.val_loss, row.loss)):
-                metric[str(row.key)].update(value / row.tokens, row.tokens if row.window >= 0 else 0)
+        self._measure(batch, list(dict.fromkeys(self.grid)), self._val_reference)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what was measured, over all processes."""
-        kl, loss = ({k: metric.compute() for k, metric in part.items()} for part in (self.val_kl, self.val_loss))
-        for part in (self.val_kl, self.val_loss):
-            for metric in part.values():
-                metric.reset()
-        self._log_scores("val", {b: (kl[str(k)], loss[str(k)]) for b, k in self.keys.items() if str(k) in kl})
-
-    def on_test_epoch_start(self) -> None:
-        self.rows, self.scores = [], []
+        """Score the rows of all processes, and log the scores."""
+        self._score("val", {budget: key for budget, key in self.keys.items() if isinstance(key, int)})
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure the windows of a batch at every budget; the rows are kept."""
-        rows = self._measured(batch, batch_idx, list(dict.fromkeys(self.keys.values())), self._reference)
-        self.rows += [row for row in rows if row.window >= 0]  # the others fill up, so that processes stay together
+        """As `validation_step`, with the budgets "auto" too."""
+        self._measure(batch, list(dict.fromkeys(self.keys.values())), self._reference)
 
     def on_test_epoch_end(self) -> None:
-        """Bring the rows of all processes together and add them up in the order of windows."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, self.rows)
-            self.rows = [row for part in parts for row in part]
-        self.scores = scores_from(self.rows, self.keys)
-        means = {s.budget: (s.mean_kl, s.loss.sum() / s.tokens.sum()) for s in self.scores}
-        self._log_scores("test", {b: (torch.tensor(kl), torch.tensor(loss)) for b, (kl, loss) in means.items()})
+        """Score the rows of all processes, and log the scores."""
+        self._score("test", self.keys)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The rates given to this module hold, not those saved with the optimizer; where they are the same, nothing
-        changes."""
+        """Refuse a checkpoint of other weights; this module's rates replace those saved with the optimizer.
+
+        Raises:
+            TrainingError: a tensor is missing, unknown, or of another shape.
+        """
+        held, given = (
+            {k: v.shape for k, v in state.items()} for state in (self.state_dict(), checkpoint["state_dict"])
+        )
+        wrong = sorted({k for k in {**held, **given} if held.get(k) != given.get(k)})
+        if wrong:
+            raise TrainingError(
+                f"The checkpoint is of another router or adapter (it differs in {', '.join(wrong[:3])}); give "
+                "ckpt_path a checkpoint of this recipe, or leave it out."
+            )
         scheduler, groups = checkpoint["lr_schedulers"][0], checkpoint["optimizer_states"][0]["param_groups"]
         scheduler["base_lrs"] = [rate for _, rate in self.groups()]
         factor = self._factor(scheduler["last_epoch"])
         for group, rate in zip(groups, scheduler["base_lrs"], strict=True):
             group |= {"initial_lr": rate, "lr": rate * factor, "weight_decay": self.settings["weight_decay"]}
-
-    def differing_weights(self, checkpoint: dict[str, Any]) -> list[str]:
-        """Names of what a checkpoint has, lacks, or has in another shape, against this module's state."""
-        held, given = self.state_dict(), checkpoint["state_dict"]
-        return sorted({*held} ^ {*given} | {k for k in {*held} & {*given} if held[k].shape != given[k].shape})
 
     def _batch(self, batch: Any, batch_idx: int, grid: Sequence[int]) -> tuple[Batch, torch.Generator]:
         """A training batch with budgets drawn from the grid, and the generator for all further draws of its step.
@@ -223,42 +202,52 @@ class BudgetModule(LightningModule):
             raise TrainingError(f"prompt is {prompt}, but windows have {ids.shape[1]} tokens; make it smaller.")
         return prompt
 
-    def _measured(self, batch: Any, batch_idx: int, keys: Sequence[int | str], reference: Reference) -> list[Row]:
-        """Rows of a batch, in the numeric precision of the weights; the window is −1 in batches that only fill up."""
+    def _measure(self, batch: Any, keys: Sequence[int | str], reference: Reference) -> None:
+        """Add the rows of a batch, measured in the precision of the weights."""
         ids = _token_ids(batch)
         if isinstance(batch, Mapping) and "window" in batch:
             windows, documents = batch["window"].tolist(), batch["document"].tolist()
         else:
-            first = (batch_idx * self.trainer.world_size + self.global_rank) * len(ids)
-            windows = documents = list(range(first, first + len(ids)))
+            before = len({row.window for row in self._rows})
+            world = self.trainer.world_size
+            windows = documents = [(before + row) * world + self.global_rank for row in range(len(ids))]
         # Caches of the model outlive this block, and tensors of inference mode could not be trained with.
         with torch.inference_mode(False), torch.autocast(ids.device.type, enabled=False):
             prompt, ids = self._prompt(ids), ids.clone()
-            return measure(self.model, ids, windows, documents, keys, prompt=prompt, reference=reference)
+            rows = measure(self.model, ids, windows, documents, keys, prompt=prompt, reference=reference)
+        self._rows += [row for row in rows if row.window >= 0]  # the others fill up, so that processes stay together
 
-    def _log_scores(self, stage: str, found: Mapping[float | str, tuple[Tensor, Tensor]]) -> None:
-        """Log KL and cross-entropy for each budget, and their means over the budgets below full depth."""
-        values: dict[str, Tensor] = {}
-        for budget, (kl, loss) in found.items():
-            names = (f"{stage}/kl/{budget}", f"{stage}/loss/{budget}", f"{stage}/perplexity/{budget}")
-            values |= dict(zip(names, (kl, loss, loss.exp()), strict=True))
-        below = {self.keys[budget]: pair for budget, pair in found.items() if self.keys[budget] in self.below}
+    def _score(self, stage: str, keys: Mapping[float | str, int | str]) -> None:
+        """Gather the rows of all processes, add them up in the order of windows, and log the scores."""
+        rows, self._rows = self._rows, []
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, rows)
+            rows = [row for part in parts for row in part]
+        self.scores = scores_from(rows, keys)
+        values, below = {}, {}
+        for each in self.scores:
+            values[f"{stage}/kl/{each.budget}"] = each.mean_kl
+            values[f"{stage}/loss/{each.budget}"] = each.mean_loss
+            values[f"{stage}/perplexity/{each.budget}"] = each.perplexity
+            if keys[each.budget] in self.below:
+                below[keys[each.budget]] = each
         if below:
-            kl, loss = (torch.stack(part).mean() for part in zip(*below.values(), strict=True))
-            values |= {f"{stage}/kl": kl, f"{stage}/loss": loss}
+            values[f"{stage}/kl"] = mean(each.mean_kl for each in below.values())
+            values[f"{stage}/loss"] = mean(each.mean_loss for each in below.values())
         self.log_dict(values, sync_dist=True)
 
     def _log_means(self, objective: Tensor, executed: Tensor) -> None:
         """Gather the objective (B,) by budget, and log the means since the last time when logging is due."""
-        for k, mean in self.train_means.items():
-            mean.update(objective, (executed == int(k)).float())
+        for k, metric in self.train_means.items():
+            metric.update(objective, (executed == int(k)).float())
         if (self.global_step + 1) % self.trainer.log_every_n_steps:
             return
-        for k, mean in self.train_means.items():
-            value = mean.compute()
+        for k, metric in self.train_means.items():
+            value = metric.compute()
             if not value.isnan():  # drawn for no row
                 self.log(f"{self.prefix}/objective_{k}_layers", value)
-            mean.reset()
+            metric.reset()
 
     def _factor(self, step: int) -> float:
         total = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
@@ -271,9 +260,6 @@ class BudgetModule(LightningModule):
             raise NotFinite(
                 f"{self.activity} stopped at step {self.global_step + 1} because the {what} is not finite{self.advice}"
             )
-
-    def _metrics(self) -> nn.ModuleDict:
-        return nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
 
 
 class RoutingModule(BudgetModule):
@@ -288,7 +274,7 @@ class RoutingModule(BudgetModule):
             is another: all plans are the same there, and nothing could be learned.
         estimator: turns windows and budgets into a loss for the router; a name of group `buddy.estimators`, or an
             `Estimator`. Layerwise routers have one of their own.
-        objective: by which plans are judged; KL to the dense model by default.
+        objective: judges plans; KL to the dense model by default.
         prompt, lr, warmup_steps, weight_decay, seed, reference: as for `BudgetModule`.
     """
 
@@ -308,45 +294,28 @@ class RoutingModule(BudgetModule):
         seed: int = 0,
         reference: Reference | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            budgets=budgets,
-            prompt=prompt,
-            lr=lr,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            seed=seed,
-            reference=reference,
-        )
-        self.strict_loading = False  # the backbone is in no checkpoint; `on_load_checkpoint` is strict for the rest
+        optimizer: dict[str, Any] = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
+        super().__init__(model, budgets=budgets, prompt=prompt, seed=seed, reference=reference, **optimizer)
         self.router = model.router
         self.start = copy.deepcopy(model.router).requires_grad_(False)
-        self.objective, self._estimator = objective or Objective(), estimator
+        self.objective = objective or Objective()
+        if isinstance(estimator, str):
+            estimator = estimator_for(model.router, estimator, self.objective, {})
+        self.estimator = estimator
         self.calibrated = False
-
-    @cached_property
-    def estimator(self) -> Estimator:
-        """What turns windows and budgets into a loss."""
-        if isinstance(self._estimator, str):
-            return estimator_for(self.router, self._estimator, self.objective, {})
-        return self._estimator
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """The router's own groups, each with its factor on the learning rate."""
         return [(group["params"], self.settings["lr"] * group["scale"]) for group in self.router.parameter_groups()]
 
-    def calibrate(self, source: TextData | CalibrationProbe) -> None:
-        """Let the router measure what it needs; its buffers are set in place.
-
-        Args:
-            source: the text, set up, whose calibration windows are measured; or a probe, which several routers of one
-                recipe may share.
-        """
-        probe = source if isinstance(source, CalibrationProbe) else self._probe(source)
-        probe.serve(self.model, self.grid)
-        probe.seed = self.seed
+    def calibrate(self, data: TextData) -> None:
+        """Let the router measure what it needs, on the calibration windows of a text, set up; its buffers change."""
+        windows = data.calibration.input_ids
+        # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
+        size = 1 if self.model.backbone.device.type == "cpu" else data.batch_size
+        prompt, store = self._prompt(windows), cache_folder("calibration")
+        probe = CalibrationProbe(self.model, windows, size, asked=self.grid, seed=self.seed, prompt=prompt, store=store)
         self.router.calibrate(probe)
-        probe.release()
         self.mark_calibrated()
 
     def mark_calibrated(self) -> None:
@@ -398,23 +367,9 @@ class RoutingModule(BudgetModule):
         checkpoint["calibrated"] = self.calibrated
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another router, which `strict_loading = False` would let pass."""
-        wrong = self.differing_weights(checkpoint)
-        if wrong:
-            raise TrainingError(
-                f"The checkpoint is of another router (it differs in {', '.join(wrong[:3])}); give ckpt_path a "
-                "checkpoint of this recipe, or leave it out."
-            )
-        self.calibrated = checkpoint.get("calibrated", True)  # those of version 0.1 do not say so
+        """As `BudgetModule.on_load_checkpoint`."""
         super().on_load_checkpoint(checkpoint)
-
-    def _probe(self, data: TextData) -> CalibrationProbe:
-        # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
-        size = 1 if self.model.backbone.device.type == "cpu" else data.batch_size
-        windows = data.calibration.input_ids
-        return CalibrationProbe(
-            self.model, windows, size, prompt=self._prompt(windows), store=cache_folder("calibration")
-        )
+        self.calibrated = checkpoint.get("calibrated", True)  # those of version 0.1 do not say so
 
     @torch.no_grad()
     def _log(self, estimate: Estimate, batch: Batch) -> None:
@@ -432,58 +387,10 @@ class RoutingModule(BudgetModule):
         changed = (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean()
         self.log("train/changed_plans", changed, sync_dist=True)
         if estimate.context is not None:  # the plans of a layerwise router need a forward of their own
-            start = self._start_runs(estimate.context, batch)[free]
+            start = self.model.plan(self.start.score(estimate.context), batch.executed, batch.prompt)[free]
             moved = torch.stack([(runs & ~start).sum(), runs.sum()]).float()
             moved, ran = self.trainer.strategy.reduce(moved, reduce_op="sum")
             self.log("train/moved_layers", moved / ran)
-
-    def _start_runs(self, context: Context, batch: Batch) -> Tensor:
-        """(B, T, L) bool: the plans before training."""
-        return self.model.plan(self.start.score(context), batch.executed, batch.prompt)
-
-
-def evaluate(
-    model: RoutedLM,
-    windows: Windows,
-    budgets: Sequence[float | str],
-    *,
-    prompt: int,
-    batch_size: int = 4,
-    reference: Reference | None = None,
-    description: str | None = None,
-) -> list[Scores]:
-    """Scores of the model's router at each budget, by `Trainer.test`.
-
-    Processes that are together share the batches out and all get all scores: bit-identical to those of one process
-    with the same batches, because sums are taken in the order of the windows.
-
-    Args:
-        model: model and router, the same in all processes.
-        windows: held-out text.
-        budgets: fractions, each of which becomes K layers; or "auto", which chooses K for each window from its prompt.
-        prompt: tokens of each window that are not scored.
-        batch_size: windows per forward.
-        reference: keeps what all routers share, where several are evaluated on the same windows in the same way.
-        description: of the progress line; None shows none.
-
-    Raises:
-        BudgetError: a budget out of range, or "auto" without a budget predictor.
-    """
-    module = RoutingModule(model, budgets=budgets, prompt=prompt, reference=reference)
-    device = model.backbone.device
-    with quiet():
-        trainer = Trainer(
-            accelerator=device.type,
-            devices=[device.index] if device.index is not None else 1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=description is not None,
-            enable_model_summary=False,
-            inference_mode=False,
-            callbacks=[] if description is None else [ProgressLine(description)],
-        )
-        trainer.test(module, WindowBatches(windows, batch_size), verbose=False)
-    return module.scores
 
 
 def _token_ids(batch: Any) -> Tensor:

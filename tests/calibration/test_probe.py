@@ -206,13 +206,6 @@ def test_states_are_kept_at_as_many_layers_as_fit(plans, room):
         assert len({plan[:end] for plan in plans for end in ends}) > room
 
 
-def test_the_memory_for_states_is_bounded_and_shared_by_the_batches():
-    size, fit = 1 << 20, measures.states_that_fit
-    assert 0 < fit(size, WINDOWS.device, 1) <= measures.MAX_CACHE >> 20
-    assert fit(size, WINDOWS.device, 4) == fit(size, WINDOWS.device, 1) // 4
-    assert fit(measures.MAX_CACHE + 1, WINDOWS.device, 1) == 0
-
-
 def test_a_round_of_kl_runs_the_dense_model_once():
     model = routed()
     measured, called = probe(model, WINDOWS[:2]), count_calls(model)

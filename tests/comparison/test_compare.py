@@ -83,20 +83,18 @@ def stamps(folder: Path, router: str = "*") -> dict[Path, int]:
 
 def test_routers_that_depend_on_a_seed_have_all_seeds_and_the_others_one(whole, comparison):
     assert [*comparison.routers.index] == LABELS
-    assert {label: len(comparison.fits.loc[label]) for label in LABELS} == {
-        label: 2 if label in SEEDED else 1 for label in LABELS
-    }
+    for label in LABELS:
+        assert len(comparison.fits.loc[label]) == (2 if label in SEEDED else 1)
     assert len(router_files(whole)) == 8
 
 
-def test_each_run_is_an_ordinary_one_and_only_seed_and_router_differ(whole):
+def test_only_seed_and_router_differ_between_runs(whole):
     recipes = {name: read_run(path.parent).recipe for name, path in router_files(whole).items()}
     assert {name: recipe.seed for name, recipe in recipes.items()} == {name: int(name[-1]) for name in recipes}
     assert {recipe.data_seed for recipe in recipes.values()} == {0}
     assert len({json.dumps(vars(recipe.data)) for recipe in recipes.values()}) == 1
-    windows = {read_json(path.parent / "metrics.json")["windows"] for path in router_files(whole).values()}
-    assert len(windows) == 1
-    assert None not in windows
+    (windows,) = {read_json(path.parent / "metrics.json")["windows"] for path in router_files(whole).values()}
+    assert windows
 
 
 def test_seeds_draw_weights_and_orders_and_nothing_of_the_text(whole, comparison):
@@ -193,17 +191,11 @@ def test_an_interrupted_comparison_resumes(whole, ask, tmp_path, evaluations):
     assert_same_routers(whole, tmp_path, ("buddy/seed-0", "buddy/seed-1", "shortgpt/seed-0"))
 
 
-def test_another_text_by_the_same_name_and_a_damaged_evaluation_are_measured_anew(again, ask, evaluations):
-    options = {"routers": "shortgpt"}
-    path = again / "shortgpt" / "seed-0" / "evaluations" / "other.json"
-    documents = read_json(path)["documents"]
-    path.write_text(path.read_text()[:100])
-    assert compare(ask(again, **options)) == 0
-    assert len(evaluations) == 1
-    assert read_json(path)["documents"] == documents
-    (again / "new").mkdir()
-    assert compare(ask(again, texts=str(write_text(again / "new" / "other.jsonl", 40, seed=6)), **options)) == 0
-    assert len(evaluations) == 2
+def test_another_text_by_the_same_name_is_measured_anew(again, ask, evaluations, tmp_path):
+    text = write_text(tmp_path / "other.jsonl", 40, seed=6)
+    for _ in range(2):
+        assert compare(ask(again, texts=str(text), routers="shortgpt")) == 0
+        assert len(evaluations) == 1
 
 
 def test_what_is_complete_is_compared_without_fitting(again, ask, tmp_path, capsys):
@@ -242,8 +234,7 @@ def test_a_router_has_overrides_of_its_own(ask, tmp_path):
     run = read_run(tmp_path / "buddy_hidden=8,optimizer.lr=0.2" / "seed-0")
     assert (run.recipe.optimizer.lr, run.recipe.router.options["hidden"]) == (0.2, 8)
     before = stamps(tmp_path)
-    rates = ("optimizer.lr=0.3", "optimizer.lr_by_router.buddy=0.2")  # as Buddy 0.1 spelt it
-    assert compare(ask(tmp_path, *rates, **options)) == 0
+    assert compare(ask(tmp_path, "optimizer.lr=0.3", **options)) == 0
     assert stamps(tmp_path) == before, "reused"
 
 
@@ -341,9 +332,7 @@ def test_what_cannot_be_reused_is_refused(ask, whole, tmp_path, overrides, train
         ({"routers": "nowhere_module:Odd,full"}, [], RegistryError, "nowhere_module:Odd"),
         ({"routers": "buddy[hiden=3],full"}, [], RegistryError, r"router\.options\.hiden"),
         ({"routers": "buddy[hidden=0]"}, [], RegistryError, "hidden"),
-        ({"seeds": 0}, [], BuddyError, "--seeds"),
         ({"seeds": 3}, ["seed=4294967294"], BuddyError, "4294967294"),
-        ({"jobs": 0}, [], BuddyError, "--jobs"),
         ({"texts": "nowhere.txt"}, [], BuddyError, r"nowhere\.txt"),
         ({}, ["trainer.devices=2"], BuddyError, r"trainer\.devices"),
         ({}, ["ckpt_path=x.ckpt"], BuddyError, "ckpt_path"),

@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from buddy.compare import texts_of
 from buddy.config import load_recipe
 from buddy.data.module import TextData
 from buddy.errors import DataError
 from buddy.schema import DataSection, Recipe
-from buddy.worker import Text, read_windows
+from buddy.worker import Text, read_windows, texts_of
 from tests.small import write_text
 from tests.tiny import tiny_tokenizer
 

@@ -1,7 +1,7 @@
 """Random uses of the engine against brute force: `python -m tests.engine.fuzz --cases 2000`.
 
-A case draws a family, a policy, a batch with or without padding, budgets, ways of planning and a course of forwards:
-chunked prefill, decode, crops and reorders. Every logit must agree with full recomputation.
+A case draws a family, a policy, a batch with or without padding, budgets, ways of planning, bridges or none, and a
+course of forwards: chunked prefill, decode, crops and reorders. Every logit must agree with full recomputation.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from buddy.engine.model import RoutedLM, geometry_of
-from tests.engine.reference import Fickle, FickleGates, reference_logits
+from tests.engine.reference import Fickle, FickleGates, random_bridges, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone
 
 SLIDING = ("mistral-sliding", "gemma2", "gemma3")
@@ -31,6 +31,7 @@ class Case:
     router: type[Fickle] | type[FickleGates]
     scope: str
     course: list[tuple[str, int]]
+    bridges: bool = False
 
 
 def draw(seed: int) -> Case:
@@ -56,6 +57,7 @@ def draw(seed: int) -> Case:
         kinds = ["forward"] * 6 + ["reorder"] + ["crop"] * croppable
         kind = rng.choice(kinds)
         case.course.append((kind, rng.choice([1, 1, 1, 1, 4]) if kind == "forward" else rng.randint(1, 3)))
+    case.bridges = rng.random() < 0.5
     return case
 
 
@@ -68,6 +70,7 @@ def worst(case: Case) -> float:
     router = case.router(geometry, case.seed)
     router.scope = case.scope
     routed = RoutedLM(backbone, router, **options)
+    routed.bridge(random_bridges(geometry, case.seed) if case.bridges else None)
     stock = tiny_backbone(case.family).model
     generator = torch.Generator().manual_seed(case.seed)
     ids, logits, runs = torch.zeros(case.batch, 0, dtype=torch.long), [], []
@@ -82,7 +85,7 @@ def worst(case: Case) -> float:
             logits.append(output.logits)
             runs.append(plan)
             continue
-        difference = max(difference, _compare(stock, case, ids, logits, runs))
+        difference = max(difference, _compare(stock, case, ids, logits, runs, routed.bridges))
         whole, plan = torch.cat(logits, 1), torch.cat(runs, 1)
         if kind == "crop":
             amount = min(amount, ids.shape[1] - 1 - max(case.padding))
@@ -94,7 +97,7 @@ def worst(case: Case) -> float:
             ids, whole, plan = ids[rows], whole[rows], plan[rows]
             case.padding = [case.padding[row] for row in rows]
         logits, runs = [whole], [plan]
-    return max(difference, _compare(stock, case, ids, logits, runs))
+    return max(difference, _compare(stock, case, ids, logits, runs, routed.bridges))
 
 
 def _mask(length: int, padding: list[int]) -> Tensor | None:
@@ -117,9 +120,9 @@ def _forward(routed, ids, amount, padding, cache, executed):
     return output, record.runs[0]
 
 
-def _compare(stock, case: Case, ids, logits, runs) -> float:
+def _compare(stock, case: Case, ids, logits, runs, bridges) -> float:
     mask = _mask(ids.shape[1], case.padding)
-    expected = reference_logits(stock, ids, torch.cat(runs, 1), mask, case.options["policy"])
+    expected = reference_logits(stock, ids, torch.cat(runs, 1), mask, case.options["policy"], bridges)
     difference = (torch.cat(logits, 1) - expected).abs()
     if mask is not None:
         difference = difference[mask.bool()]

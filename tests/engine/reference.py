@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from buddy import Context, Geometry, LayerwiseRouter, Router
+from buddy.engine.bridges import Bridges
 
 
 class _Zeroing(DynamicCache):
@@ -32,15 +33,20 @@ def _without_holes(mask: Tensor | None, runs: Tensor, eager: bool) -> Tensor:
 
 @torch.no_grad()
 def reference_logits(
-    model: PreTrainedModel, input_ids: Tensor, runs: Tensor, mask: Tensor | None = None, policy: str = "fill"
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    runs: Tensor,
+    mask: Tensor | None = None,
+    policy: str = "fill",
+    bridges: Bridges | None = None,
 ) -> Tensor:
-    """Logits (B, T, V) of a stock model under plan `runs` (B, T, L): h ← h + m · (F(h) − h)."""
+    """Logits (B, T, V) of a stock model under plan `runs` (B, T, L): h ← m · F(h) + (1 − m) · bridge(h)."""
     eager = model.config._attn_implementation == "eager"
 
     def choose(index: int):
         def hook(_, args, kwargs, output):
             hidden = args[0] if args else kwargs["hidden_states"]
-            return torch.where(runs[..., index, None], output, hidden)
+            return torch.where(runs[..., index, None], output, bridged(bridges, index, hidden))
 
         return hook
 
@@ -64,6 +70,28 @@ def reference_logits(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def bridged(bridges: Bridges | None, layer: int, hidden: Tensor) -> Tensor:
+    """The state after a skipped layer: h + U · V · LN(h) + b, by its definition."""
+    if bridges is None or not bridges.fitted[layer]:
+        return hidden
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return hidden + normed @ (bridges.up[layer] @ bridges.down[layer]).T + bridges.bias[layer]
+
+
+def random_bridges(geometry: Geometry, seed: int, rank: int = 4) -> Bridges:
+    """Random bridges, strong enough to show in the logits, on about two of three routable layers."""
+    generator, bridges = torch.Generator().manual_seed(seed), Bridges(geometry, rank)
+    width, first = geometry.hidden, geometry.context_layer
+    for layer in range(first, first + geometry.routable):
+        down, up, bias = (
+            torch.randn(*shape, generator=generator) for shape in ((rank, width), (width, rank), (width,))
+        )
+        if torch.rand((), generator=generator) < 2 / 3:
+            bridges.set(layer, 0.1 * down, 0.1 * up, 0.1 * bias)
+    return bridges.freeze(torch.float32)
 
 
 def arriving_states(model: PreTrainedModel, input_ids: Tensor, runs: Tensor, *rest) -> tuple[Tensor, list[Tensor]]:

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from buddy.config import flatten
+from buddy.metrics.perplexity import Scores, with_documents
 from buddy.schema import Recipe
-from buddy.scoring.perplexity import Scores, with_documents
 
 LAYERS = 8
 BUDGETS = {1.0: 8, 0.75: 6, 0.5: 4}

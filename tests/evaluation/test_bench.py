@@ -9,7 +9,7 @@ from PIL import Image
 
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.evaluation.bench import bench_run
-from buddy.scoring.timing import PROMPT, STEPS, Contender, cache_bytes, contenders, race
+from buddy.metrics.timing import PROMPT, STEPS, Contender, cache_bytes, contenders, race
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 
@@ -102,7 +102,7 @@ def run(finished, tmp_path):
 @pytest.fixture
 def bench(run, monkeypatch):
     """The bench of a finished tiny run, with short prompts."""
-    for module in ("buddy.evaluation.bench", "buddy.scoring.timing"):
+    for module in ("buddy.evaluation.bench", "buddy.metrics.timing"):
         monkeypatch.setattr(f"{module}.PROMPT", 16)
         monkeypatch.setattr(f"{module}.STEPS", 4)
     monkeypatch.setattr("buddy.evaluation.bench.LONG", 32)

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.scoring.perplexity import Scores
-from buddy.training.module import evaluate
+from buddy.evaluation.evaluate import evaluate
+from buddy.metrics.perplexity import Scores
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import tiny_backbone, tiny_model
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from buddy.config import flatten, load_recipe
 from buddy.errors import RunError
 from buddy.evaluation.record import join, read_record, shown_command, write_record
 from buddy.evaluation.report import show_files
@@ -12,6 +13,7 @@ from buddy.evaluation.results import Results
 from buddy.evaluation.tables import all_tables
 from tests.evaluation import made
 
+STORED = Path(__file__).parents[2] / "docs" / "comparison" / "comparison.json"  # made by 0.1
 A, B = Path("a/comparison.json"), Path("b/comparison.json")
 
 
@@ -78,6 +80,18 @@ def test_parts_give_the_tables_of_the_whole():
     whole["runs"].sort(key=lambda run: order[run["router"]])
     tables = ([(table.title, table.head, table.rows) for table in all_tables(Results(r))] for r in (together, whole))
     assert next(tables) == next(tables)
+
+
+def test_keys_of_0_1_and_of_today_are_the_same_recipe():
+    old, lists = read_record(STORED), "data.train_sources=[c4.jsonl,fineweb.jsonl]"
+    for override, differs in (("seed=7", None), ("trainer.gradient_clip_val=1.0", "gradient_clip_val: 1.0 and 10.0")):
+        recipe = load_recipe("comparison", [lists, "data.seed=0", override])
+        parts = {A: old | {"recipe": flatten(recipe), "routers": [], "runs": []}, B: old}
+        if differs:
+            with pytest.raises(RunError, match=differs):
+                join(parts)
+        else:
+            assert join(parts)["recipe"]["optimizer.lr_by_router"] == "{first: 0.006}"
 
 
 @pytest.mark.parametrize(

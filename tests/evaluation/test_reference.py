@@ -6,8 +6,8 @@ import torch
 
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.scoring.perplexity import Reference, Scores
-from buddy.training.module import evaluate
+from buddy.evaluation.evaluate import evaluate
+from buddy.metrics.perplexity import Reference, Scores
 from tests.engine.reference import Fickle
 from tests.tiny import FAMILIES, tiny_backbone
 

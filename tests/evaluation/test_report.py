@@ -11,7 +11,7 @@ from buddy.config import flatten
 from buddy.evaluation.figures import settings_of
 from buddy.evaluation.report import write_run_results
 from buddy.evaluation.tables import show_scores, show_tasks
-from buddy.scoring.perplexity import Scores, as_json
+from buddy.metrics.perplexity import Scores, as_json
 from tests.hparams import row_of_table
 
 
@@ -52,7 +52,7 @@ def test_what_a_run_leaves(small, tmp_path):
         assert figure.format == "PNG"
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [], "and in no run of its own for TensorBoard"
     events = EventAccumulator(str(tmp_path)).Reload()
-    curve = [(event.step, event.value) for event in events.Scalars("test/perplexity")]
+    curve = [(event.step, event.value) for event in events.Scalars("test/perplexity_by_layers")]
     assert curve == [(k, pytest.approx(math.exp(mean), rel=1e-6)) for k, mean in ((3, 4.0), (4, 3.5), (6, 3.0))]
     text = events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
     assert all(f"{key}: {value}" in text for key, value in flatten(recipe).items())

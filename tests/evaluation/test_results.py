@@ -12,7 +12,7 @@ from buddy.evaluation import tables
 from buddy.evaluation.figures import LAYERS, TIME, draw_all, write_tensorboard
 from buddy.evaluation.report import render, show_files, write_record
 from buddy.evaluation.results import Results
-from buddy.scoring.statistics import difference
+from buddy.metrics.statistics import difference
 from tests.evaluation import made
 from tests.hparams import row_of_table
 

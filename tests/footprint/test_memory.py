@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
@@ -21,7 +19,7 @@ from tests.tiny import tiny_backbone
 
 TOKENS = 40
 IDS = torch.randint(3, 259, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-BACKBONE, SLIDING = tiny_backbone(), tiny_backbone("mistral-sliding")
+BACKBONE = tiny_backbone()
 WHOLE = sum(parameter.nbytes for parameter in BACKBONE.model.parameters())
 
 
@@ -31,7 +29,7 @@ def bytes_of(tensors) -> int:
 
 def prefilled(family: str, policy: str, executed: int) -> tuple[RoutedLM, DynamicCache]:
     backbone = tiny_backbone(family)
-    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)), policy=policy)
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)), policy=policy, sink_tokens=0)
     with torch.no_grad(), routed.at(executed=[executed]):
         cache = backbone.model(IDS, use_cache=True).cache
         for layer in backbone.layers:
@@ -39,34 +37,20 @@ def prefilled(family: str, policy: str, executed: int) -> tuple[RoutedLM, Dynami
     return routed, cache
 
 
-@pytest.mark.parametrize("executed", [3, 6])
 @pytest.mark.parametrize("policy", ["fill", "zero"])
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3"])
-def test_a_filled_cache(family, policy, executed):
-    routed, cache = prefilled(family, policy, executed)
+def test_a_filled_cache(family, policy):
+    routed, cache = prefilled(family, policy, 3)
     held = bytes_of(part for layer in cache.layers for part in (layer.keys, layer.values))
-    assert cache_bytes(routed.backbone, TOKENS, policy, executed) == held
+    assert cache_bytes(routed.backbone, TOKENS, policy, 3) == cache_bytes(routed.backbone, TOKENS, policy, 6) == held
 
 
 @pytest.mark.parametrize("executed", [3, 4, 6])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_cache_with_holes(family, executed):
-    routed, cache = prefilled(family, "hole", executed)
+def test_a_cache_with_holes(executed):
+    routed, cache = prefilled("qwen3", "hole", executed)
     stored = [layer for layer in cache.layers if layer.slots is not None]
     held = bytes_of(part for layer in stored for part in (layer.keys, layer.values, layer.slots, layer.valid))
-    assert cache_bytes(routed.backbone, TOKENS, "hole", executed, sinks=1) == held
-
-
-@settings(deadline=None)
-@given(st.integers(1, 5000), st.integers(2, 6), st.integers(0, 4), st.booleans())
-def test_caches_grow_with_text_and_layers(tokens, executed, sinks, sliding):
-    backbone = SLIDING if sliding else BACKBONE
-    each = 2 * backbone.kv_size * backbone.dtype.itemsize
-    fill, hole = (cache_bytes(backbone, tokens, policy, executed, sinks) for policy in ("fill", "hole"))
-    assert fill == cache_bytes(backbone, tokens, "fill", 2, sinks)
-    assert cache_bytes(backbone, tokens + 1, "fill", executed) >= fill + (0 if sliding else 6 * each)
-    assert hole <= cache_bytes(backbone, tokens, "hole", 6, sinks)
-    assert hole <= fill * (1 + 9 / each) + 6 * sinks * (each + 9)
+    assert cache_bytes(routed.backbone, TOKENS, "hole", executed) == held
 
 
 def test_fsdp_shares_the_weights_out():

@@ -131,12 +131,8 @@ def test_a_configuration_that_cannot_be_used(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(BackboneError, match=str(tmp_path)):
         empty_backbone(str(tmp_path), "float32")
-
-
-@pytest.mark.parametrize("name", ["", "/no/such", "./no.json", "nowhere", "owner/never-seen", "smollm2-135n"])
-def test_a_configuration_that_is_not_there(name):
-    with pytest.raises(BackboneError, match="smollm2-135m"):
-        empty_backbone(name, "float32")
+    with pytest.raises(BackboneError, match=r"no\.json"):
+        empty_backbone(str(tmp_path / "no.json"), "float32")
 
 
 def test_code_of_a_repository_is_not_run(tiny_llama_folder, tmp_path):

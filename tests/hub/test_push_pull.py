@@ -1,7 +1,6 @@
 """`buddy push` and `buddy pull`: a run goes to a folder or the hub and comes back to the bit, and nothing else does."""
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -97,18 +96,10 @@ def test_a_round_trip_through_the_hub(finished, hub, tmp_path):
     assert all(pulled[name] == (finished / "buddy" / name).read_bytes() for name in RUN)
 
 
-def test_what_the_hub_refuses(finished, hub, tmp_path, monkeypatch):
-    with pytest.raises(RunError, match="404 Client Error"):
-        pull("someone/else", out=tmp_path / "pulled")
-    assert not (tmp_path / "pulled").exists()
-    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: (_ for _ in ()).throw(ValueError("no token")))
-    with pytest.raises(RunError, match="no token"):
-        push(finished / "buddy", to="someone/router")
-
-
 def test_without_a_network(finished, tmp_path):
     with pytest.raises(RunError, match="someone/router"):
         pull("someone/router", out=tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
     with pytest.raises(RunError, match="someone/router"):
         push(finished / "buddy", to="someone/router")
 
@@ -145,36 +136,28 @@ def test_other_files_stay_behind(pushed, tmp_path):
     assert contents(tmp_path / "pulled").keys() == SHARED
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "router.safetensors", "README.md", "adapter/backbone.json"])
+@pytest.mark.parametrize("name", ["metrics.json", "README.md", "adapter/backbone.json", "adapter"])
 def test_links_are_refused(pushed, tmp_path, name):
-    (tmp_path / "secret").write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / "backbone.json"
+    file.write_text("{}")
     (pushed / name).parent.mkdir(exist_ok=True)
     (pushed / name).unlink(missing_ok=True)
-    (pushed / name).symlink_to(tmp_path / "secret")
+    (pushed / name).symlink_to(file.parent if name == "adapter" else file)
     refuse(pushed, tmp_path, name)
-
-
-def test_a_linked_folder_is_refused(pushed, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "backbone.json").write_text("{}")
-    (pushed / "adapter").symlink_to(tmp_path / "elsewhere")
-    refuse(pushed, tmp_path, "pushed/adapter/")
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "other.json"])
 def test_names_that_lead_outside_are_refused(pushed, tmp_path, name):
     forge(pushed, checksums={name: "0"})
-    refuse(pushed, tmp_path, "checksums")
+    refuse(pushed, tmp_path, r"run\.json" if "/" in name else r"other\.json")
 
 
-@pytest.mark.parametrize("name", sorted(RUN))
-def test_damage_is_found(pushed, tmp_path, name):
-    (pushed / name).write_bytes((pushed / name).read_bytes()[:-9])
-    refuse(pushed, tmp_path, name)
-
-
-@pytest.mark.parametrize("name", ["predictor.json", "predictor.safetensors", "adapter/adapter_model.safetensors"])
-def test_damage_is_found_without_a_checksum(pushed, tmp_path, name):
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("name", sorted({*RUN, "predictor.json", "adapter/adapter_model.safetensors"}))
+def test_damage_is_found_with_and_without_checksums(pushed, tmp_path, name, sums):
+    if not sums:
+        forge(pushed, checksums={})
     (pushed / name).parent.mkdir(exist_ok=True)
     (pushed / name).write_bytes(b"[1")
     refuse(pushed, tmp_path, name)
@@ -192,13 +175,6 @@ def test_a_run_that_lacks_a_file_is_not_pushed(finished, tmp_path):
     with pytest.raises(RunError, match=r"metrics\.json"):
         push(tmp_path / "run", to=str(tmp_path / "pushed"))
     assert not (tmp_path / "pushed").exists()
-
-
-def test_pickle_is_never_loaded(pushed, tmp_path):
-    (pushed / "router.safetensors").write_bytes(b"cos\nsystem\n(S'touch " + os.fsencode(tmp_path / "bad") + b"'\ntR.")
-    forge(pushed, checksums={})
-    refuse(pushed, tmp_path, r"router\.safetensors")
-    assert not (tmp_path / "bad").exists()
 
 
 def test_code_of_a_repository_has_to_be_allowed(pushed, tmp_path):
@@ -261,7 +237,7 @@ def test_the_commands(finished, tmp_path, monkeypatch):
         ("nowhere", "push", "--run", "nowhere", "--to", "./x"),
         ("nowhere", "pull", "./nowhere", "--out", "new"),
         ("main", "pull", "pulled", "--out", "new", "--revision", "main"),
-        ("--backbone", "pull", "pulled", "--out", "new", "--backbone", " "),
+        ("backbone", "pull", "pulled", "--out", "new", "--backbone", " "),
         ("/no", "pull", "pulled", "--out", "new", "--backbone", "/no"),
     ):
         code, error = call(*words)

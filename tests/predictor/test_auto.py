@@ -11,9 +11,8 @@ from buddy.cli import app
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
-from buddy.evaluation.evaluate import evaluate_run
+from buddy.evaluation.evaluate import evaluate, evaluate_run
 from buddy.run import read_run
-from buddy.training.module import evaluate
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 

@@ -1,31 +1,23 @@
-"""Some thirty malformed recipes and files; `python -m tests.soak --what malformed` draws a thousand."""
+"""Some malformed recipes and files; `python -m tests.soak` draws a thousand."""
 
 import re
 
 import pytest
 
-from buddy.data.text import load_texts
-from buddy.errors import DataError
 from tests.recovery.asking import refused
 from tests.recovery.malformed import RAW, Bench, check_recipe, fuzz
 
 
-@pytest.fixture
-def bench(small, finished, tmp_path) -> Bench:
-    return Bench(tmp_path, small, finished / "buddy")
-
-
-def test_whatever_is_given_ends_well_or_with_one_sentence(bench):
-    counts = fuzz(bench, 20, number=0)
-    assert sum(counts.values()) > 25
-    assert all(counts.values())
+@pytest.mark.slow
+def test_whatever_is_given_ends_well_or_with_one_sentence(small, finished, tmp_path):
+    assert all(fuzz(Bench(tmp_path, small, finished / "buddy"), 20, number=0).values())
 
 
 @pytest.mark.parametrize("text", RAW, ids=range(len(RAW)))
-def test_the_darker_corners_of_yaml(bench, text, monkeypatch):
-    monkeypatch.chdir(bench.work)
-    check_recipe(bench, text.encode("utf-8", "surrogatepass"))
-    assert [path.name for path in bench.work.iterdir()] == ["mine.yaml"]
+def test_the_darker_corners_of_yaml(small, tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_recipe(Bench(tmp_path, small, tmp_path), text.encode("utf-8", "surrogatepass"))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -34,14 +26,9 @@ def test_the_darker_corners_of_yaml(bench, text, monkeypatch):
         (RAW[0], "alias"),
         ("router: &a {name: buddy, options: {a: *a}}", "alias"),
         ("seed: !!python/object/apply:os.system ['touch planted']", "os.system"),
-        ("output: !!python/object/apply:pathlib.Path [x]", "output"),
         ("router: {name: buddy, options: {a: !!binary aGk=}}", r"router\.options"),
-        ("seed: 1\nseed: 2", "seed"),
         ("data:\n\twindow: 4", "line 2"),
         ("output: '${oc.env:HOME}'", r"\$\{"),
-        ('output: "a\\0b"', "output"),
-        ("seed: 0x" + "f" * 4000, "digits"),
-        ("budgets: [{a: 1}]", "budgets"),
         ("a" * 2**21, "2097152"),
     ],
 )
@@ -49,12 +36,3 @@ def test_the_error_names_the_mistake(tmp_path, text, named):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     assert re.search(named, refused("fit", "--recipe", path))
-
-
-@pytest.mark.parametrize("content", ["null", "  null\n", 'null\n{"text": "a"}'])
-def test_json_that_begins_with_null(tmp_path, content):
-    """Which Arrow's reader does not survive."""
-    path = tmp_path / "text.json"
-    path.write_text(content)
-    with pytest.raises(DataError, match=r"text\.json begins with null where a text should be"):
-        load_texts(str(path))

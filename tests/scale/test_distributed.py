@@ -1,7 +1,5 @@
 """Ranks, devices, and what processes exchange."""
 
-import os
-
 import pytest
 import torch
 from torch import nn
@@ -31,7 +29,7 @@ def test_a_single_process_exchanges_nothing(environment):
     distributed.launch(Recipe().trainer)
     assert distributed.is_global_zero()
     assert not distributed.is_distributed()
-    assert (distributed.world_size(), distributed.global_rank(), distributed.torchrun_world_size()) == (1, 0, 1)
+    assert distributed.torchrun_world_size() == 1
     assert distributed.broadcast(3) == 3
     assert distributed.device_counts({"devices": 2, "num_nodes": 3}) == (2, 3)
 
@@ -81,7 +79,7 @@ def test_what_one_process_does_is_refused_under_torchrun(environment, words):
 
 
 def exchange() -> dict:
-    rank = distributed.global_rank()
+    rank = torch.distributed.get_rank()
     module = nn.BatchNorm1d(3)
     nn.init.constant_(module.weight, rank)
     module.running_mean += rank
@@ -92,7 +90,7 @@ def exchange() -> dict:
     with distributed.rank_zero_first():
         pass
     return {
-        "rank": (rank, distributed.world_size(), distributed.is_global_zero()),
+        "rank": (rank, torch.distributed.get_world_size(), distributed.is_global_zero()),
         "broadcast": distributed.broadcast({"by": rank}),
         "state": [x.tolist() for x in (module.weight, module.running_mean, module.chosen, module.narrow)],
     }
@@ -110,7 +108,7 @@ def test_what_processes_exchange():
 
 def leave() -> str:
     """The second process ends without a word."""
-    if distributed.global_rank():
+    if torch.distributed.get_rank():
         return "left"
     with pytest.raises(TrainingError):
         list(map(distributed.broadcast, range(100)))
@@ -127,7 +125,5 @@ def test_workers_take_gpus_in_turn(monkeypatch, visible, count, given):
     if visible:
         monkeypatch.setenv(distributed.VISIBLE, visible)
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
-    for worker in range(6):
-        with distributed.one_gpu(worker):
-            assert os.environ.get(distributed.VISIBLE) == (given and given[worker % len(given)])
-        assert os.environ.get(distributed.VISIBLE) == visible
+    found = [distributed.gpu_of_worker(worker).get(distributed.VISIBLE) for worker in range(6)]
+    assert found == (list(given) if given else [None] * 6)

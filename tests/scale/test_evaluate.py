@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from buddy.data.module import Windows
-from buddy.training.module import evaluate
+from buddy.data.windows import Windows
+from buddy.evaluation.evaluate import evaluate
 from tests.scale.forked import side_by_side
 from tests.test_cli import call
 from tests.training.test_estimator import IDS, tiny

@@ -2,21 +2,21 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from buddy import distributed
 from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, shard
 from buddy.calibration.probe import CalibrationProbe
 from buddy.console import quiet
-from buddy.data.module import Windows
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
+from buddy.evaluation.evaluate import evaluate
 from buddy.losses import Objective
 from buddy.training.estimators import Batch, StraightThrough, Weighted
-from buddy.training.module import evaluate
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
-from tests.healing.made import new_adapter, stirred
+from tests.adapted import new_adapter, stirred
 from tests.scale.forked import side_by_side
 from tests.tiny import tiny_backbone
 
@@ -87,9 +87,10 @@ def gradients(kind: str, shared_out: bool) -> dict:
     """Of the router, or of the adapter where it is healed, for other windows in each process."""
     router = FiRST if kind == "weighted" else BuddyRouter
     routed = routed_on("llama", router, shared_out)
-    share = slice(distributed.global_rank(), None, distributed.world_size())
+    rank, world = (dist.get_rank(), dist.get_world_size()) if shared_out else (0, 1)
+    share = slice(rank, None, world)
     executed = torch.tensor([3, 4, 3, 5])
-    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, distributed.global_rank())
+    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, rank)
     if kind == "healed":
         adapter = new_adapter(routed.backbone)
         stirred(adapter)

@@ -9,9 +9,8 @@ from typer.testing import CliRunner
 
 from buddy.build import load_model
 from buddy.errors import BudgetError, RunError
-from buddy.evaluation.evaluate import windows_for
+from buddy.evaluation.evaluate import evaluate, windows_for
 from buddy.run import read_run
-from buddy.training.module import evaluate
 from studies.hindsight import hindsight, main, search
 
 APP = typer.Typer()

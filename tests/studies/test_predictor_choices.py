@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.scoring.statistics import hull, mixed
+from buddy.metrics.statistics import hull, mixed
 from studies.predictor_choices import (
     Measured,
     along,

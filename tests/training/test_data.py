@@ -1,14 +1,12 @@
 """Training data as Lightning sees it: one order of batches from one seed, resumed where it stopped."""
 
 import json
-from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from buddy.data.module import TextData
 from buddy.errors import DataError
@@ -58,11 +56,14 @@ def test_no_document_is_in_two_splits(make):
     assert trained <= set(data.split["train"].tolist())
 
 
+def held_out_equal(one, other) -> bool:
+    names = ("test", "calibration", "validation")
+    return all(torch.equal(getattr(one, name).input_ids, getattr(other, name).input_ids) for name in names)
+
+
 def test_the_split_depends_on_the_seed_and_not_on_steps_or_batches(make):
-    first, other = make(), make(steps=50, batch_size=7)
-    for name in ("test", "calibration", "validation"):
-        assert torch.equal(getattr(first, name).input_ids, getattr(other, name).input_ids)
-    assert not torch.equal(first.test.input_ids, make(seed=1).test.input_ids)
+    assert held_out_equal(make(), make(steps=50, batch_size=7))
+    assert not torch.equal(make().test.input_ids, make(seed=1).test.input_ids)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(make):
@@ -91,8 +92,7 @@ def test_other_sources_take_turns_and_leave_the_split_alone(make, source, tmp_pa
     path = tmp_path / "more.jsonl"
     path.write_text("".join(json.dumps({"text": " ".join(["7"] * 40)}) + "\n" for _ in range(3)))
     alone, both = make(), make(train_sources=[str(path)])
-    for name in ("test", "calibration", "validation"):
-        assert torch.equal(getattr(alone, name).input_ids, getattr(both, name).input_ids)
+    assert held_out_equal(alone, both)
     assert both.fingerprint == alone.fingerprint
     assert (alone.train_fingerprint, both.train_fingerprint is None) == (None, False)
     rows = torch.cat([both.batch(step) for step in range(3)])
@@ -122,22 +122,15 @@ def test_another_source_without_a_window_is_refused(make, tmp_path):
         make(train_sources=[str(path)])
 
 
-class Stopped(Exception):
-    """A run that is stopped inside a step."""
-
-
 class Recorder(LightningModule):
-    """Trains one number, and writes down each batch it is given."""
+    """Trains one number, and writes down the batch of each step."""
 
-    def __init__(self, stop_in=None):
+    def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(()))
-        self.seen, self.stop_in = {}, stop_in
+        self.weight, self.seen = torch.nn.Parameter(torch.ones(())), {}
 
     def training_step(self, batch, batch_idx):
-        if self.global_step == self.stop_in:
-            raise Stopped
-        self.seen.setdefault(self.global_step, []).append(batch.tolist())
+        self.seen[self.global_step] = batch.tolist()
         return self.weight * batch.float().mean()
 
     def validation_step(self, batch, batch_idx):
@@ -147,20 +140,18 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def train(data, max_steps=STEPS, ckpt_path=None, callbacks=(), stop_in=None):
-    """{step: batches} of a run."""
-    module = Recorder(stop_in)
+def train(data, max_steps=STEPS, ckpt_path=None):
+    """{step: batch} of a run, and its trainer."""
+    module = Recorder()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = Trainer(accelerator="cpu", max_steps=max_steps, callbacks=list(callbacks), **quiet)
-    with suppress(Stopped):
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    trainer = Trainer(accelerator="cpu", max_steps=max_steps, enable_checkpointing=False, **quiet)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module.seen, trainer
 
 
 @pytest.fixture
 def uninterrupted(make):
-    """{step: batches} of a run of six steps."""
+    """{step: batch} of a run of six steps."""
     seen, trainer = train(make(setup=False))
     assert trainer.current_epoch == 1
     return seen
@@ -168,9 +159,8 @@ def uninterrupted(make):
 
 def test_lightning_sees_the_batches_in_order_in_one_epoch(make, uninterrupted):
     data = make()
-    assert uninterrupted == {step: [data.batch(step).tolist()] for step in range(STEPS)}
-    assert len(data.train_dataloader()) == STEPS
-    assert [batch.tolist() for batch in data.train_dataloader()] == [batch for [batch] in uninterrupted.values()]
+    assert uninterrupted == {step: data.batch(step).tolist() for step in range(STEPS)}
+    assert [batch.tolist() for batch in data.train_dataloader()] == [*uninterrupted.values()]
 
 
 @pytest.mark.parametrize("steps", [3, STEPS], ids=["after a finished run", "in the middle of an epoch"])
@@ -199,8 +189,6 @@ def test_a_text_too_short_for_four_documents_names_a_window_that_works(make, tmp
     with pytest.raises(DataError, match=r"short\.txt.*data\.window=31"):
         make(source=source, window=100)
     data = make(source=source, window=31)
-    assert len(data.test) >= 1
-    assert len(data.calibration) >= 1
-    assert len(data.validation) >= 1
+    assert all(len(windows) for windows in (data.test, data.calibration, data.validation))
     with pytest.raises(DataError, match="300"):
         make(setup=False, source=source, window=300).prepare_data()

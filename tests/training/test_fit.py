@@ -12,11 +12,11 @@ import torch
 
 from buddy.compare import fit
 from buddy.config import load_recipe
-from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
-from buddy.io import load_tensors
+from buddy.errors import RecipeError, RegistryError, RunError, TrainingError
 from buddy.run import read_run
 from buddy.run_files import load_router, read_metrics
 from tests.small import start_buddy
+from tests.training.stopping import same
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
 BESIDE = {"comparison.json", "comparison.csv", "results.md", "quality-layers.png", "tensorboard"}  # the runs
@@ -49,14 +49,7 @@ def test_a_run_folder_for_every_router(finished):
 def test_the_recipe_in_the_folder_makes_the_run_again(finished, tmp_path):
     recipe = load_recipe(finished / "buddy" / "recipe.yaml", [f"output={tmp_path}", "rivals=[]"])
     fit(recipe, "again")
-    again, first = (load_router(read_run(folder / "buddy").folder) for folder in (tmp_path / "again", finished))
-    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
-
-
-def test_the_seed_draws_the_first_weights(small, finished, tmp_path):
-    fit(small(tmp_path, "optimizer.lr=1e-12", "seed=1"), "small")
-    other, first = (load_router(read_run(f / "buddy").folder)["input.weight"] for f in (tmp_path / "small", finished))
-    assert (other - first).abs().max() > 0.01
+    assert same(*(load_router(read_run(folder / "buddy").folder) for folder in (tmp_path / "again", finished)))
 
 
 def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished):
@@ -67,15 +60,6 @@ def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished
         for result in found["results"]:
             assert set(result["executed"].values()) == {result["layers"]}
             assert result["layers"] < 6 or result["kl"] == pytest.approx(0, abs=1e-5)
-
-
-def test_callbacks_and_logger_are_those_of_the_recipe(small, tmp_path):
-    logger = (
-        f"logger={{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {tmp_path}, name: csv}}}}"
-    )
-    monitor = "callbacks=[{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]"
-    fit(small(tmp_path, "rivals=[]", logger, monitor), "small")
-    assert "lr-AdamW" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
 
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
@@ -94,8 +78,6 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
     ("settings", "error", "named"),
     [
         (["rivals=[unifrom]"], RegistryError, "unifrom"),
-        (["budgets=[0.1]"], BuddyError, r"0\.1"),
-        (["trainer.strategy=dpp"], TrainingError, "strategy=dpp"),
         (["ckpt_path=nowhere.ckpt"], TrainingError, r"nowhere\.ckpt"),
         (["ckpt_path=CHECKPOINT", "router=uniform"], RecipeError, "uniform.*ckpt_path"),
         (["ckpt_path=CHECKPOINT", "adapter.joint=true"], RecipeError, r"adapter\.joint"),
@@ -143,8 +125,7 @@ def uninterrupted(small, tmp_path_factory) -> Path:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    states = [load_tensors(folder / "router.safetensors") for folder in (one, two)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert same(*(load_router(folder) for folder in (one, two)))
     checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (one, two)]
     for part in ("state_dict", "optimizer_states"):
         torch.testing.assert_close(checkpoints[0][part], checkpoints[1][part], atol=0, rtol=0)
@@ -185,18 +166,3 @@ def test_a_kill_leaves_the_published_run_and_a_checkpoint(small, uninterrupted, 
     assert 5 <= steps(output / "small" / "buddy" / ".seed-0.new") < 60
     fit(small(output, *LONG), "small")
     assert_same_run(uninterrupted, output / "small" / "buddy" / "seed-0")
-
-
-@pytest.mark.slow
-def test_a_kill_in_the_evaluation_costs_no_training(small, uninterrupted, tmp_path, monkeypatch, capsys):
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("buddy.fit.evaluate", stop)
-        with pytest.raises(KeyboardInterrupt):
-            fit(small(tmp_path, *LONG), "small")
-    capsys.readouterr()
-    fit(small(tmp_path, *LONG), "small")
-    assert "Training buddy" not in capsys.readouterr().err
-    assert_same_run(uninterrupted, tmp_path / "small" / "buddy" / "seed-0")

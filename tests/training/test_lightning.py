@@ -3,8 +3,8 @@
 import csv
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from buddy.compare import fit
 from buddy.errors import BuddyError
-from buddy.io import load_tensors
-from buddy.training.estimators import StraightThrough
+from buddy.losses import Objective
+from buddy.run_files import load_router
+from buddy.training.estimators import Perturbed
+from tests.training.stopping import same
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "lightning.md"
 CALLBACKS = "lightning.pytorch.callbacks"
@@ -48,11 +50,6 @@ def checkpoints(folder: Path) -> dict[str, dict]:
     return {file.stem: torch.load(file, weights_only=True) for file in files}
 
 
-def routers_differ(one: Path, other: Path) -> bool:
-    mine, theirs = (load_tensors(folder / "router.safetensors") for folder in (one, other))
-    return any(not torch.equal(mine[name], theirs[name]) for name in mine)
-
-
 def callback(name: str, **arguments) -> str:
     return f"callbacks={json.dumps([{'class_path': f'{CALLBACKS}.{name}', 'init_args': arguments}])}"
 
@@ -80,36 +77,26 @@ def test_early_stopping_ends_the_training(fitted):
     assert checkpoints(folder)["last"]["global_step"] == 4, "the second validation is no better"
 
 
-def test_mixed_precision(fitted, plain):
-    mixed = fitted("trainer.precision=bf16-mixed")
-    assert routers_differ(plain, mixed)
-    assert {tensor.dtype for tensor in load_tensors(mixed / "router.safetensors").values()} == {torch.float32}
-
-
 def test_accumulated_gradients(fitted, plain):
     folder = fitted("trainer.accumulate_grad_batches=2")
     assert checkpoints(folder)["last"]["global_step"] == 8
-    assert routers_differ(folder, plain)
+    assert not same(*(load_router(each) for each in (folder, plain)))
     assert [step for step, _ in curves(folder)["val/kl"]] == [1, 3, 5, 7], "after whole steps"
 
 
-def test_clipping_is_the_trainers(fitted, plain):
-    clipped = fitted("trainer.gradient_clip_val=1e-6")
-    assert routers_differ(clipped, plain)
-    assert curves(clipped)["train/gradient_norm"][0][1] > 1e-3, "what is logged is the norm before clipping"
+class Recorded(Perturbed):
+    """An estimator that no distribution announces; it notes the options that it was made with."""
+
+    made: ClassVar[list[int]] = []
+
+    def __init__(self, objective: Objective, plans: int = 4) -> None:
+        super().__init__(objective, plans=plans)
+        self.made.append(plans)
 
 
-class Halved(StraightThrough):
-    """An estimator that no distribution announces."""
-
-    def __call__(self, routed, batch, generator):
-        estimate = super().__call__(routed, batch, generator)
-        return replace(estimate, loss=estimate.loss / 2)
-
-
-def test_an_estimator_of_ones_own_is_one_class(fitted, plain):
-    folder = fitted("objective.estimator=tests.training.test_lightning:Halved")
-    assert routers_differ(folder, plain)
+def test_an_estimator_of_ones_own_is_one_class(fitted):
+    fitted(f"objective.estimator={__name__}:Recorded", "objective.plans=2")
+    assert Recorded.made == [2]
     with pytest.raises(BuddyError, match="purturbed"):
         fitted("objective.estimator=purturbed")
 
@@ -119,12 +106,14 @@ def test_a_profilers_report_is_shown(fitted, caplog):
     assert "run_training_batch" in caplog.text
 
 
-def test_a_logger_of_the_recipe(fitted, tmp_path):
+def test_callbacks_and_logger_are_those_of_the_recipe(fitted, tmp_path):
     arguments = {"save_dir": str(tmp_path), "name": "csv"}
-    fitted(f"logger={json.dumps({'class_path': 'lightning.pytorch.loggers.CSVLogger', 'init_args': arguments})}")
+    logger = f"logger={json.dumps({'class_path': 'lightning.pytorch.loggers.CSVLogger', 'init_args': arguments})}"
+    fitted(logger, callback("LearningRateMonitor"))
     (path,) = (tmp_path / "csv").rglob("metrics.csv")
-    rows = csv.DictReader(path.read_text().splitlines())
+    rows = [*csv.DictReader(path.read_text().splitlines())]
     assert [float(row["val/kl"]) > 0 for row in rows if row["val/kl"]] == [True] * 4
+    assert any(name.startswith("lr-AdamW") for name in rows[0])
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's, about devices, workers and its own dependencies

@@ -10,9 +10,12 @@ from torch import Tensor
 from buddy import build
 from buddy.build import build_trainer
 from buddy.errors import TrainingError
-from buddy.fit import RunSpec, Session
+from buddy.fit import Session
+from buddy.run import RunSpec
 from buddy.run_files import load_router
 from buddy.schema import Recipe
+from buddy.training.module import RoutingModule
+from tests.training.stopping import Killed, at_step, interrupt, kill, same, terminate
 from tests.training.test_module import Spoilt
 
 STEPS = 8
@@ -45,40 +48,6 @@ def train(session, recipe, tmp_path):
     return train
 
 
-def at_step(monkeypatch, step: int, act) -> None:
-    """`act` is called in the middle of a training step, once."""
-    calls, make = [], build.build_estimator
-
-    def estimator_of(recipe, router):
-        estimator = make(recipe, router)
-
-        def estimate(*args):
-            calls.append(None)
-            if len(calls) == step:
-                act()
-            return estimator(*args)
-
-        return estimate
-
-    monkeypatch.setattr(build, "build_estimator", estimator_of)
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-class Killed(Exception):
-    """Stands in for a kill: nothing in Buddy handles it."""
-
-
-def kill() -> None:
-    raise Killed
-
-
 def last(folder) -> dict:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -103,13 +72,12 @@ def test_a_stopped_training_resumes_bit_for_bit(train, tmp_path, monkeypatch, ca
     expected = train("whole", setting)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        at_step(patch, 5, act)
+        at_step(patch, RoutingModule, 5, act)
         with pytest.raises(raised):
             train("parts", setting)
     assert last(tmp_path / "parts")["global_step"] == step
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    state = train("parts", setting)
-    assert all(torch.equal(expected[name], value) for name, value in state.items())
+    assert same(train("parts", setting), expected)
     assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
     assert str(tmp_path / "parts" / "checkpoints" / "last.ckpt") in capsys.readouterr().err
 
@@ -119,7 +87,7 @@ def test_a_second_signal_stops_at_once(train, tmp_path, monkeypatch):
         interrupt()
         interrupt()
 
-    at_step(monkeypatch, 5, twice)
+    at_step(monkeypatch, RoutingModule, 5, twice)
     with pytest.raises(KeyboardInterrupt):
         train("run")
     assert last(tmp_path / "run")["global_step"] == 3
@@ -135,8 +103,7 @@ def test_a_step_that_is_not_finite_leaves_a_checkpoint_to_resume_from(train, tmp
     before = tmp_path / "run" / "checkpoints" / "before-failure.ckpt"
     assert f"ckpt_path={before}" in str(caught.value)
     assert torch.load(before, weights_only=True)["global_step"] == 2
-    state = train("again", f"ckpt_path={before}")
-    assert all(torch.equal(expected[name], value) for name, value in state.items())
+    assert same(train("again", f"ckpt_path={before}"), expected)
     assert_same_training(last(tmp_path / "whole"), last(tmp_path / "again"))
 
 
@@ -155,7 +122,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(train, tmp_p
 
 
 def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
-    at_step(monkeypatch, 5, kill)
+    at_step(monkeypatch, RoutingModule, 5, kill)
     with pytest.raises(Killed):
         train("run")
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"

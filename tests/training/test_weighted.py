@@ -79,16 +79,11 @@ def test_the_plans_are_those_of_the_open_gates():
             assert result.runs[row, t, 1:-1].tolist() == clamped((weights[row, t] > 0.5).tolist(), count)
 
 
-@pytest.mark.parametrize("estimator", [Perturbed, StraightThrough])
-def test_estimators_for_scores_refuse_gates(estimator):
-    with pytest.raises(TrainingError, match="FiRST"):
-        estimator(Objective())(tiny(), batch(3, 4), torch.Generator())
-
-
-def test_routers_of_scores_have_no_gates_to_train():
+@pytest.mark.parametrize(("router", "estimator"), [(FiRST, Perturbed), (FiRST, StraightThrough), (Fickle, Weighted)])
+def test_an_estimator_for_the_other_kind_of_router_names_the_router(router, estimator):
     backbone = tiny_backbone("llama")
-    with pytest.raises(TrainingError, match="Fickle"):
-        estimate(RoutedLM(backbone, Fickle(geometry_of(backbone))), 3, 4)
+    with pytest.raises(TrainingError, match=router.__name__):
+        estimator(Objective())(RoutedLM(backbone, router(geometry_of(backbone))), batch(3, 4), torch.Generator())
 
 
 def test_gradient_checkpointing_is_refused():

@@ -49,19 +49,7 @@ def test_the_asked_windows_are_met_where_there_is_text_for_them():
 
 def test_a_short_text_is_shared_in_proportion():
     parts = split(Held(*[10] * 40), {"test": 64, "calibration": 64, "validation": 16}, WINDOW, 0)
-    assert {name: len(part) for name, part in parts.items()} == {
-        "train": 22,
-        "test": 8,
-        "calibration": 8,
-        "validation": 2,
-    }
-
-
-def test_the_split_follows_the_seed():
-    wanted = {"test": 9, "calibration": 9, "validation": 2}
-    first, again, other = (split(Held(*[30] * 90), wanted, WINDOW, seed) for seed in (1, 1, 2))
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert not np.array_equal(first["test"], other["test"])
+    assert [len(parts[name]) for name in ("train", "test", "calibration", "validation")] == [22, 8, 8, 2]
 
 
 @settings(deadline=None)
@@ -98,5 +86,5 @@ def test_windows_of_another_text(tmp_path, words):
 
 def test_a_text_shorter_than_a_window(tmp_path, words):
     (tmp_path / "short.txt").write_text("1 2 3")
-    with pytest.raises(DataError, match=r"short\.txt is too short for one window of 10 tokens; give more text"):
+    with pytest.raises(DataError, match=r"short\.txt.*10 tokens"):
         windows_of(str(tmp_path / "short.txt"), words, window=WINDOW, count=1, seed=0)

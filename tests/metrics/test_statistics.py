@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buddy.scoring.statistics import (
+from buddy.metrics.statistics import (
     RESAMPLES,
     accuracy_difference,
     difference,

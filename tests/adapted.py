@@ -1,15 +1,11 @@
 """Adapted tiny models, and the same arithmetic by hand."""
 
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.io import load_tensors
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone, tiny_model
 
@@ -54,27 +50,3 @@ def by_hand(adapter: Adapter, family: str = "llama"):
 def factors(adapter: Adapter) -> dict[str, Tensor]:
     """Copies of all factors, by name."""
     return {name: parameter.detach().clone() for name, parameter in adapter.parts.named_parameters()}
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """The adapter that is saved in a run folder."""
-    return load_tensors(folder / "adapter" / "adapter_model.safetensors")
-
-
-def metrics(folder: Path) -> dict:
-    """What a run folder says of its results."""
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def assert_same(one: dict, other: dict) -> None:
-    """Two sets of tensors are equal to the bit."""
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-class Killed(Exception):
-    """Stands in for a kill: nothing in Buddy catches it."""
-
-
-def kill() -> None:
-    raise Killed

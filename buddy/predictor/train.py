@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DamagedError, RunError
 from buddy.io import FileStore, load_tensors, read_json, save_tensors, write_json
 from buddy.predictor.features import Predictor, Targets, feature_size, measure_targets, sorted_arms
-from buddy.predictor.grpo import BudgetPolicy, RewardWeights, random_entropy, train_policy
+from buddy.predictor.grpo import BudgetPolicy, RewardWeights, train_policy
 from buddy.predictor.regress import CurvePredictor
 from buddy.router import Geometry, available_budgets
 from buddy.run_files import PREDICTOR, PREDICTOR_FACTS
@@ -39,7 +40,7 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
         recipe: the whole run.
         routed: the model with its trained router.
         data: the text, set up.
-        folder: of the incomplete run. It has the measurements until `remove_targets`, so that the same call resumes
+        folder: the incomplete run. It holds the measurements until `remove_targets`, so that the same call resumes
             after an interruption.
     """
     section = recipe.predictor
@@ -166,7 +167,7 @@ def _train(recipe: Recipe, policy: BudgetPolicy, targets: Targets, layers: int) 
         seed=recipe.seed,
         track=tracker("Training the budget predictor"),
     )
-    most, last = random_entropy(policy.arms), progress[-1]
+    most, last = math.log(len(policy.arms)), progress[-1]
     errors.print(
         f"Entropy of the policy {last.entropy:.3f} of at most {most:.3f}, {last.layers:.1f} layers on average."
     )

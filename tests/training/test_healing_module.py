@@ -2,69 +2,36 @@
 
 import copy
 
-import lightning
 import pytest
 import torch
 from torch.nn import functional as F
 
-from buddy.console import quiet
-from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
 from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
-from buddy.training.healing import HealingModule, Joint
+from buddy.training.healing import HealingModule
 from buddy.training.module import NotFinite
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
+from tests.adapted import IDS, factors, new_adapter, stirred
 from tests.engine.reference import Fickle, FickleGates
-from tests.healing.made import IDS, factors, new_adapter, stirred
-from tests.tiny import tiny_backbone, tiny_tokenizer
+from tests.tiny import tiny_backbone
+from tests.training.stopping import same
 
 GRID, BUDGETS = [6, 4, 3], [1.0, 0.75, 0.5]
-SETTINGS = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2}
+SETTINGS = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2, "identity": {"the router": "one"}}
 
 
-def make(router=Fickle, objective=None, joint=None, identity=None, policy="fill", adapter=None, **settings):
+def make(router=Fickle, policy="fill", adapter=None, **settings):
     backbone = tiny_backbone("llama")
     torch.manual_seed(0)
     routed = RoutedLM(backbone, router(geometry_of(backbone)), policy=policy)
     routed.adapt(new_adapter(backbone, **(adapter or {})))
     routed.adapter.train()
-    if joint is None:
+    if "estimator" not in settings:
         routed.router.requires_grad_(False)
-    return HealingModule(
-        routed,
-        budgets=BUDGETS,
-        objective=objective,
-        identity=identity or {"the router": "one"},
-        joint=joint,
-        **{**SETTINGS, **settings},
-    )
-
-
-@pytest.fixture
-def run(small, tmp_path):
-    """Fits a module for so many steps and gives back its trainer."""
-
-    def run(module: HealingModule, steps: int, ckpt_path=None, **options) -> lightning.Trainer:
-        with quiet():
-            trainer = lightning.Trainer(
-                max_steps=steps,
-                accelerator="cpu",
-                default_root_dir=tmp_path,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                limit_val_batches=0,
-                **options,
-            )
-            data = TextData(str(small.text), tiny_tokenizer(), window=32)
-            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        return trainer
-
-    return run
+    return HealingModule(routed, budgets=BUDGETS, **{**SETTINGS, **settings})
 
 
 def batch(*executed: int) -> Batch:
@@ -73,7 +40,7 @@ def batch(*executed: int) -> Batch:
 
 def test_the_loss_is_the_objective_against_the_stock_model():
     module = make(objective=Objective(0.7, 0.3))
-    stirred(module.adapter)
+    stirred(module.model.adapter)
     loss, value = module._healing(batch(3, 6))
     routed = module.model
     logits = routed(IDS[:2], executed=torch.tensor([3, 6])).logits[:, 7:19]
@@ -87,7 +54,7 @@ def test_the_loss_is_the_objective_against_the_stock_model():
 @pytest.mark.parametrize(("router", "policy"), [(Fickle, "fill"), (FickleGates, "hole"), (Fickle, "zero")])
 def test_steps_on_a_batch_bring_its_routed_outputs_near_to_the_stock_model(router, policy):
     module, asked = make(router, policy=policy), batch(3, 4, 3)
-    optimizer, losses = torch.optim.AdamW(module.adapter.parameters(), lr=3e-2), []
+    optimizer, losses = torch.optim.AdamW(module.model.adapter.parameters(), lr=3e-2), []
     for _ in range(3):
         loss, _ = module._healing(asked)
         optimizer.zero_grad()
@@ -100,14 +67,14 @@ def test_steps_on_a_batch_bring_its_routed_outputs_near_to_the_stock_model(route
 @pytest.mark.parametrize("router", [BuddyRouter, FickleGates])
 def test_only_the_adapter_is_trained(run, router):
     module = make(router)
-    before = copy.deepcopy(module.model.router.state_dict()), factors(module.adapter)
+    before = copy.deepcopy(module.model.router.state_dict()), factors(module.model.adapter)
     run(module, 2)
-    assert all(torch.equal(before[0][name], value) for name, value in module.model.router.state_dict().items())
-    assert all(not torch.equal(before[1][name], value) for name, value in factors(module.adapter).items())
+    assert same(before[0], module.model.router.state_dict())
+    assert all(not torch.equal(before[1][name], value) for name, value in factors(module.model.adapter).items())
     assert not any(parameter.grad is not None for parameter in module.model.router.parameters())
     module.model.detach()
     stock = tiny_backbone("llama").model.state_dict()
-    assert all(torch.equal(stock[name], value) for name, value in module.model.backbone.model.state_dict().items())
+    assert same(stock, module.model.backbone.model.state_dict())
 
 
 class Seen(Objective):
@@ -131,8 +98,8 @@ def test_all_routers_get_the_same_windows_budgets_and_first_factors(run, monkeyp
 
     monkeypatch.setattr(RoutedLM, "forward", spied)
     for router in (FickleGates, BuddyRouter):
-        module = make(router, Seen())
-        start = factors(module.adapter)
+        module = make(router, objective=Seen())
+        start = factors(module.model.adapter)
         asked.clear()
         run(module, 3)
         seen.append([torch.stack(module.objective.targets), torch.stack(asked), *start.values()])
@@ -142,10 +109,10 @@ def test_all_routers_get_the_same_windows_budgets_and_first_factors(run, monkeyp
 
 def test_dropout_acts_in_training_alone_and_is_drawn_from_the_seed(run):
     module = make(adapter={"dropout": 0.5})
-    stirred(module.adapter)
+    stirred(module.model.adapter)
     values = [module._healing(batch(3, 4))[1] for _ in range(2)]
     assert not torch.equal(*values)
-    module.adapter.freeze()
+    module.model.adapter.freeze()
     values = [module._healing(batch(3, 4))[1] for _ in range(2)]
     assert torch.equal(*values)
     trained = []
@@ -153,8 +120,8 @@ def test_dropout_acts_in_training_alone_and_is_drawn_from_the_seed(run):
         module = make(adapter={"dropout": 0.5})
         torch.manual_seed(salt)
         run(module, 3)
-        trained.append(factors(module.adapter))
-    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+        trained.append(factors(module.model.adapter))
+    assert same(*trained)
 
 
 ESTIMATORS = [(BuddyRouter, Perturbed), (BuddyRouter, StraightThrough), (FiRST, Weighted)]
@@ -162,18 +129,18 @@ ESTIMATORS = [(BuddyRouter, Perturbed), (BuddyRouter, StraightThrough), (FiRST, 
 
 @pytest.mark.parametrize(("router", "estimator"), ESTIMATORS)
 def test_jointly_router_and_adapter_both_learn(run, router, estimator):
-    module = make(router, joint=Joint(estimator(Objective()), lr=1e-2))
-    before = copy.deepcopy(module.router.state_dict()), factors(module.adapter)
+    module = make(router, estimator=estimator(Objective()), router_lr=1e-2)
+    before = copy.deepcopy(module.router.state_dict()), factors(module.model.adapter)
     run(module, 3)
     changed = [name for name, value in module.router.state_dict().items() if not torch.equal(before[0][name], value)]
     assert {name for name, _ in module.router.named_parameters()} == {*changed}
-    assert all(not torch.equal(before[1][name], value) for name, value in factors(module.adapter).items())
+    assert all(not torch.equal(before[1][name], value) for name, value in factors(module.model.adapter).items())
     rates = [group["initial_lr"] for group in module.trainer.optimizers[0].param_groups]
     assert rates == [1e-2, *(1e-2 * group["scale"] for group in module.router.parameter_groups())]
 
 
 def test_jointly_the_dense_reference_is_the_stock_model():
-    module = make(BuddyRouter, joint=Joint(Perturbed(Objective()), lr=1e-2))
+    module = make(BuddyRouter, estimator=Perturbed(Objective()), router_lr=1e-2)
     seen = []
 
     class Reference(Objective):
@@ -181,8 +148,8 @@ def test_jointly_the_dense_reference_is_the_stock_model():
             seen.append(dense.probability)
             return super().__call__(dense, logits, targets)
 
-    module.objective = module.joint.estimator.objective = Reference()
-    stirred(module.adapter)
+    module.objective = module.estimator.objective = Reference()
+    stirred(module.model.adapter)
     module._joint(batch(3, 4), torch.Generator().manual_seed(0))
     stock = tiny_backbone("llama").model(IDS[:2]).logits[:, 7:19].softmax(-1)
     assert len(seen) == 5
@@ -194,7 +161,7 @@ def test_a_checkpoint_has_the_adapter_alone(run, tmp_path):
     module = make()
     run(module, 1).save_checkpoint(tmp_path / "one.ckpt")
     saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
-    assert {*saved["state_dict"]} == {f"parts.{name}" for name in factors(module.adapter)}
+    assert {*saved["state_dict"]} == {f"parts.{name}" for name in factors(module.model.adapter)}
 
 
 def test_the_recipes_rate_holds_over_the_checkpoints(run, tmp_path):
@@ -207,35 +174,37 @@ def test_the_recipes_rate_holds_over_the_checkpoints(run, tmp_path):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"adapter": {"rank": 2}}, "parts.model-layers-1-mlp-down_proj.A.weight"),
-        ({"adapter": {"targets": ["q_proj"]}}, "parts.model-layers-1-mlp-down_proj.A.weight"),
-        ({"identity": {"the router": "two"}}, "the router"),
+        ({"adapter": {"rank": 2}}, r"parts\.model-layers-1-mlp-down_proj\.A\.weight"),
+        ({"adapter": {"targets": ["q_proj"]}}, r"parts\.model-layers-1-mlp-down_proj\.A\.weight"),
+        ({"identity": {"the router": "two"}}, r"one\.ckpt.*the router"),
     ],
 )
 def test_a_checkpoint_of_another_healing_is_refused(run, tmp_path, other, words):
     run(make(**other), 1).save_checkpoint(tmp_path / "one.ckpt")
     module = make()
-    before = factors(module.adapter)
-    with pytest.raises(TrainingError, match=rf"healing\.ckpt.*{words}"):
+    before = factors(module.model.adapter)
+    with pytest.raises(TrainingError, match=words):
         run(module, 2, ckpt_path=tmp_path / "one.ckpt")
-    assert all(torch.equal(before[name], value) for name, value in factors(module.adapter).items())
+    assert same(before, factors(module.model.adapter))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(run):
     module = make()
-    next(iter(module.adapter.parts.values()))["A"].weight.data[0, 0] = float("inf")
-    before = factors(module.adapter)
+    next(iter(module.model.adapter.parts.values()))["A"].weight.data[0, 0] = float("inf")
+    before = factors(module.model.adapter)
     with pytest.raises(NotFinite, match="step 1"):
         run(module, 2)
-    assert all(torch.equal(before[name], value) for name, value in factors(module.adapter).items())
+    assert same(before, factors(module.model.adapter))
 
 
-@pytest.mark.parametrize("joint", [Joint(Perturbed(Objective()), 1e-2), None])
+@pytest.mark.parametrize("joint", [{"estimator": Perturbed(Objective()), "router_lr": 1e-2}, {}])
 def test_the_stock_model_runs_once_a_step(monkeypatch, joint):
-    module, passes = make(joint=joint), []
+    module, passes = make(**joint), []
     stock = module.model.backbone.model.forward
     monkeypatch.setattr(
-        module.model.backbone.model, "forward", lambda **given: passes.append(module.adapter._is_off) or stock(**given)
+        module.model.backbone.model,
+        "forward",
+        lambda **given: passes.append(module.model.adapter._is_off) or stock(**given),
     )
     module._joint(batch(3, 4), torch.Generator()) if joint else module._healing(batch(3, 4))
     assert sum(passes) == 1
@@ -245,4 +214,4 @@ def test_cross_entropy_alone_needs_no_dense_pass(monkeypatch):
     module = make(objective=Objective(0.0, 1.0))
     monkeypatch.setattr(RoutedLM, "dense", lambda *_, **__: pytest.fail("the dense model ran"))
     module._healing(batch(3, 4))[0].backward()
-    assert all(parameter.grad is not None for parameter in module.adapter.parameters())
+    assert all(parameter.grad is not None for parameter in module.model.adapter.parameters())

@@ -34,9 +34,11 @@ class Timings:
     """Milliseconds of one contender, one entry a round; decode is the mean of a round's steps.
 
     Attributes:
-        prefill: by length of the prompt.
-        decode: by batch size, after `PROMPT` tokens.
-        decode_late: batch 1, after a long context.
+        prefill: times of a prompt in a batch of one, by its length in tokens.
+        decode: times of a step after `PROMPT` tokens, by batch size.
+        decode_late: times of a step after a long context, batch 1.
+        cache_bytes: size of the cache after the longest prompt.
+        flops: floating-point operations of that prompt, in "total" and "without_head".
     """
 
     prefill: dict[int, list[float]] = field(default_factory=dict)

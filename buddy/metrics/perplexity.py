@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from buddy.backbone.load import Backbone
-from buddy.budget import auto_of
+from buddy.budget import auto_cap
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import head_logits
 from buddy.losses import Dense, cross_entropy, kl_to_dense
-from buddy.scoring.statistics import quantiles, resamples
+from buddy.metrics.statistics import quantiles, resamples
 
 MOST = 2**30  # bytes of the dense model's hidden states
 
@@ -40,7 +40,7 @@ class Scores:
         loss: (documents,) summed next-token cross-entropy in nats.
         kl: (documents,) summed KL to the dense model in nats.
         tokens: (documents,) scored tokens.
-        chosen: of "auto", K → windows for which it was chosen.
+        chosen: number of windows for each K that "auto" chose; None for a fixed budget.
     """
 
     budget: float | str
@@ -53,9 +53,14 @@ class Scores:
     chosen: Mapping[int, int] | None = None
 
     @property
+    def mean_loss(self) -> float:
+        """Mean cross-entropy in nats a token."""
+        return float(self.loss.sum() / self.tokens.sum())
+
+    @property
     def perplexity(self) -> float:
-        """exp of the mean cross-entropy over all tokens."""
-        return math.exp(self.loss.sum() / self.tokens.sum())
+        """exp of `mean_loss`."""
+        return math.exp(self.mean_loss)
 
     @property
     def mean_kl(self) -> float:
@@ -78,10 +83,10 @@ class Row:
         key: K, or a budget "auto".
         loss, kl: sums over the scored tokens, in nats.
         tokens: scored tokens.
-        least, most, total, counted: of the layers that tokens ran, sinks left out: smallest and largest number, sum,
-            and number of tokens.
+        least, most, total: smallest and largest number and sum of the layers that tokens ran, sinks left out.
+        counted: number of those tokens.
         sinks: tokens that run at full depth at every budget.
-        chosen: of "auto", the K that was chosen.
+        chosen: K that "auto" chose; None for a fixed budget.
     """
 
     window: int
@@ -203,9 +208,9 @@ def keys_of(model: RoutedLM, budgets: Iterable[float | str]) -> dict[float | str
         BudgetError: out of range, or "auto" without a budget predictor.
     """
     for budget in budgets:
-        if auto_of(budget):
+        if auto_cap(budget):
             model.choosing(str(budget))
-    return {budget: str(budget) if auto_of(budget) else model.executed_layers(budget) for budget in budgets}
+    return {budget: str(budget) if auto_cap(budget) else model.executed_layers(budget) for budget in budgets}
 
 
 def scores_from(rows: Iterable[Row], keys: Mapping[float | str, int | str]) -> list[Scores]:

@@ -13,7 +13,7 @@ from buddy.errors import BudgetError, RecipeError, RunError
 from buddy.io import FileStore, load_tensors
 from buddy.predictor import features
 from buddy.predictor.features import measure_targets, prompt_features
-from buddy.predictor.fit import load_predictor
+from buddy.predictor.train import load_predictor
 from buddy.run import read_run
 
 OPTIONS = ["router=shortgpt", "predictor.name=regress", "predictor.windows=10", "rivals=[]"]
@@ -134,7 +134,7 @@ def test_an_interrupted_fit_resumes(small, predicting, tmp_path, monkeypatch):
 def test_a_trained_router_s_predictor_is_fitted_after_it_and_keeps_to_the_cap(small, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "buddy.predictor.fit.measure_targets",
+        "buddy.predictor.train.measure_targets",
         lambda routed, *given, **options: seen.append(routed.router) or measure_targets(routed, *given, **options),
     )
     options = ["predictor.name=regress", "predictor.windows=4", "predictor.cap=0.75", "predictor.epsilon=0"]

@@ -1,0 +1,95 @@
+"""Bridges in closed form: ridge regression, layer after layer, towards the dense model's states. No gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buddy.engine.bridges import Bridges, bridge_input
+from buddy.engine.model import RoutedLM
+from buddy.engine.twins import LayerlessModel
+
+FREE = 1e-6  # the penalty of the bias, which is not shrunk
+
+
+@torch.no_grad()
+def fit_bridges(
+    model: RoutedLM,
+    windows: Tensor,
+    executed: Sequence[int],
+    *,
+    rank: int,
+    ridge: float,
+    prompt: int = 0,
+    batch_size: int = 4,
+    track: Callable[[Sequence[int], str], Iterable[int]] = lambda items, _: items,
+) -> Bridges:
+    """Bridges for the plans of a model's router, one set for all budgets.
+
+    Layer after layer, on the states that the routed model reaches with the bridges before, the bridge of a layer is
+    fitted from the state that skips it to the dense model's state after it, by ridge regression; then it is cut to the
+    directions in which it acts most. A layer that fewer than D tokens skip has no bridge.
+
+    Args:
+        model: with its router calibrated or trained. Bridges that it has are in place while its router plans.
+        windows: (N, T) long.
+        executed: K of the budgets below full depth; the windows take turns over them.
+        rank: r, from 1 to D.
+        ridge: penalty of squared weights, in units of the variance of a bridge's input.
+        prompt: first tokens of a window, its prompt.
+        batch_size: windows per forward.
+        track: wraps the loop over layers to show progress, given its items and a description.
+    """
+    backbone, geometry = model.backbone, model.geometry
+    batches = [batch.to(backbone.device) for batch in windows.split(batch_size)]
+    counts = torch.tensor([executed[index % len(executed)] for index in range(len(windows))]).split(batch_size)
+    plans = [
+        model(ids, executed=count.to(ids.device), prompt=prompt, logits_to_keep=1).runs
+        for ids, count in zip(batches, counts, strict=True)
+    ]
+    bridges, outside = Bridges(geometry, rank).to(backbone.device), LayerlessModel(backbone.model)
+    embedded = [outside.embed(ids) for ids in batches]
+    dense = [hidden for hidden, _ in embedded]
+    routed = list(dense)
+    for index in track(range(geometry.layers - 1), "Fitting bridges"):
+        layer = backbone.layers[index]
+        calls = [inputs[index] for _, inputs in embedded]
+        with model.stock():
+            dense = [layer(hidden, **call) for hidden, call in zip(dense, calls, strict=True)]
+        if index < geometry.context_layer:
+            routed = list(dense)
+            continue
+        skipped = [~plan[..., index] for plan in plans]
+        if sum(int(each.sum()) for each in skipped) >= geometry.hidden:
+            bridges.set(index, *_regression(routed, dense, skipped, rank, ridge))
+        ran = [layer(hidden, **call) for hidden, call in zip(routed, calls, strict=True)]
+        routed = [
+            torch.where(skips[..., None], bridges(index, hidden), out)
+            for skips, hidden, out in zip(skipped, routed, ran, strict=True)
+        ]
+    return bridges
+
+
+def _regression(
+    states: Sequence[Tensor], targets: Sequence[Tensor], chosen: Sequence[Tensor], rank: int, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(down (r, D), up (D, r), bias (D,)) from the states (B, T, D) of chosen tokens (B, T) to their targets."""
+    gram: Any = 0.0
+    cross: Any = 0.0
+    for state, target, which in zip(states, targets, chosen, strict=True):
+        before, wanted = state[which].float(), (target[which].float() - state[which].float())
+        x = torch.cat([bridge_input(before), before.new_ones(len(before), 1)], 1)
+        gram, cross = gram + (x.T @ x).double(), cross + (x.T @ wanted).double()
+    count, width = gram[-1, -1], len(gram) - 1
+    penalty = (ridge * count).repeat(width + 1)
+    penalty[-1] = FREE
+    solution = torch.linalg.solve(gram + penalty.diag(), cross)
+    weight, bias, mean = solution[:-1], solution[-1], gram[-1, :-1] / count
+    spread = weight.T @ (gram[:-1, :-1] - count * mean.outer(mean)) @ weight  # of what the bridge adds
+    up = torch.linalg.eigh(spread).eigenvectors[:, -rank:]
+    added = mean @ weight
+    parts = (weight @ up).T, up, bias + added - up @ (up.T @ added)
+    return tuple(part.float() for part in parts)

@@ -1,0 +1,113 @@
+"""Bridges: a small linear map of the hidden state for tokens that skip a layer, in place of nothing.
+
+A token that skips layer l has the state h + up_l · down_l · LN(h) + bias_l after it, where LN is layer norm without
+weights. A bridge acts only where a token skips, so it corrects what the plan leaves out, and full depth is the stock
+model. Its keys and values in that layer come from h, the state before the bridge, which is fitted to be near the dense
+model's input of the layer. Related: ReplaceMe (2505.02819) maps over one block of layers that is the same for all
+tokens; FlexiDepth (2503.23798) trains an adapter in the skip path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from buddy.errors import DamagedError
+from buddy.io import load_tensors, save_tensors
+from buddy.router import Geometry
+
+
+def bridge_input(hidden: Tensor) -> Tensor:
+    """What a bridge multiplies, of hidden states (…, D): layer norm without weights."""
+    return F.layer_norm(hidden, hidden.shape[-1:])
+
+
+class Bridges(nn.Module):
+    """One bridge for each routable layer, for all budgets; new ones change nothing.
+
+    Args:
+        geometry: of the model.
+        rank: r, from 1 to D.
+
+    Attributes:
+        rank: r.
+        down: (L, r, D).
+        up: (L, D, r).
+        bias: (L, D).
+        fitted: (L,) bool; a layer without a bridge passes the state on as it is.
+    """
+
+    def __init__(self, geometry: Geometry, rank: int) -> None:
+        super().__init__()
+        layers, width = geometry.layers, geometry.hidden
+        self.rank = rank
+        self.down = nn.Parameter(torch.zeros(layers, rank, width), requires_grad=False)
+        self.up = nn.Parameter(torch.zeros(layers, width, rank), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(layers, width), requires_grad=False)
+        self.register_buffer("fitted", torch.zeros(layers, dtype=torch.bool))
+        self._frozen: list[tuple[Tensor, ...] | None] | None = None  # of all layers, in one dtype
+        self._dtype = torch.float32
+
+    @property
+    def size(self) -> int:
+        """Number of weights of the layers that have a bridge."""
+        return int(self.fitted.sum()) * sum(part[0].numel() for part in (self.down, self.up, self.bias))
+
+    def forward(self, layer: int, hidden: Tensor) -> Tensor:
+        """The state (…, D) after skipping a layer, from the state before it."""
+        parts = self._parts(layer, hidden.dtype) if self._frozen is None else self._frozen[layer]
+        if parts is None:
+            return hidden
+        down, up, bias = parts
+        return hidden + F.linear(F.linear(bridge_input(hidden), down), up, bias)
+
+    @torch.no_grad()
+    def set(self, layer: int, down: Tensor, up: Tensor, bias: Tensor) -> None:
+        """Give a layer its bridge: (r, D), (D, r) and (D,)."""
+        for whole, part in zip((self.down, self.up, self.bias), (down, up, bias), strict=True):
+            whole[layer] = part
+        self.fitted[layer] = True
+        self._frozen = None
+
+    def trainable(self) -> Bridges:
+        """Switch to training: weights in float32 with gradients."""
+        self._frozen = None
+        return self.requires_grad_(True)
+
+    def freeze(self, dtype: torch.dtype) -> Bridges:
+        """End training; from now on the bridges compute in `dtype`, the backbone's."""
+        self.requires_grad_(False)
+        self._frozen, self._dtype = [self._parts(layer, dtype) for layer in range(len(self.fitted))], dtype
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Bridges:
+        """Called by torch to move the module; what is frozen moves with it."""
+        super()._apply(*args, **kwargs)
+        return self if self._frozen is None else self.freeze(self._dtype)
+
+    def save(self, path: Path) -> None:
+        """Write all weights to a safetensors file."""
+        save_tensors(path, self.state_dict(), {"format": "pt"})
+
+    @classmethod
+    def load(cls, path: Path, geometry: Geometry, rank: int) -> Bridges:
+        """The bridges in a file, not frozen yet.
+
+        Raises:
+            DamagedError: the file is missing, damaged, or of another rank or model.
+        """
+        bridges, tensors = cls(geometry, rank), load_tensors(path)
+        state = bridges.state_dict()
+        if {name: each.shape for name, each in tensors.items()} != {name: each.shape for name, each in state.items()}:
+            raise DamagedError(path, f"it does not hold bridges of rank {rank} for this model")
+        bridges.load_state_dict(tensors)
+        return bridges
+
+    def _parts(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+        if not self.fitted[layer]:
+            return None
+        return tuple(part[layer].to(dtype) for part in (self.down, self.up, self.bias))

@@ -1,0 +1,126 @@
+"""Bridges in the engine: brute force, the parallel form against decode, causality, gradients, files."""
+
+import copy
+
+import pytest
+import torch
+
+from buddy.engine.bridges import Bridges
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.errors import DamagedError
+from tests.engine.reference import Fickle, FickleGates, random_bridges, reference_logits
+from tests.tiny import FAMILIES, tiny_backbone
+
+IDS = torch.randint(3, 259, (3, 14), generator=torch.Generator().manual_seed(1))
+EXECUTED = torch.tensor([3, 4, 6])
+
+
+def bridged(family: str = "llama", router: type = Fickle, **options) -> RoutedLM:
+    backbone = tiny_backbone(family)
+    geometry = geometry_of(backbone)
+    routed = RoutedLM(backbone, router(geometry), **options)
+    routed.bridge(random_bridges(geometry, 0))
+    return routed
+
+
+@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parallel_form_equals_brute_force(family, policy):
+    routed, stock = bridged(family, policy=policy), tiny_backbone(family).model
+    output = routed(IDS, executed=EXECUTED)
+    expected = reference_logits(stock, IDS, output.runs, policy=policy, bridges=routed.bridges)
+    torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
+    without = reference_logits(stock, IDS, output.runs, policy=policy)
+    assert (expected - without).abs().max() > 0.01, "these bridges should show"
+
+
+@pytest.mark.parametrize("router", [Fickle, FickleGates])
+def test_decode_equals_parallel_form(router):
+    routed = bridged(router=router)
+    parallel, cache, steps = routed(IDS, executed=EXECUTED).logits, None, []
+    with routed.at(executed=EXECUTED.tolist()):
+        for first, end in [(0, 5), *((t, t + 1) for t in range(5, 14))]:
+            out = routed.backbone.model(IDS[:, first:end], cache=cache, use_cache=True)
+            cache = out.cache
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), parallel, atol=1e-4, rtol=1e-4)
+
+
+def test_full_depth_and_dense_are_the_stock_model():
+    routed, stock = bridged(), tiny_backbone().model
+    assert torch.equal(routed(IDS, executed=torch.tensor([6, 6, 6])).logits, stock(IDS).logits)
+    assert torch.equal(routed.dense(IDS), stock(IDS).logits)
+
+
+def test_later_tokens_change_nothing_before():
+    routed, other = bridged(), IDS.clone()
+    other[:, 9:] = 5
+    first, second = (routed(ids, executed=EXECUTED, compute_all_layers=True) for ids in (IDS, other))
+    assert torch.equal(first.logits[:, :9], second.logits[:, :9])
+    assert torch.equal(first.runs[:, :9], second.runs[:, :9])
+
+
+def test_taken_off_they_leave_no_trace():
+    routed = bridged()
+    with_bridges = routed(IDS, executed=EXECUTED).logits
+    routed.bridge(None)
+    without = routed(IDS, executed=EXECUTED).logits
+    plain = RoutedLM(tiny_backbone(), Fickle(routed.geometry))
+    assert torch.equal(without, plain(IDS, executed=EXECUTED).logits)
+    assert not torch.equal(without, with_bridges)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_gradients_reach_them_and_equal_a_difference_quotient(everywhere):
+    routed = bridged()
+    runs = routed(IDS, executed=EXECUTED).runs
+    bridges = routed.bridges.trainable()
+
+    def loss() -> torch.Tensor:
+        return routed(IDS, runs=runs, compute_all_layers=everywhere).logits.square().mean()
+
+    loss().backward()
+    layer, step = int(bridges.fitted.nonzero()[0]), 1e-2
+    assert (~runs[..., layer]).any()
+    slope = bridges.bias.grad[layer, 7].item()
+    with torch.no_grad():
+        values = []
+        for change in (step, -2 * step):
+            bridges.bias[layer, 7] += change
+            values.append(loss().item())
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=0.05)
+    assert all(part.grad.abs().sum() > 0 for part in (bridges.down, bridges.up))
+
+
+def test_straight_through_gates_weigh_the_layer_against_its_bridge():
+    routed = bridged()
+    runs = routed(IDS, executed=EXECUTED).runs
+    gates = runs.float().requires_grad_()
+    hard = routed(IDS, runs=runs, compute_all_layers=True).logits
+    soft = routed(IDS, runs=runs, gates=gates).logits
+    torch.testing.assert_close(soft, hard)
+    soft.square().mean().backward()
+    assert gates.grad.abs().sum() > 0
+
+
+def test_file(tmp_path):
+    routed, path = bridged(), tmp_path / "bridge.safetensors"
+    saved = routed.bridges
+    saved.save(path)
+    loaded = Bridges.load(path, routed.geometry, 4)
+    assert all(torch.equal(part, saved.state_dict()[name]) for name, part in loaded.state_dict().items())
+    expected = routed(IDS, executed=EXECUTED).logits
+    routed.bridge(loaded)
+    assert torch.equal(routed(IDS, executed=EXECUTED).logits, expected)
+    with pytest.raises(DamagedError, match="rank 5"):
+        Bridges.load(path, routed.geometry, 5)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DamagedError):
+        Bridges.load(path, routed.geometry, 4)
+    with pytest.raises(DamagedError):
+        Bridges.load(tmp_path / "none", routed.geometry, 4)
+
+
+def test_a_copy_keeps_them():
+    routed = bridged()
+    assert torch.equal(copy.deepcopy(routed.bridges)(2, torch.ones(1, 1, 64)), routed.bridges(2, torch.ones(1, 1, 64)))

@@ -1,0 +1,144 @@
+"""Bridges through `buddy fit`: fitted for every router, saved, loaded, carried, trained with an adapter, refused."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import buddy
+from buddy.build import load_model
+from buddy.compare import fit
+from buddy.errors import BuddyError, DamagedError, RecipeError, RunError
+from buddy.hub.export import export_run
+from buddy.hub.push_pull import pull, push
+from buddy.io import load_tensors
+from buddy.run import read_run
+from buddy.run_files import BRIDGE, update_checksums
+from tests.small import only_seeds
+
+IDS = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def with_bridges(small, tmp_path_factory):
+    """Runs of four routers with bridges; read them, never write into them."""
+    output = tmp_path_factory.mktemp("bridges")
+    fit(small(output, "bridge.rank=8", "rivals=[shortgpt,random,first,full]"), "small")
+    return only_seeds(output / "small")
+
+
+def kl(folder, budget: float) -> float:
+    results = json.loads((folder / "metrics.json").read_text())["results"]
+    return next(each["kl"] for each in results if each["budget"] == budget)
+
+
+def test_every_router_that_skips_has_them_and_they_help(with_bridges, finished):
+    for name in ("buddy", "shortgpt", "random", "first"):
+        assert load_tensors(with_bridges / name / BRIDGE)["fitted"].any()
+        assert kl(with_bridges / name, 1.0) == pytest.approx(0, abs=1e-5)
+    assert not (with_bridges / "full" / BRIDGE).exists()
+    for name in ("shortgpt", "random"):
+        assert kl(with_bridges / name, 0.5) < kl(finished / name, 0.5)
+
+
+def test_a_loaded_run_computes_with_them(with_bridges, tmp_path):
+    run = read_run(with_bridges / "shortgpt")
+    model, executed = load_model(run), torch.tensor([3, 4])
+    logits = model(IDS, executed=executed).logits
+    assert torch.equal(model.bridges.up, load_tensors(run.folder / BRIDGE)["up"])
+    model.bridge(None)
+    assert not torch.equal(model(IDS, executed=executed).logits, logits)
+    push(run.folder, to=str(tmp_path / "pushed"))
+    pull(str(tmp_path / "pushed"), out=tmp_path / "pulled")
+    pulled = buddy.load(tmp_path / "pulled").routed
+    assert torch.equal(pulled(IDS, executed=executed).logits, logits)
+
+
+def test_null_leaves_everything_as_it_was(small, finished, tmp_path):
+    fit(small(tmp_path, "bridge=null", "router=shortgpt", "rivals=[]"), "small")
+    again = only_seeds(tmp_path / "small") / "shortgpt"
+    assert [kl(again, budget) for budget in (0.75, 0.5)] == [kl(finished / "shortgpt", b) for b in (0.75, 0.5)]
+    assert not (again / BRIDGE).exists()
+
+
+def test_an_interrupted_fit_gives_the_same(small, with_bridges, tmp_path):
+    interrupt = "callbacks=[{class_path: tests.training.test_bridges.Interrupt}]"
+    with pytest.raises(KeyboardInterrupt):
+        fit(small(tmp_path, "bridge.rank=8", "rivals=[]", interrupt), "small")
+    fit(small(tmp_path, "bridge.rank=8", "rivals=[]"), "small")
+    (again,) = (tmp_path / "small" / "buddy").glob("seed-0")
+    for name in ("router.safetensors", BRIDGE):
+        first, second = (load_tensors(folder / name) for folder in (with_bridges / "buddy", again))
+        assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("joint", ["false", "true"])
+def test_healing_trains_them_where_asked(small, tmp_path, joint):
+    overrides = ["bridge.rank=8", "rivals=[]", "adapter.steps=4", f"adapter.joint={joint}", "trainer.max_steps=4"]
+    for train in ("false", "true"):
+        fit(small(tmp_path / train, *overrides, f"bridge.train={train}"), "small")
+    fixed, trained = (load_tensors(tmp_path / train / "small/buddy/seed-0" / BRIDGE) for train in ("false", "true"))
+    layer = int(fixed["fitted"].nonzero()[0])
+    for name in ("down", "up", "bias"):
+        assert 0 < (fixed[name][layer] - trained[name][layer]).abs().max() < 0.1
+    model = load_model(read_run(tmp_path / "true/small/buddy/seed-0"))
+    assert not any(parameter.requires_grad for parameter in model.bridges.parameters())
+
+
+# Refusals
+
+
+def test_export_refuses_bridges(with_bridges, tmp_path):
+    with pytest.raises(RunError, match="bridge=null"):
+        export_run(with_bridges / "shortgpt", budget="0.5", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["rank=0", "rank=8.5", "ridge=-1", "windows=0", "train=maybe", "depth=3"])
+def test_wrong_values_are_refused_by_their_key(small, tmp_path, value):
+    with pytest.raises(RecipeError, match=f"bridge.{value.partition('=')[0]}"):
+        small(tmp_path, f"bridge.{value}")
+
+
+def test_what_contradicts_is_refused_before_work(small, tmp_path):
+    with pytest.raises(RecipeError, match="adapter"):
+        small(tmp_path, "bridge.train=true")
+    with pytest.raises(RecipeError, match=r"bridge\.rank"):
+        fit(small(tmp_path, "bridge.rank=65"), "small")
+    assert not any(tmp_path.rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "foreign", "rank"])
+def test_a_damaged_file_is_refused(with_bridges, tmp_path, damage):
+    folder = shutil.copytree(with_bridges / "shortgpt", tmp_path / "run")
+    path = folder / BRIDGE
+    if damage == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "foreign":
+        shutil.copy(folder / "router.safetensors", path)
+    else:
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("rank: 8", "rank: 9"))
+    with pytest.raises(BuddyError):
+        load_model(read_run(folder))
+    if damage in ("foreign", "rank"):  # with checksums that fit
+        update_checksums(folder)
+        with pytest.raises(DamagedError, match=BRIDGE):
+            load_model(read_run(folder))
+
+
+class Interrupt:
+    """A callback that stops the fit after a step, as Ctrl-C does."""
+
+    def __new__(cls):
+        from lightning.pytorch.callbacks import LambdaCallback
+
+        def stop(trainer, *_):
+            if trainer.global_step == 4:
+                os.kill(os.getpid(), 2)
+
+        return LambdaCallback(on_train_batch_end=stop)
