@@ -131,24 +131,6 @@ def heals(recipe: Recipe, router: AnyRouter) -> bool:
     return recipe.adapter is not None and not router.full_depth
 
 
-def build_adapter(recipe: Recipe, backbone: Backbone, context_layer: int) -> Adapter:
-    """The recipe's adapter, new, on the backbone's layers after the context layers.
-
-    Raises:
-        TrainingError: a target module that the layers do not have.
-    """
-    section = recipe.adapter
-    return Adapter.new(
-        backbone,
-        rank=section.rank,
-        alpha=section.alpha,
-        dropout=section.dropout,
-        targets=section.targets,
-        first=context_layer,
-        seed=recipe.seed,
-    )
-
-
 def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
     """The recipe's text, before `prepare_data` and `setup`.
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone
 from buddy.engine.model import RoutedLM, geometry_of
+from buddy.schema import AdapterSection
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone, tiny_model
 
@@ -14,10 +15,9 @@ IDS = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(5))
 EXECUTED = torch.tensor([3, 4, 6])
 
 
-def new_adapter(backbone: Backbone, seed: int = 0, **options) -> Adapter:
+def new_adapter(backbone: Backbone, seed: int = 0, first: int = 1, **options) -> Adapter:
     """An adapter that changes nothing yet."""
-    settings = {"rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": ["all-linear"], "first": 1, "seed": seed}
-    return Adapter.new(backbone, **{**settings, **options})
+    return Adapter.new(backbone, AdapterSection(**{"rank": RANK, "alpha": ALPHA, **options}), first=first, seed=seed)
 
 
 def stirred(adapter: Adapter, size: float = 0.3) -> Adapter:

@@ -20,7 +20,7 @@ BEHIND = {  # what the verbs call
     "fit": "buddy.compare.fit",
     "evaluate": "buddy.evaluation.evaluate.evaluate_run",
     "compare": "buddy.compare.compare",
-    "show_files": "buddy.evaluation.report.show_files",
+    "show_files": "buddy.evaluation.record.show_files",
     "generate": "buddy.hub.load.generate",
 }
 

@@ -33,7 +33,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **config) -> PreTrainedMode
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     settings = CONFIG_MAPPING[model_type](**{**sizes, **heads, **tokens, **extra, **config})
-    return random_model(settings, seed, ROUTABLE[model_type].attention)
+    return random_model(settings, seed, ROUTABLE[model_type])
 
 
 def tiny_backbone(family: str = "llama", seed: int = 0, **config) -> Backbone:

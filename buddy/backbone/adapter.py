@@ -22,6 +22,8 @@ from buddy.io import load_tensors, read_json, save_tensors, write_json, writing
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from buddy.schema import AdapterSection
+
 CONFIG, WEIGHTS, MADE_FOR = "adapter_config.json", "adapter_model.safetensors", "backbone.json"
 FILES = (CONFIG, WEIGHTS, MADE_FOR)
 ALL = "all-linear"
@@ -76,25 +78,12 @@ class Adapter:
         self.parts.eval()
 
     @classmethod
-    def new(
-        cls,
-        backbone: Backbone,
-        *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        targets: Sequence[str],
-        first: int,
-        seed: int,
-    ) -> Adapter:
+    def new(cls, backbone: Backbone, section: AdapterSection, *, first: int, seed: int) -> Adapter:
         """A new adapter without effect: the second factors are zero, the first depend only on the seed.
 
         Args:
             backbone: without an adapter.
-            rank: r, of the two factors of each module.
-            alpha: their product is scaled by alpha / r.
-            dropout: of the factors' inputs, in training.
-            targets: names of linear modules, or "all-linear".
+            section: of a recipe; its rank, alpha, dropout and targets are read.
             first: the first adapted layer, the number of context layers.
             seed: of the first factors.
 
@@ -105,10 +94,10 @@ class Adapter:
 
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=check_targets(targets, backbone),
+            r=section.rank,
+            lora_alpha=section.alpha,
+            lora_dropout=section.dropout,
+            target_modules=check_targets(section.targets, backbone),
             layers_to_transform=list(range(first, backbone.num_layers)),
         )
         with torch.random.fork_rng(devices=[]):

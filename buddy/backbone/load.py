@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,29 +24,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Family(NamedTuple):
-    """A supported family of models.
-
-    Attributes:
-        causal_lm: its causal-LM class in transformers.
-        attention: an implementation of attention that is exact for it.
-    """
-
-    causal_lm: str
-    attention: str = "sdpa"
-
-
-# By `model_type`. All have an inner `model.layers` of plain residual layers, each with a `self_attn` whose keys and
-# values are the layer's only state between tokens. A new family is a line here and one in `tests/tiny.py`.
+# `model_type` → an implementation of attention that is exact for it. All have an inner `model.layers` of plain residual
+# layers, each with a `self_attn` whose keys and values are the layer's only state between tokens. A new family is a
+# line here and one in `tests/tiny.py`.
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM"),
-    "qwen3": Family("Qwen3ForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "gemma2": Family("Gemma2ForCausalLM", attention="eager"),  # sdpa cannot cap attention scores
-    "gemma3_text": Family("Gemma3ForCausalLM"),
-    "phi3": Family("Phi3ForCausalLM"),
-    "smollm3": Family("SmolLM3ForCausalLM"),
+    "llama": "sdpa",
+    "qwen2": "sdpa",
+    "qwen3": "sdpa",
+    "mistral": "sdpa",
+    "gemma2": "eager",  # sdpa cannot cap attention scores
+    "gemma3_text": "sdpa",
+    "phi3": "sdpa",
+    "smollm3": "sdpa",
 }
 CHOICES = f"a folder in the hub's layout, owner/name on the hub, or {embedded.NAME!r}"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -140,7 +129,7 @@ def load_backbone(
     with embedded.quiet_transformers():
         config = read_config(name, source, revision)
         check_routable(name, config)
-        attention = FAMILIES[config["model_type"]].attention
+        attention = FAMILIES[config["model_type"]]
         model = _load_model(name, source, revision=revision, dtype=DTYPES[dtype], attn_implementation=attention)
         tokenizer = _load_tokenizer(name, source, revision=revision, trust_remote_code=trust_remote_code)
     return Backbone(embedded.NAME if name in embedded.NAMES else name, model, tokenizer, fingerprint(model))
@@ -153,13 +142,16 @@ def check_routable(name: str, config: dict) -> None:
         BackboneError: the architecture is not in `FAMILIES`, has no next-token head, attends to later tokens, or has
             too few layers.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     kind = str(config.get("model_type"))
     architectures = config.get("architectures") or []
     called = " or ".join(map(str, architectures)) or f"of the kind {kind}"
     if kind not in FAMILIES:
         raise BackboneError(f"{name!r} is {called}, which Buddy cannot route; choose one of {', '.join(FAMILIES)}.")
-    if architectures and FAMILIES[kind].causal_lm not in architectures:
-        raise BackboneError(f"{name!r} is {called}, which predicts no next token; choose a {FAMILIES[kind].causal_lm}.")
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    if architectures and causal not in architectures:
+        raise BackboneError(f"{name!r} is {called}, which predicts no next token; choose a {causal}.")
     if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
         raise BackboneError(f"{name!r} is {called} that attends to later tokens; choose a causal model.")
     layers = config.get("num_hidden_layers")
@@ -198,34 +190,24 @@ def locate(name: str, revision: str | None = None) -> str:
     """The folder or the name on the hub of a backbone.
 
     Raises:
-        BackboneError: neither exists, the folder is no model, or a local model has a revision.
+        BackboneError: neither exists, or a local model has a revision.
     """
     folder = Path(os.path.expanduser(name))  # Path.expanduser fails for "~unknown"
     if name in embedded.NAMES:
         folder = embedded.smollm2_folder()
     elif not name.strip():
         raise BackboneError(f"The backbone's name is empty; give {CHOICES}.")
-    elif os.path.isdir(folder):
-        _check_folder(name, folder)
-    elif os.path.exists(folder):
-        raise BackboneError(f"{name!r} is a file; name the folder that holds config.json and the weights.")
-    elif name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
-        raise BackboneError(f"There is no folder {name!r}; check the path, or give {CHOICES}.")
-    elif "/" not in name:  # all supported models on the hub have an owner
-        raise BackboneError(f"No model is named {name!r}{nearest(name, embedded.NAMES) or f'; give {CHOICES}.'}")
-    else:
+    elif not os.path.isdir(folder):
+        if os.path.exists(folder):
+            raise BackboneError(f"{name!r} is a file; name the folder that holds config.json and the weights.")
+        if name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
+            raise BackboneError(f"There is no folder {name!r}; check the path, or give {CHOICES}.")
+        if "/" not in name:  # all supported models on the hub have an owner
+            raise BackboneError(f"No model is named {name!r}{nearest(name, embedded.NAMES) or f'; give {CHOICES}.'}")
         return name
     if revision is not None:
         raise BackboneError(f"{name!r} is not on the hub and has no revisions; leave out revision {revision!r}.")
     return str(folder)
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    """Refuse a folder without a model, before transformers searches elsewhere."""
-    if not (folder / "config.json").is_file():
-        raise BackboneError(f"The folder {name!r} has no config.json; name a folder made by save_pretrained.")
-    if not list(folder.glob("*.safetensors")):
-        raise BackboneError(f"The folder {name!r} has no weights in safetensors format; save them there as such.")
 
 
 def read_config(name: str, source: str, revision: str = "main") -> dict:
@@ -235,8 +217,8 @@ def read_config(name: str, source: str, revision: str = "main") -> dict:
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-        if not isinstance(config, dict):
-            raise ValueError("config.json holds no mapping")
+        if not isinstance(config, dict) or not config:
+            raise ValueError("config.json is missing or holds no mapping")
         return config
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         if os.path.exists(source):

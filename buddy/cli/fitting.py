@@ -140,7 +140,7 @@ def _show(ctx: typer.Context, made: str, markdown: Path | None, overrides: list[
     if overrides:
         raise BuddyError(f"{overrides[0]} {why}.")
     refuse_options(ctx, ctx.params.keys() - {"made", "markdown"}, why)
-    from buddy.evaluation.report import show_files
+    from buddy.evaluation.record import show_files
 
     files = [made] if os.path.isfile(made) else split_list(made)  # a name may contain a comma
     if not files:

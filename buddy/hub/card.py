@@ -30,7 +30,7 @@ def run_card(run: Run, metrics: Mapping[str, Any], name: str, licence: str | Non
     extras = ""
     if (run.folder / BRIDGE).is_file():
         extras += " Bridges in `bridge.safetensors` correct the hidden state of tokens that skip a layer."
-    if is_healed(run):
+    if (run.folder / ADAPTER).is_dir():
         extras += " An adapter in `adapter/`, in the format of peft, heals the backbone."
     if (run.folder / PREDICTOR).is_file():
         extras += " A budget predictor chooses the budget of a request at budget `auto`."
@@ -121,14 +121,9 @@ def _differences(run: Run, record: Mapping[str, Any], mixed: bool) -> list[str]:
             "Its layers are of several kinds, which config.json lists one by one. Loaders and converters that derive "
             "the kind from a layer's index compute wrong results."
         )
-    if is_healed(run):
+    if (run.folder / ADAPTER).is_dir():
         found.append("The run is healed: its adapter is merged into these weights.")
     return found
-
-
-def is_healed(run: Run) -> bool:
-    """Whether a run has an adapter."""
-    return (run.folder / ADAPTER).is_dir()
 
 
 def is_local(backbone: str) -> bool:

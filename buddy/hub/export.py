@@ -160,7 +160,7 @@ def largest_difference(folder: Path, routed: RoutedLM, kept: Sequence[int], ids:
     runs[..., list(kept)] = True
     with routed.changed(sink_tokens=0):
         ours = routed(ids, runs=runs).logits
-    attention = FAMILIES[backbone.model.config.model_type].attention
+    attention = FAMILIES[backbone.model.config.model_type]
     with quiet_transformers():
         small = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     theirs = small.eval().to(ids.device)(ids, use_cache=False).logits

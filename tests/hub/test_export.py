@@ -50,7 +50,7 @@ def test_stock_transformers_computes_the_plan(family, tmp_path):
     whole = backbone.model(IDS).logits
     routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
     write_checkpoint(tmp_path, backbone, KEPT)
-    attention = ROUTABLE[backbone.model.config.model_type].attention
+    attention = ROUTABLE[backbone.model.config.model_type]
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=attention)
     assert len(stock.model.layers) == stock.config.num_hidden_layers == 4
     with torch.no_grad():

@@ -168,7 +168,7 @@ def fit_killed(recipe: Recipe, write: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("refit", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_fit_that_is_killed_at_any_file_resumes(small, run, tmp_path, refit):
     """Each time the next fit ends with the run that an undisturbed one makes; a run to be replaced stays until then."""
     write = 1

@@ -11,7 +11,7 @@ from buddy.testing import CHECKS, Failed, Subject, behaviour, check_router, outp
 from buddy.testing.subject import LENGTH, ROWS
 from tests.testing.bad import FAULTS, BufferMeddler, DropsOut, Meddler, PeeksAhead, Sound, SoundGates
 
-NAMES = [entry.name for entry in installed() if entry.distribution == "buddy-depth"]
+NAMES = [entry.name for entry in installed() if entry.value.startswith("routers.")]
 TRAINING = {"groups", "weights", "gradients"}
 TOKENS = st.tuples(st.integers(0, ROWS - 1), st.integers(0, LENGTH - 1))
 
