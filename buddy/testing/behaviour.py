@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -245,10 +244,6 @@ def gradients(subject: Subject) -> str:
     """Through scores, or through the weights of gates in the engine."""
     router = _trainable(subject)
     advice = f"use no detach, no_grad, sign, argmax or item on its way through {subject.method}"
-    try:
-        copy.deepcopy(router)  # training does so, to keep the start
-    except Exception as error:
-        raise Failed(f"{describe(error, subject.cls)} when copied; keep no files, locks or lambdas in it.") from error
     if isinstance(router, LayerwiseRouter):
         executed = torch.full((ROWS,), subject.middle, device=subject.backbone.device)
         with subject.attached(router) as routed:

@@ -4,14 +4,39 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
+from buddy import Context, Geometry, Router
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.inspection.routing import Text, observe
-from tests.inspection.planted import TwoOrders, planted_runs
 from tests.tiny import tiny_backbone
 
 PROMPT, TOKENS = 5, 14
+
+
+class TwoOrders(Router):
+    """The earliest layers for tokens whose first hidden number is negative, the latest for the others."""
+
+    def score(self, context: Context) -> Tensor:
+        """(..., R)."""
+        depth = torch.arange(self.geometry.routable, dtype=torch.float32)
+        return torch.where(context.hidden[..., :1] < 0, -depth, depth)
+
+
+def planted_runs(hidden: Tensor, executed: int, geometry: Geometry, sinks: int) -> list[list[list[bool]]]:
+    """N × T × L, what `TwoOrders` has to run, one token and one layer at a time."""
+    found = []
+    for row in hidden:
+        plans = []
+        for position, state in enumerate(row):
+            routable = list(range(geometry.context_layer, geometry.layers - 1))
+            kept = executed - geometry.always_on
+            chosen = routable[:kept] if state[0] < 0 else routable[len(routable) - kept :]
+            always = [*range(geometry.context_layer), geometry.layers - 1]
+            plans.append([position < sinks or layer in (*chosen, *always) for layer in range(geometry.layers)])
+        found.append(plans)
+    return found
 
 
 @pytest.fixture

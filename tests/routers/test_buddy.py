@@ -12,7 +12,6 @@ from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from routers.buddy import BuddyRouter
 from tests.routers.landscape import Landscape, context, left_out, rugged, searched
-from tests.routers.uneven import WINDOWS
 from tests.tiny import tiny_backbone
 
 SIZES = Geometry(layers=6, context_layer=1, hidden=12, features=4)
@@ -24,7 +23,7 @@ SIZES = Geometry(layers=6, context_layer=1, hidden=12, features=4)
 def test_it_starts_at_the_order_of_its_prior(prior, measure):
     backbone = tiny_backbone()
     router = BuddyRouter(geometry_of(backbone), prior=prior)
-    probe = CalibrationProbe(RoutedLM(backbone, router), WINDOWS)
+    probe = CalibrationProbe(RoutedLM(backbone, router), torch.arange(3, 67).reshape(4, 16))
     router.calibrate(probe)
     scores = router.score(context(router.geometry, 2, 3))
     expected = getattr(probe, measure).clamp(min=0).argsort(stable=True)

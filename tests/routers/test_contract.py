@@ -11,7 +11,6 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RegistryError
 from buddy.registry import build, installed
 from tests.routers.landscape import context
-from tests.routers.uneven import WINDOWS
 from tests.tiny import tiny_backbone
 
 NAMES = [entry.name for entry in installed() if entry.value.startswith("routers.")]
@@ -22,7 +21,7 @@ def made(name: str) -> Router:
     """A calibrated router whose learned part is not at its start."""
     backbone = tiny_backbone()
     router = build(name, geometry_of(backbone), {})
-    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, asked=[5, 3]))
+    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), torch.arange(3, 67).reshape(4, 16), asked=[5, 3]))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in router.parameters():

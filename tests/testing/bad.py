@@ -233,6 +233,19 @@ class OnePenalty(SoundGates):
         return weights.mean()
 
 
+# Cannot be made
+
+
+class KeyMissing(Sound):
+    def __init__(self, geometry):
+        {}["x"]
+
+
+class Leaving(Sound):
+    def __init__(self, geometry):
+        sys.exit(0)
+
+
 # One order of layers: what it keeps
 
 
