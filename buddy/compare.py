@@ -25,9 +25,8 @@ from buddy.config import with_router
 from buddy.console import Bar, clock, errors, status
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RecipeError, RunError, reason
-from buddy.evaluation import report
 from buddy.evaluation.bench import measured
-from buddy.evaluation.record import collect, text_entry
+from buddy.evaluation.record import collect, text_entry, write_results
 from buddy.executors import LokyExecutor, RayExecutor, SerialExecutor
 from buddy.fit import Session
 from buddy.io import check_output_path, locked, remove_parts
@@ -136,7 +135,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
         )
         folder = Path(recipe.output) / folder_name(recipe_name)
         with _locked(folder, PATIENCE):
-            report.write(record, folder)
+            write_results(record, folder)
 
 
 def compare(config: CompareConfig) -> int:
@@ -185,7 +184,7 @@ def compare(config: CompareConfig) -> int:
                 speed=speed,
                 failures=[(spec.label, spec.recipe.seed, why) for spec, why in failures],
             )
-            report.write(record, config.folder, config.markdown)
+            write_results(record, config.folder, config.markdown)
     for spec, why in failures:
         errors.print(f"Failed: {spec.title}: {why}", soft_wrap=True)
     if problem:
@@ -212,7 +211,7 @@ def check(config: CompareConfig) -> None:
     if config.markdown:
         check_output_path(config.markdown)
     if config.tasks.names:
-        from buddy.evaluation.tasks import hushed, load_tasks, require_lm_eval
+        from buddy.evaluation.task_data import hushed, load_tasks, require_lm_eval
 
         require_lm_eval()
         with hushed(), status("Reading tasks …"):

@@ -41,9 +41,9 @@ from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, TrainingError
 from buddy.evaluation.evaluate import evaluate
-from buddy.evaluation.report import write_run_results
+from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, is_below, on_disk, within_memory
-from buddy.metrics.perplexity import Reference, Scores
+from buddy.metrics.perplexity import Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
@@ -171,9 +171,10 @@ class Session:
                     model.bridges.save(folder / BRIDGE)
                 if model.adapter is not None:
                     model.adapter.save(folder / ADAPTER)
-                metrics = write_run_results(folder, recipe, scores, fit=cost, windows=self.data.test.fingerprint)
+                draw_run(folder, scores)
                 _remove_intermediate(folder)
-                run_folder.complete(metrics)
+                about = {"fit": cost, "windows": self.data.test.fingerprint}
+                run_folder.complete(with_documents(scores) | about)
             except BaseException as error:
                 with suppress(BuddyError):  # the disk may be full
                     if not isinstance(error, KeyboardInterrupt):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from itertools import groupby
 from math import pi
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from buddy.router import Criterion
 MAX_CACHE = 2 << 30  # bytes of hidden states that are kept between calls
 MAX_SHARE = 0.25  # of the accelerator's free memory
 Layer = Callable[..., Tensor]
-Batch = int | tuple[int, ...]  # the index of a batch, or the indices of any windows
+Batch = tuple[int, ...]  # numbers of the windows that run together
 Pair = tuple[Batch, str]  # batch, plan
 
 
@@ -42,8 +43,8 @@ def similarities(backbone: Backbone, batches: Iterable[Tensor], first: int, sink
     tokens = windows = 0
     for batch in batches:
         batch = batch.to(backbone.device)
-        with _inputs_of(backbone, range(first, first + routable + 1)) as states:
-            backbone.base(batch, use_cache=False)
+        output = backbone.base(batch, use_cache=False, output_hidden_states=True)
+        states = output.hidden_states[first : first + routable + 1]  # the inputs of the routable layers and of the last
         for index in range(routable):
             before, after = (state[:, sinks:].float() for state in states[index : index + 2])
             changes[index] += F.cosine_similarity(before, after, dim=-1).sum().cpu()
@@ -51,18 +52,6 @@ def similarities(backbone: Backbone, batches: Iterable[Tensor], first: int, sink
         angles += ((last @ last.mT).clamp(-1, 1).arccos() / pi).sum(0)
         tokens, windows = tokens + batch[:, sinks:].numel(), windows + len(batch)
     return 1 - changes / tokens, (angles / windows).triu(1).float()
-
-
-@contextmanager
-def _inputs_of(backbone: Backbone, layers: Iterable[int]) -> Iterator[list[Tensor]]:
-    """Collects the inputs (B, T, D) of some layers, ascending, of one forward within this block."""
-    states: list[Tensor] = []
-    hooks = [backbone.layers[i].register_forward_pre_hook(lambda _, args: states.append(args[0])) for i in layers]
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # Taylor importance
@@ -195,12 +184,14 @@ class PlanLosses:
 
     Args:
         backbone: the frozen model, outside of any budget.
-        batches: windows (B, T) long each.
+        windows: (N, T) long.
+        batch_size: windows in a batch.
         sinks: first positions, which run every layer.
     """
 
-    def __init__(self, backbone: Backbone, batches: Sequence[Tensor], sinks: int) -> None:
-        self._backbone, self._batches, self._sinks = backbone, batches, sinks
+    def __init__(self, backbone: Backbone, windows: Tensor, batch_size: int, sinks: int) -> None:
+        self._backbone, self._windows, self._sinks = backbone, windows, sinks
+        self._number = -(-len(windows) // batch_size)  # of batches with all windows
         self._layerless = LayerlessModel(backbone.model)
         self._cache: dict[Batch, dict[str, State]] = {}
 
@@ -215,41 +206,33 @@ class PlanLosses:
             track: wraps the loop over the pairs to show progress.
         """
         plans = defaultdict(list)
-        for number, plan in pairs:
-            plans[number].append(plan)
-        current = None
-        for number, plan in track(pairs):
-            if number != current:
-                current, batch = number, self._tokens(number).to(self._backbone.device)
-                walk = self._walk(number, batch, plans[number], criterion)
-                losses = _criterion(criterion, self._layerless, batch, walk)
-            yield number, plan, losses(walk.last(plan))
-            self._keep(number, walk.kept)
+        for batch, plan in pairs:
+            plans[batch].append(plan)
+        for batch, group in groupby(track(pairs), key=itemgetter(0)):
+            input_ids = self._windows[list(batch)].to(self._backbone.device)
+            walk = self._walk(batch, input_ids, plans[batch], criterion)
+            losses = _criterion(criterion, self._layerless, input_ids, walk)
+            for _, plan in group:
+                yield batch, plan, losses(walk.last(plan))
+            self._keep(batch, walk.kept)
 
     def release(self) -> None:
         """Free the hidden states that are kept between calls."""
         self._cache = {}
 
-    def _tokens(self, batch: Batch) -> Tensor:
-        """(B, T) long."""
-        if isinstance(batch, int):
-            return self._batches[batch]
-        size = len(self._batches[0])
-        return torch.stack([self._batches[window // size][window % size] for window in batch])
-
-    def _walk(self, number: Batch, batch: Tensor, plans: list[str], criterion: Criterion) -> PrefixWalk:
+    def _walk(self, batch: Batch, input_ids: Tensor, plans: list[str], criterion: Criterion) -> PrefixWalk:
         backbone, layers = self._backbone, self._backbone.num_layers
-        size = batch.numel() * backbone.hidden_size * backbone.dtype.itemsize
-        wanted = prefixes_to_keep(plans, layers, states_that_fit(size, backbone.device, len(self._batches)))
+        size = input_ids.numel() * backbone.hidden_size * backbone.dtype.itemsize
+        wanted = prefixes_to_keep(plans, layers, states_that_fit(size, backbone.device, self._number))
         if criterion == "kl":
             wanted.add("1" * layers)  # every call needs the dense model's output
-        return PrefixWalk(self._layerless, backbone.layers, batch, self._sinks, self._cache.get(number, {}), wanted)
+        return PrefixWalk(self._layerless, backbone.layers, input_ids, self._sinks, self._cache.get(batch, {}), wanted)
 
     def _keep(self, batch: Batch, states: dict[str, State]) -> None:
-        """Keep states for a later walk over the batch; of more than `batches` batches, drop the oldest."""
+        """Keep states for a later walk over the batch; drop the oldest batch where there are too many."""
         self._cache.pop(batch, None)
         self._cache[batch] = states
-        while len(self._cache) > len(self._batches):
+        if len(self._cache) > self._number:
             del self._cache[next(iter(self._cache))]
 
 

@@ -57,7 +57,8 @@ class CalibrationProbe:
         self.serve(routed, asked)
         self.seed, self.count = seed, len(windows)
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt
-        self._batches, self._size = windows.split(batch_size), batch_size
+        self._windows, self._size = windows, batch_size
+        self._batches = windows.split(batch_size)
         setting = None if store is None else setting_of(routed, windows, batch_size)
         self._measured = Measurements(store, setting)
         self._losses: PlanLosses | None = None
@@ -105,12 +106,11 @@ class CalibrationProbe:
         """See `Probe.losses`."""
         self._check(runs, criterion, windows)
         windows = self.count if windows is None else windows
-        batches: Sequence[Batch]  # indices of the first ones, or batches of the given windows
-        if isinstance(windows, int):
-            batches, count = range(-(-windows // self._size)), windows
+        if isinstance(windows, int):  # in whole batches, so that a loss does not depend on how many are asked for
+            count, windows = windows, range(min(-(-windows // self._size) * self._size, self.count))
         else:
-            batches = [tuple(windows[at : at + self._size]) for at in range(0, len(windows), self._size)]
             count = len(windows)
+        batches = [tuple(windows[at : at + self._size]) for at in range(0, len(windows), self._size)]
         plans = ["".join("01"[on] for on in plan) for plan in runs.tolist()]
         wanted = {_key(criterion, b, plan): (b, plan) for b in batches for plan in sorted(set(plans), reverse=True)}
         missing = [wanted[key] for key in self._measured.missing(wanted)]
@@ -178,7 +178,7 @@ class CalibrationProbe:
 
     def _measure(self, missing: Sequence[Pair], criterion: Criterion, what: str) -> None:
         if self._losses is None:
-            self._losses = PlanLosses(self.routed.backbone, self._batches, self.routed.sink_tokens)
+            self._losses = PlanLosses(self.routed.backbone, self._windows, self._size, self.routed.sink_tokens)
         try:
             for b, plan, losses in self._losses.measure(missing, criterion, lambda pairs: self.track(pairs, what)):
                 self._measured[_key(criterion, b, plan)] = losses

@@ -209,12 +209,17 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     Args:
         runs: a finished run of each router, by label.
         backbone: not routed.
-        windows: (N, W) long; the prefill of W tokens is timed, and the decoding of some after a short prompt.
-        folder: where the times are kept.
+        windows: (N, W) long; the prefill of W tokens is timed, and the decoding of `STEPS` tokens after `PROMPT`.
+        folder: where the times are stored, in speed.json.
 
     Returns:
-        "dense" (the stock model), "full" (the engine at full depth) and, as "results", an entry for each router and K,
-        each with medians over rounds and the least and most; and how it was measured.
+        "dense" (the stock model), "full" (the engine at full depth) and, as "results", an entry for each router and K.
+        Each has "prefill_ms", milliseconds of the whole prefill, and "decode_ms", milliseconds a decoded token: medians
+        over rounds; and "prefill_spread" and "decode_spread", the least and the most of a round. Beside them "tokens"
+        (W), "prompt" and "steps" (tokens), "rounds" and "threads".
+
+    Raises:
+        RunError: memory does not suffice, or the folder cannot be written.
     """
     tokens = windows.shape[1]
     made: dict[str, Any] = {label: checksum(run.folder / ROUTER) for label, run in runs.items()}

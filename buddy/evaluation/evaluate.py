@@ -14,14 +14,14 @@ from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
-from buddy.console import quiet, results, status
+from buddy.console import print_titled_table, quiet, results, status
 from buddy.data.module import WindowBatches
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
-from buddy.evaluation.tables import show_scores
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.metrics.perplexity import Reference, Scores, as_json
+from buddy.metrics.statistics import mixed
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
 from buddy.training.callbacks import ProgressLine
@@ -68,7 +68,9 @@ def evaluate_run(
     join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
-    checked = _checked_budgets(routed, run, budgets)
+    wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
+    layers = routed.geometry.layers
+    fractions = [b if auto_cap(b) else fraction_of(b, routed.executed_layers(b), layers) for b in wanted]
     with status("Reading text …"), distributed.rank_zero_first():
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {section.batch_size} × {windows.input_ids.shape[1]} tokens"
@@ -76,7 +78,7 @@ def evaluate_run(
         scores = evaluate(
             routed,
             windows,
-            checked,
+            fractions,
             prompt=section.prompt,
             batch_size=section.batch_size,
             description=f"Evaluating {run.router_name}",
@@ -87,20 +89,6 @@ def evaluate_run(
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)
-
-
-def _checked_budgets(routed: RoutedLM, run: Run, budgets: Sequence[str] | None) -> list[float | str]:
-    """Budgets as fractions, "auto" unchanged; each checked against the model."""
-    if budgets is None:
-        return list(available_budgets(routed.router, run.recipe.budgets))
-    found: list[float | str] = []
-    for budget in budgets:
-        if auto_cap(budget):
-            routed.choosing(budget)
-            found.append(budget)
-        else:
-            found.append(fraction_of(budget, routed.executed_layers(budget), routed.geometry.layers))
-    return found
 
 
 def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:
@@ -152,3 +140,32 @@ def evaluate(
         )
         trainer.test(module, WindowBatches(windows, batch_size), verbose=False)
     return module.scores
+
+
+def show_scores(scores: Sequence[Scores], title: str) -> None:
+    """Print the results of one router on one text, a row for each budget."""
+    head = ["budget", "layers", "executed min / mean / max", "perplexity", "95 % interval", "KL to dense"]
+    rows = []
+    for each in scores:
+        (least, average, most), (low, high) = each.executed, each.interval()
+        budget = [f"{each.budget:g}", f"{each.layers}"] if each.chosen is None else [f"{each.budget}", f"{average:.1f}"]
+        executed, interval = f"{least} / {average:.2f} / {most}", f"{low:.2f} – {high:.2f}"
+        rows.append([*budget, executed, f"{each.perplexity:.2f}", interval, f"{max(each.mean_kl, 0.0):.4f}"])
+    note = f"{int(scores[0].tokens.sum())} scored tokens in {len(scores[0].tokens)} documents"
+    if scores[0].sinks:
+        note += f"; sink tokens, run at full depth and counted apart: {scores[0].sinks} a window"
+    print_titled_table(title, head, rows, f"{note}.")
+    for each in scores:
+        if each.chosen is not None:
+            results.print(_chosen(each, scores), soft_wrap=True)
+
+
+def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:
+    """The choices of a budget predictor, and the perplexity of a random mixture of two fixed budgets."""
+    counts = ", ".join(f"{layers} layers for {windows}" for layers, windows in sorted(auto.chosen.items()))
+    text = f"{auto.budget} chose, of {sum(auto.chosen.values())} windows, {counts}"
+    fixed: dict[float, float] = {each.layers: math.log(each.perplexity) for each in scores if each.chosen is None}
+    loss = mixed(fixed, auto.executed[1])
+    if loss is not None:
+        text += f"; a random mixture of fixed budgets with as many layers has perplexity {math.exp(loss):.2f}"
+    return f"{text}."

@@ -13,11 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from buddy.config import flatten
 from buddy.evaluation.results import Results
 from buddy.io import on_disk, write_bytes, writing
 from buddy.metrics.perplexity import Scores
-from buddy.schema import Recipe
 from buddy.values import shown
 
 LAYERS, TIME = "quality-layers", "quality-time"
@@ -31,9 +29,9 @@ COLOURS: tuple[str, ...] = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee
 COLOURS += ("#44aa99", "#999933", "#aa4499", "#555555", "#e6550d", "#000000")
 MARKS = "osD^vPX*<>hd"
 STROKES = {"learned": "-", "static": "--", "random": ":"}
+FIGURE = "loss.png"  # of a run
 TENSORBOARD, PICTURES = "tensorboard", "_figures"  # folders
 TABLE = "hparams"  # prefix of the tags that are columns of TensorBoard's table and points of no curve
-Scalar = bool | int | float | str
 
 
 @contextmanager
@@ -116,16 +114,32 @@ def draw_panels(r: Results, path: Path, x: str, label: str, *, shade: float = 0.
         panels[0].figure.legend(lines, labels, ncols=2 * across, **style)
 
 
-def draw_scores(scores: Sequence[Scores], path: Path) -> None:
-    """One router's cross-entropy over executed layers, with 95 % intervals over documents."""
+def draw_run(folder: Path, scores: Sequence[Scores]) -> None:
+    """A run's loss.png, and TensorBoard's curves of its results with executed layers as steps.
+
+    Args:
+        folder: of the run.
+        scores: on the recipe's test windows.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    points = [(each.layers, *map(math.log, (each.perplexity, *each.interval()))) for each in scores]
-    with figure_at(path, figsize=(7, 4.5)) as axis:
-        _band(axis, pd.DataFrame(sorted(points)), 0.15, marker="o")
+    ordered = sorted(scores, key=lambda each: each.layers)
+    points = [(each.layers, *map(math.log, (each.perplexity, *each.interval()))) for each in ordered]
+    with figure_at(folder / FIGURE, figsize=(7, 4.5)) as axis:
+        _band(axis, pd.DataFrame(points), 0.15, marker="o")
         axis.set(xlabel="executed layers", ylabel="cross-entropy on held-out text (nats per token)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
+    curves = {
+        "test/perplexity_by_layers": [(each.layers, each.perplexity) for each in ordered],
+        "test/loss_by_layers": [(each.layers, each.mean_loss) for each in ordered],
+        "test/kl_by_layers": [(each.layers, each.mean_kl) for each in ordered],
+    }
+    with _writer(folder) as writer:
+        _add_curves(writer, curves)
 
 
 def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) -> Path:
@@ -142,18 +156,23 @@ def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) ->
         The folder to give TensorBoard.
     """
     from matplotlib.image import imread
-    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
 
     final, partial = folder / TENSORBOARD, folder / f".{TENSORBOARD}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    columns = {(text, budget): f"{text}_loss_at_{budget:g}" for text in r.texts for budget in r.budgets}
-    fits = r.fits.groupby("router")[["seconds", "parameters"]].mean()
+    columns = {(text, budget): f"{TABLE}/{text}_loss_at_{budget:g}" for text in r.texts for budget in r.budgets}
+    fits = r.fits.groupby("router")[["seconds", "parameters"]].mean().add_prefix(f"{TABLE}/fit_")
+    names = dict.fromkeys([*fits.columns, *columns.values()], 0.0)  # every router has all columns of the table
     for router, about in r.routers.iterrows():
         scores = r.scores.xs(router, level="router")
-        metrics = {f"fit_{name}": float(value) for name, value in fits.loc[router].items()}
-        metrics |= {columns[key]: float(loss) for key, loss in scores.loss.items()}
-        write_run(partial / about.folder, _curves(r, scores), _settings(r, router), metrics, {}, columns.values())
-    with on_disk(partial), SummaryWriter(str(partial / PICTURES)) as writer:
+        row = {name: [(0, float(value))] for name, value in fits.loc[router].items()}
+        row |= {columns[key]: [(0, float(loss))] for key, loss in scores.loss.items()}
+        with _writer(partial / about.folder) as writer:
+            _add_curves(writer, _curves(r, scores) | row)
+            # `add_hparams` would write the same into another run, below this one.
+            for summary in hparams(_settings(r, router), names):
+                writer.file_writer.add_summary(summary)
+    with _writer(partial / PICTURES) as writer:
         for tag, path in pictures.items():
             writer.add_image(tag, imread(path)[..., :3], dataformats="HWC")
     with writing(final):
@@ -162,71 +181,20 @@ def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) ->
     return final
 
 
-def write_run(
-    folder: Path,
-    curves: Mapping[str, Sequence[tuple[int, float]]],
-    settings: Mapping[str, Scalar],
-    metrics: Mapping[str, float],
-    texts: Mapping[str, str],
-    columns: Iterable[str] = (),
-) -> None:
-    """Add one run's events to a folder, which TensorBoard shows as one run.
-
-    torch's `add_hparams` makes another run below it; this writes the same summaries into the run itself.
-
-    Args:
-        folder: created if missing.
-        curves: points (step, value) by tag.
-        settings: columns of the table of hyper-parameters; the same keys in all runs that are shown together, since
-            the table takes its columns from one of them.
-        metrics: results in that table.
-        texts: Markdown by tag.
-        columns: results of other runs that this one may lack.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
+@contextmanager
+def _writer(folder: Path) -> Iterator[Any]:
+    """A SummaryWriter; a disk that is full is a RunError."""
     from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
 
-    tags = {f"{TABLE}/{name}": 0.0 for name in (*metrics, *columns)}  # only the names of these are written
     with on_disk(folder), SummaryWriter(str(folder)) as writer:
-        for tag, points in {**curves, **{f"{TABLE}/{name}": [(0, value)] for name, value in metrics.items()}}.items():
-            for step, value in points:
-                writer.add_scalar(tag, value, step)
-        for summary in hparams(dict(settings), tags):
-            writer.file_writer.add_summary(summary)
-        for tag, text in texts.items():
-            writer.add_text(tag, text)
+        yield writer
 
 
-def write_scores(folder: Path, recipe: Recipe, scores: Sequence[Scores], fit: Mapping[str, float]) -> None:
-    """TensorBoard's curves and settings of one run; steps are executed layers, so the curves of runs overlay.
-
-    Args:
-        folder: of the run.
-        recipe: of the run.
-        scores: on the recipe's test windows.
-        fit: its cost, such as "seconds".
-    """
-    ordered = sorted(scores, key=lambda each: each.layers)
-    curves = {
-        "test/perplexity_by_layers": [(each.layers, each.perplexity) for each in ordered],
-        "test/loss_by_layers": [(each.layers, each.mean_loss) for each in ordered],
-        "test/kl_by_layers": [(each.layers, each.mean_kl) for each in ordered],
-    }
-    metrics = {f"perplexity_at_{each.budget:g}": each.perplexity for each in ordered}
-    metrics |= {f"fit_{name}": value for name, value in fit.items()}
-    columns = [f"perplexity_at_{budget:g}" for budget in recipe.budgets]
-    text = "\n".join(f"    {key}: {value}" for key, value in flatten(recipe).items())
-    write_run(folder, curves, settings_of(recipe), metrics, {"recipe": text}, columns)
-
-
-def settings_of(recipe: Recipe) -> dict[str, Scalar]:
-    """A recipe for TensorBoard's table of hyper-parameters: the same columns for every router."""
-    flat = flatten(recipe)
-    options = {key: flat.pop(key) for key in [*flat] if key.startswith("router.options.")}
-    return flat | {"router.options": ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in options.items())}
+def _add_curves(writer: Any, curves: Mapping[str, Iterable[tuple[int, float]]]) -> None:
+    """Points (step, value) by tag."""
+    for tag, points in curves.items():
+        for step, value in points:
+            writer.add_scalar(tag, value, step)
 
 
 def _curves(r: Results, scores: pd.DataFrame) -> dict[str, list[tuple[int, float]]]:
@@ -240,7 +208,7 @@ def _curves(r: Results, scores: pd.DataFrame) -> dict[str, list[tuple[int, float
     }
 
 
-def _settings(r: Results, router: str) -> dict[str, Scalar]:
+def _settings(r: Results, router: str) -> dict[str, Any]:
     """The same columns for all routers."""
     about, recipe = r.routers.loc[router], r.record["recipe"]
     shared = ("backbone.name", "data.window", "data.prompt", "data.calibration_windows", "trainer.max_steps")

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from buddy.errors import BuddyError
-from buddy.evaluation.tasks import require_lm_eval
+from buddy.evaluation.task_data import require_lm_eval
 
 WRONG_INPUT = 2
 

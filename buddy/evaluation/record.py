@@ -1,4 +1,7 @@
-"""comparison.json: collected from finished runs, written, read, and joined with others."""
+"""comparison.json, and what is made from it.
+
+It is collected from finished runs, written with its tables and figures, read, and joined with others.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from buddy.backbone.load import title_of
-from buddy.config import RENAMED, flatten
+from buddy import console
+from buddy.config import REMOVED, RENAMED, flatten
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RunError
-from buddy.io import read_json, write_text
+from buddy.evaluation.figures import draw_all, write_tensorboard
+from buddy.evaluation.results import Results
+from buddy.evaluation.tables import render, show
+from buddy.io import check_output_path, read_json, write_text
 from buddy.metrics.timing import machine, versions
 from buddy.provenance import CKPT_KEY, FREE_KEYS
 from buddy.registry import load
@@ -23,26 +29,12 @@ from buddy.run import read_run
 from buddy.run_files import METRICS, read_metrics
 from buddy.schema import Recipe
 
+JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "results.md"
 FORMAT = 1
-KEYS = (
-    "command",
-    "created",
-    "recipe",
-    "layers",
-    "versions",
-    "machine",
-    "domains",
-    "routers",
-    "runs",
-    "failures",
-    "tasks",
-)
 EVALUATIONS, TASKS = "evaluations", "tasks"  # folders in a run folder: results on further texts, and on tasks
 PROVENANCE = ("command", "created", "versions", "machine")  # how each part of a joined comparison was made
-# Keys of comparisons made by 0.1: rates of healing, shown for each part and not compared; rates of some routers.
-RATES, RATES_BY_ROUTER = "adapter.rates", "optimizer.lr_by_router"
 # Prefixes of recipe keys that may differ between joined comparisons.
-OWN = ("router.", "seed", RATES, *FREE_KEYS, CKPT_KEY)
+OWN = ("router.", "seed", *FREE_KEYS, CKPT_KEY, *REMOVED)
 
 
 def collect(
@@ -79,7 +71,6 @@ def collect(
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": {key: shown_text(value) if isinstance(value, str) else value for key, value in flat.items()},
-        "backbone": title_of(shown_path(recipe.backbone.name)),
         "layers": layers,
         "versions": versions(),
         "machine": machine(),
@@ -108,6 +99,71 @@ def task_file(folder: Path, name: str) -> Path:
     return folder / TASKS / f"{name.replace('/', '-')}.json"
 
 
+# Writing and reading
+
+
+def write_results(record: Mapping[str, Any], folder: Path, markdown: Path | None = None) -> None:
+    """Write JSON, CSV, Markdown, figures and TensorBoard's files into a folder, and print the tables.
+
+    Args:
+        record: of `collect`.
+        folder: of the comparison.
+        markdown: where the document is written once more.
+    """
+    results = Results(record)
+    write_record(folder / JSON, record)
+    write_text(folder / CSV, results.csv())
+    figures = write_markdown(results, folder / MARKDOWN)
+    write_tensorboard(results, folder, figures)
+    show(results)
+    if markdown:
+        write_markdown(results, markdown, f"{markdown.stem}-")
+    lines = {
+        "Results": markdown or folder / MARKDOWN,
+        "Figures": ", ".join(map(str, figures.values())),
+        "Data": f"{folder / JSON}, {folder / CSV}",
+        "TensorBoard": f"tensorboard --logdir {folder}",
+    }
+    for name, where in lines.items():
+        console.results.print(f"{name + ':':12} {where}", soft_wrap=True)
+
+
+def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:
+    """`buddy compare --from`: show one comparison.json or several as one, and write them as Markdown with figures.
+
+    Args:
+        files: several are joined.
+        markdown: where to write the document; None for nowhere.
+
+    Raises:
+        RunError: a file is no comparison, they cannot be joined, or the document cannot be written.
+    """
+    records = {path: read_record(path) for path in dict.fromkeys(files)}
+    for path, record in records.items():
+        try:
+            render(results := Results(record), {})
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise _damaged(path) from error
+    if len(records) > 1:
+        results = Results(join(records))
+    if markdown:
+        check_output_path(markdown, *files)
+        write_markdown(results, markdown, f"{markdown.stem}-")
+    show(results)
+
+
+def write_markdown(results: Results, path: Path, prefix: str = "") -> dict[str, Path]:
+    """Write the document with its figures beside it.
+
+    Returns:
+        The figures by name.
+    """
+    figures = draw_all(results, path.parent, prefix)
+    links = {name: each.relative_to(path.parent).as_posix() for name, each in figures.items()}
+    write_text(path, render(results, links))
+    return figures
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write indented JSON atomically, each list of numbers on one line."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
@@ -128,17 +184,16 @@ def read_record(path: Path) -> dict[str, Any]:
     except BuddyError as error:
         if not os.path.exists(path):
             raise RunError(f"There is no file {path}; name the comparison.json that `buddy compare` wrote.") from error
-        raise damaged_record(path) from error
+        raise _damaged(path) from error
     made = found.get("format")
     if isinstance(made, int) and made > FORMAT:
         raise RunError(f"{path} was made by a newer Buddy (format {made}); upgrade Buddy to read it.")
-    if made != FORMAT or any(key not in found for key in KEYS):
+    if made != FORMAT:
         raise RunError(f"{path} is no comparison; name the comparison.json that `buddy compare` wrote.")
     return found
 
 
-def damaged_record(path: Path) -> RunError:
-    """The error for a damaged comparison.json."""
+def _damaged(path: Path) -> RunError:
     return RunError(f"{path} is damaged; make it again with the `buddy compare` that made it.")
 
 
@@ -174,20 +229,17 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
                 raise RunError(f"The run {name} is in {there} and in {path}; leave one of the files out.")
     order = {label: place for place, label in enumerate(routers)}
     failures = [each for record in records.values() for each in record["failures"]]
-    recipe = dict(first["recipe"])
-    for each in records.values():
-        recipe |= {key: value for key, value in each["recipe"].items() if key == RATES_BY_ROUTER}
     return {
         **first,
-        "recipe": recipe,
         "routers": [router for _, router in routers.values()],
         "runs": [runs[key][1] for key in sorted(runs, key=lambda key: (order[key[0]], key[1]))],
         "speed": None,
         "failures": [each for each in failures if (each["router"], each["seed"]) not in runs],
-        "parts": [
-            {key: each[key] for key in PROVENANCE} | {"rates": each["recipe"].get(RATES)} for each in records.values()
-        ],
+        "parts": [{key: each[key] for key in PROVENANCE} for each in records.values()],
     }
+
+
+# Texts without the folders of this machine
 
 
 def shown_text(text: str) -> str:
@@ -237,11 +289,10 @@ def _check_comparable(path: Path, one: Mapping[str, Any], other_path: Path, othe
     here, there = (
         defaults | {RENAMED.get(key, key): value for key, value in each["recipe"].items()} for each in (one, other)
     )
-    own = OWN if RATES_BY_ROUTER in here.keys() & there.keys() else (*OWN, RATES_BY_ROUTER)
     differing = [
         f"{key}: {here.get(key, 'not set')} and {there.get(key, 'not set')}"
         for key in dict.fromkeys([*here, *there])
-        if not key.startswith(own) and here.get(key) != there.get(key)
+        if not key.startswith(OWN) and here.get(key) != there.get(key)
     ]
     texts, others = ({each["label"]: each.get("fingerprint") for each in record["domains"]} for record in (one, other))
     differing += [

@@ -21,20 +21,12 @@ from buddy.metrics.statistics import accuracy_difference, difference, flips, los
 FEWEST = 5  # documents or items that a mark of significance needs
 
 COLUMNS = ["router", "seed", "text", "budget", "document", "metric", "value"]
-CSV = {  # columns of comparison.csv after router, kind, seed, domain and budget
-    "layers": "layers",
-    "perplexity": "perplexity",
-    "interval_low": "interval_low",
-    "interval_high": "interval_high",
-    "kl": "kl",
-    "executed_min": "executed_min",
-    "executed_mean": "executed_mean",
-    "executed_max": "executed_max",
-    "documents": "documents",
-    "tokens": "tokens",
-    "seconds": "fit_seconds",
-    "parameters": "parameters",
-}
+# Columns of comparison.csv.
+CSV = (
+    *("router", "kind", "seed", "domain", "budget", "layers", "perplexity", "interval_low", "interval_high", "kl"),
+    *("executed_min", "executed_mean", "executed_max", "documents", "tokens", "fit_seconds", "parameters"),
+    *("decode_tokens_per_second", "prefill_tokens_per_second"),
+)
 WHOLE = ("layers", "executed_min", "executed_max", "documents", "tokens", "parameters")  # columns of whole numbers
 
 
@@ -75,7 +67,7 @@ class Results:
     @property
     def backbone(self) -> str:
         """The full name of the backbone."""
-        return self.record.get("backbone") or title_of(self.record["recipe"]["backbone.name"])
+        return title_of(self.record["recipe"]["backbone.name"])
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -92,15 +84,15 @@ class Results:
     def scores(self) -> pd.DataFrame:
         """Means over seeds, one row for each (text, router, budget).
 
-        Columns: layers; perplexity with perplexity_std, perplexity_min and perplexity_max over seeds; seeds; kl; loss
-        (nats a token) with its interval loss_low, loss_high over documents and seeds; best_static, whether it is the
-        static router of least loss; difference to that router with difference_low, difference_high and apart, whether
-        the interval excludes 0, over enough documents; decode_ms and prefill_ms where times were measured.
+        Columns: layers; perplexity with its standard deviation perplexity_std over seeds; seeds; kl; loss (nats a
+        token) with its interval loss_low, loss_high over documents and seeds; best_static, whether it is the static
+        router of least loss; difference to that router with difference_low, difference_high and apart, whether the
+        interval excludes 0, over enough documents; decode_ms and prefill_ms where times were measured.
         """
         rows = [row for text in self.texts for budget in self.budgets for row in self._scores_at(text, budget)]
         by_seed = self.runs.groupby(["text", "router", "budget"], sort=False)
-        perplexity = by_seed.perplexity.agg(["mean", "std", "min", "max", "count"])
-        perplexity.columns = ["perplexity", "perplexity_std", "perplexity_min", "perplexity_max", "seeds"]
+        perplexity = by_seed.perplexity.agg(["mean", "std", "count"])
+        perplexity.columns = ["perplexity", "perplexity_std", "seeds"]
         means = perplexity.join(by_seed[["layers", "kl"]].mean())
         found = means.join(pd.DataFrame(rows).set_index(["text", "router", "budget"]))
         return found.join(self.times, on=["router", "budget"])
@@ -146,11 +138,8 @@ class Results:
         speed = self.record.get("speed") or {"tokens": 0}
         wide["decode_tokens_per_second"] = 1e3 / wide.decode_ms
         wide["prefill_tokens_per_second"] = 1e3 * speed["tokens"] / wide.prefill_ms
-        columns = ["router", "kind", "seed", "domain", "budget", *CSV.values()]
-        columns += ["decode_tokens_per_second", "prefill_tokens_per_second"]
-        return (
-            wide.rename(columns=CSV | {"text": "domain"})[columns].astype(dict.fromkeys(WHOLE, int)).to_csv(index=False)
-        )
+        wide = wide.rename(columns={"text": "domain", "seconds": "fit_seconds"})
+        return wide[[*CSV]].astype(dict.fromkeys(WHOLE, int)).to_csv(index=False)
 
     def _scores_at(self, text: str, budget: float) -> Iterator[dict[str, Any]]:
         """Loss, its interval and the difference to the best static router, for each router on a text at a budget."""

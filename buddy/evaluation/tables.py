@@ -1,23 +1,20 @@
-"""The tables of results: printed here, written as Markdown by `buddy.evaluation.report`."""
+"""The tables of results: printed, and as Markdown in the document results.md."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from statistics import mean
-from typing import Any
 
 import pandas as pd
 
 from buddy import console
+from buddy.evaluation.figures import CAPTIONS
 from buddy.evaluation.results import Results
-from buddy.metrics.perplexity import Scores
-from buddy.metrics.statistics import flips as flipped
-from buddy.metrics.statistics import mixed
 
 NONE = "–"
 MARKED = "* below the best static router (†): the 95 % interval of the paired difference excludes 0"
+WRITTEN = "<!-- written by `buddy compare` from comparison.json; change nothing here -->"
 
 
 @dataclass(frozen=True)
@@ -42,57 +39,6 @@ def show(results: Results) -> None:
         console.print_titled_table(table.title, table.head, table.rows, table.note)
 
 
-def show_scores(scores: Sequence[Scores], title: str) -> None:
-    """Print the results of one router on one text, a row for each budget."""
-    head = ["budget", "layers", "executed min / mean / max", "perplexity", "95 % interval", "KL to dense"]
-    rows = []
-    for each in scores:
-        (least, average, most), (low, high) = each.executed, each.interval()
-        budget = [f"{each.budget:g}", f"{each.layers}"] if each.chosen is None else [f"{each.budget}", f"{average:.1f}"]
-        executed, interval = f"{least} / {average:.2f} / {most}", f"{low:.2f} – {high:.2f}"
-        rows.append([*budget, executed, f"{each.perplexity:.2f}", interval, f"{max(each.mean_kl, 0.0):.4f}"])
-    note = f"{int(scores[0].tokens.sum())} scored tokens in {len(scores[0].tokens)} documents"
-    if scores[0].sinks:
-        note += f"; sink tokens, run at full depth and counted apart: {scores[0].sinks} a window"
-    console.print_titled_table(title, head, rows, f"{note}.")
-    for each in scores:
-        if each.chosen is not None:
-            console.results.print(_chosen(each, scores), soft_wrap=True)
-
-
-def show_tasks(entries: Sequence[Mapping[str, Any]], title: str, sinks: int) -> None:
-    """Print the scores of one router on tasks, a row for each task and a column for each budget.
-
-    Args:
-        entries: as `buddy.evaluation.tasks.task_scores` gives them.
-        title: over the table.
-        sinks: tokens of each sequence at full depth whatever the budget.
-    """
-    budgets = {entry["budget"]: entry["layers"] for entry in entries}
-    tasks = {entry["task"]: entry for entry in entries}
-    by_key = {(entry["task"], entry["budget"]): entry for entry in entries}
-    rows = [
-        [name, about["metric"], str(about["items"]), *(_score(by_key[name, budget]) for budget in budgets)]
-        for name, about in tasks.items()
-    ]
-    shares = [name for name, about in tasks.items() if about["correct"] is not None]
-    if len(shares) > 1:
-        means = (mean(by_key[name, budget]["value"] for name in shares) for budget in budgets)
-        rows.append(["average", "", "", *(f"{100 * value:.1f}" for value in means)])
-    known = [name for name in shares if all((name, budget) in by_key for budget in (1.0, *budgets))]
-    if known and len(budgets) > 1:
-        turned = (
-            mean(mean(flipped(*(by_key[name, each]["correct"] for each in (1.0, budget))).tolist()) for name in known)
-            for budget in budgets
-        )
-        cells = (f"{100 * share:.1f}" if budget != 1.0 else NONE for budget, share in zip(budgets, turned, strict=True))
-        rows.append(["flips", "against full depth", "", *cells])
-    rows.append(["layers run", "min / mean / max", "", *(_ran(entries, budget) for budget in budgets)])
-    head = ["task", "metric", "items", *(f"{budget:g} ({layers})" for budget, layers in budgets.items())]
-    note = f"Sink tokens, run at full depth and counted apart: {sinks} a sequence." if sinks else ""
-    console.print_titled_table(f"{title}: % right ± standard error, by budget (executed layers)", head, rows, note)
-
-
 def all_tables(r: Results) -> list[Table]:
     """Every table of the terminal, in the order of reading."""
     found = [make(r, text) for text in r.texts for make in (perplexities, differences)]
@@ -108,7 +54,7 @@ def perplexities(r: Results, text: str) -> Table:
         mark = "†" if row.best_static else "*" if row.apart and row.difference_high < 0 else ""
         return f"{number(row.perplexity)}{spread}{mark}"
 
-    note = f"{MARKED}{'; ± standard deviation over seeds' if _several_seeds(r).any() else ''}."
+    note = f"{MARKED}{'; ± standard deviation over seeds' if (r.scores.seeds > 1).any() else ''}."
     return _by_budget(r, f"Perplexity on {text}", r.scores.loc[text], cell, r.budgets, note)
 
 
@@ -177,18 +123,6 @@ def speeds(r: Results) -> list[Table]:
     return found
 
 
-def seeds(r: Results, text: str) -> Table:
-    """Routers with several seeds × budgets below full depth: smallest and largest perplexity."""
-    many = r.scores.loc[text][lambda scores: _several_seeds(r).loc[scores.index.get_level_values("router")].to_numpy()]
-
-    def cell(row: pd.Series) -> str:
-        return f"{number(row.perplexity_min)} – {number(row.perplexity_max)}"
-
-    table = _by_budget(r, f"Perplexity on {text}, min – max over seeds", many, cell, r.below)
-    chosen = zip(table.rows, _several_seeds(r), strict=True)
-    return replace(table, rows=[cells for cells, several in chosen if several])
-
-
 def tasks(r: Results) -> list[Table]:
     """Routers × tasks at each budget, the mean over tasks, and its difference to the best static router; percent."""
     return [_tasks_at(r, budget) for budget in r.budgets if r.tasks]
@@ -205,21 +139,17 @@ def flips(r: Results) -> list[Table]:
     def share(row: pd.Series) -> str:
         return NONE if pd.isna(row.flips) else f"{100 * row.flips:.1f}{'†' if row.fewest_flips else ''}"
 
-    def flips_difference(row: pd.Series) -> str:
-        own = row[[name for name in row.index if "flips_" in f"{name}_"]]
-        return _signed(own.rename(lambda name: name.removeprefix("flips_")), "fewest_flips", 100, 1)
-
     note = (
         "Share of answers that change between right and wrong against full depth, in percent: mean over tasks and "
         "seeds (2407.09141). † fewest of a static router."
     )
-    title, paired = (
-        "Flips, difference to the static router with the fewest, %",
-        "95 % intervals, paired over items and seeds",
-    )
+    title = "Flips, difference to the static router with the fewest, %"
+    paired = "95 % intervals, paired over items and seeds; * excludes 0."
     found = [
         _by_budget(r, "Flips against full depth, %", r.task_scores, share, r.below, note),
-        _by_budget(r, title, r.task_scores, flips_difference, r.below, f"{paired}; * excludes 0."),
+        _by_budget(
+            r, title, r.task_scores, lambda row: _signed(row, "fewest_flips", 100, 1, "flips_"), r.below, paired
+        ),
     ]
     return [table for table in found if table.has_numbers]
 
@@ -246,39 +176,12 @@ def _tasks_at(r: Results, budget: float) -> Table:
     return _table(title, cells.assign(**{"to the best static": difference}), note)
 
 
-def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:
-    """The choices of a budget predictor, and the perplexity of a random mixture of two fixed budgets."""
-    counts = ", ".join(f"{layers} layers for {windows}" for layers, windows in sorted(auto.chosen.items()))
-    text = f"{auto.budget} chose, of {sum(auto.chosen.values())} windows, {counts}"
-    fixed: dict[float, float] = {each.layers: math.log(each.perplexity) for each in scores if each.chosen is None}
-    loss = mixed(fixed, auto.executed[1])
-    if loss is not None:
-        text += f"; a random mixture of fixed budgets with as many layers has perplexity {math.exp(loss):.2f}"
-    return f"{text}."
-
-
-def _score(entry: Mapping[str, Any]) -> str:
-    if entry["correct"] is None:  # no share of right answers
-        return f"{entry['value']:.4g}"
-    error = "" if entry["stderr"] is None else f" ± {100 * entry['stderr']:.1f}"
-    return f"{100 * entry['value']:.1f}{error}"
-
-
-def _ran(entries: Sequence[Mapping[str, Any]], budget: float) -> str:
-    """Layers that tokens ran, over all tasks at a budget that have routed tokens; the mean is the tasks' mean."""
-    ran = [entry["executed"] for entry in entries if entry["budget"] == budget and entry["executed"]["min"] is not None]
-    if not ran:
-        return NONE
-    least, most = min(each["min"] for each in ran), max(each["max"] for each in ran)
-    return f"{least} / {sum(each['mean'] for each in ran) / len(ran):.2f} / {most}"
-
-
-def _signed(row: pd.Series, mark: str, scale: float = 1.0, digits: int = 2) -> str:
+def _signed(row: pd.Series, mark: str, scale: float = 1.0, digits: int = 2, prefix: str = "") -> str:
     """A difference with its interval; † for the router that others are compared to."""
-    if pd.isna(row.difference):
+    if pd.isna(row[f"{prefix}difference"]):
         return "†" if row[mark] else NONE
-    mean, low, high = (f"{scale * row[f'difference{end}']:+.{digits}f}" for end in ("", "_low", "_high"))
-    return f"{mean} ({low}, {high}){'*' if row.apart else ' '}"
+    mean, low, high = (f"{scale * row[f'{prefix}difference{end}']:+.{digits}f}" for end in ("", "_low", "_high"))
+    return f"{mean} ({low}, {high}){'*' if row[f'{prefix}apart'] else ' '}"
 
 
 def _by_budget(
@@ -302,11 +205,6 @@ def _table(title: str, cells: pd.DataFrame, note: str = "") -> Table:
     return Table(title, [str(name) for name in cells.columns], cells.to_numpy().tolist(), note)
 
 
-def _several_seeds(r: Results) -> pd.Series:
-    """Whether a router has several seeds."""
-    return r.fits.groupby("router", sort=False).size().reindex(r.routers.index) > 1
-
-
 def _executed(r: Results, router: str) -> str:
     """Layers that tokens ran over all texts and seeds, at each budget where that was not K for all."""
     found = []
@@ -317,3 +215,127 @@ def _executed(r: Results, router: str) -> str:
             least, mean, most = ran.executed_min.min(), ran.executed_mean.mean(), ran.executed_max.max()
             found.append(f"{layers}: {least:.0f}/{mean:.2f}/{most:.0f}")
     return "; ".join(found) or "as asked"
+
+
+# The document
+
+
+def render(r: Results, figures: Mapping[str, str]) -> str:
+    """The document, with links to figures by name."""
+    return "\n".join(_lines(r, figures)).rstrip() + "\n"
+
+
+def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
+    yield from (WRITTEN, "# Results, healed" if _healed(r) else "# Results", "")
+    yield from _protocol(r)
+    for text in r.texts:
+        yield from (f"## {text}", "")
+        yield from _markdown(perplexities(r, text), differences(r, text), kl(r, text))
+    if figures:
+        yield from ("## Figures", "")
+        for name, link in figures.items():
+            yield from (f"![{CAPTIONS[name].partition(';')[0].rstrip('.')}]({link})", "", CAPTIONS[name], "")
+    yield from ("## Cost", "")
+    yield from _markdown(costs(r), *speeds(r))
+    if r.tasks:
+        yield from ("## Tasks", "", _task_protocol(r), "")
+        yield from _markdown(*tasks(r), *flips(r))
+    if r.record["failures"]:
+        yield from ("## Failed", "")
+        for each in r.record["failures"]:
+            yield f"- {each['router']}, seed {each['seed']}: it failed, so this seed is not in the tables."
+        yield ""
+    yield from _provenance(r)
+
+
+def _markdown(*found: Table) -> Iterator[str]:
+    for table in found:
+        if table.rows:
+            lines = [table.head, ["---", *("---:" for _ in table.head[1:])], *table.rows]
+            cells = ([cell.replace("|", "\\|").strip() for cell in line] for line in lines)
+            yield from (f"**{table.title}**", "", "".join(f"| {' | '.join(line)} |\n" for line in cells))
+            if table.note:
+                yield from (re.sub(r"^\*", r"\\*", table.note), "")  # otherwise Markdown makes it a list
+
+
+def _protocol(r: Results) -> Iterator[str]:
+    recipe = r.record["recipe"]
+    layers = ", ".join(f"{budget:g} ({count})" for budget, count in r.budgets.items())
+    yield (
+        f"{len(r.routers)} routers under one recipe: {r.backbone} ({r.layers} layers, "
+        f"{recipe['backbone.dtype']}), {_learned(r)}, "
+        f"at the budgets (executed layers) {layers}. "
+        f"All see the same {recipe['data.calibration_windows']} calibration windows and "
+        f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are not "
+        f"scored. The first {recipe['routing.sink_tokens']} of each window run at full depth at every budget."
+    )
+    yield ""
+    yield "| text | windows | documents | scored tokens |\n|---|---:|---:|---:|"
+    tokens = r.runs.tokens.groupby("text").first()
+    for text in r.record["domains"]:
+        name = text["label"] + (" (the recipe's own)" if text["own"] else "")
+        yield f"| {name} | {text['windows']} | {text['documents']} | {tokens[text['label']]:.0f} |"
+    yield ""
+    yield (
+        "Perplexity is the exponential of the mean cross-entropy over all scored tokens; with several seeds it is the "
+        "mean of their perplexities (Cost has their number). Differences are of mean cross-entropy, negative if a "
+        "router is better than the best static one. Intervals are 95 % bootstrap intervals that resample seeds, and "
+        "documents, the same for both routers. The best static router is the best on these test windows at that "
+        "budget, a choice that favours it. "
+        f"Intervals are not corrected for multiple comparisons. {_at_full_depth(r)}"
+    )
+    yield ""
+
+
+def _healed(r: Results) -> bool:
+    return "adapter.steps" in r.record["recipe"]
+
+
+def _at_full_depth(r: Results) -> str:
+    """Full depth, which all rows share; with adapters, how they were trained."""
+    recipe = r.record["recipe"]
+    if not _healed(r):
+        return "At full depth all routers are the dense model."
+    rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
+    return (
+        f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "
+        f"weights, {recipe['adapter.steps']} steps of {recipe['data.batch_size']} windows on "
+        f"{_texts(r, 'data.train_sources')}, at {rate}. It is active at full depth too, so rows differ there."
+    )
+
+
+def _learned(r: Results) -> str:
+    """The texts of calibration and of training."""
+    calibrated, trained = (_texts(r, f"data.{name}_sources") for name in ("calibration", "train"))
+    if calibrated == trained:
+        return f"calibrated or trained on {calibrated}"
+    return f"all calibrated on {calibrated}, those with parameters trained on {trained}"
+
+
+def _texts(r: Results, key: str) -> str:
+    own = next(text["label"] for text in r.record["domains"] if text["own"])
+    more = str(r.record["recipe"].get(key, "[]")).strip("[]")
+    names = [own, *(source.strip().rpartition("/")[2] for source in more.split(",") if source.strip())]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} in turn"
+
+
+def _task_protocol(r: Results) -> str:
+    limit = r.record["tasks"]["limit"]
+    items = f"the first {limit} items of each" if limit else "all items"
+    return (
+        f"lm-eval, zero-shot unless a task says otherwise, {items}; accuracy normalised by length where the task has "
+        "it, in percent, mean over seeds. The question is the prompt; the answer's tokens are decode steps."
+    )
+
+
+def _provenance(r: Results) -> Iterator[str]:
+    """Command, date, machine and versions, of each part of a joined record."""
+    yield from ("## How it was made", "")
+    for part in r.record.get("parts", [r.record]):
+        machine = part["machine"]
+        versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
+        memory = f", {machine['memory_gib']:g} GiB of memory" if machine["memory_gib"] else ""
+        accelerator = f", {machine['accelerator']}" if machine["accelerator"] else ""
+        where = f"{machine['processor']}, {machine['cores']} cores{memory}{accelerator}"
+        yield from ("```text", part["command"], "```", "")
+        yield from (f"{part['created'].partition('T')[0]}, {where}. {versions}.", "")

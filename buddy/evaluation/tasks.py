@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from buddy.backbone.load import title_of
 from buddy.budget import auto_cap, fraction_of
 from buddy.build import load_model
-from buddy.console import Bar, results, status
-from buddy.data.text import quiet
-from buddy.errors import BuddyError, BudgetError, DataError, nearest, reason
-from buddy.evaluation.tables import show_tasks
+from buddy.console import Bar, print_titled_table, results, status
+from buddy.errors import BudgetError, DataError, reason
+from buddy.evaluation.tables import NONE
+from buddy.evaluation.task_data import FEWSHOT_SEED, hushed, load_tasks, require_lm_eval
 from buddy.io import check_output_path, within_memory, write_json
+from buddy.metrics.statistics import flips
 from buddy.router import available_budgets
 from buddy.run import read_run
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from lm_eval.api.task import Task
-    from lm_eval.tasks import TaskManager
 
     from buddy.evaluation.harness import BuddyLM
 
@@ -122,21 +118,21 @@ def _over_budgets(
     model: BuddyLM, tasks: dict[str, Task], budgets: dict[float, float | str], limit: int | None
 ) -> list[dict[str, Any]]:
     """An entry of the results for each task and budget."""
-    found = []
-    totals = [len(task.instances) for task in tasks.values() for _ in budgets]
-    pairs = [(name, fraction) for name in tasks for fraction in budgets]
-    with Bar("Scoring tasks", sum(totals)) as bar:
-        for number, (name, fraction) in enumerate(pairs):
-            note, scored = f"{name} at {budgets[fraction]}", [sum(totals[:number])]
+    found, done, note = [], 0, ""
+    with Bar("Scoring tasks", sum(len(task.instances) for task in tasks.values()) * len(budgets)) as bar:
 
-            def on_scored(count: int, note: str = note, scored: list[int] = scored) -> None:
-                scored.append(count)
-                bar.update(sum(scored), note)
+        def on_scored(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.update(done, note)
 
-            model.ask(budgets[fraction])
-            model.on_scored = on_scored
-            found.append(_entry(model, name, tasks[name], fraction, limit))
-            bar.update(sum(totals[: number + 1]), note)  # generated answers are not counted one by one
+        model.on_scored = on_scored
+        for name, task in tasks.items():
+            for fraction, budget in budgets.items():
+                end, note = done + len(task.instances), f"{name} at {budget}"
+                model.ask(budget)
+                found.append(_entry(model, name, task, fraction, limit))
+                on_scored(end - done)  # generated answers are not counted one by one
     return found
 
 
@@ -150,16 +146,12 @@ def _entry(model: BuddyLM, name: str, task: Task, budget: float, limit: int | No
     metric, filtered = _metric(values)
     samples = [sample[metric] for sample in outcome["samples"][name] if sample["filter"] == filtered]
     stderr, ran = values.get(f"{metric}_stderr,{filtered}"), model.executed.tolist()
-    executed = (
-        {"min": min(ran), "mean": sum(ran) / len(ran), "max": max(ran)}
-        if ran
-        else dict.fromkeys(("min", "mean", "max"))
-    )
+    executed = (min(ran), sum(ran) / len(ran), max(ran)) if ran else (None, None, None)
     return {
         "task": name,
         "budget": budget,
         "layers": model.layers,
-        "executed": executed,
+        "executed": dict(zip(("min", "mean", "max"), executed, strict=True)),
         "metric": metric,
         "value": float(values[f"{metric},{filtered}"]),
         "stderr": float(stderr) if isinstance(stderr, float) else None,
@@ -187,248 +179,51 @@ def _metric(values: dict[str, Any]) -> tuple[str, str]:
     return metric, metrics[metric]
 
 
-NEEDED = ("lm_eval", "accelerate")
-FEWSHOT_SEED = 1234  # of lm-eval's command
-
-
-def require_lm_eval() -> None:
-    """Raises DataError with the command that installs lm-eval, where it is missing."""
-    if any(find_spec(name) is None for name in NEEDED):
-        raise DataError("Tasks need lm-eval, which is not installed; run: pip install 'buddy-depth[tasks]'")
-
-
-def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: Path | None = None) -> dict[str, Task]:
-    """The tasks of these names, those of a group or tag one by one, as lm-eval's command prepares them.
+def show_tasks(entries: Sequence[Mapping[str, Any]], title: str, sinks: int) -> None:
+    """Print the scores of one router on tasks, a row for each task and a column for each budget.
 
     Args:
-        names: of tasks, groups or tags.
-        task_data: a folder with NAME.jsonl for each task, instead of the hub's data sets.
-        task_path: a folder of further definitions (YAML).
-
-    Raises:
-        DataError: an unknown name, data that cannot be had, or a task that runs code or needs more than text.
+        entries: as `task_scores` gives them.
+        title: over the table.
+        sinks: tokens of each sequence at full depth whatever the budget.
     """
-    names = list(dict.fromkeys(names))
-    if not names:
-        raise DataError("No task was named; name at least one, such as piqa.")
-    if task_data is not None and task_path is not None:
-        raise DataError("Items come from --task-data or from the definitions in --task-path; give one of the two.")
-    if task_data is not None:
-        check_local(names, task_data)
-        tasks = local_tasks(names, task_data, own_manager())
-    else:
-        tasks = _defined(names, own_manager() if task_path is None else _manager_with(task_path, names))
-    for name, task in tasks.items():
-        _check_kind(name, task)
-        if task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(FEWSHOT_SEED)
-    return tasks
+    budgets = {entry["budget"]: entry["layers"] for entry in entries}
+    tasks = {entry["task"]: entry for entry in entries}
+    by_key = {(entry["task"], entry["budget"]): entry for entry in entries}
+    rows = [
+        [name, about["metric"], str(about["items"]), *(_score(by_key[name, budget]) for budget in budgets)]
+        for name, about in tasks.items()
+    ]
+    shares = [name for name, about in tasks.items() if about["correct"] is not None]
+    if len(shares) > 1:
+        means = (mean(by_key[name, budget]["value"] for name in shares) for budget in budgets)
+        rows.append(["average", "", "", *(f"{100 * value:.1f}" for value in means)])
+    known = [name for name in shares if all((name, budget) in by_key for budget in (1.0, *budgets))]
+    if known and len(budgets) > 1:
+
+        def share(budget: float) -> float:
+            pairs = ((by_key[name, 1.0]["correct"], by_key[name, budget]["correct"]) for name in known)
+            return mean(mean(flips(*pair).tolist()) for pair in pairs)
+
+        cells = (NONE if budget == 1.0 else f"{100 * share(budget):.1f}" for budget in budgets)
+        rows.append(["flips", "against full depth", "", *cells])
+    rows.append(["layers run", "min / mean / max", "", *(_ran(entries, budget) for budget in budgets)])
+    head = ["task", "metric", "items", *(f"{budget:g} ({layers})" for budget, layers in budgets.items())]
+    note = f"Sink tokens, run at full depth and counted apart: {sinks} a sequence." if sinks else ""
+    print_titled_table(f"{title}: % right ± standard error, by budget (executed layers)", head, rows, note)
 
 
-@cache
-def own_manager() -> TaskManager:
-    """The index of lm-eval's own definitions, which takes seconds to read."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Within this block lm-eval writes no log lines but errors, and shows no bar while it builds requests."""
-    from lm_eval.api import task
-
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, getattr(task, "tqdm", None)
-    logger.setLevel(logging.ERROR)
-    task.tqdm = lambda items, **_: items
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        task.tqdm = bar
+def _score(entry: Mapping[str, Any]) -> str:
+    if entry["correct"] is None:  # no share of right answers
+        return f"{entry['value']:.4g}"
+    error = "" if entry["stderr"] is None else f" ± {100 * entry['stderr']:.1f}"
+    return f"{100 * entry['value']:.1f}{error}"
 
 
-def _check_kind(name: str, task: Task) -> None:
-    """Refuse now what lm-eval refuses later."""
-    if getattr(task, "UNSAFE_CODE", False):
-        raise DataError(
-            f"{name} runs code that the model writes, which may do harm; leave it out, or run it where it can do none "
-            "by python -m buddy.evaluation.lm_eval with --confirm_run_unsafe_code."
-        )
-    if getattr(task, "MULTIMODAL", False):
-        raise DataError(f"{name} has pictures or sound in it, and Buddy's models read text alone; leave it out.")
-
-
-def _manager_with(folder: Path, names: Sequence[str]) -> TaskManager:
-    """An index of a folder's definitions, with lm-eval's own only where a name needs them."""
-    from lm_eval.tasks import TaskManager
-
-    if not folder.is_dir() or not any(folder.rglob("*.yaml")):
-        raise DataError(f"{folder} is no folder with task definitions (.yaml) in it; check --task-path.")
-    alone = TaskManager(include_path=str(folder), include_defaults=False)
-    return alone if {*names} <= {*alone.all_subtasks} else TaskManager(include_path=str(folder))
-
-
-def _defined(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
-    from huggingface_hub.constants import is_offline_mode
-
-    for name in names:
-        if name not in manager.task_index:
-            hint = nearest(name, manager.task_index) or "; `lm_eval ls tasks` lists all."
-            raise DataError(f"lm-eval has no task named {name!r}{hint}")
-    try:
-        return manager.load(names)["tasks"]
-    except Exception as error:  # data sets and definitions raise errors of every kind
-        advice = (
-            "connect to the network if its data are on the hub, correct its definition, or give items by --task-data"
-        )
-        if is_offline_mode():
-            advice = "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by --task-data"
-        raise DataError(f"{' or '.join(names)} cannot be loaded ({reason(error)}); {advice}.") from error
-
-
-Line = Mapping[str, Any]
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@dataclass(frozen=True)
-class Form:
-    """The fields of a task's lines, and the document that lm-eval's definition reads from one.
-
-    Attributes:
-        texts: fields that hold text.
-        document: makes it of a checked line.
-        choices: how many there are; None for two or more.
-        fixed: the choices themselves, where the task has no others.
-    """
-
-    texts: tuple[str, ...]
-    document: Callable[[Line], dict[str, Any]]
-    choices: int | None = None
-    fixed: tuple[str, ...] | None = None
-
-
-def _lettered(question: str) -> Callable[[Line], dict[str, Any]]:
-    """Documents of ARC and OpenBookQA: the right choice is named by its letter."""
-
-    def document(line: Line) -> dict[str, Any]:
-        letters = list(LETTERS[: len(line["choices"])])
-        choices = {"text": line["choices"], "label": letters}
-        return {question: line["question"], "choices": choices, "answerKey": letters[line["label"]]}
-
-    return document
-
-
-def _piqa(line: Line) -> dict[str, Any]:
-    one, other = line["choices"]
-    return {"goal": line["question"], "sol1": one, "sol2": other, "label": line["label"]}
-
-
-def _boolq(line: Line) -> dict[str, Any]:
-    return {"passage": line["context"], "question": line["question"], "label": line["label"]}
-
-
-def _hellaswag(line: Line) -> dict[str, Any]:
-    return {"query": line["context"], "choices": line["choices"], "label": str(line["label"])}
-
-
-def _social_iqa(line: Line) -> dict[str, Any]:
-    answers = dict(zip(("answerA", "answerB", "answerC"), line["choices"], strict=True))
-    return {"context": line["context"], "question": line["question"], **answers, "label": str(line["label"] + 1)}
-
-
-def _winogrande(line: Line) -> dict[str, Any]:
-    if line["question"].count("_") != 1:
-        raise ValueError("its question needs one '_' where the choices go")
-    one, other = line["choices"]
-    return {"sentence": line["question"], "option1": one, "option2": other, "answer": str(line["label"] + 1)}
-
-
-FORMS = {
-    "arc_challenge": Form(("question",), _lettered("question")),
-    "arc_easy": Form(("question",), _lettered("question")),
-    "boolq": Form(("context", "question"), _boolq, fixed=("no", "yes")),
-    # lm-eval cleans WikiHow's brackets away first; the context here is the query after that.
-    "hellaswag": Form(("context",), _hellaswag),
-    "openbookqa": Form(("question",), _lettered("question_stem")),
-    "piqa": Form(("question",), _piqa, choices=2),
-    "social_iqa": Form(("context", "question"), _social_iqa, choices=3),
-    "winogrande": Form(("question",), _winogrande, choices=2),
-}
-
-
-def check_local(names: Sequence[str], folder: Path) -> None:
-    """Raises DataError where a task has no local form or no file in the folder."""
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder} of task files; check --task-data.")
-    for name in names:
-        if name not in FORMS:
-            hint = nearest(name, FORMS) or f"; choose from {', '.join(FORMS)}."
-            raise DataError(f"No task over local files is named {name!r}{hint}")
-        if not (folder / f"{name}.jsonl").is_file():
-            found = sorted(path.stem for path in folder.glob("*.jsonl") if path.stem in FORMS)
-            there = f"it has those for {', '.join(found)}" if found else "it has none for any task"
-            raise DataError(f"{folder} has no {name}.jsonl; {there}.")
-
-
-def local_tasks(names: Sequence[str], folder: Path, manager: TaskManager) -> dict[str, Task]:
-    """lm-eval's own tasks over the folder's files: its definitions, read by the `json` builder of `datasets`.
-
-    Raises:
-        DataError: a file is not JSON, is empty, or an item lacks what its task needs.
-    """
-    found: dict[str, Task] = {}
-    for name in names:
-        path = folder / f"{name}.jsonl"
-        try:
-            with quiet(path.stat().st_size):
-                # As members of a group the definitions are found by name and overlaid.
-                members = [{"task": name, **_overlay(FORMS[name], path)}]
-                found |= manager.load([{"group": "local", "task": members}])["tasks"]
-        except BuddyError:
-            raise
-        except Exception as error:  # errors of `datasets` and Arrow
-            said = reason(error.__cause__ or error)
-            raise DataError(f"{path} cannot be read ({said}); give it one JSON object a line, in UTF-8.") from error
-    return found
-
-
-def _overlay(form: Form, path: Path) -> dict[str, Any]:
-    """The keys of a task's definition that make it read a local file and nothing else."""
-    split = "validation"
-
-    def documents(items: Dataset) -> Dataset:
-        from datasets import Dataset
-
-        found = [_document(form, item, f"{path} item {number}") for number, item in enumerate(items, start=1)]
-        return Dataset.from_list(found)
-
-    source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {split: str(path)}}}
-    splits = {"training_split": None, "validation_split": split, "test_split": None, "fewshot_split": None}
-    return {**source, **splits, "process_docs": documents}
-
-
-def _document(form: Form, item: dict[str, Any], where: str) -> dict[str, Any]:
-    try:
-        _check(form, item)
-        return form.document(item)
-    except ValueError as error:
-        raise DataError(f"{where} cannot be used: {error}; correct or remove it.") from error
-
-
-def _check(form: Form, line: Any) -> None:
-    """Raises ValueError where a line lacks what its task needs."""
-    for name in form.texts:
-        if not isinstance(line.get(name), str) or not line[name].strip():
-            raise ValueError(f"it needs the text {name!r}")
-    choices, label = line.get("choices"), line.get("label")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise ValueError("it needs 'choices', a list of texts")
-    if form.fixed is not None and tuple(choices) != form.fixed:
-        raise ValueError(f"its choices must be {list(form.fixed)}")
-    if not 2 <= len(choices) <= len(LETTERS) or (form.choices is not None and len(choices) != form.choices):
-        raise ValueError(f"it has {len(choices)} choices, not {form.choices or '2 or more'}")
-    if type(label) is not int or not 0 <= label < len(choices):
-        raise ValueError(f"its label is {label!r}, not the index of a choice, from 0 to {len(choices) - 1}")
+def _ran(entries: Sequence[Mapping[str, Any]], budget: float) -> str:
+    """Layers that tokens ran, over all tasks at a budget that have routed tokens; the mean is the tasks' mean."""
+    ran = [entry["executed"] for entry in entries if entry["budget"] == budget and entry["executed"]["min"] is not None]
+    if not ran:
+        return NONE
+    least, most = min(each["min"] for each in ran), max(each["max"] for each in ran)
+    return f"{least} / {sum(each['mean'] for each in ran) / len(ran):.2f} / {most}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
         options = {"pooled": routed.geometry.features, "epsilon": section.epsilon}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        predictor = make_predictor(section.name, routed.geometry, arms, options)
+        predictor = KINDS[section.name](feature_size(routed.geometry), arms, **options)
     if isinstance(predictor, CurvePredictor):
         facts, curves = _regress(predictor, targets)
     else:
@@ -82,7 +81,7 @@ def load_predictor(folder: Path, geometry: Geometry) -> Predictor | None:
         return None
     facts = read_json(folder / PREDICTOR_FACTS)
     try:
-        predictor = make_predictor(facts["name"], geometry, facts["layers"], facts["options"])
+        predictor = KINDS[facts["name"]](feature_size(geometry), facts["layers"], **facts["options"])
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(folder / PREDICTOR_FACTS, f"it does not describe a predictor: {error}") from error
     try:
@@ -92,13 +91,6 @@ def load_predictor(folder: Path, geometry: Geometry) -> Predictor | None:
             f"The budget predictor saved in {folder} does not fit this model; make the run again with `buddy fit`."
         ) from error
     return predictor.eval().requires_grad_(False)
-
-
-def make_predictor(name: str, geometry: Geometry, arms: Sequence[int], options: Mapping[str, Any]) -> Predictor:
-    """A predictor before it is fitted; ValueError for an unknown name."""
-    if name not in KINDS:
-        raise ValueError(f"there is no predictor {name!r}")
-    return KINDS[name](feature_size(geometry), arms, **options)
 
 
 def predictor_arms(recipe: Recipe, routed: RoutedLM) -> tuple[int, ...]:

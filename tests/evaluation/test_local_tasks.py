@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from buddy.errors import DataError
-from buddy.evaluation.tasks import FORMS, local_tasks, own_manager
+from buddy.evaluation.task_data import FORMS, local_tasks, own_manager
 
 ARC = {"question": "What melts?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "1"}
 MELTS = {"question": "What melts?", "choices": ["ice", "fire"], "label": 0}
@@ -76,7 +76,7 @@ def from_hub(name: str, document: dict):
 
 def local(folder, name: str, *lines: dict):
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return local_tasks([name], folder, own_manager())[name]
+    return local_tasks([name], folder)[name]
 
 
 def test_every_task_is_tried():
@@ -119,11 +119,11 @@ def test_an_item_that_cannot_be_used_is_named(name, text, named, tmp_path):
     bad = text if isinstance(text, str) else json.dumps(text)
     (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(ITEMS[name][1])}\n{bad}\n")
     with pytest.raises(DataError, match=named):
-        local_tasks([name], tmp_path, own_manager())
+        local_tasks([name], tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\n"])
 def test_files_that_cannot_be_used(content, tmp_path):
     (tmp_path / "piqa.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=r"piqa\.jsonl"):
-        local_tasks(["piqa"], tmp_path, own_manager())
+        local_tasks(["piqa"], tmp_path)

@@ -1,4 +1,4 @@
-"""Perplexity and KL against plain computations, and what the bootstrap may claim."""
+"""Perplexity and KL against plain computations, what evaluations share, and what the bootstrap may claim."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,15 @@ from torch.nn import functional as F
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.evaluation.evaluate import evaluate
-from buddy.metrics.perplexity import Scores
+from buddy.metrics.perplexity import Reference, Scores, with_documents
 from tests.engine.reference import Fickle, reference_logits
-from tests.tiny import tiny_backbone, tiny_model
+from tests.tiny import FAMILIES, tiny_backbone, tiny_model
 
 PROMPT = 5
 IDS = torch.randint(3, 259, (7, 18), generator=torch.Generator().manual_seed(0))
 DOCUMENTS = torch.tensor([4, 2, 4, 9, 2, 1, 9])
 WINDOWS = Windows(IDS, DOCUMENTS)
+KEEP = torch.arange(4, 17)
 BUDGETS = [1.0, 0.75, 0.5]
 
 
@@ -75,6 +76,46 @@ def test_a_shared_prompt_gets_one_plan(scores):
     assert (runs[:, 1:PROMPT] == runs[:, PROMPT - 1 : PROMPT]).all()
     assert len(runs[0, PROMPT:].unique(dim=0)) > 1
     assert shared[0].loss.sum() != pytest.approx(scores[2].loss.sum(), rel=1e-4)
+
+
+# What evaluations share
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_stock_models_to_the_bit_the_first_time_and_later(family):
+    backbone = tiny_backbone(family)
+    expected, reference = backbone.model(IDS, logits_to_keep=KEEP).logits, Reference()
+    for _ in range(2):
+        assert torch.equal(reference.dense(backbone, IDS, KEEP), expected)
+
+
+def test_a_batch_is_computed_once_as_long_as_there_is_room():
+    backbone, calls = tiny_backbone(), []
+    backbone.base.register_forward_hook(lambda *_: calls.append(1))
+    states = len(IDS) * len(KEEP) * backbone.hidden_size * 4
+    for most, expected in ((states, 1 + 2), (2 * states, 2), (0, 4)):
+        reference = Reference(most)
+        calls.clear()
+        for ids in (IDS, IDS + 1, IDS, IDS + 1):
+            reference.dense(backbone, ids, KEEP)
+        assert len(calls) == expected
+
+
+def test_sharing_changes_no_number_and_full_depth_runs_once():
+    backbone, reference, forwards = tiny_backbone(), Reference(), []
+    budgets, options = [1.0, 0.99, 0.75, 0.5], {"prompt": PROMPT, "batch_size": 3}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+        alone = evaluate(model, WINDOWS, budgets, **options)
+        model.register_forward_hook(lambda *_, seed=seed: forwards.append(seed))
+        shared = evaluate(model, WINDOWS, budgets, reference=reference, **options)
+        model.detach()
+        assert with_documents(alone) == with_documents(shared)
+    assert (forwards.count(1), forwards.count(2)) == (9, 6), "three batches at three depths, then at two"
+
+
+# The bootstrap
 
 
 def made(loss: list[float], tokens: float = 10) -> Scores:

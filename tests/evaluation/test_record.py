@@ -7,13 +7,14 @@ import pytest
 
 from buddy.config import flatten, load_recipe
 from buddy.errors import RunError
-from buddy.evaluation.record import join, read_record, shown_command, write_record
-from buddy.evaluation.report import show_files
+from buddy.evaluation.record import join, read_record, show_files, shown_command, write_record
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import all_tables
+from buddy.run import complete_seeds, label_folder
+from tests.documents import ROOT
 from tests.evaluation import made
 
-STORED = Path(__file__).parents[2] / "docs" / "comparison" / "comparison.json"  # made by 0.1
+STORED = ROOT / "docs" / "comparison"
 A, B = Path("a/comparison.json"), Path("b/comparison.json")
 
 
@@ -83,7 +84,8 @@ def test_parts_give_the_tables_of_the_whole():
 
 
 def test_keys_of_0_1_and_of_today_are_the_same_recipe():
-    old, lists = read_record(STORED), "data.train_sources=[c4.jsonl,fineweb.jsonl]"
+    old, lists = read_record(STORED / "tasks" / "comparison.json"), "data.train_sources=[c4.jsonl,fineweb.jsonl]"
+    assert {"trainer.nodes", "optimizer.lr_by_router"} <= old["recipe"].keys()
     for override, differs in (("seed=7", None), ("trainer.gradient_clip_val=1.0", "gradient_clip_val: 1.0 and 10.0")):
         recipe = load_recipe("comparison", [lists, "data.seed=0", override])
         parts = {A: old | {"recipe": flatten(recipe), "routers": [], "runs": []}, B: old}
@@ -91,7 +93,7 @@ def test_keys_of_0_1_and_of_today_are_the_same_recipe():
             with pytest.raises(RunError, match=differs):
                 join(parts)
         else:
-            assert join(parts)["recipe"]["optimizer.lr_by_router"] == "{first: 0.006}"
+            assert join(parts)["runs"] == old["runs"]
 
 
 @pytest.mark.parametrize(
@@ -108,3 +110,11 @@ def test_keys_of_0_1_and_of_today_are_the_same_recipe():
 def test_what_cannot_be_joined_is_refused(other, named):
     with pytest.raises(RunError, match=named):
         join({A: part(("ours", 0)), B: other})
+
+
+def test_the_stored_runs_are_where_their_recipe_looks_for_them():
+    recipe = load_recipe("comparison")
+    folders = {label: label_folder(label) for label in (recipe.router.name, *(each.label for each in recipe.rivals))}
+    record = read_record(STORED / "comparison.json")
+    assert {each["label"]: each["folder"] for each in record["routers"]} == folders
+    assert all(complete_seeds(STORED / folder) for folder in folders.values())

@@ -6,12 +6,14 @@ import statistics
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.evaluation import tables
-from buddy.evaluation.figures import LAYERS, TIME, draw_all, write_tensorboard
-from buddy.evaluation.report import render, show_files, write_record
+from buddy.evaluation.figures import LAYERS, TIME, draw_all, draw_run, write_tensorboard
+from buddy.evaluation.record import show_files, write_record
 from buddy.evaluation.results import Results
+from buddy.evaluation.tables import render
 from buddy.metrics.statistics import difference
 from tests.evaluation import made
 from tests.hparams import row_of_table
@@ -135,7 +137,7 @@ def test_flips_are_answers_that_turn_right_or_wrong():
 def test_the_document_has_every_table_and_the_backbones_full_name(results, capsys):
     text = render(results, {LAYERS: "a.png", TIME: "b.png"})
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    by_text = [make(results, each) for each in results.texts for make in (tables.kl, tables.seeds)]
+    by_text = [tables.kl(results, each) for each in results.texts]
     for table in (*tables.all_tables(results)[:4], *by_text, *tables.speeds(results), *tables.tasks(results)):
         assert all([cell.strip() for cell in cells] in found for cells in table.rows), table.title
     for said in ("](a.png)", "](b.png)", results.record["command"], "2026-01-02", "- broken, seed 0", FULL_NAME):
@@ -177,3 +179,14 @@ def test_curves_overlay_and_the_table_has_a_row_for_each_router(results, drawn, 
     assert len(columns) == 1
     pictures = EventAccumulator(str(events_folder / "_figures"), size_guidance={"images": 0}).Reload()
     assert set(pictures.Tags()["images"]) == {LAYERS, TIME}
+
+
+def test_a_run_has_its_own_figure_and_curves(tmp_path):
+    draw_run(tmp_path, [made.scores(budget, mean) for budget, mean in ((0.5, 4.0), (1.0, 3.0), (0.75, 3.5))])
+    with Image.open(tmp_path / "loss.png") as figure:
+        assert figure.format == "PNG"
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [], "and in no run of its own for TensorBoard"
+    events = EventAccumulator(str(tmp_path)).Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("test/perplexity_by_layers")]
+    assert curve == [(k, pytest.approx(math.exp(mean), rel=1e-6)) for k, mean in ((4, 4.0), (6, 3.5), (8, 3.0))]
+    assert {"test/loss_by_layers", "test/kl_by_layers"} <= {*events.Tags()["scalars"]}

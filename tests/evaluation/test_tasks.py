@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from buddy.cli import app
 from buddy.errors import DataError
 from buddy.evaluation.harness import BuddyLM
-from buddy.evaluation.tasks import task_scores
+from buddy.evaluation.tasks import show_tasks, task_scores
 
 CHOICES = ["the right depth", "a layer", "no plan at all", "one"]
 LINES = [{"question": f"Which is number {n}?", "choices": CHOICES, "label": n % 4} for n in range(6)]
@@ -65,6 +65,18 @@ def test_again_and_in_parts_it_says_the_same(finished, items, scores):
     first = task_scores(finished / "buddy", ["arc_easy"], [0.5], limit=4, task_data=items)["results"][0]
     assert first["correct"] == scores[2]["correct"][:4]
     assert first["items"] == 4
+
+
+def test_a_task_of_one_item_and_one_without_right_answers(capsys):
+    entry = {"budget": 0.5, "layers": 3, "executed": {"min": 3, "mean": 3.0, "max": 3}, "items": 1, "stderr": None}
+    right = {"task": "piqa", "metric": "acc", "value": 1.0, "correct": [1], **entry}
+    text = {"task": "text", "metric": "word_perplexity", "value": 12.3456, "correct": None, **entry}
+    show_tasks([right, text], "buddy", 0)
+    out = capsys.readouterr().out
+    cells = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    assert cells["piqa"][-1] == "100.0"
+    assert cells["text"][-1] == "12.35"
+    assert "average" not in out
 
 
 # Definitions of one's own

@@ -36,7 +36,7 @@ SIZE = 5 * 2 * (4 * (64 + 64) - 2 * 32 + 3 * (64 + 128))  # of an adapter of ran
 def no_pictures(finished):
     """Fits draw none, once the runs are there that all tests share: others look at pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.evaluation.report.draw_scores", lambda *_: None)
+        patch.setattr("buddy.fit.draw_run", lambda *_: None)
         yield
 
 
