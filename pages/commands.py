@@ -40,7 +40,8 @@ def _walk(words: str, command: Any) -> Iterator[tuple[str, Any]]:
     yield words, command
     if hasattr(command, "commands"):
         for name in command.list_commands(typer.Context(command)):
-            yield from _walk(f"{words} {name}", command.commands[name])
+            if not command.commands[name].hidden:
+                yield from _walk(f"{words} {name}", command.commands[name])
 
 
 def _section(words: str, command: Any) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from buddy.config import load_recipe, to_yaml
+from buddy.config import load_recipe
 from buddy.errors import DamagedError, RunError
 from buddy.io import read_json, write_json
 from buddy.provenance import code_digest
 from buddy.router import Geometry
-from buddy.run import RunFolder, check_backbone, read_run
+from buddy.run import RunFolder, read_run
 from buddy.run_files import Stopwatch, checksums_of, load_router, read_metrics, save_router, update_checksums
 from buddy.schema import OptimizerSection, Recipe, RouterSection
 from tests.recovery.damage import DAMAGES
@@ -87,13 +87,6 @@ def test_a_complete_run_reads_back(folder, recipe, tmp_path):
     assert names(path.parent) == {"seed-0"}
     moved = shutil.move(path, tmp_path / "elsewhere")
     assert read_run(moved).recipe == recipe
-
-
-def test_tensors_come_back_as_they_were(tmp_path):
-    base = torch.arange(12.0).reshape(3, 4)
-    for saved in ({"view": base.T, "again": base, "flags": torch.tensor([True]), "half": base.bfloat16()}, {}):
-        save_router(tmp_path, saved)
-        torch.testing.assert_close(load_router(tmp_path), saved, atol=0, rtol=0)
 
 
 def test_names_become_folders(recipe):
@@ -296,13 +289,6 @@ def test_something_else_is_never_replaced(folder, recipe, tmp_path, way):
     assert mine.read_text() == "{}"
 
 
-def test_an_output_that_cannot_be_written(tmp_path, recipe):
-    (tmp_path / "file").write_text("")
-    folder = RunFolder.of(replace(recipe, output=str(tmp_path / "file")), "quick")
-    with pytest.raises(RunError, match="file/quick"), folder.lock():
-        pass
-
-
 # Read, and something is wrong
 
 
@@ -347,31 +333,13 @@ def test_facts_that_cannot_be_used(folder, recipe, change):
         read_run(path)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "\0"])
-def test_a_run_names_no_file_outside_of_it(folder, recipe, name):
+def test_a_recipe_that_cannot_be_used(folder, recipe):
     path = make(folder, recipe)
-    metrics = read_json(path / "metrics.json")
-    metrics["checksums"][name] = "0" * 64
-    write_json(path / "metrics.json", metrics)
-    with pytest.raises(DamagedError):
-        read_run(path)
-
-
-@pytest.mark.parametrize("more", ["sed: 3\n", "output: ${oc.env:HOME}\n"])
-def test_a_recipe_that_cannot_be_used(folder, recipe, more):
-    path = make(folder, recipe)
-    (path / "recipe.yaml").write_text(to_yaml(replace(recipe, output="x")).replace("output: x\n", "") + more)
+    (path / "recipe.yaml").write_text("output: ${oc.env:HOME}")
     update_checksums(path)
     with pytest.raises(DamagedError) as raised:
         read_run(path)
     assert raised.value.path == path / "recipe.yaml"
-
-
-def test_another_backbone(folder, recipe):
-    run = read_run(make(folder, recipe))
-    check_backbone(run, "f00d")
-    with pytest.raises(RunError, match="beef"):
-        check_backbone(run, "beef")
 
 
 # The digest of a router's code

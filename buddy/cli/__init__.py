@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from buddy import __version__
-from buddy.cli import fitting, listing, runs  # noqa: F401 - they register the verbs
+from buddy.cli import fitting, runs, tools  # noqa: F401 - they register the verbs, in the order of --help
 from buddy.cli.app import MULTI_PROCESS, app, require_one_process
 
 __all__ = ["app", "main"]

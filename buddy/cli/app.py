@@ -9,10 +9,6 @@ from typer.core import TyperGroup
 
 from buddy.errors import BuddyError, BudgetError
 
-VERBS = (  # in the order of --help
-    *("fit", "compare", "evaluate", "bench", "inspect", "generate"),
-    *("export", "push", "pull", "memory", "routers", "recipes"),
-)
 MULTI_PROCESS = ("fit", "evaluate")  # verbs that several processes of torchrun do together
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 RESUME = {
@@ -23,9 +19,6 @@ RESUME = {
 
 class Verbs(TyperGroup):
     """Ends commands on errors: a `BuddyError` prints one sentence and exits with 2, Ctrl-C with 130."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return [verb for verb in VERBS if verb in self.commands]
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Verbs that make runs: fit and compare; and memory, which plans for them."""
+"""Verbs that make runs: fit and compare."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from buddy.cli.app import FAILED, JsonOption, Overrides, RecipeOption, app, refuse_options, split_budgets, split_list
+from buddy.cli.app import FAILED, Overrides, RecipeOption, app, refuse_options, split_list
 from buddy.errors import BuddyError, RegistryError
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ KINDS = ("learned", "static", "random")  # the order of `all`
 TASK_OPTIONS = ("task_limit", "task_data", "task_path")
 DECISIVE = ("routers", "seeds", "domains", "tasks", *TASK_OPTIONS, "trained")  # options of compare that change results
 Backend = Literal["loky", "ray"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-Strategy = Literal["auto", "fsdp"]
 RoutersOption = Annotated[
     str | None,
     typer.Option(
@@ -153,40 +151,6 @@ def _show(ctx: typer.Context, made: str, markdown: Path | None, overrides: list[
 def _decisive(overrides: list[str]) -> list[str]:
     """The overrides without the output folder, which changes no result."""
     return [each for each in overrides if not each.startswith("output=")]
-
-
-@app.command("plan", hidden=True)  # the verb's name in 0.1
-@app.command(epilog="\b\nExample: buddy memory --backbone smollm2-135m --devices 2 --strategy fsdp")
-def memory(
-    backbone: Annotated[
-        str, typer.Option(metavar="NAME|DIR|FILE", help="A backbone's name, its folder, or a config.json alone.")
-    ],
-    devices: Annotated[int, typer.Option(min=1, metavar="N", help="Devices to train on.")] = 1,
-    budgets: Annotated[
-        str | None, typer.Option(metavar="B,B…", help="Budgets of the caches: 0.75 or 22layers, for example.")
-    ] = None,
-    window: Annotated[int, typer.Option(min=18, metavar="W", help="Tokens in a training window.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Windows a step, over all devices.")] = 4,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights and the cache.")] = "bfloat16",
-    strategy: Annotated[Strategy, typer.Option(help="auto copies the weights, fsdp shards them.")] = "auto",
-    router: Annotated[str, typer.Option(metavar="NAME", help="An installed router.")] = "buddy",
-    json: JsonOption = None,
-) -> None:
-    """Print how much memory training and serving take."""
-    parsed = split_budgets(budgets)
-    from buddy.footprint import print_memory
-
-    print_memory(
-        backbone,
-        devices=devices,
-        budgets=parsed,
-        window=window,
-        batch_size=batch_size,
-        dtype=dtype,
-        strategy=strategy,
-        router=router,
-        json_file=json,
-    )
 
 
 def parse_routers(text: str, recipe: "Recipe") -> "list[Rival]":

@@ -1,16 +1,54 @@
-"""`buddy routers` and `buddy recipes`: list, show, copy, create and check."""
+"""Verbs that need no run: memory; routers and recipes, which list, show, copy, create and check."""
 
+import json
 import os
 import re
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from buddy.cli.app import FAILED, PLAIN, app
+from buddy.cli.app import FAILED, PLAIN, JsonOption, app, split_budgets
 
+Dtype = Literal["bfloat16", "float16", "float32"]
+Strategy = Literal["auto", "fsdp"]
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="An installed recipe (`buddy recipes`).")]
+
+
+@app.command("plan", hidden=True)  # the verb's name in 0.1
+@app.command(epilog="\b\nExample: buddy memory --backbone smollm2-135m --devices 2 --strategy fsdp")
+def memory(
+    backbone: Annotated[
+        str, typer.Option(metavar="NAME|DIR|FILE", help="A backbone's name, its folder, or a config.json alone.")
+    ],
+    devices: Annotated[int, typer.Option(min=1, metavar="N", help="Devices to train on.")] = 1,
+    budgets: Annotated[
+        str | None, typer.Option(metavar="B,B…", help="Budgets of the caches: 0.75 or 22layers, for example.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=18, metavar="W", help="Tokens in a training window.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Windows a step, over all devices.")] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights and the cache.")] = "bfloat16",
+    strategy: Annotated[Strategy, typer.Option(help="auto copies the weights, fsdp shards them.")] = "auto",
+    router: Annotated[str, typer.Option(metavar="NAME", help="An installed router.")] = "buddy",
+    json: JsonOption = None,
+) -> None:
+    """Print how much memory training and serving take."""
+    parsed = split_budgets(budgets)
+    from buddy.footprint import print_memory
+
+    print_memory(
+        backbone,
+        devices=devices,
+        budgets=parsed,
+        window=window,
+        batch_size=batch_size,
+        dtype=dtype,
+        strategy=strategy,
+        router=router,
+        json_file=json,
+    )
+
 
 routers_app = typer.Typer(invoke_without_command=True, **PLAIN)
 app.add_typer(routers_app, name="routers", epilog="\b\nExample: buddy routers check shortgpt")
@@ -60,10 +98,19 @@ def check(
     ] = None,
 ) -> None:
     """Check that a router meets the contract of all routers."""
-    from buddy.console import print_table
-    from buddy.testing.kit import check_named
+    from buddy.backbone.load import load_backbone
+    from buddy.config import override
+    from buddy.console import print_table, status, track
+    from buddy.schema import Recipe
+    from buddy.testing import CHECKS, Subject
 
-    results = check_named(name, backbone=backbone, options=options or [])
+    overrides = [f"router.name={json.dumps(name)}", *(f"router.options.{text}" for text in options or [])]
+    given = override(Recipe(), overrides, f"--options of {name}").router.options
+    subject = Subject(name, given)  # on the tiny model first, which finds mistakes quickly
+    if backbone is not None:
+        with status(f"Loading {backbone} …"):
+            subject = Subject(name, given, load_backbone(backbone, "float32"))
+    results = [each.examine(subject) for each in track(CHECKS, f"Checking {name}")]
     failed = sum(result.state == "failed" for result in results)
     print_table(("check", "result", "what"), [(r.check, "FAILED" if r.error else r.state, r.line) for r in results])
     typer.echo(f"{name} fails {failed} of {len(results)} checks." if failed else f"{name} passes.")
