@@ -150,25 +150,16 @@ def test_it_keeps_its_promises(check: Check, subject: Subject) -> None:
 README = """\
 # buddy-router-$name
 
-The router `$name` for Buddy (`buddy-depth`): how much is each layer of a language model worth
-for a token? The class is `$class` in `$module.py`.
+The router `$name` for Buddy (`buddy-depth`): how much is each layer of a language model worth for a token? The class is
+`$class` in `$module.py`; its keyword arguments are the router's options, as in `router.options.prior_weight=0.5`.
 
 ```bash
 pip install -e '.[test]'
-buddy routers
 buddy routers check $name
 pytest
-```
-
-`buddy routers` lists it, and `check` and the test hold it to what all routers promise, in seconds. Then fit it, and
-hold it against another:
-
-```bash
 buddy fit --recipe quickstart router=$name 'rivals=[uniform]'
 buddy compare --recipe quickstart --routers $name,buddy,shortgpt
 ```
-
-The keyword arguments of the class are its options: `router.options.prior_weight=0.5`.
 """
 
 FILES = {

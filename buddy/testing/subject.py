@@ -15,7 +15,13 @@ import numpy
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from buddy.backbone.load import Backbone, fingerprint
 from buddy.calibration.probe import CalibrationProbe
@@ -34,20 +40,17 @@ ROWS, LENGTH, PROMPT = 3, 12, 5  # of the windows whose contexts routers score
 
 def tiny_backbone(layers: int = 8, seed: int = 0) -> Backbone:
     """A frozen float32 Llama of hidden size 64 with random weights; two calls with one seed give the same."""
-    settings = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = random_model(settings, seed)
+    model = random_model(tiny_config(num_hidden_layers=layers), seed)
     return Backbone("a tiny random model", model, byte_tokenizer(), fingerprint(model))
+
+
+def tiny_config(model_type: str = "llama", **changes: Any) -> PreTrainedConfig:
+    """The configuration of a tiny model for `byte_tokenizer`."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": CONTEXT}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**{**sizes, **heads, **tokens, **changes})
+    return config
 
 
 def random_model(settings: PreTrainedConfig, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:

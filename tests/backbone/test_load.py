@@ -12,7 +12,8 @@ from transformers.utils import logging as chatter
 
 from buddy.backbone.load import check_routable, fingerprint, load_backbone, title_of
 from buddy.errors import BackboneError
-from tests.tiny import FAMILIES, VOCABULARY, tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
+from buddy.testing.subject import VOCABULARY
+from tests.tiny import FAMILIES, tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
