@@ -23,16 +23,9 @@ LARGEST = 2**20  # bytes of a recipe file
 MOST_VALUES = 10_000  # in a file or an override, with all aliases expanded
 Nested = dict[Any, Any]
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError)
-OWN_KEYS = (
-    "router.options.",
-    "routing.",
-    "objective.",
-    "optimizer.",
-    "bridge",
-    "adapter",
-    "trainer.",
-)  # a rival may override
-SHARED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "strategy", "accelerator"))  # by all routers
+# What a rival may override, but for keys that all routers share.
+OWN_KEYS = ("router.options.", "routing.", "objective.", "optimizer.", "bridge", "adapter", "trainer.")
+SHARED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "strategy", "accelerator"))
 RENAMED = {  # keys of Buddy 0.1
     "trainer.nodes": "trainer.num_nodes",
     "trainer.log_every": "trainer.log_every_n_steps",

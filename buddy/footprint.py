@@ -29,12 +29,7 @@ CHUNK = 512  # tokens whose logits an accelerator evaluates together
 GATHERED = 2  # layers that are whole on a device under fsdp: the one that runs and the one that is fetched
 CONTEXT = 1000  # tokens of a row whose cache is printed
 POLICIES = ("fill", "hole")
-TRAINING = {  # rows of the table
-    "weights": "weights, frozen",
-    "router_and_optimizer": "router and optimizer",
-    "step": "a step, at most",
-    "total": "together",
-}
+LABELS = ("weights, frozen", "router and optimizer", "a step, at most", "together")  # of the training table
 NOTE = (
     "The step, and what fsdp gathers, are estimates; the rest is counted. The driver and the allocator take more. "
     "Healing computes gradients through the layers and takes more than this."
@@ -94,7 +89,7 @@ def print_memory(
     millions = f"{found['parameters'] / 1e6:,.1f} million parameters"
     results.print(f"{backbone}: {model.num_layers} layers, {millions}, {dtype}")
     batch = f"{counted(devices, 'device')}, {strategy}, {counted(batch_size, 'window')} of {window} tokens a step"
-    sizes = [(label, _gib(training[key])) for key, label in TRAINING.items()]
+    sizes = [(label, _gib(size)) for label, size in zip(LABELS, training.values(), strict=True)]
     print_titled_table(f"Training a router, each device ({batch})", ("", "GiB"), sizes)
     print_titled_table(
         f"Serving, one device: weights {_gib(serving['weights'])} GiB, router {_gib(serving['router'])} GiB, and the "

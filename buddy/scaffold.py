@@ -7,12 +7,11 @@ from string import Template
 
 from buddy.errors import RegistryError
 from buddy.io import new_folder, writing
-from buddy.registry import installed, owner
+from buddy.registry import installed
 
 NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
 MAX_LENGTH = 40  # characters of a name
-# YAML and the command line give them another meaning.
-RESERVED = (*("all", "false", "no", "null", "off", "on", "true", "yes"),)
+RESERVED = ("all", "false", "no", "null", "off", "on", "true", "yes")  # of YAML and of the command line
 
 
 def new_router(name: str, out: Path) -> Path:
@@ -36,7 +35,7 @@ def package(name: str) -> dict[str, str]:
     module = _module(name)
     cls = "".join(part.capitalize() for part in name.removesuffix("-router").split("-")) + "Router"
     words = {"name": name, "module": module, "class": cls, "title": name.replace("-", " ")}
-    return {path.format(**words): text.substitute(words) for path, text in FILES.items()}
+    return {path.format(**words): Template(text).substitute(words) for path, text in FILES.items()}
 
 
 def check_name(name: str) -> None:
@@ -51,11 +50,8 @@ def check_name(name: str) -> None:
         raise RegistryError(f"The name {name!r} has {len(name)} letters; use at most {MAX_LENGTH}.")
     if name in RESERVED:
         raise RegistryError(f"{name!r} is reserved; choose another name.")
-    for entry in installed():
-        if entry.name == name:
-            raise RegistryError(
-                f"A router named {name!r} is installed already, by {owner(entry)!r}; choose another name."
-            )
+    if any(entry.name == name for entry in installed()):
+        raise RegistryError(f"A router named {name!r} is installed already; choose another name.")
     if find_spec(_module(name)) is not None:
         raise RegistryError(f"A package buddy-router-{name} is installed already; choose another name.")
 
@@ -68,49 +64,34 @@ PROJECT = """\
 [build-system]
 requires = ["setuptools>=70.1"]
 build-backend = "setuptools.build_meta"
-"""
 
-SETUP = """\
-[metadata]
-name = buddy-router-$name
-version = 0.1.0
-description = The router $name for Buddy
-long_description = file: README.md
-long_description_content_type = text/markdown
+[project]
+name = "buddy-router-$name"
+version = "0.1.0"
+description = "The router $name for Buddy"
+readme = "README.md"
+requires-python = ">=3.11"
+dependencies = ["buddy-depth"]
+optional-dependencies = { test = ["pytest"] }
 
-[options]
-python_requires = >=3.11
-py_modules = $module
-install_requires =
-    buddy-depth
+[project.entry-points."buddy.routers"]
+$name = "$module:$class"
 
-[options.extras_require]
-test =
-    pytest
+[tool.setuptools]
+py-modules = ["$module"]
 
-[options.entry_points]
-buddy.routers =
-    $name = $module:$class
-
-[tool:pytest]
-testpaths = tests
+[tool.pytest.ini_options]
+testpaths = ["tests"]
 """
 
 MODULE = '''\
 """The router $name for Buddy."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy import Context, Geometry, Router
-
-if TYPE_CHECKING:
-    from buddy import Probe
+from buddy import Context, Geometry, Probe, Router
 
 
 class $class(Router):
@@ -169,31 +150,21 @@ def test_it_keeps_its_promises(check: Check, subject: Subject) -> None:
 README = """\
 # buddy-router-$name
 
-The router `$name` for Buddy (`buddy-depth`): how much is each layer of a language model worth
-for a token? The class is `$class` in `$module.py`.
+The router `$name` for Buddy (`buddy-depth`): how much is each layer of a language model worth for a token? The class is
+`$class` in `$module.py`; its keyword arguments are the router's options, as in `router.options.prior_weight=0.5`.
 
 ```bash
 pip install -e '.[test]'
-buddy routers
 buddy routers check $name
 pytest
-```
-
-`buddy routers` lists it, and `check` and the test hold it to what all routers promise, in seconds. Then fit it, and
-hold it against another:
-
-```bash
 buddy fit --recipe quickstart router=$name 'rivals=[uniform]'
 buddy compare --recipe quickstart --routers $name,buddy,shortgpt
 ```
-
-The keyword arguments of the class are its options: `router.options.prior_weight=0.5`.
 """
 
 FILES = {
-    "pyproject.toml": Template(PROJECT),
-    "setup.cfg": Template(SETUP),
-    "README.md": Template(README),
-    "{module}.py": Template(MODULE),
-    "tests/test_{module}.py": Template(TEST),
+    "pyproject.toml": PROJECT,
+    "README.md": README,
+    "{module}.py": MODULE,
+    "tests/test_{module}.py": TEST,
 }

@@ -54,6 +54,20 @@ def finished(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def predicting(small, tmp_path_factory):
+    """Runs of a static router by the kind of their budget predictor; read them, never write into them."""
+    from buddy.compare import fit
+
+    folders = {}
+    for name in ("regress", "grpo"):
+        output = tmp_path_factory.mktemp(name)
+        options = ["predictor.windows=10", "predictor.steps=20", "predictor.lr=1e-3", "predictor.epsilon=0.3"]
+        fit(small(output, "router=shortgpt", f"predictor.name={name}", *options), "small")
+        folders[name] = output / "small" / "shortgpt" / "seed-0"
+    return folders
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """The embedded model in float32, shared by the tests marked `real`: never change its weights or classes."""
     from buddy.backbone.load import load_backbone

@@ -12,7 +12,7 @@ import pytest
 
 import buddy
 from buddy import errors, testing
-from pages import hooks, keys
+from pages import hooks
 from pages.reference import GENERATED
 
 ROOT = Path(__file__).parent.parent
@@ -25,20 +25,6 @@ DOCS = ROOT / "docs"
 @pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
 def test_generated_pages_are_up_to_date(path):
     assert path.read_text("utf-8") == GENERATED[path](), f"{path.name} is behind the code; run: make reference"
-
-
-def test_rows_of_keys_are_regenerated_and_keep_their_meanings():
-    rows = "".join(f"| `{key.name}` | old | `old` | meaning of {key.name} |\n" for key in reversed([*keys.keys()]))
-    page = f"before\n\n| key | type |\n|---|---|\n{rows}| `data.gone` | text | `x` | went |\n\n| `other` | stays |\n"
-    text = keys.written(page)
-    assert text.startswith("before\n")
-    assert text.endswith("\n| `other` | stays |\n")
-    assert "data.gone" not in text
-    for key in keys.keys():  # noqa: SIM118 - a function
-        assert f"| `{key.name}` | {key.kind} | `{key.default}` | meaning of {key.name} |" in text
-    assert text.index("`backbone.name`") < text.index("`data.source`") < text.index("`output`")
-    with pytest.raises(ValueError, match="seed"):
-        keys.written(page.replace("`seed`", "`sed`"))
 
 
 def test_every_command_has_an_example():

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from buddy.backbone.load import FAMILIES as ROUTABLE
 from buddy.backbone.load import Backbone, fingerprint
-from buddy.testing.subject import CONTEXT, VOCABULARY, random_model
 from buddy.testing.subject import byte_tokenizer as tiny_tokenizer
+from buddy.testing.subject import random_model, tiny_config
 
 # family -> (model_type, what its configuration needs beyond the common sizes)
 FAMILIES = {
@@ -29,10 +29,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **config) -> PreTrainedMode
     Weights are larger than a fresh model's and norms differ from one, so that a skipped layer shows in the logits.
     """
     model_type, extra = FAMILIES[family]
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    settings = CONFIG_MAPPING[model_type](**{**sizes, **heads, **tokens, **extra, **config})
+    settings = tiny_config(model_type, **{"num_hidden_layers": 6, **extra, **config})
     return random_model(settings, seed, ROUTABLE[model_type])
 
 

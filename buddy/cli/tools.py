@@ -1,5 +1,6 @@
 """Verbs that need no run: memory; routers and recipes, which list, show, copy, create and check."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -97,10 +98,19 @@ def check(
     ] = None,
 ) -> None:
     """Check that a router meets the contract of all routers."""
-    from buddy.console import print_table
-    from buddy.testing.kit import check_named
+    from buddy.backbone.load import load_backbone
+    from buddy.config import override
+    from buddy.console import print_table, status, track
+    from buddy.schema import Recipe
+    from buddy.testing import CHECKS, Subject
 
-    results = check_named(name, backbone=backbone, options=options or [])
+    overrides = [f"router.name={json.dumps(name)}", *(f"router.options.{text}" for text in options or [])]
+    given = override(Recipe(), overrides, f"--options of {name}").router.options
+    subject = Subject(name, given)  # on the tiny model first, which finds mistakes quickly
+    if backbone is not None:
+        with status(f"Loading {backbone} …"):
+            subject = Subject(name, given, load_backbone(backbone, "float32"))
+    results = [each.examine(subject) for each in track(CHECKS, f"Checking {name}")]
     failed = sum(result.state == "failed" for result in results)
     print_table(("check", "result", "what"), [(r.check, "FAILED" if r.error else r.state, r.line) for r in results])
     typer.echo(f"{name} fails {failed} of {len(results)} checks." if failed else f"{name} passes.")

@@ -7,21 +7,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.cells import cell_len, set_cell_size
-from rich.table import Table
 from rich.text import Text as Line
 
 from buddy.budget import format_budget
 from buddy.build import load_model
-from buddy.console import counted, results, status, tracker
+from buddy.console import counted, print_titled_table, results, status, tracker
 from buddy.data.text import named_sources
 from buddy.errors import DataError, RunError
 from buddy.inspection.figures import draw_all, write_tensorboard
 from buddy.inspection.routing import (
+    ALWAYS,
+    CHOSEN,
+    SINK,
+    SKIPPED,
+    SPAN,
     Inspection,
     Measures,
-    changed_layers,
     observe,
     read_text,
     typed_text,
@@ -39,7 +41,7 @@ WINDOWS = 16
 PRINTED = 0.75  # the budget nearest to this one is printed token by token
 LABEL_LENGTH = 14  # characters
 INVISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
-CHOSEN, ALWAYS, SKIPPED = "█", "▒", "·"
+SIGNS = {SKIPPED: ("·", "dim"), CHOSEN: ("█", "blue"), ALWAYS: ("▒", "dim"), SINK: ("█", "yellow")}
 HEIGHTS = "▁▂▃▄▅▆▇█"
 
 
@@ -85,9 +87,9 @@ def inspect_run(
     batch, ids = run.recipe.data.batch_size, texts[0].windows.input_ids
     with within_memory(f"a batch of {batch} × {ids.shape[1]} tokens", "free some, or use a machine with more"):
         track = tracker(f"Routing {run.router_name}")
-        routings = observe(routed, texts, executed.values(), batch_size=batch, track=track)
+        runs = observe(routed, texts, executed.values(), batch_size=batch, track=track)
     words = token_labels(routed.backbone.tokenizer, ids[0].tolist())
-    inspection = Inspection(run.router_name, routed.geometry, executed, texts, routings, words)
+    inspection = Inspection(run.router_name, routed.geometry, routed.sink_tokens, executed, texts, runs, words)
     _print_tables(inspection)
     if text is not None:
         layers = inspection.geometry.layers
@@ -102,38 +104,21 @@ def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list
     return [_label(tokenizer.decode([token]) or tokenizer.convert_ids_to_tokens(token)) for token in ids]
 
 
-def token_lines(runs: np.ndarray, labels: Sequence[str], *, sinks: int, always: tuple[int, int]) -> Iterator[Line]:
-    """A ruler and a line for each token: label, a character for each layer, layers changed since the last token.
-
-    Args:
-        runs: (T, L) bool.
-        labels: a short label for each token.
-        sinks: first tokens, at full depth at every budget.
-        always: how many layers always run at the beginning and at the end.
-    """
-    width, layers = max(map(cell_len, labels), default=0), runs.shape[1]
-    ruler = "".join(str(layer).ljust(5) for layer in range(0, layers, 5)).rstrip()
+def token_lines(inspection: Inspection, count: int) -> Iterator[Line]:
+    """A ruler and a line for each token at K: label, a character for each layer, how many layers changed."""
+    width = max(map(cell_len, inspection.words))
+    ruler = "".join(str(layer).ljust(5) for layer in range(0, inspection.geometry.layers, 5)).rstrip()
     yield Line(" " * width + "  " + ruler, style="dim")
-    changes = changed_layers(runs, sinks)
-    for token, (label, ran) in enumerate(zip(labels, runs, strict=True)):
+    kinds, changes = inspection.kinds(count), inspection.changed(count)
+    for token, label in enumerate(inspection.words):
         line = Line(set_cell_size(label, width) + "  ")
-        for layer, on in enumerate(ran):
-            if not on:
-                line.append(SKIPPED, style="dim")
-            elif layer < always[0] or layer >= layers - always[1]:
-                line.append(ALWAYS, style="dim")
-            else:
-                line.append(CHOSEN, style="yellow" if token < sinks else "blue")
-        if token < sinks:
+        for kind in kinds[token]:
+            line.append(*SIGNS[kind])
+        if token < inspection.sinks:
             line.append("  sink", style="dim")
         elif changes[token]:
             line.append(f"  {changes[token]} changed", style="dim")
         yield line
-
-
-def share_line(share: Sequence[float]) -> Line:
-    """A character for each layer, as high as its share of tokens; a dot for a layer that no token ran."""
-    return Line("".join(HEIGHTS[min(7, int(part * 8))] if part > 0 else SKIPPED for part in share))
 
 
 def _check_options(
@@ -142,8 +127,6 @@ def _check_options(
     """Check the options before the model is loaded."""
     if text is not None and (domains is not None or windows is not None):
         raise DataError("--text inspects that text alone; leave out --domains and --windows, or --text.")
-    if text is not None and not text.strip():
-        raise DataError("The text is empty; give some text.")
     if target.exists() and not target.is_dir():
         raise RunError(f"{target} is a file; name a folder for the figures.")
     if not target.absolute().parent.is_dir():
@@ -153,61 +136,56 @@ def _check_options(
 
 
 def _print_tables(inspection: Inspection) -> None:
-    """The measures, and for each text at each budget a line that shows how many tokens ran each layer."""
-    span = next(iter(inspection.measures[next(iter(inspection.executed.values()))].values())).span
-    table = Table(title=f"Plans of {inspection.router}, by budget and text")
-    table.add_column("budget\n(layers)", no_wrap=True)
-    table.add_column("text")
-    for heading in ("plan changes", "layers apart", "plans", f"in {span} tokens", "most frequent", "off it"):
-        table.add_column(heading, justify="right")
-    shares = Table(title=f"Share of tokens that ran each layer, 0 to {inspection.geometry.layers - 1}")
-    for heading in ("budget (layers)", "text", "▁ few … █ all, · none"):
-        shares.add_column(heading)
-    for budget, count in inspection.executed.items():
-        for label, found in inspection.measures[count].items():
-            least, _, most = found.executed
-            heading = f"{budget} ({least if least == most else f'{least} to {most}'})"
-            table.add_row(heading, label, *_cells(found))
-            shares.add_row(heading, label, share_line(found.share))
-    results.print(table)
+    """The measures of each text at each budget, and a line of characters: how many tokens ran each layer."""
+    rows = [
+        (f"{budget} ({count}), {label}", *_cells(found))
+        for budget, count in inspection.executed.items()
+        for label, found in inspection.measures[count].items()
+    ]
+    span = min(SPAN, inspection.texts[0].windows.input_ids.shape[1] - inspection.sinks)
+    head = [
+        "budget (layers), text",
+        "plan changes",
+        "layers apart",
+        "plans",
+        f"in {span} tokens",
+        "most frequent",
+        "off it",
+    ]
+    head.append(f"share of tokens, layers 0 to {inspection.geometry.layers - 1}")
     sizes = "; ".join(
         f"{text.label}: {counted(text.windows.input_ids.numel() - inspection.sinks * len(text.windows), 'token')} in "
         f"{counted(len(text.windows), 'window')} of {counted(len(text.windows.documents.unique()), 'document')}"
         for text in inspection.texts
     )
     sinks = f"; sink tokens, run at full depth and left out: {inspection.sinks} a window" if inspection.sinks else ""
-    results.print(
+    note = (
         "Plan changes: tokens whose plan is not that of the token before; layers apart: in how many layers these two "
         f"differ, on average. Plans: distinct ones, in all and in {span} tokens. Most frequent: tokens with the text's "
-        "most frequent plan; off it: chosen layers that the most frequent plan of all texts does not run.\n"
-        f"{sizes}{sinks}."
+        "most frequent plan; off it: chosen layers that the most frequent plan of all texts does not run. Share of "
+        f"tokens that ran each layer: {HEIGHTS[0]} few … {HEIGHTS[-1]} all, · none.\n{sizes}{sinks}."
     )
-    results.print(shares)
+    print_titled_table(f"Plans of {inspection.router}", head, rows, note)
 
 
 def _cells(found: Measures) -> list[str]:
-    def percent(share: float) -> str:
-        return f"{100 * share:.1f} %"
-
     return [
-        "–" if found.changes is None else percent(found.changes),
+        "–" if found.changes is None else f"{found.changes:.1%}",
         "–" if found.apart is None else f"{found.apart:.2f}",
         str(found.plans),
         f"{found.distinct:.1f}",
-        percent(found.commonest),
-        percent(found.off_commonest),
+        f"{found.commonest:.1%}",
+        f"{found.off_commonest:.1%}",
+        "".join(HEIGHTS[min(7, int(part * 8))] if part > 0 else "·" for part in found.share),
     ]
 
 
 def _print_tokens(inspection: Inspection, budget: str) -> None:
     """The first text token by token at one budget."""
     count, layers = inspection.executed[budget], inspection.geometry.layers
-    routing = inspection.routings[inspection.texts[0].label, count]
-    legend = (
-        f"Layers 0 to {layers - 1} from left to right: {CHOSEN} ran, chosen  {ALWAYS} always runs  {SKIPPED} skipped"
-    )
+    legend = f"Layers 0 to {layers - 1} from left to right: █ ran, chosen  ▒ always runs  · skipped"
     results.print(f"\nBudget {budget}: {count} of {layers} layers. {legend}", soft_wrap=True)
-    for line in token_lines(routing.runs[0], inspection.words, sinks=routing.sinks, always=inspection.always):
+    for line in token_lines(inspection, count):
         results.print(line, soft_wrap=True)
 
 

@@ -20,25 +20,8 @@ from buddy.router import Geometry
 from buddy.run import Run
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
+SKIPPED, CHOSEN, ALWAYS, SINK = range(4)  # what a layer is to a token
 SPAN = 128  # tokens among which distinct plans are counted
-
-
-@dataclass(frozen=True)
-class Routing:
-    """The plans that ran over one text at one budget.
-
-    Attributes:
-        runs: (N, T, L) bool for N windows.
-        sinks: first tokens of each window, at full depth at every budget; they are left out of all measures.
-    """
-
-    runs: np.ndarray
-    sinks: int
-
-    @property
-    def plans(self) -> np.ndarray:
-        """(N, T − sinks, L) bool, the routed tokens alone."""
-        return self.runs[:, self.sinks :]
 
 
 @dataclass(frozen=True)
@@ -47,7 +30,6 @@ class Measures:
 
     Attributes:
         tokens: routed tokens.
-        executed: least, mean and most layers of a token.
         share: (L,) tokens that ran each layer, as a share.
         plans: distinct plans in the whole text.
         changes: share of tokens whose plan differs from that of the token before; None without such a token.
@@ -60,7 +42,6 @@ class Measures:
     """
 
     tokens: int
-    executed: tuple[int, float, int]
     share: tuple[float, ...]
     plans: int
     changes: float | None
@@ -71,73 +52,43 @@ class Measures:
     off_commonest: float
 
     @classmethod
-    def of(cls, routing: Routing, reference: np.ndarray, always_on: int) -> Measures:
+    def of(cls, plans: np.ndarray, reference: np.ndarray, always_on: int) -> Measures:
         """The numbers of a text.
 
         Args:
-            routing: what ran, with at least one routed token.
+            plans: (N, T, L) bool, of the routed tokens, at least one.
             reference: (L,) bool, the plan for `off_commonest`.
             always_on: layers that every plan runs.
         """
-        plans = routing.plans
-        executed = plans.sum(-1)
+        rows, tokens, _ = plans.shape
         _, numbers, counts = np.unique(_packed(plans), axis=0, return_inverse=True, return_counts=True)
         differing = (plans[:, 1:] != plans[:, :-1]).sum(-1)
-        span, distinct = _distinct(numbers.reshape(plans.shape[:2]))
-        chosen = int((executed - always_on).sum())
+        span = min(SPAN, tokens)
+        starts = np.linspace(0, tokens - span, -(-tokens // span)).round().astype(int)  # stretches cover each window
+        stretches = [row[start : start + span] for row in numbers.reshape(rows, tokens) for start in starts]
+        chosen = int(plans.sum()) - rows * tokens * always_on
         return cls(
-            tokens=executed.size,
-            executed=(int(executed.min()), float(executed.mean()), int(executed.max())),
+            tokens=rows * tokens,
             share=tuple(plans.mean((0, 1)).tolist()),
             plans=len(counts),
             changes=float((differing > 0).mean()) if differing.size else None,
             apart=float(differing.mean()) if differing.size else None,
             span=span,
-            distinct=distinct,
-            commonest=float(counts.max() / executed.size),
+            distinct=float(np.mean([len(np.unique(stretch)) for stretch in stretches])),
+            commonest=float(counts.max() / (rows * tokens)),
             off_commonest=float((plans & ~reference).sum() / chosen) if chosen else 0.0,
         )
 
 
-def commonest_plan(routings: Sequence[Routing]) -> np.ndarray:
-    """(L,) bool, the most frequent plan over all routed tokens; of equally frequent ones, that with later layers."""
-    packed = np.concatenate([_packed(routing.plans) for routing in routings])
-    distinct, counts = np.unique(packed, axis=0, return_counts=True)
-    return np.unpackbits(distinct[counts.argmax()], count=routings[0].runs.shape[-1]).astype(bool)
-
-
-def pooled_share(routings: Sequence[Routing]) -> np.ndarray:
-    """(L,) share of the routed tokens of all texts together that ran each layer."""
-    return np.concatenate([routing.plans.reshape(-1, routing.runs.shape[-1]) for routing in routings]).mean(0)
-
-
-def changed_layers(runs: np.ndarray, sinks: int) -> np.ndarray:
-    """(T,) layers in which each token's plan differs from that of the token before; 0 up to the first routed token.
-
-    Args:
-        runs: (T, L) bool.
-        sinks: first tokens at full depth at every budget.
-    """
-    changed = np.zeros(len(runs), dtype=int)
-    changed[sinks + 1 :] = (runs[sinks + 1 :] != runs[sinks:-1]).sum(-1)
-    return changed
+def commonest_plan(plans: np.ndarray) -> np.ndarray:
+    """(L,) bool, the most frequent of (..., L) plans; of equally frequent ones, that with later layers."""
+    distinct, counts = np.unique(_packed(plans), axis=0, return_counts=True)
+    return np.unpackbits(distinct[counts.argmax()], count=plans.shape[-1]).astype(bool)
 
 
 def _packed(plans: np.ndarray) -> np.ndarray:
-    """(N · T, bytes) uint8, a bit for each layer."""
+    """(N, bytes) uint8 for N plans, a bit for each layer."""
     return np.packbits(plans.reshape(-1, plans.shape[-1]), axis=-1)
-
-
-def _distinct(numbers: np.ndarray) -> tuple[int, float]:
-    """Tokens in a stretch, and the mean number of distinct plans in one.
-
-    As many stretches as cover each window (N, T), evenly spaced, so that they may overlap.
-    """
-    tokens = numbers.shape[1]
-    span = min(SPAN, tokens)
-    starts = np.linspace(0, tokens - span, -(-tokens // span)).round().astype(int)
-    found = [len(np.unique(row[start : start + span])) for row in numbers for start in starts]
-    return span, float(np.mean(found))
 
 
 @dataclass(frozen=True)
@@ -193,8 +144,8 @@ def typed_text(routed: RoutedLM, text: str) -> Text:
 @torch.no_grad()
 def observe(
     routed: RoutedLM, texts: Sequence[Text], counts: Iterable[int], *, batch_size: int = 4, track: Track = iter
-) -> dict[tuple[str, int], Routing]:
-    """The plans that ran, by label of the text and executed layers K.
+) -> dict[tuple[str, int], np.ndarray]:
+    """(N, T, L) bool for N windows: the layers that ran, by label of the text and executed layers K.
 
     Args:
         routed: model and router.
@@ -216,7 +167,7 @@ def observe(
         if not torch.equal(output.runs.sum(-1), output.executed):
             raise RuntimeError("The layers that ran are not those of the plan.")
         found[text.label, count].append(output.runs.cpu().numpy())
-    return {key: Routing(np.concatenate(parts), routed.sink_tokens) for key, parts in found.items()}
+    return {key: np.concatenate(parts) for key, parts in found.items()}
 
 
 @dataclass(frozen=True)
@@ -226,43 +177,48 @@ class Inspection:
     Attributes:
         router: its name.
         geometry: sizes of the backbone.
+        sinks: first tokens of each window, at full depth at every budget; they are left out of all measures.
         executed: K by budget, deepest first.
-        texts: what ran.
-        routings: the plans, by label of the text and K.
+        texts: what ran, in windows of one length.
+        runs: (N, T, L) bool, what ran, by label of the text and K.
         words: short texts of the tokens of the first text's first window.
     """
 
     router: str
     geometry: Geometry
-    executed: dict[str, int]
+    sinks: int
+    executed: Mapping[str, int]
     texts: Sequence[Text]
-    routings: Mapping[tuple[str, int], Routing]
+    runs: Mapping[tuple[str, int], np.ndarray]
     words: Sequence[str]
 
-    @property
-    def always(self) -> tuple[int, int]:
-        """How many layers always run at the beginning and at the end."""
-        return self.geometry.context_layer, 1
+    def plans(self, count: int) -> np.ndarray:
+        """(N, T − sinks, L) bool, the plans of the routed tokens of all texts at K."""
+        return np.concatenate([self.runs[text.label, count][:, self.sinks :] for text in self.texts])
 
-    @property
-    def sinks(self) -> int:
-        """First tokens of each window, at full depth at every budget."""
-        return next(iter(self.routings.values())).sinks
+    def first(self, count: int) -> np.ndarray:
+        """(T, L) bool, what ran for the first window at K."""
+        return self.runs[self.texts[0].label, count][0]
 
-    def at(self, count: int) -> list[Routing]:
-        """The plans at K, text by text."""
-        return [self.routings[text.label, count] for text in self.texts]
+    def kinds(self, count: int) -> np.ndarray:
+        """(T, L), for each token and layer of the first window one of `SKIPPED`, `CHOSEN`, `ALWAYS` and `SINK`."""
+        kinds = np.where(self.first(count), CHOSEN, SKIPPED)
+        kinds[:, : self.geometry.context_layer] = kinds[:, -1] = ALWAYS
+        kinds[: self.sinks] = SINK
+        return kinds
+
+    def changed(self, count: int) -> np.ndarray:
+        """(T,) layers in which a plan of the first window differs from the one before; 0 up to the first routed one."""
+        plans = self.first(count)[self.sinks :]
+        return np.pad((plans[1:] != plans[:-1]).sum(-1), (self.sinks + 1, 0))
 
     @cached_property
     def measures(self) -> dict[int, dict[str, Measures]]:
         """The numbers by K and label of the text."""
-        found: dict[int, dict[str, Measures]] = {}
-        for count in set(self.executed.values()):
-            plan = commonest_plan(self.at(count))
-            found[count] = {
-                text.label: Measures.of(self.routings[text.label, count], plan, self.geometry.always_on)
-                for text in self.texts
-            }
+        found: dict[int, dict[str, Measures]] = {count: {} for count in self.executed.values()}
+        for (label, count), runs in self.runs.items():
+            reference = commonest_plan(self.plans(count))
+            found[count][label] = Measures.of(runs[:, self.sinks :], reference, self.geometry.always_on)
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -281,19 +237,17 @@ class Inspection:
             {
                 "budget": budget,
                 "layers": count,
-                "share": pooled_share(self.at(count)).tolist(),
-                "commonest_plan": commonest_plan(self.at(count)).nonzero()[0].tolist(),
+                "share": self.plans(count).mean((0, 1)).tolist(),
+                "commonest_plan": commonest_plan(self.plans(count)).nonzero()[0].tolist(),
                 "domains": {label: asdict(found) for label, found in self.measures[count].items()},
-                "text": [
-                    "".join("01"[ran] for ran in token) for token in self.routings[first.label, count].runs[0] * 1
-                ],
+                "text": ["".join("01"[ran] for ran in token) for token in self.first(count).astype(int)],
             }
             for budget, count in self.executed.items()
         ]
         return {
             "router": self.router,
             "layers": self.geometry.layers,
-            "always_on": sorted({*range(self.geometry.context_layer), self.geometry.layers - 1}),
+            "always_on": [*range(self.geometry.context_layer), self.geometry.layers - 1],
             "sink_tokens": self.sinks,
             "domains": domains,
             "text": {"domain": first.label, "tokens": first.windows.input_ids[0].tolist(), "words": [*self.words]},
@@ -315,6 +269,7 @@ def most_frequent(
         track: wraps the list of forwards to show progress.
     """
     text = Text("text", None, windows, prompt)
-    (routing,) = observe(routed, [text], [executed], batch_size=batch_size, track=track).values()
-    plan = commonest_plan([routing])
-    return tuple(plan.nonzero()[0].tolist()), Measures.of(routing, plan, routed.geometry.always_on)
+    (runs,) = observe(routed, [text], [executed], batch_size=batch_size, track=track).values()
+    plans = runs[:, routed.sink_tokens :]
+    plan = commonest_plan(plans)
+    return tuple(plan.nonzero()[0].tolist()), Measures.of(plans, plan, routed.geometry.always_on)

@@ -83,8 +83,7 @@ class Row:
         key: K, or a budget "auto".
         loss, kl: sums over the scored tokens, in nats.
         tokens: scored tokens.
-        least, most, total: smallest and largest number and sum of the layers that tokens ran, sinks left out.
-        counted: number of those tokens.
+        ran: number of tokens, sinks left out, for each number of layers that tokens ran.
         sinks: tokens that run at full depth at every budget.
         chosen: K that "auto" chose; None for a fixed budget.
     """
@@ -95,10 +94,7 @@ class Row:
     loss: float
     kl: float
     tokens: int
-    least: int
-    most: int
-    total: int
-    counted: int
+    ran: Counter[int]
     sinks: int
     chosen: int | None = None
 
@@ -177,21 +173,17 @@ def measure(
         output = model(ids, executed=executed, prompt=prompt, logits_to_keep=scored)
         losses = cross_entropy(output.logits, targets), kl_to_dense(dense, output.logits)
         sums = [[row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in losses]
-        ran = [row[~sinks].cpu() for row, sinks in zip(output.executed, output.sinks, strict=True)]
         new = [
             Row(
                 window,
                 document,
                 key,
-                sums[0][row],
-                sums[1][row],
-                len(scored),
-                int(ran[row].min()),
-                int(ran[row].max()),
-                int(ran[row].sum()),
-                ran[row].numel(),
-                int(output.sinks[row].sum()),
-                int(executed[row]) if isinstance(key, str) else None,
+                loss=sums[0][row],
+                kl=sums[1][row],
+                tokens=len(scored),
+                ran=Counter(output.executed[row][~output.sinks[row]].tolist()),
+                sinks=int(output.sinks[row].sum()),
+                chosen=int(executed[row]) if isinstance(key, str) else None,
             )
             for row, (window, document) in enumerate(zip(windows, documents, strict=True))
         ]
@@ -230,8 +222,9 @@ def _scores_at(key: int | str, rows: Sequence[Row]) -> Scores:
         loss[place] += row.loss
         kl[place] += row.kl
         tokens[place] += row.tokens
-    mean = sum(row.total for row in rows) / sum(row.counted for row in rows)
-    executed = min(row.least for row in rows), mean, max(row.most for row in rows)
+    ran = sum((row.ran for row in rows), Counter())
+    mean = sum(layers * number for layers, number in ran.items()) / ran.total()
+    executed = min(ran), mean, max(ran)
     chosen = dict(Counter(row.chosen for row in rows)) if isinstance(key, str) else None
     layers = round(mean) if isinstance(key, str) else key
     return Scores(1.0, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)

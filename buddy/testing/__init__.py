@@ -12,8 +12,8 @@ or, one test for each check, where a check that does not apply shows as skipped:
         check(subject)
 """
 
-from buddy.testing.check import Check, Failed, Result
-from buddy.testing.kit import CHECKS, check_router
+from buddy.testing import behaviour, outputs  # noqa: F401  # they fill CHECKS
+from buddy.testing.check import CHECKS, Check, Failed, Result, check_router
 from buddy.testing.subject import Subject, tiny_backbone
 
 __all__ = ["CHECKS", "Check", "Failed", "Result", "Subject", "check_router", "tiny_backbone"]

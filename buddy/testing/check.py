@@ -1,12 +1,15 @@
-"""A check of a router: the promise, the checks that have to pass first, and its result."""
+"""A check of a router: the promise, the checks that have to pass first, and its result; all checks of one router."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from unittest import SkipTest
 
+from buddy.backbone.load import Backbone
+from buddy.router import AnyRouter
 from buddy.testing.subject import Subject, describe, seeded
 
 State = Literal["passed", "failed", "skipped", "blocked"]
@@ -14,10 +17,6 @@ State = Literal["passed", "failed", "skipped", "blocked"]
 
 class Failed(AssertionError):
     """The router breaks a promise; the message is a sentence that says what to change."""
-
-
-class Skipped(Exception):
-    """The check does not apply to this router; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Check:
     """One promise of routers. Call it with a `Subject` in a test of your own.
 
     Attributes:
-        name: one or two words.
+        name: one word.
         promise: a phrase.
-        function: raises `Failed`, or returns what it measured.
+        function: raises `Failed`, or `SkipTest` where the check does not apply, or returns what it measured.
         needs: checks that have to pass first, so that one fault fails one check.
     """
 
@@ -79,28 +78,68 @@ class Check:
     def examine(self, subject: Subject) -> Result:
         """The result, computed once for each subject."""
         if self.name not in subject.results:
-            subject.results[self.name] = self._examine(subject)
+            subject.results[self.name] = Result(self.name, self.promise, *self._examine(subject))
         result: Result = subject.results[self.name]
         return result
 
-    def _examine(self, subject: Subject) -> Result:
+    def _examine(self, subject: Subject) -> tuple[State, str] | tuple[State, str, BaseException]:
         for need in self.needs:
             if need.examine(subject).state in ("failed", "blocked"):
-                return self._result("blocked", f"needs '{need}' to pass first")
+                return "blocked", f"needs '{need}' to pass first"
         try:
             with seeded(0):  # restores the caller's generators
-                return self._result("passed", self.function(subject))
-        except Skipped as error:
-            return self._result("skipped", str(error))
+                return "passed", self.function(subject)
+        except SkipTest as error:
+            return "skipped", str(error)
         except Failed as error:
-            return self._result("failed", str(error), error.__cause__ or error)
+            return "failed", str(error), error.__cause__ or error
         except (Exception, SystemExit) as error:  # a router may raise anything
-            return self._result("failed", f"{describe(error, subject.cls)}; fix it there.", error)
+            return "failed", f"{describe(error, subject.cls)}; fix it there.", error
 
-    def _result(self, state: State, message: str, error: BaseException | None = None) -> Result:
-        return Result(self.name, self.promise, state, message, error)
+
+CHECKS: list[Check] = []  # all, each after those that it needs
 
 
 def check(promise: str, *needs: Check) -> Callable[[Callable[[Subject], str]], Check]:
-    """Makes a function a `Check` of the same name."""
-    return lambda function: Check(function.__name__.replace("_", " "), promise, function, needs)
+    """Makes a function the next of `CHECKS`, under its name."""
+
+    def add(function: Callable[[Subject], str]) -> Check:
+        CHECKS.append(Check(function.__name__, promise, function, needs))
+        return CHECKS[-1]
+
+    return add
+
+
+@contextmanager
+def explained(subject: Subject, advice: str) -> Iterator[None]:
+    """Turns an error of the router into `Failed`: the error, then the advice."""
+    try:
+        yield
+    except Exception as error:  # a router may raise anything
+        raise Failed(f"{describe(error, subject.cls)} {advice}") from error
+
+
+def check_router(
+    router: type[AnyRouter] | str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    backbone: Backbone | None = None,
+) -> list[Result]:
+    """All checks of one router; all failures are raised together.
+
+    Args:
+        router: a class, an installed name, or "my_module:MyRouter".
+        options: keyword arguments of the class, as in `router.options` of a recipe.
+        backbone: a model in float32 with no router attached; by default a tiny random one.
+
+    Raises:
+        Failed: an AssertionError with a sentence for each check that failed, which says what to change.
+        RegistryError: no such router, or its options do not fit.
+    """
+    subject = Subject(router, options, backbone)
+    results = [check.examine(subject) for check in CHECKS]
+    failed = [result for result in results if result.state == "failed"]
+    if failed:
+        lines = "".join(f"\n- {result.check}: {result.message}" for result in failed)
+        raise Failed(f"{subject.name} fails {len(failed)} of {len(CHECKS)} checks:{lines}") from failed[0].error
+    return results

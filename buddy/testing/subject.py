@@ -7,7 +7,7 @@ import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,13 @@ import numpy
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from buddy.backbone.load import Backbone, fingerprint
 from buddy.calibration.probe import CalibrationProbe
@@ -34,20 +40,17 @@ ROWS, LENGTH, PROMPT = 3, 12, 5  # of the windows whose contexts routers score
 
 def tiny_backbone(layers: int = 8, seed: int = 0) -> Backbone:
     """A frozen float32 Llama of hidden size 64 with random weights; two calls with one seed give the same."""
-    settings = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = random_model(settings, seed)
+    model = random_model(tiny_config(num_hidden_layers=layers), seed)
     return Backbone("a tiny random model", model, byte_tokenizer(), fingerprint(model))
+
+
+def tiny_config(model_type: str = "llama", **changes: Any) -> PreTrainedConfig:
+    """The configuration of a tiny model for `byte_tokenizer`."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": CONTEXT}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**{**sizes, **heads, **tokens, **changes})
+    return config
 
 
 def random_model(settings: PreTrainedConfig, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
@@ -90,40 +93,37 @@ class Inputs:
     context: Context
     arriving: Tensor
 
-    @property
-    def leading(self) -> tuple[int, ...]:
-        """The leading dimensions."""
-        return tuple(self.context.executed.shape)
-
-    def __getitem__(self, index: Any) -> Inputs:
+    def __getitem__(self, index: tuple[int | slice, ...]) -> Inputs:
         """Some of the tokens, selected by the leading dimensions."""
-        index = index if isinstance(index, tuple) else (index,)
-        context = self.context
-        parts = (part[index] for part in (context.pooled, context.newest, context.hidden, context.executed))
-        return Inputs(Context(*parts), self.arriving[(slice(None), *index)])
+        return Inputs(self.context[index], self.arriving[(slice(None), *index)])
 
     def at(self, executed: int | Tensor) -> Inputs:
         """The same tokens with another K, one for all or one for each."""
-        counts = torch.as_tensor(executed, device=self.arriving.device).expand(self.leading)
+        counts = torch.as_tensor(executed, device=self.arriving.device).expand(self.context.executed.shape)
         return replace(self, context=replace(self.context, executed=counts))
 
     def map(self, change: Callable[..., Tensor], *others: Inputs) -> Inputs:
-        """`change` applied to each floating-point tensor, and the same tensors of `others`."""
-        each = ((i.context.pooled, i.context.newest, i.context.hidden, i.arriving) for i in (self, *others))
-        pooled, newest, hidden, arriving = map(change, *each)
-        return Inputs(Context(pooled, newest, hidden, self.context.executed), arriving)
+        """`change` applied to each tensor, and the same tensors of `others`."""
+        each = (self, *others)
+        parts = {f.name: change(*(getattr(inputs.context, f.name) for inputs in each)) for f in fields(Context)}
+        return Inputs(Context(**parts), change(*(inputs.arriving for inputs in each)))
+
+    def vary(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """`change` applied to each floating-point tensor."""
+        return self.map(lambda x: change(x) if x.is_floating_point() else x)
 
     def blend(self, other: Inputs, where: Tensor) -> Inputs:
-        """`other` in place of the tokens where `where` (...) is true."""
-        return self.map(lambda mine, theirs: torch.where(where[..., None], theirs, mine), other)
+        """`other`, with its K, in place of the tokens where `where` (...) is true."""
+        wide = where[..., None]
+        return self.map(lambda x, y: torch.where(wide if x.is_floating_point() else where, y, x), other)
 
-    def to(self, device: str | torch.device) -> Inputs:
-        """The same on another device."""
-        return self.map(lambda x: x.to(device)).at(self.context.executed)
+    def to(self, device: torch.device) -> Inputs:
+        """A copy in contiguous tensors, as the engine's are, on a device."""
+        return self.map(lambda x: x.to(device, copy=True, memory_format=torch.contiguous_format))
 
     def copy(self) -> Inputs:
-        """A copy in contiguous tensors, as the engine's are."""
-        return self.map(lambda x: x.contiguous().clone()).at(self.context.executed.contiguous().clone())
+        """A copy on the same device."""
+        return self.to(self.arriving.device)
 
 
 def raw_outputs(router: AnyRouter, inputs: Inputs) -> list[Any]:
@@ -139,22 +139,6 @@ def output_of(router: AnyRouter, inputs: Inputs) -> Tensor:
     """(..., R): scores, or the logits of all gates; the router gets copies of the inputs."""
     given = raw_outputs(router, inputs.copy())
     return given[0] if isinstance(router, Router) else torch.stack(given, -1)
-
-
-def decisions(router: AnyRouter, outputs: Tensor) -> Tensor:
-    """(..., R): the order of the layers by their scores, or which gates are open."""
-    if isinstance(router, Router):
-        return outputs.argsort(dim=-1, descending=True, stable=True)
-    return outputs > 0
-
-
-def close(one: Tensor, two: Tensor) -> Tensor:
-    """(...) bool: tokens whose outputs (..., R) differ by no more than rounding.
-
-    The tolerance follows the spread over layers, so that a large number common to all layers hides nothing.
-    """
-    spread = (one - one.mean(-1, keepdim=True)).abs().amax()
-    return ((one - two).abs() <= 1e-4 * spread + 1e-5 * one.abs().amax()).all(-1)
 
 
 class Subject:
@@ -192,7 +176,12 @@ class Subject:
         self.backbone = tiny_backbone() if backbone is None else backbone
         self.geometry = geometry_of(self.backbone, context_layer, pool)
         self._probe: CalibrationProbe | None = None
-        self._try()
+        try:
+            self.new_router()
+        except BuddyError:
+            raise
+        except (Exception, SystemExit) as error:  # a router may raise anything
+            raise RegistryError(f"The router {self.name!r} cannot be made: {describe(error, self.cls)}.") from error
 
     @property
     def method(self) -> str:
@@ -210,55 +199,59 @@ class Subject:
         """The K in the middle of `depths`."""
         return self.depths[len(self.depths) // 2]
 
-    @cached_property
-    def windows(self) -> Tensor:
-        """(ROWS, LENGTH) long, random tokens."""
-        return self._tokens(ROWS, LENGTH, seed=0)
-
     def new_router(self, seed: int = 0) -> AnyRouter:
         """A new router, not calibrated, in evaluation mode."""
         with seeded(seed):
             router = make(self.cls, self.name, self.geometry, self.options)
-            router.eval()
-            return router
-
-    def calibrated_router(self, seed: int = 0) -> AnyRouter:
-        """A calibrated router, as `buddy fit` with this seed would train it next."""
-        with seeded(seed):
-            router = self.new_router(seed=seed)
-            with self.attached(router) as routed:
-                probe = self._probe_for(routed, seed)
-                router.calibrate(probe)
-                probe.release()
         router.eval()
         return router
 
     def router(self, seed: int = 0) -> AnyRouter:
-        """A calibrated router whose parameters differ from their initial values, as after training."""
-        return perturbed(self.calibrated_router(seed))
+        """A router calibrated as by `buddy fit` with this seed, with noise on its parameters as after training.
+
+        Without noise, parameters that start at 0 would make every comparison pass.
+        """
+        with seeded(seed):
+            router = self.new_router(seed)
+            with self.attached(router) as routed:
+                if self._probe is None:  # one for all routers, so that nothing is measured twice
+                    self._probe = CalibrationProbe(routed, self._tokens(WINDOWS, WIDTH, seed=2))
+                self._probe.seed = seed
+                self._probe.serve(routed, [self.middle, self.depths[0]])
+                router.calibrate(self._probe)
+                self._probe.release()
+        router.eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in router.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        return router
 
     @contextmanager
-    def attached(self, router: AnyRouter, **settings: Any) -> Iterator[RoutedLM]:
+    def attached(self, router: AnyRouter) -> Iterator[RoutedLM]:
         """The backbone with a router attached, and detached afterwards."""
-        routed = RoutedLM(self.backbone, router, pool=self.pool, **settings)
+        routed = RoutedLM(self.backbone, router, pool=self.pool)
         try:
             yield routed
         finally:
             routed.detach()
 
     @cached_property
+    def windows(self) -> Tensor:
+        """(ROWS, LENGTH) long, random tokens."""
+        return self._tokens(ROWS, LENGTH, seed=0)
+
+    @cached_property
     def inputs(self) -> Inputs:
         """What a router sees of `windows`, (ROWS, LENGTH), at the middle K."""
-        return self._inputs_of(self.windows)
+        return self._inputs_of(self.windows).at(self.middle)
 
     @cached_property
     def other_inputs(self) -> Inputs:
-        """What a router sees of other windows."""
-        return self._inputs_of(self._tokens(ROWS, LENGTH, seed=1))
-
-    def resized(self, layers: int, context_layer: int, pool: PoolKind) -> Subject:
-        """The same router on a tiny model of other sizes."""
-        return Subject(self.cls, self.options, tiny_backbone(layers), context_layer=context_layer, pool=pool)
+        """What a router sees of other windows, each token at another K than the middle one, if there is another."""
+        inputs = self._inputs_of(self._tokens(ROWS, LENGTH, seed=1))
+        others = torch.tensor([depth for depth in self.depths if depth != self.middle] or self.depths)
+        return inputs.at(others[torch.arange(ROWS * LENGTH) % len(others)].reshape(ROWS, LENGTH))
 
     @torch.no_grad()
     def _inputs_of(self, windows: Tensor) -> Inputs:
@@ -267,40 +260,12 @@ class Subject:
         with self.attached(self.new_router()) as routed:
             context = routed(windows).context
             states = self.backbone.model(windows, output_hidden_states=True, use_cache=False).hidden_states
-        arriving = torch.stack(states[first : first + routable]).float()
-        return Inputs(context, arriving).at(self.middle).copy()
-
-    def _try(self) -> None:
-        try:
-            self.new_router()
-        except BuddyError:
-            raise
-        except (Exception, SystemExit) as error:  # a router may raise anything
-            raise RegistryError(f"The router {self.name!r} cannot be made: {describe(error, self.cls)}.") from error
-
-    def _probe_for(self, routed: RoutedLM, seed: int) -> CalibrationProbe:
-        """One probe for all routers, so that nothing is measured twice."""
-        asked = [self.middle, self.depths[0]]
-        if self._probe is None:
-            self._probe = CalibrationProbe(routed, self._tokens(WINDOWS, WIDTH, seed=2))
-        self._probe.seed = seed
-        self._probe.serve(routed, asked)
-        return self._probe
+        return Inputs(context, torch.stack(states[first : first + routable]).float())
 
     def _tokens(self, rows: int, length: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         vocabulary = self.backbone.model.config.vocab_size
         return torch.randint(FIRST_TOKEN, vocabulary, (rows, length), generator=generator).to(self.backbone.device)
-
-
-def perturbed(router: AnyRouter) -> AnyRouter:
-    """The router with noise on its parameters: parameters that start at 0 would make every comparison pass."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in router.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.1 * noise.to(parameter))
-    return router
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from buddy.backbone import embedded
 from buddy.backbone.embedded import RECORD, is_valid, smollm2_folder
 from buddy.errors import BackboneError
 from buddy.io import cache_root
+from tests.recovery.damage import DAMAGES
 
 
 @pytest.fixture
@@ -44,28 +45,24 @@ def test_several_processes_convert_once_and_leave_nothing_over(conversions):
     assert in_cache() == [folder.name]
 
 
-def flip(folder):
-    """Change one byte, keeping the size, as a failing disk would."""
-    file = folder / "model.safetensors"
-    file.write_bytes(b"W" + file.read_bytes()[1:])
-
-
 @pytest.mark.parametrize(
-    "damage",
+    ("name", "damage"),
     [
-        flip,
-        lambda folder: (folder / "model.safetensors").write_bytes(b"weights"),
-        lambda folder: (folder / "config.json").unlink(),
-        lambda folder: (folder / RECORD).unlink(),
-        lambda folder: (folder / RECORD).write_text("[]"),
+        ("model.safetensors", "flipped"),
+        ("model.safetensors", "cut"),
+        ("config.json", "missing"),
+        (RECORD, "missing"),
+        (RECORD, "a list"),
+        (RECORD, "another mapping"),
     ],
 )
-def test_damage_is_found_and_mended(conversions, damage):
+def test_damage_is_found_and_mended(conversions, name, damage):
     folder = smollm2_folder()
-    damage(folder)
+    DAMAGES[damage](folder / name)
     assert not is_valid(folder)
     assert is_valid(smollm2_folder())
     assert len(conversions) == 2
+    assert in_cache() == [folder.name]
 
 
 def test_another_version_of_the_wheel_is_converted_anew(conversions, monkeypatch):

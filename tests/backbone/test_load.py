@@ -12,7 +12,8 @@ from transformers.utils import logging as chatter
 
 from buddy.backbone.load import check_routable, fingerprint, load_backbone, title_of
 from buddy.errors import BackboneError
-from tests.tiny import FAMILIES, VOCABULARY, tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
+from buddy.testing.subject import VOCABULARY
+from tests.tiny import FAMILIES, tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -176,12 +177,21 @@ def drop_head(file):
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def changed(**values):
+    return lambda file: edit_config(file.parent, **values)
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "named"),
     [
         ("config.json", lambda file: file.unlink(), r"config\.json"),
         ("config.json", lambda file: file.write_text("{"), "JSON"),
         ("config.json", lambda file: file.write_text("[1]"), r"config\.json"),
+        ("config.json", changed(intermediate_size=96), r"model\.layers\.0\.mlp\.down_proj\.weight"),
+        ("config.json", changed(hidden_size="many"), "hidden_size"),
+        ("config.json", changed(num_attention_heads=7), "attention heads"),
+        ("config.json", changed(num_key_value_heads=0), "cannot be loaded"),
+        ("config.json", changed(hidden_act="zork"), "zork"),
         ("model.safetensors", lambda file: file.rename(file.with_name("pytorch_model.bin")), "safetensors"),
         ("model.safetensors", cut_short, "cannot be loaded"),
         ("model.safetensors", drop_head, r"lm_head\.weight"),
@@ -189,27 +199,11 @@ def drop_head(file):
         ("tokenizer.json", lambda file: file.unlink(), "tokenizer"),
     ],
 )
-def test_damaged_folders(folder, file, damage, named):
+def test_damaged_folders_and_impossible_configurations(folder, file, damage, named):
     damage(folder / file)
     with pytest.raises(BackboneError, match=named) as caught:
         load_backbone(str(folder), "float32")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"intermediate_size": 96}, r"model\.layers\.0\.mlp\.down_proj\.weight"),
-        ({"hidden_size": "many"}, "hidden_size"),
-        ({"num_attention_heads": 7}, "attention heads"),
-        ({"num_key_value_heads": 0}, "cannot be loaded"),
-        ({"hidden_act": "zork"}, "zork"),
-    ],
-)
-def test_impossible_configurations(folder, changes, named):
-    edit_config(folder, **changes)
-    with pytest.raises(BackboneError, match=named):
-        load_backbone(str(folder), "float32")
 
 
 @pytest.mark.real

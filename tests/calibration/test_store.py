@@ -62,11 +62,6 @@ def test_another_setting_is_another_file(tmp_path):
     assert Measurements(tmp_path, dict(reversed(SETTING.items()))).path == path
 
 
-def test_reading_makes_no_file(tmp_path):
-    assert read(tmp_path / "none") == {}
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_values_are_written_every_two_seconds(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(store.time, "monotonic", lambda: now)

@@ -18,9 +18,10 @@ from buddy.errors import DataError, RunError
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.lm_eval import main
 from buddy.evaluation.tasks import task_scores
+from buddy.testing.subject import CONTEXT
 from tests.documents import setup_cfg
 from tests.engine.reference import Fickle, FickleGates
-from tests.tiny import CONTEXT, tiny_backbone
+from tests.tiny import tiny_backbone
 
 PAIRS = [
     ("Question: which?\nAnswer:", " this one"),

@@ -4,11 +4,15 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 
+from buddy import Geometry
+from buddy.data.windows import Windows
 from buddy.evaluation.figures import figure_at
 from buddy.inspection import figures
-from buddy.inspection.figures import ALWAYS, CHOSEN, LABELLED, SINK, SKIPPED, draw_shares, draw_tokens
+from buddy.inspection.figures import LABELLED, draw_shares, draw_tokens
 from buddy.inspection.inspect import token_labels, token_lines
+from buddy.inspection.routing import ALWAYS, CHOSEN, SINK, SKIPPED, Inspection, Text
 from tests.tiny import tiny_tokenizer
 
 
@@ -27,12 +31,20 @@ def seen(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("tokens", "layers"), [(1, 6), (70, 15)])
+def inspection(runs, words, context_layer=1) -> Inspection:
+    """One window that ran at K = 4, of which the first token is a sink."""
+    tokens, layers = runs.shape
+    ids = Windows(torch.zeros(1, tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    sizes = Geometry(layers=layers, context_layer=context_layer, hidden=8, features=4)
+    return Inspection("$x^$", sizes, 1, {"0.5": 4}, [Text("5_%", None, ids, 1)], {("5_%", 4): runs[None]}, words)
+
+
+@pytest.mark.parametrize(("tokens", "layers"), [(2, 6), (70, 15)])
 def test_tokens_are_drawn_as_they_ran(tmp_path, seen, tokens, layers):
     runs = np.random.default_rng(0).random((tokens, layers)) < 0.6
     runs[:, [0, -1]] = runs[:1] = True
     words = ["$x^$", "中文", *["a"] * tokens][:tokens]
-    draw_tokens(tmp_path / "t.png", runs, words, sinks=1, always=(1, 1), title="$x^$ on 5_%")
+    draw_tokens(tmp_path / "t.png", inspection(runs, words), "0.5")
     assert (tmp_path / "t.png").is_file()
     grids = [np.asarray(axes.collections[0].get_array()).reshape(layers, -1) for axes in seen[1:]]
     assert [grid.shape[1] for grid in grids] == ([LABELLED, tokens] if tokens > LABELLED else [tokens])
@@ -41,7 +53,7 @@ def test_tokens_are_drawn_as_they_ran(tmp_path, seen, tokens, layers):
             ran = ALWAYS if layer in (0, layers - 1) else CHOSEN
             assert grid[layer, token] == (SINK if token == 0 else ran if runs[token, layer] else SKIPPED)
     labels = [label.get_text() for label in seen[1].get_xticklabels()]
-    assert labels[:2] == ["$x^$", "□□"][:tokens], "no formula, and a box for a character that the font lacks"
+    assert labels[:2] == ["$x^$", "□□"], "no formula, and a box for a character that the font lacks"
 
 
 @pytest.mark.parametrize("layers", [12, 126])
@@ -56,9 +68,9 @@ def test_shares_are_drawn_with_their_numbers(tmp_path, seen, layers):
 
 
 def test_a_line_for_each_token():
-    runs = np.array([[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1], [1, 0, 1, 0, 1, 1], [1, 1, 0, 0, 1, 1]], dtype=bool)
-    lines = [line.plain for line in token_lines(runs, ["The", "中", "of", "$x$"], sinks=1, always=(2, 1))]
-    signs = ["0    5", "▒▒███▒  sink", "▒·█·█▒", "▒·█·█▒", "▒▒··█▒  2 changed"]
+    runs = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 1]], dtype=bool)
+    lines = [line.plain for line in token_lines(inspection(runs, ["The", "中", "of", "$x$"], context_layer=2), 4)]
+    signs = ["0    5", "██████  sink", "▒▒█·█▒", "▒▒█·█▒", "▒▒···▒  2 changed"]
     assert lines == [f"{label}  {line}" for label, line in zip(["   ", "The", "中 ", "of ", "$x$"], signs, strict=True)]
 
 

@@ -76,13 +76,8 @@ def test_targets_are_what_a_forward_of_each_window_loses(routed):
         context = routed.context(ids[row : row + 1, :10])
         torch.testing.assert_close(targets.features[row], prompt_features(context)[0], atol=1e-5, rtol=1e-5)
     assert torch.equal(targets.increase((3,)), targets.losses[:, 2:] - targets.losses[:, :1])
-
-
-def test_features_do_not_depend_on_later_tokens(routed):
-    ids = tokens(4, 30)
-    other = torch.cat([ids[:, :10], ids[:, 10:].flip(1)], 1)
-    one, two = (measure_targets(routed, [lambda each=each: each], (3,), prompt=10).features for each in (ids, other))
-    assert torch.equal(one, two)
+    later = torch.cat([ids[:4, :10], ids[:4, 10:].flip(1)], 1)
+    assert torch.equal(measure_targets(routed, [lambda: later], (3,), prompt=10).features, targets.features[:4])
 
 
 def test_stored_targets_are_bit_for_bit_and_of_one_router(routed, tmp_path, monkeypatch):
@@ -176,10 +171,10 @@ def test_a_damaged_or_missing_file_is_named(predicting, routed, tmp_path, name):
         load_predictor(tmp_path, routed.geometry)
 
 
-def test_a_predictor_of_another_model(predicting, routed, tmp_path):
+@pytest.mark.parametrize("change", [{"options": {"hidden": 7}}, {"name": "oracle"}])
+def test_a_predictor_of_another_model_is_refused(predicting, routed, tmp_path, change):
     shutil.copytree(predicting["grpo"], tmp_path, dirs_exist_ok=True)
     facts = json.loads((tmp_path / "predictor.json").read_text())
-    for change in ({"options": {"hidden": 7}}, {"name": "oracle"}):
-        (tmp_path / "predictor.json").write_text(json.dumps(facts | change))
-        with pytest.raises(RunError):
-            load_predictor(tmp_path, routed.geometry)
+    (tmp_path / "predictor.json").write_text(json.dumps(facts | change))
+    with pytest.raises(RunError):
+        load_predictor(tmp_path, routed.geometry)

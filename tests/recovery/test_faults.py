@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from buddy.backbone import embedded
 from buddy.cli.app import app
 from buddy.compare import fit
 from buddy.io import load_tensors
@@ -86,27 +85,6 @@ def test_a_damaged_run_is_refused_and_left_alone(run, tmp_path, verb):
         assert name in refused(verb, "--run", folder, *options)
         assert contents(folder) == before
         assert not new.exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [("model.safetensors", "flipped"), ("config.json", "missing"), (embedded.RECORD, "another mapping")],
-)
-def test_a_damaged_converted_model_is_converted_again(tmp_path, monkeypatch, name, damage):
-    def write(source: Path, folder: Path) -> None:
-        (folder / "config.json").write_text('{"model_type": "llama"}')
-        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 9)
-
-    monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedded, "_write_model", write)
-    monkeypatch.setattr(embedded, "_wheel_file", lambda: Path("model.gguf"))
-    folder = embedded.smollm2_folder()
-    model = contents(folder)
-    DAMAGES[damage](folder / name)
-    assert embedded.smollm2_folder() == folder
-    assert embedded.is_valid(folder)
-    assert all(contents(folder)[each] == model[each] for each in ("config.json", "model.safetensors"))
-    assert [path.name for path in folder.parent.iterdir() if path.suffix != ".lock"] == [folder.name]
 
 
 @pytest.mark.parametrize("damage", ["cut at the end", "flipped"])

@@ -1,4 +1,4 @@
-"""A probe that measures nothing: its losses are a known function of the layers that are left out."""
+"""Routers without a model: contexts, and a probe whose losses are a known function of the layers that are left out."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
@@ -10,6 +10,9 @@ from torch import Tensor
 from buddy import Context, Geometry, Plan, Router
 
 Removed = frozenset[int]
+SIZES = Geometry(
+    layers=12, context_layer=1, hidden=8, features=4
+)  # ten routable layers, so that 210 sets leave out four
 
 
 class Landscape:
@@ -26,8 +29,8 @@ class Landscape:
     def __init__(
         self,
         geometry: Geometry,
-        loss: Callable[[Removed], float],
-        asked: Sequence[int],
+        loss: Callable[[Removed], float] = lambda removed: 0.0,
+        asked: Sequence[int] = (),
         *,
         seed: int = 0,
         count: int = 8,
@@ -81,12 +84,25 @@ def rugged(routable: int, seed: int, interaction: float = 1.0) -> Callable[[Remo
     return loss
 
 
+def searched(cls: type[Router], probe: Landscape, **options: Any) -> Any:
+    """A router that was calibrated by this probe."""
+    router = cls(probe.geometry, **options)
+    router.calibrate(probe)
+    return router
+
+
+def context(geometry: Geometry, *leading: int, executed: int = 4, seed: int = 0) -> Context:
+    """A random context."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (geometry.features, geometry.features, geometry.hidden)
+    pooled, newest, hidden = (torch.randn(*leading, size, generator=generator) for size in sizes)
+    return Context(pooled, newest, hidden, torch.full(leading, executed))
+
+
 def left_out(router: Router, executed: int) -> Removed:
     """The routable layers that a router's plan for K leaves out, one plan for whatever context."""
     sizes = router.geometry
-    context = Context(
-        torch.ones(sizes.features), torch.ones(sizes.features), torch.ones(sizes.hidden), torch.tensor(executed)
-    )
-    runs = Plan.from_scores(router.score(context), context.executed, sizes.layers).runs
+    scores = router.score(context(sizes, executed=executed))
+    runs = Plan.from_scores(scores, torch.tensor(executed), sizes.layers).runs
     assert int(runs.sum()) == executed
     return frozenset((~runs[sizes.context_layer : -1]).nonzero()[:, 0].tolist())

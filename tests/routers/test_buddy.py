@@ -11,26 +11,20 @@ from buddy import Geometry
 from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from routers.buddy import BuddyRouter
-from tests.routers.landscape import Landscape, left_out, rugged
-from tests.routers.test_contract import WINDOWS, context
+from tests.routers.landscape import Landscape, context, left_out, rugged, searched
 from tests.tiny import tiny_backbone
 
 SIZES = Geometry(layers=6, context_layer=1, hidden=12, features=4)
-
-
-def calibrated(prior: str, layers: int = 6) -> tuple[BuddyRouter, CalibrationProbe]:
-    backbone = tiny_backbone("llama", num_hidden_layers=layers)
-    router = BuddyRouter(geometry_of(backbone), prior=prior)
-    probe = CalibrationProbe(RoutedLM(backbone, router), WINDOWS)
-    router.calibrate(probe)
-    return router, probe
 
 
 @pytest.mark.parametrize(
     ("prior", "measure"), [("block-influence", "block_influence"), ("taylor", "taylor"), ("loss", "loss_increase")]
 )
 def test_it_starts_at_the_order_of_its_prior(prior, measure):
-    router, probe = calibrated(prior)
+    backbone = tiny_backbone()
+    router = BuddyRouter(geometry_of(backbone), prior=prior)
+    probe = CalibrationProbe(RoutedLM(backbone, router), torch.arange(3, 67).reshape(4, 16))
+    router.calibrate(probe)
     scores = router.score(context(router.geometry, 2, 3))
     expected = getattr(probe, measure).clamp(min=0).argsort(stable=True)
     assert torch.equal(scores.argsort(stable=True), expected.expand(2, 3, -1))
@@ -42,8 +36,7 @@ def test_it_starts_at_the_order_of_its_prior(prior, measure):
 @given(seed=st.integers(0, 999), least=st.integers(2, 5), count=st.integers(1, 9))
 def test_greedy_starts_at_the_sets_of_a_greedy_removal(seed, least, count):
     probe = Landscape(SIZES, rugged(SIZES.routable, seed), [least], count=count)
-    router = BuddyRouter(SIZES, prior_windows=4)
-    router.calibrate(probe)
+    router = searched(BuddyRouter, probe, prior_windows=4)
     removed: list[int] = []
     for executed in range(5, least - 1, -1):
         left = [i for i in range(SIZES.routable) if i not in removed]

@@ -1,44 +1,13 @@
 """The evolutionary search against every set of four layers among ten, and what it owes on any losses."""
 
 import random
-from itertools import combinations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buddy import Geometry
-from buddy.calibration.probe import CalibrationProbe
-from buddy.engine.model import RoutedLM, geometry_of
 from routers.evopress import EvoPress, Problem
 from routers.sleb import SLEB
-from tests.routers.landscape import Landscape, left_out, rugged
-from tests.routers.uneven import WINDOWS, BruteForce, uneven_backbone
-
-SIZES = Geometry(layers=12, context_layer=1, hidden=8, features=4)
-SMALL = {"generations": 15, "offspring": 8, "initial": 8, "survivors": [3, 1], "windows": [1, 3]}
-
-
-def searched(asked: list[int], seed: int = 0) -> EvoPress:
-    backbone = uneven_backbone()
-    router = EvoPress(geometry_of(backbone), **SMALL)
-    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 1, asked=asked, seed=seed))
-    return router
-
-
-def on(probe: Landscape, **options) -> EvoPress:
-    router = EvoPress(probe.geometry, **options)
-    router.calibrate(probe)
-    return router
-
-
-def test_it_finds_the_best_of_all_sets():
-    loss = BruteForce().kl
-    every = sorted(loss(removed) for removed in combinations(range(10), 4))
-    found = [loss(left_out(searched([8], seed), 8)) for seed in range(2)]
-    assert every[0] < 0.6 * every[len(every) // 20], "the best stands out"
-    assert min(found) == pytest.approx(every[0], abs=1e-6)
-    assert max(found) <= every[2] + 1e-6, "any seed finds one of the three best of 210"
+from tests.routers.landscape import SIZES, Landscape, left_out, rugged, searched
 
 
 def test_it_passes_the_greedy_search_where_layers_hang_together():
@@ -48,9 +17,8 @@ def test_it_passes_the_greedy_search_where_layers_hang_together():
         probe = Landscape(SIZES, rugged(10, seed, interaction=0.5), [8])
         every = probe.exhaustive(4)
         best, median = every[0][0], every[len(every) // 2][0]
-        for name, router in (("evopress", EvoPress(SIZES)), ("sleb", SLEB(SIZES))):
-            router.calibrate(probe)
-            gaps[name].append((probe.loss(left_out(router, 8)) - best) / (median - best))
+        for name, cls in (("evopress", EvoPress), ("sleb", SLEB)):
+            gaps[name].append((probe.loss(left_out(searched(cls, probe), 8)) - best) / (median - best))
     optimal = {name: sum(gap < 1e-9 for gap in found) for name, found in gaps.items()}
     assert optimal["evopress"] >= 16 > optimal["sleb"]
     assert sum(gaps["evopress"]) < 0.25 * sum(gaps["sleb"])
@@ -60,7 +28,7 @@ def test_it_passes_the_greedy_search_where_layers_hang_together():
 @given(seed=st.integers(0, 999), asked=st.sets(st.integers(2, 11), min_size=1, max_size=3), warm=st.booleans())
 def test_the_loss_never_rises_from_the_start(seed, asked, warm):
     probe = Landscape(SIZES, rugged(10, seed), sorted(asked, reverse=True), seed=seed)
-    router = on(probe, generations=3, offspring=4, initial=5, warm_start=warm)
+    router = searched(EvoPress, probe, generations=3, offspring=4, initial=5, warm_start=warm)
     larger: frozenset[int] = frozenset()
     for executed in probe.asked:
         starts = [sets for sets, _, windows in probe.calls if windows == 1 and len(sets[0]) == 12 - executed]
@@ -88,7 +56,9 @@ def test_offspring_differ_by_swaps(seed, count, offspring, swaps):
 
 def test_selection_narrows_in_stages():
     probe = Landscape(SIZES, rugged(10, 0), [8], count=20)
-    on(probe, generations=2, patience=None, offspring=12, initial=6, survivors=[5, 2, 1], windows=[1, 4, 16])
+    searched(
+        EvoPress, probe, generations=2, patience=None, offspring=12, initial=6, survivors=[5, 2, 1], windows=[1, 4, 16]
+    )
     sizes = [(len(sets), criterion, windows) for sets, criterion, windows in probe.calls]
     generation = [(12, "kl", 1), (5, "kl", 4), (3, "kl", 16)]
     assert sizes == [(6, "kl", 1), (1, "kl", 16), *generation, *generation]
@@ -101,7 +71,7 @@ def test_selection_narrows_in_stages():
 
 def test_other_numbers_of_layers_build_on_the_nearest_set():
     probe = Landscape(SIZES, rugged(10, 2), [9, 5])
-    router = on(probe)
+    router = searched(EvoPress, probe)
     sets = {k: left_out(router, k) for k in range(2, 13)}
     for k in (12, 11, 10, 9):
         assert sets[k] <= sets[9]
@@ -115,7 +85,7 @@ def test_other_numbers_of_layers_build_on_the_nearest_set():
 
 def test_where_nothing_is_asked_block_influence_decides():
     probe = Landscape(SIZES, rugged(10, 0), [])
-    router = on(probe)
+    router = searched(EvoPress, probe)
     assert probe.calls == []
     for k in range(2, 13):
         assert left_out(router, k) == frozenset(range(12 - k))

@@ -9,14 +9,15 @@ import torch
 from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.registry import build
-from tests.routers.uneven import WINDOWS, uneven_backbone
+from tests.tiny import tiny_backbone
 
+WINDOWS = torch.randint(3, 259, (3, 16), generator=torch.Generator().manual_seed(0))
 OPTIONS = {"sleb": {}, "evopress": {"generations": 6, "offspring": 6, "initial": 6, "windows": [1, 3]}}
 
 
 def search(name: str, store, stop_after: int | None = None) -> tuple[dict[str, torch.Tensor], list[int]]:
     """What a router keeps of a search, and how many pairs of plan and batch each measurement took."""
-    backbone, measured = uneven_backbone(), []
+    backbone, measured = tiny_backbone(num_hidden_layers=12), []
 
     steps = count()
 

@@ -1,43 +1,11 @@
-"""SLEB against brute force: the least harmful layer in every round, and every set of four among ten."""
-
-from itertools import pairwise
+"""SLEB against the plain algorithm: in every round the least harmful layer goes."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buddy import Geometry
-from buddy.calibration.probe import CalibrationProbe
-from buddy.engine.model import RoutedLM, geometry_of
 from routers.sleb import SLEB
-from tests.routers.landscape import Landscape, left_out, rugged
-from tests.routers.uneven import WINDOWS, BruteForce, uneven_backbone
-
-SIZES = Geometry(layers=12, context_layer=1, hidden=8, features=4)
-
-
-def greedy(loss, routable: int, rounds: int) -> list[int]:
-    """The layers in the order in which they go, by the plain algorithm."""
-    removed = []
-    for _ in range(rounds):
-        removed.append(min((i for i in range(routable) if i not in removed), key=lambda i: loss([*removed, i])))
-    return removed
-
-
-def searched(asked: list[int], seed: int = 0, **options) -> SLEB:
-    backbone = uneven_backbone(seed)
-    router = SLEB(geometry_of(backbone), **options)
-    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 2, asked=asked))
-    return router
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_removal_is_the_one_that_brute_force_finds_least_harmful(seed):
-    router, brute = searched([10, 8], seed), BruteForce(seed)
-    order = greedy(brute.ce, 10, 4)
-    assert router.rank.argsort()[:4].tolist() == order
-    for before, after in pairwise(left_out(router, k) for k in range(12, 7, -1)):
-        assert before < after
+from tests.routers.landscape import SIZES, Landscape, rugged, searched
 
 
 @settings(max_examples=30, deadline=None)
@@ -45,9 +13,10 @@ def test_every_removal_is_the_one_that_brute_force_finds_least_harmful(seed):
 def test_it_is_the_plain_algorithm_on_any_losses(seed, least, budgets):
     loss = rugged(10, seed)
     probe = Landscape(SIZES, loss, range(11, least - 1, -1)[-budgets:])
-    router = SLEB(SIZES)
-    router.calibrate(probe)
-    order = greedy(lambda removed: loss(frozenset(removed)), 10, 12 - least)
+    router = searched(SLEB, probe)
+    order: list[int] = []
+    for _ in range(12 - least):
+        order.append(min({*range(10)} - {*order}, key=lambda layer: loss(frozenset([*order, layer]))))
     assert router.rank.argsort()[: len(order)].tolist() == order
     assert {criterion for _, criterion, _ in probe.calls} == {"ce"}
     assert sorted(router.rank.tolist()) == list(range(10))
@@ -56,8 +25,7 @@ def test_it_is_the_plain_algorithm_on_any_losses(seed, least, budgets):
 @pytest.mark.parametrize(("windows", "measured"), [(None, 20), (5, 5), (99, 20)])
 def test_it_measures_on_the_windows_that_it_is_told(windows, measured):
     probe = Landscape(SIZES, rugged(10, 0), [10], count=20)
-    router = SLEB(SIZES, windows=windows)
-    router.calibrate(probe)
+    searched(SLEB, probe, windows=windows)
     assert max(asked for _, _, asked in probe.calls) == measured
     assert len([asked for _, _, asked in probe.calls if asked == measured]) == 2
     assert probe.shown == ["removing layers"]

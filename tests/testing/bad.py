@@ -1,7 +1,10 @@
 """Routers with one fault each, and the check that must name it."""
 
-import random as python_random
+import random
+import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +12,6 @@ from torch import Tensor, nn
 from buddy import Context, Geometry, LayerwiseRouter, Probe, Router
 
 FAULTS: dict[type, str] = {}  # router → the only check that fails
-
-
-def fails(check: str):
-    def register(cls: type) -> type:
-        FAULTS[cls] = check
-        return cls
-
-    return register
 
 
 class Sound(Router):
@@ -54,217 +49,17 @@ class DropsOut(Sound):
         return super().score(context) + self.read(nn.functional.dropout(context.hidden, training=self.training))
 
 
-# What it says of itself
+def fails(check: str) -> Callable[[type], type]:
+    """Registers a router with a fault."""
 
+    def register(cls: type) -> type:
+        cls.__doc__ = "A router with a fault."
+        FAULTS[cls] = check
+        return cls
 
-@fails("description")
-class Nameless(Sound):
-    pass
+    return register
 
 
-@fails("description")
-class OfNoKind(Sound):
-    """Of a kind that there is not."""
-
-    kind = "dynamic"
-
-
-@fails("description")
-class OfNoScope(Sound):
-    """Of a scope that there is not."""
-
-    scope = "window"
-
-
-@fails("description")
-class OtherGeometry(Sound):
-    """Holds another geometry than it was given."""
-
-    def __init__(self, geometry):
-        super().__init__(geometry)
-        self.geometry = Geometry(geometry.layers + 1, geometry.context_layer, geometry.hidden, geometry.features)
-
-
-@fails("calibration")
-class CannotMeasure(Sound):
-    """Fails while it calibrates."""
-
-    def calibrate(self, probe: Probe):
-        1 / 0  # noqa: B018
-
-
-@fails("calibration")
-class BufferMeddler(Sound):
-    """Writes into what the frozen model keeps beside its weights."""
-
-    def calibrate(self, probe: Probe):
-        probe.routed.backbone.model.model.rotary_emb.inv_freq.mul_(2)
-
-
-@fails("calibration")
-class Meddler(Sound):
-    """Writes into the frozen model."""
-
-    def calibrate(self, probe: Probe):
-        with torch.no_grad():
-            probe.routed.backbone.layers[0].mlp.down_proj.weight.mul_(2)
-
-
-# The form of its answer
-
-
-@fails("shape")
-class WrongShape(Sound):
-    """Has a score for three layers, whatever the model."""
-
-    def score(self, context):
-        return super().score(context)[..., :3]
-
-
-@fails("shape")
-class NoLeading(Router):
-    """Forgets the leading dimensions."""
-
-    def score(self, context):
-        return torch.arange(self.geometry.routable, dtype=torch.float32)
-
-
-@fails("shape")
-class WideGate(SoundGates):
-    """Has a dimension too many."""
-
-    def gate(self, index, hidden, executed):
-        return super().gate(index, hidden, executed)[..., None]
-
-
-@fails("shape")
-class NeedsWindows(Sound):
-    """Reads two leading dimensions."""
-
-    def score(self, context):
-        return super().score(context) + 0 * context.executed[0, 0]
-
-
-@fails("shape")
-class Leaves(Sound):
-    """Ends the process, which would look like success."""
-
-    def score(self, context):
-        raise SystemExit(0)
-
-
-@fails("dtype")
-class Whole(Router):
-    """Gives whole numbers."""
-
-    def score(self, context):
-        layers = torch.arange(self.geometry.routable, device=context.executed.device)
-        return layers.expand(*context.executed.shape, -1)
-
-
-@fails("budgets")
-class ShortTable(Router):
-    """Has no row for full depth."""
-
-    def __init__(self, geometry):
-        super().__init__(geometry)
-        self.register_buffer("kept", torch.eye(geometry.routable))
-
-    def score(self, context):
-        return self.kept[context.executed - self.geometry.always_on]
-
-
-@fails("mixed")
-class FirstBudget(Router):
-    """Serves all rows what the first one asked for."""
-
-    def __init__(self, geometry):
-        super().__init__(geometry)
-        self.register_buffer("kept", torch.eye(geometry.routable + 1, geometry.routable))
-
-    def score(self, context):
-        first = context.executed.flatten()[0] - self.geometry.always_on
-        return self.kept[first].expand(*context.executed.shape, -1)
-
-
-# Its numbers
-
-
-@fails("finite")
-class NotANumber(Sound):
-    """Divides by nought where no layer is asked for."""
-
-    def score(self, context):
-        k = context.executed - self.geometry.always_on
-        return super().score(context) * (k / k)[..., None]
-
-
-@fails("finite")
-class Overflows(Sound):
-    """Cannot stand large states."""
-
-    def score(self, context):
-        return super().score(context) + context.hidden.square().sum(-1, keepdim=True).exp().clamp(min=9) * 0
-
-
-@fails("finite")
-class ZeroDivision(Sound):
-    """Cannot stand an empty pool."""
-
-    def score(self, context):
-        return super().score(context) + (context.pooled / context.pooled.norm(dim=-1, keepdim=True))[..., :1]
-
-
-@fails("context")
-class Scribbler(Sound):
-    """Writes into what all share."""
-
-    def score(self, context):
-        context.hidden.mul_(0.5)
-        return super().score(context)
-
-
-@fails("context")
-class GateScribbler(SoundGates):
-    """Writes into the stream of states."""
-
-    def gate(self, index, hidden, executed):
-        return super().gate(index, hidden.add_(1), executed)
-
-
-@fails("repeatable")
-class Noisy(Sound):
-    """Draws its scores anew each time."""
-
-    kind = "random"
-
-    def score(self, context):
-        return torch.rand(*context.executed.shape, self.geometry.routable, device=context.executed.device)
-
-
-@fails("repeatable")
-class Remembers(Sound):
-    """Adds up what it saw."""
-
-    total = 0.0
-
-    def score(self, context):
-        self.total = self.total + context.hidden.mean()
-        return super().score(context) + self.total * self.read.bias
-
-
-@fails("stable")
-class Hashes(Sound):
-    """Takes the last bits of the state for a dice."""
-
-    def score(self, context):
-        return torch.sin(1e9 * super().score(context))
-
-
-# What it depends on
-
-
-@fails("causal")
 class PeeksAhead(Sound):
     """Reads the mean over the whole window where there is one."""
 
@@ -273,18 +68,127 @@ class PeeksAhead(Sound):
         return self.read(nn.functional.layer_norm(context.hidden + mean, mean.shape[-1:]))
 
 
-@fails("causal")
-class GatePeeksAhead(SoundGates):
-    """Subtracts the mean over the tokens."""
-
-    def gate(self, index, hidden, executed):
-        logits = super().gate(index, hidden, executed)
-        return logits - logits.mean(-1, keepdim=True) if logits.dim() else logits
+FAULTS[PeeksAhead] = "independent"
 
 
-@fails("causal")
+# Sound but for what becomes of the scores: the router, its context and its scores → the faulty scores
+
+SCORES: dict[str, tuple[str, Callable[[Any, Context, Tensor], Any]]] = {
+    "WrongShape": ("shape", lambda router, context, scores: scores[..., :3]),
+    "NoLeading": ("shape", lambda router, context, scores: torch.arange(scores.shape[-1]).float()),
+    "NeedsWindows": ("shape", lambda router, context, scores: scores + 0 * context.executed[0, 0]),
+    "EndsTheProcess": ("shape", lambda router, context, scores: sys.exit(0)),
+    "WholeNumbers": ("shape", lambda router, context, scores: scores.argsort()),
+    "DividesByTheBudget": ("finite", lambda router, context, scores: scores / (context.executed - 2)[..., None]),
+    "DividesByThePool": ("finite", lambda router, context, scores: scores + 1 / context.pooled.norm(dim=-1)[..., None]),
+    "Overflows": ("finite", lambda router, context, scores: scores + 0 * context.hidden.norm(dim=-1)[..., None].exp()),
+    "Scribbles": ("repeatable", lambda router, context, scores: scores + context.hidden.mul_(0)[..., :1]),
+    "Draws": ("repeatable", lambda router, context, scores: torch.rand_like(scores)),
+    "Hashes": ("stable", lambda router, context, scores: torch.sin(1e9 * scores)),
+    "AsksNeighbours": ("independent", lambda router, context, scores: scores - 0.5 * scores.mean(0, keepdim=True)),
+    "ReadsBack": ("independent", lambda router, context, scores: scores.cummax(1)[0] if scores.dim() == 3 else scores),
+    "Counts": (
+        "independent",
+        lambda router, context, scores: scores * scores.shape[-2] if scores.dim() > 1 else scores,
+    ),
+    "FirstBudget": ("independent", lambda router, context, scores: scores * context.executed.flatten()[0]),
+    "Detached": ("gradients", lambda router, context, scores: scores.detach() + router.read.bias),
+    "Frozen": ("gradients", lambda router, context, scores: scores.detach()),
+    "TrainsOtherwise": ("plans", lambda router, context, scores: -scores if torch.is_grad_enabled() else scores),
+}
+
+
+def faulty(change: Callable[[Any, Context, Tensor], Any]) -> Callable[[Any, Context], Any]:
+    return lambda self, context: change(self, context, Sound.score(self, context))
+
+
+for name, (check, change) in SCORES.items():
+    fails(check)(type(name, (Sound,), {"score": faulty(change)}))
+
+
+# What it says of itself, its calibration and its training
+
+
+class Nameless(Sound):
+    pass
+
+
+FAULTS[Nameless] = "description"
+
+
+@fails("description")
+class OfNoKind(Sound):
+    kind = "dynamic"
+
+
+@fails("description")
+class OfNoScope(Sound):
+    scope = "window"
+
+
+@fails("description")
+class OtherGeometry(Sound):
+    def __init__(self, geometry):
+        super().__init__(geometry)
+        self.geometry = Geometry(geometry.layers + 1, geometry.context_layer, geometry.hidden, geometry.features)
+
+
+@fails("calibration")
+class CannotMeasure(Sound):
+    def calibrate(self, probe: Probe):
+        1 / 0  # noqa: B018
+
+
+@fails("calibration")
+class BufferMeddler(Sound):
+    def calibrate(self, probe: Probe):
+        probe.routed.backbone.model.model.rotary_emb.inv_freq.mul_(2)
+
+
+@fails("calibration")
+class Meddler(Sound):
+    def calibrate(self, probe: Probe):
+        probe.routed.backbone.layers[0].mlp.down_proj.weight.data.mul_(2)
+
+
+@fails("kind")
+class NotStatic(Sound):
+    kind = "static"
+    seeded = True
+
+
+@fails("groups")
+class LeavesOut(Sound):
+    def parameter_groups(self):
+        return [{"params": [self.read.weight], "scale": 1.0}]
+
+
+@fails("groups")
+class Scaleless(Sound):
+    def parameter_groups(self):
+        return [{"params": list(self.parameters()), "lr": 1.0}]
+
+
+@fails("repeatable")
+class Remembers(Sound):
+    total = 0.0
+
+    def score(self, context):
+        self.total = self.total + context.hidden.mean()
+        return super().score(context) + self.total * self.read.bias
+
+
+@fails("speed")
+class Slow(Sound):
+    def score(self, context):
+        if context.executed.shape == (1, 1):
+            time.sleep(0.11)
+        return super().score(context)
+
+
+@fails("independent")
 class BatchNorm(Sound):
-    """Normalises over the batch, which shows in training alone."""
+    """Mixes rows in training alone."""
 
     def __init__(self, geometry):
         super().__init__(geometry)
@@ -295,121 +199,129 @@ class BatchNorm(Sound):
         return self.read(self.norm(states)).reshape(*context.executed.shape, -1)
 
 
-@fails("rows")
-class AsksNeighbours(Sound):
-    """Subtracts the mean over the rows."""
-
-    def score(self, context):
-        scores = super().score(context)
-        return scores - 0.5 * scores.mean(0, keepdim=True) if scores.dim() == 3 else scores
+# Layer by layer
 
 
-@fails("alone")
-class ReadsBack(Sound):
-    """Takes the largest score of the tokens before, which decoding does not show."""
-
-    def score(self, context):
-        scores = super().score(context)
-        return scores.cummax(1).values if scores.dim() == 3 else scores
+@fails("shape")
+class WideGate(SoundGates):
+    def gate(self, index, hidden, executed):
+        return super().gate(index, hidden, executed)[..., None]
 
 
-@fails("kind")
-class NotStatic(Sound):
-    """Says that it has one order."""
-
-    kind = "static"
-    seeded = True
+@fails("repeatable")
+class GateScribbler(SoundGates):
+    def gate(self, index, hidden, executed):
+        return super().gate(index, hidden.add_(1), executed)
 
 
-# What it keeps
+@fails("independent")
+class GatePeeksAhead(SoundGates):
+    def gate(self, index, hidden, executed):
+        logits = super().gate(index, hidden, executed)
+        return logits - logits.mean(-1, keepdim=True) if logits.dim() else logits
 
 
-@fails("seed")
-class Unseeded(Router):
-    """Draws from a generator that no seed reaches."""
+@fails("weights")
+class Unbounded(SoundGates):
+    def weigh(self, logits):
+        return logits
 
-    seeded = True
 
+@fails("weights")
+class OnePenalty(SoundGates):
+    def penalty(self, weights, executed):
+        return weights.mean()
+
+
+# Cannot be made
+
+
+class KeyMissing(Sound):
     def __init__(self, geometry):
-        super().__init__(geometry)
-        draw = python_random.SystemRandom()
-        self.register_buffer("order", torch.tensor([draw.random() for _ in range(geometry.routable)]))
-
-    def score(self, context):
-        return self.order.expand(*context.executed.shape, -1)
+        {}["x"]
 
 
-@fails("seeded")
-class SeededInSecret(Router):
-    """Searches with random numbers and does not say so."""
+class Leaving(Sound):
+    def __init__(self, geometry):
+        sys.exit(0)
+
+
+# One order of layers: what it keeps
+
+
+class OneOrder(Router):
+    """Sound, with one order of layers in a buffer."""
 
     def __init__(self, geometry):
         super().__init__(geometry)
         self.register_buffer("order", torch.zeros(geometry.routable))
 
-    def calibrate(self, probe: Probe):
-        generator = torch.Generator().manual_seed(probe.seed)
-        self.order.copy_(torch.rand(len(self.order), generator=generator))
-
     def score(self, context):
         return self.order.expand(*context.executed.shape, -1)
 
 
-@fails("saved")
-class Forgets(Router):
-    """Keeps what it measured beside its buffers."""
-
-    def __init__(self, geometry):
-        super().__init__(geometry)
-        self.influence = torch.zeros(geometry.routable)
-
-    def calibrate(self, probe: Probe):
-        self.influence = probe.block_influence
+@fails("finite")
+class ShortTable(OneOrder):
+    """Has no row for full depth."""
 
     def score(self, context):
-        return self.influence.expand(*context.executed.shape, -1)
+        return torch.diag(self.order)[context.executed - self.geometry.always_on]
+
+
+@fails("seed")
+class Unseeded(OneOrder):
+    seeded = True
+
+    def calibrate(self, probe: Probe):
+        draw = random.SystemRandom()
+        self.order.copy_(torch.tensor([draw.random() for _ in self.order]))
+
+
+@fails("seed")
+class SeededInSecret(OneOrder):
+    def calibrate(self, probe: Probe):
+        self.order.copy_(torch.rand(len(self.order), generator=torch.Generator().manual_seed(probe.seed)))
 
 
 @fails("saved")
-class GrowsLate(Router):
-    """Registers a buffer once it has measured."""
+class Forgets(OneOrder):
+    """Adds what it measured and keeps beside its buffers."""
 
+    measured = 0.0
+
+    def calibrate(self, probe: Probe):
+        self.measured = probe.block_influence
+
+    def score(self, context):
+        return super().score(context) + self.measured
+
+
+@fails("saved")
+class GrowsLate(OneOrder):
     def calibrate(self, probe: Probe):
         self.register_buffer("influence", probe.block_influence)
 
-    def score(self, context):
-        if not hasattr(self, "influence"):
-            return torch.zeros(*context.executed.shape, self.geometry.routable)
-        return self.influence.expand(*context.executed.shape, -1)
-
 
 @fails("geometry")
-class OneSize(Router):
-    """Was written for one model."""
-
-    def __init__(self, geometry):
-        super().__init__(geometry)
-        self.register_buffer("order", torch.arange(6.0))
-
+class OneSize(OneOrder):
     def score(self, context):
-        return (self.order + self.order.new_zeros(self.geometry.routable)).expand(*context.executed.shape, -1)
+        return super().score(context) + torch.arange(6.0, device=self.order.device)
 
 
 @fails("device")
-class StaysAtHome(Router):
+class StaysAtHome(OneOrder):
     """Keeps a constant tensor that does not move."""
 
     def __init__(self, geometry):
         super().__init__(geometry)
         self.mix = torch.eye(geometry.hidden, geometry.routable)
-        self.kind_of = torch.zeros(geometry.routable)
 
     def score(self, context):
         return torch.zeros_like(context.hidden) @ self.mix
 
 
 @fails("device")
-class MakesAtHome(Router):
+class MakesAtHome(OneOrder):
     """Makes its answer on the CPU."""
 
     def score(self, context):
@@ -417,89 +329,6 @@ class MakesAtHome(Router):
 
 
 @fails("bfloat16")
-class TakesTheTypeOfTheModel(Router):
-    """Turns what it measured into the model's type."""
-
-    def __init__(self, geometry):
-        super().__init__(geometry)
-        self.register_buffer("influence", torch.zeros(geometry.routable))
-
+class TakesTheTypeOfTheModel(OneOrder):
     def calibrate(self, probe: Probe):
-        self.influence = probe.block_influence.to(probe.routed.backbone.dtype)
-
-    def score(self, context):
-        return self.influence.expand(*context.executed.shape, -1)
-
-
-# Its training
-
-
-@fails("groups")
-class LeavesOut(Sound):
-    """Does not train its bias."""
-
-    def parameter_groups(self):
-        return [{"params": [self.read.weight], "scale": 1.0}]
-
-
-@fails("groups")
-class Scaleless(Sound):
-    """Has groups without a scale."""
-
-    def parameter_groups(self):
-        return [{"params": list(self.parameters()), "lr": 1.0}]
-
-
-@fails("gradients")
-class Detached(Sound):
-    """Cuts the way to its weights."""
-
-    def score(self, context):
-        return super().score(context).detach() + self.read.bias
-
-
-@fails("gradients")
-class Frozen(Sound):
-    """Scores without gradients."""
-
-    @torch.no_grad()
-    def score(self, context):
-        return super().score(context)
-
-
-@fails("weights")
-class Unbounded(SoundGates):
-    """Weighs by logits."""
-
-    def weigh(self, logits):
-        return logits
-
-
-@fails("weights")
-class OnePenalty(SoundGates):
-    """Has one penalty for the batch."""
-
-    def penalty(self, weights, executed):
-        return weights.mean()
-
-
-# At work
-
-
-@fails("decoding")
-class TrainsOtherwise(Sound):
-    """Explores while gradients are on."""
-
-    def score(self, context):
-        scores = super().score(context)
-        return scores.flip(-1) if torch.is_grad_enabled() else scores
-
-
-@fails("speed")
-class Slow(Sound):
-    """Thinks for long while decoding."""
-
-    def score(self, context):
-        if context.executed.shape == (1, 1):
-            time.sleep(0.11)
-        return super().score(context)
+        self.order = probe.block_influence.to(probe.routed.backbone.dtype)
