@@ -29,7 +29,6 @@ from buddy.run_files import ROUTER, load_router
 FIGURE = "speed.png"
 NONE = "–"
 FILE, ROUNDS, FULL = "speed.json", 3, "full"  # of a comparison
-TURNS = "drawn for each token"  # how times are measured; those in the folder of another way are measured again
 LONG, BATCH = 512, 8
 LATE = 1024  # tokens of context before the late decode steps, where the backbone reads as many
 Field = Mapping[tuple[str, int], Timings]
@@ -223,8 +222,8 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     """
     tokens = windows.shape[1]
     made: dict[str, Any] = {label: checksum(run.folder / ROUTER) for label, run in runs.items()}
-    made |= {"backbone": backbone.fingerprint, "turns": TURNS}
-    made |= {"threads": torch.get_num_threads(), "device": str(backbone.device), "machine": machine(), **versions()}
+    made |= {"backbone": backbone.fingerprint, "device": str(backbone.device), "machine": machine(), **versions()}
+    made |= {"threads": torch.get_num_threads()}
     try:
         kept = read_json(folder / FILE)
         if kept["made"] == made and kept["tokens"] == tokens:

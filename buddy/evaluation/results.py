@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import mean
 from typing import Any
 
@@ -20,6 +20,7 @@ from buddy.metrics.statistics import accuracy_difference, difference, flips, los
 
 FEWEST = 5  # documents or items that a mark of significance needs
 
+Test = Callable[[Any, Any], tuple[float, tuple[float, float]]]  # a difference and its interval
 COLUMNS = ["router", "seed", "text", "budget", "document", "metric", "value"]
 # Columns of comparison.csv.
 CSV = (
@@ -121,9 +122,9 @@ class Results:
         """Scores on tasks, means over seeds, one row for each (router, budget).
 
         Columns: each task; mean over tasks; flips against full depth (the mean over tasks and seeds, 2407.09141);
-        best_static and fewest_flips, whether it is the best static router in either; and the difference to that router
-        as difference… and flips_difference…, with …_low, …_high and apart, flips_apart. Shares, not percent. What
-        needs answers item by item is missing where these are not known.
+        best_static, difference with difference_low and difference_high, and apart, as in `scores`; and the same of
+        flips, as flips_best_static and so on. Shares, not percent. What needs answers item by item is missing where
+        these are not known.
         """
         scores = self.frame[self.frame.metric == "score"]
         means = scores.groupby(["router", "budget", "text"]).value.agg(mean).unstack("text").reindex(columns=self.tasks)
@@ -144,39 +145,45 @@ class Results:
     def _scores_at(self, text: str, budget: float) -> Iterator[dict[str, Any]]:
         """Loss, its interval and the difference to the best static router, for each router on a text at a budget."""
         losses = dict(self._arrays("loss", text, budget))
-        tokens = {router: array[0] for router, array in self._arrays("tokens", text, budget)}
-        means = {router: mean_loss(loss, tokens[router]) for router, loss in losses.items()}
-        best = self._best_static(means) if budget in self.below else None
+        tokens, *_ = (array[0] for _, array in self._arrays("tokens", text, budget))  # the same for all routers
+        means = {router: mean_loss(loss, tokens) for router, loss in losses.items()}
+        compared = self._to_best_static(budget, means, losses, partial(difference, tokens=tokens))
         for router, loss in losses.items():
-            low, high = loss_interval(loss, tokens[router])
-            row = {"text": text, "router": router, "budget": budget, "best_static": router == best}
-            row |= {"loss": means[router], "loss_low": low, "loss_high": high}
-            apart = _difference(difference, loss, losses[best], tokens[router]) if best not in (None, router) else {}
-            yield row | {"difference": math.nan, "apart": False} | apart
+            low, high = loss_interval(loss, tokens)
+            row = {"text": text, "router": router, "budget": budget, "loss": means[router]}
+            yield row | {"loss_low": low, "loss_high": high} | compared[router]
 
     def _tasks_at(self, budget: float, means: pd.DataFrame) -> Iterator[dict[str, Any]]:
         """Differences and flips for each router at a budget."""
-        answers = {router: self._answers(router, budget) for router in self.routers.index}
-        full = {router: self._answers(router, self._full) for router in self.routers.index}
-        below = budget in self.below
-        turned = {
-            router: [flips(*task) for task in zip(full[router], answers[router], strict=True)]
-            for router in self.routers.index
-            if below and full[router] and answers[router]
-        }
-        shares = {router: _mean_share(tasks) for router, tasks in turned.items()}
-        known = {router: -means["mean"].get((router, budget), math.nan) for router in self.routers.index}
-        best, fewest = (self._best_static(each) if below else None for each in (known, shares))
+        answers = {router: found for router in self.routers.index if (found := self._answers(router, budget))}
+        full = {router: self._answers(router, self._full) for router in answers if budget in self.below}
+        pairs = {router: zip(tasks, answers[router], strict=True) for router, tasks in full.items() if tasks}
+        changes = {router: [flips(*pair) for pair in tasks] for router, tasks in pairs.items()}
+        shares = {router: _mean_share(tasks) for router, tasks in changes.items()}
+        wrong = {router: -means["mean"].get((router, budget), math.nan) for router in self.routers.index}
+        compared = self._to_best_static(budget, wrong, answers, accuracy_difference)
+        by_flips = self._to_best_static(budget, shares, changes, accuracy_difference)
         for router in self.routers.index:
-            row = {"router": router, "budget": budget, "best_static": router == best, "flips": shares.get(router)}
-            row |= {"fewest_flips": router == fewest, "difference": math.nan, "flips_difference": math.nan}
-            row |= {"apart": False, "flips_apart": False}
-            if best not in (None, router) and answers[router] and answers[best]:
-                row |= _difference(accuracy_difference, answers[router], answers[best])
-            if fewest not in (None, router) and router in turned:
-                found = _difference(accuracy_difference, turned[router], turned[fewest])
-                row |= {f"flips_{name}": value for name, value in found.items()}
-            yield row
+            row = {"router": router, "budget": budget, "flips": shares.get(router)} | compared[router]
+            yield row | {f"flips_{name}": value for name, value in by_flips[router].items()}
+
+    def _to_best_static(
+        self, budget: float, losses: Mapping[str, float], values: Mapping[str, Any], test: Test
+    ) -> dict[str, dict[str, Any]]:
+        """For each router whether it is the static one of least loss, and the difference of its values to that one's.
+
+        A difference stands apart where its interval excludes 0, over at least `FEWEST` documents or items.
+        """
+        best = self._best_static(losses) if budget in self.below else None
+        none = {"difference": math.nan, "apart": False}
+        found: dict[str, dict[str, Any]] = {r: {"best_static": r == best, **none} for r in self.routers.index}
+        for router in values if best in values else ():
+            if router != best:
+                value, (low, high) = test(values[router], values[best])
+                units = min(array.shape[-1] for array in values[router])  # of each seed, or of each task
+                row = {"difference": value, "difference_low": low, "difference_high": high}
+                found[router] |= row | {"apart": units >= FEWEST and (low > 0 or high < 0)}
+        return found
 
     @property
     def _full(self) -> float | None:
@@ -249,11 +256,3 @@ def _mean_share(tasks: Sequence[np.ndarray]) -> float:
 
 def _wide(long: pd.DataFrame, index: list[str]) -> pd.DataFrame:
     return long.pivot(index=index, columns="metric", values="value")
-
-
-def _difference(test: Callable[..., tuple[float, tuple[float, float]]], ours: Any, theirs: Any, *more: Any) -> dict:
-    """Columns of a paired difference; `apart` needs at least `FEWEST` documents or items."""
-    value, (low, high) = test(ours, theirs, *more)
-    units = min(array.shape[-1] for array in (ours if isinstance(ours, list) else [ours]))
-    apart = units >= FEWEST and (low > 0 or high < 0)
-    return {"difference": value, "difference_low": low, "difference_high": high, "apart": apart}

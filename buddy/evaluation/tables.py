@@ -66,7 +66,7 @@ def differences(r: Results, text: str) -> Table:
     names = "; ".join(f"{router} at {budgets}" for router, budgets in where.items())
     title = f"Difference to the best static router on {text}, nats a token"
     note = f"95 % intervals, paired over documents and seeds; * excludes 0. † best static router: {names}."
-    table = _by_budget(r, title, r.scores.loc[text], lambda row: _signed(row, "best_static"), r.below, note)
+    table = _by_budget(r, title, r.scores.loc[text], _signed, r.below, note)
     return table if table.has_numbers else replace(table, rows=[])
 
 
@@ -137,7 +137,7 @@ def flips(r: Results) -> list[Table]:
         return []
 
     def share(row: pd.Series) -> str:
-        return NONE if pd.isna(row.flips) else f"{100 * row.flips:.1f}{'†' if row.fewest_flips else ''}"
+        return NONE if pd.isna(row.flips) else f"{100 * row.flips:.1f}{'†' if row.flips_best_static else ''}"
 
     note = (
         "Share of answers that change between right and wrong against full depth, in percent: mean over tasks and "
@@ -147,9 +147,7 @@ def flips(r: Results) -> list[Table]:
     paired = "95 % intervals, paired over items and seeds; * excludes 0."
     found = [
         _by_budget(r, "Flips against full depth, %", r.task_scores, share, r.below, note),
-        _by_budget(
-            r, title, r.task_scores, lambda row: _signed(row, "fewest_flips", 100, 1, "flips_"), r.below, paired
-        ),
+        _by_budget(r, title, r.task_scores, lambda row: _signed(row, 100, 1, "flips_"), r.below, paired),
     ]
     return [table for table in found if table.has_numbers]
 
@@ -171,15 +169,15 @@ def _tasks_at(r: Results, budget: float) -> Table:
     title = f"Tasks at {budget:g} ({r.budgets[budget]} layers), %"
     if budget not in r.below:
         return _table(title, cells)
-    difference = scores.apply(_signed, axis=1, mark="best_static", scale=100, digits=1)
+    difference = scores.apply(_signed, axis=1, scale=100, digits=1)
     note = "Difference of the mean: 95 % interval, paired over items and seeds; * excludes 0; † best static router."
     return _table(title, cells.assign(**{"to the best static": difference}), note)
 
 
-def _signed(row: pd.Series, mark: str, scale: float = 1.0, digits: int = 2, prefix: str = "") -> str:
+def _signed(row: pd.Series, scale: float = 1.0, digits: int = 2, prefix: str = "") -> str:
     """A difference with its interval; † for the router that others are compared to."""
     if pd.isna(row[f"{prefix}difference"]):
-        return "†" if row[mark] else NONE
+        return "†" if row[f"{prefix}best_static"] else NONE
     mean, low, high = (f"{scale * row[f'{prefix}difference{end}']:+.{digits}f}" for end in ("", "_low", "_high"))
     return f"{mean} ({low}, {high}){'*' if row[f'{prefix}apart'] else ' '}"
 

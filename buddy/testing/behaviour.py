@@ -18,7 +18,7 @@ from buddy.engine.model import PoolKind, RoutedLM
 from buddy.errors import BuddyError
 from buddy.io import load_tensors, save_tensors
 from buddy.router import AnyRouter, LayerwiseRouter
-from buddy.testing.check import Failed, check
+from buddy.testing.check import Failed, check, explained
 from buddy.testing.outputs import finite, independent, repeatable
 from buddy.testing.subject import LENGTH, PROMPT, ROWS, Subject, describe, output_of, raw_outputs, tiny_backbone
 
@@ -74,12 +74,10 @@ def saved(subject: Subject) -> str:
 def geometry(subject: Subject) -> str:
     for layers, context_layer, pool in SIZES:
         case = f"on a backbone of {layers} layers, context_layer {context_layer} and pool {pool!r}"
-        try:
+        with explained(subject, f"{case}; take all sizes from geometry."):
             backbone = tiny_backbone(layers)
             other = Subject(subject.cls, subject.options, backbone, context_layer=context_layer, pool=pool)
             output = output_of(other.router(), other.inputs)
-        except Exception as error:
-            raise Failed(f"{describe(error, subject.cls)} {case}; take all sizes from geometry.") from error
         if output.shape != (ROWS, LENGTH, other.geometry.routable) or not output.isfinite().all():
             raise Failed(f"Another shape or numbers that are not finite {case}; take all sizes from geometry.")
     return f"{len(SIZES)} other backbones"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import SkipTest
@@ -107,6 +108,15 @@ def check(promise: str, *needs: Check) -> Callable[[Callable[[Subject], str]], C
         return CHECKS[-1]
 
     return add
+
+
+@contextmanager
+def explained(subject: Subject, advice: str) -> Iterator[None]:
+    """Turns an error of the router into `Failed`: the error, then the advice."""
+    try:
+        yield
+    except Exception as error:  # a router may raise anything
+        raise Failed(f"{describe(error, subject.cls)} {advice}") from error
 
 
 def check_router(

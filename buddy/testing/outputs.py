@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from buddy.router import AnyRouter, Context, Router
-from buddy.testing.check import Failed, check
-from buddy.testing.subject import LENGTH, ROWS, Inputs, Subject, describe, output_of, raw_outputs, seeded
+from buddy.testing.check import Failed, check, explained
+from buddy.testing.subject import LENGTH, ROWS, Inputs, Subject, output_of, raw_outputs, seeded
 
 VALUES = {  # of the attributes that the engine and `buddy routers` read
     "kind": ("static", "learned", "random"),
@@ -45,10 +45,7 @@ def description(subject: Subject) -> str:
 def calibration(subject: Subject) -> str:
     model = subject.backbone.model
     before = _sums(model)
-    try:
-        subject.router()
-    except Exception as error:
-        raise Failed(f"{describe(error, subject.cls)} in calibrate; fix it.") from error
+    subject.router()
     after = _sums(model)
     if changed := [name for name in before if after.get(name) != before[name]]:
         raise Failed(f"calibrate changes the model ({changed[0]}); work on copies of its weights and buffers.")
@@ -70,25 +67,21 @@ def shape(subject: Subject) -> str:
     router, routable, inputs = subject.router(), subject.geometry.routable, subject.inputs
     if isinstance(router, Router):
         last: tuple[int, ...] = (routable,)
-        advice = (
-            "return geometry.routable numbers in the last dimension, as in scores.expand(*context.executed.shape, -1)"
+        form = (
+            "return geometry.routable numbers in the last dimension, as scores.expand(*context.executed.shape, -1) does"
         )
     else:
-        last, advice = (), "return one logit for each token, without the last dimension of hidden"
+        last, form = (), "return one logit for each token, without the last dimension of hidden"
     for part in (inputs[0, 0], inputs[0, :], inputs, inputs[:, :1]):
         leading = tuple(part.context.executed.shape)
-        try:
+        advice = "takes any, from () to (B, T): count dimensions from the last, and combine nothing along the others."
+        with explained(subject, f"for leading dimensions {leading}; {subject.method} {advice}"):
             outputs = raw_outputs(router, part.copy())
-        except Exception as error:
-            raise Failed(
-                f"{describe(error, subject.cls)} for leading dimensions {leading}; {subject.method} takes any, from () "
-                "to (B, T): count dimensions from the last, and combine nothing along the others."
-            ) from error
         for output in outputs:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             if found != leading + last:
                 raise Failed(
-                    f"{subject.method} gives {found} for leading dimensions {leading}, not {leading + last}; {advice}."
+                    f"{subject.method} gives {found} for leading dimensions {leading}, not {leading + last}; {form}."
                 )
             if output.dtype != torch.float32:
                 raise Failed(f"{subject.method} gives {output.dtype}; end it with .float().")
@@ -103,13 +96,10 @@ def finite(subject: Subject) -> str:
     cases["the large states of an attention sink"] = inputs.vary(lambda x: SINK_SCALE * x)
     cases["a pooled state of zeros, as padding has"] = padding
     for case, part in cases.items():
-        try:
+        with explained(
+            subject, f"for {case}; support each K to full depth: a table by K − always_on needs routable + 1 rows."
+        ):
             wrong = ~output_of(router, part).isfinite()
-        except Exception as error:
-            raise Failed(
-                f"{describe(error, subject.cls)} for {case}; support each K from {depths[0]} to {depths[-1]}, where a "
-                "table by K − always_on needs routable + 1 rows."
-            ) from error
         if wrong.any():
             raise Failed(
                 f"{int(wrong.sum())} of {wrong.numel()} numbers are not finite for {case}; guard divisions, logarithms "

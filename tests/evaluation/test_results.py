@@ -123,7 +123,7 @@ def test_flips_are_answers_that_turn_right_or_wrong():
     found = Results(record).task_scores
     assert found.loc["ours", 0.5].flips == pytest.approx(0.075)  # of two seeds and two tasks, (3/10 + 0 + 0 + 0) / 4
     assert found.loc["best", 0.5].flips == pytest.approx(0.3)
-    assert found.loc["best", 0.5].fewest_flips
+    assert found.loc["best", 0.5].flips_best_static
     assert found.loc["ours", 0.5].flips_difference == pytest.approx(-0.225)
     assert found.loc["worse[a=1;b=2]", 0.5].flips_difference == pytest.approx(0.2)
     for run in record["runs"]:
