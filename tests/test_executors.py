@@ -126,10 +126,12 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, serial):
-    found = outcomes(RayExecutor(), tmp_path / "ray", "a dies-once", "bb", "ccc", "dddd", "e fails")
+    found = outcomes(RayExecutor(), tmp_path / "ray", "a dies-once", "x dies", "bb", "ccc", "dddd", "e fails")
     assert isinstance(found.pop("e"), ValueError)
+    assert isinstance(found.pop("x"), WorkerDied)
     assert found == serial
-    assert (tmp_path / "ray" / "a.died").exists()
+    deaths = [len((tmp_path / "ray" / f"{name}.died").read_text()) for name in ("a", "x")]
+    assert deaths == [1, ATTEMPTS]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
