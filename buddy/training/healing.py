@@ -35,7 +35,7 @@ class HealingModule(BudgetModule):
         options: prompt, lr, warmup_steps, weight_decay and seed of `BudgetModule`.
     """
 
-    prefix, activity, advice = "heal", "Healing", ""
+    prefix, activity = "heal", "Healing"
 
     def __init__(
         self,

@@ -62,7 +62,6 @@ class BudgetModule(LightningModule):
     model: RoutedLM
     prefix: ClassVar[str]  # of the names under which training logs
     activity: ClassVar[str]  # in messages
-    advice: ClassVar[str]  # against losses that are not finite
 
     def __init__(
         self,
@@ -257,9 +256,7 @@ class BudgetModule(LightningModule):
     def _require_finite(self, what: str, *values: Tensor) -> None:
         wrong = not all(bool(value.isfinite().all()) for value in values)
         if self.trainer.strategy.reduce_boolean_decision(wrong, all=False):  # in one process, and all must stop
-            raise NotFinite(
-                f"{self.activity} stopped at step {self.global_step + 1} because the {what} is not finite{self.advice}"
-            )
+            raise NotFinite(f"{self.activity} stopped at step {self.global_step + 1} because the {what} is not finite")
 
 
 class RoutingModule(BudgetModule):
@@ -278,7 +275,7 @@ class RoutingModule(BudgetModule):
         prompt, lr, warmup_steps, weight_decay, seed, reference: as for `BudgetModule`.
     """
 
-    prefix, activity, advice = "train", "Training", "; lower optimizer.lr or objective.sigma"
+    prefix, activity = "train", "Training"
 
     def __init__(
         self,

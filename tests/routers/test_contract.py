@@ -81,6 +81,7 @@ BAD_OPTIONS = [
     ("shortened-llama", {"protect": [4]}),
     ("shortened-llama", {"protect": 4}),
     ("sleb", {"windows": 0}),
+    ("routers.token_table:TokenTable", {"rows": 0}),
 ]
 
 

@@ -1,6 +1,5 @@
 """The table by token id: it sees the newest token and nothing else, and learns rows that it has seen."""
 
-import pytest
 import torch
 
 from buddy.compare import fit
@@ -28,24 +27,9 @@ def test_the_plan_of_a_token_depends_on_its_id_alone():
     assert len({tuple(plan) for plan in runs.flatten(0, 1).tolist()}) > 3
 
 
-def test_decode_makes_the_same_plans():
-    model, cache, steps = routed(), None, []
-    expected = model(IDS, executed=torch.tensor([4, 4, 4, 4])).runs
-    with model.at(executed=[4]) as record:
-        for token in IDS.split(1, 1):
-            cache = model.backbone.model(token, cache=cache, use_cache=True).cache
-        steps = record.runs
-    assert torch.equal(torch.cat(steps, 1), expected)
-
-
 def test_ids_that_training_does_not_see_keep_the_shared_scores(small, tmp_path):
     fit(small(tmp_path, "router=routers.token_table:TokenTable", "router.options={rows: 300}"), "small")
     (folder,) = (path.parent for path in tmp_path.rglob("router.safetensors"))
     table = load_router(folder)["table.weight"]
     assert table[:259].any()
     assert not table[259:].any()  # the model has 259 tokens
-
-
-def test_it_refuses_an_empty_table():
-    with pytest.raises(ValueError, match="rows"):
-        TokenTable(geometry_of(tiny_backbone()), rows=0)

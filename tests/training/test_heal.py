@@ -254,8 +254,8 @@ def change_backbone(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (double, r"adapter/adapter_model\.safetensors is damaged"),
-        (shutil.rmtree, r"adapter/backbone\.json is damaged"),
+        (double, r"adapter_model\.safetensors"),
+        (shutil.rmtree, r"backbone\.json"),
         (change_backbone, "other, fingerprint f00d"),
     ],
 )

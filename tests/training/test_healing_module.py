@@ -157,18 +157,14 @@ def test_jointly_the_dense_reference_is_the_stock_model():
         torch.testing.assert_close(probability, stock)
 
 
-def test_a_checkpoint_has_the_adapter_alone(run, tmp_path):
+def test_a_checkpoint_has_the_adapter_alone_and_the_recipes_rate_holds_over_its_own(run, tmp_path):
     module = make()
-    run(module, 1).save_checkpoint(tmp_path / "one.ckpt")
-    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    run(module, 2).save_checkpoint(tmp_path / "two.ckpt")
+    saved = torch.load(tmp_path / "two.ckpt", weights_only=True)
     assert {*saved["state_dict"]} == {f"parts.{name}" for name in factors(module.model.adapter)}
-
-
-def test_the_recipes_rate_holds_over_the_checkpoints(run, tmp_path):
-    run(make(), 2).save_checkpoint(tmp_path / "two.ckpt")
-    module = make(lr=3e-3)
-    run(module, 4, ckpt_path=tmp_path / "two.ckpt")
-    assert module.trainer.optimizers[0].param_groups[0]["initial_lr"] == 3e-3
+    resumed = make(lr=3e-3)
+    run(resumed, 4, ckpt_path=tmp_path / "two.ckpt")
+    assert resumed.trainer.optimizers[0].param_groups[0]["initial_lr"] == 3e-3
 
 
 @pytest.mark.parametrize(

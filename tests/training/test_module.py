@@ -7,6 +7,7 @@ import warnings
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.amp import GradScaler
@@ -59,22 +60,15 @@ def test_a_checkpoint_of_another_router_is_refused(run, tmp_path):
     assert same(before, module.router.state_dict())
 
 
-class Rates(lightning.Callback):
-    """The learning rate of every group at every step."""
-
-    def __init__(self) -> None:
-        self.seen: list[list[float]] = []
-
-    def on_train_batch_start(self, trainer, *_) -> None:
-        self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
-
-
 def test_learning_rates_warm_up_and_fall_to_a_tenth(run):
-    rates = Rates()
-    run(make(lr=1.0, warmup_steps=3), 8, callbacks=[rates])
+    rates: list[list[float]] = []
+    note = LambdaCallback(
+        on_train_batch_start=lambda trainer, *_: rates.append([g["lr"] for g in trainer.optimizers[0].param_groups])
+    )
+    run(make(lr=1.0, warmup_steps=3), 8, callbacks=[note])
     cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
     expected = [min(1, (step + 1) / 4) * value for step, value in enumerate(cosine)]
-    for scale, seen in zip((0.25, 1.0, 3.0), zip(*rates.seen, strict=True), strict=True):
+    for scale, seen in zip((0.25, 1.0, 3.0), zip(*rates, strict=True), strict=True):
         assert seen == pytest.approx([scale * rate for rate in expected])
 
 
@@ -95,39 +89,36 @@ class Spoilt:
         return estimate
 
 
-class StopAfter(lightning.Callback):
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+def stop_after(steps: int) -> LambdaCallback:
+    """The training ends there, as planned for longer."""
 
-    def on_train_batch_end(self, trainer, *_) -> None:
-        trainer.should_stop = trainer.global_step == self.steps
+    def stop(trainer, *_) -> None:
+        trainer.should_stop = trainer.global_step == steps
+
+    return LambdaCallback(on_train_batch_end=stop)
 
 
 @pytest.mark.parametrize(("what", "named"), [("loss", "loss"), ("objective", "loss"), ("gradient", "gradient")])
 def test_a_step_that_is_not_finite_is_not_taken(run, what, named):
     expected, module = make(), make(Spoilt(what))
-    run(expected, 5, callbacks=[StopAfter(2)])
+    run(expected, 5, callbacks=[stop_after(2)])
     with pytest.raises(NotFinite, match=f"step 3.*{named}"):
         run(module, 5)
     assert same(module.router.state_dict(), expected.router.state_dict())
 
 
-class Norms(lightning.Callback):
-    """The gradient's norm and largest entry after clipping, and the norm that is logged."""
-
-    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
-        gradients = [p.grad for p in pl_module.router.parameters()]
-        self.norm = nn.utils.get_total_norm(gradients).item()
-        self.largest = max(gradient.abs().max().item() for gradient in gradients)
-        self.logged = trainer.callback_metrics["train/gradient_norm"].item()
-
-
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_the_gradient_is_clipped_as_the_trainer_says(run, algorithm):
-    norms = Norms()
-    run(make(), 1, callbacks=[norms], gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm)
-    assert (norms.norm if algorithm == "norm" else norms.largest) == pytest.approx(1e-3, rel=1e-3)
-    assert norms.logged > 1, "what is logged is the norm before clipping"
+    clipped = []
+    note = LambdaCallback(
+        on_train_batch_end=lambda trainer, module, *_: clipped.extend(
+            p.grad.clone() for p in module.router.parameters()
+        )
+    )
+    trainer = run(make(), 1, callbacks=[note], gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm)
+    size = nn.utils.get_total_norm(clipped) if algorithm == "norm" else max(each.abs().max() for each in clipped)
+    assert size.item() == pytest.approx(1e-3, rel=1e-3)
+    assert trainer.callback_metrics["train/gradient_norm"] > 1, "what is logged is the norm before clipping"
 
 
 def test_a_micro_batch_draws_what_no_other_does_and_a_resumed_run_repeats_it(run, tmp_path):
@@ -170,7 +161,7 @@ def test_an_overflow_under_a_gradient_scaler_skips_the_step(run):
     module, expected = make(Spoilt("gradient"), warmup_steps=0), make(warmup_steps=0)
     run(module, 3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     assert scaler.get_scale() == 2.0
-    run(expected, 3, callbacks=[StopAfter(2)], plugins=[MixedPrecision("16-mixed", "cpu", GradScaler("cpu"))])
+    run(expected, 3, callbacks=[stop_after(2)], plugins=[MixedPrecision("16-mixed", "cpu", GradScaler("cpu"))])
     for one, two in zip(module.router.parameters(), expected.router.parameters(), strict=True):
         torch.testing.assert_close(one, two)
 
