@@ -228,10 +228,7 @@ class Session:
             _heal(recipe, model, self.data, folder / CHECKPOINTS / HEALING, callbacks)
 
     def _calibrate(self, recipe: Recipe, model: RoutedLM) -> None:
-        """Let the router measure what it needs: in all processes if the backbone is sharded, else in the first one.
-
-        Measured values are cached on disk, so a resumed run repeats this in no time, and so do the other processes.
-        """
+        """Let the router measure what it needs, or read it from disk: in all processes if the backbone is sharded."""
         with nullcontext() if is_sharded(recipe.trainer) else distributed.rank_zero_first():
             if distributed.is_global_zero() or is_sharded(recipe.trainer) or model.router.trainable:
                 probe = self._calibration_probe(recipe, model)
