@@ -204,6 +204,7 @@ def test_what_is_complete_is_compared_without_fitting(again, ask, tmp_path, caps
     assert stamps(again) == before
 
 
+@pytest.mark.slow
 def test_runs_of_another_recipe_are_refused_with_the_keys(again, ask):
     options, before = {"routers": "shortgpt,random", "texts": None}, stamps(again)
     with pytest.raises(RunError, match=r"shortgpt/seed-0 and 2 more .*data\.prompt: 12 there, 13 here"):
@@ -218,6 +219,7 @@ def test_runs_of_another_recipe_are_refused_with_the_keys(again, ask):
         compare(ask(again, **options))
 
 
+@pytest.mark.slow
 def test_a_router_has_overrides_of_its_own(ask, tmp_path):
     options = {"routers": "buddy[hidden=8;optimizer.lr=0.2]", "seeds": 1, "texts": None}
     assert compare(ask(tmp_path, "optimizer.lr=0.1", **options)) == 0
@@ -237,6 +239,7 @@ def test_a_begun_run_of_another_recipe_is_refused(ask, tmp_path, evaluations):
         compare(ask(tmp_path, "optimizer.lr=0.1", routers="buddy"))
 
 
+@pytest.mark.slow
 def test_changed_inputs_are_refused_and_changed_code_warns(ask, again, tmp_path, monkeypatch, capsys):
     from tests.tiny import tiny_folder
 
@@ -281,6 +284,7 @@ def test_reused_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, ca
         compare(ask(tmp_path / "again", "adapter.steps=3", **options, trained=tmp_path / "reused"))
 
 
+@pytest.mark.slow
 def test_which_routers_are_reused(ask, whole, tmp_path, capsys):
     """One that draws nothing serves every seed, and one that is not trained every training; the rest is fitted."""
     options = {"routers": "shortgpt,random", "seeds": 1, "texts": None, "trained": whole}
