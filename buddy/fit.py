@@ -151,17 +151,16 @@ class Session:
         recipe, run_folder = spec.recipe, spec.run_folder
         with on_disk(spec.folder), run_folder.lock(), self.model(recipe) as model:
             folder = run_folder.begin(recipe, spec.recipe_name, self.digests(recipe), model.geometry)
-            self._stopwatch, fitted = Stopwatch(folder), False
+            self._stopwatch = Stopwatch(folder)
             try:
                 distributed.barrier()  # the other processes read the folder from here on
                 with within_memory(f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens", MEMORY):
                     before = read_metrics(spec.reuse_from)["fit"]["seconds"] if spec.reuse_from else 0.0
-                    self._fit(recipe, model, folder, spec.reuse_from)
+                    with self._stopwatch:
+                        self._fit(recipe, model, folder, spec.reuse_from)
                     added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
                     weights = added + sum(parameter.numel() for parameter in model.router.parameters())
                     cost = {"seconds": before + self._stopwatch.seconds, "parameters": weights}
-                    self._stopwatch.save()
-                    fitted = True
                     if predictor := fit_predictor(recipe, model, self.data, folder):
                         attach_predictor(recipe, model, predictor)
                     scores = self._test(recipe, model)
@@ -175,12 +174,9 @@ class Session:
                 _remove_intermediate(folder)
                 about = {"fit": cost, "windows": self.data.test.fingerprint}
                 run_folder.complete(with_documents(scores) | about)
-            except BaseException as error:
+            except Exception:
                 with suppress(BuddyError):  # the disk may be full
-                    if not isinstance(error, KeyboardInterrupt):
-                        run_folder.abandon()
-                    if not fitted and folder.exists():  # the time of evaluation is not that of fitting
-                        self._stopwatch.save()
+                    run_folder.abandon()
                 raise
 
     def follow(self, spec: RunSpec) -> None:
@@ -232,10 +228,7 @@ class Session:
             _heal(recipe, model, self.data, folder / CHECKPOINTS / HEALING, callbacks)
 
     def _calibrate(self, recipe: Recipe, model: RoutedLM) -> None:
-        """Let the router measure what it needs: in all processes if the backbone is sharded, else in the first one.
-
-        Measured values are cached on disk, so a resumed run repeats this in no time, and so do the other processes.
-        """
+        """Let the router measure what it needs, or read it from disk: in all processes if the backbone is sharded."""
         with nullcontext() if is_sharded(recipe.trainer) else distributed.rank_zero_first():
             if distributed.is_global_zero() or is_sharded(recipe.trainer) or model.router.trainable:
                 probe = self._calibration_probe(recipe, model)

@@ -4,11 +4,12 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import buddy
 from buddy.errors import DamagedError, RunError
@@ -141,7 +142,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds spent on a run over all its sessions, stored in its run.json; starts when constructed.
+    """Seconds spent on a run over all its sessions; a context manager that saves them in run.json at the end.
 
     Args:
         folder: of the run, from `RunFolder.begin`.
@@ -152,6 +153,13 @@ class Stopwatch:
         self._before = _seconds_in(folder)
         self._start = self._saved = time.perf_counter()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(RunError):  # the disk may be full
+            self._save()
+
     @property
     def seconds(self) -> float:
         """Seconds so far, including earlier sessions."""
@@ -160,10 +168,9 @@ class Stopwatch:
     def tick(self) -> None:
         """Save the seconds, at most every `SAVE_EVERY` seconds."""
         if time.perf_counter() - self._saved >= SAVE_EVERY:
-            self.save()
+            self._save()
 
-    def save(self) -> None:
-        """Save the seconds in run.json."""
+    def _save(self) -> None:
         self._saved = time.perf_counter()
         write_json(self._path, read_json(self._path) | {"seconds": self.seconds})
 

@@ -81,9 +81,8 @@ def stamps(folder: Path, router: str = "*") -> dict[Path, int]:
 
 
 def test_routers_that_depend_on_a_seed_have_all_seeds_and_the_others_one(whole, comparison):
-    assert [*comparison.routers.index] == LABELS
-    for label in LABELS:
-        assert len(comparison.fits.loc[label]) == (2 if label in SEEDED else 1)
+    counts = comparison.fits.groupby("router", sort=False).size()
+    assert [*counts.items()] == [(label, 2 if label in SEEDED else 1) for label in LABELS]
     assert len(router_files(whole)) == 8
 
 
@@ -145,9 +144,7 @@ def test_what_is_complete_is_not_made_again(again, ask, monkeypatch, capsys):
     monkeypatch.setattr(Session, "evaluate", lambda *_: pytest.fail("a complete run was evaluated again"))
     before = stamps(again)
     assert compare(ask(again, speed=True)) == 0
-    out, err = capsys.readouterr()
-    assert f"tensorboard --logdir {again}" in out
-    assert "Timing" not in err
+    assert "Timing" not in capsys.readouterr().err
     assert compare(ask(again, routers="shortgpt,random", seeds=1)) == 0
     assert Results(read_json(again / "comparison.json")).routers.index.tolist() == ["shortgpt", "random"]
     assert stamps(again) == before
@@ -207,11 +204,11 @@ def test_what_is_complete_is_compared_without_fitting(again, ask, tmp_path, caps
     assert stamps(again) == before
 
 
+@pytest.mark.slow
 def test_runs_of_another_recipe_are_refused_with_the_keys(again, ask):
     options, before = {"routers": "shortgpt,random", "texts": None}, stamps(again)
-    for key, there, here in (("data.prompt", 12, 13), ("data.seed", 0, 1)):
-        with pytest.raises(RunError, match=rf"shortgpt/seed-0 and 2 more .*{key}: {there} there, {here} here"):
-            compare(ask(again, f"{key}={here}", **options))
+    with pytest.raises(RunError, match=r"shortgpt/seed-0 and 2 more .*data\.prompt: 12 there, 13 here"):
+        compare(ask(again, "data.prompt=13", **options))
     with pytest.raises(RunError, match=r"optimizer\.lr"):
         compare(ask(again, "optimizer.lr=0.1", routers="buddy", texts=None))
     assert compare(ask(again, "output=elsewhere", "rivals=[uniform]", **options)) == 0, "these change nothing"
@@ -222,6 +219,7 @@ def test_runs_of_another_recipe_are_refused_with_the_keys(again, ask):
         compare(ask(again, **options))
 
 
+@pytest.mark.slow
 def test_a_router_has_overrides_of_its_own(ask, tmp_path):
     options = {"routers": "buddy[hidden=8;optimizer.lr=0.2]", "seeds": 1, "texts": None}
     assert compare(ask(tmp_path, "optimizer.lr=0.1", **options)) == 0
@@ -241,6 +239,7 @@ def test_a_begun_run_of_another_recipe_is_refused(ask, tmp_path, evaluations):
         compare(ask(tmp_path, "optimizer.lr=0.1", routers="buddy"))
 
 
+@pytest.mark.slow
 def test_changed_inputs_are_refused_and_changed_code_warns(ask, again, tmp_path, monkeypatch, capsys):
     from tests.tiny import tiny_folder
 
@@ -285,6 +284,7 @@ def test_reused_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, ca
         compare(ask(tmp_path / "again", "adapter.steps=3", **options, trained=tmp_path / "reused"))
 
 
+@pytest.mark.slow
 def test_which_routers_are_reused(ask, whole, tmp_path, capsys):
     """One that draws nothing serves every seed, and one that is not trained every training; the rest is fitted."""
     options = {"routers": "shortgpt,random", "seeds": 1, "texts": None, "trained": whole}
@@ -300,7 +300,6 @@ def test_which_routers_are_reused(ask, whole, tmp_path, capsys):
     [
         ([], "whole", RecipeError, r"adapter\.steps"),
         (["adapter.joint=true"], "whole", RecipeError, r"adapter\.joint"),
-        (["adapter.steps=2"], "nowhere", RunError, "nowhere"),
         (["adapter.steps=2"], "x" * 300, RunError, "xxx"),
         (["adapter.steps=2"], "out", RunError, "--out"),
         (["adapter.steps=2", "optimizer.lr=0.1"], "whole", RunError, r"optimizer\.lr: 0\.006 there, 0\.1 here"),
@@ -325,12 +324,9 @@ def test_what_cannot_be_reused_is_refused(ask, whole, tmp_path, overrides, train
         ({"routers": "buddy,shortgtp"}, [], RegistryError, "shortgtp"),
         ({"routers": "nowhere_module:Odd,full"}, [], RegistryError, "nowhere_module:Odd"),
         ({"routers": "buddy[hiden=3],full"}, [], RegistryError, r"router\.options\.hiden"),
-        ({"routers": "buddy[hidden=0]"}, [], RegistryError, "hidden"),
         ({"seeds": 3}, ["seed=4294967294"], BuddyError, "4294967294"),
-        ({"texts": "nowhere.txt"}, [], BuddyError, r"nowhere\.txt"),
         ({}, ["trainer.devices=2"], BuddyError, r"trainer\.devices"),
         ({}, ["ckpt_path=x.ckpt"], BuddyError, "ckpt_path"),
-        ({}, ["budgets=[0.1]"], BuddyError, r"0\.1"),
         ({"markdown": Path("nowhere/x.md")}, [], BuddyError, "nowhere"),
     ],
 )
@@ -356,7 +352,6 @@ def test_a_failing_router_stops_no_other(ask, tmp_path, capsys):
     routers = f"{module},{module}[way=calibrate],uniform"
     assert compare(ask(tmp_path, routers=routers, texts=None)) == 2
     err = capsys.readouterr().err
-    assert err.count("Failed: ") == 2
     (log,) = re.findall(r"ValueError: no score today; .* (\S+)\.\n", err)
     assert "Traceback" in Path(log).read_text()
     record = read_json(tmp_path / "comparison.json")

@@ -75,6 +75,7 @@ def test_full_depth_may_come_first_and_not_be_asked_again(ask, scored, tmp_path)
     assert found == [(0.99, 6), (0.5, 3)]
 
 
+@pytest.mark.slow
 def test_a_changed_definition_is_scored_anew(ask, scored, tmp_path):
     own = tmp_path / "own"
     own.mkdir()

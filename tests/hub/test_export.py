@@ -193,6 +193,7 @@ def test_the_command(finished, tmp_path):
     assert (again.exit_code, again.stdout) == (2, "")
 
 
+@pytest.mark.slow
 def test_adapter_and_predictor_are_exported_and_shared(small, tmp_path):
     adapter = ("adapter.rank=2", "adapter.steps=2", "adapter.lr=0.05")
     predictor = ("predictor.name=regress", "predictor.windows=8")

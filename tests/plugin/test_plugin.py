@@ -66,6 +66,7 @@ def test_they_keep_what_routers_promise(name):
     assert {check for check in trained if states[check] == "passed"} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("visible")
 @pytest.mark.parametrize("name", NAMES)
 def test_they_fit_and_evaluate_as_they_stand(name, small, tmp_path):

@@ -98,6 +98,7 @@ def test_stored_targets_are_bit_for_bit_and_of_one_router(routed, tmp_path, monk
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_resumes(small, predicting, tmp_path, monkeypatch):
     real, calls = features._losses, []
 

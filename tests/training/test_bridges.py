@@ -34,6 +34,7 @@ def kl(folder, budget: float) -> float:
     return next(each["kl"] for each in results if each["budget"] == budget)
 
 
+@pytest.mark.slow
 def test_every_router_that_skips_has_them_and_they_help(with_bridges, finished):
     for name in ("buddy", "shortgpt", "random", "first"):
         assert load_tensors(with_bridges / name / BRIDGE)["fitted"].any()
@@ -43,6 +44,7 @@ def test_every_router_that_skips_has_them_and_they_help(with_bridges, finished):
         assert kl(with_bridges / name, 0.5) < kl(finished / name, 0.5)
 
 
+@pytest.mark.slow
 def test_a_loaded_run_computes_with_them(with_bridges, tmp_path):
     run = read_run(with_bridges / "shortgpt")
     model, executed = load_model(run), torch.tensor([3, 4])
@@ -63,6 +65,7 @@ def test_null_leaves_everything_as_it_was(small, finished, tmp_path):
     assert not (again / BRIDGE).exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_gives_the_same(small, with_bridges, tmp_path):
     interrupt = "callbacks=[{class_path: tests.training.test_bridges.Interrupt}]"
     with pytest.raises(KeyboardInterrupt):
@@ -74,6 +77,7 @@ def test_an_interrupted_fit_gives_the_same(small, with_bridges, tmp_path):
         assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", ["false", "true"])
 def test_healing_trains_them_where_asked(small, tmp_path, joint):
     overrides = ["bridge.rank=8", "rivals=[]", "adapter.steps=4", f"adapter.joint={joint}", "trainer.max_steps=4"]
@@ -90,6 +94,7 @@ def test_healing_trains_them_where_asked(small, tmp_path, joint):
 # Refusals
 
 
+@pytest.mark.slow
 def test_export_refuses_bridges(with_bridges, tmp_path):
     with pytest.raises(RunError, match="bridge=null"):
         export_run(with_bridges / "shortgpt", budget="0.5", out=tmp_path / "out")
@@ -110,6 +115,7 @@ def test_what_contradicts_is_refused_before_work(small, tmp_path):
     assert not any(tmp_path.rglob("metrics.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "missing", "foreign", "rank"])
 def test_a_damaged_file_is_refused(with_bridges, tmp_path, damage):
     folder = shutil.copytree(with_bridges / "shortgpt", tmp_path / "run")

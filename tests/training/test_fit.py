@@ -46,6 +46,7 @@ def test_a_run_folder_for_every_router(finished):
         assert budgets == ([1.0] if name == "full" else [1.0, 0.75, 0.5])
 
 
+@pytest.mark.slow
 def test_the_recipe_in_the_folder_makes_the_run_again(finished, tmp_path):
     recipe = load_recipe(finished / "buddy" / "recipe.yaml", [f"output={tmp_path}", "rivals=[]"])
     fit(recipe, "again")
@@ -62,6 +63,7 @@ def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished
             assert result["layers"] < 6 or result["kl"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     recipe = small(tmp_path, f"ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")

@@ -176,6 +176,7 @@ def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypat
     assert metrics(tmp_path / "small" / name / "seed-0")["results"] == metrics(healed / name)["results"]
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_evaluation_costs_no_step(small, healed, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("buddy.fit.evaluate", lambda *_, **__: kill())

@@ -101,6 +101,7 @@ def test_an_estimator_of_ones_own_is_one_class(fitted):
         fitted("objective.estimator=purturbed")
 
 
+@pytest.mark.slow
 def test_a_profilers_report_is_shown(fitted, caplog):
     fitted("trainer.profiler=simple")
     assert "run_training_batch" in caplog.text
