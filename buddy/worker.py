@@ -23,7 +23,7 @@ from buddy.io import checksum, read_json, within_memory, write_text, write_with_
 from buddy.metrics.perplexity import Reference, Scores, with_documents
 from buddy.router import available_budgets
 from buddy.run import RunSpec
-from buddy.run_files import ADAPTER, ROUTER
+from buddy.run_files import ADAPTER, BRIDGE, ROUTER
 from buddy.schema import Recipe
 
 
@@ -200,9 +200,9 @@ _workers: list[Worker] = []  # of this process, at most one
 
 
 def _weights(spec: RunSpec) -> dict[str, str]:
-    """Digests of what was fitted: the router, and the adapter of a healed run."""
-    adapter = spec.folder / ADAPTER / WEIGHTS
-    return {"router": checksum(spec.folder / ROUTER)} | ({"adapter": checksum(adapter)} if adapter.exists() else {})
+    """Digests of what was fitted: the router, and bridges and adapter where the run has them."""
+    files = {"router": ROUTER, "bridge": BRIDGE, "adapter": f"{ADAPTER}/{WEIGHTS}"}
+    return {name: checksum(path) for name, file in files.items() if (path := spec.folder / file).exists()}
 
 
 def _task_content(name: str, tasks: Tasks) -> dict[str, Any]:
