@@ -101,6 +101,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STEPS)
 def test_a_training_step_is_estimated_within_a_sixth(case, tmp_path):
     rows, window, plans, dtype, config = STEPS[case]

@@ -36,6 +36,7 @@ def search(name: str, store, stop_after: int | None = None) -> tuple[dict[str, t
     return {key: value.clone() for key, value in router.state_dict().items()}, measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_search_goes_on_where_it_was_killed(name, tmp_path):
     whole, alone = search(name, tmp_path / "whole")

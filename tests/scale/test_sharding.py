@@ -20,6 +20,7 @@ from tests.adapted import new_adapter, stirred
 from tests.scale.forked import side_by_side
 from tests.tiny import tiny_backbone
 
+pytestmark = pytest.mark.slow
 IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))
 PLANS = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 0, 1, 1, 0, 1]]).bool()
 

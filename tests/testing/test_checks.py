@@ -33,6 +33,7 @@ def test_a_sound_router_passes(router, backbone):
     assert {name for name, state in states.items() if state == "skipped"} <= TRAINING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", FAULTS, ids=lambda router: router.__name__)
 def test_a_fault_fails_the_check_that_names_it(router, backbone):
     spoils = router in (Meddler, BufferMeddler)

@@ -63,6 +63,7 @@ def test_validation_is_in_tensorboard_while_training_goes_on(plain):
     assert [value for _, value in logged["val/kl"]] == pytest.approx(means)
 
 
+@pytest.mark.slow
 def test_model_checkpoint_keeps_the_best(fitted):
     folder = fitted("optimizer.lr=0.3", callback("ModelCheckpoint", monitor="val/kl", filename="best"))
     values = dict(curves(folder)["val/kl"])
@@ -72,11 +73,13 @@ def test_model_checkpoint_keeps_the_best(fitted):
     assert kept["best"]["global_step"] - 1 == min(values, key=values.__getitem__)
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_training(fitted):
     folder = fitted(callback("EarlyStopping", monitor="val/kl", patience=1, min_delta=100.0))
     assert checkpoints(folder)["last"]["global_step"] == 4, "the second validation is no better"
 
 
+@pytest.mark.slow
 def test_accumulated_gradients(fitted, plain):
     folder = fitted("trainer.accumulate_grad_batches=2")
     assert checkpoints(folder)["last"]["global_step"] == 8
