@@ -119,6 +119,7 @@ def test_a_kill_costs_only_what_was_not_written(tmp_path, undisturbed):
 # `buddy fit`
 
 
+@pytest.mark.slow
 def test_the_probe_knows_the_recipe_and_the_next_fit_finds_what_one_measured(small, tmp_path, monkeypatch):
     monkeypatch.setenv("BUDDY_CALIBRATION_CACHE", str(tmp_path / "cache"))
     probes, measured = [], []

@@ -182,6 +182,7 @@ def test_an_interrupted_comparison_resumes(whole, ask, tmp_path, evaluations):
     assert_same_routers(whole, tmp_path, ("buddy/seed-0", "buddy/seed-1", "shortgpt/seed-0"))
 
 
+@pytest.mark.slow
 def test_another_text_by_the_same_name_is_measured_anew(again, ask, evaluations, tmp_path):
     text = write_text(tmp_path / "other.jsonl", 40, seed=6)
     for _ in range(2):
@@ -189,6 +190,7 @@ def test_another_text_by_the_same_name_is_measured_anew(again, ask, evaluations,
         assert len(evaluations) == 1
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_compared_without_fitting(again, ask, tmp_path, capsys):
     options = {"texts": None, "finished": True, "seeds": None}
     with pytest.raises(RunError, match="--finished"):

@@ -50,6 +50,7 @@ def test_another_text(finished, tmp_path, capsys):
     assert f"buddy on {text}" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_texts_that_were_trained_on_are_not_needed(small, tmp_path):
     texts = [write_text(tmp_path / f"{name}.jsonl", 40, seed=7) for name in ("trained", "calibrated")]
     more = [f"data.train_sources=[{texts[0]}]", f"data.calibration_sources=[{texts[1]}]"]

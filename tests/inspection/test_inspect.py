@@ -59,6 +59,7 @@ def test_numbers_are_those_of_a_forward(finished, out):
     assert names(out) == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shortgpt", "random", "full"])
 def test_a_static_router_has_one_plan_at_each_budget(finished, out, name):
     inspect_run(finished / name, out=out, windows=2)
@@ -72,6 +73,7 @@ def test_a_static_router_has_one_plan_at_each_budget(finished, out, name):
         assert len(set(entry["text"][1:])) == 1
 
 
+@pytest.mark.slow
 def test_domains(finished, out, tmp_path, small):
     other = write_text(tmp_path / "other.jsonl", seed=5)
     inspect_run(finished / "buddy", out=out, windows=2, budgets=["0.5"])
@@ -105,6 +107,7 @@ def test_one_text_is_shown_token_by_token(finished, out, tmp_path):
         assert lines[start + number].startswith(f"{word}  {signs if number == 0 else f'▒{signs[1:-1]}▒'}")
 
 
+@pytest.mark.slow
 def test_files_go_into_the_run_folder_and_replace_older_ones(finished, tmp_path):
     folder = shutil.copytree(finished / "buddy", tmp_path / "buddy")
     for windows in (1, 2):

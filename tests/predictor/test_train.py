@@ -32,6 +32,7 @@ def tags(folder) -> set[str]:
     return set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["regress", "grpo"])
 def test_the_run_folder_describes_the_predictor(predicting, name):
     folder = predicting[name]
@@ -127,6 +128,7 @@ def test_an_interrupted_fit_resumes(small, predicting, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("predictor-targets*"))
 
 
+@pytest.mark.slow
 def test_a_trained_router_s_predictor_is_fitted_after_it_and_keeps_to_the_cap(small, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -16,12 +16,14 @@ def measured(batch_size: int) -> list:
     return [(s.budget, s.layers, s.executed, s.sinks, *(x.tolist() for x in (s.loss, s.kl, s.tokens))) for s in scores]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_shared_windows_give_the_same_numbers_to_the_bit(batch_size):
     expected = measured(batch_size)
     assert side_by_side(measured, batch_size) == [expected, expected]
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_by_two(finished, tmp_path, capfd):
     words = ["--run", str(finished / "buddy"), "--budgets", "1.0,0.5,4layers", "--json"]
     alone = call("evaluate", *words, str(tmp_path / "one.json"))

@@ -97,6 +97,7 @@ class Recorded(Perturbed):
         self.made.append(plans)
 
 
+@pytest.mark.slow
 def test_an_estimator_of_ones_own_is_one_class(fitted):
     fitted(f"objective.estimator={__name__}:Recorded", "objective.plans=2")
     assert Recorded.made == [2]
@@ -110,6 +111,7 @@ def test_a_profilers_report_is_shown(fitted, caplog):
     assert "run_training_batch" in caplog.text
 
 
+@pytest.mark.slow
 def test_callbacks_and_logger_are_those_of_the_recipe(fitted, tmp_path):
     arguments = {"save_dir": str(tmp_path), "name": "csv"}
     logger = f"logger={json.dumps({'class_path': 'lightning.pytorch.loggers.CSVLogger', 'init_args': arguments})}"

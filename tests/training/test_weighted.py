@@ -102,6 +102,7 @@ def layerwise(small, tmp_path_factory):
     return only_seeds(output / "small")
 
 
+@pytest.mark.slow
 def test_fit_trains_gates_whatever_the_recipes_estimator(layerwise):
     learned = load_tensors(layerwise / "first" / "router.safetensors")
     assert learned["weight"].abs().sum() > 0
