@@ -16,12 +16,11 @@ help: ## list these targets
 fit: $(ENV) ## install, then train and evaluate the quickstart (or RECIPE=name; ARGS='key=value …' overrides)
 	$(BIN)/buddy fit --recipe $(RECIPE) $(ARGS)
 
-# Two processes, each with the tests of whole files, which share fixtures; each process, and each that a test starts,
-# has one thread.
+# Two processes; one that has nothing left takes tests from the other. Each, and each that a test starts, has one thread.
 test soak: export HF_HUB_OFFLINE := 1
 test soak: export OMP_NUM_THREADS := 1
 test: $(ENV) lint ## lint, types and all tests but the long ones, offline
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not soak"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not soak"
 
 soak: $(ENV) ## the long tests: 2000 random uses of the engine, kills, malformed inputs
 	$(BIN)/python -m pytest -m soak
