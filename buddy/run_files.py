@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -156,8 +156,8 @@ class Stopwatch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with suppress(RunError):  # the disk may be full
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with suppress(RunError) if error else nullcontext():  # a full disk may be the error already
             self._save()
 
     @property
