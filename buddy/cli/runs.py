@@ -134,7 +134,7 @@ def generate(
     )
 
 
-@app.command(epilog="\b\nExample: buddy export --run runs/quickstart/shortgpt --budget 0.75 --out shortgpt-22layers")
+@app.command(epilog="\b\nExample: buddy export --run plain/quickstart/shortgpt --budget 0.75 --out shortgpt-22layers")
 def export(
     run: RunOption,
     budget: Annotated[str, typer.Option(metavar="B", help="A fraction such as 0.75, or 22layers.")],
