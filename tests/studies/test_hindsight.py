@@ -51,7 +51,7 @@ def test_the_command(finished, tmp_path):
 
 
 def test_what_cannot_be_searched(finished, tmp_path):
-    with pytest.raises(BudgetError, match="no budget below full depth, so there is nothing to search"):
+    with pytest.raises(BudgetError, match="no budget below full depth"):
         hindsight(finished / "full")
     with pytest.raises(RunError, match="nowhere"):
         hindsight(tmp_path / "nowhere")
