@@ -16,6 +16,7 @@ from torch import Tensor
 
 from buddy.build import build_held_out, load_model
 from buddy.calibration.bridges import fit_bridges
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.evaluation.evaluate import evaluate
 from buddy.router import available_budgets
@@ -23,8 +24,10 @@ from buddy.run import read_run
 from buddy.schema import Recipe
 
 
-def part_of(recipe: Recipe, model: RoutedLM, source: str, part: str, count: int) -> object:
-    """The calibration or validation windows of a text."""
+def part_of(recipe: Recipe, model: RoutedLM, source: str, part: str, count: int) -> Windows:
+    """Up to `count` calibration or validation windows of a text; of the run's own text those of the run's split."""
+    if source == recipe.data.source:  # another split could measure on what the router or the bridges were fitted to
+        return getattr(build_held_out(recipe, model.backbone), part)[:count]
     sizes = {f"{name}_windows": 1 for name in ("calibration", "validation", "test")} | {f"{part}_windows": count}
     data = replace(recipe.data, source=source, train_sources=[], calibration_sources=[], **sizes)
     return getattr(build_held_out(replace(recipe, data=data), model.backbone), part)
