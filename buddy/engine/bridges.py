@@ -49,7 +49,8 @@ class Bridges(nn.Module):
         self.up = nn.Parameter(torch.zeros(layers, width, rank), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(layers, width), requires_grad=False)
         self.register_buffer("fitted", torch.zeros(layers, dtype=torch.bool))
-        self._frozen: list[tuple[Tensor, ...] | None] | None = None  # of all layers, in one dtype
+        # The weights of each layer, for many tokens and for single ones.
+        self._frozen: dict[bool, list[tuple[Tensor, ...] | None]] | None = None
         self._dtype = torch.float32
 
     @property
@@ -59,11 +60,16 @@ class Bridges(nn.Module):
 
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
         """The state (…, D) after skipping a layer, from the state before it."""
-        parts = self._parts(layer, hidden.dtype) if self._frozen is None else self._frozen[layer]
+        frozen = self._frozen
+        few = (
+            frozen is not None and hidden.shape[-2] == 1
+        )  # a decode step, where products in bfloat16 take twice as long
+        parts = self._parts(layer, hidden.dtype) if frozen is None else frozen[few][layer]
         if parts is None:
             return hidden
         down, up, bias = parts
-        return hidden + F.linear(F.linear(bridge_input(hidden), down), up, bias)
+        states = bridge_input(hidden.float() if few else hidden)
+        return hidden + F.linear(F.linear(states, down), up, bias).to(hidden.dtype)
 
     @torch.no_grad()
     def set(self, layer: int, down: Tensor, up: Tensor, bias: Tensor) -> None:
@@ -79,9 +85,13 @@ class Bridges(nn.Module):
         return self.requires_grad_(True)
 
     def freeze(self, dtype: torch.dtype) -> Bridges:
-        """End training; from now on the bridges compute in `dtype`, the backbone's."""
+        """End training; from now on the bridges compute in `dtype`, the backbone's, or in float32 for single tokens."""
         self.requires_grad_(False)
-        self._frozen, self._dtype = [self._parts(layer, dtype) for layer in range(len(self.fitted))], dtype
+        self._frozen = {
+            few: [self._parts(layer, torch.float32 if few else dtype) for layer in range(len(self.fitted))]
+            for few in (False, True)
+        }
+        self._dtype = dtype
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Bridges:
