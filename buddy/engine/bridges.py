@@ -61,9 +61,7 @@ class Bridges(nn.Module):
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
         """The state (…, D) after skipping a layer, from the state before it."""
         frozen = self._frozen
-        few = (
-            frozen is not None and hidden.shape[-2] == 1
-        )  # a decode step, where products in bfloat16 take twice as long
+        few = frozen is not None and hidden.shape[-2] == 1  # a decode step: products in bfloat16 take twice as long
         parts = self._parts(layer, hidden.dtype) if frozen is None else frozen[few][layer]
         if parts is None:
             return hidden
