@@ -46,10 +46,13 @@ def fit_bridges(
     backbone, geometry = model.backbone, model.geometry
     batches = [batch.to(backbone.device) for batch in windows.split(batch_size)]
     counts = torch.tensor([executed[index % len(executed)] for index in range(len(windows))]).split(batch_size)
+    training = model.router.training
+    model.router.eval()  # plans as they will be served
     plans = [
         model(ids, executed=count.to(ids.device), prompt=prompt, logits_to_keep=1).runs
         for ids, count in zip(batches, counts, strict=True)
     ]
+    model.router.train(training)
     bridges, outside = Bridges(geometry, rank).to(backbone.device), LayerlessModel(backbone.model)
     embedded = [outside.embed(ids) for ids in batches]
     dense = [hidden for hidden, _ in embedded]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from buddy import Context
 from buddy.calibration.bridges import fit_bridges
 from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle, FickleGates
@@ -79,3 +80,19 @@ def test_the_same_for_any_batch_size():
     hidden = torch.randn(50, 64)
     for layer in range(1, 5):
         torch.testing.assert_close(one(layer, hidden), other(layer, hidden), atol=1e-3, rtol=1e-3)
+
+
+class Noisy(Fickle):
+    """Scores with noise in training, as dropout makes it."""
+
+    def score(self, context: Context) -> torch.Tensor:
+        scores = super().score(context)
+        return scores + torch.randn_like(scores) if self.training else scores
+
+
+def test_plans_are_those_of_evaluation():
+    routed = routed_tiny(Noisy)
+    routed.router.train()
+    one, two = (fit_bridges(routed, WINDOWS, [3], rank=4, ridge=0.3) for _ in range(2))
+    assert torch.equal(one.bias, two.bias)
+    assert routed.router.training
