@@ -330,7 +330,7 @@ def test_problems_of_a_recipe_made_in_python():
 
 
 def test_flatten_gives_scalars_under_dotted_keys():
-    flat = flatten(load_recipe("quickstart", ["router.options={hidden: 8, parts: [a, b], bound: null}"]))
+    flat = flatten(load_recipe("quickstart", ["bridge=null", "router.options={hidden: 8, parts: [a, b], bound: null}"]))
     assert (flat["router.options.hidden"], flat["router.options.parts"]) == (8, "[a, b]")
     assert (flat["router.options.bound"], flat["budgets"]) == ("null", "[1.0, 0.875, 0.75, 0.625, 0.5]")
     assert flat.keys() >= {key for key, *_ in leaves(Recipe())} - {"router.options"}

@@ -60,6 +60,13 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         patch.setenv("BUDDY_LATENCY_CACHE", str(folder / "latency"))
         patch.chdir(home)
         run(Block("the fixture", "bash", "buddy fit --recipe quickstart"))
+        run(
+            Block(
+                "the fixture",
+                "bash",
+                "buddy fit --recipe quickstart router=shortgpt bridge=null rivals=[] output=plain",
+            )
+        )
         yield home
 
 

@@ -87,7 +87,7 @@ def test_keys_of_0_1_and_of_today_are_the_same_recipe():
     old, lists = read_record(STORED / "tasks" / "comparison.json"), "data.train_sources=[c4.jsonl,fineweb.jsonl]"
     assert {"trainer.nodes", "optimizer.lr_by_router"} <= old["recipe"].keys()
     for override, differs in (("seed=7", None), ("trainer.gradient_clip_val=1.0", "gradient_clip_val: 1.0 and 10.0")):
-        recipe = load_recipe("comparison", [lists, "data.seed=0", override])
+        recipe = load_recipe("comparison", [lists, "data.seed=0", "bridge=null", override])
         parts = {A: old | {"recipe": flatten(recipe), "routers": [], "runs": []}, B: old}
         if differs:
             with pytest.raises(RunError, match=differs):
