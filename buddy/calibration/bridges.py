@@ -33,6 +33,8 @@ def fit_bridges(
     fitted from the state that skips it to the dense model's state after it, by ridge regression; then it is cut to the
     directions in which it acts most. A layer that fewer than D tokens skip has no bridge.
 
+    Tokens that skip a layer write its keys and values as under the cache policy `fill`, whatever the model's policy is.
+
     Args:
         model: with its router calibrated or trained. Bridges that it has are in place while its router plans.
         windows: (N, T) long.
