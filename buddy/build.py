@@ -19,7 +19,7 @@ from buddy.data.windows import Windows, windows_of
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RecipeError, RunError, TrainingError, reason
-from buddy.io import cache_folder
+from buddy.io import cache_folder, keep_freed_memory
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.predictor.features import Predictor
@@ -53,6 +53,7 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
     Args:
         on_cpu: leave it on the CPU, to shard its weights next.
     """
+    keep_freed_memory()
     section = recipe.backbone
     backbone = load_backbone(
         section.name, section.dtype, revision=section.revision, trust_remote_code=section.trust_remote_code

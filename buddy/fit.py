@@ -265,7 +265,10 @@ class Session:
             store = None if is_sharded(recipe.trainer) else cache_folder("calibration")
             # One window at a time is fastest on a CPU, and a search on few windows then measures no others.
             size = 1 if self.backbone.device.type == "cpu" else data.batch_size
-            self._probe = CalibrationProbe(model, windows, size, self._track, prompt=data.prompt, store=store)
+            bridge = None if recipe.bridge is None else {"rank": recipe.bridge.rank, "ridge": recipe.bridge.ridge}
+            self._probe = CalibrationProbe(
+                model, windows, size, self._track, prompt=data.prompt, store=store, bridge=bridge
+            )
         self._probe.seed = recipe.seed
         budgets = available_budgets(model.router, recipe.budgets)
         self._probe.serve(model, [model.executed_layers(budget) for budget in budgets])

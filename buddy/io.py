@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -23,8 +24,21 @@ if TYPE_CHECKING:
 
 PART = ".part"  # ends the name of a file that is being written
 SUM = "checksum"  # the key that `write_with_checksum` adds
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Errors of a full, read-only, protected or failing disk.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that tensors free, in place of giving it back to the system.
+
+    glibc maps every block above 32 MB anew, such as the logits of a few windows, and the system clears its pages each
+    time: a third of the time of an evaluation on a CPU. Without effect where the C library has no `mallopt`.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 # Writing

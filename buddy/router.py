@@ -139,6 +139,16 @@ class Probe(Protocol):
             ValueError: a plan skips a layer that always runs, or an argument is out of range.
         """
 
+    def bridge(self, removed: Iterable[int] | None) -> None:
+        """Measure losses with a bridge in each skipped layer from here on, where the recipe has bridges.
+
+        The bridges are fitted for the plan without `removed`, and for the same plan without one layer more: a search
+        that removes layers calls this in each round. None measures without bridges again.
+
+        Args:
+            removed: routable layers, counted from 0 to R − 1.
+        """
+
     def loss(self, runs: Tensor) -> float:
         """Mean next-token cross-entropy in nats under one plan for all tokens, runs (L,) bool."""
 

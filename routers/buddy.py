@@ -27,8 +27,8 @@ class BuddyRouter(Router):
         geometry: sizes of the backbone.
         hidden: r, width of the network; the paper's overhead example has 32.
         prior: "greedy" (the order in which layers are removed when each time the one goes without which KL to the
-            dense model is least), or one of the paper's: "block-influence" (cosine dissimilarity), "taylor", "loss"
-            (rise of the perplexity), or "none".
+            dense model is least, with bridges in place where the recipe has them), or one of the paper's:
+            "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the perplexity), or "none".
         prior_windows: how many calibration windows the greedy search measures on, from the first one.
         prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
         bound: A, or null for none, as in the paper.
@@ -71,7 +71,7 @@ class BuddyRouter(Router):
         if self.prior_name == "none":
             return
         if self.prior_name == "greedy":
-            search = GreedyRemoval(probe, "kl", min(self.prior_windows, probe.count))
+            search = GreedyRemoval(probe, "kl", min(self.prior_windows, probe.count), bridged=True)
             for _ in probe.track(range(search.rounds), "removing layers"):
                 search.remove_one()
             indicator = search.rank()

@@ -20,10 +20,17 @@ class GreedyRemoval:
         probe: measures the losses.
         criterion: "ce", next-token cross-entropy, or "kl", KL to the dense model.
         windows: how many calibration windows from the first one, or the numbers of some windows; None for all.
+        bridged: measure with bridges in place, where the recipe has them, fitted again in each round.
     """
 
-    def __init__(self, probe: Probe, criterion: str = "ce", windows: int | Sequence[int] | None = None) -> None:
-        self.probe, self.criterion, self.windows = probe, criterion, windows
+    def __init__(
+        self,
+        probe: Probe,
+        criterion: str = "ce",
+        windows: int | Sequence[int] | None = None,
+        bridged: bool = False,
+    ) -> None:
+        self.probe, self.criterion, self.windows, self.bridged = probe, criterion, windows, bridged
         self.removed: list[int] = []
         self.left = list(range(probe.geometry.routable))
         self.losses = [0.0] * len(self.left)  # without each layer that is left, in the last round
@@ -36,6 +43,8 @@ class GreedyRemoval:
 
     def measure(self, windows: int | Sequence[int] | None) -> list[float]:
         """Mean loss without each layer that is left; what was measured before is not measured again."""
+        if self.bridged:
+            self.probe.bridge(self.removed)
         plans = torch.stack([self.probe.plan_without([*self.removed, layer]) for layer in self.left])
         return self.probe.losses(plans, self.criterion, windows).mean(1).tolist()  # type: ignore[arg-type]
 

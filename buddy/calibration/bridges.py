@@ -45,8 +45,7 @@ def fit_bridges(
         batch_size: windows per forward.
         track: wraps the loop over layers to show progress, given its items and a description.
     """
-    backbone, geometry = model.backbone, model.geometry
-    batches = [batch.to(backbone.device) for batch in windows.split(batch_size)]
+    batches = [batch.to(model.backbone.device) for batch in windows.split(batch_size)]
     counts = torch.tensor([executed[index % len(executed)] for index in range(len(windows))]).split(batch_size)
     training = model.router.training
     model.router.eval()  # plans as they will be served
@@ -55,6 +54,41 @@ def fit_bridges(
         for ids, count in zip(batches, counts, strict=True)
     ]
     model.router.train(training)
+    return _fit(model, batches, plans, [~plan for plan in plans], rank, ridge, track)
+
+
+@torch.no_grad()
+def fit_candidate_bridges(
+    model: RoutedLM, windows: Tensor, runs: Tensor, *, rank: int, ridge: float, batch_size: int = 4
+) -> Bridges:
+    """Bridges for one plan that all tokens share, and for the layers that a search may remove from it next.
+
+    As `fit_bridges`, except that layers that run under the plan have a bridge too: that of a plan without this layer.
+
+    Args:
+        model: without an adapter; its router and its bridges are not used.
+        windows: (N, T) long.
+        runs: (L,) bool; sinks run every layer.
+        rank, ridge, batch_size: as for `fit_bridges`.
+    """
+    batches = [batch.to(model.backbone.device) for batch in windows.split(batch_size)]
+    routed = [torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= model.sink_tokens for ids in batches]
+    chosen = [tokens[..., None].expand(*tokens.shape, len(runs)) for tokens in routed]
+    plans = [runs.to(tokens.device) | ~tokens for tokens in chosen]
+    return _fit(model, batches, plans, chosen, rank, ridge)
+
+
+def _fit(
+    model: RoutedLM,
+    batches: Sequence[Tensor],
+    plans: Sequence[Tensor],
+    chosen: Sequence[Tensor],
+    rank: int,
+    ridge: float,
+    track: Callable[[Sequence[int], str], Iterable[int]] = lambda items, _: items,
+) -> Bridges:
+    """Bridges fitted layer after layer along plans (B, T, L), each from the states of the chosen tokens (B, T, L)."""
+    backbone, geometry = model.backbone, model.geometry
     bridges, outside = Bridges(geometry, rank).to(backbone.device), LayerlessModel(backbone.model)
     embedded = [outside.embed(ids) for ids in batches]
     dense = [hidden for hidden, _ in embedded]
@@ -67,13 +101,13 @@ def fit_bridges(
         if index < geometry.context_layer:
             routed = list(dense)
             continue
-        skipped = [~plan[..., index] for plan in plans]
-        if sum(int(each.sum()) for each in skipped) >= geometry.hidden:
-            bridges.set(index, *_regression(routed, dense, skipped, rank, ridge))
+        tokens = [each[..., index] for each in chosen]
+        if sum(int(each.sum()) for each in tokens) >= geometry.hidden:
+            bridges.set(index, *_regression(routed, dense, tokens, rank, ridge))
         ran = [layer(hidden, **call) for hidden, call in zip(routed, calls, strict=True)]
         routed = [
-            torch.where(skips[..., None], bridges(index, hidden), out)
-            for skips, hidden, out in zip(skipped, routed, ran, strict=True)
+            torch.where(plan[..., index, None], out, bridges(index, hidden))
+            for plan, hidden, out in zip(plans, routed, ran, strict=True)
         ]
     return bridges
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
+from buddy.engine.bridges import Bridges
 from buddy.engine.twins import LayerlessModel
 from buddy.losses import Dense, cross_entropy, kl_to_dense
 from buddy.router import Criterion
@@ -132,6 +133,7 @@ class PrefixWalk:
         sinks: positions at full depth.
         known: states after prefixes of plans, from an earlier walk over the same tokens.
         wanted: prefixes of plans whose states are kept.
+        bridges: of the layers that are skipped, if any.
     """
 
     def __init__(
@@ -142,8 +144,9 @@ class PrefixWalk:
         sinks: int,
         known: Mapping[str, State],
         wanted: Collection[str],
+        bridges: Bridges | None = None,
     ) -> None:
-        self._layers, self._wanted, self._known = layers, wanted, dict(known)
+        self._layers, self._wanted, self._known, self._bridges = layers, wanted, dict(known), bridges
         hidden, self._inputs = layerless.embed(input_ids)
         self._sinks = _dense_states(layerless, layers, input_ids[:, :sinks]) if sinks else []
         self._path = {"": State(hidden, True)}  # states after the prefixes of the last plan
@@ -174,7 +177,7 @@ class PrefixWalk:
     def _step(self, index: int, state: State, runs: bool) -> State:
         hidden = state.hidden
         if not runs:
-            return State(hidden, not self._sinks)
+            return State(self._bridges(index, hidden) if self._bridges else hidden, not self._sinks)
         if not state.complete:
             hidden = hidden.clone()
             hidden[:, : self._sinks[index].shape[1]] = self._sinks[index]
@@ -200,6 +203,9 @@ class PlanLosses:
         windows: (N, T) long.
         batch_size: windows in a batch.
         sinks: first positions, which run every layer.
+
+    Attributes:
+        bridges: of the layers that plans skip; None for none. `release` what was kept with others.
     """
 
     def __init__(self, backbone: Backbone, windows: Tensor, batch_size: int, sinks: int) -> None:
@@ -207,6 +213,7 @@ class PlanLosses:
         self._number = -(-len(windows) // batch_size)  # of batches with all windows
         self._layerless = LayerlessModel(backbone.model)
         self._cache: dict[Batch, dict[str, State]] = {}
+        self.bridges: Bridges | None = None
 
     def measure(
         self, pairs: Sequence[Pair], criterion: Criterion, track: Callable[[Sequence[Pair]], Iterable[Pair]]
@@ -239,7 +246,8 @@ class PlanLosses:
         wanted = prefixes_to_keep(plans, layers, states_that_fit(size, backbone.device, self._number))
         if criterion == "kl":
             wanted.add("1" * layers)  # every call needs the dense model's output
-        return PrefixWalk(self._layerless, backbone.layers, input_ids, self._sinks, self._cache.get(batch, {}), wanted)
+        known, bridges = self._cache.get(batch, {}), self.bridges
+        return PrefixWalk(self._layerless, backbone.layers, input_ids, self._sinks, known, wanted, bridges)
 
     def _keep(self, batch: Batch, states: dict[str, State]) -> None:
         """Keep states for a later walk over the batch; drop the oldest batch where there are too many."""

@@ -5,7 +5,7 @@ All routers of a recipe share one probe, so they see the same windows, and each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from buddy.calibration.bridges import fit_candidate_bridges
 from buddy.calibration.measures import Batch, Pair, PlanLosses, similarities, taylor_importance
 from buddy.calibration.store import Measurements, setting_of
 from buddy.engine.model import RoutedLM
@@ -21,6 +22,7 @@ from buddy.router import Context, Criterion
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 SIMILARITIES = ("block influence", "angular distance")
 TAYLOR = "Taylor importance"
+BRIDGE_WINDOWS = 24  # the first calibration windows, on which `bridge` fits
 
 
 class CalibrationProbe:
@@ -35,6 +37,7 @@ class CalibrationProbe:
         seed: for routers whose search draws random numbers.
         prompt: first tokens of a window, its prompt; half of the window by default.
         store: folder of the measured values, so that an interrupted search resumes; None keeps them in memory only.
+        bridge: rank and ridge of the bridges that `bridge` fits; None where the recipe has none.
 
     Attributes:
         routed: the model.
@@ -52,9 +55,9 @@ class CalibrationProbe:
         seed: int = 0,
         prompt: int | None = None,
         store: Path | None = None,
+        bridge: Mapping[str, Any] | None = None,
     ) -> None:
         self.routed, self.geometry = routed, routed.geometry
-        self.serve(routed, asked)
         self.seed, self.count = seed, len(windows)
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt
         self._windows, self._size = windows, batch_size
@@ -62,7 +65,9 @@ class CalibrationProbe:
         setting = None if store is None else setting_of(routed, windows, batch_size)
         self._measured = Measurements(store, setting)
         self._losses: PlanLosses | None = None
+        self._bridge, self._bridged = bridge, ""  # the plan that the bridges in place are for; "" without bridges
         self._track, self._tracking = track, False
+        self.serve(routed, asked)
 
     def serve(self, routed: RoutedLM, asked: Iterable[int]) -> None:
         """Measure for another router of the same backbone and routing; keep the measured values.
@@ -77,7 +82,17 @@ class CalibrationProbe:
         if _frame(routed) != _frame(self.routed):
             raise ValueError("a probe measures one backbone under one routing; create another probe")
         self.routed = routed
+        self.bridge(None)
         self.asked = tuple(sorted({k for k in asked if k < self.geometry.layers}, reverse=True))
+
+    def bridge(self, removed: Iterable[int] | None) -> None:
+        """See `Probe.bridge`."""
+        plan = "" if removed is None or self._bridge is None else _digits(self.plan_without(removed))
+        if plan != self._bridged:
+            self._bridged = plan
+            self.release()
+            if self._losses is not None:
+                self._losses.bridges = None
 
     def release(self) -> None:
         """Free the cached hidden states; keep the measured values."""
@@ -111,13 +126,15 @@ class CalibrationProbe:
         else:
             count = len(windows)
         batches = [tuple(windows[at : at + self._size]) for at in range(0, len(windows), self._size)]
-        plans = ["".join("01"[on] for on in plan) for plan in runs.tolist()]
-        wanted = {_key(criterion, b, plan): (b, plan) for b in batches for plan in sorted(set(plans), reverse=True)}
+        plans = [_digits(plan) for plan in runs]
+        wanted = {
+            self._key(criterion, b, plan): (b, plan) for b in batches for plan in sorted(set(plans), reverse=True)
+        }
         missing = [wanted[key] for key in self._measured.missing(wanted)]
         if missing:
             number = len({plan for _, plan in missing})
             self._measure(missing, criterion, what or f"losses of {number} plan{'s' if number > 1 else ''}")
-        rows = [torch.cat([self._measured[_key(criterion, b, plan)] for b in batches])[:count] for plan in plans]
+        rows = [torch.cat([self._measured[self._key(criterion, b, plan)] for b in batches])[:count] for plan in plans]
         return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
 
     def loss(self, runs: Tensor) -> float:
@@ -176,12 +193,20 @@ class CalibrationProbe:
             self._measured.save()
         return self._measured[name].clone()
 
+    def _key(self, criterion: str, batch: Batch, plan: str) -> str:
+        """The key of a plan's losses on a batch, with the bridges that are in place."""
+        how = f" bridges {self._bridge} {self._bridged}" if self._bridged else ""
+        return f"{criterion} {batch} {plan}{how}"
+
     def _measure(self, missing: Sequence[Pair], criterion: Criterion, what: str) -> None:
         if self._losses is None:
             self._losses = PlanLosses(self.routed.backbone, self._windows, self._size, self.routed.sink_tokens)
+        if self._bridged and self._losses.bridges is None:
+            windows, runs = self._windows[:BRIDGE_WINDOWS], torch.tensor([digit == "1" for digit in self._bridged])
+            self._losses.bridges = fit_candidate_bridges(self.routed, windows, runs, **self._bridge)
         try:
             for b, plan, losses in self._losses.measure(missing, criterion, lambda pairs: self.track(pairs, what)):
-                self._measured[_key(criterion, b, plan)] = losses
+                self._measured[self._key(criterion, b, plan)] = losses
         finally:
             self._measured.save()
 
@@ -200,9 +225,9 @@ class CalibrationProbe:
             raise ValueError(f"windows is {windows}; there are {self.count} calibration windows")
 
 
-def _key(criterion: str, batch: Batch, plan: str) -> str:
-    """The key of a plan's losses on a batch."""
-    return f"{criterion} {batch} {plan}"
+def _digits(runs: Tensor) -> str:
+    """A plan (L,) as `PlanLosses` takes it."""
+    return "".join("01"[on] for on in runs.tolist())
 
 
 def _frame(routed: RoutedLM) -> tuple[Any, ...]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from buddy.calibration import measures
-from buddy.losses import Dense, kl_to_dense
+from buddy.calibration.bridges import fit_candidate_bridges
+from buddy.losses import Dense, cross_entropy, kl_to_dense
 from tests.calibration.small import LAYERS, WINDOWS, count_calls, plans, probe, routed
 from tests.engine.reference import reference_logits
 from tests.tiny import FAMILIES, tiny_model
@@ -298,3 +299,47 @@ def test_progress_says_what_is_measured_and_bars_do_not_nest():
     assert shown[2:] == [("rounds", 2)]
     measured.losses(plans(1, seed=7))
     assert shown[3:] == [("losses of 1 plan", 3)]
+
+
+@pytest.mark.parametrize("criterion", ["ce", "kl"])
+@pytest.mark.parametrize("removed", [[], [1, 2]])
+def test_losses_with_bridges_are_those_of_the_model_with_these_bridges(criterion, removed):
+    model, settings = routed(), {"rank": 8, "ridge": 0.1}
+    measured = probe(model, bridge=settings)
+    runs = torch.stack([measured.plan_without([*removed, layer]) for layer in (0, 3)])
+    without = measured.losses(runs, criterion)
+    measured.bridge(removed)
+    losses = measured.losses(runs, criterion)
+    bridges = fit_candidate_bridges(model, WINDOWS, measured.plan_without(removed), **settings)
+    assert bridges.fitted[1:5].all()
+    dense = model.dense(WINDOWS)
+    model.bridge(bridges)
+    for plan, loss in zip(runs, losses, strict=True):
+        logits = model(WINDOWS, runs=plan.expand(*WINDOWS.shape, -1).index_fill(1, torch.tensor([0]), True)).logits
+        tokens = (
+            cross_entropy(logits[:, :-1], WINDOWS[:, 1:])
+            if criterion == "ce"
+            else kl_to_dense(Dense(dense[:, :-1]), logits[:, :-1])
+        )
+        torch.testing.assert_close(loss, tokens.double().mean(1), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(losses, without)
+    model.bridge(None)
+    measured.bridge(None)
+    assert torch.equal(measured.losses(runs, criterion), without)
+
+
+def test_bridges_of_a_search_bring_the_model_nearer():
+    model = routed()
+    measured = probe(model, bridge={"rank": 64, "ridge": 0.01})
+    runs = measured.plan_without([0, 1, 2])[None]
+    without = measured.losses(runs, "kl").mean()
+    measured.bridge([0, 1, 2])
+    assert measured.losses(runs, "kl").mean() < 0.8 * without
+
+
+def test_a_probe_without_a_section_bridge_measures_without_bridges():
+    measured = probe()
+    runs = plans(3)
+    before = measured.losses(runs)
+    measured.bridge([1])
+    assert torch.equal(measured.losses(runs), before)

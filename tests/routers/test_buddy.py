@@ -41,6 +41,7 @@ def test_greedy_starts_at_the_sets_of_a_greedy_removal(seed, least, count):
     for executed in range(5, least - 1, -1):
         left = [i for i in range(SIZES.routable) if i not in removed]
         removed.append(min(left, key=lambda i: probe.loss(frozenset([*removed, i]))))
+        assert probe.bridged[len(removed) - 1] == frozenset(removed[:-1])
         assert left_out(router, executed) == frozenset(removed)
     assert {(criterion, windows) for _, criterion, windows in probe.calls} == {("kl", min(4, count))}
 
