@@ -160,6 +160,7 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
         calibration_windows=data.calibration_windows,
         validation_windows=data.validation_windows,
         test_windows=data.test_windows,
+        evaluate_on=data.evaluate_on,  # type: ignore[arg-type]  # a recipe accepts only these values
         text_field=data.text_field,
         train_sources=data.train_sources,
         calibration_sources=data.calibration_sources,

@@ -172,7 +172,7 @@ class Session:
                     model.adapter.save(folder / ADAPTER)
                 draw_run(folder, scores)
                 _remove_intermediate(folder)
-                about = {"fit": cost, "windows": self.data.test.fingerprint}
+                about = {"fit": cost, "windows": self.data.evaluated.fingerprint}
                 run_folder.complete(with_documents(scores) | about)
             except Exception:
                 with suppress(BuddyError):  # the disk may be full
@@ -275,11 +275,11 @@ class Session:
         return self._probe
 
     def _test(self, recipe: Recipe, model: RoutedLM) -> list[Scores]:
-        """Scores on the recipe's test windows, by all processes with the same weights."""
+        """Scores on the recipe's test or validation windows, by all processes with the same weights."""
         adapted = None if model.adapter is None else model.adapter.parts
         for part in filter(None, (model.router, model.bridges, adapted)):
             distributed.broadcast_state(part)
-        return self.evaluate(recipe, model, self.data.test, self._reference, f"Evaluating {recipe.router.name}")
+        return self.evaluate(recipe, model, self.data.evaluated, self._reference, f"Evaluating {recipe.router.name}")
 
     def _track(self, items: Sequence[Any], description: str) -> Iterable[Any]:
         for item in track(items, description):

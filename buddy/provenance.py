@@ -3,16 +3,20 @@
 import ast
 import hashlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
 
 from buddy.config import flatten
 from buddy.registry import load
-from buddy.schema import Recipe
+from buddy.schema import Recipe, Rival
 from buddy.values import shown
 
 CODE = "router's code"  # the digest whose change only warns
 # Keys of a recipe that change nothing in the run.
-FREE_KEYS = ("output", "rivals", "checkpoint_every", "logger", "trainer.log_every_n_steps")
+FREE_KEYS = ("output", "rivals", "checkpoint_every", "logger", "trainer.log_every_n_steps", "fixed")
+MACHINE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 CKPT_KEY = "ckpt_path"  # a resumed run need not repeat it
 
 
@@ -36,6 +40,28 @@ def code_digest(router: type) -> str:
     except (OSError, TypeError):  # defined in a notebook, for example
         return "unknown"
     return hashlib.sha256(ast.unparse(_WithoutDocstrings().visit(tree)).encode()).hexdigest()[:16]
+
+
+def settings_digest(recipe: Recipe, rivals: Sequence[Rival], digests: Mapping[str, str]) -> str:
+    """15 hexadecimal digits of the settings of a comparison and of its inputs, wherever the texts lie.
+
+    An "s" before them keeps YAML from reading a number. The router and its seed are left out: a comparison has many.
+
+    Args:
+        recipe: what all runs have in common.
+        rivals: those of the recipe; overrides of single routers are settings too.
+        digests: of the inputs.
+    """
+    free = (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "router.", "seed", "data.evaluate_on", "callbacks")
+    data = recipe.data
+    settings: dict[str, Any] = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
+    settings["data.source"] = PurePath(data.source).name
+    for key in ("train_sources", "calibration_sources"):
+        settings[f"data.{key}"] = [PurePath(each).name for each in getattr(data, key)]
+    overrides = sorted(each.label for each in rivals if each.overrides)
+    inputs = {name: value for name, value in digests.items() if name != CODE}
+    content = json.dumps([settings, overrides, inputs], sort_keys=True)
+    return "s" + hashlib.sha256(content.encode()).hexdigest()[:15]
 
 
 def differences(

@@ -68,6 +68,7 @@ class DataSection:
     calibration_windows: int = _number(64, ge=1)
     validation_windows: int = _number(16, ge=1)
     test_windows: int = _number(64, ge=1)
+    evaluate_on: str = _choice("test", "validation")  # which windows `fit` and `compare` evaluate on
     seed: int | None = _number(None, ge=0, le=2**32 - 1)  # of split and windows; null for the recipe's
 
 
@@ -190,6 +191,7 @@ class Recipe:
     checkpoint_every: int = _number(50, ge=1)  # steps
     seed: int = _number(0, ge=0, le=2**32 - 1)
     output: str = "runs"  # folder of all run folders
+    fixed: str | None = None  # digest of the settings; others are refused on test windows
 
     @property
     def data_seed(self) -> int:

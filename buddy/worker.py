@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from buddy.backbone.adapter import WEIGHTS
 from buddy.build import build_windows, restore
 from buddy.data.module import TextData
@@ -80,19 +82,25 @@ def texts_of(text: str | None, recipe: Recipe) -> list[Text]:
 
 
 def read_windows(text: Text, recipe: Recipe, data: TextData) -> Windows:
-    """`data.test_windows` windows of a text, drawn with the data's seed.
+    """`data.test_windows` windows of a text, drawn with the data's seed; or `data.validation_windows` of others.
 
     Raises:
         DataError: the text cannot be read, or another text than the recipe's is too short.
     """
     if text.own:
-        return data.test
+        return data.evaluated
     section = recipe.data
     windows = build_windows(recipe, data.tokenizer, text.source, count=section.test_windows)
-    if len(windows) < section.test_windows:
+    if section.evaluate_on == "validation":
+        both = section.test_windows + section.validation_windows
+        more = build_windows(recipe, data.tokenizer, text.source, count=both)
+        unread = ~torch.isin(more.documents, windows.documents)
+        windows = Windows(more.input_ids[unread], more.documents[unread])[: section.validation_windows]
+    count = getattr(section, f"{section.evaluate_on}_windows")
+    if len(windows) < count:
         raise DataError(
-            f"The text in {text.source} gives {len(windows)} windows of {section.window} tokens, and data.test_windows "
-            f"asks for {section.test_windows}; give more text, or set data.test_windows={len(windows)}."
+            f"The text in {text.source} gives {len(windows)} windows of {section.window} tokens, and "
+            f"data.{section.evaluate_on}_windows asks for {count}; give more text, or set it to {len(windows)}."
         )
     return windows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class TextData(LightningDataModule):
         calibration_windows: int = 64,
         validation_windows: int = 16,
         test_windows: int = 64,
+        evaluate_on: Literal["test", "validation"] = "test",
         text_field: str = "text",
         train_seed: int | None = None,
         train_sources: Sequence[str] = (),
@@ -63,6 +64,7 @@ class TextData(LightningDataModule):
             window: tokens in a window.
             batch_size: windows in a batch over all devices together.
             steps: batches in an epoch; by default all batches of the trainer's `max_steps`, or 200 without a trainer.
+            evaluate_on: the windows that `evaluated` gives.
             text_field: the field of the source that holds the text.
             train_seed: of the draws of training windows; `seed` by default.
             train_sources: additional training texts; training windows come from `source` and from these in turn. All
@@ -71,6 +73,7 @@ class TextData(LightningDataModule):
         """
         super().__init__()
         self.tokenizer, self.source, self.text_field = tokenizer, source, text_field
+        self.evaluate_on = evaluate_on
         self.window, self.batch_size, self.steps, self.seed = window, batch_size, steps, seed
         self.train_seed = seed if train_seed is None else train_seed
         self.train_sources, self.calibration_sources = tuple(train_sources), tuple(calibration_sources)
@@ -101,6 +104,11 @@ class TextData(LightningDataModule):
         more = [sample(self._read(source), self.window, share, self.seed) for source in self.calibration_sources]
         self.calibration = in_turn([self.calibration, *more], len(self.calibration))
         self._documents = documents
+
+    @property
+    def evaluated(self) -> Windows:
+        """The windows that results are for: test windows, or validation windows where settings are being chosen."""
+        return self.validation if self.evaluate_on == "validation" else self.test
 
     @property
     def fingerprint(self) -> str:

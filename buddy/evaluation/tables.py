@@ -264,9 +264,12 @@ def _protocol(r: Results) -> Iterator[str]:
         f"{recipe['backbone.dtype']}), {_learned(r)}, "
         f"at the budgets (executed layers) {layers}. "
         f"All see the same {recipe['data.calibration_windows']} calibration windows and "
-        f"the same test windows of {recipe['data.window']} tokens, of which the first {recipe['data.prompt']} are not "
-        f"scored. The first {recipe['routing.sink_tokens']} of each window run at full depth at every budget."
+        f"the same {recipe.get('data.evaluate_on', 'test')} windows of {recipe['data.window']} tokens, of which the "
+        f"first {recipe['data.prompt']} are not scored. The first {recipe['routing.sink_tokens']} of each window run at "
+        "full depth at every budget."
     )
+    if recipe.get("fixed", "null") != "null":
+        yield f"The settings were fixed (`fixed={recipe['fixed']}`) before any test window was read."
     yield ""
     yield "| text | windows | documents | scored tokens |\n|---|---:|---:|---:|"
     tokens = r.runs.tokens.groupby("text").first()

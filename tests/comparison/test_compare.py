@@ -13,6 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+import buddy.compare as compare_module
 from buddy.cli.fitting import parse_routers
 from buddy.compare import CompareConfig, compare
 from buddy.config import load_recipe
@@ -336,6 +337,36 @@ def test_mistakes_are_found_before_anything_is_written(ask, tmp_path, options, o
     with pytest.raises(error, match=named):
         compare(ask(tmp_path / "out", *overrides, **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_test_windows_are_read_under_the_fixed_settings_alone(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_module, "_work", lambda *args: [])  # what is refused is refused before any work
+    monkeypatch.setattr(compare_module, "collect", lambda done, **kwargs: pytest.fail("evaluated"))
+
+    def refused(*overrides: str, routers: str = "random") -> str:
+        with pytest.raises(RecipeError, match=r"data\.evaluate_on=validation") as caught:
+            compare(ask(tmp_path / "out", "fixed=s0123456789abcdef", *overrides, routers=routers))
+        assert not (tmp_path / "out").exists()
+        return re.findall(r"\bs[0-9a-f]{15}\b", str(caught.value))[-1]
+
+    digest = refused()
+    assert digest == refused("trainer.accelerator=auto", f"output={tmp_path}", "seed=0", routers="buddy,full")
+    assert digest != refused("optimizer.lr=0.5")
+    assert digest != refused("data.test_windows=5")
+    assert digest != refused("data.calibration_windows=5")
+    with pytest.raises(RecipeError, match="hidden=8"):
+        compare(ask(tmp_path / "out", f"fixed={digest}"))
+    for overrides in ([f"fixed={digest}"], ["fixed=s0", "optimizer.lr=0.5", "data.evaluate_on=validation"]):
+        with pytest.raises(pytest.fail.Exception, match="evaluated"):
+            compare(ask(tmp_path / "out", *overrides, routers="random"))
+
+
+def test_settings_are_chosen_on_validation_windows(ask, tmp_path):
+    config = ask(tmp_path / "out", "data.evaluate_on=validation", routers="random", seeds=1)
+    assert compare(config) == 0
+    found = Results(read_json(config.folder / "comparison.json"))
+    assert [each["windows"] for each in found.record["domains"]] == [2, 2]
+    assert "the same validation windows" in (config.folder / "results.md").read_text()
 
 
 def test_a_folder_that_is_something_else_or_in_use_is_refused(ask, whole, tmp_path):

@@ -78,7 +78,7 @@ def test_its_windows_are_cut_as_the_recipes_are(recipe, data):
 
 def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
     short = write_text(tmp_path / "short.jsonl", 1)
-    with pytest.raises(DataError, match=r"short\.jsonl.*data\.test_windows=\d"):
+    with pytest.raises(DataError, match=r"short\.jsonl.*data\.test_windows asks for 6"):
         read_windows(Text("short", str(short)), recipe, data)
 
 
@@ -87,3 +87,13 @@ def test_a_text_that_was_learned_from_is_no_domain(recipe, key):
     trained = replace(recipe, data=replace(recipe.data, **{key: ["web/c4.jsonl"]}))
     with pytest.raises(DataError, match=rf"data\.{key}"):
         texts_of("web/c4.jsonl", trained)
+
+
+def test_validation_windows_come_from_documents_without_test_windows(recipe, data):
+    _, other = texts_of(recipe.data.source.replace("own", "other"), recipe)
+    choosing = replace(recipe, data=replace(recipe.data, evaluate_on="validation", validation_windows=4))
+    chosen, tested = read_windows(other, choosing, data), read_windows(other, recipe, data)
+    assert len(chosen) == 4
+    assert not {*chosen.documents.tolist()} & {*tested.documents.tolist()}
+    with pytest.raises(DataError, match=r"data\.validation_windows asks for 400"):
+        read_windows(other, replace(choosing, data=replace(choosing.data, validation_windows=400)), data)
