@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from buddy.backbone.load import Backbone, title_of
-from buddy.build import build_model, build_windows, load_model
+from buddy.build import build_model, build_windows, load_model, restore_router
 from buddy.console import errors, print_titled_table, results, status, tracker
+from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
@@ -24,7 +25,7 @@ from buddy.latency import PROMPT as CONTEXT
 from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, contenders, machine, mixed_prefill, race, versions
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, read_run
-from buddy.run_files import ROUTER, load_router
+from buddy.run_files import BRIDGE, ROUTER
 
 FIGURE = "speed.png"
 NONE = "–"
@@ -214,14 +215,20 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     Returns:
         "dense" (the stock model), "full" (the engine at full depth) and, as "results", an entry for each router and K.
         Each has "prefill_ms", milliseconds of the whole prefill, and "decode_ms", milliseconds a decoded token: medians
-        over rounds; and "prefill_spread" and "decode_spread", the least and the most of a round. Beside them "tokens"
-        (W), "prompt" and "steps" (tokens), "rounds" and "threads".
+        over rounds; "prefill_spread" and "decode_spread", the least and the most of a round; and "multiply_adds",
+        millions for each token of the prefill, without the head. Beside them "tokens" (W), "prompt" and "steps"
+        (tokens), "rounds" and "threads".
 
     Raises:
         RunError: memory does not suffice, or the folder cannot be written.
     """
     tokens = windows.shape[1]
     made: dict[str, Any] = {label: checksum(run.folder / ROUTER) for label, run in runs.items()}
+    made |= {
+        f"{label} {BRIDGE}": checksum(run.folder / BRIDGE)
+        for label, run in runs.items()
+        if (run.folder / BRIDGE).exists()
+    }
     made |= {"backbone": backbone.fingerprint, "device": str(backbone.device), "machine": machine(), **versions()}
     made |= {"threads": torch.get_num_threads()}
     try:
@@ -253,29 +260,30 @@ def _field(runs: Mapping[str, Run], backbone: Backbone) -> Iterator[list[Contend
     try:
         field = [
             Contender("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext),
-            _contender(FULL, layers, routed, routed.router),
+            _contender(FULL, layers, routed, routed.router, None),
         ]
-        for label, (router, counts) in routers.items():
-            field += [_contender(label, count, routed, router) for count in counts if count < layers]
+        for label, (router, bridges, counts) in routers.items():
+            field += [_contender(label, count, routed, router, bridges) for count in counts if count < layers]
         yield field
     finally:
         routed.detach()
 
 
-def _loaded_router(run: Run, backbone: Backbone) -> tuple[AnyRouter, Sequence[int]]:
-    """The router of a run, and K for each of its budgets, without repeats."""
+def _loaded_router(run: Run, backbone: Backbone) -> tuple[AnyRouter, Bridges | None, Sequence[int]]:
+    """Router and bridges of a run, and K for each of its budgets, without repeats."""
     routed = build_model(run.recipe, backbone)
     try:
-        routed.router.load_state_dict(load_router(run.folder))
+        restore_router(routed, run.recipe, run.folder)
         counts = [routed.executed_layers(budget) for budget in available_budgets(routed.router, run.recipe.budgets)]
-        return routed.router.eval().requires_grad_(False), list(dict.fromkeys(counts))
+        return routed.router, routed.bridges, list(dict.fromkeys(counts))
     finally:
         routed.detach()
 
 
-def _contender(name: str, count: int, routed: RoutedLM, router: AnyRouter) -> Contender:
+def _contender(name: str, count: int, routed: RoutedLM, router: AnyRouter, bridges: Bridges | None) -> Contender:
     @contextmanager
     def spends() -> Iterator[None]:
+        routed.bridges = bridges
         with routed.routed_by(router), routed.at(executed=[count]):
             yield
 
@@ -283,5 +291,6 @@ def _contender(name: str, count: int, routed: RoutedLM, router: AnyRouter) -> Co
 
 
 def _times_entry(timings: Timings) -> dict[str, Any]:
-    (prefill,) = timings.prefill.values()
-    return _summary({"prefill": prefill, "decode": timings.decode[1]})
+    ((tokens, prefill),) = timings.prefill.items()
+    times = _summary({"prefill": prefill, "decode": timings.decode[1]})
+    return times | {"multiply_adds": timings.flops["without_head"] / 2e6 / tokens}

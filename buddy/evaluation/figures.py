@@ -18,11 +18,18 @@ from buddy.io import on_disk, write_bytes, writing
 from buddy.metrics.perplexity import Scores
 from buddy.values import shown
 
-LAYERS, TIME = "quality-layers", "quality-time"
+LAYERS, TIME, PREFILL, WORK = "quality-layers", "quality-time", "quality-prefill", "quality-work"
 CAPTIONS = {
     LAYERS: "Cross-entropy over executed layers; bands are 95 % intervals over documents and seeds. A line that is far "
     "worse than the others leaves its panel at the top; the tables contain it.",
     TIME: "Cross-entropy over the measured time of a decoded token, one point for each budget.",
+    PREFILL: "Cross-entropy over the measured time of a prompt, one point for each budget.",
+    WORK: "Cross-entropy over multiply-adds a token, one point for each budget.",
+}
+MEASURED = {  # figures over measured columns of `Results.scores`, with the label of the horizontal axis
+    TIME: ("decode_ms", "milliseconds a token, decoding one text"),
+    PREFILL: ("prefill_ms", "milliseconds, reading one text"),
+    WORK: ("multiply_adds", "multiply-adds a token (millions), without the head"),
 }
 # For readers with colour blindness (Paul Tol's "muted" and "bright"); lines of one colour differ in their marks.
 COLOURS: tuple[str, ...] = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee", "#882255")
@@ -61,18 +68,19 @@ def figure_at(path: Path, **options: Any) -> Iterator[Any]:
 
 
 def draw_all(results: Results, folder: Path, prefix: str = "") -> dict[str, Path]:
-    """Write the figures of a comparison into a folder; without measured times there is no figure of time.
+    """Write the figures of a comparison into a folder; without measurements there is only the one over layers.
 
     Returns:
         Their paths by name.
     """
     paths = {name: folder / f"{prefix}{name}.png" for name in CAPTIONS}
     draw_panels(results, paths[LAYERS], "layers", "executed layers", shade=0.1)
-    if not results.record["speed"]:
-        paths.pop(TIME).unlink(missing_ok=True)  # of an earlier comparison
-        return paths
-    stock = results.record["speed"]["dense"]["decode_ms"]
-    draw_panels(results, paths[TIME], "decode_ms", "milliseconds a token, decoding one text", stock=stock)
+    for name, (column, label) in MEASURED.items():
+        if results.scores[column].isna().all():
+            paths.pop(name).unlink(missing_ok=True)  # of an earlier comparison
+            continue
+        stock = results.record["speed"]["dense"].get(column)
+        draw_panels(results, paths[name], column, label, stock=stock)
     return paths
 
 

@@ -100,12 +100,14 @@ class Results:
 
     @cached_property
     def times(self) -> pd.DataFrame:
-        """Milliseconds of a decoded token and of a prompt, decode_ms and prefill_ms, by (router, budget)."""
-        speed, names = self.record.get("speed"), ["decode_ms", "prefill_ms"]
+        """Milliseconds of a decoded token, decode_ms, and of a prompt, prefill_ms; millions of multiply-adds a
+        token, multiply_adds, where they were counted. By (router, budget).
+        """
+        speed, names = self.record.get("speed"), ["decode_ms", "prefill_ms", "multiply_adds"]
         entries = [] if not speed else [(each["router"], each["layers"], each) for each in speed["results"]]
         entries += [] if not speed else [(label, self.layers, speed["full"]) for label in self.routers.index]
         rows = [
-            {"router": label, "budget": budget} | {name: times[name] for name in names}
+            {"router": label, "budget": budget} | {name: times.get(name) for name in names}
             for budget, layers in self.budgets.items()
             for label, count, times in entries
             if count == layers

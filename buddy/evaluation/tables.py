@@ -105,7 +105,7 @@ def costs(r: Results) -> Table:
 
 
 def speeds(r: Results) -> list[Table]:
-    """Tokens a second in decoding and in reading a prompt; nothing where they were not measured."""
+    """Tokens a second in decoding and in reading a prompt, and multiply-adds; nothing where they were not measured."""
     found, speed = [], r.record["speed"]
     kinds = [] if not speed else [("decode_ms", "Decode", 1), ("prefill_ms", "Prefill", speed["tokens"])]
     for key, title, tokens in kinds:
@@ -120,6 +120,17 @@ def speeds(r: Results) -> list[Table]:
             f"of {speed['rounds']} rounds, {threads}, one run of each router; full depth is one measurement for all."
         )
         found.append(_by_budget(r, f"{title}, tokens a second", r.scores.loc[r.texts[0]], cell, r.budgets, note))
+    if speed and "multiply_adds" in speed["dense"]:
+
+        def work(row: pd.Series) -> str:
+            return NONE if pd.isna(row.multiply_adds) else f"{row.multiply_adds:.1f}"
+
+        note = (
+            f"Counted while {speed['tokens']} tokens are read: executed layers with attention, keys and values of "
+            f"skipped layers, router and bridges; without the head. Full depth is the dense model."
+        )
+        title, scores = "Multiply-adds a token, millions", r.scores.loc[r.texts[0]]
+        found.append(_by_budget(r, title, scores, work, r.budgets, note))
     return found
 
 
@@ -265,8 +276,8 @@ def _protocol(r: Results) -> Iterator[str]:
         f"at the budgets (executed layers) {layers}. "
         f"All see the same {recipe['data.calibration_windows']} calibration windows and "
         f"the same {recipe.get('data.evaluate_on', 'test')} windows of {recipe['data.window']} tokens, of which the "
-        f"first {recipe['data.prompt']} are not scored. The first {recipe['routing.sink_tokens']} of each window run at "
-        "full depth at every budget."
+        f"first {recipe['data.prompt']} are not scored. The first {recipe['routing.sink_tokens']} of each window run "
+        "at full depth at every budget."
     )
     if recipe.get("fixed", "null") != "null":
         yield f"The settings were fixed (`fixed={recipe['fixed']}`) before any test window was read."

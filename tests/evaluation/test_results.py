@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buddy.evaluation import tables
-from buddy.evaluation.figures import LAYERS, TIME, draw_all, draw_run, write_tensorboard
+from buddy.evaluation.figures import LAYERS, MEASURED, TIME, draw_all, draw_run, write_tensorboard
 from buddy.evaluation.record import show_files, write_record
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import render
@@ -101,9 +101,11 @@ def test_without_a_static_router_there_are_no_differences():
 
 def test_costs_speed_and_tasks(results):
     assert row(tables.costs(results), "ours")[1:] == ["learned", "2", "10.5", "1 234", "as asked"]
-    decode, prefill = tables.speeds(results)
+    decode, prefill, work = tables.speeds(results)
     assert row(decode, "ours")[1:] == ["40.00", "100.0", "100.0"]
     assert row(prefill, "full")[1:] == ["6400", "–", "–"]
+    assert row(work, "ours")[1:] == ["71.5", "71.5", "71.5"]
+    assert row(work, "full")[1:] == ["71.5", "–", "–"]
     first, second, _ = tables.tasks(results)
     assert row(first, "ours")[1:] == ["85.0", "95.0", "90.0"]
     assert row(second, "best")[1:] == ["60.0", "70.0", "65.0", "†"]
@@ -153,7 +155,7 @@ def test_a_record_becomes_a_document_with_its_figures(results, tmp_path, capsys)
     (tmp_path / "docs").mkdir()
     show_files([tmp_path / "comparison.json"], tmp_path / "docs" / "results.md")
     text = (tmp_path / "docs" / "results.md").read_text()
-    links = {name: f"results-{name}.png" for name in (LAYERS, TIME)}
+    links = {name: f"results-{name}.png" for name in (LAYERS, *MEASURED)}
     assert {path.name for path in (tmp_path / "docs").iterdir()} == {"results.md", *links.values()}
     assert text == render(results, links)
     assert "Perplexity on web" in capsys.readouterr().out
@@ -178,7 +180,7 @@ def test_curves_overlay_and_the_table_has_a_row_for_each_router(results, drawn, 
         columns.add((tuple(sorted(settings)), tuple(sorted(tags))))
     assert len(columns) == 1
     pictures = EventAccumulator(str(events_folder / "_figures"), size_guidance={"images": 0}).Reload()
-    assert set(pictures.Tags()["images"]) == {LAYERS, TIME}
+    assert set(pictures.Tags()["images"]) == {LAYERS, *MEASURED}
 
 
 def test_a_run_has_its_own_figure_and_curves(tmp_path):
