@@ -121,6 +121,14 @@ class ForwardRecord:
         none = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
         return none if self.sink_mask is None else self.sink_mask
 
+    def row(self, index: int) -> ForwardRecord:
+        """The record of one row of the batch."""
+        one = slice(index, index + 1)
+        plan = self.plan[one] if isinstance(self.plan, Tensor) else self.plan and [layer[one] for layer in self.plan]
+        sinks = None if self.sink_mask is None else self.sink_mask[one]
+        partial = [ran[one] for ran in self.partial_layers]
+        return replace(self, shape=(1, self.shape[1]), plan=plan, sink_mask=sinks, partial_layers=partial)
+
 
 @dataclass
 class Record:

@@ -231,7 +231,7 @@ class HoleLayer(PendingLayer, DynamicLayer):
         """`length` positions pass without being stored; what leaves the window is dropped."""
         self.seen, self.complete = self.seen + length, False
         if self.window is not None and self.slots is not None:
-            self._keep(self.slots > self.seen - self.window)
+            self.keep(self.slots > self.seen - self.window)
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -247,13 +247,14 @@ class HoleLayer(PendingLayer, DynamicLayer):
             raise RuntimeError("The sliding window was reached, so what left it cannot be brought back by `crop`.")
         self.seen += tokens_to_remove
         if self.slots is not None:
-            self._keep(self.slots < self.seen)
+            self.keep(self.slots < self.seen)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.slots is not None:
             self.keys, self.values, self.valid = self.keys[beam_idx], self.values[beam_idx], self.valid[beam_idx]
 
-    def _keep(self, which: Tensor) -> None:
+    def keep(self, which: Tensor) -> None:
+        """Keep some of the stored positions, `which` (S,) bool."""
         if not bool(which.all()):
             self.keys, self.values = self.keys[:, :, which], self.values[:, :, which]
             self.slots, self.valid = self.slots[which], self.valid[:, which]

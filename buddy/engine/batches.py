@@ -1,0 +1,154 @@
+"""Batches that change while they decode: rows join a routed cache, and leave it.
+
+Rows of a batch end at the same position, so the shorter ones are padded on the left, as transformers pads prompts. A row
+that joins is moved to the end of the batch; where the longest row leaves, the columns that only it used are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from buddy.engine.kv_cache import ContextPool, HoleLayer
+from buddy.engine.model import RoutedLM
+
+
+@dataclass
+class Batch:
+    """Rows that decode together.
+
+    Attributes:
+        cache: a routed cache of B rows and S positions.
+        mask: (B, S) bool, False for padding.
+        owners: B objects, one for each row.
+    """
+
+    cache: Any
+    mask: Tensor
+    owners: list[Any]
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, 1) long, the position of each row's next token."""
+        return self.mask.sum(1, keepdim=True)
+
+    def extend(self) -> Tensor:
+        """The mask (B, S + 1) with one more token in each row."""
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        return self.mask
+
+
+def join(routed: RoutedLM, batches: Sequence[Batch]) -> Batch:
+    """One batch of all rows of several that the same model filled, in order. The given ones are not usable any more.
+
+    Args:
+        batches: at least one. Where not every token decides (`reroute_every`), tokens decide in step in all of them.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    caches = [batch.cache for batch in batches]
+    for cache in caches:
+        _flush(routed, cache)
+    lengths = [batch.mask.shape[1] for batch in batches]
+    shifts = [max(lengths) - length for length in lengths]
+    mask = torch.cat([F.pad(b.mask, (shift, 0)) for b, shift in zip(batches, shifts, strict=True)])
+    joined = caches[0]
+    for parts in zip(*(cache.layers for cache in caches), strict=True):
+        if isinstance(parts[0], HoleLayer):
+            _join_holes(parts, shifts, [len(batch.owners) for batch in batches])
+        elif parts[0].is_initialized:
+            _join_rectangles(parts)
+    joined.pool = _join_pools([cache.pool for cache in caches], mask)
+    joined.scores = _join_scores([(cache.scores, len(batch.owners)) for cache, batch in zip(caches, batches, strict=True)])
+    decided = [c.decided + shift for c, shift in zip(caches, shifts, strict=True) if c.decided is not None]
+    joined.decided = decided[0] if decided else None
+    return Batch(joined, mask, [owner for batch in batches for owner in batch.owners])
+
+
+def keep(routed: RoutedLM, batch: Batch, rows: Sequence[int]) -> Batch:
+    """The batch with some of its rows only, at least one, and without columns in which all of these are padding."""
+    index = torch.tensor(rows, device=batch.mask.device)
+    batch.cache.reorder_cache(index)
+    mask = batch.mask[index]
+    unused = int((~mask.any(0)).sum())  # padding is on the left
+    if unused:
+        _drop_first(routed, batch.cache, unused)
+    return Batch(batch.cache, mask[:, unused:], [batch.owners[row] for row in rows])
+
+
+def _flush(routed: RoutedLM, cache: Any) -> None:
+    for layer in routed.backbone.layers:
+        routed.policy.flush(layer, cache)
+
+
+def _join_rectangles(layers: Sequence[Any]) -> None:
+    """Into the first of these layers of several caches go the rows of all, aligned at the end."""
+    first, most = layers[0], max(layer.keys.shape[2] for layer in layers)
+    for name in ("keys", "values"):
+        states = [getattr(layer, name) for layer in layers]
+        setattr(first, name, torch.cat([F.pad(x, (0, 0, most - x.shape[2], 0)) for x in states]))
+    if first.is_sliding:
+        first.cumulative_length = max(layer.cumulative_length for layer in layers)
+
+
+def _join_holes(layers: Sequence[HoleLayer], shifts: Sequence[int], rows: Sequence[int]) -> None:
+    """`_join_rectangles` where only some positions are stored: they become those that any of the caches stored."""
+    first, seen = layers[0], max(layer.seen for layer in layers)
+    stored = [(layer, shift + layer.slots) for layer, shift in zip(layers, shifts, strict=True) if layer.slots is not None]
+    if stored:
+        slots = torch.cat([each for _, each in stored]).unique()
+        some, places = stored[0][0], {id(layer): torch.searchsorted(slots, each) for layer, each in stored}
+        keys, values, valid = [], [], []
+        for layer, count in zip(layers, rows, strict=True):
+            shape = (count, some.keys.shape[1], len(slots), some.keys.shape[3])
+            parts = some.keys.new_zeros(shape), some.values.new_zeros(shape), slots.new_zeros(count, len(slots)).bool()
+            if layer.slots is not None:
+                at = places[id(layer)]
+                parts[0][:, :, at], parts[1][:, :, at], parts[2][:, at] = layer.keys, layer.values, layer.valid
+            for whole, part in zip((keys, values, valid), parts, strict=True):
+                whole.append(part)
+        if not first.is_initialized:
+            first.lazy_initialization(some.keys, some.values)
+        first.keys, first.values, first.valid = (torch.cat(parts) for parts in (keys, values, valid))
+        first.slots = slots
+    first.seen, first.complete = seen, False
+
+
+def _join_pools(pools: Sequence[ContextPool], mask: Tensor) -> ContextPool:
+    joined = ContextPool(pools[0].kind)
+    joined.total = torch.cat([pool.total for pool in pools])
+    joined.valid, joined.count = mask, mask.sum(1, keepdim=True).to(joined.total.dtype)
+    return joined
+
+
+def _join_scores(parts: Sequence[tuple[Tensor | None, int]]) -> Tensor | None:
+    """(B, 1, R); rows without a decision run every layer, so that their scores do not matter."""
+    some = next((scores for scores, _ in parts if scores is not None), None)
+    if some is None:
+        return None
+    return torch.cat([some.new_zeros(rows, *some.shape[1:]) if scores is None else scores for scores, rows in parts])
+
+
+def _drop_first(routed: RoutedLM, cache: Any, count: int) -> None:
+    """Drop the first positions of a cache."""
+    _flush(routed, cache)
+    for layer in cache.layers:
+        if isinstance(layer, HoleLayer):
+            layer.seen -= count
+            if layer.slots is not None:
+                layer.slots = layer.slots - count
+                layer.keep(layer.slots >= 0)
+        elif layer.is_initialized:
+            left = layer.keys.shape[2] - count
+            if layer.is_sliding:
+                layer.cumulative_length -= count
+                left = min(layer.keys.shape[2], layer.cumulative_length)
+            layer.keys, layer.values = layer.keys[:, :, -left:], layer.values[:, :, -left:]
+    cache.pool.valid = cache.pool.valid[:, count:]
+    if cache.decided is not None:
+        cache.decided -= count

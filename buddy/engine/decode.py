@@ -1,0 +1,231 @@
+"""Decoding step by step: rows begin and end independently, and those that decode at the same time share a batch.
+
+`buddy generate` decodes one row with it, `buddy serve` many. Each row has its own number of layers K, its own sampling and
+its own end. What a row writes does not depend on the others, up to the rounding of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from buddy.engine.batches import Batch, join, keep
+from buddy.engine.forward import ForwardRecord
+from buddy.engine.model import RoutedLM
+
+CHUNK = 256  # tokens of prompts that are read between two steps of the rows that decode
+
+
+class Sampler:
+    """Chooses a row's tokens, as transformers' `generate` does for the same options.
+
+    Args:
+        model: a transformers model, whose generation_config gives what `options` leave open.
+        prompt: number of tokens.
+        temperature: 0 takes the likeliest token.
+        seed: of the draws above temperature 0.
+        options: of `generate`: top_p, top_k and so on.
+    """
+
+    def __init__(self, model: Any, prompt: int, temperature: float = 0.0, seed: int = 0, **options: Any) -> None:
+        self._draws = temperature > 0
+        config, _ = model._prepare_generation_config(
+            None, do_sample=self._draws, **({"temperature": temperature, **options} if self._draws else {})
+        )
+        model._prepare_special_tokens(config, device=model.device)
+        self._processors = model._get_logits_processor(config, input_ids_seq_length=prompt, device=str(model.device))
+        self._generator = torch.Generator(model.device).manual_seed(seed)
+
+    def __call__(self, tokens: Sequence[int], logits: Tensor) -> int:
+        """The next token after `tokens`, from logits (V,) float32."""
+        scores = logits[None]
+        if self._processors:
+            scores = self._processors(torch.tensor([tokens], device=logits.device), scores.clone())
+        if not self._draws:
+            return int(scores[0].argmax())
+        return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
+
+
+@dataclass(eq=False)
+class Row:
+    """One text that is being written.
+
+    Attributes:
+        prompt: token ids, at least one.
+        executed: K, layers for each token.
+        sampler: chooses its tokens.
+        limit: most new tokens.
+        ends: ids after which the text ends.
+        tokens: what was written so far.
+    """
+
+    prompt: list[int]
+    executed: int
+    sampler: Sampler
+    limit: int
+    ends: frozenset[int] = frozenset()
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """"stop" after a token that ends the text, "length" at the limit; None while it goes on."""
+        if self.tokens and self.tokens[-1] in self.ends:
+            return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a step did for one row.
+
+    Attributes:
+        row: the row.
+        token: the new token; None where only a part of the prompt was read, or where the row failed.
+        logits: (V,) float32, from which the token was chosen.
+        record: the forward's, of this row alone.
+        error: why the row cannot go on.
+    """
+
+    row: Row
+    token: int | None = None
+    logits: Tensor | None = None
+    record: ForwardRecord | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A row whose tokens are being read, by itself.
+
+    Attributes:
+        row: the row.
+        cache: holds the `done` first of its tokens.
+    """
+
+    row: Row
+    cache: Any
+    done: int = 0
+
+
+class Decoder:
+    """Rows of one model, each at its own K. Not to be used by two threads at once.
+
+    A forward that fails ends only the row that fails when it is run alone: the rows of a failed batch are read anew, one by one.
+
+    Args:
+        routed: the model.
+        chunk: tokens of prompts that are read in one step. A prompt whose tokens do not all decide for themselves is
+            read whole.
+    """
+
+    def __init__(self, routed: RoutedLM, chunk: int = CHUNK) -> None:
+        self.routed = routed
+        settings = routed.settings
+        self._every = settings.reroute_every
+        self._chunk = chunk if settings.prompt_plan != "shared" and self._every == 1 else None
+        self._room, self._steps = chunk, 0
+        self._reading: list[_Reading] = []
+        self._batches: dict[int, Batch] = {}  # rows that decide at the same steps, by their phase
+
+    def __len__(self) -> int:
+        return len(self._reading) + sum(len(batch.owners) for batch in self._batches.values())
+
+    def add(self, row: Row) -> None:
+        """Begin to write a row in the next step."""
+        self._reading.append(_Reading(row, DynamicCache(config=self.routed.backbone.base.config)))
+
+    def remove(self, gone: Iterable[Row]) -> None:
+        """Stop rows; those that are not there are passed over."""
+        rows = set(gone)
+        self._reading = [reading for reading in self._reading if reading.row not in rows]
+        for phase, batch in list(self._batches.items()):
+            stay = [index for index, row in enumerate(batch.owners) if row not in rows]
+            if not stay:
+                del self._batches[phase]
+            elif len(stay) < len(batch.owners):
+                self._batches[phase] = keep(self.routed, batch, stay)
+
+    @torch.no_grad()
+    def step(self) -> list[Written]:
+        """One token for each row that decodes, and one chunk of prompts read; rows that end are removed."""
+        self._steps += 1
+        written = [each for phase in list(self._batches) for each in self._decode(phase)]
+        written += self._read()
+        self.remove(each.row for each in written if each.error or each.row.finish_reason)
+        return written
+
+    def _decode(self, phase: int) -> list[Written]:
+        """The next token of each row of a batch."""
+        batch = self._batches[phase]
+        rows, device = batch.owners, batch.mask.device
+        try:
+            logits, record = self._forward(
+                rows,
+                torch.tensor([[row.tokens[-1]] for row in rows], device=device),
+                batch.cache,
+                position_ids=batch.positions,
+                attention_mask=batch.extend(),
+            )
+        except Exception as error:
+            del self._batches[phase]
+            if len(rows) == 1:
+                return [Written(rows[0], error=error)]
+            for row in rows:  # alone, so that only the one to blame fails
+                self.add(row)
+            return []
+        return [self._choose(row, logits[index], record.row(index)) for index, row in enumerate(rows)]
+
+    def _read(self) -> list[Written]:
+        """Read prompts, oldest first, until a chunk is full; rows that are read whole join a batch."""
+        written, room = [], self._room
+        while self._reading and room > 0:
+            reading = self._reading[0]
+            row, first = reading.row, reading.done
+            tokens = row.prompt + row.tokens
+            last = len(row.prompt) if first < len(row.prompt) else len(tokens)  # a prompt is planned as such
+            if self._chunk is not None:
+                last = min(last, first + room)
+            room -= last - first
+            ids = torch.tensor([tokens[first:last]], device=self.routed.backbone.device)
+            try:
+                logits, record = self._forward([row], ids, reading.cache)
+            except Exception as error:
+                self._reading.pop(0)
+                written.append(Written(row, error=error))
+                continue
+            reading.done = last
+            if last < len(tokens):
+                written.append(Written(row, record=record))
+                continue
+            self._reading.pop(0)
+            written.append(self._choose(row, logits[0], record))
+            phase = (self._steps - len(row.tokens)) % self._every if self._every else 0
+            mask = torch.ones(1, last, dtype=torch.bool, device=ids.device)
+            there = [self._batches[phase]] if phase in self._batches else []
+            self._batches[phase] = join(self.routed, [*there, Batch(reading.cache, mask, [row])])
+        return written
+
+    def _forward(
+        self, rows: Sequence[Row], ids: Tensor, cache: Any, **inputs: Tensor
+    ) -> tuple[Tensor, ForwardRecord]:
+        """Logits (B, V) float32 of each row's last token."""
+        routed = self.routed
+        with routed.at(executed=[row.executed for row in rows]) as record:
+            logits = routed.backbone.model(
+                input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1, **inputs
+            ).logits
+        return logits[:, -1].float(), record.forwards[-1]
+
+    @staticmethod
+    def _choose(row: Row, logits: Tensor, record: ForwardRecord) -> Written:
+        try:
+            token = row.sampler(row.prompt + row.tokens, logits)
+        except Exception as error:
+            return Written(row, error=error)
+        row.tokens.append(token)
+        return Written(row, token, logits, record)

@@ -1,0 +1,137 @@
+"""Rows that join and leave a running batch write what each writes alone with transformers' `generate`."""
+
+import random
+
+import pytest
+import torch
+
+from buddy.engine.decode import Decoder, Row, Sampler
+from buddy.engine.model import RoutedLM, geometry_of
+from tests.engine.reference import Fickle, FickleGates
+from tests.tiny import tiny_backbone
+
+LAYERS = 6
+
+
+def routed(family="llama", router=Fickle, **settings) -> RoutedLM:
+    backbone = tiny_backbone(family)
+    return RoutedLM(backbone, router(geometry_of(backbone)), **settings)
+
+
+def alone(model: RoutedLM, row: Row, **options) -> list[int]:
+    """The new tokens of transformers' `generate`."""
+    ids = torch.tensor([row.prompt])
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    with model.at(executed=[row.executed]):
+        out = model.backbone.model.generate(ids, max_new_tokens=row.limit, **options)
+    return out[0, len(row.prompt) :].tolist()
+
+
+def a_row(model: RoutedLM, draw: random.Random, longest: int = 24) -> Row:
+    prompt = [draw.randrange(3, 259) for _ in range(draw.randint(1, longest))]
+    sampler = Sampler(model.backbone.model, len(prompt))
+    return Row(prompt, draw.randint(2, LAYERS), sampler, draw.randint(1, 14))
+
+
+def play(model: RoutedLM, draw: random.Random, count: int, chunk: int) -> None:
+    """Rows arrive at random moments, some leave early; each one's tokens and layers are checked."""
+    decoder, coming, gone, there = Decoder(model, chunk), [a_row(model, draw) for _ in range(count)], [], []
+    rows = list(coming)
+    while coming or len(decoder):
+        for _ in range(min(draw.choice((0, 0, 1, 1, 3)), len(coming))):
+            there.append(coming.pop())
+            decoder.add(there[-1])
+        if there and draw.random() < 0.1:
+            gone.append(draw.choice(there))
+            decoder.remove(gone[-1:])
+        for written in decoder.step():
+            assert written.error is None
+            executed, sinks = written.record.executed, written.record.sinks
+            assert set(executed[~sinks].tolist()) <= {written.row.executed}
+            assert torch.equal(written.record.runs.sum(-1), executed)
+    for row in rows:
+        expected = alone(model, row)
+        assert row.tokens == expected[: len(row.tokens)]
+        assert len(row.tokens) == row.limit or row in gone
+
+
+SETTINGS = [
+    {},
+    {"router": FickleGates},
+    {"router": FickleGates, "reroute_every": 3},
+    {"family": "gemma3"},
+    {"family": "mistral-sliding"},
+    {"policy": "hole"},
+    {"policy": "zero"},
+    {"family": "gemma2", "policy": "hole"},
+    {"reroute_every": 3},
+    {"reroute_every": None, "prompt_plan": "shared"},
+    {"reroute_every": 2, "policy": "hole"},
+    {"sink_tokens": 0},
+    {"sink_tokens": 0, "policy": "hole"},
+    {"sink_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "default")
+def test_rows_that_come_and_go_write_what_they_write_alone(settings):
+    model = routed(**settings)
+    for seed in range(3):
+        draw = random.Random(seed)
+        play(model, draw, 7, draw.choice((4, 16, 256)))
+
+
+def test_sampling_draws_what_transformers_draws():
+    model, prompt = routed(), list(range(3, 12))
+    for options in ({"temperature": 0.7, "top_p": 0.8, "top_k": 0}, {"temperature": 1.3}):
+        row = Row(prompt, 4, Sampler(model.backbone.model, len(prompt), seed=5, **options), 9)
+        torch.manual_seed(5)
+        expected = alone(model, row, do_sample=True, **options)
+        decoder = Decoder(model)
+        decoder.add(row)
+        while len(decoder):
+            decoder.step()
+        assert row.tokens == expected
+
+
+def test_a_row_ends_at_the_tokens_that_end_it():
+    model = routed()
+    row = Row([5, 6, 7], 4, Sampler(model.backbone.model, 3), 12)
+    row.ends = frozenset({alone(model, row)[4]})
+    decoder = Decoder(model)
+    decoder.add(row)
+    while len(decoder):
+        decoder.step()
+    assert row.finish_reason == "stop"
+    assert len(row.tokens) <= 5
+
+
+class Faulty(Fickle):
+    """Fails where a token with id 200 is read."""
+
+    def score(self, context):
+        if bool((context.tokens == 200).any()):
+            raise ValueError("token 200")
+        return super().score(context)
+
+
+def test_a_row_that_fails_ends_no_other():
+    model = routed(router=Faulty)
+    draw, decoder = random.Random(3), Decoder(model)
+    rows = [a_row(model, draw) for _ in range(5)]
+    for row in rows:
+        row.prompt, row.limit = [token for token in row.prompt if token != 200] or [7], 12
+        row.executed = min(row.executed, LAYERS - 1)
+        decoder.add(row)
+    failed = []
+    decoder.step()
+    decoder.step()
+    rows[2].tokens[-1] = 200  # as if it had been drawn
+    while len(decoder):
+        failed += [each.row for each in decoder.step() if each.error]
+    assert failed == [rows[2]]
+    for row in rows[:2] + rows[3:]:
+        model.router.__class__ = Fickle
+        expected = alone(model, row)
+        assert 200 not in expected[:-1]
+        assert row.tokens == expected
