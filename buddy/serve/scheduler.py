@@ -1,0 +1,310 @@
+"""The thread that owns the model: it admits texts that wait to the batch, steps it, and hands out what was written."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buddy.budget import Budget
+from buddy.engine.decode import UNFINISHED, Decoder, Row, Sampler, TextPieces, Written, end_tokens
+from buddy.engine.forward import ForwardRecord
+from buddy.errors import BuddyError
+from buddy.hub.load import Model
+from buddy.serve.metrics import Metrics
+
+log = logging.getLogger("buddy.serve")
+
+
+class QueueFull(Exception):
+    """More texts wait than may; or the server is stopping."""
+
+
+class TooLate(Exception):
+    """A text that was not finished within the time of a request."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability before temperature and top_p.
+
+    Attributes:
+        token: its text.
+        logprob: the logarithm.
+        top: the likeliest tokens at this place and theirs.
+    """
+
+    token: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def bytes(self) -> list[int] | None:
+        """Of the text in UTF-8; None for a part of a character."""
+        return None if UNFINISHED in self.token else list(self.token.encode())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step wrote of a text.
+
+    Attributes:
+        text: may be empty.
+        logprob: where it was asked for.
+        plan: "1101…", the layers that ran for the position that this token was chosen at, where asked for.
+        finish_reason: "stop" or "length" with the last piece.
+        error: why the text ends here.
+    """
+
+    text: str = ""
+    logprob: TokenLogprob | None = None
+    plan: str | None = None
+    finish_reason: str | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class Ran:
+    """Layers that tokens ran, those at full depth whatever the budget (sinks) left out.
+
+    Attributes:
+        least, total, most: over `tokens` tokens.
+    """
+
+    least: int = 0
+    total: int = 0
+    most: int = 0
+    tokens: int = 0
+
+    def add(self, counts: Sequence[int]) -> None:
+        """Count tokens by the number of layers that each ran."""
+        if counts:
+            self.least = min(counts) if not self.tokens else min(self.least, *counts)
+            self.most, self.total = max(self.most, *counts), self.total + sum(counts)
+            self.tokens += len(counts)
+
+    def merge(self, other: Ran) -> None:
+        """Add what another text ran."""
+        if other.tokens:
+            self.least = min(self.least, other.least) if self.tokens else other.least
+            self.most, self.total = max(self.most, other.most), self.total + other.total
+            self.tokens += other.tokens
+
+
+@dataclass(eq=False)
+class Text:
+    """One text to be written: a choice of a request.
+
+    Attributes:
+        prompt: token ids.
+        budget: of each token.
+        limit: most new tokens.
+        emit: called with each piece, from the scheduler's thread; it must not wait.
+        seconds: until the text must be finished.
+        temperature, seed, options: of `Sampler`.
+        stops: strings that end the text; they are not part of it.
+        top_logprobs: number of likeliest tokens to give with each; None for no logarithms.
+        plans: whether pieces have plans.
+        cancelled: set by the owner when nobody reads the text any longer.
+        ran: the layers so far.
+        written: new tokens so far.
+    """
+
+    prompt: list[int]
+    budget: Budget
+    limit: int
+    emit: Callable[[Piece], None]
+    seconds: float = 600.0
+    temperature: float = 0.0
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    stops: Sequence[str] = ()
+    top_logprobs: int | None = None
+    plans: bool = False
+    cancelled: bool = False
+    ran: Ran = field(default_factory=Ran)
+    written: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    _last: float | None = None  # when the last token came
+    _held: str = ""  # text that a stop string may begin with
+
+    def cut(self, piece: str, final: bool) -> tuple[str, bool]:
+        """What may be given out of the text so far, and whether a stop string ended it."""
+        text = self._held + piece
+        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if found:
+            return text[: min(found)], True
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        keep = len(text) - (0 if final else max(begun, default=0))
+        self._held = text[keep:]
+        return text[:keep], False
+
+
+class Scheduler:
+    """Writes texts on a thread of its own, as many at a time as fit into the batch.
+
+    Args:
+        model: nobody else may use it meanwhile.
+        metrics: where to count.
+        batch: rows at most.
+        queue: texts that may wait.
+    """
+
+    def __init__(self, model: Model, metrics: Metrics, batch: int = 8, queue: int = 128) -> None:
+        self._model, self._metrics, self._batch, self._queue = model, metrics, batch, queue
+        self._tokenizer = model.routed.tokenizer
+        self._ends = end_tokens(model.routed.backbone.model)
+        self._decoder = Decoder(model.routed)
+        self._running: dict[Row, tuple[Text, TextPieces]] = {}
+        self._waiting: deque[Text] = deque()
+        self._changed, self._closing = threading.Condition(), False
+        self._thread = threading.Thread(target=self._run, name="buddy-decode", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether texts are taken."""
+        return self._thread.is_alive() and not self._closing
+
+    @property
+    def running(self) -> int:
+        """Rows that are being written."""
+        return len(self._running)
+
+    def submit(self, texts: Sequence[Text]) -> None:
+        """Queue the texts of a request.
+
+        Raises:
+            QueueFull: there is no room for all of them, or the scheduler is closing.
+        """
+        with self._changed:
+            if self._closing or len(self._waiting) + len(texts) > self._queue:
+                raise QueueFull
+            self._waiting.extend(texts)
+            self._changed.notify()
+
+    def cancel(self, texts: Sequence[Text]) -> None:
+        """Free the rows of texts before the next step."""
+        for text in texts:
+            text.cancelled = True
+        with self._changed:
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread after the step that runs; texts that are not finished stay so."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._closing):
+                    self._changed.wait()
+                if self._closing:
+                    return
+            try:
+                self._step()
+            except Exception as error:  # a defect: no text can go on, but the server can
+                log.exception("A step failed.")
+                self._decoder = Decoder(self._model.routed)
+                for row in list(self._running):
+                    self._finish(row, Piece(error=error))
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        gone = [row for row, (text, _) in self._running.items() if text.cancelled or now > text.arrived + text.seconds]
+        self._decoder.remove(gone)
+        for row in gone:
+            self._finish(row, Piece(error=TooLate()))
+        for text in self._admitted():
+            self._begin(text)
+        for written in self._decoder.step():
+            self._hand_out(written, *self._running[written.row])
+        self._metrics.rows.set(len(self._running))
+
+    def _admitted(self) -> list[Text]:
+        """The texts that begin now."""
+        with self._changed:
+            left = [text for text in self._waiting if not text.cancelled]
+            room = max(0, self._batch - len(self._running))
+            self._waiting = deque(left[room:])
+            self._metrics.queue.set(len(self._waiting))
+            return left[:room]
+
+    def _begin(self, text: Text) -> None:
+        try:
+            executed = self._model.executed_layers(text.budget, text.prompt)
+            model = self._model.routed.backbone.model
+            sampler = Sampler(model, len(text.prompt), text.temperature, text.seed, **text.options)
+        except Exception as error:
+            if not isinstance(error, BuddyError):
+                log.exception("A text could not begin.")
+            text.emit(Piece(error=error))
+            return
+        row = Row(text.prompt, executed, sampler, text.limit, self._ends)
+        self._running[row] = text, TextPieces(self._tokenizer)
+        self._decoder.add(row)
+
+    def _hand_out(self, written: Written, text: Text, pieces: TextPieces) -> None:
+        """Give what a step wrote to the owner of the text."""
+        row, token = written.row, written.token
+        if written.error is not None:
+            log.error("A text failed.", exc_info=written.error)
+            self._finish(row, Piece(error=written.error))
+            return
+        self._count(text, row, written)
+        if token is None:
+            return
+        reason = row.finish_reason
+        new = "" if token in self._ends else pieces.add(token)
+        piece, stopped = text.cut(new + (pieces.rest() if reason else ""), final=bool(reason))
+        logprob = None if text.top_logprobs is None else self._logprob(written.logits, token, text.top_logprobs)
+        plan = _plan(written.record) if text.plans else None
+        if stopped:
+            reason = "stop"
+            self._decoder.remove([row])
+        given = Piece(piece, logprob, plan, reason)
+        if reason:
+            self._finish(row, given)
+        else:
+            text.emit(given)
+
+    def _finish(self, row: Row, piece: Piece) -> None:
+        text, _ = self._running.pop(row)
+        if not text.cancelled:
+            text.emit(piece)
+
+    def _count(self, text: Text, row: Row, written: Written) -> None:
+        record = written.record
+        counts = record.executed[~record.sinks].tolist()
+        text.ran.add(counts)
+        now = time.monotonic()
+        self._metrics.step(row.executed, sum(counts), len(counts))
+        if written.token is None:
+            return
+        text.written += 1
+        self._metrics.token(now - text.arrived if text._last is None else None, now - (text._last or now))
+        text._last = now
+
+    def _logprob(self, logits: Tensor, token: int, top: int) -> TokenLogprob:
+        logs = torch.log_softmax(logits, -1)
+        best, ids = logs.topk(min(top, len(logs))) if top else (logs[:0], logs[:0].long())
+        likeliest = (TokenLogprob(self._word(id), value) for id, value in zip(ids.tolist(), best.tolist(), strict=True))
+        return TokenLogprob(self._word(token), float(logs[token]), tuple(likeliest))
+
+    def _word(self, token: int) -> str:
+        word: str = self._tokenizer.decode([token])
+        return word
+
+
+def _plan(record: ForwardRecord) -> str:
+    return "".join(str(int(runs)) for runs in record.runs[0, -1].tolist())

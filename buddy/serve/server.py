@@ -1,0 +1,95 @@
+"""`buddy serve`: a run behind OpenAI's HTTP interface. Needs the extra `serve`, which nothing else imports."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+from buddy.budget import format_budget
+from buddy.console import errors, status
+from buddy.errors import BuddyError, DataError, reason
+from buddy.hub.load import load
+from buddy.router import available_budgets
+from buddy.run import read_run
+
+DRAIN = 60  # seconds that running requests have after SIGTERM
+
+
+def serve(
+    folder: Path,
+    *,
+    budget: str = "1.0",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    batch: int = 8,
+    queue: int = 128,
+    max_tokens: int = 4096,
+    seconds: float = 600.0,
+    api_key_file: Path | None = None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests that run then are finished.
+
+    Args:
+        folder: a finished run.
+        budget: where a request names none.
+        host, port: of the socket; port 0 takes a free one.
+        batch: most texts at the same time.
+        queue: most texts that wait.
+        max_tokens: most new tokens of a text.
+        seconds: most seconds of a request.
+        api_key_file: API keys, one a line.
+
+    Raises:
+        BuddyError: the extra is missing, or the run, the budget, the keys or the address cannot be used.
+    """
+    try:
+        import uvicorn
+
+        from buddy.serve.app import Limits, make_app
+    except ImportError as error:
+        raise BuddyError(f"`buddy serve` needs more packages ({error}); pip install 'buddy-depth[serve]'.") from error
+    keys = read_keys(api_key_file) if api_key_file else []
+    listening = _bind(host, port)
+    with listening:
+        with status(f"Loading {folder} …"):
+            model = load(folder)
+        budgets = available_budgets(model.routed.router, read_run(folder).recipe.budgets)
+        limits = Limits(batch=batch, queue=queue, tokens=max_tokens, seconds=seconds)
+        app = make_app(model, budget, [format_budget(each) for each in budgets], limits, keys)
+        name = f"[{host}]" if ":" in host else host
+        errors.print(
+            f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.",
+            soft_wrap=True,
+        )
+        # uvicorn stops taking requests on this signal, waits for those that run, and sends it again when it has ended.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def read_keys(file: Path) -> list[str]:
+    """The keys in a file, one a line; empty lines do not count.
+
+    Raises:
+        DataError: the file cannot be read, or it has no key.
+    """
+    try:
+        keys = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The API keys in {file} cannot be read ({reason(error)}); name a text file.") from error
+    if not keys or not all(key.isascii() for key in keys):
+        raise DataError(f"{file} has no API key, or one that is not ASCII; write one a line.")
+    return keys
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket, before the model is loaded, so that a taken port is known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise BuddyError(f"{host}:{port} cannot be used ({reason(error)}); choose another --port or --host.") from error
+    return bound

@@ -1,0 +1,57 @@
+"""A server on a free port of this machine with a tiny random model; the tests are skipped without the extra `serve`."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.hub.load import Model
+from tests.engine.reference import Fickle
+from tests.tiny import tiny_backbone
+
+for name in ("fastapi", "uvicorn", "prometheus_client", "openai", "httpx"):
+    pytest.importorskip(name, reason="the extra `serve` is not installed")
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}:{{ m['content'] }}]{% endfor %}"
+
+
+def tiny(router=Fickle) -> Model:
+    backbone = tiny_backbone("llama")
+    backbone.tokenizer.chat_template = TEMPLATE
+    backbone.model.generation_config.eos_token_id = None
+    return Model(RoutedLM(backbone, router(geometry_of(backbone))))
+
+
+@contextmanager
+def serving(model: Model, **options):
+    """The address of a server, and its application."""
+    import uvicorn
+
+    from buddy.serve.app import make_app
+
+    app = make_app(model, **options)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}", app
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """Another copy of the model that is served."""
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def address():
+    with serving(tiny(), budgets=["1", "0.5"]) as (url, _):
+        yield url

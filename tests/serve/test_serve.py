@@ -1,0 +1,376 @@
+"""`buddy serve`, as its clients meet it: the openai package, plain HTTP, the command."""
+
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.engine.reference import Fickle
+from tests.serve.conftest import serving, tiny
+from tests.small import COMMAND, start_buddy
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+
+PROMPT = "budget depth layer router"
+GREEDY = {"model": "buddy", "prompt": PROMPT, "temperature": 0, "max_tokens": 9}
+CHAT = {"model": "buddy", "messages": [{"role": "user", "content": "plan"}], "temperature": 0, "max_tokens": 7}
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def post(address, path="completions", **body):
+    return httpx.post(f"{address}/v1/{path}", json=body, timeout=60)
+
+
+def events(response) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+# What is written
+
+
+@pytest.mark.parametrize("budget", ["1.0", "0.5", "4layers"])
+def test_completions_equal_generate(client, alone, budget):
+    expected = alone.generate(PROMPT, budget, max_new_tokens=9)
+    whole = client.completions.create(**GREEDY, extra_body={"budget": budget})
+    assert whole.choices[0].text == expected
+    assert whole.choices[0].finish_reason == "length"
+    parts = list(client.completions.create(**GREEDY, stream=True, extra_body={"budget": budget}))
+    assert "".join(part.choices[0].text for part in parts) == expected
+    assert parts[-1].choices[0].finish_reason == "length"
+    executed = alone.routed.executed_layers(budget)
+    for usage in (whole.usage, parts[-1].usage):
+        assert usage.executed_layers == {"min": executed, "mean": executed, "max": executed}
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(PROMPT), 9)
+
+
+def test_chat_equals_generate(client, alone):
+    expected = alone.generate(CHAT["messages"], 0.5, max_new_tokens=7)
+    request = CHAT | {"model": "buddy@0.5"}
+    assert client.chat.completions.create(**request).choices[0].message.content == expected
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *parts, last = client.chat.completions.create(**request, **options)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert (last.choices, last.usage.completion_tokens) == ([], 7)
+
+
+def test_the_async_client(address, alone):
+    import asyncio
+
+    async def ask() -> str:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
+            stream = await client.completions.create(**GREEDY, stream=True)
+            return "".join([part.choices[0].text async for part in stream])
+
+    assert asyncio.run(ask()) == alone.generate(PROMPT, max_new_tokens=9)
+
+
+def test_budgets_by_field_by_name_and_by_default(alone):
+    with serving(tiny(), budget="3layers", budgets=["1", "0.5"]) as (address, _):
+        assert [m["id"] for m in httpx.get(f"{address}/v1/models").json()["data"]] == ["buddy", "buddy@1", "buddy@0.5"]
+        for asked, executed in (({}, 3), ({"model": "buddy@4layers"}, 4), ({"model": "buddy@0.5", "budget": 1}, 6)):
+            assert post(address, **(GREEDY | asked)).json()["usage"]["executed_layers"]["max"] == executed
+
+
+def test_stop_strings_end_the_text_before_them(client, alone):
+    text = alone.generate(PROMPT, max_new_tokens=9)
+    stop = text[3:5]
+    for stream in (False, True):
+        found = client.completions.create(**GREEDY, stop=[stop, "never seen"], stream=stream)
+        parts = list(found) if stream else [found]
+        assert "".join(part.choices[0].text for part in parts) == text[: text.index(stop)]
+        assert parts[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_token_that_ends_the_text_is_not_part_of_it(alone):
+    model = tiny()
+    ids = alone.routed.tokenizer(alone.generate(PROMPT, max_new_tokens=9)).input_ids
+    model.routed.backbone.model.generation_config.eos_token_id = ids[4]
+    with serving(model) as (address, _):
+        choice = post(address, **GREEDY).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["text"] == alone.routed.tokenizer.decode(ids[: ids.index(ids[4])])
+
+
+def test_seeds_and_choices(client, alone):
+    ask = {**GREEDY, "temperature": 0.9, "n": 3, "seed": 5, "extra_body": {"top_k": 50}}
+    first, second = (client.completions.create(**ask) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in second.choices]
+    assert len(set(texts)) == 3
+    assert texts[0] == alone.generate(PROMPT, max_new_tokens=9, temperature=0.9, seed=5)
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert first.usage.completion_tokens == 27
+    prompts = client.completions.create(**(GREEDY | {"prompt": [PROMPT, "plan"]}))
+    assert [c.text for c in prompts.choices] == [alone.generate(p, max_new_tokens=9) for p in (PROMPT, "plan")]
+    ids = alone.encode(PROMPT)
+    assert client.completions.create(**(GREEDY | {"prompt": ids})).choices[0].text == prompts.choices[0].text
+
+
+def test_logarithms_of_probabilities(client, alone):
+    logits = alone.routed.dense(torch.tensor([alone.encode(PROMPT)]))[0, -1]
+    expected, best = torch.log_softmax(logits, -1).max(-1)
+    found = client.completions.create(**GREEDY, logprobs=2).choices[0].logprobs
+    assert math.isclose(found.token_logprobs[0], expected.item(), abs_tol=1e-4)
+    assert found.tokens[0] == alone.routed.tokenizer.decode([int(best)])
+    assert [len(top) for top in found.top_logprobs] == [2] * 9
+    content = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert len(content) == 7
+    assert all(each.top_logprobs[0].logprob == each.logprob for each in content)
+
+
+def test_plans_on_request(address):
+    plans = post(address, **GREEDY, budget="4layers", plans=True).json()["choices"][0]["plans"]
+    assert len(plans) == 9
+    assert {(len(plan), plan.count("1")) for plan in plans} == {(6, 4)}
+
+
+# Many at the same time
+
+
+def test_many_clients_get_what_each_would_get_alone(alone):
+    """Random arrivals, budgets and lengths; some clients leave in the middle."""
+    draw = random.Random(0)
+    asked = [
+        {
+            "prompt": "".join(draw.choices("abcdefg ", k=draw.randint(1, 40))),
+            "budget": f"{draw.randint(2, 6)}layers",
+            "max_tokens": draw.randint(1, 20),
+            "temperature": 0,
+        }
+        for _ in range(40)
+    ]
+    leaving, delays = [draw.random() < 0.2 for _ in asked], [draw.random() for _ in asked]
+
+    def ask(number: int):
+        time.sleep(delays[number])
+        if not leaving[number]:
+            return post(address, **asked[number])
+        with httpx.stream("POST", f"{address}/v1/completions", json={**asked[number], "stream": True}) as response:
+            next(response.iter_lines())
+
+    with serving(tiny()) as (address, app), ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, range(len(asked))))
+        wait_until(lambda: app.state.scheduler.running == 0)
+        metrics = httpx.get(f"{address}/metrics").text
+    assert "buddy_rows 0.0" in metrics
+    assert 'buddy_requests_total{path="/v1/completions",status="200"} 40.0' in metrics
+    for request, answer in zip(asked, answers, strict=True):
+        if answer is not None:
+            expected = alone.generate(request["prompt"], request["budget"], max_new_tokens=request["max_tokens"])
+            assert answer.json()["choices"][0]["text"] == expected
+            layers = answer.json()["usage"]["executed_layers"]
+            assert f"{layers['min']}layers" == f"{layers['max']}layers" == request["budget"] or not layers["max"]
+
+
+def wait_until(holds, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class Slow(Fickle):
+    def score(self, context):
+        time.sleep(0.02)
+        return super().score(context)
+
+
+def test_a_client_that_leaves_frees_its_row_and_a_full_queue_refuses():
+    from buddy.serve.app import Limits
+
+    long = {"prompt": PROMPT, "max_tokens": 400, "budget": 0.5}
+    with serving(tiny(Slow), limits=Limits(batch=1, queue=1)) as (address, app):
+        running = app.state.scheduler
+        with httpx.stream("POST", f"{address}/v1/completions", json={**long, "stream": True}) as response:
+            next(response.iter_lines())
+            assert running.running == 1
+            waiting = threading.Thread(target=post, args=(address,), kwargs={**long, "max_tokens": 1})
+            waiting.start()
+            wait_until(lambda: "buddy_queue 1.0" in httpx.get(f"{address}/metrics").text)
+            refused = post(address, **long)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        waiting.join(timeout=5)  # the row was freed long before its 400 tokens
+        assert not waiting.is_alive()
+        client = httpx.Client(timeout=0.2)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"{address}/v1/completions", json=long)
+        client.close()
+        wait_until(lambda: running.running == 0, 2.0)
+
+
+def test_a_request_that_takes_too_long_ends():
+    from buddy.serve.app import Limits
+
+    with serving(tiny(Slow), limits=Limits(seconds=0.3)) as (address, _):
+        answer = post(address, prompt=PROMPT, max_tokens=400, budget=0.5)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+
+
+class Faulty(Fickle):
+    def score(self, context):
+        if bool((context.tokens == ord("!")).any()):
+            raise ValueError("a defect")
+        return super().score(context)
+
+
+def test_a_text_that_fails_ends_no_other(alone, caplog):
+    model = tiny(Faulty)
+    bad = model.encode("!")[0]
+    model.routed.router.score = lambda context: (
+        1 / 0 if bool((context.tokens == bad).any()) else Fickle.score(model.routed.router, context)
+    )
+    with serving(model) as (address, _), ThreadPoolExecutor(6) as pool:
+        prompts = ["plan", "one! two", "router", "!", "layer"]
+        answers = list(pool.map(lambda p: post(address, **GREEDY | {"prompt": p, "budget": 0.5}), prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if "!" in prompt:
+            assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        else:
+            assert answer.json()["choices"][0]["text"] == alone.generate(prompt, 0.5, max_new_tokens=9)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": "x" * 600}, "prompt"),
+        ({"prompt": ["x"] * 200}, "prompt"),
+        ({"budget": "half"}, "budget"),
+        ({"budget": 1.5}, "budget"),
+        ({"budget": True}, "budget"),
+        ({"budget": "7layers"}, "budget"),
+        ({"budget": "auto"}, "budget"),
+        ({"budget": "15ms"}, "budget"),
+        ({"model": "buddy@0"}, "model"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"stop": [1]}, "stop"),
+        ({"seed": 0.5}, "seed"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 2}, "best_of"),
+        ({"frequency_penalty": 1}, "frequency_penalty"),
+    ],
+)
+def test_bad_values_name_their_field(address, change, field):
+    answer = post(address, **(GREEDY | change))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", field)
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "messages", [[], "hello", [{"role": "user"}], [{"role": "user", "content": [{"type": "image"}]}]]
+)
+def test_bad_messages(address, messages):
+    answer = post(address, "chat/completions", **(CHAT | {"messages": messages}))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+
+
+def test_clients_raise_their_own_errors(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(**(GREEDY | {"model": "gpt"}))
+    assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**CHAT, tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 9999]
+)
+def test_bodies_that_are_no_request(address, body):
+    answer = httpx.post(f"{address}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_large_bodies_and_other_paths(address):
+    def pieces():
+        for _ in range(6):
+            yield b" " * 2**20
+
+    for content in (b" " * (5 * 2**20), pieces()):
+        try:
+            assert httpx.post(f"{address}/v1/completions", content=content).status_code == 413
+        except httpx.WriteError:
+            pass  # the server hung up before the rest was sent
+    assert httpx.get(f"{address}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{address}/v1/completions").status_code == 405
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+
+def test_api_keys():
+    with serving(tiny(), keys=["one", "two"]) as (address, _):
+        for key, status in (("one", 200), ("two", 200), ("three", 401), ("", 401), ("onee", 401)):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+# The command
+
+
+def test_the_command_serves_finishes_and_exits_0(finished, tmp_path):
+    process = start_buddy("serve", "--run", str(finished / "buddy"), "--port", "0", folder=tmp_path)
+    try:
+        for line in process.stderr:
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        address, answers = found[0], []
+        wait_until(lambda: answers_health(address))
+        long = {"prompt": PROMPT, "max_tokens": 300, "temperature": 0, "budget": 0.5}
+        asking = threading.Thread(target=lambda: answers.append(post(address, **long)))
+        asking.start()
+        wait_until(lambda: "buddy_rows 1.0" in httpx.get(f"{address}/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        asking.join()
+        assert answers[0].json()["choices"][0]["finish_reason"] in ("length", "stop")
+    finally:
+        process.kill()
+
+
+def answers_health(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "options", [["--budget", "half"], ["--api-key-file", "missing.txt"], ["--host", "256.1.1.1"]], ids=" ".join
+)
+def test_what_the_command_refuses(finished, tmp_path, options):
+    words = [COMMAND, "serve", "--run", finished / "buddy", "--port", "0", *options]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
