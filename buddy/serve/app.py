@@ -30,6 +30,7 @@ log = logging.getLogger("buddy.serve")
 MAX_BODY = 4 * 2**20  # bytes
 DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
 Numbered = tuple[int, Piece, bool]  # the number of a text, a piece of it, whether it is the last of all texts
+POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -158,7 +159,18 @@ class Server:
 
     def models(self) -> list[dict[str, Any]]:
         """The names of /v1/models."""
-        return [{"id": name, "object": "model", "created": 0, "owned_by": "buddy"} for name in self._names]
+        return [self.model(name) for name in self._names]
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One of them, with the sizes that the page draws.
+
+        Raises:
+            ApiError: no such model.
+        """
+        self._checked_budget(self.named(name), own_field=False)
+        geometry = self._model.routed.geometry
+        depth = {"layers": geometry.layers, "always_first": geometry.context_layer, "always_on": geometry.always_on}
+        return {"id": name, "object": "model", "created": 0, "owned_by": "buddy", **depth}
 
     def named(self, name: str) -> Budget | None:
         """The budget in a model's name.
@@ -340,10 +352,11 @@ def make_app(
         yield
         scheduler.close()
 
-    app = FastAPI(
-        title="Buddy", lifespan=lifespan, docs_url=None, redoc_url=None
-    )  # their pages load scripts from other hosts
+    # FastAPI's own pages load scripts from other hosts.
+    app = FastAPI(title="Buddy", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.scheduler = scheduler
     app.add_middleware(Guard, metrics=metrics, keys=keys)
+    _answer_errors(app)
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Response:
@@ -359,8 +372,7 @@ def make_app(
 
     @app.get("/v1/models/{name}")
     async def one_model(name: str) -> dict[str, Any]:
-        server.named(name)
-        return {"id": name, "object": "model", "created": 0, "owned_by": "buddy"}
+        return server.model(name)
 
     @app.get("/health")
     async def health() -> Response:
@@ -373,7 +385,7 @@ def make_app(
 
     @app.get("/")
     async def page() -> Response:
-        return HTMLResponse(PAGE.read_text("utf-8"))
+        return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": POLICY})
 
     return app
 

@@ -86,10 +86,7 @@ def read_keys(file: Path) -> list[str]:
 def _bind(host: str, port: int) -> socket.socket:
     """A socket, before the model is loaded, so that a taken port is known at once."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((host, port), family=family)
     except OSError as error:
         raise BuddyError(f"{host}:{port} cannot be used ({reason(error)}); choose another --port or --host.") from error
-    return bound

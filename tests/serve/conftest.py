@@ -1,4 +1,4 @@
-"""A server on a free port of this machine with a tiny random model; the tests are skipped without the extra `serve`."""
+"""A server on a free port of this machine with a tiny random model."""
 
 import threading
 import time
@@ -10,9 +10,6 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.hub.load import Model
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
-
-for name in ("fastapi", "uvicorn", "prometheus_client", "openai", "httpx"):
-    pytest.importorskip(name, reason="the extra `serve` is not installed")
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}:{{ m['content'] }}]{% endfor %}"
 
