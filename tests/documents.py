@@ -2,11 +2,13 @@
 
 import configparser
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from buddy.cli import app
 from buddy.config import load_recipe
 from buddy.registry import load
 from tests.plugin.installing import pip_install
+from tests.small import start_buddy
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -82,7 +85,21 @@ def _ini(block: Block) -> None:
         load(value)
 
 
+def _serve(words: list[str], place: str) -> None:
+    """A server that comes up, and ends when it is asked to."""
+    if importlib.util.find_spec("uvicorn") is None:
+        return
+    with start_buddy(*words[1:], "--port", "0", folder=Path()) as process:
+        lines = iter(process.stderr.readline, "")
+        said = next((line for line in lines if "http://127.0.0.1:" in line), None)
+        time.sleep(1.0)
+        process.terminate()
+        assert said and process.wait(timeout=60) == 0, place
+
+
 def _buddy(words: list[str], place: str) -> None:
+    if words[1] == "serve":
+        return _serve(words, place)
     words = [re.sub(r"^((?:trainer\.max_steps|adapter\.steps)=)(\d+)$", _cut, word) for word in words]
     words = [re.sub(r"^(trainer\.(?:devices|num_nodes)=)\d+$", r"\g<1>1", word) for word in words]  # one process
     if words[1] == "evaluate" and "--devices" in words:

@@ -152,6 +152,7 @@ def test_plans_on_request(address):
 # Many at the same time
 
 
+@pytest.mark.slow
 def test_many_clients_get_what_each_would_get_alone(alone):
     """Random arrivals, budgets and lengths; some clients leave in the middle."""
     draw = random.Random(0)
@@ -346,6 +347,7 @@ def test_api_keys():
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_serves_finishes_and_exits_0(finished, tmp_path):
     with start_buddy("serve", "--run", str(finished / "buddy"), "--port", "0", folder=tmp_path) as process:
         try:
