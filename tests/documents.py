@@ -94,7 +94,8 @@ def _serve(words: list[str], place: str) -> None:
         said = next((line for line in lines if "http://127.0.0.1:" in line), None)
         time.sleep(1.0)
         process.terminate()
-        assert said and process.wait(timeout=60) == 0, place
+        assert said, place
+        assert process.wait(timeout=60) == 0, place
 
 
 def _buddy(words: list[str], place: str) -> None:

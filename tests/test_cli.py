@@ -127,7 +127,7 @@ def test_version_and_verbs():
     assert call("--version").output == f"buddy {buddy.__version__}\n"
     _, _, verbs = call("--help").output.partition("Commands:")
     assert re.findall(r"^  (\w+)  ", verbs, re.MULTILINE) == [
-        *("fit", "compare", "evaluate", "bench", "inspect", "generate", "export", "push", "pull"),
+        *("fit", "compare", "evaluate", "bench", "inspect", "generate", "serve", "export", "push", "pull"),
         *("memory", "routers", "recipes"),
     ]
     assert call("plan", "--help").exit_code == 0  # the old name of `buddy memory`

@@ -7,7 +7,7 @@ and its own end. What a row writes does not depend on the others, up to the roun
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,6 +90,7 @@ class Row:
     Attributes:
         prompt: token ids, at least one.
         executed: K, layers for each token.
+        prompt_executed: K for the tokens of the prompt, where it differs.
         sampler: chooses its tokens.
         limit: most new tokens.
         ends: ids after which the text ends.
@@ -101,6 +102,7 @@ class Row:
     sampler: Sampler
     limit: int
     ends: frozenset[int] = frozenset()
+    prompt_executed: int | None = None
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -168,7 +170,8 @@ class Decoder:
         self._chunk = chunk if settings.prompt_plan != "shared" and self._every == 1 else None
         self._room, self._steps = chunk, 0
         self._reading: list[_Reading] = []
-        self._batches: dict[int, Batch] = {}  # rows that decide at the same steps, by their phase
+        # Rows that decide at the same steps, by their phase, and whether they have no decision to follow yet.
+        self._batches: dict[tuple[int, bool], Batch] = {}
 
     def __len__(self) -> int:
         return len(self._reading) + sum(len(batch.owners) for batch in self._batches.values())
@@ -181,41 +184,50 @@ class Decoder:
         """Stop rows; those that are not there are passed over."""
         rows = set(gone)
         self._reading = [reading for reading in self._reading if reading.row not in rows]
-        for phase, batch in list(self._batches.items()):
+        for key, batch in list(self._batches.items()):
             stay = [index for index, row in enumerate(batch.owners) if row not in rows]
             if not stay:
-                del self._batches[phase]
+                del self._batches[key]
             elif len(stay) < len(batch.owners):
-                self._batches[phase] = keep(self.routed, batch, stay)
+                self._batches[key] = keep(self.routed, batch, stay)
 
     @torch.no_grad()
     def step(self) -> list[Written]:
         """One token for each row that decodes, and one chunk of prompts read; rows that end are removed."""
         self._steps += 1
-        written = [each for phase in list(self._batches) for each in self._decode(phase)]
+        written = [each for key in list(self._batches) for each in self._decode(key)]
+        for phase, undecided in list(self._batches):
+            if undecided:
+                self._join((phase, False), self._batches.pop((phase, True)))
         written += self._read()
         self.remove(each.row for each in written if each.error or each.row.finish_reason)
         return written
 
-    def _decode(self, phase: int) -> list[Written]:
+    def _join(self, key: tuple[int, bool], batch: Batch) -> None:
+        there = [self._batches[key]] if key in self._batches else []
+        self._batches[key] = join(self.routed, [*there, batch])
+
+    def _decode(self, key: tuple[int, bool]) -> list[Written]:
         """The next token of each row of a batch."""
-        batch = self._batches[phase]
+        batch = self._batches[key]
         rows, device = batch.owners, batch.mask.device
         try:
             logits, record = self._forward(
-                rows,
+                [row.executed for row in rows],
                 torch.tensor([[row.tokens[-1]] for row in rows], device=device),
                 batch.cache,
                 position_ids=batch.positions,
                 attention_mask=batch.extend(),
             )
         except Exception as error:
-            del self._batches[phase]
+            del self._batches[key]
             if len(rows) == 1:
                 return [Written(rows[0], error=error)]
             for row in rows:  # alone, so that only the one to blame fails
                 self.add(row)
             return []
+        if len(rows) > 1:  # counted once for all rows
+            record = replace(record, full_layers=0, partial_layers=[record.executed])
         return [self._choose(row, logits[index], record.row(index)) for index, row in enumerate(rows)]
 
     def _read(self) -> list[Written]:
@@ -231,7 +243,8 @@ class Decoder:
             room -= last - first
             ids = torch.tensor([tokens[first:last]], device=self.routed.backbone.device)
             try:
-                logits, record = self._forward([row], ids, reading.cache)
+                executed = row.prompt_executed if first < len(row.prompt) else None
+                logits, record = self._forward([executed or row.executed], ids, reading.cache)
             except Exception as error:
                 self._reading.pop(0)
                 written.append(Written(row, error=error))
@@ -242,16 +255,23 @@ class Decoder:
                 continue
             self._reading.pop(0)
             written.append(self._choose(row, logits[0], record))
-            phase = (self._steps - len(row.tokens)) % self._every if self._every else 0
             mask = torch.ones(1, last, dtype=torch.bool, device=ids.device)
-            there = [self._batches[phase]] if phase in self._batches else []
-            self._batches[phase] = join(self.routed, [*there, Batch(reading.cache, mask, [row])])
+            self._join(self._key(row, reading.cache), Batch(reading.cache, mask, [row]))
         return written
 
-    def _forward(self, rows: Sequence[Row], ids: Tensor, cache: Any, **inputs: Tensor) -> tuple[Tensor, ForwardRecord]:
+    def _key(self, row: Row, cache: Any) -> tuple[int, bool]:
+        """The batch of a row whose tokens were read; after a prompt at full depth its first new token decides."""
+        if self._every == 1:
+            return 0, False
+        undecided = cache.scores is None and row.executed < self.routed.geometry.layers
+        return (self._steps - len(row.tokens) + undecided) % (self._every or 1), undecided
+
+    def _forward(
+        self, executed: Sequence[int], ids: Tensor, cache: Any, **inputs: Tensor
+    ) -> tuple[Tensor, ForwardRecord]:
         """Logits (B, V) float32 of each row's last token."""
         routed = self.routed
-        with routed.at(executed=[row.executed for row in rows]) as record:
+        with routed.at(executed=executed) as record:
             logits = routed.backbone.model(
                 input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1, **inputs
             ).logits

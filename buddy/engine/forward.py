@@ -87,7 +87,7 @@ class ForwardRecord:
         plan: (B, T, L) bool, or L lists of B for one new token a row, or None where every layer ran.
         sink_mask: (B, T) bool, positions at full depth whatever the budget; None for none.
         full_layers: number of layers that ran on every token.
-        partial_layers: (B, T) bool, the tokens that ran, of each layer that ran on some.
+        partial_layers: (B, T), the tokens that ran, of each layer that ran on some; or counts of several such layers.
     """
 
     shape: tuple[int, int]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -13,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from buddy.budget import Budget, auto_cap, latency_of
 from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model
+from buddy.serve.guard import ApiError, ClientLeft, Guard, answer_errors, shown_error
 from buddy.serve.metrics import Metrics
 from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest
 from buddy.serve.protocol import Request as Asked
-from buddy.serve.scheduler import Piece, QueueFull, Scheduler, Text, TooLate
+from buddy.serve.scheduler import Piece, QueueFull, Scheduler, Text
 
 log = logging.getLogger("buddy.serve")
-MAX_BODY = 4 * 2**20  # bytes
 DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
 Numbered = tuple[int, Piece, bool]  # the number of a text, a piece of it, whether it is the last of all texts
 POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -49,80 +46,6 @@ class Limits:
     queue: int = 128
     tokens: int = 4096
     seconds: float = 600.0
-
-
-class ApiError(Exception):
-    """An answer other than 200, as OpenAI's error object.
-
-    Args:
-        message: one sentence.
-        status: of HTTP.
-        field: of the request that is wrong.
-        code: short name.
-    """
-
-    def __init__(self, message: str, status: int = 400, field: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.field, self.code = status, field, code
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """{"error": …}."""
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
-
-    def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
-        """The answer."""
-        retry = {"Retry-After": "1"} if self.status == 429 else {}
-        return JSONResponse(self.body, self.status, {**(headers or {}), **retry})
-
-
-class Guard:
-    """Around the application: API keys, a limit for the size of bodies, and the count of answers.
-
-    Args:
-        app: the application.
-        metrics: where to count.
-        keys: any of them opens the paths under /v1; empty: no key is needed.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Sequence[str] = ()) -> None:
-        self._app, self._metrics, self._keys = app, metrics, [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        headers, size = dict(scope["headers"]), 0
-        large = ApiError(f"The body is larger than {MAX_BODY} bytes; send less.", 413)
-
-        async def limited() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                raise HTTPException(413, str(large))
-            return message
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                path = getattr(scope.get("route"), "path", "other")
-                self._metrics.requests.labels(path, message["status"]).inc()
-            await send(message)
-
-        answer = self._app
-        if scope["path"].startswith("/v1") and not self._opens(headers.get(b"authorization", b"")):
-            error = ApiError("The API key is missing or wrong; send it as: Authorization: Bearer KEY.", 401)
-            answer = error.response({"WWW-Authenticate": "Bearer"})
-        elif int(headers.get(b"content-length", b"0")) > MAX_BODY:
-            answer = large.response({"Connection": "close"})
-        await answer(scope, limited, counted)
-
-    def _opens(self, header: bytes) -> bool:
-        """Compares with every key, and in constant time, so that the time says nothing."""
-        given = header.removeprefix(b"Bearer ")
-        matches = [hmac.compare_digest(given, key) for key in self._keys]
-        return not self._keys or any(matches)
 
 
 class _EventStream(StreamingResponse):
@@ -167,7 +90,7 @@ class Server:
         Raises:
             ApiError: no such model.
         """
-        self._checked_budget(self.named(name), own_field=False)
+        self._checked_budget(self.named(name), "model")
         geometry = self._model.routed.geometry
         depth = {"layers": geometry.layers, "always_first": geometry.context_layer, "always_on": geometry.always_on}
         return {"id": name, "object": "model", "created": 0, "owned_by": "buddy", **depth}
@@ -210,8 +133,9 @@ class Server:
         self, asked: Asked, request: Request, prompts: Sequence[list[int]], field: str, limit: int
     ) -> Response:
         self._check(prompts, field, limit)
-        named = self.named(asked.model)
-        budget = self._checked_budget(asked.budget if asked.budget is not None else named, asked.budget is not None)
+        named, budget, deeper = self.named(asked.model), asked.budget, asked.prompt_budget
+        given = self._checked_budget(named, "model") if budget is None else self._checked_budget(budget, "budget")
+        budget, deeper = given or self._budget, self._checked_budget(deeper, "prompt_budget")
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
         prompts = [prompt for prompt in prompts for _ in range(asked.n or 1)]
         texts = []
@@ -222,6 +146,7 @@ class Server:
 
             sampling = asked.sampling(index, self._model.routed.backbone.model)
             options = {**sampling, "stops": asked.stops, "top_logprobs": asked.likeliest, "plans": asked.plans}
+            options["prompt_budget"] = deeper
             texts.append(Text(prompt, budget, limit, emit, self._limits.seconds, **options))
         answer = Answer(field == "messages", asked, texts, sum(map(len, prompts)) // (asked.n or 1))
         try:
@@ -250,18 +175,16 @@ class Server:
             except BuddyError as error:
                 raise ApiError(str(error), field=field, code="context_length_exceeded") from error
 
-    def _checked_budget(self, budget: Budget | None, own_field: bool) -> Budget:
-        """The budget, or the default; what can be known without the model is checked at once."""
-        if budget is None:
-            return self._budget
+    def _checked_budget(self, budget: Budget | None, field: str) -> Budget | None:
+        """The budget; what can be known of it without the model is checked at once."""
         routed = self._model.routed
         try:
-            if auto_cap(budget) is not None:
+            if budget is not None and auto_cap(budget) is not None:
                 routed.choosing(str(budget))
-            elif latency_of(budget) is None:
+            elif budget is not None and latency_of(budget) is None:
                 routed.executed_layers(budget)
         except BudgetError as error:
-            raise ApiError(str(error), field="budget" if own_field else "model", code="invalid_budget") from error
+            raise ApiError(str(error), field=field, code="invalid_budget") from error
         return budget
 
     @staticmethod
@@ -282,7 +205,7 @@ class Server:
                     raise ClientLeft
                 index, piece = new.result()
                 if piece.error is not None:
-                    raise _shown(piece.error)
+                    raise shown_error(piece.error)
                 count -= piece.finish_reason is not None
                 yield index, piece, not count
         finally:
@@ -313,10 +236,6 @@ class Server:
         except ClientLeft:
             return
         yield "data: [DONE]\n\n"
-
-
-class ClientLeft(Exception):
-    """Nobody reads the answer."""
 
 
 def make_app(
@@ -356,7 +275,7 @@ def make_app(
     app = FastAPI(title="Buddy", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.scheduler = scheduler
     app.add_middleware(Guard, metrics=metrics, keys=keys)
-    _answer_errors(app)
+    answer_errors(app)
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Response:
@@ -390,35 +309,6 @@ def make_app(
     return app
 
 
-def _answer_errors(app: FastAPI) -> None:
-    """Every error is OpenAI's error object."""
-
-    @app.exception_handler(ApiError)
-    async def _(_: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(BuddyError)
-    async def _(_: Request, error: BuddyError) -> Response:
-        return ApiError(str(error)).response()
-
-    @app.exception_handler(HTTPException)
-    async def _(_: Request, error: HTTPException) -> Response:
-        return ApiError(str(error.detail), error.status_code).response(dict(error.headers or {}))
-
-    @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> Response:
-        return _invalid(error).response()
-
-    @app.exception_handler(ClientLeft)
-    async def _(_: Request, __: ClientLeft) -> Response:
-        return Response(status_code=499)
-
-    @app.exception_handler(Exception)
-    async def _(_: Request, error: Exception) -> Response:
-        log.exception("A request failed.", exc_info=error)
-        return ApiError("The server failed; its log says why.", 500).response()
-
-
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -426,20 +316,3 @@ async def _disconnected(request: Request) -> None:
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
-
-
-def _shown(error: Exception) -> ApiError:
-    """What a client may know of an error of a text."""
-    if isinstance(error, BudgetError):
-        return ApiError(str(error), field="budget", code="invalid_budget")
-    if isinstance(error, TooLate):
-        return ApiError("The text was not finished in time; ask for fewer tokens.", 504, code="timeout")
-    return ApiError("The server failed on this text; its log says why.", 500)
-
-
-def _invalid(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"][1:]]
-    if first["type"] == "json_invalid" or not place:
-        return ApiError("The body is not valid JSON, or not an object; send application/json.")
-    return ApiError(f"{place[0]}: {first['msg']}.", field=place[0])

@@ -27,10 +27,10 @@ class Metrics:
         self._first = Histogram("first_token_seconds", "From request to first token.", buckets=SECONDS, **common)
         self._between = Histogram("between_tokens_seconds", "From token to token.", buckets=SECONDS, **common)
 
-    def step(self, budget: int, layers: int, tokens: int) -> None:
-        """Count what a step executed for a text."""
-        self._tokens.labels(budget).inc(tokens)
-        self._layers.labels(budget).inc(layers)
+    def step(self, executed: int, tokens: int) -> None:
+        """Count tokens that ran so many layers each."""
+        self._tokens.labels(executed).inc(tokens)
+        self._layers.labels(executed).inc(executed * tokens)
 
     def token(self, since_request: float | None, since_token: float) -> None:
         """Count a new token: seconds since the request, for a text's first one, or since the token before."""

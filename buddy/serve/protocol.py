@@ -41,11 +41,13 @@ class Request(_Plain):
 
     Attributes:
         budget: of each token; else the model's name or the server's default gives it.
+        prompt_budget: of the prompt's tokens, where it differs.
         plans: give the layers that ran for each token.
     """
 
     model: str = NAME
     budget: str | float | None = None
+    prompt_budget: str | float | None = None
     plans: bool = False
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)

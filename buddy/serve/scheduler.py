@@ -105,6 +105,7 @@ class Text:
     Attributes:
         prompt: token ids.
         budget: of each token.
+        prompt_budget: of the prompt's tokens, where it differs.
         limit: most new tokens.
         emit: called with each piece, from the scheduler's thread; it must not wait.
         seconds: until the text must be finished.
@@ -115,6 +116,7 @@ class Text:
         cancelled: set by the owner when nobody reads the text any longer.
         ran: the layers so far.
         written: new tokens so far.
+        arrived, latest: when the text was asked for, and when its latest token came, by the monotonic clock.
     """
 
     prompt: list[int]
@@ -128,12 +130,13 @@ class Text:
     stops: Sequence[str] = ()
     top_logprobs: int | None = None
     plans: bool = False
+    prompt_budget: Budget | None = None
     cancelled: bool = False
     ran: Ran = field(default_factory=Ran)
     written: int = 0
     arrived: float = field(default_factory=time.monotonic)
-    _last: float | None = None  # when the last token came
-    _held: str = ""  # text that a stop string may begin with
+    latest: float | None = field(default=None, init=False)
+    _held: str = field(default="", init=False)  # text that a stop string may begin with
 
     def cut(self, piece: str, final: bool) -> tuple[str, bool]:
         """What may be given out of the text so far, and whether a stop string ended it."""
@@ -243,6 +246,9 @@ class Scheduler:
     def _begin(self, text: Text) -> None:
         try:
             executed = self._model.executed_layers(text.budget, text.prompt)
+            deeper = executed
+            if text.prompt_budget is not None:
+                deeper = self._model.executed_layers(text.prompt_budget, text.prompt)
             model = self._model.routed.backbone.model
             sampler = Sampler(model, len(text.prompt), text.temperature, text.seed, **text.options)
         except Exception as error:
@@ -250,7 +256,7 @@ class Scheduler:
                 log.exception("A text could not begin.")
             text.emit(Piece(error=error))
             return
-        row = Row(text.prompt, executed, sampler, text.limit, self._ends)
+        row = Row(text.prompt, executed, sampler, text.limit, self._ends, deeper)
         self._running[row] = text, TextPieces(self._tokenizer)
         self._decoder.add(row)
 
@@ -261,7 +267,7 @@ class Scheduler:
             log.error("A text failed.", exc_info=written.error)
             self._finish(row, Piece(error=written.error))
             return
-        self._count(text, row, written)
+        self._count(text, written)
         if token is None:
             return
         reason = row.finish_reason
@@ -283,17 +289,18 @@ class Scheduler:
         if not text.cancelled:
             text.emit(piece)
 
-    def _count(self, text: Text, row: Row, written: Written) -> None:
+    def _count(self, text: Text, written: Written) -> None:
         record = written.record
         counts = record.executed[~record.sinks].tolist()
         text.ran.add(counts)
         now = time.monotonic()
-        self._metrics.step(row.executed, sum(counts), len(counts))
+        if counts:
+            self._metrics.step(counts[0], len(counts))  # each ran the same number
         if written.token is None:
             return
         text.written += 1
-        self._metrics.token(now - text.arrived if text._last is None else None, now - (text._last or now))
-        text._last = now
+        self._metrics.token(now - text.arrived if text.latest is None else None, now - (text.latest or now))
+        text.latest = now
 
     def _logprob(self, logits: Tensor, token: int, top: int) -> TokenLogprob:
         logs = torch.log_softmax(logits, -1)

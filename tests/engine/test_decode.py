@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from buddy.engine.decode import Decoder, Row, Sampler
 from buddy.engine.model import RoutedLM, geometry_of
@@ -22,15 +23,30 @@ def alone(model: RoutedLM, row: Row, **options) -> list[int]:
     """The new tokens of transformers' `generate`."""
     ids = torch.tensor([row.prompt])
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    if row.prompt_executed:
+        return deeper(model, row)
     with model.at(executed=[row.executed]):
         out = model.backbone.model.generate(ids, max_new_tokens=row.limit, **options)
     return out[0, len(row.prompt) :].tolist()
 
 
+def deeper(model: RoutedLM, row: Row) -> list[int]:
+    """The new tokens of a prompt that runs more layers than they do, step by step."""
+    cache, ids, written = DynamicCache(config=model.backbone.base.config), torch.tensor([row.prompt]), []
+    for step in range(row.limit):
+        with torch.no_grad(), model.at(executed=[row.executed if step else row.prompt_executed]):
+            logits = model.backbone.model(input_ids=ids, cache=cache, use_cache=True).logits
+        written.append(int(logits[0, -1].argmax()))
+        ids = torch.tensor([written[-1:]])
+    return written
+
+
 def a_row(model: RoutedLM, draw: random.Random, longest: int = 24) -> Row:
     prompt = [draw.randrange(3, 259) for _ in range(draw.randint(1, longest))]
     sampler = Sampler(model.backbone.model, len(prompt))
-    return Row(prompt, draw.randint(2, LAYERS), sampler, draw.randint(1, 14))
+    executed = draw.randint(2, LAYERS)
+    prompt_executed = draw.choice((None, None, executed, LAYERS))
+    return Row(prompt, executed, sampler, draw.randint(1, 14), prompt_executed=prompt_executed)
 
 
 def play(model: RoutedLM, draw: random.Random, count: int, chunk: int) -> None:
@@ -47,7 +63,7 @@ def play(model: RoutedLM, draw: random.Random, count: int, chunk: int) -> None:
         for written in decoder.step():
             assert written.error is None
             executed, sinks = written.record.executed, written.record.sinks
-            assert set(executed[~sinks].tolist()) <= {written.row.executed}
+            assert set(executed[~sinks].tolist()) <= {written.row.executed, written.row.prompt_executed}
             assert torch.equal(written.record.runs.sum(-1), executed)
     for row in rows:
         expected = alone(model, row)
@@ -121,7 +137,7 @@ def test_a_row_that_fails_ends_no_other():
     rows = [a_row(model, draw) for _ in range(5)]
     for row in rows:
         row.prompt, row.limit = [token for token in row.prompt if token != 200] or [7], 12
-        row.executed = min(row.executed, LAYERS - 1)
+        row.executed, row.prompt_executed = min(row.executed, LAYERS - 1), None
         decoder.add(row)
     failed = []
     decoder.step()

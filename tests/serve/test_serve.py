@@ -95,6 +95,13 @@ def test_budgets_by_field_by_name_and_by_default(alone):
             assert post(address, **(GREEDY | asked)).json()["usage"]["executed_layers"]["max"] == executed
 
 
+def test_a_prompt_may_run_deeper(address):
+    usage = post(address, **GREEDY, budget="3layers", prompt_budget=1).json()["usage"]
+    assert (usage["executed_layers"]["min"], usage["executed_layers"]["max"]) == (3, 6)
+    refused = post(address, **GREEDY, prompt_budget="7layers")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt_budget")
+
+
 def test_stop_strings_end_the_text_before_them(client, alone):
     text = alone.generate(PROMPT, max_new_tokens=9)
     stop = text[3:5]

@@ -1,0 +1,145 @@
+"""Around the paths: API keys, the size of bodies, the count of answers, and every error as OpenAI's error object."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from buddy.errors import BuddyError, BudgetError
+from buddy.serve.metrics import Metrics
+from buddy.serve.scheduler import TooLate
+
+log = logging.getLogger("buddy.serve")
+MAX_BODY = 4 * 2**20  # bytes
+
+
+class ApiError(Exception):
+    """An answer other than 200, as OpenAI's error object.
+
+    Args:
+        message: one sentence.
+        status: of HTTP.
+        field: of the request that is wrong.
+        code: short name.
+    """
+
+    def __init__(self, message: str, status: int = 400, field: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.field, self.code = status, field, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """{"error": …}."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
+
+    def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
+        """The answer."""
+        retry = {"Retry-After": "1"} if self.status == 429 else {}
+        return JSONResponse(self.body, self.status, {**(headers or {}), **retry})
+
+
+class ClientLeft(Exception):
+    """Nobody reads the answer."""
+
+
+class Guard:
+    """Around the application: API keys, a limit for the size of bodies, and the count of answers.
+
+    Args:
+        app: the application.
+        metrics: where to count.
+        keys: any of them opens the paths under /v1; empty: no key is needed.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Sequence[str] = ()) -> None:
+        self._app, self._metrics, self._keys = app, metrics, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers, size = dict(scope["headers"]), 0
+        large = ApiError(f"The body is larger than {MAX_BODY} bytes; send less.", 413)
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY:
+                raise HTTPException(413, str(large))
+            return message
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        answer = self._app
+        if scope["path"].startswith("/v1") and not self._opens(headers.get(b"authorization", b"")):
+            error = ApiError("The API key is missing or wrong; send it as: Authorization: Bearer KEY.", 401)
+            answer = error.response({"WWW-Authenticate": "Bearer"})
+        elif int(headers.get(b"content-length", b"0")) > MAX_BODY:
+            answer = large.response({"Connection": "close"})
+        await answer(scope, limited, counted)
+
+    def _opens(self, header: bytes) -> bool:
+        """Compares with every key, and in constant time, so that the time says nothing."""
+        given = header.removeprefix(b"Bearer ")
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        return not self._keys or any(matches)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Every error is OpenAI's error object."""
+
+    @app.exception_handler(ApiError)
+    async def _(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(BuddyError)
+    async def _(_: Request, error: BuddyError) -> Response:
+        return ApiError(str(error)).response()
+
+    @app.exception_handler(HTTPException)
+    async def _(_: Request, error: HTTPException) -> Response:
+        return ApiError(str(error.detail), error.status_code).response(dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def _(_: Request, error: RequestValidationError) -> Response:
+        return _invalid(error).response()
+
+    @app.exception_handler(ClientLeft)
+    async def _(_: Request, __: ClientLeft) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def _(_: Request, error: Exception) -> Response:
+        log.exception("A request failed.", exc_info=error)
+        return ApiError("The server failed; its log says why.", 500).response()
+
+
+def shown_error(error: Exception) -> ApiError:
+    """What a client may know of an error of a text."""
+    if isinstance(error, BudgetError):
+        return ApiError(str(error), field="budget", code="invalid_budget")
+    if isinstance(error, TooLate):
+        return ApiError("The text was not finished in time; ask for fewer tokens.", 504, code="timeout")
+    return ApiError("The server failed on this text; its log says why.", 500)
+
+
+def _invalid(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"][1:]]
+    if first["type"] == "json_invalid" or not place:
+        return ApiError("The body is not valid JSON, or not an object; send application/json.")
+    return ApiError(f"{place[0]}: {first['msg']}.", field=place[0])
