@@ -204,8 +204,13 @@ class Decoder:
         return written
 
     def _join(self, key: tuple[int, bool], batch: Batch) -> None:
-        there = [self._batches[key]] if key in self._batches else []
-        self._batches[key] = join(self.routed, [*there, batch])
+        parts = [self._batches.pop(key), batch] if key in self._batches else [batch]
+        try:
+            self._batches[key] = join(self.routed, parts)
+        except Exception:  # out of memory: what a part has become is not known
+            for part in parts:
+                for row in part.owners:
+                    self.add(row)
 
     def _decode(self, key: tuple[int, bool]) -> list[Written]:
         """The next token of each row of a batch."""

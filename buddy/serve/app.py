@@ -110,9 +110,7 @@ class Server:
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         """`/v1/completions`."""
-        count = len(asked.prompts) * (asked.n or 1)
-        if count > self._limits.queue:
-            raise ApiError(f"These are {count} texts; ask for {self._limits.queue} at most.", field="prompt")
+        self._check_count(len(asked.prompts) * (asked.n or 1), "prompt")
         prompts = [self._model.encode(each) if isinstance(each, str) else each for each in asked.prompts]
         vocabulary = self._model.routed.backbone.model.config.get_text_config().vocab_size
         if any(not 0 <= id < vocabulary for prompt in prompts for id in prompt):
@@ -121,6 +119,7 @@ class Server:
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """`/v1/chat/completions`."""
+        self._check_count(asked.n or 1, "n")
         try:
             prompt = self._model.encode([message.plain for message in asked.messages])
         except BuddyError as error:
@@ -163,6 +162,10 @@ class Server:
             raise
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         return _EventStream(self._events(answer, first, pieces, usage), self._scheduler, texts)
+
+    def _check_count(self, count: int, field: str) -> None:
+        if count > self._limits.queue:
+            raise ApiError(f"These are {count} texts; ask for {self._limits.queue} at most.", field=field)
 
     def _check(self, prompts: Sequence[list[int]], field: str, limit: int) -> None:
         if limit > self._limits.tokens:

@@ -138,6 +138,11 @@ class Text:
     latest: float | None = field(default=None, init=False)
     _held: str = field(default="", init=False)  # text that a stop string may begin with
 
+    @property
+    def is_late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self.arrived + self.seconds
+
     def cut(self, piece: str, final: bool) -> tuple[str, bool]:
         """What may be given out of the text so far, and whether a stop string ended it."""
         text = self._held + piece
@@ -223,21 +228,29 @@ class Scheduler:
                     self._finish(row, Piece(error=error))
 
     def _step(self) -> None:
-        now = time.monotonic()
-        gone = [row for row, (text, _) in self._running.items() if text.cancelled or now > text.arrived + text.seconds]
+        gone = [row for row, (text, _) in self._running.items() if text.cancelled or text.is_late]
         self._decoder.remove(gone)
         for row in gone:
             self._finish(row, Piece(error=TooLate()))
         for text in self._admitted():
             self._begin(text)
         for written in self._decoder.step():
-            self._hand_out(written, *self._running[written.row])
+            try:
+                self._hand_out(written, *self._running[written.row])
+            except Exception as error:
+                log.exception("A text failed.")
+                self._decoder.remove([written.row])
+                self._finish(written.row, Piece(error=error))
         self._metrics.rows.set(len(self._running))
 
     def _admitted(self) -> list[Text]:
         """The texts that begin now."""
         with self._changed:
-            left = [text for text in self._waiting if not text.cancelled]
+            waiting = [text for text in self._waiting if not text.cancelled]
+            late = {text for text in waiting if text.is_late}
+            for text in late:
+                text.emit(Piece(error=TooLate()))
+            left = [text for text in waiting if text not in late]
             room = max(0, self._batch - len(self._running))
             self._waiting = deque(left[room:])
             self._metrics.queue.set(len(self._waiting))
@@ -264,9 +277,7 @@ class Scheduler:
         """Give what a step wrote to the owner of the text."""
         row, token = written.row, written.token
         if written.error is not None:
-            log.error("A text failed.", exc_info=written.error)
-            self._finish(row, Piece(error=written.error))
-            return
+            raise written.error
         self._count(text, written)
         if token is None:
             return

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from buddy.engine.batches import join
 from buddy.engine.decode import Decoder, Row, Sampler
 from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle, FickleGates
@@ -151,3 +152,22 @@ def test_a_row_that_fails_ends_no_other():
         expected = alone(model, row)
         assert 200 not in expected[:-1]
         assert row.tokens == expected
+
+
+def test_rows_that_cannot_join_are_read_again(monkeypatch):
+    model, draw = routed(), random.Random(5)
+    rows, decoder, calls = [a_row(model, draw) for _ in range(4)], Decoder(model), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) in (2, 5):
+            raise MemoryError
+        return join(*args)
+
+    monkeypatch.setattr("buddy.engine.decode.join", failing)
+    for row in rows:
+        decoder.add(row)
+    while len(decoder):
+        assert not any(written.error for written in decoder.step())
+    assert len(calls) > 5
+    assert [row.tokens for row in rows] == [alone(model, row) for row in rows]

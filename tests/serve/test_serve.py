@@ -241,6 +241,15 @@ def test_a_request_that_takes_too_long_ends():
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
 
 
+def test_a_text_that_waits_too_long_ends():
+    from buddy.serve.app import Limits
+
+    slow = {"prompt": PROMPT, "max_tokens": 400, "budget": 0.5}
+    with serving(tiny(Slow), limits=Limits(batch=1, seconds=0.4)) as (address, _), ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: post(address, **slow), range(3)))
+    assert [answer.status_code for answer in answers] == [504] * 3
+
+
 class Faulty(Fickle):
     """Fails where an exclamation mark is read."""
 
