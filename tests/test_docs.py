@@ -55,6 +55,7 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         patch.setattr("buddy.config.FOLDER", recipes)
         patch.setattr("buddy.evaluation.bench.LONG", 96)
         patch.setattr("buddy.evaluation.bench.BATCH", 2)
+        patch.setattr("buddy.evaluation.bench_serve.BATCHES", (1, 2))
         patch.setattr("buddy.latency.ROUNDS", 1)
         patch.setenv("BUDDY_CALIBRATION_CACHE", str(folder / "calibration"))
         patch.setenv("BUDDY_LATENCY_CACHE", str(folder / "latency"))

@@ -75,9 +75,14 @@ def bench(
     json: JsonOption = None,
     budgets: BudgetsOption = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measurements of each contender.")] = 7,
+    serve: Annotated[bool, typer.Option("--serve", help="Time batches of 1 to 32 texts instead.")] = False,
 ) -> None:
     """Time a run against the dense and the physically pruned model."""
     parsed = split_budgets(budgets)
+    if serve:
+        from buddy.evaluation.bench_serve import bench_serving
+
+        return bench_serving(run, json_file=json, budgets=parsed, rounds=rounds)
     from buddy.evaluation.bench import bench_run
 
     bench_run(run, json_file=json, budgets=parsed, rounds=rounds)

@@ -54,14 +54,8 @@ def bench_run(
         check_output_path(json_file)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run, merged=True)
-    wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
-    counts = {str(budget): routed.executed_layers(budget) for budget in wanted}
-    below = sorted({count for count in counts.values() if count < routed.geometry.layers}, reverse=True)
-    if routed.router.full_depth:
-        raise BudgetError("This run's router runs every layer, so there is nothing to time; name another run.")
-    if not below:
-        raise BudgetError("All budgets are full depth; give one below 1.0, such as --budgets 0.5.")
-    ids = _text(run, routed)
+    counts, below = counts_of(run, routed, budgets)
+    ids = sample_text(run, routed, BATCH, LONG)
     late = ids.flatten()[None, : min(LATE + STEPS, routed.backbone.context_length)]
     sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
     with within_memory(sizes, "free some, or bench a smaller backbone"):
@@ -88,6 +82,22 @@ def bench_run(
         errors.print(f"No figure: {error}", soft_wrap=True)
         return
     results.print(f"Figure: {folder / FIGURE}", soft_wrap=True)
+
+
+def counts_of(run: Run, routed: RoutedLM, budgets: Sequence[str] | None) -> tuple[dict[str, int], list[int]]:
+    """K for each budget, the recipe's by default; and each K below full depth, falling.
+
+    Raises:
+        BudgetError: a budget out of range, or nothing below full depth.
+    """
+    wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
+    counts = {str(budget): routed.executed_layers(budget) for budget in wanted}
+    below = sorted({count for count in counts.values() if count < routed.geometry.layers}, reverse=True)
+    if routed.router.full_depth:
+        raise BudgetError("This run's router runs every layer, so there is nothing to time; name another run.")
+    if not below:
+        raise BudgetError("All budgets are full depth; give one below 1.0, such as --budgets 0.5.")
+    return counts, below
 
 
 def as_json(counts: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:
@@ -190,13 +200,13 @@ def _cell(entry: Mapping[str, Any], key: str) -> str:
     return f"{entry[f'{key}_ms']:.2f}" + (f" ({', '.join(ratios)})" if ratios else "")
 
 
-def _text(run: Run, routed: RoutedLM) -> torch.Tensor:
-    """(BATCH, LONG) tokens of the run's text."""
+def sample_text(run: Run, routed: RoutedLM, rows: int, length: int) -> torch.Tensor:
+    """(rows, length) tokens of the run's text; repeated where it is short."""
     windows = build_windows(
-        run.recipe, routed.backbone.tokenizer, run.recipe.data.source, count=BATCH, window=LONG
+        run.recipe, routed.backbone.tokenizer, run.recipe.data.source, count=rows, window=length
     ).input_ids
-    repeats = -(-BATCH // len(windows))
-    return windows.repeat(repeats, 1)[:BATCH].to(routed.backbone.device)
+    repeats = -(-rows // len(windows))
+    return windows.repeat(repeats, 1)[:rows].to(routed.backbone.device)
 
 
 def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folder: Path) -> dict[str, Any]:

@@ -127,3 +127,20 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
     assert entry["vs_pruned_decode"] == pytest.approx(entry["decode_ms"] / entry["pruned_decode_ms"])  # of one round
     with Image.open(run / "speed.png") as figure:
         assert figure.size[0] > 1000
+
+
+@pytest.mark.slow
+def test_batches_as_a_server_decodes_them(finished, tmp_path, monkeypatch, capsys):
+    from buddy.evaluation import bench_serve
+
+    monkeypatch.setattr(bench_serve, "BATCHES", (1, 3))
+    bench_serve.bench_serving(finished / "buddy", json_file=tmp_path / "serve.json", budgets=["0.5"], rounds=2)
+    found = json.loads((tmp_path / "serve.json").read_text())["results"]
+    assert [(each["contender"], each["layers"], each["texts"]) for each in found] == [
+        *(("dense", 6, 1), ("dense", 6, 3), ("a plan a row", 3, 1), ("a plan a row", 3, 3)),
+        *(("a plan a batch", 3, 1), ("a plan a batch", 3, 3), ("pruned", 3, 1), ("pruned", 3, 3)),
+    ]
+    for each in found:
+        assert each["spread"][0] <= each["ms"] <= each["spread"][1]
+        assert each["tokens_a_second"] == pytest.approx(1e3 * each["texts"] / each["ms"])
+    assert "a plan a batch" in capsys.readouterr().out
