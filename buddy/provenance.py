@@ -45,14 +45,14 @@ def code_digest(router: type) -> str:
 def settings_digest(recipe: Recipe, rivals: Sequence[Rival], digests: Mapping[str, str]) -> str:
     """15 hexadecimal digits of the settings of a comparison and of its inputs, wherever the texts lie.
 
-    An "s" before them keeps YAML from reading a number. The router and its seed are left out: a comparison has many.
+    An "s" before them keeps YAML from reading a number. The seed of the routers is left out: a comparison has many.
 
     Args:
         recipe: what all runs have in common.
         rivals: those of the recipe; overrides of single routers are settings too.
         digests: of the inputs.
     """
-    free = (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "router.", "seed", "data.evaluate_on", "callbacks")
+    free = (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "seed", "data.evaluate_on", "callbacks")
     data = recipe.data
     settings: dict[str, Any] = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
     settings["data.source"] = PurePath(data.source).name
