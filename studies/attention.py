@@ -1,6 +1,7 @@
 """Does a router gain from the context? `buddy` with attention over the context layer's cached keys and values.
 
-`buddy compare --recipe comparison --routers studies.attention:AttentionRouter routing.pool=both data.evaluate_on=validation`
+`buddy compare --recipe comparison --routers studies.attention:AttentionRouter routing.pool=both` with
+`data.evaluate_on=validation`
 
 The newest token asks, all tokens so far answer, through learned projections. A study and no plug-in: it attends among
 the tokens of one forward, so it trains and is evaluated on whole windows, and cannot decode from a cache.
