@@ -31,7 +31,8 @@ def made(name: str) -> Router:
 
 def test_all_are_here():
     static = {"angular", "evopress", "reverse-order", "shortened-llama", "shortgpt", "sleb", "uniform"}
-    assert {"buddy", "first", "full", "pudding", "random", *static} <= {*NAMES}
+    gates = {"first", "skipgpt"}
+    assert {"buddy", "full", "pudding", "random", *static, *gates} <= {*NAMES}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,8 @@ BAD_OPTIONS = [
     ("shortened-llama", {"criterion": "bleu"}),
     ("shortened-llama", {"protect": [4]}),
     ("shortened-llama", {"protect": 4}),
+    ("skipgpt", {"temperature": 0.0}),
+    ("skipgpt", {"slack": -1.0}),
     ("sleb", {"windows": 0}),
     ("routers.token_table:TokenTable", {"rows": 0}),
 ]

@@ -1,0 +1,77 @@
+"""Layerwise routers that decide for each token: what training makes of their gates, and their penalties."""
+
+import pytest
+import torch
+
+from buddy import Geometry
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.losses import Dense, Objective, kl_to_dense
+from buddy.training.estimators import Batch, Weighted
+from routers.first import FiRST
+from routers.skipgpt import SkipGPT
+from tests.routers.planted import EXECUTED, needed, planted_backbone, random_ids, trained
+
+SIZES = Geometry(layers=6, context_layer=1, hidden=8, features=4)
+ROUTERS = [(FiRST, {"scope": "token", "penalty_weight": 0.5}), (SkipGPT, {"slack": 0.0})]
+
+
+def cost(routed: RoutedLM, ids: torch.Tensor, runs: torch.Tensor) -> float:
+    """Mean KL to the dense model of a plan (B, T, L) or (L,)."""
+    runs = runs.expand(*ids.shape, -1).clone()
+    runs[:, :1] = True
+    return kl_to_dense(Dense(routed.dense(ids)), routed(ids, runs=runs).logits).mean().item()
+
+
+def test_the_planted_model_needs_the_planted_layers():
+    backbone = planted_backbone()
+    routed, ids = RoutedLM(backbone, SkipGPT(geometry_of(backbone))), random_ids(3, 12, 0)
+    plan = torch.ones(3, 12, 6, dtype=torch.bool)
+    plan[..., 1:5] = needed(ids)
+    assert cost(routed, ids, plan) < 1e-3
+    for layer in range(1, 5):
+        without = torch.ones(6, dtype=torch.bool)
+        without[layer] = False
+        assert cost(routed, ids, without) > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("router", "options"), ROUTERS)
+def test_training_closes_gates_whose_layers_a_token_does_not_need_and_keeps_the_others(router, options):
+    routed, ids = trained(router, **options), random_ids(8, 16, 0)
+    output = routed(ids, executed=torch.full((8,), EXECUTED))
+    assert (output.executed[:, 1:] == EXECUTED).all()
+    assert (output.runs[:, 1:, 1:5] == needed(ids)[:, 1:]).float().mean() > 0.9
+
+
+def test_a_draw_of_skipgpt_is_open_with_the_probability_of_its_gate():
+    router, logits = SkipGPT(SIZES, temperature=2.0), torch.tensor([-2.0, 0.0, 1.5], requires_grad=True)
+    torch.manual_seed(0)
+    draws = router.train().weigh(logits.expand(20000, 3))
+    assert set(draws.detach().round(decimals=5).flatten().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(draws.detach().mean(0), logits.detach().sigmoid(), atol=0.015, rtol=0)
+    draws.mean(0).sum().backward()
+    noise = torch.rand(200_000, generator=torch.Generator().manual_seed(1)).logit()
+    soft = ((logits.detach()[:, None] + noise) / 2).sigmoid()
+    torch.testing.assert_close(logits.grad, (soft * (1 - soft) / 2).mean(1), atol=0.003, rtol=0)
+    assert router.eval().weigh(logits).detach().round().tolist() == [0, 0, 1], "without noise in serving"
+
+
+def test_noise_depends_on_the_step_alone():
+    backbone = planted_backbone()
+    routed = RoutedLM(backbone, SkipGPT(geometry_of(backbone), start=0.0).train())
+    batch = Batch(random_ids(2, 12, 0), torch.full((2,), EXECUTED), torch.arange(1, 11))
+    losses = []
+    for seed in (0, 1, 0):
+        torch.rand(1)
+        losses.append(Weighted(Objective())(routed, batch, torch.Generator().manual_seed(seed)).loss.item())
+    assert losses[0] == losses[2]
+    assert losses[0] != losses[1]
+
+
+def test_skipgpt_is_held_to_its_target_from_both_sides():
+    weights = torch.zeros(3, 10, 4)
+    for row, layers in enumerate((0, 2, 4)):
+        weights[row, :, :layers] = 1.0
+    executed = torch.tensor([5, 4, 4])  # k = 3, 2, 2 of four layers
+    assert SkipGPT(SIZES, penalty_weight=8.0, slack=0.0).penalty(weights, executed).tolist() == [6, 0, 4]
+    assert SkipGPT(SIZES, penalty_weight=8.0, slack=1.0).penalty(weights, executed).tolist() == [4, 2, 6]
