@@ -31,7 +31,7 @@ def made(name: str) -> Router:
 
 def test_all_are_here():
     static = {"angular", "evopress", "reverse-order", "shortened-llama", "shortgpt", "sleb", "uniform"}
-    gates = {"first", "skipgpt"}
+    gates = {"first", "mindskip", "skipgpt"}
     assert {"buddy", "full", "pudding", "random", *static, *gates} <= {*NAMES}
 
 
@@ -74,6 +74,8 @@ BAD_OPTIONS = [
     ("first", {"scope": "window"}),
     ("first", {"gates": "firm"}),
     ("first", {"penalty_weight": -1.0}),
+    ("mindskip", {"penalty_weight": -1.0}),
+    ("mindskip", {"slack": -1.0}),
     ("pudding", {"pool": 0}),
     ("pudding", {"windows": 0}),
     ("random", {"per": "token"}),

@@ -8,11 +8,12 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.losses import Dense, Objective, kl_to_dense
 from buddy.training.estimators import Batch, Weighted
 from routers.first import FiRST
+from routers.mindskip import MindSkip
 from routers.skipgpt import SkipGPT
 from tests.routers.planted import EXECUTED, needed, planted_backbone, random_ids, trained
 
 SIZES = Geometry(layers=6, context_layer=1, hidden=8, features=4)
-ROUTERS = [(FiRST, {"scope": "token", "penalty_weight": 0.5}), (SkipGPT, {"slack": 0.0})]
+ROUTERS = [(FiRST, {"scope": "token", "penalty_weight": 0.5}), (SkipGPT, {"slack": 0.0}), (MindSkip, {"slack": 0.0})]
 
 
 def cost(routed: RoutedLM, ids: torch.Tensor, runs: torch.Tensor) -> float:
@@ -75,3 +76,12 @@ def test_skipgpt_is_held_to_its_target_from_both_sides():
     executed = torch.tensor([5, 4, 4])  # k = 3, 2, 2 of four layers
     assert SkipGPT(SIZES, penalty_weight=8.0, slack=0.0).penalty(weights, executed).tolist() == [6, 0, 4]
     assert SkipGPT(SIZES, penalty_weight=8.0, slack=1.0).penalty(weights, executed).tolist() == [4, 2, 6]
+
+
+def test_mindskip_bounds_each_layer_by_itself():
+    weights = torch.zeros(2, 10, 4)
+    weights[0, :, 0] = 1.0  # a quarter of all, but all of one layer
+    weights[1, :5] = 1.0  # half of each layer
+    executed = torch.tensor([4, 4])
+    assert MindSkip(SIZES, penalty_weight=8.0, slack=0.0).penalty(weights, executed).tolist() == [4, 0]
+    assert MindSkip(SIZES, penalty_weight=8.0, slack=1.0).penalty(weights, executed).tolist() == [6, 8]
