@@ -31,7 +31,7 @@ def made(name: str) -> Router:
 
 def test_all_are_here():
     static = {"angular", "evopress", "reverse-order", "shortened-llama", "shortgpt", "sleb", "uniform"}
-    gates = {"first", "mindskip", "skipgpt"}
+    gates = {"first", "flexidepth", "mindskip", "skipgpt"}
     assert {"buddy", "full", "pudding", "random", *static, *gates} <= {*NAMES}
 
 
@@ -74,6 +74,8 @@ BAD_OPTIONS = [
     ("first", {"scope": "window"}),
     ("first", {"gates": "firm"}),
     ("first", {"penalty_weight": -1.0}),
+    ("flexidepth", {"bottleneck": 0}),
+    ("flexidepth", {"penalty_weight": -1.0}),
     ("mindskip", {"penalty_weight": -1.0}),
     ("mindskip", {"slack": -1.0}),
     ("pudding", {"pool": 0}),

@@ -4,16 +4,19 @@ import pytest
 import torch
 
 from buddy import Geometry
+from buddy.calibration.bridges import fit_bridges
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.losses import Dense, Objective, kl_to_dense
 from buddy.training.estimators import Batch, Weighted
 from routers.first import FiRST
+from routers.flexidepth import FlexiDepth
 from routers.mindskip import MindSkip
 from routers.skipgpt import SkipGPT
 from tests.routers.planted import EXECUTED, needed, planted_backbone, random_ids, trained
 
 SIZES = Geometry(layers=6, context_layer=1, hidden=8, features=4)
-ROUTERS = [(FiRST, {"scope": "token", "penalty_weight": 0.5}), (SkipGPT, {"slack": 0.0}), (MindSkip, {"slack": 0.0})]
+PLAIN = [(router, {"slack": 0.0}) for router in (SkipGPT, MindSkip, FlexiDepth)]
+ROUTERS = [(FiRST, {"scope": "token", "penalty_weight": 0.5}), *PLAIN]
 
 
 def cost(routed: RoutedLM, ids: torch.Tensor, runs: torch.Tensor) -> float:
@@ -85,3 +88,37 @@ def test_mindskip_bounds_each_layer_by_itself():
     executed = torch.tensor([4, 4])
     assert MindSkip(SIZES, penalty_weight=8.0, slack=0.0).penalty(weights, executed).tolist() == [4, 0]
     assert MindSkip(SIZES, penalty_weight=8.0, slack=1.0).penalty(weights, executed).tolist() == [6, 8]
+
+
+def test_flexidepth_squares_what_a_token_runs_above_its_target():
+    weights = torch.zeros(2, 10, 4)
+    weights[0] = 1.0
+    weights[1, :5] = 1.0  # all layers for half of the tokens
+    executed = torch.tensor([4, 4])
+    assert FlexiDepth(SIZES, penalty_weight=2.0, slack=0.0).penalty(weights, executed).tolist() == [8, 4]
+    assert FlexiDepth(SIZES, penalty_weight=2.0, slack=1.0).penalty(weights, executed).tolist() == [18, 9]
+
+
+def test_a_gate_of_flexidepth_reads_through_its_bottleneck():
+    torch.manual_seed(0)
+    router, states = FlexiDepth(SIZES, bottleneck=3), torch.randn(5, 8)
+    torch.nn.init.normal_(router.out)
+    for index in range(4):
+        expected = []
+        for state in states:
+            narrow = torch.tanh(router.down[index] @ torch.nn.functional.layer_norm(state, (8,)))
+            logit = router.out[index] @ torch.nn.functional.layer_norm(narrow, (3,))
+            expected.append(logit + router.offsets.bias[index] + router.offsets.shift[index] * (3 / 4 - 1))
+        torch.testing.assert_close(router.gate(index, states, torch.full((5,), 5)), torch.stack(expected))
+
+
+def test_a_bridge_stands_for_the_adapter_of_flexidepth():
+    backbone = planted_backbone()
+    routed, ids = RoutedLM(backbone, FlexiDepth(geometry_of(backbone))), random_ids(8, 16, 0)
+    executed, dense, losses = torch.full((8,), 3), Dense(routed.dense(ids)), []
+    for bridges in (None, fit_bridges(routed, ids, [3] * 8, rank=4, ridge=0.1)):
+        routed.bridge(bridges)
+        output = routed(ids, executed=executed)
+        assert (output.executed[:, 1:] == 3).all()
+        losses.append(kl_to_dense(dense, output.logits).mean().item())
+    assert losses[1] < 0.7 * losses[0]
