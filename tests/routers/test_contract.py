@@ -32,7 +32,7 @@ def made(name: str) -> Router:
 def test_all_are_here():
     static = {"angular", "evopress", "reverse-order", "shortened-llama", "shortgpt", "sleb", "uniform"}
     gates = {"first", "flexidepth", "mindskip", "skipgpt"}
-    assert {"buddy", "full", "pudding", "random", *static, *gates} <= {*NAMES}
+    assert {"buddy", "dr-llm", "full", "pudding", "random", *static, *gates} <= {*NAMES}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,8 @@ def test_plans_nest_where_scores_do_not_depend_on_the_budget(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_a_learned_router_has_something_to_train(name):
     router = made(name)
-    assert router.trainable == (router.kind == "learned" and name != "pudding")  # which learns all when calibrated
+    calibrated_alone = name in ("pudding", "dr-llm")  # which learn all when calibrated
+    assert router.trainable == (router.kind == "learned" and not calibrated_alone)
 
 
 BAD_OPTIONS = [
@@ -65,6 +66,9 @@ BAD_OPTIONS = [
     ("buddy", {"context": ["pooled", "later"]}),
     ("buddy", {"context": []}),
     ("buddy", {"budget_aware": 3}),
+    ("dr-llm", {"simulations": 3}),
+    ("dr-llm", {"windows": 0}),
+    ("dr-llm", {"hidden": 0}),
     ("evopress", {"generations": 0}),
     ("evopress", {"patience": 0}),
     ("evopress", {"survivors": [2, 1], "windows": [1]}),
