@@ -56,7 +56,7 @@ class FlexiDepth(LayerwiseRouter):
         geometry: Geometry,
         *,
         bottleneck: int | None = None,
-        penalty_weight: float = 0.3,
+        penalty_weight: float = 0.03,
         slack: float = 1.0,
         start: float = 3.0,
     ) -> None:

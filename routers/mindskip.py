@@ -44,7 +44,7 @@ class MindSkip(LayerwiseRouter):
     source = "arXiv 2410.13184"
 
     def __init__(
-        self, geometry: Geometry, *, penalty_weight: float = 1.0, slack: float = 1.0, start: float = 3.0
+        self, geometry: Geometry, *, penalty_weight: float = 0.2, slack: float = 1.0, start: float = 3.0
     ) -> None:
         super().__init__(geometry)
         check_not_negative(penalty_weight=penalty_weight, slack=slack)

@@ -15,8 +15,12 @@ from routers.skipgpt import SkipGPT
 from tests.routers.planted import EXECUTED, needed, planted_backbone, random_ids, trained
 
 SIZES = Geometry(layers=6, context_layer=1, hidden=8, features=4)
-PLAIN = [(router, {"slack": 0.0}) for router in (SkipGPT, MindSkip, FlexiDepth)]
-ROUTERS = [(FiRST, {"scope": "token", "penalty_weight": 0.5}), *PLAIN]
+ROUTERS = [
+    (FiRST, {"scope": "token", "penalty_weight": 0.5}),
+    (SkipGPT, {"slack": 0.0}),
+    (MindSkip, {"slack": 0.0, "penalty_weight": 1.0}),
+    (FlexiDepth, {"slack": 0.0, "penalty_weight": 0.3}),
+]
 
 
 def cost(routed: RoutedLM, ids: torch.Tensor, runs: torch.Tensor) -> float:
