@@ -27,7 +27,8 @@ class SkipGPT(LayerwiseRouter):
       few before the end costs little, and none left for the last layers costs much.
     - In serving a layer runs where its gate is open without noise; the authors' code draws there too.
     - τ is fixed, where the authors' code lowers it from 5 to 1 while training.
-    - Gates see the normalised state. They are linear, as in the paper; the authors' code has a hidden layer.
+    - Gates see the normalised state. They are linear, of the size that the paper gives (0.01 % of the model's); those
+      in the authors' code have a hidden layer.
     - The objective is the recipe's, and the paper's second stage, LoRA after the router, is the recipe's `adapter`.
     - Sinks, the first and the last layer always run.
 
