@@ -153,7 +153,8 @@ def test_the_routers_are_listed():
 
 
 def test_the_sizes_of_routers_are_listed():
-    listed = {row[0]: row[5] for row in rows(ROUTERS, "## What they see and when they decide", 6)}
+    table = rows(ROUTERS, "## What they see and when they decide", 6)
+    listed = {row[0]: row[5] for row in table if row[5]}
     files = {f"`{name}`": inspect.getsourcefile(load(name)) for name in OURS}
     assert listed == {name: str(len(Path(file).read_text("utf-8").splitlines())) for name, file in files.items()}
 
