@@ -30,7 +30,7 @@ from buddy.evaluation.record import collect, text_entry, write_results
 from buddy.executors import LokyExecutor, RayExecutor, SerialExecutor
 from buddy.fit import Session
 from buddy.io import check_output_path, locked, remove_parts
-from buddy.provenance import settings_digest
+from buddy.provenance import check_fixed
 from buddy.router import AnyRouter
 from buddy.run import RunFolder, RunSpec, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
 from buddy.run_files import FACTS
@@ -115,7 +115,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
         RunSpec(label, of, recipe_name, RunFolder.of(of, recipe_name, label).path) for label, of in recipes.items()
     ]
     session = Session.launch(specs)
-    _check_fixed(recipe, recipe.rivals, session)
+    check_fixed(recipe, recipe.rivals, session.digests(recipe))
     with distributed.lost_peers_reported():
         for number, spec in enumerate(specs, start=1):
             complete = distributed.broadcast(first and spec.run_folder.is_complete and not session.differences(spec))
@@ -158,7 +158,7 @@ def compare(config: CompareConfig) -> int:
     recipes = {each.label: with_router(base, each) for each in rivals}
     texts = texts_of(config.texts, config.recipe)
     session = Session.prepare(list(recipes.values()))
-    _check_fixed(config.recipe, rivals, session)
+    check_fixed(config.recipe, rivals, session.digests(config.recipe))
     with status("Reading text …"):
         windows = {text: read_windows(text, base, session.data) for text in texts}
     specs = [spec for label, of in recipes.items() for spec in _specs(config, label, of, session)]
@@ -243,23 +243,6 @@ def common_recipe(recipe: Recipe) -> Recipe:
     """
     data = replace(recipe.data, seed=recipe.data_seed)
     return replace(recipe, data=data, rivals=[], predictor=PredictorSection(), ckpt_path=None)
-
-
-def _check_fixed(recipe: Recipe, rivals: Sequence[Rival], session: Session) -> None:
-    """Raises RecipeError if the test windows would be read under other settings than those that the recipe fixed."""
-    if recipe.fixed is None or recipe.data.evaluate_on != "test":
-        return
-    if found := [each.label for each in rivals if each.overrides and each not in recipe.rivals]:
-        raise RecipeError(
-            f"The settings of {', '.join(found)} are not in the recipe, which is fixed as {recipe.fixed}; add "
-            "them to its rivals, or choose settings with data.evaluate_on=validation."
-        )
-    digest = settings_digest(common_recipe(recipe), recipe.rivals, session.digests(recipe))
-    if digest != recipe.fixed:
-        raise RecipeError(
-            f"The settings differ from those that the recipe fixed before its test windows were read ({recipe.fixed}); "
-            f"choose settings with data.evaluate_on=validation, or set fixed={digest}."
-        )
 
 
 def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) -> list[RunSpec]:

@@ -219,7 +219,7 @@ class Session:
             self._calibrate(recipe, model)
             self._fit_bridges(recipe, model)
             both = trains_both(recipe, model.router)
-            if model.router.trainable and not both:
+            if model.router.trainable and not both and recipe.trainer["max_steps"]:
                 _train(recipe, model, self.data, checkpoint, callbacks)
                 self._fit_bridges(recipe, model)
             if not both:

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from buddy.config import flatten
+from buddy.errors import RecipeError
 from buddy.registry import load
 from buddy.schema import Recipe, Rival
 from buddy.values import shown
@@ -42,23 +43,38 @@ def code_digest(router: type) -> str:
     return hashlib.sha256(ast.unparse(_WithoutDocstrings().visit(tree)).encode()).hexdigest()[:16]
 
 
-def settings_digest(recipe: Recipe, rivals: Sequence[Rival], digests: Mapping[str, str]) -> str:
+def check_fixed(recipe: Recipe, routers: Sequence[Rival], digests: Mapping[str, str]) -> None:
+    """Refuse test windows under other settings than those that the recipe fixed; `digests` are of the inputs.
+
+    Raises:
+        RecipeError: another setting or input, or a router with overrides that are not among the recipe's rivals.
+    """
+    if recipe.fixed is None or recipe.data.evaluate_on != "test":
+        return
+    if found := [each.label for each in routers if each.overrides and each not in recipe.rivals]:
+        raise RecipeError(
+            f"The settings of {', '.join(found)} are not in the recipe, which is fixed as {recipe.fixed}; add "
+            "them to its rivals, or choose settings with data.evaluate_on=validation."
+        )
+    digest = settings_digest(recipe, digests)
+    if digest != recipe.fixed:
+        raise RecipeError(
+            f"The settings differ from those that the recipe fixed before its test windows were read ({recipe.fixed}); "
+            f"choose settings with data.evaluate_on=validation, or set fixed={digest}."
+        )
+
+
+def settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
     """15 hexadecimal digits of the settings of a comparison and of its inputs, wherever the texts lie.
 
-    An "s" before them keeps YAML from reading a number. The router and its seed are left out: a comparison has many.
-
-    Args:
-        recipe: what all runs have in common.
-        rivals: those of the recipe; overrides of single routers are settings too.
-        digests: of the inputs.
+    An "s" before them keeps YAML from reading a number. The seed of the routers is left out: a comparison has many.
     """
-    free = (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "router.", "seed", "data.evaluate_on", "callbacks")
-    data = recipe.data
+    data, free = recipe.data, (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "seed", "data.evaluate_on", "callbacks")
     settings: dict[str, Any] = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
-    settings["data.source"] = PurePath(data.source).name
+    settings |= {"data.source": PurePath(data.source).name, "data.seed": recipe.data_seed}
     for key in ("train_sources", "calibration_sources"):
         settings[f"data.{key}"] = [PurePath(each).name for each in getattr(data, key)]
-    overrides = sorted(each.label for each in rivals if each.overrides)
+    overrides = sorted(each.label for each in recipe.rivals if each.overrides)
     inputs = {name: value for name, value in digests.items() if name != CODE}
     content = json.dumps([settings, overrides, inputs], sort_keys=True)
     return "s" + hashlib.sha256(content.encode()).hexdigest()[:15]

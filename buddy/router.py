@@ -237,7 +237,10 @@ class LayerwiseRouter(AnyRouter):
         """
 
     def weigh(self, logits: Tensor) -> Tensor:
-        """(...) in [0, 1], the factor of what a layer adds, in training; by default the probability of an open gate."""
+        """(...) in [0, 1], the factor of what a layer adds, in training; by default the probability of an open gate.
+
+        It may draw noise from torch's generator, which training seeds at each step.
+        """
         return logits.sigmoid()
 
     def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class PredictorSection:
 class TrainerKeywords:
     """The keywords of lightning.Trainer that every recipe sets; all others but RESERVED may stand beside them."""
 
-    max_steps: int = _number(200, ge=1)
+    max_steps: int = _number(200, ge=0)  # 0 leaves a calibrated router as it is
     accelerator: str = _choice("auto", "cpu", "gpu", "cuda", "mps", "tpu")
     devices: int = _number(1, ge=1)  # on each node
     num_nodes: int = _number(1, ge=1)

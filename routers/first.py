@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from buddy import Geometry, LayerwiseRouter
+from routers.gates import SHIFT, check_not_negative, normalised, share, straight_through
 
 SCOPES = ("prompt", "token")
 GATES = ("hard", "soft")
-SHIFT = 5.0  # difference of the logits between a budget of all layers and of none, before training
 
 
 class FiRST(LayerwiseRouter):
@@ -69,8 +68,7 @@ class FiRST(LayerwiseRouter):
             raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
         if gates not in GATES:
             raise ValueError(f"gates is {gates!r}; choose one of {', '.join(GATES)}")
-        if penalty_weight < 0:
-            raise ValueError(f"penalty_weight is {penalty_weight}; give 0 or more")
+        check_not_negative(penalty_weight=penalty_weight)
         self.scope = scope  # type: ignore[assignment]  # one of SCOPES
         self.hard, self.penalty_weight = gates == "hard", float(penalty_weight)
         self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
@@ -79,27 +77,20 @@ class FiRST(LayerwiseRouter):
 
     def gate(self, index: int, hidden: Tensor, executed: Tensor) -> Tensor:
         """(...) logits of routable layer `index`: w_i · h + b_i, and the shift for a budget below full depth."""
-        logits = F.layer_norm(hidden, hidden.shape[-1:]) @ self.weight[index] + self.bias[index]
+        logits = normalised(hidden) @ self.weight[index] + self.bias[index]
         if self.shift is None:
             return logits
-        return logits + self.shift[index] * (self._rate(executed) - 1)
+        return logits + self.shift[index] * (share(executed, self.geometry) - 1)
 
     def weigh(self, logits: Tensor) -> Tensor:
         """(...): the probability that a gate is open; of hard gates 0 or 1, with its gradient."""
-        probability = logits.sigmoid()
-        if not self.hard:
-            return probability
-        return (logits > 0).float() + probability - probability.detach()
+        return straight_through(logits) if self.hard else logits.sigmoid()
 
     def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:
         """(B,): λ · max(0, mean gate − (k − 1) / R)."""
-        return self.penalty_weight * (weights.mean((1, 2)) - self._rate(executed - 1)).clamp(min=0)
+        return self.penalty_weight * (weights.mean((1, 2)) - share(executed - 1, self.geometry)).clamp(min=0)
 
     def parameter_groups(self) -> list[dict]:
         """Step sizes by fan-in: a gate sums over many weights, but has one bias and one shift."""
         alone = [self.bias] if self.shift is None else [self.bias, self.shift]
         return [{"params": [self.weight], "scale": 0.2}, {"params": alone, "scale": 20.0}]
-
-    def _rate(self, executed: Tensor) -> Tensor:
-        """k / R, the share of the routable layers that run."""
-        return (executed - self.geometry.always_on) / self.geometry.routable

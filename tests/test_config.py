@@ -249,7 +249,7 @@ WRONG = {  # values that a key refuses
     "trainer.accumulate_grad_batches": ["true"],
     "trainer.limit_val_batches": ["[1]"],
     "trainer.precision": ["16-true"],
-    "trainer.max_steps": ["0", "1.5"],
+    "trainer.max_steps": ["-1", "1.5"],
     "trainer.gradient_clip_val": ["-1"],
     "trainer": ["4"],
     "callbacks": ["[a.B]"],

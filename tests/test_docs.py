@@ -153,6 +153,13 @@ def test_the_routers_are_listed():
     assert found == {f"`{name}`": (load(name).kind, load(name).source) for name in OURS}
 
 
+def test_the_sizes_of_routers_are_listed():
+    table = rows(ROUTERS, "## What they see and when they decide", 6)
+    listed = {row[0]: row[5] for row in table if row[5]}
+    files = {f"`{name}`": inspect.getsourcefile(load(name)) for name in OURS}
+    assert listed == {name: str(len(Path(file).read_text("utf-8").splitlines())) for name, file in files.items()}
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_every_option_of_a_router_is_listed(name):
     options = list(inspect.signature(load(name)).parameters.values())[1:]

@@ -18,7 +18,10 @@ from buddy.cli.app import (
 from buddy.errors import DataError
 
 Split = Literal["test", "validation"]
-TASK_OPTIONS, TEXT_OPTIONS = ("limit", "task_data", "task_path"), ("data", "split", "devices")  # of evaluate
+TASK_OPTIONS, TEXT_OPTIONS = (
+    ("limit", "task_data", "task_path"),
+    ("data", "split", "devices", "own_count"),
+)  # of evaluate
 
 
 @app.command(epilog="\b\nExample: buddy evaluate --run runs/quickstart/buddy --budgets 0.75,22layers --json curve.json")
@@ -33,6 +36,9 @@ def evaluate(
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Text instead of the recipe's.")] = None,
     split: Annotated[Split, typer.Option(help="Which part of the recipe's text; tune on validation only.")] = "test",
     devices: Annotated[int, typer.Option(min=1, metavar="N", help="Devices that share the windows of text.")] = 1,
+    own_count: Annotated[
+        bool, typer.Option("--own-count", help="Let gates alone decide how many layers run, for reference.")
+    ] = False,
     tasks: Annotated[
         str | None, typer.Option(metavar="TASK,…", help="Score tasks of lm-eval instead: piqa,arc_easy.")
     ] = None,
@@ -52,7 +58,7 @@ def evaluate(
             raise DataError(f"--split {split} is for the run's own text, but --data names another; leave one out.")
         from buddy.evaluation.evaluate import evaluate_run
 
-        evaluate_run(run, json_file=json, budgets=parsed, data=data, split=split, devices=devices)
+        evaluate_run(run, json_file=json, budgets=parsed, data=data, split=split, devices=devices, own_count=own_count)
         return
     refuse_options(ctx, TEXT_OPTIONS, "is for text; leave it out, or --tasks")
     require_one_process("Tasks are scored")

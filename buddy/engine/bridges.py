@@ -49,8 +49,9 @@ class Bridges(nn.Module):
         self.up = nn.Parameter(torch.zeros(layers, width, rank), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(layers, width), requires_grad=False)
         self.register_buffer("fitted", torch.zeros(layers, dtype=torch.bool))
-        # The weights of each layer, for many tokens and for single ones.
-        self._frozen: dict[bool, list[tuple[Tensor, ...] | None]] | None = None
+        # The weights of each layer, for many tokens and for a decode step; None while they are trained.
+        self._frozen: list[tuple[Tensor, ...] | None] | None = None
+        self._single: list[tuple[Tensor, ...] | None] = []
         self._dtype = torch.float32
 
     @property
@@ -61,13 +62,26 @@ class Bridges(nn.Module):
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
         """The state (…, D) after skipping a layer, from the state before it."""
         frozen = self._frozen
-        few = frozen is not None and hidden.shape[-2] == 1  # a decode step: products in bfloat16 take twice as long
-        parts = self._parts(layer, hidden.dtype) if frozen is None else frozen[few][layer]
+        if frozen is not None and hidden.dim() == 3 and hidden.shape[1] == 1:
+            return self._step(layer, hidden)
+        parts = self._parts(layer, hidden.dtype) if frozen is None else frozen[layer]
         if parts is None:
             return hidden
         down, up, bias = parts
-        states = bridge_input(hidden.float() if few else hidden)
-        return hidden + F.linear(F.linear(states, down), up, bias).to(hidden.dtype)
+        return hidden + F.linear(F.linear(bridge_input(hidden), down), up, bias)
+
+    def _step(self, layer: int, hidden: Tensor) -> Tensor:
+        """`forward` for a decode step (B, 1, D), in few operations: each costs more than its arithmetic.
+
+        In float32, since products of one vector in bfloat16 take twice as long.
+        """
+        parts = self._single[layer]
+        if parts is None:
+            return hidden
+        down, one, up = parts
+        rows = hidden.float() if len(hidden) == 1 else hidden.float().transpose(0, 1)
+        rows = torch.baddbmm(rows, torch.baddbmm(one, bridge_input(rows), down), up).to(hidden.dtype)
+        return rows if len(hidden) == 1 else rows.transpose(0, 1)
 
     @torch.no_grad()
     def set(self, layer: int, down: Tensor, up: Tensor, bias: Tensor) -> None:
@@ -83,12 +97,12 @@ class Bridges(nn.Module):
         return self.requires_grad_(True)
 
     def freeze(self, dtype: torch.dtype) -> Bridges:
-        """End training; from now on the bridges compute in `dtype`, the backbone's, or in float32 for single tokens."""
+        """End training; from now on the bridges compute in `dtype`, the backbone's, or in float32 in a decode step."""
         self.requires_grad_(False)
-        self._frozen = {
-            few: [self._parts(layer, torch.float32 if few else dtype) for layer in range(len(self.fitted))]
-            for few in (False, True)
-        }
+        self._frozen = [self._parts(layer, dtype) for layer in range(len(self.fitted))]
+        self._single = [
+            None if parts is None else _joined(*parts) for parts in map(self._parts, range(len(self.fitted)))
+        ]
         self._dtype = dtype
         return self
 
@@ -115,7 +129,13 @@ class Bridges(nn.Module):
         bridges.load_state_dict(tensors)
         return bridges
 
-    def _parts(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+    def _parts(self, layer: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...] | None:
         if not self.fitted[layer]:
             return None
         return tuple(part[layer].to(dtype) for part in (self.down, self.up, self.bias))
+
+
+def _joined(down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(1, D, r + 1), (1, 1, r + 1) and (1, r + 1, D): with a constant 1 as another entry, one product adds the bias."""
+    one = F.pad(down.new_zeros(1, 1, len(down)), (0, 1), value=1.0)
+    return F.pad(down.T, (0, 1))[None].contiguous(), one, torch.cat([up.T, bias[None]])[None].contiguous()

@@ -24,7 +24,11 @@ ActiveRows = bool | list[int]
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all forwards of a routed model; see the arguments of `RoutedLM`."""
+    """What holds for all forwards of a routed model; see the arguments of `RoutedLM`.
+
+    Attributes:
+        own_count: let the gates of a layerwise router alone decide how many layers run, for reference; without a cache.
+    """
 
     layers: int
     context_layer: int
@@ -34,6 +38,7 @@ class Settings:
     prompt_plan: str
     batch_plan: str
     reroute_every: int | None
+    own_count: bool = False
 
     def for_router(self, router: AnyRouter) -> Settings:
         """The settings under a router: one plan for each input, where that is its scope."""

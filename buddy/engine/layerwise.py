@@ -42,7 +42,8 @@ class LayerwiseForward(RoutedForward):
         """Decide which tokens run an undecided layer, from the hidden state (B, T, D) that arrives at it."""
         index = layer - self.context_layer
         is_open = self._is_open(index, hidden)
-        runs = clamp_gate(is_open, self._remaining, self.routable - index)
+        own_count = self.settings.own_count
+        runs = is_open if own_count else clamp_gate(is_open, self._remaining, self.routable - index)
         self._remaining = self._remaining - runs.long()
         self._open.append(is_open)
         runs = runs | self._sinks

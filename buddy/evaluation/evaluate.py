@@ -18,11 +18,11 @@ from buddy.console import print_titled_table, quiet, results, status
 from buddy.data.module import WindowBatches
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
-from buddy.errors import BudgetError, DataError
+from buddy.errors import BudgetError, DataError, RegistryError
 from buddy.io import check_output_path, within_memory, write_json
 from buddy.metrics.perplexity import Reference, Scores, as_json
 from buddy.metrics.statistics import mixed
-from buddy.router import available_budgets
+from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import Run, read_run
 from buddy.training.callbacks import ProgressLine
 from buddy.training.module import RoutingModule
@@ -36,6 +36,7 @@ def evaluate_run(
     data: str | None = None,
     split: str = "test",
     devices: int = 1,
+    own_count: bool = False,
 ) -> None:
     """Evaluate a run with a process for each device; the first process prints the table.
 
@@ -46,6 +47,7 @@ def evaluate_run(
         data: a text instead of the recipe's.
         split: "test" or "validation" of the recipe's text.
         devices: of this machine that share the windows; under torchrun its number of processes.
+        own_count: let the gates of a layerwise router alone decide how many layers run, at each budget.
 
     Raises:
         BuddyError: the run, a budget or the text cannot be used.
@@ -68,13 +70,16 @@ def evaluate_run(
     join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
+    if own_count and not isinstance(routed.router, LayerwiseRouter):
+        raise RegistryError(f"{run.router_name} has no gates to count layers by; leave out --own-count.")
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
     layers = routed.geometry.layers
     fractions = [b if auto_cap(b) else fraction_of(b, routed.executed_layers(b), layers) for b in wanted]
     with status("Reading text …"), distributed.rank_zero_first():
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {section.batch_size} × {windows.input_ids.shape[1]} tokens"
-    with within_memory(sizes, "free some, or use a machine with more"), distributed.lost_peers_reported():
+    memory = within_memory(sizes, "free some, or use a machine with more")
+    with memory, distributed.lost_peers_reported(), routed.changed(own_count=own_count):
         scores = evaluate(
             routed,
             windows,
@@ -85,7 +90,8 @@ def evaluate_run(
         )
     if not distributed.is_global_zero():
         return
-    show_scores(scores, f"{run.router_name} on {data or section.source}, backbone {title_of(routed.backbone.name)}")
+    router = f"{run.router_name}, its gates alone," if own_count else run.router_name
+    show_scores(scores, f"{router} on {data or section.source}, backbone {title_of(routed.backbone.name)}")
     if json_file:
         write_json(json_file, as_json(scores))
         results.print(f"JSON: {json_file}", soft_wrap=True)

@@ -74,8 +74,8 @@ class Estimate:
     Attributes:
         loss: scalar whose gradient with respect to the router is the estimate.
         objective: (B,) mean objective of each row under the plans tried, in nats; 0 at full depth under KL.
-        runs: (B, T, L) bool, the plans that the router's unperturbed scores ask for, or those of its gates when open
-            means more likely than not.
+        runs: (B, T, L) bool, the plans that the router's unperturbed scores ask for, or those of its gates, with their
+            noise if they have any, when open means more likely than not.
         context: what the router saw, leading dimensions (B, T); None for a layerwise router, which saw hidden states.
         dense: the dense model's distribution at the scored positions, where the estimator had it from that same pass.
     """
@@ -217,7 +217,8 @@ class Weighted:
     """Back-propagation through h + w · (F(h) − h), w the weight of a layerwise router's gate (2410.12513).
 
     Every layer is computed on every token, whatever the cache policy. What holds the gates to a budget is the router's
-    own penalty. Rows at full depth have no gates to learn.
+    own penalty. Rows at full depth have no gates to learn. Noise that gates draw from torch's generator depends on
+    the step and on the process.
 
     Args:
         objective: what weighted outputs are judged by.
@@ -239,7 +240,10 @@ class Weighted:
             return Estimate(nothing, value, runs, None)
         ids, executed = batch.input_ids[free], batch.executed[free]
         dense = Dense(routed.dense(ids, logits_to_keep=batch.scored))
-        output = routed(ids, executed=executed, prompt=batch.prompt, logits_to_keep=batch.scored, gate_weighted=True)
+        with torch.random.fork_rng([runs.device] if runs.device.type == "cuda" else []):
+            torch.manual_seed(generator.initial_seed() + batch.rank)  # for routers whose gates draw noise
+            options = {"executed": executed, "prompt": batch.prompt, "logits_to_keep": batch.scored}
+            output = routed(ids, gate_weighted=True, **options)
         objective = self.objective(dense, output.logits, ids[:, batch.scored + 1]).mean(1)
         value[free] = objective.detach()
         runs[free] = routed.plan(gate_order(output.weights.detach() > 0.5), executed, batch.prompt)

@@ -352,6 +352,7 @@ def test_test_windows_are_read_under_the_fixed_settings_alone(ask, tmp_path, mon
     digest = refused()
     assert digest == refused("trainer.accelerator=auto", f"output={tmp_path}", "seed=0", routers="buddy,full")
     assert digest != refused("optimizer.lr=0.5")
+    assert digest != refused("router.options.hidden=8")
     assert digest != refused("data.test_windows=5")
     assert digest != refused("data.calibration_windows=5")
     with pytest.raises(RecipeError, match="hidden=8"):

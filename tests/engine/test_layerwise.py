@@ -66,6 +66,21 @@ def decoded(routed: RoutedLM, ids, cuts: list[int], executed=EXECUTED, mask=None
     return torch.cat(logits, 1), torch.cat(record.runs, 1), record
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gates_alone_decide_where_the_count_is_their_own(policy):
+    routed = routed_tiny(policy=policy)
+    with routed.changed(own_count=True):
+        output = routed(IDS, executed=EXECUTED)
+    stock = copy.deepcopy(tiny_backbone().model)
+    logits, states = arriving_states(stock, IDS, output.runs, None, policy)
+    torch.testing.assert_close(output.logits, logits, atol=1e-4, rtol=1e-4)
+    for row, t, index in product(range(BATCH), range(1, LENGTH), range(4)):
+        is_open = routed.router.gate(index, states[1 + index][row, t], EXECUTED[row]) > 0
+        assert bool(output.runs[row, t, 1 + index]) == bool(is_open)
+    assert len(output.executed[:, 1:].unique()) > 1
+    assert torch.equal(output.executed, output.runs.sum(-1))
+
+
 @pytest.mark.parametrize(("family", "policy"), [*((family, "fill") for family in FAMILIES), ("llama", "zero")])
 def test_parallel_form_equals_brute_force(family, policy):
     routed = routed_tiny(family, policy=policy, sink_tokens=2)

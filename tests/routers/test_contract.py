@@ -31,7 +31,8 @@ def made(name: str) -> Router:
 
 def test_all_are_here():
     static = {"angular", "evopress", "reverse-order", "shortened-llama", "shortgpt", "sleb", "uniform"}
-    assert {"buddy", "first", "full", "pudding", "random", *static} <= {*NAMES}
+    gates = {"first", "flexidepth", "mindskip", "skipgpt"}
+    assert {"buddy", "dr-llm", "full", "pudding", "random", *static, *gates} <= {*NAMES}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,8 @@ def test_plans_nest_where_scores_do_not_depend_on_the_budget(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_a_learned_router_has_something_to_train(name):
     router = made(name)
-    assert router.trainable == (router.kind == "learned" and name != "pudding")  # which learns all when calibrated
+    calibrated_alone = name in ("pudding", "dr-llm")  # which learn all when calibrated
+    assert router.trainable == (router.kind == "learned" and not calibrated_alone)
 
 
 BAD_OPTIONS = [
@@ -64,6 +66,9 @@ BAD_OPTIONS = [
     ("buddy", {"context": ["pooled", "later"]}),
     ("buddy", {"context": []}),
     ("buddy", {"budget_aware": 3}),
+    ("dr-llm", {"simulations": 3}),
+    ("dr-llm", {"windows": 0}),
+    ("dr-llm", {"hidden": 0}),
     ("evopress", {"generations": 0}),
     ("evopress", {"patience": 0}),
     ("evopress", {"survivors": [2, 1], "windows": [1]}),
@@ -73,6 +78,10 @@ BAD_OPTIONS = [
     ("first", {"scope": "window"}),
     ("first", {"gates": "firm"}),
     ("first", {"penalty_weight": -1.0}),
+    ("flexidepth", {"bottleneck": 0}),
+    ("flexidepth", {"penalty_weight": -1.0}),
+    ("mindskip", {"penalty_weight": -1.0}),
+    ("mindskip", {"slack": -1.0}),
     ("pudding", {"pool": 0}),
     ("pudding", {"windows": 0}),
     ("random", {"per": "token"}),
@@ -80,6 +89,8 @@ BAD_OPTIONS = [
     ("shortened-llama", {"criterion": "bleu"}),
     ("shortened-llama", {"protect": [4]}),
     ("shortened-llama", {"protect": 4}),
+    ("skipgpt", {"temperature": 0.0}),
+    ("skipgpt", {"slack": -1.0}),
     ("sleb", {"windows": 0}),
     ("routers.token_table:TokenTable", {"rows": 0}),
 ]

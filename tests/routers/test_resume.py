@@ -12,7 +12,11 @@ from buddy.registry import build
 from tests.tiny import tiny_backbone
 
 WINDOWS = torch.randint(3, 259, (3, 16), generator=torch.Generator().manual_seed(0))
-OPTIONS = {"sleb": {}, "evopress": {"generations": 6, "offspring": 6, "initial": 6, "windows": [1, 3]}}
+OPTIONS = {
+    "sleb": {},
+    "dr-llm": {"simulations": 8},
+    "evopress": {"generations": 6, "offspring": 6, "initial": 6, "windows": [1, 3]},
+}
 
 
 def search(name: str, store, stop_after: int | None = None) -> tuple[dict[str, torch.Tensor], list[int]]:
@@ -27,6 +31,7 @@ def search(name: str, store, stop_after: int | None = None) -> tuple[dict[str, t
                 raise KeyboardInterrupt
             yield item
 
+    torch.manual_seed(0)
     router = build(name, geometry_of(backbone), OPTIONS[name])
     probe = CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 1, track, asked=[9, 7], seed=1, store=store)
     measure = probe._measure
@@ -40,7 +45,7 @@ def search(name: str, store, stop_after: int | None = None) -> tuple[dict[str, t
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_search_goes_on_where_it_was_killed(name, tmp_path):
     whole, alone = search(name, tmp_path / "whole")
-    _, before = search(name, tmp_path / "parts", stop_after=12)
+    _, before = search(name, tmp_path / "parts", stop_after=10)
     resumed, after = search(name, tmp_path / "parts")
     again, nothing = search(name, tmp_path / "parts")
     for key, value in whole.items():

@@ -64,6 +64,13 @@ def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished
 
 
 @pytest.mark.slow
+def test_without_steps_a_router_stays_as_calibrated(small, tmp_path):
+    fit(small(tmp_path, "trainer.max_steps=0", "rivals=[]"), "small")
+    router = load_router(tmp_path / "small" / "buddy" / "seed-0")
+    assert not router["output.weight"].any()
+    assert router["prior"].any()
+
+
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     recipe = small(tmp_path, f"ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")

@@ -65,7 +65,7 @@ def assert_same_training(one: dict, two: dict) -> None:
     [
         ("objective.estimator=perturbed", interrupt, KeyboardInterrupt, 5),
         pytest.param("objective.estimator=straight-through", terminate, KeyboardInterrupt, 5, marks=pytest.mark.slow),
-        pytest.param("router=first", kill, Killed, 3, marks=pytest.mark.slow),
+        pytest.param("router=skipgpt", kill, Killed, 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_training_resumes_bit_for_bit(train, tmp_path, monkeypatch, capsys, setting, act, raised, step):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from buddy.build import load_model
+from buddy.build import build_held_out, load_model
 from buddy.compare import fit
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, TrainingError
+from buddy.evaluation.evaluate import evaluate_run
 from buddy.io import load_tensors
 from buddy.losses import Objective
 from buddy.run import read_run
@@ -111,6 +112,21 @@ def test_fit_trains_gates_whatever_the_recipes_estimator(layerwise):
     for name in ("first", "pudding"):
         for result in json.loads((layerwise / name / "metrics.json").read_text())["results"]:
             assert set(result["executed"].values()) == {result["layers"]}
+
+
+def test_gates_alone_decide_how_many_layers_run_where_that_is_asked(layerwise, tmp_path):
+    evaluate_run(layerwise / "first", json_file=tmp_path / "own.json", own_count=True)
+    full, *below = json.loads((tmp_path / "own.json").read_text())["results"]
+    assert full["executed"]["mean"] == 6
+    run = read_run(layerwise / "first")
+    routed = load_model(run)
+    ids = build_held_out(run.recipe, routed.backbone).test.input_ids
+    for result in below:
+        executed = torch.full((len(ids),), result["layers"])
+        weights = routed(ids, executed=executed, prompt=12, gate_weighted=True).weights
+        assert result["executed"]["mean"] == pytest.approx(2 + weights[:, 1:].sum(-1).mean().item(), abs=1e-3)
+    with pytest.raises(BuddyError, match="pudding"):
+        evaluate_run(layerwise / "pudding", own_count=True)
 
 
 @pytest.mark.parametrize("name", ["first", "pudding"])
