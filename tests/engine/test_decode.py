@@ -9,15 +9,17 @@ from transformers import DynamicCache
 from buddy.engine.batches import join
 from buddy.engine.decode import Decoder, Row, Sampler
 from buddy.engine.model import RoutedLM, geometry_of
-from tests.engine.reference import Fickle, FickleGates
+from tests.engine.reference import Fickle, FickleGates, random_bridges
 from tests.tiny import tiny_backbone
 
 LAYERS = 6
 
 
-def routed(family="llama", router=Fickle, **settings) -> RoutedLM:
+def routed(family="llama", router=Fickle, bridges=False, **settings) -> RoutedLM:
     backbone = tiny_backbone(family)
-    return RoutedLM(backbone, router(geometry_of(backbone)), **settings)
+    model = RoutedLM(backbone, router(geometry_of(backbone)), **settings)
+    model.bridge(random_bridges(model.geometry, 0) if bridges else None)
+    return model
 
 
 def alone(model: RoutedLM, row: Row, **options) -> list[int]:
@@ -87,6 +89,8 @@ SETTINGS = [
     {"sink_tokens": 0},
     {"sink_tokens": 0, "policy": "hole"},
     {"sink_tokens": 3},
+    {"bridges": True},
+    {"bridges": True, "policy": "hole", "reroute_every": 2},
 ]
 
 
