@@ -59,7 +59,14 @@ def fit_bridges(
 
 @torch.no_grad()
 def fit_candidate_bridges(
-    model: RoutedLM, windows: Tensor, runs: Tensor, *, rank: int, ridge: float, batch_size: int = 4
+    model: RoutedLM,
+    windows: Tensor,
+    runs: Tensor,
+    *,
+    rank: int,
+    ridge: float,
+    batch_size: int = 4,
+    known: tuple[Bridges, Tensor] | None = None,
 ) -> Bridges:
     """Bridges for one plan that all tokens share, and for the layers that a search may remove from it next.
 
@@ -70,12 +77,17 @@ def fit_candidate_bridges(
         windows: (N, T) long.
         runs: (L,) bool; sinks run every layer.
         rank, ridge, batch_size: as for `fit_bridges`.
+        known: bridges that were fitted in the same way for another plan, and that plan. Up to the first layer in which
+            the plans differ the bridges are the same, and are not fitted again.
     """
     batches = [batch.to(model.backbone.device) for batch in windows.split(batch_size)]
     routed = [torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= model.sink_tokens for ids in batches]
     chosen = [tokens[..., None].expand(*tokens.shape, len(runs)) for tokens in routed]
     plans = [runs.to(tokens.device) | ~tokens for tokens in chosen]
-    return _fit(model, batches, plans, chosen, rank, ridge)
+    if known is None:
+        return _fit(model, batches, plans, chosen, rank, ridge)
+    differing = (runs != known[1]).nonzero()[:, 0].tolist()
+    return _fit(model, batches, plans, chosen, rank, ridge, known=known[0], same=min(differing, default=len(runs)) + 1)
 
 
 def _fit(
@@ -86,8 +98,13 @@ def _fit(
     rank: int,
     ridge: float,
     track: Callable[[Sequence[int], str], Iterable[int]] = lambda items, _: items,
+    known: Bridges | None = None,
+    same: int = 0,
 ) -> Bridges:
-    """Bridges fitted layer after layer along plans (B, T, L), each from the states of the chosen tokens (B, T, L)."""
+    """Bridges fitted layer after layer along plans (B, T, L), each from the states of the chosen tokens (B, T, L).
+
+    The first `same` layers have the bridges of `known`.
+    """
     backbone, geometry = model.backbone, model.geometry
     bridges, outside = Bridges(geometry, rank).to(backbone.device), LayerlessModel(backbone.model)
     embedded = [outside.embed(ids) for ids in batches]
@@ -102,7 +119,9 @@ def _fit(
             routed = list(dense)
             continue
         tokens = [each[..., index] for each in chosen]
-        if sum(int(each.sum()) for each in tokens) >= geometry.hidden:
+        if known is not None and index < same and known.fitted[index]:
+            bridges.set(index, known.down[index], known.up[index], known.bias[index])
+        elif sum(int(each.sum()) for each in tokens) >= geometry.hidden:
             bridges.set(index, *_regression(routed, dense, tokens, rank, ridge))
         ran = [layer(hidden, **call) for hidden, call in zip(routed, calls, strict=True)]
         routed = [

@@ -16,6 +16,7 @@ from torch import Tensor
 from buddy.calibration.bridges import fit_candidate_bridges
 from buddy.calibration.measures import Batch, Pair, PlanLosses, similarities, taylor_importance
 from buddy.calibration.store import Measurements, setting_of
+from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
 from buddy.router import Context, Criterion
 
@@ -66,6 +67,7 @@ class CalibrationProbe:
         self._measured = Measurements(store, setting)
         self._losses: PlanLosses | None = None
         self._bridge, self._bridged = bridge, ""  # the plan that the bridges in place are for; "" without bridges
+        self._known: tuple[Bridges, Tensor] | None = None  # the last bridges, and their plan
         self._track, self._tracking = track, False
         self.serve(routed, asked)
 
@@ -203,7 +205,8 @@ class CalibrationProbe:
             self._losses = PlanLosses(self.routed.backbone, self._windows, self._size, self.routed.sink_tokens)
         if self._bridged and self._losses.bridges is None:
             windows, runs = self._windows[:BRIDGE_WINDOWS], torch.tensor([digit == "1" for digit in self._bridged])
-            self._losses.bridges = fit_candidate_bridges(self.routed, windows, runs, **self._bridge)
+            fitted = fit_candidate_bridges(self.routed, windows, runs, **self._bridge, known=self._known)
+            self._losses.bridges, self._known = fitted, (fitted, runs)
         try:
             for b, plan, losses in self._losses.measure(missing, criterion, lambda pairs: self.track(pairs, what)):
                 self._measured[self._key(criterion, b, plan)] = losses

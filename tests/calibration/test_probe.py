@@ -328,6 +328,17 @@ def test_losses_with_bridges_are_those_of_the_model_with_these_bridges(criterion
     assert torch.equal(measured.losses(runs, criterion), without)
 
 
+@pytest.mark.parametrize("removed", [[], [2], [0, 3], [1, 2, 3]])
+def test_known_bridges_change_nothing(removed):
+    model, measured, settings = routed(), probe(), {"rank": 8, "ridge": 0.1}
+    before, after = measured.plan_without([2]), measured.plan_without(removed)
+    known = fit_candidate_bridges(model, WINDOWS, before, **settings), before
+    fresh, resumed = (fit_candidate_bridges(model, WINDOWS, after, **settings, known=each) for each in (None, known))
+    assert all(
+        torch.equal(one, other) for one, other in zip(*(b.state_dict().values() for b in (fresh, resumed)), strict=True)
+    )
+
+
 def test_bridges_of_a_search_bring_the_model_nearer():
     model = routed()
     measured = probe(model, bridge={"rank": 64, "ridge": 0.01})

@@ -28,6 +28,7 @@ READERS = {
     "inspect": ["--text", "some text", "--out", "{new}"],
     "export": ["--budget", "0.5", "--out", "{new}"],
     "push": ["--to", "{new}"],
+    "serve": ["--port", "0"],
 }
 
 
