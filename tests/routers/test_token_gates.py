@@ -43,7 +43,6 @@ def test_the_planted_model_needs_the_planted_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(("router", "options"), ROUTERS)
 def test_training_closes_gates_whose_layers_a_token_does_not_need_and_keeps_the_others(router, options):
     routed, ids = trained(router, **options), random_ids(8, 16, 0)
