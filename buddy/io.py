@@ -33,7 +33,7 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that tensors free, in place of giving it back to the system.
 
     glibc maps every block above 32 MB anew, such as the logits of a few windows, and the system clears its pages each
-    time: a third of the time of an evaluation on a CPU. Without effect where the C library has no `mallopt`.
+    time: a quarter of the time of an evaluation on a CPU. Without effect where the C library has no `mallopt`.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

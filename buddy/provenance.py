@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
@@ -67,16 +68,18 @@ def check_fixed(recipe: Recipe, routers: Sequence[Rival], digests: Mapping[str, 
 def settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
     """15 hexadecimal digits of the settings of a comparison and of its inputs, wherever the texts lie.
 
-    An "s" before them keeps YAML from reading a number. The seed of the routers is left out: a comparison has many.
+    An "s" before them keeps YAML from reading a number. The seed of the routers is left out: a comparison has many. So
+    are texts beside the recipe's own, whose windows depend on the settings.
     """
     data, free = recipe.data, (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "seed", "data.evaluate_on", "callbacks")
+    callbacks = {"callbacks": [asdict(each) for each in recipe.callbacks]} if recipe.callbacks else {}
     settings: dict[str, Any] = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
     settings |= {"data.source": PurePath(data.source).name, "data.seed": recipe.data_seed}
     for key in ("train_sources", "calibration_sources"):
         settings[f"data.{key}"] = [PurePath(each).name for each in getattr(data, key)]
     overrides = sorted(each.label for each in recipe.rivals if each.overrides)
     inputs = {name: value for name, value in digests.items() if name != CODE}
-    content = json.dumps([settings, overrides, inputs], sort_keys=True)
+    content = json.dumps([settings | callbacks, overrides, inputs], sort_keys=True)
     return "s" + hashlib.sha256(content.encode()).hexdigest()[:15]
 
 

@@ -66,7 +66,7 @@ class TextPieces:
         return self._piece(final=False)
 
     def rest(self) -> str:
-        """After the last token: what no character was made of."""
+        """The rest of the text after the last token, even if it ends within a character."""
         return self._piece(final=True)
 
     def _piece(self, final: bool) -> str:
@@ -155,7 +155,7 @@ class _Reading:
 class Decoder:
     """Rows of one model, each at its own K. Not to be used by two threads at once.
 
-    A forward that fails ends only the row that fails alone: the rows of a failed batch are read anew, one by one.
+    A forward that fails ends only the row that causes it: the rows of a failed batch are read again, one by one.
 
     Args:
         routed: the model.
@@ -228,7 +228,7 @@ class Decoder:
             del self._batches[key]
             if len(rows) == 1:
                 return [Written(rows[0], error=error)]
-            for row in rows:  # alone, so that only the one to blame fails
+            for row in rows:  # alone, so that only the row that causes the error fails
                 self.add(row)
             return []
         if len(rows) > 1:  # counted once for all rows

@@ -49,12 +49,7 @@ def bench_run(
     Raises:
         BuddyError: the run or a budget cannot be used, or memory does not suffice.
     """
-    run = read_run(folder)
-    if json_file:
-        check_output_path(json_file)
-    with status(f"Loading {run.backbone} …"):
-        routed = load_model(run, merged=True)
-    counts, below = counts_of(run, routed, budgets)
+    run, routed, counts, below = load_for_timing(folder, json_file, budgets)
     ids = sample_text(run, routed, BATCH, LONG)
     late = ids.flatten()[None, : min(LATE + STEPS, routed.backbone.context_length)]
     sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
@@ -84,12 +79,19 @@ def bench_run(
     results.print(f"Figure: {folder / FIGURE}", soft_wrap=True)
 
 
-def counts_of(run: Run, routed: RoutedLM, budgets: Sequence[str] | None) -> tuple[dict[str, int], list[int]]:
-    """K for each budget, the recipe's by default; and each K below full depth, falling.
+def load_for_timing(
+    folder: Path, json_file: Path | None, budgets: Sequence[str] | None
+) -> tuple[Run, RoutedLM, dict[str, int], list[int]]:
+    """A run and its model; K for each budget, the recipe's by default; and each K below full depth, falling.
 
     Raises:
-        BudgetError: a budget out of range, or nothing below full depth.
+        BuddyError: the run or the JSON file cannot be used, a budget is out of range, or none is below full depth.
     """
+    run = read_run(folder)
+    if json_file:
+        check_output_path(json_file)
+    with status(f"Loading {run.backbone} …"):
+        routed = load_model(run, merged=True)
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
     counts = {str(budget): routed.executed_layers(budget) for budget in wanted}
     below = sorted({count for count in counts.values() if count < routed.geometry.layers}, reverse=True)
@@ -97,7 +99,7 @@ def counts_of(run: Run, routed: RoutedLM, budgets: Sequence[str] | None) -> tupl
         raise BudgetError("This run's router runs every layer, so there is nothing to time; name another run.")
     if not below:
         raise BudgetError("All budgets are full depth; give one below 1.0, such as --budgets 0.5.")
-    return counts, below
+    return run, routed, counts, below
 
 
 def as_json(counts: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:

@@ -11,13 +11,11 @@ from typing import Any
 import torch
 
 from buddy.backbone.load import title_of
-from buddy.build import load_model
-from buddy.console import print_titled_table, results, status, tracker
+from buddy.console import print_titled_table, results, tracker
 from buddy.engine.model import RoutedLM
-from buddy.evaluation.bench import counts_of, sample_text
-from buddy.io import check_output_path, within_memory, write_json
+from buddy.evaluation.bench import load_for_timing, sample_text
+from buddy.io import within_memory, write_json
 from buddy.metrics.timing import PROMPT, STEPS, Contender, contenders, machine, race, versions
-from buddy.run import read_run
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 NAMES = {"dense": "dense", "routed": "a plan a row", "batch": "a plan a batch", "pruned": "pruned"}
@@ -37,12 +35,7 @@ def bench_serving(
     Raises:
         BuddyError: the run or a budget cannot be used, or memory does not suffice.
     """
-    run = read_run(folder)
-    if json_file:
-        check_output_path(json_file)
-    with status(f"Loading {run.backbone} …"):
-        routed = load_model(run, merged=True)
-    _, below = counts_of(run, routed, budgets)
+    run, routed, _, below = load_for_timing(folder, json_file, budgets)
     ids = sample_text(run, routed, BATCHES[-1], PROMPT + STEPS)
     field = [each for each in contenders(routed, below, ids) if each.name in NAMES]
     model = routed.backbone.model

@@ -20,8 +20,7 @@ from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model
 from buddy.serve.guard import ApiError, ClientLeft, Guard, answer_errors, shown_error
 from buddy.serve.metrics import Metrics
-from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest
-from buddy.serve.protocol import Request as Asked
+from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest, TextRequest
 from buddy.serve.scheduler import Piece, QueueFull, Scheduler, Text
 
 log = logging.getLogger("buddy.serve")
@@ -129,7 +128,7 @@ class Server:
         return await self._answer(asked, request, [prompt], "messages", limit)
 
     async def _answer(
-        self, asked: Asked, request: Request, prompts: Sequence[list[int]], field: str, limit: int
+        self, asked: TextRequest, request: Request, prompts: Sequence[list[int]], field: str, limit: int
     ) -> Response:
         self._check(prompts, field, limit)
         named, budget, deeper = self.named(asked.model), asked.budget, asked.prompt_budget

@@ -36,7 +36,7 @@ class StreamOptions(_Plain):
     include_usage: bool = False
 
 
-class Request(_Plain):
+class TextRequest(_Plain):
     """What completions and chat completions have in common; other fields are ignored, as vLLM does.
 
     Attributes:
@@ -82,7 +82,7 @@ class Request(_Plain):
         return {"temperature": max(temperature, 1e-6) if temperature else 0.0, "seed": seed, "options": options}
 
 
-class CompletionRequest(Request):
+class CompletionRequest(TextRequest):
     """`/v1/completions`."""
 
     prompt: Words | Ids | Annotated[list[Words], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
@@ -122,7 +122,7 @@ class Message(_Plain):
         return {"role": self.role, "content": content}
 
 
-class ChatRequest(Request):
+class ChatRequest(TextRequest):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
@@ -149,7 +149,7 @@ class Answer:
         prompt_tokens: of all its prompts, each counted once.
     """
 
-    def __init__(self, chat: bool, request: Request, texts: Sequence[Text], prompt_tokens: int) -> None:
+    def __init__(self, chat: bool, request: TextRequest, texts: Sequence[Text], prompt_tokens: int) -> None:
         self._chat, self._texts, self._prompt_tokens = chat, texts, prompt_tokens
         self._offsets = [0] * len(texts)
         kind = "chat.completion" if chat else "text_completion"

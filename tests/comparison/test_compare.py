@@ -353,6 +353,8 @@ def test_test_windows_are_read_under_the_fixed_settings_alone(ask, tmp_path, mon
     assert digest == refused("trainer.accelerator=auto", f"output={tmp_path}", "seed=0", routers="buddy,full")
     assert digest != refused("optimizer.lr=0.5")
     assert digest != refused("router.options.hidden=8")
+    stopping = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/kl, patience: %d}}"
+    assert len({digest, *(refused(f"callbacks=[{stopping % patience}]") for patience in (1, 2))}) == 3
     assert digest != refused("data.test_windows=5")
     assert digest != refused("data.calibration_windows=5")
     with pytest.raises(RecipeError, match="hidden=8"):

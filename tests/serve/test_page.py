@@ -91,4 +91,6 @@ def test_the_keyboard_reads_the_plan_of_a_token(page):
 def test_an_error_is_shown(page):
     page.get_by_label("Prompt").fill("word " * 3000)
     page.get_by_role("button", name="Write").click()
-    page.get_by_role("alert").filter(has_text="tokens").wait_for()
+    alert = page.get_by_role("alert")
+    playwright.expect(alert).to_contain_text("tokens")
+    assert columns(page) == 0
