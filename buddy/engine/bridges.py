@@ -79,9 +79,10 @@ class Bridges(nn.Module):
         if parts is None:
             return hidden
         down, one, up = parts
-        rows = hidden.float() if len(hidden) == 1 else hidden.float().transpose(0, 1)
+        # Views, not transposes: a product of a state with other strides copies the weights once a row.
+        rows = hidden.float() if len(hidden) == 1 else hidden.float().view(1, *hidden.shape[::2])
         rows = torch.baddbmm(rows, torch.baddbmm(one, bridge_input(rows), down), up).to(hidden.dtype)
-        return rows if len(hidden) == 1 else rows.transpose(0, 1)
+        return rows if len(hidden) == 1 else rows.view(hidden.shape)
 
     @torch.no_grad()
     def set(self, layer: int, down: Tensor, up: Tensor, bias: Tensor) -> None:

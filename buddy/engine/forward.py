@@ -363,11 +363,15 @@ class RoutedForward:
     def _run_scores(self, scores: Tensor, prompt: int) -> None:
         """Run the plan of the scores that hold; the first `prompt` tokens share one."""
         self.scores, layers = scores, self.settings.layers
-        if self.shape[1] == 1 and self.valid is None and self.past >= self.settings.sink_tokens:
+        if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
             self._runs_on_host = rows = plan_rows_on_host(scores[:, 0].tolist(), self.request.executed, layers)
             self._set_active_rows([row[0] for row in rows] if len(scores) == 1 else [active(row, 1) for row in rows])
         else:
             self._run_plan(plan_tokens(scores, self.context.executed, layers, prompt).expand(*self.shape, -1))
+
+    def _mid_text(self) -> bool:
+        """Whether none of these positions of padded rows is padding or a sink."""
+        return int(torch.where(self.valid, self.positions, -1).min()) >= self.settings.sink_tokens
 
     def _run_plan(self, runs: Tensor) -> None:
         """Run a plan (B, T, L)."""

@@ -56,6 +56,8 @@ class RoutedLayer:
             return self._plan_and_run(forward, hidden_states, args, kwargs)
         if kwargs.get("cache") is not None and forward.policy.name != "hole" and forward.only_sinks(rows):
             return self._run_sinks(forward, hidden_states, args, kwargs, rows[0])
+        if forward.shape[1] == 1 and forward.policy.name == "fill":
+            return self._run_step(forward, hidden_states, args, kwargs)
         return self._run_some(forward, hidden_states, args, kwargs, rows)
 
     def _plan_and_run(self, forward: Any, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -142,6 +144,20 @@ class RoutedLayer:
         forward.full_layers += 1
         skipped = forward.skip(self._index, hidden)
         return skipped + weight[..., None].to(out.dtype) * (out - skipped)
+
+    def _run_step(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """One token of each row, of which some run: the layer is computed for all, and the others keep their state.
+
+        Its weights are read for any row, which takes most of the time; selecting rows and their cache takes more than
+        it saves. The keys and values that a row that skips gets in this way are those that `fill` gives it.
+        """
+        cache, runs = kwargs.get("cache"), forward.chosen(self._index)
+        if cache is not None:
+            forward.policy.flush(self, cache)
+        out = self.stock.forward(self, hidden, *args, **kwargs)
+        forward.partial_layers.append(runs)
+        mixed = torch.where(runs[..., None], out, forward.skip(self._index, hidden))
+        return mixed.view(hidden.shape)  # `where` may choose other strides, with which a product copies the weights
 
     def _run_some(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict, counts: list[int]) -> Tensor:
         """Run the chosen tokens of the chosen rows; the policy sees to the others."""

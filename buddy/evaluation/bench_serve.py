@@ -1,53 +1,108 @@
-"""`buddy bench --serve`: what a batch of texts gains, as `buddy serve` decodes it."""
+"""`buddy bench --serve`: tokens a second of many clients, by the decoder of `buddy serve`."""
 
 from __future__ import annotations
 
+import random
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from buddy.backbone.load import title_of
 from buddy.console import print_titled_table, results, tracker
-from buddy.engine.model import RoutedLM
+from buddy.engine.decode import Decoder, Row
+from buddy.engine.model import RoutedLM, geometry_of
+from buddy.engine.twins import pruned_model
 from buddy.evaluation.bench import load_for_timing, sample_text
 from buddy.io import within_memory, write_json
-from buddy.metrics.timing import PROMPT, STEPS, Contender, contenders, machine, race, versions
+from buddy.metrics.timing import PROMPT, STEPS, commonest_layers, machine, versions
+from buddy.registry import build
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-NAMES = {"dense": "dense", "routed": "a plan a row", "batch": "a plan a batch", "pruned": "pruned"}
+SHORTEST = PROMPT // 2  # prompts have from so many to `PROMPT` tokens, as those of clients differ
+
+
+@dataclass(frozen=True)
+class Served:
+    """A way to decode.
+
+    Attributes:
+        name: as the table has it.
+        layers: K.
+        routed: its model.
+        batch_plan: see `RoutedLM`.
+    """
+
+    name: str
+    layers: int
+    routed: RoutedLM
+    batch_plan: str
+
+    def begin(self, texts: Sequence[list[int]]) -> Decoder:
+        """A decoder that has read the prompts of these texts and writes their other tokens."""
+        decoder = Decoder(self.routed, chunk=sum(map(len, texts)))
+        for number, text in enumerate(texts):
+            prompt = PROMPT - number % 4 * (PROMPT - SHORTEST) // 3
+            decoder.add(Row(text[:prompt], self.layers, _Given(text), STEPS + 1))
+        self.step(decoder)
+        return decoder
+
+    def step(self, decoder: Decoder) -> float:
+        """Milliseconds of one step."""
+        with self.routed.changed(batch_plan=self.batch_plan):
+            start = time.perf_counter()
+            decoder.step()
+            return 1e3 * (time.perf_counter() - start)
+
+
+class _Given:
+    """In place of a sampler: chooses a token, and writes the text's own, so that all decode the same."""
+
+    def __init__(self, text: list[int]) -> None:
+        self._text = text
+
+    def __call__(self, tokens: Sequence[int], logits: Tensor) -> int:
+        int(logits.argmax())
+        return self._text[len(tokens)]
 
 
 def bench_serving(
     folder: Path, *, json_file: Path | None = None, budgets: Sequence[str] | None = None, rounds: int = 7
 ) -> None:
-    """Time decode steps of 1 to 32 texts and print the table: dense, with a plan a row, a plan a batch, and pruned.
+    """Time decode steps of 1 to 32 texts and print the table: full depth, with a plan a row, a plan a batch, and pruned.
 
     Args:
         folder: the run.
         json_file: where the results go as JSON, if anywhere.
         budgets: instead of the recipe's.
-        rounds: how often each contender runs.
+        rounds: how often each way runs.
 
     Raises:
         BuddyError: the run or a budget cannot be used, or memory does not suffice.
     """
     run, routed, _, below = load_for_timing(folder, json_file, budgets)
-    ids = sample_text(run, routed, BATCHES[-1], PROMPT + STEPS)
-    field = [each for each in contenders(routed, below, ids) if each.name in NAMES]
-    model = routed.backbone.model
-    field += [Contender("batch", k, model, lambda k=k: _one_plan(routed, k)) for k in below]  # type: ignore[misc]
+    ids = sample_text(run, routed, BATCHES[-1], PROMPT + STEPS + 2)
+    ways = [Served("full depth", routed.geometry.layers, routed, "row")]
+    for count in below:
+        pruned = _pruned(routed, commonest_layers(routed, ids[:1], count))
+        ways += [
+            Served("a plan a row", count, routed, "row"),
+            Served("a plan a batch", count, routed, "shared"),
+            Served("pruned", count, pruned, "row"),
+        ]
     with within_memory(f"a batch of {BATCHES[-1]} texts", "free some, or bench a smaller backbone"):
-        timings = race(field, ids, prompts=(PROMPT,), batches=BATCHES, rounds=rounds, track=tracker("Rounds"))
+        spent = _race(ways, ids.tolist(), rounds)
     entries: list[dict[str, Any]] = []
-    for (name, layers), each in sorted(timings.items(), key=lambda item: (-item[0][1], list(NAMES).index(item[0][0]))):
-        for texts, spent in each.decode.items():
-            middle = statistics.median(spent)
-            entry = {"contender": NAMES[name], "layers": layers, "texts": texts, "ms": middle}
-            entries.append(entry | {"spread": [min(spent), max(spent)], "tokens_a_second": 1e3 * texts / middle})
+    for way, times in zip(ways, spent, strict=True):
+        for texts, each in times.items():
+            middle = statistics.median(each)
+            entry = {"contender": way.name, "layers": way.layers, "texts": texts, "ms": middle}
+            entries.append(entry | {"spread": [min(each), max(each)], "tokens_a_second": 1e3 * texts / middle})
     rows = []
     for first in range(0, len(entries), len(BATCHES)):
         part = entries[first : first + len(BATCHES)]
@@ -56,15 +111,35 @@ def bench_serving(
     about = f"{run.router_name}, backbone {title_of(run.backbone)}"
     head = ["", "layers", *(f"{n} text{'s' * (n > 1)}" for n in BATCHES)]
     print_titled_table(f"{about}: tokens a second (ms between tokens)", head, rows)
-    threads = torch.get_num_threads()
-    results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {PROMPT}, threads: {threads}; no HTTP.")
+    threads, spans = torch.get_num_threads(), f"{SHORTEST} to {PROMPT}"
+    results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.")
     if json_file:
         made = {"rounds": rounds, "threads": threads, "machine": machine(), "versions": versions()}
         write_json(json_file, {**made, "results": entries})
         results.print(f"JSON: {json_file}", soft_wrap=True)
 
 
-@contextmanager
-def _one_plan(routed: RoutedLM, executed: int) -> Iterator[None]:
-    with routed.changed(batch_plan="shared"), routed.at(executed=[executed]):
-        yield
+def _race(ways: Sequence[Served], texts: Sequence[list[int]], rounds: int) -> list[dict[int, list[float]]]:
+    """For each way and number of texts, the mean milliseconds of a step in each round, after one that is not counted.
+
+    All take one step before any takes the next, in an order that is drawn, so that a short disturbance of the machine
+    affects all of them.
+    """
+    spent: list[dict[int, list[float]]] = [{count: [] for count in BATCHES} for _ in ways]
+    draw = random.Random(0)
+    for number in tracker("Rounds")(range(rounds + 1)):
+        for count in BATCHES:
+            decoders = [way.begin(texts[:count]) for way in ways]
+            total = [0.0] * len(ways)
+            for _ in range(STEPS):
+                for place in draw.sample(range(len(ways)), len(ways)):
+                    total[place] += ways[place].step(decoders[place])
+            for times, each in zip(spent, total, strict=True):
+                times[count].extend([each / STEPS] if number else [])
+    return spent
+
+
+def _pruned(routed: RoutedLM, kept: Sequence[int]) -> RoutedLM:
+    """The backbone cut to some of its layers, all of which run, for the same decoder."""
+    backbone = replace(routed.backbone, model=pruned_model(routed.backbone.model, kept))
+    return RoutedLM(backbone, build("full", geometry_of(backbone), {}))

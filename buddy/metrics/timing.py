@@ -97,12 +97,17 @@ def contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Con
     ]
     for count in counts:
         if count < layers:
-            runs = routed(ids[:1], executed=torch.tensor([count])).runs[0].sum(0)
-            kept = sorted(runs.argsort(descending=True, stable=True)[:count].tolist())
+            kept = commonest_layers(routed, ids[:1], count)
             found.append(Contender("routed", count, model, lambda count=count: routed.at(executed=[count])))  # type: ignore[misc]
             found.append(Contender("shared", count, model, lambda count=count: _shared(routed, count), decodes=False))  # type: ignore[misc]
             found.append(Contender("pruned", count, pruned_model(model, kept), nullcontext))
     return found
+
+
+def commonest_layers(routed: RoutedLM, ids: Tensor, count: int) -> list[int]:
+    """The `count` layers, rising, that most tokens (1, T) run at that K."""
+    runs = routed(ids, executed=torch.tensor([count])).runs[0].sum(0)
+    return sorted(runs.argsort(descending=True, stable=True)[:count].tolist())
 
 
 @contextmanager

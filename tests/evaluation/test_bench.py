@@ -137,7 +137,7 @@ def test_batches_as_a_server_decodes_them(finished, tmp_path, monkeypatch, capsy
     bench_serve.bench_serving(finished / "buddy", json_file=tmp_path / "serve.json", budgets=["0.5"], rounds=2)
     found = json.loads((tmp_path / "serve.json").read_text())["results"]
     assert [(each["contender"], each["layers"], each["texts"]) for each in found] == [
-        *(("dense", 6, 1), ("dense", 6, 3), ("a plan a row", 3, 1), ("a plan a row", 3, 3)),
+        *(("full depth", 6, 1), ("full depth", 6, 3), ("a plan a row", 3, 1), ("a plan a row", 3, 3)),
         *(("a plan a batch", 3, 1), ("a plan a batch", 3, 3), ("pruned", 3, 1), ("pruned", 3, 3)),
     ]
     for each in found:
