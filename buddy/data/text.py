@@ -55,11 +55,17 @@ class Documents:
         tokens: tokens in the whole text, including those outside all documents.
     """
 
-    def __init__(self, tokens: Dataset, packs: Sequence[Sequence[int]], separator: Sequence[int]) -> None:
-        """Take D packs of rows of `tokens`, which has a list of token ids in the column "input_ids" of each row."""
+    def __init__(
+        self, tokens: Dataset, packs: Sequence[Sequence[int]], separator: Sequence[int], begin: Sequence[int] = ()
+    ) -> None:
+        """Take D packs of rows of `tokens`, which has a list of token ids in the column "input_ids" of each row.
+
+        `separator` stands between the rows of a pack, `begin` at the beginning of each window.
+        """
         self._rows = tokens.with_format("numpy")
         self._packs = packs
         self._separator = np.array(separator, dtype=np.int64)
+        self._begin = np.array(begin, dtype=np.int64)
         rows = list_lengths(tokens)
         self.tokens = int(rows.sum())
         gaps = len(separator)
@@ -75,6 +81,16 @@ class Documents:
         for row in others:
             parts += [self._separator, self._rows[row]["input_ids"]]
         return np.concatenate(parts).astype(np.int64)
+
+    def window(self, document: int, start: int, size: int) -> np.ndarray:
+        """(size,) int64, tokens of one document from `start` on.
+
+        If the tokenizer begins texts with a token of its own, it is in place of the first: a model that always saw it
+        is far worse without (Gemma 3 270M on encyclopaedia text: perplexity 74 instead of 24).
+        """
+        tokens = self.read(document)[start : start + size]
+        tokens[: len(self._begin)] = self._begin
+        return tokens
 
 
 def read_documents(
@@ -94,7 +110,9 @@ def read_documents(
         tokens = tokenise(cut_long(without_marks(texts), tokenizer, window), tokenizer)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     packs = pack(list_lengths(tokens), window, len(separator))  # type: ignore[arg-type]
-    documents = Documents(tokens, packs, separator)
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begins = len(tokens) and tokens[0]["input_ids"][:1] == begin  # some tokenizers know the token and do not add it
+    documents = Documents(tokens, packs, separator, begin if begins else [])
     if len(documents) < fewest:
         shorter = documents.tokens // (2 * fewest)
         advice = f" or set data.window={shorter} or smaller" if fewest > 1 and shorter >= 16 else ""

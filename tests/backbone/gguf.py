@@ -49,7 +49,9 @@ def gemma_file(path: Path, model: PreTrainedModel) -> tuple[Path, dict[str, torc
         values = weight.float().numpy()
         known = names.get_name(name.removesuffix(".weight"))
         if "norm" in name:
-            writer.add_tensor(f"{known}.weight", values + np.float32(1))  # llama.cpp multiplies by it, Gemma by 1 + it
+            stored = values + np.float32(1)  # llama.cpp multiplies by it, Gemma by 1 + its weight
+            writer.add_tensor(f"{known}.weight", stored)
+            values = stored - np.float32(1)
         else:
             kind = Kind.Q5_0 if "mlp" in name else Kind.Q8_0
             blocks = gguf.quantize(values, kind)
