@@ -102,7 +102,7 @@ def model_folder(model: Embedded, *, accept_license: bool = False) -> Path:
 
     Args:
         model: one of `MODELS`.
-        accept_license: the user accepts the terms of its licence. A converted model was accepted before.
+        accept_license: the user accepts the terms of its licence; a model that was converted was accepted.
 
     Raises:
         BackboneError: the licence is not accepted, a wheel or a package that reads it is missing, the model's file is
@@ -113,7 +113,7 @@ def model_folder(model: Embedded, *, accept_license: bool = False) -> Path:
     folder = cache_root() / f"{model.name}-{LAYOUT}"
     if is_valid(folder, model):
         return folder
-    if model.terms and not accept_license:
+    if model.terms and not accept_license and not folder.exists():
         raise BackboneError(
             f"{model.title} is under the {model.terms}; read them, and accept them once with "
             "backbone.accept_license=true in `buddy fit` (accept_license=True in Python)."

@@ -154,6 +154,9 @@ def test_a_licence_is_accepted_once(conversions):
             with pytest.raises(BackboneError, match=r"Gemma Terms of Use \(https://ai\.google\.dev/gemma/terms\)"):
                 model_folder(GEMMA)
     assert conversions == [GEMMA.name]
+    DAMAGES["cut"](model_folder(GEMMA) / "config.json")
+    assert is_valid(model_folder(GEMMA), GEMMA)
+    assert conversions == [GEMMA.name] * 2
 
 
 def test_the_command_asks_for_the_licence(conversions, tmp_path):
