@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 WASTE = 0.15  # the share of a call that may be padding
-# Long calls have a multiple of so many tokens a row: oneDNN prepares a product for each new shape, which takes as long as
-# the product itself, and remembers 1,024 shapes.
+# Long calls have a multiple of so many tokens a row: oneDNN prepares a product for each new shape, which takes as long
+# as the product itself, and remembers 1,024 shapes.
 STEP, LONG = 16, 64
 NAME, STOCK = "sdpa_by_blocks", "sdpa"
 MIN_BLOCK, MAX_BLOCKS = 32, 8  # queries in a block at least, and blocks at most
