@@ -21,7 +21,8 @@ from tests.serve.conftest import tiny  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # Ray leaves its daemons unwaited for
+    # Ray leaves its daemons unwaited for.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 PROMPT = "budget depth layer router"
@@ -46,7 +47,7 @@ def address():
         port = free.getsockname()[1]
     before = signal.getsignal(signal.SIGTERM)  # which ray.init takes
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths})
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths})
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         options = {"num_replicas": REPLICAS, "max_ongoing_requests": BATCH, "ray_actor_options": {"num_cpus": 0.1}}
@@ -96,7 +97,7 @@ def test_streams_come_in_pieces_and_equal_generate(address, alone):
     with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=PATIENCE) as answer:
         times = [time.monotonic() for line in answer.iter_lines() if line]
     assert len(times) > 100
-    assert times[-1] - times[0] > 0.01  # not all at the end
+    assert times[-1] - times[0] > 0.05  # not all at the end
 
 
 def test_a_killed_replica_loses_only_what_it_was_answering(address):
@@ -107,14 +108,13 @@ def test_a_killed_replica_loses_only_what_it_was_answering(address):
         while not stop.is_set():
             layers = draw.randint(2, 6)
             body = {"budget": f"{layers}layers", "max_tokens": draw.randint(20, 120), "stream": draw.random() < 0.5}
-            while True:  # as the openai client does, whose retries are two by default
+            usage = None
+            while usage is None and len(failed) < 50:  # asks again, as the openai client does
                 began = time.monotonic()
                 try:
                     _, usage = ask(address, body)
-                    break
                 except httpx.HTTPError as error:
                     failed.append((began, time.monotonic(), error))
-                    assert len(failed) < 50, error
             done.append((layers, usage["executed_layers"], usage["completion_tokens"] == body["max_tokens"]))
 
     wait_until(lambda: len(replicas(address)) == REPLICAS)
@@ -124,8 +124,9 @@ def test_a_killed_replica_loses_only_what_it_was_answering(address):
             wait_until(lambda: len(done) > 3 * CLIENTS)
             first = replicas(address)
             killed = min(first)
+            before = time.monotonic()
             os.kill(killed, signal.SIGKILL)
-            when, answered = time.monotonic(), len(done)
+            after, answered = time.monotonic() + 0.5, len(done)  # the process may take a moment to end
             wait_until(lambda: len(done) > answered + 3 * CLIENTS)
             wait_until(lambda: len(replicas(address) - {killed}) == REPLICAS)
         finally:
@@ -134,6 +135,6 @@ def test_a_killed_replica_loses_only_what_it_was_answering(address):
             each.result()
     assert first - {killed} < replicas(address)
     assert len(failed) <= BATCH
-    assert all(began < when < ended for began, ended, _ in failed), failed
+    assert all(began < after and before < ended for began, ended, _ in failed), failed
     assert all(executed == {"min": layers, "mean": layers, "max": layers} for layers, executed, _ in done)
     assert all(whole for *_, whole in done)
