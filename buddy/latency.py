@@ -49,34 +49,35 @@ class LatencyTable:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._store = FileStore(folder) if folder else None
-        self._table: dict[int, float] | None = None
+        self._tables: dict[int, dict[int, float]] = {}
 
-    def __call__(self, routed: RoutedLM) -> dict[int, float]:
-        """K → milliseconds, for every K of a budget."""
-        if self._table is None:
-            points = self._stored(routed)
+    def __call__(self, routed: RoutedLM, texts: int = 1) -> dict[int, float]:
+        """K → milliseconds, for every K of a budget, where so many texts are decoded in one batch."""
+        if texts not in self._tables:
+            points = self._stored(routed, texts)
             if points is None:
                 with self._lock():  # another process may measure it meanwhile
-                    points = self._stored(routed) or self._measured(routed, ROUNDS)
-            self._table = interpolated(points)
-        return self._table
+                    points = self._stored(routed, texts) or self._measured(routed, ROUNDS, texts)
+            self._tables[texts] = interpolated(points)
+        return self._tables[texts]
 
     def remeasure(self, routed: RoutedLM, rounds: int = ROUNDS) -> dict[int, float]:
         """Measure again and replace the stored table; returns the measured points, K → milliseconds."""
         with self._lock():
             points = self._measured(routed, rounds)
-        self._table = interpolated(points)
+        self._tables[1] = interpolated(points)
         return points
 
-    def _stored(self, routed: RoutedLM) -> dict[int, float] | None:
-        stored = self._store.get(_key(setting_of(routed))) if self._store else None
+    def _stored(self, routed: RoutedLM, texts: int) -> dict[int, float] | None:
+        stored = self._store.get(_key(setting_of(routed, texts))) if self._store else None
         return {int(count): float(x) for count, x in stored["milliseconds"].items()} if stored else None
 
-    def _measured(self, routed: RoutedLM, rounds: int) -> dict[int, float]:
+    def _measured(self, routed: RoutedLM, rounds: int, texts: int = 1) -> dict[int, float]:
         """Milliseconds at `points_of`, measured and stored."""
-        counts, setting = points_of(routed), setting_of(routed)
+        counts, setting = points_of(routed), setting_of(routed, texts)
         span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-        points = measure_latencies(routed, rounds, tracker(f"Timing tokens at {span} layers"))
+        what = "tokens" if texts == 1 else f"{texts} texts"
+        points = measure_latencies(routed, rounds, tracker(f"Timing {what} at {span} layers"), texts)
         if self._store is not None:
             measured = datetime.now(UTC).isoformat(timespec="seconds")
             table = {"setting": setting, "measured": measured, "rounds": rounds, "context": PROMPT}
@@ -98,15 +99,16 @@ class LatencyTable:
 
 
 @torch.no_grad()
-def measure_latencies(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter) -> dict[int, float]:
-    """Median milliseconds of a decode step at a few K, batch 1, with the adapter off, as if it were merged.
+def measure_latencies(routed: RoutedLM, rounds: int = ROUNDS, track: Track = iter, texts: int = 1) -> dict[int, float]:
+    """Median milliseconds of a decode step at a few K, with the adapter off, as if it were merged.
 
     Args:
         routed: the model.
         rounds: timings of each K, after one warm-up round.
         track: wraps the rounds to show progress.
+        texts: rows of the batch.
     """
-    counts, ids, model = points_of(routed), _text(routed), routed.backbone.model
+    counts, ids, model = points_of(routed), _texts(routed, texts), routed.backbone.model
     unadapted = nullcontext() if routed.adapter is None else routed.adapter.off()
     contexts = [lambda count=count: routed.at(executed=[count]) for count in counts]
     contenders = [Contender("routed", count, model, each) for count, each in zip(counts, contexts, strict=True)]
@@ -135,7 +137,7 @@ def points_of(routed: RoutedLM) -> list[int]:
     return sorted({round(least + (layers - least) * place / (POINTS - 1)) for place in range(POINTS)})
 
 
-def setting_of(routed: RoutedLM) -> dict[str, Any]:
+def setting_of(routed: RoutedLM, texts: int = 1) -> dict[str, Any]:
     """All that the time of a token depends on, except other load on the machine."""
     backbone, here = routed.backbone, machine()
     added = 0 if routed.adapter is None else routed.adapter.size
@@ -153,6 +155,7 @@ def setting_of(routed: RoutedLM) -> dict[str, Any]:
         "router_parameters": sum(parameter.numel() for parameter in routed.router.parameters()),
         "bridge_rank": None if routed.bridges is None else routed.bridges.rank,
         "routing": asdict(routed.settings) | {"policy": routed.policy.name, "pool": routed.pool},
+        **({} if texts == 1 else {"texts": texts}),
     }
 
 
@@ -160,8 +163,9 @@ def _key(setting: Mapping[str, Any]) -> str:
     return json.dumps(setting, sort_keys=True)
 
 
-def _text(routed: RoutedLM) -> Tensor:
-    """(1, T) long: a prompt and the `STEPS` timed tokens."""
+def _texts(routed: RoutedLM, texts: int) -> Tensor:
+    """(texts, T) long: prompts and the `STEPS` timed tokens; each row begins at another place, as its plans do."""
     tokens = routed.backbone.tokenizer(TEXT, add_special_tokens=False).input_ids
     length = min(PROMPT + STEPS, routed.backbone.context_length)
-    return torch.tensor([(tokens * length)[:length]], device=routed.backbone.device)
+    row = torch.tensor((tokens * length)[:length], device=routed.backbone.device)
+    return torch.stack([row.roll(-7 * number) for number in range(texts)])

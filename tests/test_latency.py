@@ -33,7 +33,7 @@ def timed(monkeypatch):
 
     calls = Calls()
 
-    def stand_in(routed, rounds, track):
+    def stand_in(routed, rounds, track, texts):
         calls.append(rounds)
         return {count: calls.offset + count for count in points_of(routed)}
 
@@ -105,6 +105,21 @@ def test_two_models_are_not_measured_at_once(routed, tmp_path, monkeypatch):
         LatencyTable(tmp_path)(routed)
     with other:  # whoever has a table waits for nobody
         assert LatencyTable(tmp_path)(routed)[6] == 5.0
+
+
+def test_a_batch_has_a_table_of_its_own(routed, tmp_path, monkeypatch):
+    rows = []
+
+    def stand_in(field, ids, *_):
+        rows.append(ids)
+        return [float(len(ids) * each.layers) for each in field]
+
+    monkeypatch.setattr(latency, "decode_in_turn", stand_in)
+    table = LatencyTable(tmp_path)
+    assert table(routed)[4] == 4.0
+    assert table(routed, 3)[4] == LatencyTable(tmp_path)(routed, 3)[4] == 12.0
+    assert {len(ids) for ids in rows} == {1, 3}
+    assert len({tuple(row) for row in rows[-1].tolist()}) == 3, "rows differ, so that their plans do"
 
 
 def test_another_setting_has_another_table(routed, monkeypatch):

@@ -154,6 +154,10 @@ def serve(
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Of this machine; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Most texts at the same time.")] = 8,
+    batch_plan: Annotated[
+        Literal["shared", "row"],
+        typer.Option(help="One plan for all texts of a batch (shared), or one for each (row)."),
+    ] = "shared",
     queue: Annotated[int, typer.Option(min=1, metavar="N", help="Most texts that wait.")] = 128,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most new tokens of a text.")] = 4096,
     seconds: Annotated[float, typer.Option(min=1.0, metavar="S", help="Most seconds of a request.")] = 600.0,
@@ -174,6 +178,7 @@ def serve(
         max_tokens=max_tokens,
         seconds=seconds,
         api_key_file=api_key_file,
+        batch_plan=batch_plan,
     )
 
 

@@ -6,7 +6,7 @@ and its own end. What a row writes does not depend on the others, up to the roun
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,7 +99,7 @@ class Row:
 
     prompt: list[int]
     executed: int
-    sampler: Sampler
+    sampler: Callable[[Sequence[int], Tensor], int]
     limit: int
     ends: frozenset[int] = frozenset()
     prompt_executed: int | None = None

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -51,6 +52,7 @@ class ForwardHooks:
         self._handles = [
             base.register_forward_pre_hook(self._begin, with_kwargs=True),
             base.register_forward_hook(self._end, always_call=True),
+            routed.backbone.model.get_output_embeddings().register_forward_pre_hook(_laid_out),
         ]
 
     def remove(self) -> None:
@@ -139,6 +141,15 @@ class ForwardHooks:
         if self._record is not None:
             self._record.forwards.append(done.record())
             self._last = done if self._request.prompt is not None else None
+
+
+def _laid_out(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The last position's states (B, 1, D), cut out of a prompt's, with strides of their own.
+
+    Otherwise the product copies the weights of the whole vocabulary first, once for each row.
+    """
+    states, *rest = args
+    return (states.clone(memory_format=torch.contiguous_format) if states.shape[1] == 1 else states, *rest)
 
 
 def _checked_mask(mask: Tensor | None) -> Tensor | None:

@@ -211,7 +211,7 @@ class RectangularView:
         self._placed: list[Tensor | None] = [None, None]
         if rest is not None:
             flat = (self._rows[:, None] * self.length + group.rest).flatten()
-            self._placed = [self._place(None, part, flat, None) for part in rest]
+            self._placed = [self._place(None, part, flat, slice(None)) for part in rest]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
         """Take what the call wrote; give all K/V that it may read: the past, and all new positions of its rows."""
@@ -243,13 +243,13 @@ class RectangularView:
         """Keys are in order of position, so early queries need only the early keys."""
         return None if self.group.positions is None else attention_blocks(self.group.positions, mask, self.length)
 
-    def _place(self, to: Tensor | None, part: Tensor, flat: Tensor, real: Tensor | None) -> Tensor:
+    def _place(self, to: Tensor | None, part: Tensor, flat: Tensor, real: Tensor | slice) -> Tensor:
         """Write `part` (G, heads, n, size) at indices `flat` of `to` (G, T, heads, size), which it makes if None."""
         groups, heads, _, size = part.shape
         if to is None:
             to = part.new_empty(groups, self.length, heads, size)
         part = part.transpose(1, 2).reshape(-1, heads * size)
-        to.view(-1, heads * size).index_copy_(0, flat, part if real is None else part[real])
+        to.view(-1, heads * size).index_copy_(0, flat, part[real])
         return to
 
 

@@ -199,9 +199,7 @@ class RoutedLayer:
             return out.index_copy(0, rows, result)
         flat, real = group.flat(length, rows)
         ran.view(-1)[flat] = True
-        result = result.reshape(-1, width)
-        result = result if real is None else result[real]
-        return out.reshape(-1, width).index_copy(0, flat, result).view(hidden.shape)
+        return out.reshape(-1, width).index_copy(0, flat, result.reshape(-1, width)[real]).view(hidden.shape)
 
 
 _ROUTED: dict[type, type] = {}

@@ -52,7 +52,8 @@ class RoutedLM(nn.Module):
     Assisted generation, which takes tokens back, needs `reroute_every` 1.
 
     Attributes:
-        table: gives the milliseconds that a token takes at each K; without it latencies are refused as budgets.
+        table: called with this model, and with a number of rows other than one, gives the milliseconds that a token
+            takes at each K; without it latencies are refused as budgets.
         chooser: takes the most layers that "auto" may choose and gives the function that chooses; None without a
             budget predictor.
         adapter: a LoRA adapter on the backbone, or None. It is active at every budget, full depth included; `dense`,
@@ -90,7 +91,7 @@ class RoutedLM(nn.Module):
         self._own_settings, self.settings = settings, settings.for_router(router)
         self._backbone = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
         self._hooks = ForwardHooks(self)
-        self.table: Callable[[RoutedLM], Table] | None = None
+        self.table: Callable[..., Table] | None = None
         self.chooser: Callable[[int], Choose] | None = None
         self.adapter: Any | None = None
         self.bridges: Bridges | None = None

@@ -23,6 +23,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 WASTE = 0.15  # the share of a call that may be padding
+# Long calls have a multiple of so many tokens a row: oneDNN prepares a product for each new shape, which takes as long
+# as the product itself, and remembers 1,024 shapes.
+STEP, LONG = 16, 64
 NAME, STOCK = "sdpa_by_blocks", "sdpa"
 MIN_BLOCK, MAX_BLOCKS = 32, 8  # queries in a block at least, and blocks at most
 Blocks = list[tuple[int, int, int]]
@@ -37,15 +40,13 @@ class Group:
         order: (G, T) long, a permutation of each row's positions whose first `length` entries run: first those chosen,
             in rising order, then padding. None where every token runs.
         length: tokens per row in this call.
-        counts: (G,) long, how many of the `length` were chosen.
-        fewest: the smallest of them, on the host.
+        counts: how many of the `length` were chosen, of each row.
     """
 
     rows: Tensor
     order: Tensor | None
     length: int
-    counts: Tensor
-    fewest: int
+    counts: list[int]
 
     @property
     def positions(self) -> Tensor | None:
@@ -54,20 +55,24 @@ class Group:
 
     @property
     def rest(self) -> Tensor | None:
-        """(G, T − fewest) long, which includes all positions that were not chosen; None where all run."""
-        return None if self.order is None else self.order[:, self.fewest :]
+        """(G, n) long, which includes all positions that were not chosen; None where all run."""
+        if self.order is None:
+            return None
+        fewest = min(self.counts)
+        return self.order[:, fewest - fewest % STEP if self.order.shape[1] >= LONG else fewest :]
 
-    def flat(self, length: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def flat(self, length: int, rows: Tensor) -> tuple[Tensor, Tensor | slice]:
         """Indices of the chosen tokens in a tensor of `rows` × `length` positions laid flat.
 
         Returns:
-            (n,) long of the chosen tokens, and (G · self.length,) bool that tells them from padding; None where there
-            is no padding.
+            (n,) long of the chosen tokens, and what selects them of the G · self.length tokens of the call.
         """
         flat = (rows[:, None] * length + self.positions).flatten()
-        if self.fewest == self.length:
-            return flat, None
-        real = (torch.arange(self.length, device=flat.device) < self.counts[:, None]).flatten()
+        if len(self.counts) == 1 or min(self.counts) == self.length:
+            real: Tensor | slice = slice(sum(self.counts))
+        else:
+            counts = torch.tensor(self.counts, device=flat.device)
+            real = (torch.arange(self.length, device=flat.device) < counts[:, None]).flatten()
         return flat[real], real
 
 
@@ -96,13 +101,14 @@ def partition(counts: Sequence[int]) -> list[list[int]]:
 
 def _group(chosen: Tensor, rows: list[int], counts: Sequence[int]) -> Group:
     index = torch.tensor(rows, device=chosen.device)
-    ours = [counts[r] for r in rows]
-    length, fewest = max(ours), min(ours)
-    here = torch.tensor(ours, device=chosen.device)
-    if fewest == chosen.shape[1]:
-        return Group(index, None, length, here, fewest)
+    ours, total = [counts[r] for r in rows], chosen.shape[1]
+    if min(ours) == total:
+        return Group(index, None, total, ours)
     order = chosen[index].to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    return Group(index, order, length, here, fewest)
+    length = max(ours)
+    if total >= LONG:
+        length = min(total, -(-length // STEP) * STEP)
+    return Group(index, order, length, ours)
 
 
 def take(x: Tensor, rows: Tensor, positions: Tensor | None, batch: int) -> Tensor:

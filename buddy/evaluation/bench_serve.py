@@ -74,7 +74,7 @@ class _Given:
 def bench_serving(
     folder: Path, *, json_file: Path | None = None, budgets: Sequence[str] | None = None, rounds: int = 7
 ) -> None:
-    """Time decode steps of 1 to 32 texts and print the table: full depth, with a plan a row, a plan a batch, and pruned.
+    """Time decode steps of 1 to 32 texts and print a table: full depth, a plan a row, a plan a batch, and pruned.
 
     Args:
         folder: the run.

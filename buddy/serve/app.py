@@ -246,6 +246,7 @@ def make_app(
     budgets: Sequence[str] = (),
     limits: Limits | None = None,
     keys: Sequence[str] = (),
+    batch_plan: str = "shared",
 ) -> FastAPI:
     """The application for a model, whose thread ends with it.
 
@@ -255,17 +256,20 @@ def make_app(
         budgets: that /v1/models lists; "auto" is added where there is a budget predictor.
         limits: of requests.
         keys: API keys; empty: none is needed.
+        batch_plan: "shared", one plan for all texts of a batch, or "row", one for each.
 
     Raises:
         BudgetError: the default budget cannot be used.
     """
     limits, metrics = limits or Limits(), Metrics()
-    if auto_cap(budget) is None:
-        model.routed.executed_layers(budget)  # a latency may be measured here
-    else:
-        model.routed.choosing(str(budget))
-    auto = [] if model.routed.chooser is None else ["auto"]
-    scheduler = Scheduler(model, metrics, limits.batch, limits.queue)
+    routed = model.routed
+    with routed.changed(batch_plan=batch_plan):
+        if auto_cap(budget) is not None:
+            routed.choosing(str(budget))
+        elif routed.executed_layers(budget) and latency_of(budget) is not None:  # one text is measured by the former
+            routed.table(routed, limits.batch)
+    auto = [] if routed.chooser is None else ["auto"]
+    scheduler = Scheduler(model, metrics, limits.batch, limits.queue, batch_plan)
     server = Server(model, scheduler, budget, [*budgets, *auto], limits)
 
     @asynccontextmanager

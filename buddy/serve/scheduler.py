@@ -7,13 +7,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from buddy.budget import Budget
+from buddy.budget import Budget, latency_of
 from buddy.engine.decode import UNFINISHED, Decoder, Row, Sampler, TextPieces, Written, end_tokens
 from buddy.engine.forward import ForwardRecord
 from buddy.errors import BuddyError
@@ -163,10 +164,15 @@ class Scheduler:
         metrics: where to count.
         batch: rows at most.
         queue: texts that may wait.
+        batch_plan: "shared" or "row", see `RoutedLM`.
     """
 
-    def __init__(self, model: Model, metrics: Metrics, batch: int = 8, queue: int = 128) -> None:
+    def __init__(
+        self, model: Model, metrics: Metrics, batch: int = 8, queue: int = 128, batch_plan: str = "shared"
+    ) -> None:
         self._model, self._metrics, self._batch, self._queue = model, metrics, batch, queue
+        self._settings = ExitStack()  # until `close`
+        self._settings.enter_context(model.routed.changed(batch_plan=batch_plan))
         self._tokenizer = model.routed.tokenizer
         self._ends = end_tokens(model.routed.backbone.model)
         self._decoder = Decoder(model.routed)
@@ -211,6 +217,7 @@ class Scheduler:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        self._settings.close()
 
     def _run(self) -> None:
         while True:
@@ -234,6 +241,7 @@ class Scheduler:
             self._finish(row, Piece(error=TooLate()))
         for text in self._admitted():
             self._begin(text)
+        self._keep_latencies()
         for written in self._decoder.step():
             try:
                 self._hand_out(written, *self._running[written.row])
@@ -272,6 +280,20 @@ class Scheduler:
         row = Row(text.prompt, executed, sampler, text.limit, self._ends, deeper)
         self._running[row] = text, TextPieces(self._tokenizer)
         self._decoder.add(row)
+
+    def _keep_latencies(self) -> None:
+        """Give the rows that asked for a latency as many layers as fit into it beside so many other rows.
+
+        Where not even the fewest fit, these. The time of a token is linear between one row and a full batch.
+        """
+        for row, (text, _) in self._running.items():
+            latency = latency_of(text.budget)
+            if latency is not None:
+                routed = self._model.routed
+                one, full = routed.table(routed), routed.table(routed, self._batch)
+                share = (len(self._running) - 1) / max(1, self._batch - 1)
+                fits = [k for k, alone in one.items() if alone + share * (full[k] - alone) <= latency]
+                row.executed = max(fits, default=min(one))
 
     def _hand_out(self, written: Written, text: Text, pieces: TextPieces) -> None:
         """Give what a step wrote to the owner of the text."""

@@ -27,6 +27,7 @@ def serve(
     max_tokens: int = 4096,
     seconds: float = 600.0,
     api_key_file: Path | None = None,
+    batch_plan: str = "shared",
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that run then are finished.
 
@@ -39,6 +40,7 @@ def serve(
         max_tokens: most new tokens of a text.
         seconds: most seconds of a request.
         api_key_file: API keys, one a line.
+        batch_plan: "shared", one plan for all texts of a batch, or "row", one for each.
 
     Raises:
         BuddyError: the extra is missing, or the run, the budget, the keys or the address cannot be used.
@@ -56,7 +58,7 @@ def serve(
             model = load(folder)
         budgets = available_budgets(model.routed.router, read_run(folder).recipe.budgets)
         limits = Limits(batch=batch, queue=queue, tokens=max_tokens, seconds=seconds)
-        app = make_app(model, budget, [format_budget(each) for each in budgets], limits, keys)
+        app = make_app(model, budget, [format_budget(each) for each in budgets], limits, keys, batch_plan)
         name = f"[{host}]" if ":" in host else host
         errors.print(
             f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.",

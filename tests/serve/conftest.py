@@ -22,13 +22,13 @@ def tiny(router=Fickle) -> Model:
 
 
 @contextmanager
-def serving(model: Model, **options):
-    """The address of a server, and its application."""
+def serving(model: Model, batch_plan="row", **options):
+    """The address of a server, and its application; no text depends on another unless they share plans."""
     import uvicorn
 
     from buddy.serve.app import make_app
 
-    app = make_app(model, **options)
+    app = make_app(model, batch_plan=batch_plan, **options)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,0 +1,77 @@
+"""What rows of one batch have in common: a shared plan, and the layers that fit into a latency."""
+
+import queue
+import random
+from contextlib import contextmanager
+
+from buddy.serve.metrics import Metrics
+from buddy.serve.scheduler import Scheduler, Text
+from tests.serve.conftest import tiny
+
+
+@contextmanager
+def scheduling(model, **options):
+    scheduler = Scheduler(model, Metrics(), **options)
+    try:
+        yield scheduler
+    finally:
+        scheduler.close()
+
+
+def written(scheduler, *asked):
+    """The plans of each text's new tokens, as lists of 0 and 1, for texts that begin at the same step."""
+    pieces = [queue.SimpleQueue() for _ in asked]
+    texts = [
+        Text(prompt, budget, limit, each.put, plans=True)
+        for (prompt, budget, limit), each in zip(asked, pieces, strict=True)
+    ]
+    scheduler.submit(texts)
+    found = []
+    for each in pieces:
+        plans = []
+        while True:
+            piece = each.get(timeout=60)
+            assert piece.error is None
+            plans.append([int(runs) for runs in piece.plan])
+            if piece.finish_reason:
+                break
+        found.append(plans)
+    return found
+
+
+def prompts(count, length=12):
+    draw = random.Random(3)
+    return [[draw.randrange(3, 259) for _ in range(length)] for _ in range(count)]
+
+
+def test_texts_of_one_batch_share_a_plan_and_run_the_best_of_it():
+    first, second, third = prompts(3)
+    with scheduling(tiny(), batch_plan="shared") as scheduler:
+        few, same, more = written(scheduler, (first, "3layers", 12), (second, "3layers", 12), (third, "5layers", 12))
+    for one, two, three in list(zip(few, same, more, strict=True))[1:]:  # prompts are read one by one
+        assert one == two
+        assert sum(one) == 3
+        assert sum(three) == 5
+        assert all(three[layer] for layer, runs in enumerate(one) if runs)
+
+
+def test_with_a_plan_a_row_texts_do_not_depend_on_each_other():
+    first, second = prompts(2)
+    with scheduling(tiny(), batch_plan="row") as scheduler:
+        (alone,) = written(scheduler, (first, "3layers", 12))
+        beside, other = written(scheduler, (first, "3layers", 12), (second, "3layers", 12))
+    assert alone == beside != other
+
+
+def test_a_latency_buys_fewer_layers_beside_other_texts():
+    model = tiny()
+    model.routed.table = lambda _, texts=1: {k: k * (1.0 if texts == 1 else 2.0) for k in range(2, 7)}
+    first, *others = prompts(4)
+    with scheduling(model, batch=4) as scheduler:
+        plans, *_ = written(scheduler, (first, "6ms", 40), *((prompt, "1", 5) for prompt in others))
+        counts = [sum(plan) for plan in plans]
+        assert counts[1:4] == [3, 3, 3]  # four rows: 2 ms a layer
+        assert counts[-1] == 6  # alone: 1 ms a layer
+        assert counts[1:] == sorted(counts[1:])
+        hurried, *_ = written(scheduler, (first, "3ms", 5), *((prompt, "1", 9) for prompt in others))
+        assert [sum(plan) for plan in hurried[1:]] == [2] * 4  # the fewest where none fits
