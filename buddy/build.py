@@ -56,7 +56,11 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
     keep_freed_memory()
     section = recipe.backbone
     backbone = load_backbone(
-        section.name, section.dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
+        section.name,
+        section.dtype,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        accept_license=section.accept_license,
     )
     if not on_cpu:
         backbone.model.to(distributed.device(recipe.trainer["accelerator"]))

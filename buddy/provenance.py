@@ -17,7 +17,15 @@ from buddy.values import shown
 
 CODE = "router's code"  # the digest whose change only warns
 # Keys of a recipe that change nothing in the run.
-FREE_KEYS = ("output", "rivals", "checkpoint_every", "logger", "trainer.log_every_n_steps", "fixed")
+FREE_KEYS = (
+    "output",
+    "rivals",
+    "checkpoint_every",
+    "logger",
+    "trainer.log_every_n_steps",
+    "fixed",
+    "backbone.accept_license",
+)
 MACHINE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 CKPT_KEY = "ckpt_path"  # a resumed run need not repeat it
 

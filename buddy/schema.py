@@ -53,6 +53,7 @@ class BackboneSection:
     dtype: str = _choice("bfloat16", "float32", "float16")
     revision: str | None = None  # branch, tag or commit on the hub
     trust_remote_code: bool = False
+    accept_license: bool = False  # of an embedded model that asks for it
 
 
 @dataclass(frozen=True)

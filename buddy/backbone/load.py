@@ -1,8 +1,8 @@
 """Load, freeze and describe a causal language model: the backbone whose layers a router may skip.
 
-The name of a backbone is `smollm2-135m` (the embedded SmolLM2-135M-Instruct, no network), a local folder in the hub's
-layout (config.json, safetensors, tokenizer) or a name on the hub. `FAMILIES` lists the supported architectures; others
-are refused before any weight is loaded.
+The name of a backbone is that of an embedded model (`smollm2-135m`, `gemma3-270m`; no network), a local folder in the
+hub's layout (config.json, safetensors, tokenizer) or a name on the hub. `FAMILIES` lists the supported architectures;
+others are refused before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FAMILIES = {
     "phi3": "sdpa",
     "smollm3": "sdpa",
 }
-CHOICES = f"a folder in the hub's layout, owner/name on the hub, or {embedded.NAME!r}"
+CHOICES = f"a folder in the hub's layout, owner/name on the hub, {' or '.join(repr(m.name) for m in embedded.MODELS)}"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIN_LAYERS = 3  # a context layer, a routable layer and the last layer
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -49,7 +49,7 @@ class Backbone:
     """A frozen causal language model in evaluation mode, its tokenizer, and its sizes.
 
     Attributes:
-        name: its name in recipes and runs; "smollm2-135m" for the embedded model.
+        name: its name in recipes and runs; the short name of an embedded model.
         model: the transformers model; no parameter requires a gradient.
         tokenizer: always has a padding token, by default the end token, so padding needs an attention mask.
         fingerprint: 16 hexadecimal digits, equal for the same weights in any dtype; see `fingerprint`.
@@ -102,29 +102,36 @@ class Backbone:
 
 
 def title_of(name: str) -> str:
-    """The name of a backbone in texts and tables: `name`, or the embedded model's full name."""
-    return embedded.TITLE if name in embedded.NAMES else name
+    """The name of a backbone in texts and tables: `name`, or an embedded model's full name."""
+    model = embedded.find(name)
+    return model.title if model else name
 
 
 def load_backbone(
-    name: str, dtype: str = "bfloat16", *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "bfloat16",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    accept_license: bool = False,
 ) -> Backbone:
     """Load a frozen backbone onto the CPU; weights come from safetensors only, never from pickle files.
 
     Args:
-        name: `smollm2-135m` or `smollm2-135m-instruct`, a local folder in the hub's layout, or a hub name, for which
-            HF_HUB_OFFLINE is honoured.
+        name: an embedded model, a local folder in the hub's layout, or a name on the hub (HF_HUB_OFFLINE is honoured).
         dtype: float32, bfloat16 or float16.
         revision: a branch, tag or commit; for hub names only.
         trust_remote_code: use a repository's own Python for its tokenizer; the model is always transformers' own.
+        accept_license: accept the licence of an embedded model; those on the hub are accepted there.
 
     Raises:
-        BackboneError: the model cannot be found, is damaged or incomplete, or cannot be routed; unknown dtype.
+        BackboneError: the model cannot be found, its licence is not accepted, it is damaged or incomplete, or cannot
+            be routed; unknown dtype.
     """
     if dtype not in DTYPES:
         hint = nearest(dtype, DTYPES) or f"; choose one of {', '.join(DTYPES)}."
         raise BackboneError(f"The backbone's dtype is {dtype!r}, which is not known{hint}")
-    source = locate(name, revision)
+    source = locate(name, revision, accept_license=accept_license)
     revision = revision or "main"
     with embedded.quiet_transformers():
         config = read_config(name, source, revision)
@@ -132,7 +139,8 @@ def load_backbone(
         attention = FAMILIES[config["model_type"]]
         model = _load_model(name, source, revision=revision, dtype=DTYPES[dtype], attn_implementation=attention)
         tokenizer = _load_tokenizer(name, source, revision=revision, trust_remote_code=trust_remote_code)
-    return Backbone(embedded.NAME if name in embedded.NAMES else name, model, tokenizer, fingerprint(model))
+    known = embedded.find(name)
+    return Backbone(known.name if known else name, model, tokenizer, fingerprint(model))
 
 
 def check_routable(name: str, config: dict) -> None:
@@ -186,15 +194,15 @@ def sampled(parameter: Tensor) -> Tensor:
     return flat[:: max(1, len(flat) // SAMPLE)]
 
 
-def locate(name: str, revision: str | None = None) -> str:
+def locate(name: str, revision: str | None = None, *, accept_license: bool = False) -> str:
     """The folder or the name on the hub of a backbone.
 
     Raises:
-        BackboneError: neither exists, or a local model has a revision.
+        BackboneError: neither exists, a local model has a revision, or an embedded model cannot be converted.
     """
     folder = Path(os.path.expanduser(name))  # Path.expanduser fails for "~unknown"
-    if name in embedded.NAMES:
-        folder = embedded.smollm2_folder()
+    if model := embedded.find(name):
+        folder = embedded.model_folder(model, accept_license=accept_license)
     elif not name.strip():
         raise BackboneError(f"The backbone's name is empty; give {CHOICES}.")
     elif not os.path.isdir(folder):

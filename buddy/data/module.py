@@ -193,7 +193,7 @@ class Pool:
         """(window,) int64."""
         document = self._chosen[np.searchsorted(self._ends, random.integers(self._ends[-1]), side="right")]
         start = random.integers(self.documents.lengths[document] - window, endpoint=True)
-        return self.documents.read(document)[start : start + window]
+        return self.documents.window(document, start, window)
 
 
 class WindowBatches:

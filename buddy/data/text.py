@@ -55,11 +55,14 @@ class Documents:
         tokens: tokens in the whole text, including those outside all documents.
     """
 
-    def __init__(self, tokens: Dataset, packs: Sequence[Sequence[int]], separator: Sequence[int]) -> None:
+    def __init__(
+        self, tokens: Dataset, packs: Sequence[Sequence[int]], separator: Sequence[int], begin: Sequence[int] = ()
+    ) -> None:
         """Take D packs of rows of `tokens`, which has a list of token ids in the column "input_ids" of each row."""
         self._rows = tokens.with_format("numpy")
         self._packs = packs
         self._separator = np.array(separator, dtype=np.int64)
+        self._begin = np.array(begin, dtype=np.int64)
         rows = list_lengths(tokens)
         self.tokens = int(rows.sum())
         gaps = len(separator)
@@ -75,6 +78,15 @@ class Documents:
         for row in others:
             parts += [self._separator, self._rows[row]["input_ids"]]
         return np.concatenate(parts).astype(np.int64)
+
+    def window(self, document: int, start: int, size: int) -> np.ndarray:
+        """(size,) int64, tokens of one document from `start` on, the first one replaced by the tokenizer's own, if any.
+
+        A model that saw it before every text is far worse without (Gemma 3 270M: perplexity 74 instead of 24).
+        """
+        tokens = self.read(document)[start : start + size]
+        tokens[: len(self._begin)] = self._begin
+        return tokens
 
 
 def read_documents(
@@ -94,7 +106,8 @@ def read_documents(
         tokens = tokenise(cut_long(without_marks(texts), tokenizer, window), tokenizer)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     packs = pack(list_lengths(tokens), window, len(separator))  # type: ignore[arg-type]
-    documents = Documents(tokens, packs, separator)
+    begin = tokens[0]["input_ids"][:1] if len(tokens) else []
+    documents = Documents(tokens, packs, separator, begin if begin == [tokenizer.bos_token_id] else [])
     if len(documents) < fewest:
         shorter = documents.tokens // (2 * fewest)
         advice = f" or set data.window={shorter} or smaller" if fewest > 1 and shorter >= 16 else ""

@@ -119,7 +119,7 @@ def spread(
         starts = random.permutation(documents.lengths[document] // window)[:count] * window
         turns += [(turn, position, int(document), int(start)) for turn, start in enumerate(starts)]
     taken = sorted(turns)[:count]
-    rows = [documents.read(document)[start : start + window] for _, _, document, start in taken]
+    rows = [documents.window(document, start, window) for _, _, document, start in taken]
     ids = np.stack(rows) if rows else np.zeros((0, window), dtype=np.int64)
     return Windows(torch.from_numpy(ids), torch.tensor([document for _, _, document, _ in taken], dtype=torch.long))
 

@@ -107,6 +107,7 @@ class RoutedLM(nn.Module):
         dtype: str = "bfloat16",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        accept_license: bool = False,
         pool: PoolKind = "value",
         **options: Any,
     ) -> RoutedLM:
@@ -120,13 +121,16 @@ class RoutedLM(nn.Module):
             dtype: of the backbone; the router stays in float32.
             revision: branch, tag or commit on the hub.
             trust_remote_code: whether code that comes with the model may run.
+            accept_license: accept the licence of an embedded model that asks for it.
             pool: which of the context layer's cached states are pooled.
             options: the other keyword arguments of `RoutedLM`.
 
         Raises:
             BuddyError: the model cannot be loaded or routed, or the router cannot be made.
         """
-        backbone = load_backbone(name, dtype, revision=revision, trust_remote_code=trust_remote_code)
+        backbone = load_backbone(
+            name, dtype, revision=revision, trust_remote_code=trust_remote_code, accept_license=accept_license
+        )
         geometry = geometry_of(backbone, context_layer, pool)
         return cls(backbone, build(router, geometry, router_options or {}), pool=pool, **options)
 

@@ -51,7 +51,7 @@ from the recipe `{run.recipe_name}` on the text `{title(run.recipe.data.source)}
 ## Licence
 
 The router's weights: {licence or "its authors chose no licence; ask them"}. The backbone is not part of \
-this and keeps its own licence. Buddy itself is under Apache-2.0.
+this and keeps its own licence{_terms(run)}. Buddy itself is under Apache-2.0.
 """
     tags = ["buddy-depth", "dynamic-depth", run.router_name]
     return _card(run, body, library_name="buddy-depth", license=licence, tags=tags)
@@ -95,9 +95,11 @@ On held-out windows of the text that the plan was chosen on:
 {_comparison(scores)}
 ## Licence
 
-These are weights of the backbone, under the backbone's licence.
+These are weights of the backbone, changed by leaving out layers, under the backbone's licence{_terms(run)}.
 """
-    return _card(run, body, library_name="transformers", tags=["buddy-depth", "pruned"])
+    model = embedded.find(run.backbone)
+    licence = model.licence if model else None
+    return _card(run, body, library_name="transformers", license=licence, tags=["buddy-depth", "pruned"])
 
 
 def _differences(run: Run, record: Mapping[str, Any], mixed: bool) -> list[str]:
@@ -128,20 +130,27 @@ def _differences(run: Run, record: Mapping[str, Any], mixed: bool) -> list[str]:
 
 def is_local(backbone: str) -> bool:
     """Whether a backbone is a local folder."""
-    if backbone == embedded.NAME:
+    if embedded.find(backbone):
         return False
     return backbone.startswith(("/", ".", "~")) or os.path.isdir(backbone)
 
 
 def title(name: str) -> str:
-    """The name of a backbone or text in prose: the embedded model's full name, the last part of a folder's path."""
+    """The name of a backbone or text in prose: an embedded model's full name, the last part of a folder's path."""
     return title_of(shown_path(name))
+
+
+def _terms(run: Run) -> str:
+    """The terms of an embedded backbone in brackets; nothing for another backbone."""
+    model = embedded.find(run.backbone)
+    return f" ({model.notice})" if model and model.notice else ""
 
 
 def _card(run: Run, body: str, **metadata: Any) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    origin = embedded.ORIGIN if run.backbone == embedded.NAME else run.backbone
+    model = embedded.find(run.backbone)
+    origin = model.origin if model else run.backbone
     known = origin.count("/") <= 1 and not is_local(run.backbone)
     data = ModelCardData(base_model=origin if known else None, pipeline_tag="text-generation", **metadata)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))

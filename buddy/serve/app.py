@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from buddy.budget import Budget, auto_cap, latency_of
+from buddy.budget import Budget, auto_cap, format_budget, latency_of
 from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model
+from buddy.router import available_budgets
 from buddy.serve.guard import ApiError, ClientLeft, Guard, answer_errors, shown_error
 from buddy.serve.metrics import Metrics
 from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest, TextRequest
@@ -241,36 +242,43 @@ class Server:
 
 
 def make_app(
-    model: Model,
+    load: Callable[[], Model],
     budget: Budget = 1.0,
-    budgets: Sequence[str] = (),
+    budgets: Sequence[float] = (),
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     batch_plan: str = "shared",
 ) -> FastAPI:
-    """The application for a model, whose thread ends with it.
+    """The application for a model, which is loaded on a thread of its own that ends with it.
 
     Args:
-        model: nobody else may use it meanwhile.
+        load: gives the model, such as `lambda: buddy.load("runs/quickstart/buddy")`; nobody else may use it meanwhile.
         budget: where a request names none.
-        budgets: that /v1/models lists; "auto" is added where there is a budget predictor.
+        budgets: that /v1/models lists, if the router can serve them; "auto" is added where there is a budget predictor.
         limits: of requests.
         keys: API keys; empty: none is needed.
         batch_plan: "shared", one plan for all texts of a batch, or "row", one for each.
 
     Raises:
-        BudgetError: the default budget cannot be used.
+        BuddyError: the default budget cannot be used, or what `load` raises.
     """
     limits, metrics = limits or Limits(), Metrics()
-    routed = model.routed
-    with routed.changed(batch_plan=batch_plan):
-        if auto_cap(budget) is not None:
-            routed.choosing(str(budget))
-        elif routed.executed_layers(budget) and latency_of(budget) is not None:  # one text is measured by the former
-            routed.table(routed, limits.batch)
-    auto = [] if routed.chooser is None else ["auto"]
-    scheduler = Scheduler(model, metrics, limits.batch, limits.queue, batch_plan)
-    server = Server(model, scheduler, budget, [*budgets, *auto], limits)
+
+    def checked() -> Model:
+        model = load()
+        routed = model.routed
+        with routed.changed(batch_plan=batch_plan):
+            if auto_cap(budget) is not None:
+                routed.choosing(str(budget))
+            elif routed.executed_layers(budget) and latency_of(budget) is not None:
+                routed.table(routed, limits.batch)  # that of one text was measured by the line before
+        return model
+
+    scheduler = Scheduler(checked, metrics, limits.batch, limits.queue, batch_plan)
+    model = scheduler.model
+    names = [format_budget(each) for each in available_budgets(model.routed.router, budgets)]
+    auto = [] if model.routed.chooser is None else ["auto"]
+    server = Server(model, scheduler, budget, [*names, *auto], limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

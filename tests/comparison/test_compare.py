@@ -351,6 +351,7 @@ def test_test_windows_are_read_under_the_fixed_settings_alone(ask, tmp_path, mon
 
     digest = refused()
     assert digest == refused("trainer.accelerator=auto", f"output={tmp_path}", "seed=0", routers="buddy,full")
+    assert digest == refused("backbone.accept_license=true")
     assert digest != refused("optimizer.lr=0.5")
     assert digest != refused("router.options.hidden=8")
     stopping = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/kl, patience: %d}}"

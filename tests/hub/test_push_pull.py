@@ -68,7 +68,15 @@ def test_a_licence_and_the_embedded_backbone_are_named(original, tmp_path):
     card = ModelCard.load(tmp_path / "again" / "README.md")
     assert (card.data.license, card.data.base_model) == ("mit", "HuggingFaceTB/SmolLM2-135M-Instruct")
     assert "SmolLM2-135M-Instruct (Q4_1, dequantised)" in card.text
+    assert "Gemma" not in card.text
     assert "backbone=" not in card.text
+    forge(run, backbone="gemma3-270m")
+    update_checksums(run)
+    push(run, to=str(tmp_path / "gemma"))
+    card = ModelCard.load(tmp_path / "gemma" / "README.md")
+    assert card.data.base_model == "google/gemma-3-270m"
+    assert "for Gemma 3 270M (Q4_K_M, dequantised)" in card.text
+    assert "provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms" in card.text
 
 
 def test_a_round_trip_through_a_folder(finished, pushed, tmp_path):

@@ -28,7 +28,7 @@ def serving(model: Model, batch_plan="row", **options):
 
     from buddy.serve.app import make_app
 
-    app = make_app(model, batch_plan=batch_plan, **options)
+    app = make_app(lambda: model, batch_plan=batch_plan, **options)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -2,16 +2,25 @@
 
 import queue
 import random
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
+import pytest
+
+from buddy.engine.decode import Decoder
+from tests.serve.conftest import tiny
+
+pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
+
+from buddy.serve import scheduler as scheduler_module
 from buddy.serve.metrics import Metrics
 from buddy.serve.scheduler import Scheduler, Text
-from tests.serve.conftest import tiny
 
 
 @contextmanager
 def scheduling(model, **options):
-    scheduler = Scheduler(model, Metrics(), **options)
+    scheduler = Scheduler(lambda: model, Metrics(), **options)
     try:
         yield scheduler
     finally:
@@ -63,15 +72,48 @@ def test_with_a_plan_a_row_texts_do_not_depend_on_each_other():
     assert alone == beside != other
 
 
-def test_a_latency_buys_fewer_layers_beside_other_texts():
+@pytest.fixture
+def clock(monkeypatch):
+    """A step takes as many milliseconds as its longest row has layers, twice that with more rows, times `speed`."""
+    clock = SimpleNamespace(now=0.0, speed=1.0)
+    step = Decoder.step
+
+    def timed(decoder):
+        counts = [row.executed for batch in decoder._batches.values() for row in batch.owners]
+        clock.now += 1e-3 * clock.speed * max(counts, default=0) * (1 + (len(counts) > 1))
+        return step(decoder)
+
+    monkeypatch.setattr(Decoder, "step", timed)
+    times = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(scheduler_module, "time", times)
+    return clock
+
+
+def with_table():
     model = tiny()
     model.routed.table = lambda _, texts=1: {k: k * (1.0 if texts == 1 else 2.0) for k in range(2, 7)}
+    return model
+
+
+def test_a_latency_buys_fewer_layers_beside_other_texts(clock):
     first, *others = prompts(4)
-    with scheduling(model, batch=4) as scheduler:
-        plans, *_ = written(scheduler, (first, "6ms", 40), *((prompt, "1", 5) for prompt in others))
+    with scheduling(with_table(), batch=4) as scheduler:
+        plans, *_ = written(scheduler, (first, "6ms", 40), *((prompt, "3layers", 5) for prompt in others))
         counts = [sum(plan) for plan in plans]
         assert counts[1:4] == [3, 3, 3]  # four rows: 2 ms a layer
         assert counts[-1] == 6  # alone: 1 ms a layer
         assert counts[1:] == sorted(counts[1:])
-        hurried, *_ = written(scheduler, (first, "3ms", 5), *((prompt, "1", 9) for prompt in others))
+        hurried, *_ = written(scheduler, (first, "3ms", 5), *((prompt, "3layers", 9) for prompt in others))
         assert [sum(plan) for plan in hurried[1:]] == [2] * 4  # the fewest where none fits
+
+
+def test_a_latency_holds_on_a_machine_that_has_become_slower(clock):
+    clock.speed = 1.9
+    with scheduling(with_table()) as scheduler:
+        (plans,) = written(scheduler, (prompts(1)[0], "6ms", 60))
+        counts = [sum(plan) for plan in plans]
+        assert counts[1] == 6
+        assert counts[-1] == 3  # 1.9 ms a layer
+        clock.speed = 1.0
+        (plans,) = written(scheduler, (prompts(1)[0], "6ms", 60))
+        assert sum(plans[-1]) > 4

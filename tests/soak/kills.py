@@ -220,10 +220,10 @@ def _buddy(words: list[str]) -> None:
 def _convert(folder: Path) -> None:
     """The embedded model's conversion, with a tiny model in place of the real one."""
 
-    def write(source: Path, target: Path) -> None:
+    def write(model: embedded.Embedded, parts: list[Path], target: Path) -> None:
         tiny_folder(target)
 
     embedded._write_model = write  # type: ignore[assignment]
-    embedded._wheel_file = lambda: Path("model.gguf")  # type: ignore[assignment]
+    embedded._wheel_files = lambda model: [Path("model.gguf")]  # type: ignore[assignment]
     os.environ["BUDDY_CACHE"] = str(folder / "cache")
-    embedded.smollm2_folder()
+    embedded.model_folder(embedded.MODELS[0])

@@ -76,6 +76,20 @@ def test_special_tokens_come_from_the_tokenizer_alone(tmp_path, words):
     assert read_documents(source, words, window=8).read(0).tolist() == [5] * 9
 
 
+def test_windows_begin_as_the_tokenizer_begins_texts(tmp_path, words):
+    source = jsonl(tmp_path / "a.jsonl", [range(9)] * 20)
+    starting = deepcopy(words)
+    starting.add_special_tokens({"bos_token": "<begin>"})
+    begin = starting.bos_token_id
+    known = read_documents(source, starting, window=4)
+    assert known.window(0, 5, 4).tolist() == [7, 8, 9, 10]  # it has the token, and does not add it
+    special = [("<begin>", begin)]
+    starting.backend_tokenizer.post_processor = TemplateProcessing(single="<begin> $A", special_tokens=special)
+    added = read_documents(source, starting, window=4)
+    assert added.window(0, 0, 4).tolist() == added.read(0)[:4].tolist() == [begin, 2, 3, 4]
+    assert added.window(0, 6, 4).tolist() == [begin, 8, 9, 10]
+
+
 @settings(deadline=None)
 @given(st.text(alphabet="ab \n", max_size=400), st.integers(1, 60))
 def test_cut_parts_are_the_text(text, size):

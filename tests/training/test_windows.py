@@ -27,6 +27,9 @@ class Held:
     def read(self, document):
         return 1000 * document + np.arange(self.lengths[document])
 
+    def window(self, document, start, size):
+        return self.read(document)[start : start + size]
+
 
 @settings(deadline=None)
 @given(st.lists(st.integers(10, 300), min_size=4, max_size=120), wanted_windows, st.integers(0, 9))
