@@ -34,7 +34,7 @@ def build():
     """The application of one replica, made in its process, which /pid tells."""
     from buddy.serve.app import Limits, make_app
 
-    app = make_app(tiny(), limits=Limits(batch=BATCH))
+    app = make_app(tiny, limits=Limits(batch=BATCH))
     app.add_api_route("/pid", lambda: os.getpid())
     return app
 
