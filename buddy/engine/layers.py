@@ -106,6 +106,7 @@ class RoutedLayer:
         else:
             keys, values, out = (x[self._index] for x in (forward.sink.keys, forward.sink.values, forward.sink.outputs))
             cache.update(*(x.expand(len(hidden), -1, -1, -1) for x in (keys, values)), self._index)
+            out = out.expand(len(hidden), -1, -1)
         ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         ran[:, :count] = True
         forward.partial_layers.append(ran)

@@ -154,6 +154,7 @@ def largest_difference(folder: Path, routed: RoutedLM, kept: Sequence[int], ids:
         RunError: the difference is larger than rounding explains.
     """
     backbone = routed.backbone
+    dtype = backbone.dtype  # Gemma rounds its embeddings' scale to the type in which it is loaded
     backbone.model.float()
     routed.router.float()
     runs = torch.zeros(*ids.shape, routed.geometry.layers, dtype=torch.bool, device=ids.device)
@@ -162,7 +163,7 @@ def largest_difference(folder: Path, routed: RoutedLM, kept: Sequence[int], ids:
         ours = routed(ids, runs=runs).logits
     attention = FAMILIES[backbone.model.config.model_type]
     with quiet_transformers():
-        small = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+        small = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).float()
     theirs = small.eval().to(ids.device)(ids, use_cache=False).logits
     found = (ours - theirs).abs().max().item()
     if not found <= TOLERANCE * max(1.0, ours.abs().max().item()):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from buddy.engine.model import RoutedLM, geometry_of
-from tests.engine.reference import Fickle
+from tests.engine.reference import Fickle, random_bridges
 from tests.tiny import FAMILIES, tiny_backbone
 
 IDS = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -45,6 +45,14 @@ def test_kept_sinks_change_nothing(family):
     first = prompt_and_step(routed, IDS)
     torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(prompt_and_step(routed, IDS), first)
+
+
+def test_kept_sinks_change_nothing_beside_bridges():
+    routed, forgetful = routed_tiny(), routed_tiny()
+    for model in (routed, forgetful):
+        model.bridge(random_bridges(model.geometry, 0))
+    forgetful.backbone.layers[0].mlp.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(prompt_and_step(routed, IDS), prompt_and_step(forgetful, IDS), atol=1e-5, rtol=1e-4)
 
 
 def test_a_result_does_not_depend_on_earlier_prompts():

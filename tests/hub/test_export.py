@@ -74,6 +74,16 @@ def test_the_folder_is_in_the_hubs_layout_and_keeps_the_dtype(tmp_path, tiny_lla
         largest_difference(tmp_path, routed, [0, 1, 3, 5], IDS)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_a_scale_that_bfloat16_rounds_is_the_same_on_both_sides(family, tmp_path):
+    """Gemma multiplies embeddings by the root of their width, which bfloat16 holds for 64 and not for 96."""
+    folder = tiny_folder(tmp_path / "model", family, hidden_size=96)
+    backbone = load_backbone(str(folder), "bfloat16")
+    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    write_checkpoint(tmp_path, backbone, KEPT)
+    assert largest_difference(tmp_path, routed, KEPT, IDS) <= 1e-4
+
+
 @pytest.mark.parametrize(
     ("family", "kept", "several"),
     [
