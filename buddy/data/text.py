@@ -82,7 +82,7 @@ class Documents:
     def window(self, document: int, start: int, size: int) -> np.ndarray:
         """(size,) int64, tokens of one document from `start` on, the first one replaced by the tokenizer's own, if any.
 
-        A model that saw it before every text is far worse without (Gemma 3 270M: perplexity 74 instead of 24).
+        A model that saw it before every text is far worse without (Gemma 3 270M: perplexity 121.6 instead of 25.7).
         """
         tokens = self.read(document)[start : start + size]
         tokens[: len(self._begin)] = self._begin

@@ -1,7 +1,8 @@
 """Decoding step by step: rows begin and end independently, and those that decode at the same time share a batch.
 
 `buddy generate` decodes one row with it, `buddy serve` many. Each row has its own number of layers K, its own sampling
-and its own end. What a row writes does not depend on the others, up to the rounding of a batch.
+and its own end. With a plan for each row (`batch_plan="row"`) what a row writes does not depend on the others, up to
+the rounding of a batch.
 """
 
 from __future__ import annotations

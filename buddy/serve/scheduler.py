@@ -293,6 +293,8 @@ class Scheduler:
     def _begin(self, text: Text) -> None:
         try:
             executed = self._model.executed_layers(text.budget, text.prompt)
+            if latency_of(text.budget) is not None:  # measured here, where a failure ends this text alone
+                self._model.routed.table(self._model.routed, self._batch)
             deeper = executed
             if text.prompt_budget is not None:
                 deeper = self._model.executed_layers(text.prompt_budget, text.prompt)
