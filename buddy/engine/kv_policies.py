@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from buddy.engine.kv_cache import Embeddings
-from buddy.engine.selection import Blocks, Group, attention_blocks, take, take_nested
+from buddy.engine.selection import Group, take, take_nested
 from buddy.errors import BuddyError
 
 MAX_PENDING = 64  # states that may be pending in a layer: a prompt's is one, then one for each token
@@ -239,10 +239,6 @@ class RectangularView:
             return mask[rows] if mask.shape[0] == self.batch > 1 else mask
         return take(mask[:, 0], rows, positions, self.batch)[:, None]
 
-    def blocks(self, mask: Tensor | None) -> Blocks | None:
-        """Keys are in order of position, so early queries need only the early keys."""
-        return None if self.group.positions is None else attention_blocks(self.group.positions, mask, self.length)
-
     def _place(self, to: Tensor | None, part: Tensor, flat: Tensor, real: Tensor | slice) -> Tensor:
         """Write `part` (G, heads, n, size) at indices `flat` of `to` (G, T, heads, size), which it makes if None."""
         groups, heads, _, size = part.shape
@@ -325,9 +321,6 @@ class RaggedView:
         if mask.dtype == torch.bool:
             return seen & valid[:, None, None]
         return seen.masked_fill(~valid[:, None, None], torch.finfo(seen.dtype).min)
-
-    def blocks(self, mask: Tensor | None) -> None:
-        """One call is best: the stored positions are few."""
 
 
 def _joined(embeddings: Sequence[Embeddings], batch: int) -> Embeddings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import prod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from buddy.engine.forward import RoutedForward
 from buddy.engine.kv_cache import Embeddings, WrittenKV, map_embeddings
 from buddy.engine.kv_policies import KV, RaggedView, RectangularView, WriteKV
 from buddy.engine.layerwise import LayerwiseForward
-from buddy.engine.selection import Group, attend_by_blocks, groups, take, take_nested
+from buddy.engine.selection import WHOLE, Group, groups, take, take_nested
 from buddy.errors import BackboneError
 
 CurrentForward = list[RoutedForward | LayerwiseForward | None]  # one entry, shared by all layers of a routed model
@@ -56,8 +57,8 @@ class RoutedLayer:
             return self._plan_and_run(forward, hidden_states, args, kwargs)
         if kwargs.get("cache") is not None and forward.policy.name != "hole" and forward.only_sinks(rows):
             return self._run_sinks(forward, hidden_states, args, kwargs, rows[0])
-        if forward.shape[1] == 1 and forward.policy.name == "fill":
-            return self._run_step(forward, hidden_states, args, kwargs)
+        if forward.policy.name == "fill" and (forward.shape[1] == 1 or sum(rows) >= WHOLE * prod(forward.shape)):
+            return self._run_and_choose(forward, hidden_states, args, kwargs)
         return self._run_some(forward, hidden_states, args, kwargs, rows)
 
     def _plan_and_run(self, forward: Any, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -126,15 +127,23 @@ class RoutedLayer:
         return out
 
     def _run_and_choose(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """All tokens are computed and chosen afterwards; gates leave the output as it is and receive gradients."""
-        runs = forward.chosen(self._index)
-        out = super().forward(hidden, *args, **kwargs)
+        """All tokens are computed and chosen afterwards; gates leave the output as it is and receive gradients.
+
+        In a decode step the weights are read for any row, which takes most of the time; selecting rows and their cache
+        takes more than it saves. So does selecting tokens of a prompt where most of them run. The keys and values that
+        a token that skips gets in this way are those that `fill` gives it.
+        """
+        cache, runs = kwargs.get("cache"), forward.chosen(self._index)
+        if cache is not None:
+            forward.policy.flush(self, cache)
+        out = self.stock.forward(self, hidden, *args, **kwargs)
         forward.partial_layers.append(runs)
         skipped = forward.skip(self._index, hidden)
         chosen = torch.where(runs[..., None], out, skipped)
         gates = forward.request.gates
         if gates is None:
-            return chosen
+            # `where` may choose other strides, with which a product copies the weights.
+            return chosen.view(hidden.shape)
         gate = gates[..., self._index, None]
         return chosen + (gate - gate.detach()).to(out.dtype) * (out - skipped)
 
@@ -145,20 +154,6 @@ class RoutedLayer:
         forward.full_layers += 1
         skipped = forward.skip(self._index, hidden)
         return skipped + weight[..., None].to(out.dtype) * (out - skipped)
-
-    def _run_step(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """One token of each row, of which some run: the layer is computed for all, and the others keep their state.
-
-        Its weights are read for any row, which takes most of the time; selecting rows and their cache takes more than
-        it saves. The keys and values that a row that skips gets in this way are those that `fill` gives it.
-        """
-        cache, runs = kwargs.get("cache"), forward.chosen(self._index)
-        if cache is not None:
-            forward.policy.flush(self, cache)
-        out = self.stock.forward(self, hidden, *args, **kwargs)
-        forward.partial_layers.append(runs)
-        mixed = torch.where(runs[..., None], out, forward.skip(self._index, hidden))
-        return mixed.view(hidden.shape)  # `where` may choose other strides, with which a product copies the weights
 
     def _run_some(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict, counts: list[int]) -> Tensor:
         """Run the chosen tokens of the chosen rows; the policy sees to the others."""
@@ -185,16 +180,14 @@ class RoutedLayer:
     ) -> Tensor:
         """One call of the stock layer: `out` (B, T, D) with its result; its tokens are marked in `ran` (B, T)."""
         (batch, length, width), rows, positions = hidden.shape, group.rows, group.positions
-        mask = view.mask(kwargs.get("attention_mask"))
         inputs = {
             **kwargs,
             "cache": view,
-            "attention_mask": mask,
+            "attention_mask": view.mask(kwargs.get("attention_mask")),
             "position_ids": take_nested(kwargs.get("position_ids"), rows, positions, batch),
             "position_embeddings": take_nested(kwargs.get("position_embeddings"), rows, positions, batch),
         }
-        with attend_by_blocks(self, view.blocks(mask)) as option:
-            result = self.stock.forward(self, take(hidden, rows, positions, batch), *args, **inputs, **option)
+        result = self.stock.forward(self, take(hidden, rows, positions, batch), *args, **inputs)
         if positions is None:
             ran[rows] = True
             return out.index_copy(0, rows, result)

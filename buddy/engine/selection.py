@@ -1,34 +1,24 @@
-"""The tokens that a layer runs on, as few rectangular calls, and attention for selected queries.
+"""The tokens that a layer runs on, as few rectangular calls.
 
 A stock layer takes rectangles (rows × tokens), but each row of a batch may have its own number of tokens that chose the
 layer. Rows with similar numbers share a call, padded with tokens that did not choose the layer and whose output is
 dropped; rows with very different numbers get calls of their own.
-
-Attention is cut into blocks of queries on the CPU: a causal kernel skips the half of the products that are ahead of the
-queries, while one with an explicit mask computes them and throws them away. Selected queries in rising order need,
-block by block, only the keys up to their last, which wins most of that half back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface
+from torch import Tensor
 
+WHOLE = 0.6  # from this share of the tokens on, computing a layer for all of them is faster than selecting them
 WASTE = 0.15  # the share of a call that may be padding
 # Long calls have a multiple of so many tokens a row: oneDNN prepares a product for each new shape, which takes as long
 # as the product itself, and remembers 1,024 shapes.
 STEP, LONG = 16, 64
-NAME, STOCK = "sdpa_by_blocks", "sdpa"
-MIN_BLOCK, MAX_BLOCKS = 32, 8  # queries in a block at least, and blocks at most
-Blocks = list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -126,68 +116,3 @@ def take_nested(value: Any, rows: Tensor, positions: Tensor | None, batch: int) 
     if isinstance(value, tuple):
         return tuple(take_nested(part, rows, positions, batch) for part in value)
     return take(value, rows, positions, batch) if isinstance(value, Tensor) else value
-
-
-def attention_blocks(positions: Tensor, mask: Tensor | None, length: int) -> Blocks | None:
-    """(first query, end, keys needed) of each block of queries, or None where one call is best.
-
-    On an accelerator the kernel is fast and the bounds would cost a synchronisation, so only CPUs use blocks.
-
-    Args:
-        positions: (G, n) long, rising in each row but for padding at the end.
-        mask: (G, 1, n, S), whose last `length` keys are the new positions.
-        length: T.
-    """
-    count = min(MAX_BLOCKS, positions.shape[1] // MIN_BLOCK)
-    if mask is None or count < 2 or positions.device.type != "cpu":
-        return None
-    bounds = [positions.shape[1] * block // count for block in range(count + 1)]
-    needed = (positions.amax(0).cummax(0).values + (mask.shape[-1] - length + 1)).tolist()
-    return [(a, b, needed[b - 1]) for a, b in pairwise(bounds)]
-
-
-@contextmanager
-def attend_by_blocks(layer: nn.Module, blocks: Blocks | None) -> Iterator[dict[str, Blocks]]:
-    """Within this block the layer's attention is cut; yields keyword arguments for its forward.
-
-    They are empty, and nothing changes, without blocks or where the layer uses another kernel than sdpa.
-    """
-    config = layer.self_attn.config
-    if blocks is None or config._attn_implementation != STOCK:
-        yield {}
-        return
-    config._attn_implementation = NAME
-    try:
-        yield {"blocks": blocks}
-    finally:
-        config._attn_implementation = STOCK
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    blocks: Blocks | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Transformers' attention function: query (G, heads, n, size), key and value (G, kv heads, S, size)."""
-    parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, first:end],
-            key[:, :, :keys],
-            value[:, :, :keys],
-            attn_mask=attention_mask[:, :, first:end, :keys],
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for first, end, keys in blocks
-    ]
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(NAME, _attend)
