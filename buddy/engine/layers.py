@@ -20,7 +20,7 @@ from buddy.engine.forward import RoutedForward
 from buddy.engine.kv_cache import Embeddings, WrittenKV, map_embeddings
 from buddy.engine.kv_policies import KV, RaggedView, RectangularView, WriteKV
 from buddy.engine.layerwise import LayerwiseForward
-from buddy.engine.selection import WHOLE, Group, groups, take, take_nested
+from buddy.engine.selection import Group, groups, take, take_nested, worth_selecting
 from buddy.errors import BackboneError
 
 CurrentForward = list[RoutedForward | LayerwiseForward | None]  # one entry, shared by all layers of a routed model
@@ -57,7 +57,7 @@ class RoutedLayer:
             return self._plan_and_run(forward, hidden_states, args, kwargs)
         if kwargs.get("cache") is not None and forward.policy.name != "hole" and forward.only_sinks(rows):
             return self._run_sinks(forward, hidden_states, args, kwargs, rows[0])
-        if forward.policy.name == "fill" and (forward.shape[1] == 1 or sum(rows) >= WHOLE * prod(forward.shape)):
+        if forward.policy.name == "fill" and (forward.shape[1] == 1 or not worth_selecting(rows, prod(forward.shape))):
             return self._run_and_choose(forward, hidden_states, args, kwargs)
         return self._run_some(forward, hidden_states, args, kwargs, rows)
 

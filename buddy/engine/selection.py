@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WHOLE = 0.6  # from this share of the tokens on, computing a layer for all of them is faster than selecting them
+FEW, MOST = 128, 0.7  # see `worth_selecting`
 WASTE = 0.15  # the share of a call that may be padding
 # Long calls have a multiple of so many tokens a row: oneDNN prepares a product for each new shape, which takes as long
 # as the product itself, and remembers 1,024 shapes.
@@ -64,6 +64,20 @@ class Group:
             counts = torch.tensor(self.counts, device=flat.device)
             real = (torch.arange(self.length, device=flat.device) < counts[:, None]).flatten()
         return flat[real], real
+
+
+def worth_selecting(counts: Sequence[int], tokens: int) -> bool:
+    """Whether to select the tokens that run a layer; otherwise computing it for all, and choosing then, is faster.
+
+    To select takes as long as computing `FEW` tokens, and attention for selected queries has no causal kernel, which
+    leaves out half of the products.
+
+    Args:
+        counts: tokens of each row that run.
+        tokens: of all rows.
+    """
+    ran = sum(counts)
+    return tokens - ran > FEW and ran < MOST * tokens
 
 
 def groups(chosen: Tensor, counts: Sequence[int]) -> list[Group]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from buddy.engine import selection
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, BudgetError
 from tests.engine.reference import Fickle, reference_logits
@@ -92,6 +93,22 @@ def test_later_tokens_change_nothing_before_them(family):
         after = routed(changed, executed=EXECUTED)
         assert torch.equal(chosen.runs[:, :cut], after.runs[:, :cut])
         torch.testing.assert_close(chosen.logits[:, :cut], after.logits[:, :cut], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computing_whole_layers_changes_nothing(family, monkeypatch):
+    routed = routed_tiny(family)
+    outputs = []
+    for few in (0, 10**6):
+        monkeypatch.setattr(selection, "FEW", few)
+        with torch.no_grad(), routed.at(executed=EXECUTED.tolist()) as record:
+            done = routed.backbone.model(tokens(), use_cache=True)
+            after = routed.backbone.model(tokens(seed=9)[:, :4], cache=done.cache)
+        outputs.append((done.logits, after.logits, record.executed))
+    (first, later, ran), (whole, whole_later, whole_ran) = outputs
+    torch.testing.assert_close(first, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(later, whole_later, atol=1e-5, rtol=1e-5)
+    assert all(map(torch.equal, ran, whole_ran))
 
 
 @pytest.mark.parametrize("context_layer", [1, 3])
