@@ -228,10 +228,11 @@ class Server:
         try:
             for chunk in answer.first():
                 yield _event(chunk)
-            yield _event(answer.chunk(*first))
+            index, piece, last = first
+            yield _event(answer.chunk(index, piece, last and not usage))  # once only: a client may add up what it finds
             async with aclosing(pieces):
-                async for each in pieces:
-                    yield _event(answer.chunk(*each))
+                async for index, piece, last in pieces:
+                    yield _event(answer.chunk(index, piece, last and not usage))
             if usage:
                 yield _event(answer.end())
         except ApiError as error:

@@ -187,11 +187,11 @@ class Answer:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk({"index": i, "delta": delta, "finish_reason": None}) for i in range(len(self._texts))]
 
-    def chunk(self, index: int, piece: Piece, last: bool) -> dict[str, Any]:
-        """One piece of a text; the last of all has `usage`."""
+    def chunk(self, index: int, piece: Piece, usage: bool) -> dict[str, Any]:
+        """One piece of a text, with `usage` or without."""
         body = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
         chunk = self._chunk({"index": index, **body, **self._rest(index, [piece])})
-        return {**chunk, "usage": self.usage} if last else chunk
+        return {**chunk, "usage": self.usage} if usage else chunk
 
     def end(self) -> dict[str, Any]:
         """The chunk of `include_usage`."""

@@ -75,6 +75,7 @@ def test_chat_equals_generate(client, alone):
     assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
     assert parts[0].choices[0].delta.role == "assistant"
     assert (last.choices, last.usage.completion_tokens) == ([], 7)
+    assert all(part.usage is None for part in parts)
 
 
 def test_the_async_client(address, alone):
