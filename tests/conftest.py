@@ -15,11 +15,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it
 
 @pytest.fixture(scope="session", autouse=True)
 def small_selections():
-    """Tests have few tokens, where the engine would select none: it computes whole layers below `FEW` tokens."""
-    from buddy.engine import selection
-
+    """Tests have few tokens, where the engine would select none: it computes a layer whole if few skip it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "FEW", 2)
+        patch.setattr("buddy.engine.selection.FEW", 2)
         yield
 
 

@@ -56,6 +56,9 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         patch.setattr("buddy.evaluation.bench.LONG", 96)
         patch.setattr("buddy.evaluation.bench.BATCH", 2)
         patch.setattr("buddy.evaluation.bench_serve.BATCHES", (1, 2))
+        for module in ("metrics.timing", "evaluation.bench", "evaluation.bench_serve", "latency"):
+            patch.setattr(f"buddy.{module}.STEPS", 4)
+        patch.setattr("buddy.evaluation.bench.ROUNDS", 1)
         patch.setattr("buddy.latency.ROUNDS", 1)
         patch.setenv("BUDDY_CALIBRATION_CACHE", str(folder / "calibration"))
         patch.setenv("BUDDY_LATENCY_CACHE", str(folder / "latency"))
