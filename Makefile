@@ -8,7 +8,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test soak lint bench docs reference
+.PHONY: help fit test soak gpu lint bench docs reference
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -26,6 +26,13 @@ soak: $(ENV) ## the long tests: 2000 random uses of the engine, kills, malformed
 	$(BIN)/python -m pytest -m soak
 	$(BIN)/python -m tests.engine.fuzz --cases 2000
 	$(BIN)/python -m tests.soak --kills 100 --examples 1000
+
+gpu: $(ENV) ## where there is a CUDA device: its tests, then fit and bench of the quickstart on it
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+		"torch finds no CUDA device here, which make gpu needs.")'
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/buddy fit --recipe quickstart trainer.accelerator=gpu output=runs/gpu
+	$(BIN)/buddy bench --run runs/gpu/quickstart/buddy --json runs/gpu/speed.json
 
 lint: $(ENV) ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .

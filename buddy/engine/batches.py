@@ -26,21 +26,23 @@ class Batch:
         cache: a routed cache of B rows and S positions.
         mask: (B, S) bool, False for padding.
         owners: B objects, one for each row.
+        padded: whether the mask hides something.
     """
 
     cache: Any
     mask: Tensor
     owners: list[Any]
+    padded: bool = False
 
     @property
     def positions(self) -> Tensor:
         """(B, 1) long, the position of each row's next token."""
         return self.mask.sum(1, keepdim=True)
 
-    def extend(self) -> Tensor:
-        """The mask (B, S + 1) with one more token in each row."""
+    def extend(self) -> Tensor | None:
+        """The mask (B, S + 1) with one more token in each row, or None where it hides nothing."""
         self.mask = F.pad(self.mask, (0, 1), value=True)
-        return self.mask
+        return self.mask if self.padded else None
 
 
 def join(routed: RoutedLM, batches: Sequence[Batch]) -> Batch:
@@ -69,7 +71,8 @@ def join(routed: RoutedLM, batches: Sequence[Batch]) -> Batch:
     )
     decided = [c.decided + shift for c, shift in zip(caches, shifts, strict=True) if c.decided is not None]
     joined.decided = decided[0] if decided else None
-    return Batch(joined, mask, [owner for batch in batches for owner in batch.owners])
+    padded = any(shifts) or any(batch.padded for batch in batches)
+    return Batch(joined, mask, [owner for batch in batches for owner in batch.owners], padded)
 
 
 def keep(routed: RoutedLM, batch: Batch, rows: Sequence[int]) -> Batch:
@@ -80,7 +83,8 @@ def keep(routed: RoutedLM, batch: Batch, rows: Sequence[int]) -> Batch:
     unused = int((~mask.any(0)).sum())  # padding is on the left
     if unused:
         _drop_first(routed, batch.cache, unused)
-    return Batch(batch.cache, mask[:, unused:], [batch.owners[row] for row in rows])
+    mask = mask[:, unused:]
+    return Batch(batch.cache, mask, [batch.owners[row] for row in rows], not bool(mask.all()))
 
 
 def _flush(routed: RoutedLM, cache: Any) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from buddy.engine.batches import Batch, join, keep
-from buddy.engine.forward import ForwardRecord
+from buddy.engine.forward import read
 from buddy.engine.model import RoutedLM
+from buddy.engine.record import ForwardRecord
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 CHUNK = 256  # tokens of prompts that are read between two steps of the rows that decode
@@ -43,14 +44,14 @@ class Sampler:
         self._processors = model._get_logits_processor(config, input_ids_seq_length=prompt, device=str(model.device))
         self._generator = torch.Generator(model.device).manual_seed(seed)
 
-    def __call__(self, tokens: Sequence[int], logits: Tensor) -> int:
-        """The next token after `tokens`, from logits (V,) float32."""
+    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
+        """The next token after `tokens`, () long on the model's device, from logits (V,) float32."""
         scores = logits[None]
         if self._processors:
             scores = self._processors(torch.tensor([tokens], device=logits.device), scores.clone())
         if not self._draws:
-            return int(scores[0].argmax())
-        return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
+            return scores[0].argmax()
+        return torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator)[0]
 
 
 class TextPieces:
@@ -100,7 +101,7 @@ class Row:
 
     prompt: list[int]
     executed: int
-    sampler: Callable[[Sequence[int], Tensor], int]
+    sampler: Callable[[Sequence[int], Tensor], Tensor]
     limit: int
     ends: frozenset[int] = frozenset()
     prompt_executed: int | None = None
@@ -128,6 +129,7 @@ class Written:
         row: the row.
         token: the new token; None where only a part of the prompt was read, or where the row failed.
         logits: (V,) float32, from which the token was chosen.
+        executed: layers that each token read in this step ran, sinks left out.
         record: the forward's, of this row alone.
         error: why the row cannot go on.
     """
@@ -135,6 +137,7 @@ class Written:
     row: Row
     token: int | None = None
     logits: Tensor | None = None
+    executed: Sequence[int] = ()
     record: ForwardRecord | None = None
     error: Exception | None = None
 
@@ -232,9 +235,7 @@ class Decoder:
             for row in rows:  # alone, so that only the row that causes the error fails
                 self.add(row)
             return []
-        if len(rows) > 1:  # counted once for all rows
-            record = replace(record, full_layers=0, partial_layers=[record.executed])
-        return [self._choose(row, logits[index], record.row(index)) for index, row in enumerate(rows)]
+        return self._choose(rows, logits, record)
 
     def _read(self) -> list[Written]:
         """Read prompts, oldest first, until a chunk is full; rows that are read whole join a batch."""
@@ -257,10 +258,10 @@ class Decoder:
                 continue
             reading.done = last
             if last < len(tokens):
-                written.append(Written(row, record=record))
+                written.append(Written(row, executed=read(record.executed[~record.sinks]), record=record))
                 continue
             self._reading.pop(0)
-            written.append(self._choose(row, logits[0], record))
+            written += self._choose([row], logits, record)
             mask = torch.ones(1, last, dtype=torch.bool, device=ids.device)
             self._join(self._key(row, reading.cache), Batch(reading.cache, mask, [row]))
         return written
@@ -284,10 +285,25 @@ class Decoder:
         return logits[:, -1].float(), record.forwards[-1]
 
     @staticmethod
-    def _choose(row: Row, logits: Tensor, record: ForwardRecord) -> Written:
-        try:
-            token = row.sampler(row.prompt + row.tokens, logits)
-        except Exception as error:
-            return Written(row, error=error)
-        row.tokens.append(token)
-        return Written(row, token, logits, record)
+    def _choose(rows: Sequence[Row], logits: Tensor, record: ForwardRecord) -> list[Written]:
+        """The next token of each row; all are read at once, with the layers that ran."""
+        chosen, errors = [], {}
+        for index, row in enumerate(rows):
+            try:
+                chosen.append(row.sampler(row.prompt + row.tokens, logits[index]))
+            except Exception as error:
+                errors[index] = error
+                chosen.append(record.executed.new_zeros(()))
+        executed, sinks = record.executed, record.sinks  # counted once for all rows
+        record = replace(record, full_layers=0, partial_layers=[executed])
+        tokens = torch.stack([token.to(executed.device) for token in chosen])[:, None]
+        each = read(torch.cat([tokens, torch.where(sinks, -1, executed)], 1))
+        written = []
+        for index, (row, (token, *ran)) in enumerate(zip(rows, each, strict=True)):
+            if index in errors:
+                written.append(Written(row, error=errors[index]))
+                continue
+            row.tokens.append(token)
+            counts = [count for count in ran if count >= 0]
+            written.append(Written(row, token, logits[index], counts, record.row(index)))
+        return written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from buddy.engine.bridges import Bridges
 from buddy.engine.kv_cache import ContextPool, RoutedCache, context_features
 from buddy.engine.kv_policies import Policy
+from buddy.engine.record import ForwardRecord
 from buddy.engine.sinks import SinkStates
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import hold_scores, plan_rows_on_host, plan_tokens
@@ -20,6 +21,15 @@ from buddy.router import AnyRouter, Context
 
 # Which tokens run a layer: all (True), none (False), or how many of each row.
 ActiveRows = bool | list[int]
+
+
+def read(values: Tensor) -> Any:
+    """The values as Python numbers. Whoever calls this waits for the device, so a decode step calls it twice.
+
+    Once for the scores, to know which layers run, and once for the tokens that were chosen; in a padded batch also for
+    the mask. The number does not depend on how many rows decode.
+    """
+    return values.tolist()
 
 
 @dataclass(frozen=True)
@@ -79,111 +89,6 @@ class Request:
         if batch % given:
             raise BudgetError(f"{given} budgets were given for {batch} rows; give one, or one per row.")
         return replace(self, executed=tuple(k for k in self.executed for _ in range(batch // given)))
-
-
-@dataclass
-class ForwardRecord:
-    """What one forward planned and ran; tensors are made only when asked for.
-
-    Attributes:
-        shape: (B, T).
-        layers: L.
-        device: of the tensors.
-        plan: (B, T, L) bool, or L lists of B for one new token a row, or None where every layer ran.
-        sink_mask: (B, T) bool, positions at full depth whatever the budget; None for none.
-        full_layers: number of layers that ran on every token.
-        partial_layers: (B, T), the tokens that ran, of each layer that ran on some; or counts of several such layers.
-    """
-
-    shape: tuple[int, int]
-    layers: int
-    device: torch.device
-    plan: Tensor | list[list[bool]] | None
-    sink_mask: Tensor | None
-    full_layers: int
-    partial_layers: list[Tensor]
-
-    @property
-    def executed(self) -> Tensor:
-        """(B, T) long, the number of layers that each token ran, as counted by the layers themselves."""
-        total = torch.full(self.shape, self.full_layers, dtype=torch.long, device=self.device)
-        for ran in self.partial_layers:
-            total += ran
-        return total
-
-    @property
-    def runs(self) -> Tensor:
-        """(B, T, L) bool, the plan with sinks at full depth."""
-        if isinstance(self.plan, Tensor):
-            return self.plan
-        if self.plan is None:
-            return torch.ones(*self.shape, self.layers, dtype=torch.bool, device=self.device)
-        return torch.tensor(self.plan, device=self.device).t()[:, None]
-
-    @property
-    def sinks(self) -> Tensor:
-        """(B, T) bool, positions at full depth whatever the budget."""
-        none = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
-        return none if self.sink_mask is None else self.sink_mask
-
-    def row(self, index: int) -> ForwardRecord:
-        """The record of one row of the batch."""
-        one = slice(index, index + 1)
-        plan = self.plan[one] if isinstance(self.plan, Tensor) else self.plan and [layer[one] for layer in self.plan]
-        sinks = None if self.sink_mask is None else self.sink_mask[one]
-        partial = [ran[one] for ran in self.partial_layers]
-        return replace(self, shape=(1, self.shape[1]), plan=plan, sink_mask=sinks, partial_layers=partial)
-
-
-@dataclass
-class Record:
-    """What ran within one `at` block.
-
-    Attributes:
-        forwards: one entry for each forward.
-        auto_executed: K for each row, where a budget predictor chose it last.
-    """
-
-    forwards: list[ForwardRecord] = field(default_factory=list)
-    auto_executed: tuple[int, ...] = ()
-
-    @property
-    def executed(self) -> list[Tensor]:
-        """For each forward (B, T) long, the number of layers that each token ran."""
-        return [forward.executed for forward in self.forwards]
-
-    @property
-    def sinks(self) -> list[Tensor]:
-        """For each forward (B, T) bool, positions at full depth whatever the budget."""
-        return [forward.sinks for forward in self.forwards]
-
-    @property
-    def runs(self) -> list[Tensor]:
-        """For each forward (B, T, L) bool, the plan with sinks at full depth."""
-        return [forward.runs for forward in self.forwards]
-
-
-@dataclass(frozen=True)
-class Output:
-    """Result of a routed forward over whole windows.
-
-    Attributes:
-        logits: (B, T', V) of the positions kept.
-        context: what the router saw, leading dimensions (B, T).
-        scores: (B, T, R), or None where the router was not asked, or is layerwise.
-        runs: (B, T, L) bool, the plan with sinks at full depth.
-        executed: (B, T) long, layers that really ran.
-        sinks: (B, T) bool, positions at full depth whatever the budget.
-        weights: (B, T, R) with gradients, those of the routable layers; of a gate-weighted forward only.
-    """
-
-    logits: Tensor
-    context: Context
-    scores: Tensor | None
-    runs: Tensor
-    executed: Tensor
-    sinks: Tensor
-    weights: Tensor | None = None
 
 
 class RoutedForward:
@@ -364,26 +269,26 @@ class RoutedForward:
         """Run the plan of the scores that hold; the first `prompt` tokens share one."""
         self.scores, layers = scores, self.settings.layers
         if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
-            self._runs_on_host = rows = plan_rows_on_host(scores[:, 0].tolist(), self.request.executed, layers)
+            self._runs_on_host = rows = plan_rows_on_host(read(scores[:, 0]), self.request.executed, layers)
             self._set_active_rows([row[0] for row in rows] if len(scores) == 1 else [active(row, 1) for row in rows])
         else:
             self._run_plan(plan_tokens(scores, self.context.executed, layers, prompt).expand(*self.shape, -1))
 
     def _mid_text(self) -> bool:
         """Whether none of these positions of padded rows is padding or a sink."""
-        return int(torch.where(self.valid, self.positions, -1).min()) >= self.settings.sink_tokens
+        return read(torch.where(self.valid, self.positions, -1).min()) >= self.settings.sink_tokens
 
     def _run_plan(self, runs: Tensor) -> None:
         """Run a plan (B, T, L)."""
         self._runs = runs = self._with_sinks(runs)
-        counts = runs.sum(1).t().tolist()  # (L, B); the layers need them on the host
+        counts = read(runs.sum(1).t())  # (L, B); the layers need them on the host
         self._set_active_rows([active(each, self.shape[1]) for each in counts])
 
     def _with_sinks(self, runs: Tensor) -> Tensor:
         """A plan (B, T, …) with full depth for sinks; padding runs a layer where all other tokens of its row do."""
         if self.settings.sink_tokens:
             runs = runs | self.sinks()[..., None]
-        if self.valid is not None and not bool(self.valid.all()):
+        if self.valid is not None and not read(self.valid.all()):
             padding = ~self.valid[..., None]
             runs = torch.where(padding, (runs | padding).all(1, keepdim=True), runs)
         return runs

@@ -13,10 +13,11 @@ from transformers import DynamicCache
 
 from buddy.backbone.load import Backbone
 from buddy.engine.bridges import Bridges
-from buddy.engine.forward import Record, Request, RoutedForward, Settings
+from buddy.engine.forward import Request, RoutedForward, Settings, read
 from buddy.engine.kv_cache import RoutedCache, adopt
 from buddy.engine.layers import CurrentForward, attach, detach
 from buddy.engine.layerwise import LayerwiseForward
+from buddy.engine.record import Record
 from buddy.engine.sinks import SinkMemory
 from buddy.errors import BuddyError, BudgetError
 from buddy.router import AnyRouter, Context, LayerwiseRouter
@@ -129,7 +130,7 @@ class ForwardHooks:
         context = self._routed.context(
             kwargs["input_ids"], **{n: kwargs[n] for n in names if kwargs.get(n) is not None}
         )
-        executed = tuple(request.choose(context).tolist())
+        executed = tuple(read(request.choose(context)))
         self._request = replace(request, executed=executed)
         self._record.auto_executed = executed
         return self._request
@@ -158,4 +159,4 @@ def _checked_mask(mask: Tensor | None) -> Tensor | None:
         return None
     if mask.dim() != 2:
         raise BudgetError("Routing needs the attention mask in two dimensions (rows × tokens); pass that, or none.")
-    return None if bool(mask.all()) else mask
+    return None if read(mask.all()) else mask

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from buddy.backbone.load import Backbone, load_backbone
 from buddy.budget import Budget, Table, auto_cap, executed_layers
 from buddy.engine.bridges import Bridges
-from buddy.engine.forward import Output, Record, Request, Settings
+from buddy.engine.forward import Request, Settings
 from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
+from buddy.engine.record import Output, Record
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import hold_scores, plan_tokens
 from buddy.registry import build

@@ -66,9 +66,8 @@ class _Given:
     def __init__(self, text: list[int]) -> None:
         self._text = text
 
-    def __call__(self, tokens: Sequence[int], logits: Tensor) -> int:
-        int(logits.argmax())
-        return self._text[len(tokens)]
+    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
+        return torch.full_like(logits.argmax(), self._text[len(tokens)])
 
 
 def bench_serving(

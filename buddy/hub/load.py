@@ -13,8 +13,8 @@ from buddy.budget import Budget, auto_cap, latency_of
 from buddy.build import load_model
 from buddy.console import counted, errors, status
 from buddy.engine.decode import Decoder, Row, Sampler, TextPieces, end_tokens
-from buddy.engine.forward import Record
 from buddy.engine.model import RoutedLM
+from buddy.engine.record import Record
 from buddy.errors import DataError, check_text, reason
 from buddy.hub.push_pull import check_files, download, folder_of, hub_name, with_backbone
 from buddy.io import within_memory

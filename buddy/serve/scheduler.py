@@ -16,7 +16,7 @@ from torch import Tensor
 
 from buddy.budget import Budget, latency_of
 from buddy.engine.decode import UNFINISHED, Decoder, Row, Sampler, TextPieces, Written, end_tokens
-from buddy.engine.forward import ForwardRecord
+from buddy.engine.record import ForwardRecord
 from buddy.errors import BuddyError
 from buddy.hub.load import Model
 from buddy.serve.metrics import Metrics
@@ -360,8 +360,7 @@ class Scheduler:
             text.emit(piece)
 
     def _count(self, text: Text, written: Written) -> None:
-        record = written.record
-        counts = record.executed[~record.sinks].tolist()
+        counts = written.executed
         text.ran.add(counts)
         now = time.monotonic()
         if counts:

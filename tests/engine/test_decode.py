@@ -4,10 +4,12 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from buddy.engine.batches import join
 from buddy.engine.decode import Decoder, Row, Sampler
+from buddy.engine.forward import read
 from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle, FickleGates, random_bridges
 from tests.tiny import tiny_backbone
@@ -175,3 +177,38 @@ def test_rows_that_cannot_join_are_read_again(monkeypatch):
         assert not any(written.error for written in decoder.step())
     assert len(calls) > 5
     assert [row.tokens for row in rows] == [alone(model, row) for row in rows]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("executed", [4, LAYERS])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_step_waits_for_the_device_twice_however_many_rows_decode(count, executed, temperature, monkeypatch):
+    model, seen = routed(policy="fill"), []
+    decoder = Decoder(model)
+    for seed in range(count):
+        decoder.add(Row([5, 6, 7, seed], executed, Sampler(model.backbone.model, 4, temperature, seed), 99))
+    decoder.step()
+    decoder.step()
+    for module in ("decode", "forward", "hooks"):
+        monkeypatch.setattr(f"buddy.engine.{module}.read", lambda values: seen.append(values) or read(values))
+    with Waits() as waits:
+        written = decoder.step()
+    assert [len(each.executed) for each in written] == [1] * count
+    assert len(seen) == (2 if executed < LAYERS else 1)
+    assert waits.number == 0, "something else than `read` waits for the device"
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that wait for the device: a value as a Python number, and shapes that depend on values."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = args[1] if function is torch.ops.aten.index.Tensor else ()
+        indexed = any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        self.number += indexed or function in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default,
+        )
+        return function(*args, **(kwargs or {}))
