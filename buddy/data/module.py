@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from buddy.data.text import Documents, read_documents
+from buddy.data.documents import Documents, read_documents
 from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, sample, split, spread
 from buddy.errors import DataError
 

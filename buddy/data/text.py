@@ -1,15 +1,7 @@
-"""Text → tokenised documents, each at least one window long.
+"""Sources of text → their texts.
 
-A source is the embedded speeches, a file, a folder, or a data set of the hub. `datasets` reads them all and stores
-the tokens in its own cache (HF_HOME or HF_DATASETS_CACHE). The folder of the text stays unchanged.
-
-A document is
-- a row of the source (a speech, a .txt file, a row of JSON, CSV or Parquet) or an article of WikiText;
-- a part of a row that has more than a sixteenth of the whole text, such as a book in one file: the row is cut into
-  parts of about eight windows, fewer if the text is short, at the ends of paragraphs if possible. Neighbouring parts
-  may belong to different splits;
-- a pack of neighbouring rows that are shorter than a window, such as lines of JSON, with the tokenizer's
-  end-of-sequence token between them, until a window is full.
+A source is the embedded speeches, a file, a folder, or a data set of the hub. `datasets` reads them all. The folder of
+the text stays unchanged.
 
 WikiText in its word-level form, with ` @-@ ` inside words and `<unk>` for rare ones, is converted back to plain text,
 since subword tokenizers never saw these marks. The raw form, which has ` @-@ ` but no `<unk>`, stays as it is, since
@@ -27,195 +19,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from buddy.console import counted
 from buddy.errors import DataError, nearest, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
-LARGEST_SHARE = 16  # a row with more than 1 / LARGEST_SHARE of all characters is cut
-PART = 8  # windows in a part of a long text
-PARTS = 32  # parts of a short text, if it has as many windows
 EMBEDDED = ("sotu",)
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 LONG = 64 * 2**20  # bytes of text from which progress is shown
 HYPHEN, RARE = " @-@ ", "<unk>"  # marks of word-level WikiText
 TITLE = re.compile(r"^ *= [^=\n]+ = *$", re.MULTILINE)  # of an article there
-
-
-class Documents:
-    """Tokenised documents, read from the cache of `datasets` on demand.
-
-    Attributes:
-        lengths: (D,) int64, tokens of each document, at least a window each.
-        tokens: tokens in the whole text, including those outside all documents.
-    """
-
-    def __init__(
-        self, tokens: Dataset, packs: Sequence[Sequence[int]], separator: Sequence[int], begin: Sequence[int] = ()
-    ) -> None:
-        """Take D packs of rows of `tokens`, which has a list of token ids in the column "input_ids" of each row."""
-        self._rows = tokens.with_format("numpy")
-        self._packs = packs
-        self._separator = np.array(separator, dtype=np.int64)
-        self._begin = np.array(begin, dtype=np.int64)
-        rows = list_lengths(tokens)
-        self.tokens = int(rows.sum())
-        gaps = len(separator)
-        self.lengths = np.array([rows[list(pack)].sum() + gaps * (len(pack) - 1) for pack in packs], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._packs)
-
-    def read(self, document: int) -> np.ndarray:
-        """(lengths[document],) int64, the tokens of one document."""
-        first, *others = self._packs[document]
-        parts = [self._rows[first]["input_ids"]]
-        for row in others:
-            parts += [self._separator, self._rows[row]["input_ids"]]
-        return np.concatenate(parts).astype(np.int64)
-
-    def window(self, document: int, start: int, size: int) -> np.ndarray:
-        """(size,) int64, tokens of one document from `start` on, the first one replaced by the tokenizer's own, if any.
-
-        A model that saw it before every text is far worse without (Gemma 3 270M: perplexity 121.6 instead of 25.7).
-        """
-        tokens = self.read(document)[start : start + size]
-        tokens[: len(self._begin)] = self._begin
-        return tokens
-
-
-def read_documents(
-    source: str, tokenizer: PreTrainedTokenizerBase, window: int, text_field: str = "text", *, fewest: int = 1
-) -> Documents:
-    """The documents of a source that hold at least `window` tokens; see the module's description.
-
-    The tokenizer adds its special tokens. The cache of `datasets` stores the tokens, so the same text with the same
-    tokenizer is tokenised once.
-
-    Raises:
-        DataError: the source cannot be read (`load_texts`), the cache cannot be used, or there are fewer than `fewest`
-            documents.
-    """
-    texts = load_texts(source, text_field)
-    with _reading(source, texts.data.nbytes):
-        tokens = tokenise(cut_long(without_marks(texts), tokenizer, window), tokenizer)
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    packs = pack(list_lengths(tokens), window, len(separator))  # type: ignore[arg-type]
-    begin = tokens[0]["input_ids"][:1] if len(tokens) else []
-    documents = Documents(tokens, packs, separator, begin if begin == [tokenizer.bos_token_id] else [])
-    if len(documents) < fewest:
-        shorter = documents.tokens // (2 * fewest)
-        advice = f" or set data.window={shorter} or smaller" if fewest > 1 and shorter >= 16 else ""
-        raise DataError(
-            f"The text in {source} gives {counted(len(documents), 'document')} of {window} tokens or more, and "
-            f"{fewest} are needed; give more text{advice}."
-        )
-    return documents
-
-
-def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:
-    """`texts` with every row that has more than 1 / LARGEST_SHARE of all characters cut into parts."""
-    import pyarrow.compute as pc
-
-    characters = pc.fill_null(pc.utf8_length(texts.data.column("text")), 0).to_numpy()
-    limit = int(characters.sum()) // LARGEST_SHARE
-    if characters.max(initial=0) <= limit:
-        return texts
-    longest = texts.select(np.argsort(characters, kind="stable")[-64:])["text"]
-    window_size = window * _characters_per_token(list(longest), tokenizer)
-    part = min(PART, max(1, int(characters.sum() / window_size / PARTS)))
-    # Slightly more than whole windows, so that few parts lack a few tokens of one.
-    sizes = {"limit": limit, "size": int(1.1 * part * window_size) + 1}
-    return texts.map(_cut_rows, batched=True, batch_size=64, fn_kwargs=sizes)
-
-
-def cut(text: str, size: int) -> list[str]:
-    """Consecutive parts of at least `size` characters, which together are the text.
-
-    A part ends at the first end of a paragraph within a quarter of `size` after `size` characters, else of a line, else
-    of a word, else at `size`. The last part has up to 2.25 times `size`.
-    """
-    parts, start, reach = [], 0, size // 4
-    while len(text) - start >= 2 * size + reach:
-        least = start + size
-        ends = (at + len(mark) for mark in ("\n\n", "\n", " ") if (at := text.find(mark, least, least + reach)) >= 0)
-        end = next(ends, least)
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
-
-
-def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The column "input_ids" for every row that is not blank."""
-    from datasets import Features, List, Value
-
-    return texts.map(
-        _tokenise_rows,
-        batched=True,
-        batch_size=256,
-        remove_columns=texts.column_names,
-        features=Features({"input_ids": List(Value("int32"))}),
-        fn_kwargs={"tokenizer": tokenizer},
-    )
-
-
-def pack(lengths: Sequence[int], window: int, gap: int) -> list[tuple[int, ...]]:
-    """Rows of each document: a row of at least a window alone, shorter ones together until a window is full.
-
-    Args:
-        lengths: tokens in each row.
-        gap: tokens put between two rows of a pack.
-
-    Returns:
-        Packs in the order of their last rows. Rows left at the end join the last pack of short rows, if there is one.
-    """
-    packs: list[tuple[int, ...]] = []
-    rows: list[int] = []
-    full, last = 0, None
-    for row, length in enumerate(lengths):
-        if length >= window:
-            packs.append((row,))
-            continue
-        full += length + gap * bool(rows)
-        rows.append(row)
-        if full >= window:
-            last = len(packs)
-            packs.append(tuple(rows))
-            rows, full = [], 0
-    if rows and last is not None:
-        packs[last] += tuple(rows)
-    return packs
-
-
-def list_lengths(tokens: Dataset) -> np.ndarray:
-    """(rows,) int64, the tokens in each row."""
-    import pyarrow.compute as pc
-
-    return pc.list_value_length(tokens.data.column("input_ids")).to_numpy().astype(np.int64)
-
-
-def _characters_per_token(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Measured on the beginnings of all texts, at most some hundred thousand characters together."""
-    sample = [text[: 200_000 // len(texts)] for text in texts if text]
-    tokens = sum(len(ids) for ids in _tokenise_rows({"text": sample}, tokenizer)["input_ids"])
-    return sum(map(len, sample)) / max(1, tokens)
-
-
-def _cut_rows(rows: dict[str, list[str | None]], limit: int, size: int) -> dict[str, list[str]]:
-    return {
-        "text": [part for text in rows["text"] if text for part in (cut(text, size) if len(text) > limit else [text])]
-    }
-
-
-def _tokenise_rows(rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
-    texts = [text for text in rows["text"] if text and not text.isspace()]
-    # verbose=False: a document may be longer than the model's context, since only windows of it are run.
-    return {"input_ids": tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []}
 
 
 def load_texts(source: str, text_field: str = "text") -> Dataset:
@@ -241,7 +55,7 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
         builder = BUILDERS[files[0].suffix.lower()]
         return _text_column(_read(files, builder, source), "text" if builder == "text" else text_field, source)
     if name and path.suffix.lower() not in BUILDERS:
-        with _reading(source, LONG, "there is no such file or folder, so check the name on the hub and the connection"):
+        with reading(source, LONG, "there is no such file or folder, so check the name on the hub and the connection"):
             rows = load_dataset(name["name"], name["config"], split="train")
         return _text_column(rows, text_field, source)
     raise DataError(
@@ -302,7 +116,7 @@ def quiet(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(source: str, size: int, advice: str = "correct or replace it") -> Iterator[None]:
+def reading(source: str, size: int, advice: str = "correct or replace it") -> Iterator[None]:
     """`quiet`, and every error of `datasets` becomes a DataError.
 
     Args:
@@ -365,7 +179,7 @@ def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:
     # utf-8-sig reads plain UTF-8 too and drops a byte-order mark.
     options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
     form = "plain text in UTF-8" if builder == "text" else builder
-    with _reading(source, sum(file.stat().st_size for file in files), f"give valid {form}"):
+    with reading(source, sum(file.stat().st_size for file in files), f"give valid {form}"):
         if builder == "json":
             _refuse_null(files)
         names = [glob.escape(str(file)) for file in files]  # `datasets` takes paths for patterns

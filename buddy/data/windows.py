@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buddy.data.text import Documents, read_documents
+from buddy.data.documents import Documents, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from buddy.data.text import cut, pack, read_documents
+from buddy.data.documents import cut, pack, read_documents
 
 
 def jsonl(path, rows):

@@ -3,7 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from buddy.data.text import articles, plain, read_documents, without_marks
+from buddy.data.documents import read_documents
+from buddy.data.text import articles, plain, without_marks
 
 TEXT = (
     " \n = Homarus gammarus = \n \n A well @-@ known <unk> weighs 0 @.@ 7 kg , or 1 @,@ 000 g . \n \n"
