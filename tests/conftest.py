@@ -13,14 +13,6 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 
 
-@pytest.fixture(scope="session", autouse=True)
-def small_selections():
-    """Tests have few tokens, where the engine would select none: it computes a layer whole if few skip it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.engine.selection.FEW", 2)
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory):
     """A tiny Llama in the hub's layout; read it, never write into it."""
