@@ -76,7 +76,8 @@ def test_stock_models_get_the_cache_that_the_engine_has():
     torch.testing.assert_close(after.logits[:, -1], stock.logits[:, -1], atol=1e-5, rtol=1e-4)
 
 
-def test_counted_work_is_that_of_the_layers_that_ran():
+def test_counted_work_is_that_of_the_layers_that_ran(monkeypatch):
+    monkeypatch.setattr("buddy.engine.selection.FEW", 2)  # few tokens, of which the engine would select none
     """All but the K/V of skipped tokens, and attention over keys that a mask hides, is what pruning leaves."""
     field = contenders(routed_tiny(sink_tokens=0), [3], IDS)
     timings = race(field, IDS, prompts=(90,), batches=(1,), rounds=1)
