@@ -287,23 +287,24 @@ class Decoder:
     @staticmethod
     def _choose(rows: Sequence[Row], logits: Tensor, record: ForwardRecord) -> list[Written]:
         """The next token of each row; all are read at once, with the layers that ran."""
-        chosen, errors = [], {}
-        for index, row in enumerate(rows):
-            try:
-                chosen.append(row.sampler(row.prompt + row.tokens, logits[index]))
-            except Exception as error:
-                errors[index] = error
-                chosen.append(record.executed.new_zeros(()))
-        executed, sinks = record.executed, record.sinks  # counted once for all rows
+        executed = record.executed  # counted once for all rows
         record = replace(record, full_layers=0, partial_layers=[executed])
-        tokens = torch.stack([token.to(executed.device) for token in chosen])[:, None]
-        each = read(torch.cat([tokens, torch.where(sinks, -1, executed)], 1))
+        chosen: list[Tensor | Exception] = []
+        for row, each in zip(rows, logits, strict=True):
+            try:
+                chosen.append(row.sampler(row.prompt + row.tokens, each))
+            except Exception as error:
+                chosen.append(error)
+        none = executed.new_zeros(())
+        tokens = torch.stack([none if isinstance(token, Exception) else token for token in chosen])
+        on_host = read(torch.cat([tokens[:, None], torch.where(record.sinks, -1, executed)], 1))
         written = []
-        for index, (row, (token, *ran)) in enumerate(zip(rows, each, strict=True)):
-            if index in errors:
-                written.append(Written(row, error=errors[index]))
+        for index, (row, (token, *counts)) in enumerate(zip(rows, on_host, strict=True)):
+            outcome = chosen[index]
+            if isinstance(outcome, Exception):
+                written.append(Written(row, error=outcome))
                 continue
             row.tokens.append(token)
-            counts = [count for count in ran if count >= 0]
-            written.append(Written(row, token, logits[index], counts, record.row(index)))
+            ran = [count for count in counts if count >= 0]
+            written.append(Written(row, token, logits[index], ran, record.row(index)))
         return written

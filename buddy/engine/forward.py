@@ -24,10 +24,10 @@ ActiveRows = bool | list[int]
 
 
 def read(values: Tensor) -> Any:
-    """The values as Python numbers. Whoever calls this waits for the device, so a decode step calls it twice.
+    """The values as Python numbers. The caller waits for the device.
 
-    Once for the scores, to know which layers run, and once for the tokens that were chosen; in a padded batch also for
-    the mask. The number does not depend on how many rows decode.
+    A decode step calls it once for the scores, to know which layers run, and once for the tokens that were chosen; in a
+    padded batch also for the mask. The number of calls does not depend on how many rows decode.
     """
     return values.tolist()
 

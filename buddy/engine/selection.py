@@ -70,7 +70,7 @@ def worth_selecting(counts: Sequence[int], tokens: int) -> bool:
     """Whether to select the tokens that run a layer; otherwise computing it for all, and choosing then, is faster.
 
     To select takes as long as computing `FEW` tokens, and attention for selected queries has no causal kernel, which
-    leaves out half of the products.
+    leaves out half of the products. Both numbers were measured with one and two threads of a CPU (docs/speed.md).
 
     Args:
         counts: tokens of each row that run.

@@ -77,8 +77,8 @@ def test_stock_models_get_the_cache_that_the_engine_has():
 
 
 def test_counted_work_is_that_of_the_layers_that_ran(monkeypatch):
-    monkeypatch.setattr("buddy.engine.selection.FEW", 2)  # few tokens, of which the engine would select none
     """All but the K/V of skipped tokens, and attention over keys that a mask hides, is what pruning leaves."""
+    monkeypatch.setattr("buddy.engine.selection.FEW", 2)  # few tokens, of which the engine would select none
     field = contenders(routed_tiny(sink_tokens=0), [3], IDS)
     timings = race(field, IDS, prompts=(90,), batches=(1,), rounds=1)
     assert timings["routed", 3].flops["without_head"] < 1.35 * timings["pruned", 3].flops["without_head"]
