@@ -122,6 +122,7 @@ class Probe(Protocol):
         criterion: Criterion = "ce",
         windows: int | Sequence[int] | None = None,
         *,
+        bridged: bool = False,
         what: str | None = None,
     ) -> Tensor:
         """Mean nats a token of each window under each plan, (P, N') float64.
@@ -133,20 +134,11 @@ class Probe(Protocol):
             runs: (P, L) bool, a plan in each row for all tokens; sinks run every layer.
             criterion: "ce", next-token cross-entropy, or "kl", KL(dense ‖ plan), over positions 0 … W − 2.
             windows: N', the first so many windows; or the numbers of some windows, ascending; all by default.
+            bridged: with a bridge in each skipped layer, fitted for this plan, where the recipe has bridges.
             what: label of the progress bar.
 
         Raises:
             ValueError: a plan skips a layer that always runs, or an argument is out of range.
-        """
-
-    def bridge(self, removed: Iterable[int] | None) -> None:
-        """Measure losses with a bridge in each skipped layer from here on, where the recipe has bridges.
-
-        The bridges are fitted for the plan without `removed`, and for the same plan without one layer more: a search
-        that removes layers calls this in each round. None measures without bridges again.
-
-        Args:
-            removed: routable layers, counted from 0 to R − 1.
         """
 
     def loss(self, runs: Tensor) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy import Context, Geometry, Probe, Router
-from routers.greedy import GreedyRemoval
+from routers.greedy import BridgedRemoval
 
 PRIORS = ("greedy", "block-influence", "taylor", "loss", "none")
 PARTS = ("pooled", "newest", "hidden")
@@ -71,7 +71,7 @@ class BuddyRouter(Router):
         if self.prior_name == "none":
             return
         if self.prior_name == "greedy":
-            search = GreedyRemoval(probe, "kl", min(self.prior_windows, probe.count), bridged=True)
+            search = BridgedRemoval(probe, min(self.prior_windows, probe.count))
             for _ in probe.track(range(search.rounds), "removing layers"):
                 search.remove_one()
             indicator = search.rank()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buddy.calibration.measures import Bridge, PrefixWalk
 from buddy.engine.bridges import Bridges, bridge_input
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import LayerlessModel
@@ -54,57 +55,18 @@ def fit_bridges(
         for ids, count in zip(batches, counts, strict=True)
     ]
     model.router.train(training)
-    return _fit(model, batches, plans, [~plan for plan in plans], rank, ridge, track)
-
-
-@torch.no_grad()
-def fit_candidate_bridges(
-    model: RoutedLM,
-    windows: Tensor,
-    runs: Tensor,
-    *,
-    rank: int,
-    ridge: float,
-    batch_size: int = 4,
-    known: tuple[Bridges, Tensor] | None = None,
-) -> Bridges:
-    """Bridges for one plan that all tokens share, and for the layers that a search may remove from it next.
-
-    As `fit_bridges`, except that layers that run under the plan have a bridge too: that of a plan without this layer.
-
-    Args:
-        model: without an adapter; its router and its bridges are not used.
-        windows: (N, T) long.
-        runs: (L,) bool; sinks run every layer.
-        rank, ridge, batch_size: as for `fit_bridges`.
-        known: bridges that were fitted in the same way for another plan, and that plan. Up to the first layer in which
-            the plans differ the bridges are the same, and are not fitted again.
-    """
-    batches = [batch.to(model.backbone.device) for batch in windows.split(batch_size)]
-    routed = [torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= model.sink_tokens for ids in batches]
-    chosen = [tokens[..., None].expand(*tokens.shape, len(runs)) for tokens in routed]
-    plans = [runs.to(tokens.device) | ~tokens for tokens in chosen]
-    if known is None:
-        return _fit(model, batches, plans, chosen, rank, ridge)
-    differing = (runs != known[1]).nonzero()[:, 0].tolist()
-    return _fit(model, batches, plans, chosen, rank, ridge, known=known[0], same=min(differing, default=len(runs)) + 1)
+    return _fit(model, batches, plans, rank, ridge, track)
 
 
 def _fit(
     model: RoutedLM,
     batches: Sequence[Tensor],
     plans: Sequence[Tensor],
-    chosen: Sequence[Tensor],
     rank: int,
     ridge: float,
-    track: Callable[[Sequence[int], str], Iterable[int]] = lambda items, _: items,
-    known: Bridges | None = None,
-    same: int = 0,
+    track: Callable[[Sequence[int], str], Iterable[int]],
 ) -> Bridges:
-    """Bridges fitted layer after layer along plans (B, T, L), each from the states of the chosen tokens (B, T, L).
-
-    The first `same` layers have the bridges of `known`.
-    """
+    """Bridges fitted layer after layer along plans (B, T, L), each from the states that skip its layer."""
     backbone, geometry = model.backbone, model.geometry
     bridges, outside = Bridges(geometry, rank).to(backbone.device), LayerlessModel(backbone.model)
     embedded = [outside.embed(ids) for ids in batches]
@@ -118,17 +80,54 @@ def _fit(
         if index < geometry.context_layer:
             routed = list(dense)
             continue
-        tokens = [each[..., index] for each in chosen]
-        if known is not None and index < same and known.fitted[index]:
-            bridges.set(index, known.down[index], known.up[index], known.bias[index])
-        elif sum(int(each.sum()) for each in tokens) >= geometry.hidden:
-            bridges.set(index, *_regression(routed, dense, tokens, rank, ridge))
+        skipping = [~plan[..., index] for plan in plans]
+        if sum(int(each.sum()) for each in skipping) >= geometry.hidden:
+            bridges.set(index, *_regression(routed, dense, skipping, rank, ridge))
         ran = [layer(hidden, **call) for hidden, call in zip(routed, calls, strict=True)]
         routed = [
             torch.where(plan[..., index, None], out, bridges(index, hidden))
             for plan, hidden, out in zip(plans, routed, ran, strict=True)
         ]
     return bridges
+
+
+class PlanBridges:
+    """Bridges for plans that all tokens share, as `fit_bridges` fits them; equal beginnings of plans share theirs.
+
+    Args:
+        model: without an adapter; its router and its bridges are not used.
+        windows: (N, T) long; sinks run every layer.
+        rank, ridge, batch_size: as for `fit_bridges`.
+    """
+
+    def __init__(self, model: RoutedLM, windows: Tensor, *, rank: int, ridge: float, batch_size: int = 4) -> None:
+        backbone, sinks = model.backbone, model.sink_tokens
+        self._rank, self._ridge = rank, ridge
+        self._fitted: dict[str, Bridge] = {}
+        batches = [batch.to(backbone.device) for batch in windows.split(batch_size)]
+        outside = LayerlessModel(backbone.model)
+        self._walks = [PrefixWalk(outside, backbone.layers, ids, sinks, {}, (), self._fitted) for ids in batches]
+        self._chosen = [torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= sinks for ids in batches]
+        self._enough = sum(int(each.sum()) for each in self._chosen) >= model.geometry.hidden
+        # After each layer of the dense model, one state a batch.
+        self._dense = [[walk.after("1" * count) for walk in self._walks] for count in range(1, backbone.num_layers)]
+
+    @torch.no_grad()
+    def fit(self, plans: Iterable[str]) -> dict[str, Bridge]:
+        """The bridge of each skipped layer, by the beginning of its plan up to and with this layer.
+
+        Args:
+            plans: L digits each, "1" for a layer that runs.
+        """
+        plans = sorted(plans)  # in this order equal beginnings are computed once
+        ends = {plan[: index + 1] for plan in plans for index, digit in enumerate(plan) if digit == "0"}
+        for prefix in self._fitted.keys() - ends:
+            del self._fitted[prefix]
+        for prefix in sorted(ends - self._fitted.keys()) if self._enough else ():
+            before = [walk.after(prefix[:-1]) for walk in self._walks]
+            parts = _regression(before, self._dense[len(prefix) - 1], self._chosen, self._rank, self._ridge)
+            self._fitted[prefix] = tuple(part.to(before[0].dtype) for part in parts)
+        return dict(self._fitted)
 
 
 def _regression(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
-from buddy.engine.bridges import Bridges
+from buddy.engine.bridges import bridged
 from buddy.engine.twins import LayerlessModel
 from buddy.losses import Dense, cross_entropy, kl_to_dense
 from buddy.router import Criterion
@@ -25,6 +25,7 @@ MAX_SHARE = 0.25  # of the accelerator's free memory
 Layer = Callable[..., Tensor]
 Batch = tuple[int, ...]  # numbers of the windows that run together
 Pair = tuple[Batch, str]  # batch, plan
+Bridge = tuple[Tensor, ...]  # down (r, D), up (D, r) and bias (D,) of a skipped layer
 
 
 # Similarity of hidden states
@@ -133,7 +134,7 @@ class PrefixWalk:
         sinks: positions at full depth.
         known: states after prefixes of plans, from an earlier walk over the same tokens.
         wanted: prefixes of plans whose states are kept.
-        bridges: of the layers that are skipped, if any.
+        bridges: of skipped layers, each by the prefix of the plan that ends with its layer.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class PrefixWalk:
         sinks: int,
         known: Mapping[str, State],
         wanted: Collection[str],
-        bridges: Bridges | None = None,
+        bridges: Mapping[str, Bridge],
     ) -> None:
         self._layers, self._wanted, self._known, self._bridges = layers, wanted, dict(known), bridges
         hidden, self._inputs = layerless.embed(input_ids)
@@ -157,27 +158,28 @@ class PrefixWalk:
         return {prefix: state for prefix, state in self._known.items() if prefix in self._wanted}
 
     @torch.no_grad()
-    def last(self, plan: str) -> Tensor:
-        """The last layer's output, (B, T, D), under a plan that runs the last layer."""
+    def after(self, plan: str) -> Tensor:
+        """The state (B, T, D) after a plan or a prefix of one; the sinks' is not valid if its last layer is skipped."""
         self._path = {prefix: state for prefix, state in self._path.items() if plan.startswith(prefix)}
         found = {**self._path, **self._known}
         done = next(count for count in range(len(plan), -1, -1) if plan[:count] in found)
         state = found[plan[:done]]
         for index in range(done, len(plan)):
             prefix = plan[: index + 1]
-            state = self._path[prefix] = self._step(index, state, plan[index] == "1")
+            state = self._path[prefix] = self._step(prefix, state)
             if prefix in self._wanted:
                 self._known[prefix] = state
         return state.hidden
 
     def dense(self) -> Tensor:
         """The last layer's output at full depth, (B, T, D)."""
-        return self.last("1" * len(self._layers))
+        return self.after("1" * len(self._layers))
 
-    def _step(self, index: int, state: State, runs: bool) -> State:
-        hidden = state.hidden
-        if not runs:
-            return State(self._bridges(index, hidden) if self._bridges else hidden, not self._sinks)
+    def _step(self, prefix: str, state: State) -> State:
+        hidden, index = state.hidden, len(prefix) - 1
+        if prefix[-1] == "0":
+            bridge = self._bridges.get(prefix)
+            return State(hidden if bridge is None else bridged(hidden, *bridge), not self._sinks)
         if not state.complete:
             hidden = hidden.clone()
             hidden[:, : self._sinks[index].shape[1]] = self._sinks[index]
@@ -203,17 +205,22 @@ class PlanLosses:
         windows: (N, T) long.
         batch_size: windows in a batch.
         sinks: first positions, which run every layer.
-
-    Attributes:
-        bridges: of the layers that plans skip; None for none. `release` what was kept with others.
+        fit: gives the bridges for plans, each by the prefix that ends with its layer; None for no bridges.
     """
 
-    def __init__(self, backbone: Backbone, windows: Tensor, batch_size: int, sinks: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        windows: Tensor,
+        batch_size: int,
+        sinks: int,
+        fit: Callable[[Iterable[str]], Mapping[str, Bridge]] | None = None,
+    ) -> None:
         self._backbone, self._windows, self._sinks = backbone, windows, sinks
         self._number = -(-len(windows) // batch_size)  # of batches with all windows
         self._layerless = LayerlessModel(backbone.model)
         self._cache: dict[Batch, dict[str, State]] = {}
-        self.bridges: Bridges | None = None
+        self._fit = fit
 
     def measure(
         self, pairs: Sequence[Pair], criterion: Criterion, track: Callable[[Sequence[Pair]], Iterable[Pair]]
@@ -228,25 +235,24 @@ class PlanLosses:
         plans = defaultdict(list)
         for batch, plan in pairs:
             plans[batch].append(plan)
+        bridges = {} if self._fit is None else self._fit({plan for _, plan in pairs})
         for batch, group in groupby(track(pairs), key=itemgetter(0)):
             input_ids = self._windows[list(batch)].to(self._backbone.device)
-            walk = self._walk(batch, input_ids, plans[batch], criterion)
+            walk = self._walk(batch, input_ids, plans[batch], criterion, bridges)
             losses = _criterion(criterion, self._layerless, input_ids, walk)
             for _, plan in group:
-                yield batch, plan, losses(walk.last(plan))
+                yield batch, plan, losses(walk.after(plan))
             self._keep(batch, walk.kept)
 
-    def release(self) -> None:
-        """Free the hidden states that are kept between calls."""
-        self._cache = {}
-
-    def _walk(self, batch: Batch, input_ids: Tensor, plans: list[str], criterion: Criterion) -> PrefixWalk:
+    def _walk(
+        self, batch: Batch, input_ids: Tensor, plans: list[str], criterion: Criterion, bridges: Mapping[str, Bridge]
+    ) -> PrefixWalk:
         backbone, layers = self._backbone, self._backbone.num_layers
         size = input_ids.numel() * backbone.hidden_size * backbone.dtype.itemsize
         wanted = prefixes_to_keep(plans, layers, states_that_fit(size, backbone.device, self._number))
         if criterion == "kl":
             wanted.add("1" * layers)  # every call needs the dense model's output
-        known, bridges = self._cache.get(batch, {}), self.bridges
+        known = self._cache.get(batch, {})
         return PrefixWalk(self._layerless, backbone.layers, input_ids, self._sinks, known, wanted, bridges)
 
     def _keep(self, batch: Batch, states: dict[str, State]) -> None:

@@ -13,17 +13,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from buddy.calibration.bridges import fit_candidate_bridges
-from buddy.calibration.measures import Batch, Pair, PlanLosses, similarities, taylor_importance
+from buddy.calibration.bridges import PlanBridges
+from buddy.calibration.measures import Pair, PlanLosses, similarities, taylor_importance
 from buddy.calibration.store import Measurements, setting_of
-from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
 from buddy.router import Context, Criterion
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 SIMILARITIES = ("block influence", "angular distance")
 TAYLOR = "Taylor importance"
-BRIDGE_WINDOWS = 24  # the first calibration windows, on which `bridge` fits
+BRIDGE_WINDOWS = 24  # the last ones, on which bridges are fitted: a search measures on the first
 
 
 class CalibrationProbe:
@@ -38,7 +37,7 @@ class CalibrationProbe:
         seed: for routers whose search draws random numbers.
         prompt: first tokens of a window, its prompt; half of the window by default.
         store: folder of the measured values, so that an interrupted search resumes; None keeps them in memory only.
-        bridge: rank and ridge of the bridges that `bridge` fits; None where the recipe has none.
+        bridge: rank and ridge of the bridges in skipped layers; None where the recipe has none.
 
     Attributes:
         routed: the model.
@@ -65,9 +64,8 @@ class CalibrationProbe:
         self._batches = windows.split(batch_size)
         setting = None if store is None else setting_of(routed, windows, batch_size)
         self._measured = Measurements(store, setting)
-        self._losses: PlanLosses | None = None
-        self._bridge, self._bridged = bridge, ""  # the plan that the bridges in place are for; "" without bridges
-        self._known: tuple[Bridges, Tensor] | None = None  # the last bridges, and their plan
+        self._losses: dict[bool, PlanLosses] = {}  # without and with bridges
+        self._bridge = bridge
         self._track, self._tracking = track, False
         self.serve(routed, asked)
 
@@ -84,22 +82,11 @@ class CalibrationProbe:
         if _frame(routed) != _frame(self.routed):
             raise ValueError("a probe measures one backbone under one routing; create another probe")
         self.routed = routed
-        self.bridge(None)
         self.asked = tuple(sorted({k for k in asked if k < self.geometry.layers}, reverse=True))
-
-    def bridge(self, removed: Iterable[int] | None) -> None:
-        """See `Probe.bridge`."""
-        plan = "" if removed is None or self._bridge is None else _digits(self.plan_without(removed))
-        if plan != self._bridged:
-            self._bridged = plan
-            self.release()
-            if self._losses is not None:
-                self._losses.bridges = None
 
     def release(self) -> None:
         """Free the cached hidden states; keep the measured values."""
-        if self._losses is not None:
-            self._losses.release()
+        self._losses = {}
 
     def track(self, items: Sequence[Any], words: str) -> Iterator[Any]:
         """See `Probe.track`."""
@@ -118,10 +105,12 @@ class CalibrationProbe:
         criterion: Criterion = "ce",
         windows: int | Sequence[int] | None = None,
         *,
+        bridged: bool = False,
         what: str | None = None,
     ) -> Tensor:
         """See `Probe.losses`."""
         self._check(runs, criterion, windows)
+        how = f" bridges {self._bridge}" if bridged and self._bridge is not None else ""
         windows = self.count if windows is None else windows
         if isinstance(windows, int):  # in whole batches, so that a loss does not depend on how many are asked for
             count, windows = windows, range(min(-(-windows // self._size) * self._size, self.count))
@@ -130,13 +119,13 @@ class CalibrationProbe:
         batches = [tuple(windows[at : at + self._size]) for at in range(0, len(windows), self._size)]
         plans = [_digits(plan) for plan in runs]
         wanted = {
-            self._key(criterion, b, plan): (b, plan) for b in batches for plan in sorted(set(plans), reverse=True)
+            f"{criterion} {b} {plan}{how}": (b, plan) for b in batches for plan in sorted(set(plans), reverse=True)
         }
         missing = [wanted[key] for key in self._measured.missing(wanted)]
         if missing:
             number = len({plan for _, plan in missing})
-            self._measure(missing, criterion, what or f"losses of {number} plan{'s' if number > 1 else ''}")
-        rows = [torch.cat([self._measured[self._key(criterion, b, plan)] for b in batches])[:count] for plan in plans]
+            self._measure(missing, criterion, how, what or f"losses of {number} plan{'s' if number > 1 else ''}")
+        rows = [torch.cat([self._measured[f"{criterion} {b} {plan}{how}"] for b in batches])[:count] for plan in plans]
         return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
 
     def loss(self, runs: Tensor) -> float:
@@ -195,21 +184,15 @@ class CalibrationProbe:
             self._measured.save()
         return self._measured[name].clone()
 
-    def _key(self, criterion: str, batch: Batch, plan: str) -> str:
-        """The key of a plan's losses on a batch, with the bridges that are in place."""
-        how = f" bridges {self._bridge} {self._bridged}" if self._bridged else ""
-        return f"{criterion} {batch} {plan}{how}"
-
-    def _measure(self, missing: Sequence[Pair], criterion: Criterion, what: str) -> None:
-        if self._losses is None:
-            self._losses = PlanLosses(self.routed.backbone, self._windows, self._size, self.routed.sink_tokens)
-        if self._bridged and self._losses.bridges is None:
-            windows, runs = self._windows[:BRIDGE_WINDOWS], torch.tensor([digit == "1" for digit in self._bridged])
-            fitted = fit_candidate_bridges(self.routed, windows, runs, **self._bridge, known=self._known)
-            self._losses.bridges, self._known = fitted, (fitted, runs)
+    def _measure(self, missing: Sequence[Pair], criterion: Criterion, how: str, what: str) -> None:
+        losses = self._losses.get(bool(how))
+        if losses is None:
+            fit = PlanBridges(self.routed, self._windows[-BRIDGE_WINDOWS:], **self._bridge).fit if how else None
+            losses = PlanLosses(self.routed.backbone, self._windows, self._size, self.routed.sink_tokens, fit)
+            self._losses[bool(how)] = losses
         try:
-            for b, plan, losses in self._losses.measure(missing, criterion, lambda pairs: self.track(pairs, what)):
-                self._measured[self._key(criterion, b, plan)] = losses
+            for b, plan, values in losses.measure(missing, criterion, lambda pairs: self.track(pairs, what)):
+                self._measured[f"{criterion} {b} {plan}{how}"] = values
         finally:
             self._measured.save()
 

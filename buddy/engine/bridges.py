@@ -26,6 +26,11 @@ def bridge_input(hidden: Tensor) -> Tensor:
     return F.layer_norm(hidden, hidden.shape[-1:])
 
 
+def bridged(hidden: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    """The state (…, D) after skipping a layer, from the state before it; weights (r, D), (D, r) and (D,)."""
+    return hidden + F.linear(F.linear(bridge_input(hidden), down), up, bias)
+
+
 class Bridges(nn.Module):
     """One bridge for each routable layer, for all budgets; new ones change nothing.
 
@@ -65,10 +70,7 @@ class Bridges(nn.Module):
         if frozen is not None and hidden.dim() == 3 and hidden.shape[1] == 1:
             return self._step(layer, hidden)
         parts = self._parts(layer, hidden.dtype) if frozen is None else frozen[layer]
-        if parts is None:
-            return hidden
-        down, up, bias = parts
-        return hidden + F.linear(F.linear(bridge_input(hidden), down), up, bias)
+        return hidden if parts is None else bridged(hidden, *parts)
 
     def _step(self, layer: int, hidden: Tensor) -> Tensor:
         """`forward` for a decode step (B, 1, D), in few operations: each costs more than its arithmetic.

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from buddy import Router
 from buddy.calibration import measures
-from buddy.calibration.bridges import fit_candidate_bridges
+from buddy.calibration.bridges import fit_bridges
+from buddy.engine.model import RoutedLM
 from buddy.losses import Dense, cross_entropy, kl_to_dense
 from tests.calibration.small import LAYERS, WINDOWS, count_calls, plans, probe, routed
 from tests.engine.reference import reference_logits
@@ -301,56 +303,53 @@ def test_progress_says_what_is_measured_and_bars_do_not_nest():
     assert shown[3:] == [("losses of 1 plan", 3)]
 
 
+class Fixed(Router):
+    """One plan for all tokens: layers go in an order that is set."""
+
+    order: tuple[int, ...]
+
+    def score(self, context):
+        return torch.tensor(self.order).argsort().float().expand(*context.executed.shape, -1)
+
+
 @pytest.mark.parametrize("criterion", ["ce", "kl"])
-@pytest.mark.parametrize("removed", [[], [1, 2]])
-def test_losses_with_bridges_are_those_of_the_model_with_these_bridges(criterion, removed):
-    model, settings = routed(), {"rank": 8, "ridge": 0.1}
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_losses_with_bridges_are_those_of_the_model_with_bridges_for_each_plan(criterion, sinks):
+    model, settings = routed(sinks=sinks), {"rank": 8, "ridge": 0.1}
     measured = probe(model, bridge=settings)
-    runs = torch.stack([measured.plan_without([*removed, layer]) for layer in (0, 3)])
+    sets = [[], [3], [1], [1, 3], [1, 2], [0, 1, 2], [0, 2, 3]]
+    runs = torch.stack([measured.plan_without(removed) for removed in sets])
     without = measured.losses(runs, criterion)
-    measured.bridge(removed)
-    losses = measured.losses(runs, criterion)
-    bridges = fit_candidate_bridges(model, WINDOWS, measured.plan_without(removed), **settings)
-    assert bridges.fitted[1:5].all()
-    dense = model.dense(WINDOWS)
-    model.bridge(bridges)
-    for plan, loss in zip(runs, losses, strict=True):
-        logits = model(WINDOWS, runs=plan.expand(*WINDOWS.shape, -1).index_fill(1, torch.tensor([0]), True)).logits
+    losses = torch.cat([measured.losses(some, criterion, bridged=True) for some in runs.split(3)])
+    assert torch.equal(measured.losses(runs, criterion), without)
+    dense, router = model.dense(WINDOWS), Fixed(model.geometry)
+    fixed = RoutedLM(model.backbone, router, sink_tokens=sinks)
+    for removed, loss, plain in zip(sets, losses, without, strict=True):
+        router.order = (*removed, *(layer for layer in range(4) if layer not in removed))
+        executed = torch.full((len(WINDOWS),), LAYERS - len(removed))
+        fixed.bridge(None)
+        fixed.bridge(fit_bridges(fixed, WINDOWS, [LAYERS - len(removed)], **settings))
+        logits = fixed(WINDOWS, executed=executed).logits
         tokens = (
             cross_entropy(logits[:, :-1], WINDOWS[:, 1:])
             if criterion == "ce"
             else kl_to_dense(Dense(dense[:, :-1]), logits[:, :-1])
         )
         torch.testing.assert_close(loss, tokens.double().mean(1), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(losses, without)
-    model.bridge(None)
-    measured.bridge(None)
-    assert torch.equal(measured.losses(runs, criterion), without)
+        assert not removed or not torch.allclose(loss, plain)
 
 
-@pytest.mark.parametrize("removed", [[], [2], [0, 3], [1, 2, 3]])
-def test_known_bridges_change_nothing(removed):
-    model, measured, settings = routed(), probe(), {"rank": 8, "ridge": 0.1}
-    before, after = measured.plan_without([2]), measured.plan_without(removed)
-    known = fit_candidate_bridges(model, WINDOWS, before, **settings), before
-    fresh, resumed = (fit_candidate_bridges(model, WINDOWS, after, **settings, known=each) for each in (None, known))
-    assert all(
-        torch.equal(one, other) for one, other in zip(*(b.state_dict().values() for b in (fresh, resumed)), strict=True)
-    )
-
-
-def test_bridges_of_a_search_bring_the_model_nearer():
-    model = routed()
-    measured = probe(model, bridge={"rank": 64, "ridge": 0.01})
+def test_bridges_bring_the_model_nearer():
+    measured = probe(bridge={"rank": 64, "ridge": 0.01})
     runs = measured.plan_without([0, 1, 2])[None]
-    without = measured.losses(runs, "kl").mean()
-    measured.bridge([0, 1, 2])
-    assert measured.losses(runs, "kl").mean() < 0.8 * without
+    assert measured.losses(runs, "kl", bridged=True).mean() < 0.8 * measured.losses(runs, "kl").mean()
 
 
-def test_a_probe_without_a_section_bridge_measures_without_bridges():
-    measured = probe()
-    runs = plans(3)
-    before = measured.losses(runs)
-    measured.bridge([1])
-    assert torch.equal(measured.losses(runs), before)
+def test_too_few_tokens_for_a_bridge_leave_the_state_as_it_is():
+    measured, runs = probe(windows=WINDOWS[:3], bridge={"rank": 8, "ridge": 0.1}), plans(3)  # 57 tokens, of width 64
+    torch.testing.assert_close(measured.losses(runs, bridged=True), measured.losses(runs))
+
+
+def test_a_recipe_without_bridges_has_losses_without_bridges():
+    measured, runs = probe(), plans(3)
+    assert torch.equal(measured.losses(runs, bridged=True), measured.losses(runs))

@@ -39,10 +39,11 @@ class Landscape:
         self.block_influence = torch.linspace(1, 2, geometry.routable)
         self.calls: list[tuple[list[Removed], str, int]] = []  # sets, criterion, windows
         self.shown: list[str] = []
-        self.bridged: list[Removed] = []  # for which plans bridges were asked
 
-    def losses(self, runs: Tensor, criterion: str = "ce", windows: int | None = None) -> Tensor:
-        """(P, W): each window alike."""
+    def losses(
+        self, runs: Tensor, criterion: str = "ce", windows: int | None = None, *, bridged: bool = False
+    ) -> Tensor:
+        """(P, W): each window alike; bridges change no loss."""
         first, routable = self.geometry.context_layer, self.geometry.routable
         assert runs.shape[1] == self.geometry.layers
         assert runs[:, :first].all()
@@ -52,10 +53,6 @@ class Landscape:
         sets = [frozenset((~row).nonzero()[:, 0].tolist()) for row in runs[:, first : first + routable]]
         self.calls.append((sets, criterion, windows))
         return torch.tensor([[self.loss(each)] * windows for each in sets], dtype=torch.float64)
-
-    def bridge(self, removed: Iterable[int]) -> None:
-        """Change no loss."""
-        self.bridged.append(frozenset(removed))
 
     def plan_without(self, removed: Iterable[int]) -> Tensor:
         """(L,) bool."""
