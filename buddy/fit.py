@@ -166,7 +166,6 @@ class Session:
                     scores = self._test(recipe, model)
                 save_router(folder, model.router.state_dict())
                 if model.bridges is not None:
-                    _report_missing(model)
                     model.bridges.save(folder / BRIDGE)
                 if model.adapter is not None:
                     model.adapter.save(folder / ADAPTER)
@@ -254,6 +253,8 @@ class Session:
                 batch_size=recipe.data.batch_size,
                 track=self._track,
             )
+        if not fitted.fitted.any():
+            errors.print(f"No bridges: the windows that fit them have fewer than {model.geometry.hidden} tokens.")
         distributed.broadcast_state(fitted)
         model.bridge(fitted)
 
@@ -290,17 +291,6 @@ class Session:
         """Save the time spent, now and then."""
         if self._stopwatch:
             self._stopwatch.tick()
-
-
-def _report_missing(model: RoutedLM) -> None:
-    """Say which routable layers have no bridge."""
-    geometry = model.geometry
-    routable = range(geometry.context_layer, geometry.context_layer + geometry.routable)
-    if missing := [str(layer) for layer in routable if not model.bridges.fitted[layer]]:
-        errors.print(
-            f"No bridge in layer {', '.join(missing)}: fewer than {geometry.hidden} calibration tokens skip it.",
-            soft_wrap=True,
-        )
 
 
 def _remove_intermediate(folder: Path) -> None:

@@ -26,8 +26,9 @@ class BuddyRouter(Router):
     Args:
         geometry: sizes of the backbone.
         hidden: r, width of the network; the paper's overhead example has 32.
-        prior: "greedy" (the order in which layers are removed when each time the one goes without which KL to the
-            dense model is least, with bridges in place where the recipe has them), or one of the paper's:
+        prior: "greedy" (for each K the layers in the order in which a search removes them, each time the one without
+            which KL to the dense model is least, with bridges where the recipe has them; the others follow by how
+            much they would raise it), or one of the paper's, the same for every K:
             "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the perplexity), or "none".
         prior_windows: how many calibration windows the greedy search measures on, from the first one.
         prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
@@ -64,32 +65,38 @@ class BuddyRouter(Router):
         self.output = nn.Linear(hidden, geometry.routable)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
-        self.register_buffer("prior", torch.zeros(geometry.routable))
+        self.register_buffer("prior", torch.zeros(geometry.routable + 1, geometry.routable))  # for each K
+        self.register_load_state_dict_pre_hook(_read_one_prior)
 
     def calibrate(self, probe: Probe) -> None:
         """Measure the prior's indicator and turn it into standardised ranks (section 3, prior pipeline)."""
         if self.prior_name == "none":
             return
         if self.prior_name == "greedy":
-            search = BridgedRemoval(probe, min(self.prior_windows, probe.count))
-            for _ in probe.track(range(search.rounds), "removing layers"):
-                search.remove_one()
-            indicator = search.rank()
-        elif self.prior_name == "block-influence":
+            self.prior.copy_(self._searched(probe))
+            return
+        if self.prior_name == "block-influence":
             indicator = probe.block_influence
         else:
             raw = probe.taylor if self.prior_name == "taylor" else probe.loss_increase
             indicator = raw.clamp(min=0).log1p()
-        rank = (1 + indicator.argsort(stable=True).argsort().float()) / (len(indicator) + 1)
-        if len(rank) > 1:  # a single layer has no order
-            self.prior.copy_((rank - rank.mean()) / rank.std())
+        self.prior.copy_(_standardised(indicator))
+
+    def _searched(self, probe: Probe) -> Tensor:
+        """(R + 1, R): the ranks for each K after each round of the search; a K that it does not reach has the last."""
+        search = BridgedRemoval(probe, min(self.prior_windows, probe.count))
+        ranks = torch.zeros_like(self.prior)
+        for number in probe.track(range(search.rounds), "removing layers"):
+            search.remove_one()
+            ranks[: self.geometry.routable - number] = _standardised(search.rank())
+        return ranks
 
     def score(self, context: Context) -> Tensor:
         """(..., R) float32: the learned scores, bounded, plus ω times the prior."""
         scores = self.learned(context)
         if self.bound is not None:
             scores = self.bound * torch.tanh(scores / self.bound)
-        return scores + self.prior_weight * self.prior
+        return scores + self.prior_weight * self.prior[context.executed - self.geometry.always_on]
 
     def learned(self, context: Context) -> Tensor:
         """(..., R) float32: the network's scores."""
@@ -105,6 +112,19 @@ class BuddyRouter(Router):
             {"params": [self.output.weight], "scale": 1.0},
             {"params": [self.output.bias], "scale": 3.0},
         ]
+
+
+def _standardised(indicator: Tensor) -> Tensor:
+    """(R,): the ranks of an indicator, with mean 0 and standard deviation 1; zeros for a single layer."""
+    rank = (1 + indicator.argsort(stable=True).argsort().float()) / (len(indicator) + 1)
+    return (rank - rank.mean()) / rank.std() if len(rank) > 1 else torch.zeros_like(rank)
+
+
+def _read_one_prior(router: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Routers of before 0.2 have one prior for every K."""
+    prior = state.get(f"{prefix}prior")
+    if prior is not None and prior.dim() == 1:
+        state[f"{prefix}prior"] = prior.expand_as(router.prior)
 
 
 def _unit(x: Tensor) -> Tensor:

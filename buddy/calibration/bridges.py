@@ -32,7 +32,8 @@ def fit_bridges(
 
     Layer after layer, on the states that the routed model reaches with the bridges before, the bridge of a layer is
     fitted from the state that skips it to the dense model's state after it, by ridge regression; then it is cut to the
-    directions in which it acts most. A layer that fewer than D tokens skip has no bridge.
+    directions in which it acts most. A layer that fewer than D tokens skip is fitted on all tokens: a
+    router may skip it after training, or at another budget. With fewer than D tokens in all there are no bridges.
 
     Tokens that skip a layer write its keys and values as under the cache policy `fill`, whatever the model's policy is.
 
@@ -80,9 +81,10 @@ def _fit(
         if index < geometry.context_layer:
             routed = list(dense)
             continue
-        skipping = [~plan[..., index] for plan in plans]
-        if sum(int(each.sum()) for each in skipping) >= geometry.hidden:
-            bridges.set(index, *_regression(routed, dense, skipping, rank, ridge))
+        for tokens in ([~plan[..., index] for plan in plans], _without_sinks(batches, model.sink_tokens)):
+            if sum(int(each.sum()) for each in tokens) >= geometry.hidden:
+                bridges.set(index, *_regression(routed, dense, tokens, rank, ridge))
+                break
         ran = [layer(hidden, **call) for hidden, call in zip(routed, calls, strict=True)]
         routed = [
             torch.where(plan[..., index, None], out, bridges(index, hidden))
@@ -107,7 +109,7 @@ class PlanBridges:
         batches = [batch.to(backbone.device) for batch in windows.split(batch_size)]
         outside = LayerlessModel(backbone.model)
         self._walks = [PrefixWalk(outside, backbone.layers, ids, sinks, {}, (), self._fitted) for ids in batches]
-        self._chosen = [torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= sinks for ids in batches]
+        self._chosen = _without_sinks(batches, sinks)
         self._enough = sum(int(each.sum()) for each in self._chosen) >= model.geometry.hidden
         # After each layer of the dense model, one state a batch.
         self._dense = [[walk.after("1" * count) for walk in self._walks] for count in range(1, backbone.num_layers)]
@@ -128,6 +130,11 @@ class PlanBridges:
             parts = _regression(before, self._dense[len(prefix) - 1], self._chosen, self._rank, self._ridge)
             self._fitted[prefix] = tuple(part.to(before[0].dtype) for part in parts)
         return dict(self._fitted)
+
+
+def _without_sinks(batches: Sequence[Tensor], sinks: int) -> list[Tensor]:
+    """Of batches of windows (B, T), which tokens (B, T) are not sinks."""
+    return [torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= sinks for ids in batches]
 
 
 def _regression(

@@ -67,12 +67,29 @@ def test_a_higher_rank_fits_closer():
     assert errors[2] < errors[0]
 
 
-def test_a_layer_that_few_tokens_skip_has_none():
+def test_windows_with_few_tokens_give_no_bridges():
     routed = routed_tiny()
     assert not fit_bridges(routed, WINDOWS[:1], [3], rank=4, ridge=0.3).fitted.any()
     fitted = fit_bridges(routed, WINDOWS, [3], rank=4, ridge=0.3).fitted
     assert fitted[1:5].all()
     assert not fitted[[0, 5]].any()
+
+
+class SkipsThird(Fickle):
+    """Always skips layer 3 first."""
+
+    def score(self, context: Context) -> torch.Tensor:
+        return torch.tensor([1.0, 2.0, 0.0, 3.0]).expand(*context.executed.shape, -1)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 4])
+def test_a_layer_that_no_token_skips_has_a_bridge_from_all_of_them(layer):
+    routed = routed_tiny(SkipsThird)
+    bridges = fit_bridges(routed, WINDOWS, [5], rank=16, ridge=0.1)
+    target = states(routed, layer + 1)[:, 1:]
+    routed.bridge(bridges)
+    before = states(routed, layer, executed=torch.full((16,), 5))[:, 1:]
+    assert (bridges(layer, before) - target).square().mean() < 0.9 * (before - target).square().mean()
 
 
 def test_the_same_for_any_batch_size():

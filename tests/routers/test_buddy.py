@@ -30,8 +30,8 @@ def test_it_starts_at_the_order_of_its_prior(prior, measure):
     scores = router.score(context(router.geometry, 2, 3))
     expected = getattr(probe, measure).clamp(min=0).argsort(stable=True)
     assert torch.equal(scores.argsort(stable=True), expected.expand(2, 3, -1))
-    assert router.prior.mean().item() == pytest.approx(0, abs=1e-6)
-    assert router.prior.std().item() == pytest.approx(1)
+    torch.testing.assert_close(router.prior.mean(1), torch.zeros(5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(router.prior.std(1), torch.ones(5))
 
 
 def rising(routable: int, seed: int) -> Callable[[Removed], float]:
@@ -61,6 +61,14 @@ def test_greedy_starts_at_the_sets_of_a_greedy_removal(seed, least, count):
         removed.append(min(left, key=lambda i: probe.loss(frozenset([*removed, i]))))
         assert left_out(router, executed) == frozenset(removed)
     assert {(criterion, windows) for _, criterion, windows in probe.calls} == {("kl", min(4, count))}
+
+
+def test_greedy_ranks_what_is_left_by_its_rise_at_this_budget():
+    rises = [0.1, 5.0, 0.2, 3.0, 0.3, 4.0, 0.4, 2.0, 0.5, 6.0]
+    router = searched(BuddyRouter, Landscape(LARGE, lambda removed: sum(rises[layer] for layer in removed), [9]))
+    for removed in (1, 2, 3):
+        order = router.prior[LARGE.routable - removed].argsort().tolist()
+        assert order == [0, 2, 4, 6, 8, 7, 3, 5, 1, 9]
 
 
 def test_greedy_measures_few_sets_a_round():
@@ -110,6 +118,15 @@ def test_the_bound_holds():
 
 def test_the_prior_is_added_with_its_weight():
     router = awake(prior_weight=0.7)
-    router.prior.copy_(torch.tensor([1.0, -1.0, 0.5, -0.5]))
-    without = awake(prior_weight=0.0).score(context(SIZES, 3))
-    torch.testing.assert_close(router.score(context(SIZES, 3)) - without, 0.7 * router.prior.expand(3, -1))
+    router.prior.copy_(torch.arange(20.0).view(5, 4))
+    executed = torch.tensor([2, 3, 5])  # of 6, of which 2 always run
+    given = dataclasses.replace(context(SIZES, 3), executed=executed)
+    without = awake(prior_weight=0.0).score(given)
+    torch.testing.assert_close(router.score(given) - without, 0.7 * router.prior[[0, 1, 3]])
+
+
+def test_a_router_with_one_prior_for_every_budget_is_read():
+    router = awake()
+    state = {**router.state_dict(), "prior": torch.tensor([1.0, -1.0, 0.5, -0.5])}
+    router.load_state_dict(state)
+    assert torch.equal(router.prior, state["prior"].expand(5, -1))
