@@ -40,7 +40,7 @@ def fit_bridges(
     Args:
         model: with its router calibrated or trained. Bridges that it has are in place while its router plans.
         windows: (N, T) long.
-        executed: K of the budgets below full depth; the windows take turns over them.
+        executed: K of the budgets below full depth; every window is used at each.
         rank: r, from 1 to D.
         ridge: penalty of squared weights, in units of the variance of a bridge's input.
         prompt: first tokens of a window, its prompt.
@@ -48,12 +48,11 @@ def fit_bridges(
         track: wraps the loop over layers to show progress, given its items and a description.
     """
     batches = [batch.to(model.backbone.device) for batch in windows.split(batch_size)]
-    counts = torch.tensor([executed[index % len(executed)] for index in range(len(windows))]).split(batch_size)
     training = model.router.training
     model.router.eval()  # plans as they will be served
     plans = [
-        model(ids, executed=count.to(ids.device), prompt=prompt, logits_to_keep=1).runs
-        for ids, count in zip(batches, counts, strict=True)
+        [model(ids, executed=ids.new_full((len(ids),), k), prompt=prompt, logits_to_keep=1).runs for k in executed]
+        for ids in batches
     ]
     model.router.train(training)
     return _fit(model, batches, plans, rank, ridge, track)
@@ -62,33 +61,38 @@ def fit_bridges(
 def _fit(
     model: RoutedLM,
     batches: Sequence[Tensor],
-    plans: Sequence[Tensor],
+    plans: Sequence[Sequence[Tensor]],
     rank: int,
     ridge: float,
     track: Callable[[Sequence[int], str], Iterable[int]],
 ) -> Bridges:
-    """Bridges fitted layer after layer along plans (B, T, L), each from the states that skip its layer."""
+    """Bridges fitted layer after layer along plans (B, T, L), several a batch, from the states that skip each layer."""
     backbone, geometry = model.backbone, model.geometry
     bridges, outside = Bridges(geometry, rank).to(backbone.device), LayerlessModel(backbone.model)
     embedded = [outside.embed(ids) for ids in batches]
     dense = [hidden for hidden, _ in embedded]
-    routed = list(dense)
+    routed = [(number, plan, dense[number]) for number, group in enumerate(plans) for plan in group]
     for index in track(range(geometry.layers - 1), "Fitting bridges"):
         layer = backbone.layers[index]
         calls = [inputs[index] for _, inputs in embedded]
         with model.stock():
             dense = [layer(hidden, **call) for hidden, call in zip(dense, calls, strict=True)]
         if index < geometry.context_layer:
-            routed = list(dense)
+            routed = [(number, plan, dense[number]) for number, plan, _ in routed]
             continue
-        for tokens in ([~plan[..., index] for plan in plans], _without_sinks(batches, model.sink_tokens)):
+        everywhere = _without_sinks(batches, model.sink_tokens)
+        for tokens in ([~plan[..., index] for _, plan, _ in routed], [everywhere[number] for number, _, _ in routed]):
             if sum(int(each.sum()) for each in tokens) >= geometry.hidden:
-                bridges.set(index, *_regression(routed, dense, tokens, rank, ridge))
+                states, targets = [hidden for _, _, hidden in routed], [dense[number] for number, _, _ in routed]
+                bridges.set(index, *_regression(states, targets, tokens, rank, ridge))
                 break
-        ran = [layer(hidden, **call) for hidden, call in zip(routed, calls, strict=True)]
         routed = [
-            torch.where(plan[..., index, None], out, bridges(index, hidden))
-            for plan, hidden, out in zip(plans, routed, ran, strict=True)
+            (
+                number,
+                plan,
+                torch.where(plan[..., index, None], layer(hidden, **calls[number]), bridges(index, hidden)),
+            )
+            for number, plan, hidden in routed
         ]
     return bridges
 
