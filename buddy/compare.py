@@ -315,7 +315,7 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
         return spec
     if read_run(other.path).recipe.adapter is not None:
         raise RunError(f"{other.path} was healed itself; name the comparison that it came from as --trained.")
-    free = ("adapter", *FREE_KEYS, *(() if router.trainable else TRAINING_KEYS))
+    free = ("adapter", "bridge.train", *FREE_KEYS, *(() if router.trainable else TRAINING_KEYS))
     recipe = replace(spec.recipe, seed=seeds[0])
     if reasons := other.differences(recipe, session.digests(recipe), ignore=free):
         raise RunError(

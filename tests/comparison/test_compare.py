@@ -298,6 +298,18 @@ def test_which_routers_are_reused(ask, whole, tmp_path, capsys):
     assert {*router_files(tmp_path)} == {"shortgpt/seed-7", "random/seed-7"}
 
 
+@pytest.mark.slow
+def test_healing_of_reused_routers_may_train_their_bridges(ask, tmp_path):
+    options = {"routers": "shortgpt", "seeds": 1, "texts": None}
+    assert compare(ask(tmp_path / "closed", "bridge.rank=4", **options)) == 0
+    there = tmp_path / "closed"
+    assert compare(ask(tmp_path / "out", *HEAL, "bridge.rank=4", "bridge.train=true", **options, trained=there)) == 0
+    closed, trained = (
+        load_tensors(tmp_path / name / "shortgpt/seed-0/bridge.safetensors") for name in ("closed", "out")
+    )
+    assert not torch.equal(closed["up"], trained["up"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "trained", "error", "named"),
     [
