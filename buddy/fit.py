@@ -253,9 +253,9 @@ class Session:
                 batch_size=recipe.data.batch_size,
                 track=self._track,
             )
-        if not fitted.fitted.any():
-            errors.print(f"No bridges: the windows that fit them have fewer than {model.geometry.hidden} tokens.")
         distributed.broadcast_state(fitted)
+        if distributed.is_global_zero() and not fitted.fitted.any():
+            errors.print(f"No bridges: the windows that fit them have fewer than {model.geometry.hidden} tokens.")
         model.bridge(fitted)
 
     def _calibration_probe(self, recipe: Recipe, model: RoutedLM) -> CalibrationProbe:

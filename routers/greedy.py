@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -69,30 +70,25 @@ class BridgedRemoval(GreedyRemoval):
     def __init__(self, probe: Probe, windows: int) -> None:
         super().__init__(probe, "kl", windows)
         self._kl = 0.0  # of what is removed
-        self._rises = [0.0] * len(self.left)
+        self.losses = [-inf] * len(self.left)  # here the rise of the KL, as last measured; -inf: measure in any case
 
     def remove_one(self) -> None:
         """One round."""
-        layers = range(len(self.left))
         if self.removed:
-            for layer in _neighbours(self.left, self.removed[-1]):
-                self._rises[layer] = 0.0
-        measured: dict[int, float] = {}
-        while len(measured) < len(layers):
-            expected = {layer: self._rises[layer] for layer in layers if layer not in measured}
-            least = min(expected.values())
-            if measured and min(measured.values()) <= least:
-                break
-            asked = [layer for layer in expected if expected[layer] == least]
-            plans = [self.probe.plan_without([*self.removed, self.left[layer]]) for layer in asked]
-            losses = self.probe.losses(torch.stack(plans), "kl", self.windows, bridged=True).mean(1)
-            measured |= {layer: loss - self._kl for layer, loss in zip(asked, losses.tolist(), strict=True)}
-            for layer in asked:
-                self._rises[layer] = measured[layer]
-        layer = min(measured, key=lambda each: measured[each])
-        self._kl += self._rises.pop(layer)
-        self.removed.append(self.left.pop(layer))
-        self.losses = self._rises
+            for number in _neighbours(self.left, self.removed[-1]):
+                self.losses[number] = -inf
+        rest, least = set(range(len(self.left))), inf
+        while rest and (expected := min(self.losses[number] for number in rest)) < least:
+            asked = sorted(number for number in rest if self.losses[number] == expected)
+            plans = [self.probe.plan_without([*self.removed, self.left[number]]) for number in asked]
+            kl = self.probe.losses(torch.stack(plans), "kl", self.windows, bridged=True).mean(1)
+            for number, value in zip(asked, kl.tolist(), strict=True):
+                self.losses[number] = value - self._kl
+                least = min(least, self.losses[number])
+            rest -= {*asked}
+        gone = self.losses.index(least)
+        self._kl += self.losses.pop(gone)
+        self.removed.append(self.left.pop(gone))
 
 
 def _neighbours(left: Sequence[int], removed: int) -> list[int]:

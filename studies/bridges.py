@@ -60,7 +60,7 @@ def main() -> None:
             print(f"{name:44} {Path(text).stem:20} {values}", flush=True)
 
     print("K", executed)
-    report("without")
+    report("without" if model.bridges is None else "those of the run")
     for rank, ridge, windows in itertools.product(asked.rank, asked.ridge, asked.windows):
         start = time.perf_counter()
         for _ in range(asked.rounds):

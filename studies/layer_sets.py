@@ -33,6 +33,8 @@ def main() -> None:
     keep_freed_memory()
     run = read_run(asked.run)
     model, bridge = load_model(run), run.recipe.bridge
+    if bridge is None:
+        parser.error(f"{asked.run} has no bridges; give a run whose recipe has them")
     model.bridge(None)
     windows = build_held_out(run.recipe, model.backbone, calibration=True).calibration.input_ids
     settings = {"rank": bridge.rank, "ridge": bridge.ridge}

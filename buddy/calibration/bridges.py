@@ -32,8 +32,8 @@ def fit_bridges(
 
     Layer after layer, on the states that the routed model reaches with the bridges before, the bridge of a layer is
     fitted from the state that skips it to the dense model's state after it, by ridge regression; then it is cut to the
-    directions in which it acts most. A layer that fewer than D tokens skip is fitted on all tokens: a
-    router may skip it after training, or at another budget. With fewer than D tokens in all there are no bridges.
+    directions in which it acts most. A layer that fewer than D tokens skip is fitted on all tokens: a router may skip
+    it after training, or at another budget. With fewer than D tokens in all there are no bridges.
 
     Tokens that skip a layer write its keys and values as under the cache policy `fill`, whatever the model's policy is.
 
@@ -55,23 +55,13 @@ def fit_bridges(
         for ids in batches
     ]
     model.router.train(training)
-    return _fit(model, batches, plans, rank, ridge, track)
-
-
-def _fit(
-    model: RoutedLM,
-    batches: Sequence[Tensor],
-    plans: Sequence[Sequence[Tensor]],
-    rank: int,
-    ridge: float,
-    track: Callable[[Sequence[int], str], Iterable[int]],
-) -> Bridges:
-    """Bridges fitted layer after layer along plans (B, T, L), several a batch, from the states that skip each layer."""
     backbone, geometry = model.backbone, model.geometry
     bridges, outside = Bridges(geometry, rank).to(backbone.device), LayerlessModel(backbone.model)
     embedded = [outside.embed(ids) for ids in batches]
     dense = [hidden for hidden, _ in embedded]
     routed = [(number, plan, dense[number]) for number, group in enumerate(plans) for plan in group]
+    whole = _without_sinks(batches, model.sink_tokens)
+    everywhere = [whole[number] for number, _, _ in routed]
     for index in track(range(geometry.layers - 1), "Fitting bridges"):
         layer = backbone.layers[index]
         calls = [inputs[index] for _, inputs in embedded]
@@ -80,8 +70,7 @@ def _fit(
         if index < geometry.context_layer:
             routed = [(number, plan, dense[number]) for number, plan, _ in routed]
             continue
-        everywhere = _without_sinks(batches, model.sink_tokens)
-        for tokens in ([~plan[..., index] for _, plan, _ in routed], [everywhere[number] for number, _, _ in routed]):
+        for tokens in ([~plan[..., index] for _, plan, _ in routed], everywhere):
             if sum(int(each.sum()) for each in tokens) >= geometry.hidden:
                 states, targets = [hidden for _, _, hidden in routed], [dense[number] for number, _, _ in routed]
                 bridges.set(index, *_regression(states, targets, tokens, rank, ridge))

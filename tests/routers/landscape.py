@@ -39,6 +39,7 @@ class Landscape:
         self.block_influence = torch.linspace(1, 2, geometry.routable)
         self.calls: list[tuple[list[Removed], str, int]] = []  # sets, criterion, windows
         self.shown: list[str] = []
+        self.bridged: set[bool] = set()  # whether losses were asked with bridges
 
     def losses(
         self, runs: Tensor, criterion: str = "ce", windows: int | None = None, *, bridged: bool = False
@@ -52,6 +53,7 @@ class Landscape:
         assert 1 <= windows <= self.count
         sets = [frozenset((~row).nonzero()[:, 0].tolist()) for row in runs[:, first : first + routable]]
         self.calls.append((sets, criterion, windows))
+        self.bridged.add(bridged)
         return torch.tensor([[self.loss(each)] * windows for each in sets], dtype=torch.float64)
 
     def plan_without(self, removed: Iterable[int]) -> Tensor:

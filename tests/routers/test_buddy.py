@@ -61,6 +61,7 @@ def test_greedy_starts_at_the_sets_of_a_greedy_removal(seed, least, count):
         removed.append(min(left, key=lambda i: probe.loss(frozenset([*removed, i]))))
         assert left_out(router, executed) == frozenset(removed)
     assert {(criterion, windows) for _, criterion, windows in probe.calls} == {("kl", min(4, count))}
+    assert probe.bridged == {True}
 
 
 def test_greedy_ranks_what_is_left_by_its_rise_at_this_budget():
