@@ -133,19 +133,25 @@ def _without_sinks(batches: Sequence[Tensor], sinks: int) -> list[Tensor]:
 def _regression(
     states: Sequence[Tensor], targets: Sequence[Tensor], chosen: Sequence[Tensor], rank: int, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(down (r, D), up (D, r), bias (D,)) from the states (B, T, D) of chosen tokens (B, T) to their targets."""
+    """(down (r, D), up (D, r), bias (D,)) from the states (B, T, D) of chosen tokens (B, T) to their targets.
+
+    A token weighs one over the norm of its target: layers read normalised states, so an error counts relative to the
+    state, and few tokens have states many times larger than the others'.
+    """
     gram: Any = 0.0
     cross: Any = 0.0
     for state, target, which in zip(states, targets, chosen, strict=True):
         before, wanted = state[which].float(), (target[which].float() - state[which].float())
+        share = target[which].float().square().mean(1, keepdim=True).clamp_min(FREE).rsqrt()
         x = torch.cat([bridge_input(before), before.new_ones(len(before), 1)], 1)
-        gram, cross = gram + (x.T @ x).double(), cross + (x.T @ wanted).double()
-    count, width = gram[-1, -1], len(gram) - 1
-    penalty = (ridge * count).repeat(width + 1)
-    penalty[-1] = FREE
+        weighted = (share * x).T
+        gram, cross = gram + (weighted @ x).double(), cross + (weighted @ wanted).double()
+    total, width = gram[-1, -1], len(gram) - 1
+    penalty = (ridge * total).repeat(width + 1)
+    penalty[-1] = FREE * total
     solution = torch.linalg.solve(gram + penalty.diag(), cross)
-    weight, bias, mean = solution[:-1], solution[-1], gram[-1, :-1] / count
-    spread = weight.T @ (gram[:-1, :-1] - count * mean.outer(mean)) @ weight  # of what the bridge adds
+    weight, bias, mean = solution[:-1], solution[-1], gram[-1, :-1] / total
+    spread = weight.T @ (gram[:-1, :-1] - total * mean.outer(mean)) @ weight  # of what the bridge adds
     up = torch.linalg.eigh(spread).eigenvectors[:, -rank:]
     added = mean @ weight
     parts = (weight @ up).T, up, bias + added - up @ (up.T @ added)

@@ -38,8 +38,9 @@ def test_the_first_bridge_solves_the_ridge_regression():
     before, after = states(routed, 1)[skipped], states(routed, 2)[skipped]
     x = torch.cat([F.layer_norm(before, (64,)), torch.ones(len(before), 1)], 1).double()
     # Ridge regression is least squares with one more row for each weight, and none for the bias.
-    rows = torch.cat([x, (0.1 * len(x)) ** 0.5 * torch.eye(64, 65, dtype=torch.float64)])
-    wanted = torch.cat([(after - before).double(), torch.zeros(64, 64, dtype=torch.float64)])
+    share = after.double().square().mean(1, keepdim=True) ** -0.5
+    rows = torch.cat([share.sqrt() * x, (0.1 * share.sum()).sqrt() * torch.eye(64, 65, dtype=torch.float64)])
+    wanted = torch.cat([share.sqrt() * (after - before).double(), torch.zeros(64, 64, dtype=torch.float64)])
     expected = x @ torch.linalg.lstsq(rows, wanted, driver="gelsd").solution
     torch.testing.assert_close(bridges(1, before).double(), before + expected, atol=1e-3, rtol=1e-3)
 
