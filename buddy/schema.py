@@ -124,7 +124,7 @@ class BridgeSection:
     rank: int = _number(64, ge=1)  # at most the width of the hidden state
     ridge: float = _number(0.1, ge=0)  # penalty of squared weights, in units of the variance of a bridge's input
     windows: int | None = _number(None, ge=1)  # calibration windows to fit on; null for all
-    train: bool = False  # train the bridges with the adapter, from the closed form
+    train: bool = False  # train the bridges with the adapter, at a tenth of its rate, from the closed form
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from buddy.training.estimators import Batch, Estimator, Perturbed
 from buddy.training.module import BudgetModule
 
 IDENTITY = "healing"  # in a checkpoint
+BRIDGES_RATE = 0.1  # of the adapter's: bridges begin at their closed form, LoRA's second factors at 0
 
 
 class HealingModule(BudgetModule):
@@ -31,7 +32,7 @@ class HealingModule(BudgetModule):
         identity: settings that a checkpoint must have been made with to be resumed, by the names to show.
         estimator: turns plans into a loss for the router, which is trained in the same steps; None leaves it as it is.
         router_lr: learning rate of the router, which its parameter groups multiply by their scales.
-        train_bridges: train the model's bridges in the same steps, at the adapter's rate.
+        train_bridges: train the model's bridges in the same steps, at a tenth of the adapter's rate.
         options: prompt, lr, warmup_steps, weight_decay and seed of `BudgetModule`.
     """
 
@@ -60,8 +61,9 @@ class HealingModule(BudgetModule):
         """Adapter and trained bridges, and the router's own groups where it is trained too."""
         router = self.router.parameter_groups() if self.estimator else []
         rates = [(group["params"], self.router_lr * group["scale"]) for group in router]
-        bridges = [] if self.bridges is None else list(self.bridges.parameters())
-        return [([*self.model.adapter.parameters(), *bridges], self.settings["lr"]), *rates]
+        if self.bridges is not None:
+            rates.append((list(self.bridges.parameters()), BRIDGES_RATE * self.settings["lr"]))
+        return [(list(self.model.adapter.parameters()), self.settings["lr"]), *rates]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""

@@ -84,9 +84,10 @@ def test_healing_trains_them_where_asked(small, tmp_path, joint):
     for train in ("false", "true"):
         fit(small(tmp_path / train, *overrides, f"bridge.train={train}"), "small")
     fixed, trained = (load_tensors(tmp_path / train / "small/buddy/seed-0" / BRIDGE) for train in ("false", "true"))
+    run = read_run(tmp_path / "true/small/buddy/seed-0")
+    model, rate = load_model(run), run.recipe.adapter.lr
     for name in ("down", "up", "bias"):
-        assert 0 < (fixed[name] - trained[name]).abs().max() < 0.1
-    model = load_model(read_run(tmp_path / "true/small/buddy/seed-0"))
+        assert 0 < (fixed[name] - trained[name]).abs().max() < 1.01 * 4 * 0.1 * rate  # a step of Adam is at most its rate
     assert not any(parameter.requires_grad for parameter in model.bridges.parameters())
 
 
