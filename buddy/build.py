@@ -131,9 +131,10 @@ def uses_bridges(recipe: Recipe, router: AnyRouter) -> bool:
     return recipe.bridge is not None and not router.full_depth
 
 
-def heals(recipe: Recipe, router: AnyRouter) -> bool:
-    """Whether a router gets an adapter: the recipe has one, and the router skips layers."""
-    return recipe.adapter is not None and not router.full_depth
+def healing_steps(recipe: Recipe, router: AnyRouter) -> int:
+    """Steps that train an adapter, the bridges or both under a router's plans; 0 for a router that skips nothing."""
+    adapter, bridge = recipe.adapter, recipe.bridge
+    return 0 if router.full_depth else adapter.steps if adapter else bridge.steps if bridge else 0
 
 
 def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
@@ -243,7 +244,7 @@ def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
             another backbone.
     """
     restore_router(routed, recipe, folder)
-    if heals(recipe, routed.router):
+    if recipe.adapter is not None and not routed.router.full_depth:
         routed.adapt(Adapter.load(routed.backbone, folder / ADAPTER))
 
 
@@ -295,29 +296,28 @@ def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
 
 
 def build_healing(recipe: Recipe, routed: RoutedLM) -> HealingModule:
-    """The LightningModule that trains a recipe's adapter, and its bridges where the recipe says so."""
-    optimizer, both = recipe.optimizer, trains_both(recipe, routed.router)
+    """The LightningModule that trains a recipe's adapter, its bridges, or both."""
+    optimizer, both, bridge = recipe.optimizer, trains_both(recipe, routed.router), recipe.bridge
     return HealingModule(
         routed,
         budgets=available_budgets(routed.router, recipe.budgets),
         objective=Objective(recipe.objective.kl, recipe.objective.ce),
         prompt=recipe.data.prompt,
-        lr=recipe.adapter.lr,
+        lr=recipe.adapter.lr if recipe.adapter else 0.0,
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
         seed=recipe.seed,
         identity=healing_identity(recipe, routed),
         estimator=build_estimator(recipe, routed.router) if both else None,
         router_lr=optimizer.lr,
-        train_bridges=recipe.bridge is not None and recipe.bridge.train,
+        bridge_lr=bridge.lr if bridge and bridge.steps else 0.0,
     )
 
 
 def healing_identity(recipe: Recipe, routed: RoutedLM) -> dict[str, str]:
     """Settings, and digests of router and bridges, which must be equal to resume an interrupted healing."""
-    settings = {
-        f"adapter.{key}": str(value) for key, value in asdict(recipe.adapter).items() if key not in HEALING_CHANGES
-    }
+    adapter = asdict(recipe.adapter) if recipe.adapter else {}
+    settings = {f"adapter.{key}": str(value) for key, value in adapter.items() if key not in HEALING_CHANGES}
     parts = {"the router": routed.router} | ({} if routed.bridges is None else {"the bridges": routed.bridges})
     return settings | {name: state_digest(part.state_dict()) for name, part in parts.items()}
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from buddy import console, distributed
-from buddy.build import build_router, heals
+from buddy.build import build_router, healing_steps
 from buddy.config import with_router
 from buddy.console import Bar, clock, errors, status
 from buddy.data.windows import Windows
@@ -222,10 +222,10 @@ def check(config: CompareConfig) -> None:
 
 
 def _check_trained(config: CompareConfig) -> None:
-    adapter, trained = config.recipe.adapter, config.trained
-    if adapter is None:
-        raise RecipeError("--trained heals trained routers; give adapter.steps=… or another key of adapter.")
-    if adapter.joint:
+    recipe, trained = config.recipe, config.trained
+    if recipe.adapter is None and not (recipe.bridge and recipe.bridge.steps):
+        raise RecipeError("--trained heals trained routers; give bridge.steps=…, adapter.steps=… or both.")
+    if recipe.adapter and recipe.adapter.joint:
         raise RecipeError("adapter.joint=true trains the routers too; leave --trained out, or set it to false.")
     if not os.path.isdir(trained):  # os.path answers for names that are too long
         raise RunError(f"{trained} is not the folder of a comparison; name the --out of one as --trained.")
@@ -248,7 +248,7 @@ def common_recipe(recipe: Recipe) -> Recipe:
 def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) -> list[RunSpec]:
     """The runs of one router: one for each seed if the router or its adapter depends on it, else one."""
     router, folder = build_router(recipe, session.backbone), config.folder / label_folder(label)
-    trained = router.trainable or heals(recipe, router)
+    trained = router.trainable or healing_steps(recipe, router) > 0
     many = config.seeds or SEEDS
     if config.finished and config.seeds is None:
         many = max([seed - recipe.seed + 1 for seed in complete_seeds(folder)] + [1])
@@ -313,9 +313,9 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
     seeds = [spec.recipe.seed] if _depends_on_seed(spec.recipe, router) else complete_seeds(there)
     if not seeds or not (other := RunFolder(there / f"seed-{seeds[0]}")).is_complete:
         return spec
-    if read_run(other.path).recipe.adapter is not None:
+    if healing_steps(read_run(other.path).recipe, router):
         raise RunError(f"{other.path} was healed itself; name the comparison that it came from as --trained.")
-    free = ("adapter", "bridge.train", *FREE_KEYS, *(() if router.trainable else TRAINING_KEYS))
+    free = ("adapter", "bridge.steps", "bridge.lr", *FREE_KEYS, *(() if router.trainable else TRAINING_KEYS))
     recipe = replace(spec.recipe, seed=seeds[0])
     if reasons := other.differences(recipe, session.digests(recipe), ignore=free):
         raise RunError(

@@ -26,7 +26,7 @@ from buddy.build import (
     build_module,
     build_trainer,
     check_model,
-    heals,
+    healing_steps,
     instantiate,
     restore_router,
     trains_both,
@@ -223,7 +223,7 @@ class Session:
                 self._fit_bridges(recipe, model)
             if not both:
                 model.router.eval().requires_grad_(False)
-        if heals(recipe, model.router):
+        if healing_steps(recipe, model.router) and (recipe.adapter or model.bridges):
             _heal(recipe, model, self.data, folder / CHECKPOINTS / HEALING, callbacks)
 
     def _calibrate(self, recipe: Recipe, model: RoutedLM) -> None:
@@ -321,22 +321,25 @@ def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, ca
 
 
 def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
-    """Train an adapter under the router's plans, with the router if the recipe says so; both are frozen afterwards."""
-    context_layer = model.geometry.context_layer
-    model.adapt(Adapter.new(model.backbone, recipe.adapter, first=context_layer, seed=recipe.seed))
-    model.adapter.train()
+    """Train adapter and bridges under the router's plans, with the router if the recipe says so; then freeze them."""
+    if recipe.adapter is not None:
+        context_layer = model.geometry.context_layer
+        model.adapt(Adapter.new(model.backbone, recipe.adapter, first=context_layer, seed=recipe.seed))
+        model.adapter.train()
 
     def describe(_: lightning.Trainer, error: NotFinite) -> TrainingError:
         trained = checkpoint.with_name(LAST)
         advice = f", and give ckpt_path={trained} to keep the router" if trained.exists() else ""
-        return TrainingError(f"{error}; lower adapter.lr{advice}.")
+        rate = "bridge.lr" if recipe.adapter is None else "adapter.lr"
+        return TrainingError(f"{error}; lower {rate}{advice}.")
 
-    steps = replace(recipe, trainer={**recipe.trainer, "max_steps": recipe.adapter.steps})
+    steps = replace(recipe, trainer={**recipe.trainer, "max_steps": healing_steps(recipe, model.router)})
     start = checkpoint if checkpoint.exists() else None
     line = ProgressLine(f"Healing {recipe.router.name}", "heal/objective")
     module = build_healing(recipe, model)
     _run_trainer(steps, module, data, checkpoint, start, [line, *callbacks], describe)
-    model.adapter.freeze()
+    if model.adapter is not None:
+        model.adapter.freeze()
     model.bridge(model.bridges)
     model.router.eval().requires_grad_(False)
 

@@ -212,7 +212,7 @@ class RunSpec:
         recipe: of the run.
         recipe_name: kept in run.json.
         folder: of the run.
-        reuse_from: a complete run whose router is taken, so that nothing is calibrated or trained but the adapter.
+        reuse_from: a complete run whose router is taken, so that only adapter and bridges are trained.
         free_keys: beginnings of recipe keys that change nothing in this run.
     """
 

@@ -124,7 +124,8 @@ class BridgeSection:
     rank: int = _number(64, ge=1)  # at most the width of the hidden state
     ridge: float = _number(0.1, ge=0)  # penalty of squared weights, in units of the variance of a bridge's input
     windows: int | None = _number(None, ge=1)  # calibration windows to fit on; null for all
-    train: bool = False  # train the bridges with the adapter, at a tenth of its rate, from the closed form
+    steps: int = _number(0, ge=0)  # of gradient descent, from the closed form; with an adapter together with it
+    lr: float = _number(3.0e-4, gt=0)
 
 
 @dataclass(frozen=True)
@@ -245,9 +246,9 @@ RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what
         "objective.estimator=straight-through needs routing.policy=fill.",
     ),
     (
-        "bridge.train adapter",
-        lambda r: r.bridge is None or not r.bridge.train or r.adapter is not None,
-        "bridge.train trains the bridges together with the adapter; give adapter.steps=200 or another key of adapter.",
+        "bridge.steps adapter.steps",
+        lambda r: r.bridge is None or r.adapter is None or r.bridge.steps in (0, r.adapter.steps),
+        "Bridges and adapter are trained in the same steps; set bridge.steps to adapter.steps, or to 0.",
     ),
     ("objective.plans", lambda r: r.objective.plans % 2 == 0, "objective.plans must be even: plans come in pairs."),
     (

@@ -304,15 +304,16 @@ def _healed(r: Results) -> bool:
 
 
 def _at_full_depth(r: Results) -> str:
-    """Full depth, which all rows share; with adapters, how they were trained."""
+    """Full depth, which all rows share; how adapters or bridges were trained."""
     recipe = r.record["recipe"]
+    batches = f"steps of {recipe['data.batch_size']} windows on {_texts(r, 'data.train_sources')}"
     if not _healed(r):
-        return "At full depth all routers are the dense model."
+        trained = f"Bridges are trained for {recipe.get('bridge.steps')} {batches}, at rate {recipe.get('bridge.lr')}. "
+        return trained * bool(recipe.get("bridge.steps")) + "At full depth all routers are the dense model."
     rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
     return (
         f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "
-        f"weights, {recipe['adapter.steps']} steps of {recipe['data.batch_size']} windows on "
-        f"{_texts(r, 'data.train_sources')}, at {rate}. It is active at full depth too, so rows differ there."
+        f"weights, {recipe['adapter.steps']} {batches}, at {rate}. It is active at full depth too, so rows differ there."
     )
 
 

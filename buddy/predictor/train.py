@@ -112,8 +112,9 @@ def predictor_arms(recipe: Recipe, routed: RoutedLM) -> tuple[int, ...]:
 
 def _measure(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arms: tuple[int, ...]) -> Targets:
     data.train_seed = recipe.seed
-    # Neither router nor adapter was trained on the windows of these steps.
-    first = max(recipe.trainer["max_steps"], recipe.adapter.steps if recipe.adapter else 0)
+    # Neither router nor adapter nor bridges were trained on the windows of these steps.
+    healing = (recipe.adapter, recipe.bridge)
+    first = max(recipe.trainer["max_steps"], *(section.steps if section else 0 for section in healing))
     count = -(-recipe.predictor.windows // data.batch_size)
     batches = [partial(data.batch, first + number) for number in range(count)]
     return measure_targets(

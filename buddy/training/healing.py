@@ -1,4 +1,4 @@
-"""The LightningModule that trains an adapter under a router's plans, beside a frozen router or together with it."""
+"""The LightningModule that trains adapter and bridges under a router's plans, which is frozen or trained too."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from buddy.training.estimators import Batch, Estimator, Perturbed
 from buddy.training.module import BudgetModule
 
 IDENTITY = "healing"  # in a checkpoint
-BRIDGES_RATE = 0.1  # of the adapter's: bridges begin at their closed form, LoRA's second factors at 0
 
 
 class HealingModule(BudgetModule):
-    """Trains the adapter of a `RoutedLM` by back-propagation through the layers that plans run; the plans are given.
+    """Trains adapter, bridges or both by back-propagation through the layers that plans run; the plans are given.
 
-    Every row has a budget of its own, so that one adapter serves all; full depth is among the draws wherever it is
-    among the budgets (2606.09514, section 4), which keeps the adapted model near the stock one there. KL is to the
-    stock model, the adapter off. Dropout is the one draw that each process makes for itself.
+    Every row has a budget of its own, so that one adapter serves all; full depth is among the draws of an adapter
+    wherever it is among the budgets (2606.09514, section 4), which keeps the adapted model near the stock one there.
+    Bridges alone leave full depth as it is, so it is not drawn. KL is to the stock model, the adapter off. Dropout is the one draw that each process makes for itself.
 
     Args:
-        model: backbone, calibrated or trained router, adapter, and bridges where they are used.
+        model: backbone, calibrated or trained router, and adapter or bridges or both.
         budgets: fractions of the layers, or other budgets such as "22layers".
         objective: judges outputs; KL to the stock model by default.
         identity: settings that a checkpoint must have been made with to be resumed, by the names to show.
         estimator: turns plans into a loss for the router, which is trained in the same steps; None leaves it as it is.
         router_lr: learning rate of the router, which its parameter groups multiply by their scales.
-        train_bridges: train the model's bridges in the same steps, at a tenth of the adapter's rate.
+        bridge_lr: learning rate of the bridges; 0 leaves them as they are.
         options: prompt, lr, warmup_steps, weight_decay and seed of `BudgetModule`.
     """
 
@@ -47,27 +46,30 @@ class HealingModule(BudgetModule):
         identity: Mapping[str, str] | None = None,
         estimator: Estimator | None = None,
         router_lr: float = 0.0,
-        train_bridges: bool = False,
+        bridge_lr: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(model, budgets=budgets, **options)
-        self.parts = model.adapter.parts
+        self.parts = None if model.adapter is None else model.adapter.parts
         self.router = model.router if estimator else None
-        self.bridges = model.bridges.trainable() if train_bridges and model.bridges is not None else None
-        self.objective, self.estimator, self.router_lr = objective or Objective(), estimator, router_lr
+        self.bridges = model.bridges.trainable() if bridge_lr and model.bridges is not None else None
+        self.objective, self.estimator = objective or Objective(), estimator
+        self.router_lr, self.bridge_lr = router_lr, bridge_lr
         self.identity = dict(identity or {})
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Adapter and trained bridges, and the router's own groups where it is trained too."""
+        """Adapter, trained bridges, and the router's own groups where it is trained too."""
         router = self.router.parameter_groups() if self.estimator else []
         rates = [(group["params"], self.router_lr * group["scale"]) for group in router]
         if self.bridges is not None:
-            rates.append((list(self.bridges.parameters()), BRIDGES_RATE * self.settings["lr"]))
-        return [(list(self.model.adapter.parameters()), self.settings["lr"]), *rates]
+            rates.insert(0, (list(self.bridges.parameters()), self.bridge_lr))
+        if self.parts is not None:
+            rates.insert(0, (list(self.model.adapter.parameters()), self.settings["lr"]))
+        return rates
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""
-        prepared, generator = self._batch(batch, batch_idx, self.grid)
+        prepared, generator = self._batch(batch, batch_idx, self.below if self.parts is None else self.grid)
         torch.manual_seed(self._draw_seed + self.global_rank)  # for dropout, which takes no generator
         loss, value = self._joint(prepared, generator) if self.estimator else self._healing(prepared)
         self._require_finite("loss", loss.detach(), value)

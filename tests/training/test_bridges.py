@@ -78,17 +78,27 @@ def test_an_interrupted_fit_gives_the_same(small, with_bridges, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("joint", ["false", "true"])
-def test_healing_trains_them_where_asked(small, tmp_path, joint):
-    overrides = ["bridge.rank=8", "rivals=[]", "adapter.steps=4", f"adapter.joint={joint}", "trainer.max_steps=4"]
-    for train in ("false", "true"):
-        fit(small(tmp_path / train, *overrides, f"bridge.train={train}"), "small")
-    fixed, trained = (load_tensors(tmp_path / train / "small/buddy/seed-0" / BRIDGE) for train in ("false", "true"))
-    run = read_run(tmp_path / "true/small/buddy/seed-0")
-    model, rate = load_model(run), run.recipe.adapter.lr
+@pytest.mark.parametrize("adapter", [(), ("adapter.steps=4",), ("adapter.steps=4", "adapter.joint=true")])
+def test_steps_train_them_by_gradients(small, tmp_path, adapter):
+    overrides = ["bridge.rank=8", "rivals=[]", "trainer.max_steps=4", *adapter]
+    for steps in (0, 4):
+        fit(small(tmp_path / str(steps), *overrides, f"bridge.steps={steps}"), "small")
+    fixed, trained = (load_tensors(tmp_path / str(steps) / "small/buddy/seed-0" / BRIDGE) for steps in (0, 4))
+    run = read_run(tmp_path / "4/small/buddy/seed-0")
+    model, rate = load_model(run), run.recipe.bridge.lr
     for name in ("down", "up", "bias"):
-        assert 0 < (fixed[name] - trained[name]).abs().max() < 1.01 * 4 * 0.1 * rate  # a step of Adam is at most its rate
+        assert 0 < (fixed[name] - trained[name]).abs().max() < 1.01 * 4 * rate  # a step of Adam is at most its rate
     assert not any(parameter.requires_grad for parameter in model.bridges.parameters())
+    assert (model.adapter is not None) == bool(adapter)
+    assert adapter or kl(run.folder, 1.0) == pytest.approx(0, abs=1e-5)
+
+
+def test_training_them_lowers_the_kl(small, tmp_path):
+    overrides = ["bridge.rank=8", "router=shortgpt", "rivals=[]", "bridge.lr=1e-2"]
+    for steps in (0, 60):
+        fit(small(tmp_path / str(steps), *overrides, f"bridge.steps={steps}"), "small")
+    fixed, trained = (kl(tmp_path / str(steps) / "small/shortgpt/seed-0", 0.5) for steps in (0, 60))
+    assert trained < fixed
 
 
 # Refusals
@@ -101,15 +111,15 @@ def test_export_refuses_bridges(with_bridges, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("value", ["rank=0", "rank=8.5", "ridge=-1", "windows=0", "train=maybe", "depth=3"])
+@pytest.mark.parametrize("value", ["rank=0", "rank=8.5", "ridge=-1", "windows=0", "steps=-1", "lr=0", "depth=3"])
 def test_wrong_values_are_refused_by_their_key(small, tmp_path, value):
     with pytest.raises(RecipeError, match=f"bridge.{value.partition('=')[0]}"):
         small(tmp_path, f"bridge.{value}")
 
 
 def test_what_contradicts_is_refused_before_work(small, tmp_path):
-    with pytest.raises(RecipeError, match="adapter"):
-        small(tmp_path, "bridge.train=true")
+    with pytest.raises(RecipeError, match="adapter.steps"):
+        small(tmp_path, "bridge.steps=3", "adapter.steps=4")
     with pytest.raises(RecipeError, match=r"bridge\.rank"):
         fit(small(tmp_path, "bridge.rank=65"), "small")
     assert not any(tmp_path.rglob("metrics.json"))
