@@ -313,7 +313,7 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
     seeds = [spec.recipe.seed] if _depends_on_seed(spec.recipe, router) else complete_seeds(there)
     if not seeds or not (other := RunFolder(there / f"seed-{seeds[0]}")).is_complete:
         return spec
-    if healing_steps(read_run(other.path).recipe, router):
+    if read_run(other.path).recipe.adapter is not None:
         raise RunError(f"{other.path} was healed itself; name the comparison that it came from as --trained.")
     free = ("adapter", "bridge.steps", "bridge.lr", *FREE_KEYS, *(() if router.trainable else TRAINING_KEYS))
     recipe = replace(spec.recipe, seed=seeds[0])

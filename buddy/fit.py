@@ -48,7 +48,7 @@ from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
-from buddy.run import RunSpec
+from buddy.run import RunSpec, read_run
 from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
 from buddy.training.callbacks import (
@@ -213,6 +213,8 @@ class Session:
         checkpoint = folder / CHECKPOINTS / LAST
         if reuse_from is not None:
             restore_router(model, recipe, reuse_from)
+            if model.bridges is not None and read_run(reuse_from).recipe.bridge.steps:
+                self._fit_bridges(recipe, model)  # from the closed form, not from bridges that were trained there
             checkpoint.unlink(missing_ok=True)  # of a router that was begun here before
         else:
             self._calibrate(recipe, model)

@@ -124,7 +124,7 @@ class BridgeSection:
     rank: int = _number(64, ge=1)  # at most the width of the hidden state
     ridge: float = _number(0.1, ge=0)  # penalty of squared weights, in units of the variance of a bridge's input
     windows: int | None = _number(None, ge=1)  # calibration windows to fit on; null for all
-    steps: int = _number(0, ge=0)  # of gradient descent, from the closed form; with an adapter together with it
+    steps: int = _number(0, ge=0)  # of gradient descent from the closed form; where an adapter is trained, its steps
     lr: float = _number(3.0e-4, gt=0)
 
 
@@ -244,11 +244,6 @@ RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what
         "objective.estimator routing.policy",
         lambda r: r.objective.estimator != "straight-through" or r.routing.policy == "fill",
         "objective.estimator=straight-through needs routing.policy=fill.",
-    ),
-    (
-        "bridge.steps adapter.steps",
-        lambda r: r.bridge is None or r.adapter is None or r.bridge.steps in (0, r.adapter.steps),
-        "Bridges and adapter are trained in the same steps; set bridge.steps to adapter.steps, or to 0.",
     ),
     ("objective.plans", lambda r: r.objective.plans % 2 == 0, "objective.plans must be even: plans come in pairs."),
     (

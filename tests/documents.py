@@ -24,7 +24,7 @@ from tests.small import start_buddy
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MOST_STEPS = 2  # trainer.max_steps and adapter.steps of a command are cut to this
+MOST_STEPS = 2  # trainer.max_steps, adapter.steps and bridge.steps of a command are cut to this
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _serve(words: list[str], place: str) -> None:
 def _buddy(words: list[str], place: str) -> None:
     if words[1] == "serve":
         return _serve(words, place)
-    words = [re.sub(r"^((?:trainer\.max_steps|adapter\.steps)=)(\d+)$", _cut, word) for word in words]
+    words = [re.sub(r"^((?:trainer\.max_steps|adapter\.steps|bridge\.steps)=)(\d+)$", _cut, word) for word in words]
     words = [re.sub(r"^(trainer\.(?:devices|num_nodes)=)\d+$", r"\g<1>1", word) for word in words]  # one process
     if words[1] == "evaluate" and "--devices" in words:
         words[words.index("--devices") + 1] = "1"

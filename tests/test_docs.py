@@ -49,7 +49,8 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
     for name in ("my_text.txt", "my_letters.txt"):
         (home / name).write_text(speeches.read_text().replace("\n", "\n\n"))
     for path in installed_recipes().values():
-        text = to_yaml(load_recipe(path, [f"backbone.name={model}", f"data.source={speeches}", *TINY]))
+        few = ["bridge.steps=2"] if (bridge := load_recipe(path).bridge) and bridge.steps else []
+        text = to_yaml(load_recipe(path, [f"backbone.name={model}", f"data.source={speeches}", *few, *TINY]))
         (recipes / path.name).write_text(f"# {path.stem}.\n{text}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("buddy.config.FOLDER", recipes)

@@ -313,7 +313,8 @@ def _at_full_depth(r: Results) -> str:
     rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
     return (
         f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "
-        f"weights, {recipe['adapter.steps']} {batches}, at {rate}. It is active at full depth too, so rows differ there."
+        f"weights, {recipe['adapter.steps']} {batches}, at {rate}. It is active at full depth too, so rows differ "
+        "there."
     )
 
 

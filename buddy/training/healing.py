@@ -22,7 +22,8 @@ class HealingModule(BudgetModule):
 
     Every row has a budget of its own, so that one adapter serves all; full depth is among the draws of an adapter
     wherever it is among the budgets (2606.09514, section 4), which keeps the adapted model near the stock one there.
-    Bridges alone leave full depth as it is, so it is not drawn. KL is to the stock model, the adapter off. Dropout is the one draw that each process makes for itself.
+    Bridges alone leave full depth as it is, so it is not drawn. KL is to the stock model, the adapter off. Dropout
+    is the one draw that each process makes for itself.
 
     Args:
         model: backbone, calibrated or trained router, and adapter or bridges or both.
