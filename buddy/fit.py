@@ -337,7 +337,8 @@ def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, cal
 
     steps = replace(recipe, trainer={**recipe.trainer, "max_steps": healing_steps(recipe, model.router)})
     start = checkpoint if checkpoint.exists() else None
-    line = ProgressLine(f"Healing {recipe.router.name}", "heal/objective")
+    activity = "Training the bridges of" if recipe.adapter is None else "Healing"
+    line = ProgressLine(f"{activity} {recipe.router.name}", "heal/objective")
     module = build_healing(recipe, model)
     _run_trainer(steps, module, data, checkpoint, start, [line, *callbacks], describe)
     if model.adapter is not None:

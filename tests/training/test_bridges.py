@@ -93,6 +93,18 @@ def test_steps_train_them_by_gradients(small, tmp_path, adapter):
     assert adapter or kl(run.folder, 1.0) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_their_training_resumes(small, tmp_path):
+    overrides = ["bridge.rank=8", "bridge.steps=6", "router=shortgpt", "rivals=[]", "checkpoint_every=1"]
+    fit(small(tmp_path / "whole", *overrides), "small")
+    interrupt = "callbacks=[{class_path: tests.training.test_bridges.Interrupt}]"
+    with pytest.raises(KeyboardInterrupt):
+        fit(small(tmp_path / "parts", *overrides, interrupt), "small")
+    fit(small(tmp_path / "parts", *overrides), "small")
+    first, second = (load_tensors(tmp_path / name / "small/shortgpt/seed-0" / BRIDGE) for name in ("whole", "parts"))
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+
+
 def test_training_them_lowers_the_kl(small, tmp_path):
     overrides = ["bridge.rank=8", "router=shortgpt", "rivals=[]", "bridge.lr=1e-2"]
     for steps in (0, 60):
