@@ -28,7 +28,7 @@ from buddy.backbone.load import sampled
 from buddy.console import errors
 from buddy.engine.model import RoutedLM
 
-LAYOUT = 2  # raise it when values are measured differently: older ones are then not found
+LAYOUT = 1  # raise it when values are measured differently: older ones are then not found
 WRITE_EVERY = 2.0  # seconds: the most that a kill loses
 BUSY_TIMEOUT = 20.0  # seconds to wait for another process that writes
 DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ}
