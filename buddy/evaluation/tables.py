@@ -307,14 +307,16 @@ def _at_full_depth(r: Results) -> str:
     """Full depth, which all rows share; how adapters or bridges were trained."""
     recipe = r.record["recipe"]
     batches = f"steps of {recipe['data.batch_size']} windows on {_texts(r, 'data.train_sources')}"
+    bridges, rate = recipe.get("bridge.steps"), recipe.get("bridge.lr")
     if not _healed(r):
-        trained = f"Bridges are trained for {recipe.get('bridge.steps')} {batches}, at rate {recipe.get('bridge.lr')}. "
-        return trained * bool(recipe.get("bridge.steps")) + "At full depth all routers are the dense model."
+        trained = f"Bridges are trained for {bridges} {batches}, at rate {rate}. "
+        return trained * bool(bridges) + "At full depth all routers are the dense model."
+    beside = f" Bridges are trained in the same steps, at rate {rate}." * bool(bridges)
     rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
     return (
         f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "
         f"weights, {recipe['adapter.steps']} {batches}, at {rate}. It is active at full depth too, so rows differ "
-        "there."
+        f"there.{beside}"
     )
 
 
