@@ -62,7 +62,7 @@ class CompareConfig:
         out: the folder for everything; `<output>/<recipe>` by default.
         speed: measure times.
         finished: fit nothing, and compare what is complete.
-        trained: the folder of a comparison whose routers are taken, so that only the adapter is trained.
+        trained: the folder of a comparison whose routers are taken, so that only adapter and bridges are trained.
         markdown: where the results are written once more.
     """
 
@@ -246,7 +246,7 @@ def common_recipe(recipe: Recipe) -> Recipe:
 
 
 def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) -> list[RunSpec]:
-    """The runs of one router: one for each seed if the router or its adapter depends on it, else one."""
+    """The runs of one router: one for each seed if the router, its adapter or its bridges depend on it, else one."""
     router, folder = build_router(recipe, session.backbone), config.folder / label_folder(label)
     trained = router.trainable or healing_steps(recipe, router) > 0
     many = config.seeds or SEEDS
@@ -261,7 +261,7 @@ def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) 
 
 
 def _depends_on_seed(recipe: Recipe, router: AnyRouter) -> bool:
-    """Whether the router, apart from its adapter, differs between seeds."""
+    """Whether the router, apart from its adapter and bridges, differs between seeds."""
     return router.trainable or (router.seeded and recipe.router.options.get("seed") is None)
 
 

@@ -225,7 +225,8 @@ class Session:
                 self._fit_bridges(recipe, model)
             if not both:
                 model.router.eval().requires_grad_(False)
-        if healing_steps(recipe, model.router) and (recipe.adapter or model.bridges):
+        fitted = model.bridges is not None and bool(model.bridges.fitted.any())
+        if healing_steps(recipe, model.router) and (recipe.adapter or fitted):
             _heal(recipe, model, self.data, folder / CHECKPOINTS / HEALING, callbacks)
 
     def _calibrate(self, recipe: Recipe, model: RoutedLM) -> None:

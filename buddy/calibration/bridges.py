@@ -142,9 +142,9 @@ def _regression(
     cross: Any = 0.0
     for state, target, which in zip(states, targets, chosen, strict=True):
         before, wanted = state[which].float(), (target[which].float() - state[which].float())
-        share = target[which].float().square().mean(1, keepdim=True).clamp_min(FREE).rsqrt()
+        importance = target[which].float().square().mean(1, keepdim=True).clamp_min(FREE).rsqrt()
         x = torch.cat([bridge_input(before), before.new_ones(len(before), 1)], 1)
-        weighted = (share * x).T
+        weighted = (importance * x).T
         gram, cross = gram + (weighted @ x).double(), cross + (weighted @ wanted).double()
     total, width = gram[-1, -1], len(gram) - 1
     penalty = (ridge * total).repeat(width + 1)

@@ -110,6 +110,7 @@ class CalibrationProbe:
     ) -> Tensor:
         """See `Probe.losses`."""
         self._check(runs, criterion, windows)
+        # A part of the stored key: name the way of fitting anew when it changes.
         how = f" bridges of relative errors {self._bridge}" if bridged and self._bridge is not None else ""
         windows = self.count if windows is None else windows
         if isinstance(windows, int):  # in whole batches, so that a loss does not depend on how many are asked for

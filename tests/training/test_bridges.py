@@ -105,6 +105,13 @@ def test_their_training_resumes(small, tmp_path):
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
 
+def test_too_few_tokens_leave_nothing_to_train(small, tmp_path, capsys):
+    overrides = ["bridge.rank=8", "bridge.windows=1", "budgets=[1.0,0.5]", "router=shortgpt", "rivals=[]"]
+    fit(small(tmp_path, *overrides, "bridge.steps=3"), "small")
+    assert "Training the bridges" not in capsys.readouterr().err
+    assert not load_tensors(tmp_path / "small/shortgpt/seed-0" / BRIDGE)["fitted"].any()
+
+
 def test_training_them_lowers_the_kl(small, tmp_path):
     overrides = ["bridge.rank=8", "router=shortgpt", "rivals=[]", "bridge.lr=1e-2"]
     for steps in (0, 60):
