@@ -125,7 +125,7 @@ class BridgeSection:
     ridge: float = _number(0.1, ge=0)  # penalty of squared weights, in units of the variance of a bridge's input
     windows: int | None = _number(None, ge=1)  # calibration windows to fit on; null for all
     steps: int = _number(0, ge=0)  # of gradient descent from the closed form; where an adapter is trained, its steps
-    lr: float = _number(3.0e-4, gt=0)
+    lr: float = _number(1.0e-3, gt=0)
 
 
 @dataclass(frozen=True)
