@@ -53,6 +53,14 @@ def finished(small, tmp_path_factory):
     return only_seeds(output / "small")
 
 
+@pytest.fixture(scope="module")
+def no_pictures(finished):
+    """Runs of this module have no figure of their own; those that all tests share have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("buddy.fit.draw_run", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def predicting(small, tmp_path_factory):
     """Runs of a static router by the kind of their budget predictor; read them, never write into them."""

@@ -25,6 +25,8 @@ from buddy.run import read_run
 from tests.small import start_buddy, write_text
 from tests.training.stopping import same
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 ROUTERS = "buddy,buddy[hidden=8],shortgpt,random,full"
 LABELS = ROUTERS.split(",")
 SEEDED = [*LABELS[:2], "random"]

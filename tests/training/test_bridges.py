@@ -18,6 +18,8 @@ from buddy.run import read_run
 from buddy.run_files import BRIDGE, update_checksums
 from tests.small import only_seeds
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 IDS = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))
 
 

@@ -25,19 +25,13 @@ from tests.adapted import IDS
 from tests.small import only_seeds, write_text
 from tests.training.stopping import Killed, at_step, interrupt, kill, same
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 STEPS = 7
 HEALED = [f"adapter.steps={STEPS}", "adapter.lr=0.02", "adapter.rank=2"]
 BRIEFLY = ["trainer.max_steps=1", "objective.plans=2", "budgets=[1.0,0.5]"]  # where the router does not matter
 NAMES = ("buddy", "shortgpt", "full")
 SIZE = 5 * 2 * (4 * (64 + 64) - 2 * 32 + 3 * (64 + 128))  # of an adapter of rank 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures(finished):
-    """Fits draw none, once the runs are there that all tests share: others look at pictures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.fit.draw_run", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
