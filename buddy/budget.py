@@ -34,8 +34,8 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
     """
     if auto_cap(budget):
         raise BudgetError(
-            f"The budget {budget} is chosen for each request, by `buddy generate`, `buddy serve` and `buddy evaluate`; ask for a "
-            "fraction such as 0.75 here."
+            f"The budget {budget} is chosen for each request, by `buddy generate`, `buddy serve` and `buddy evaluate`; "
+            "ask for a fraction such as 0.75 here."
         )
     latency = latency_of(budget)
     if latency is not None:

@@ -168,7 +168,7 @@ def compare(config: CompareConfig) -> int:
     elif config.trained is not None:
         specs = _reusing(specs, config.trained, session)
     with _locked(config.folder):
-        failures = _work(config, base, specs, session, windows)
+        failures = _work(config, specs, session, windows)
         failed = {spec.folder for spec, _ in failures}
         done: dict[str, list[Path]] = {}
         for spec in specs:
@@ -339,7 +339,6 @@ def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 def _work(
     config: CompareConfig,
-    base: Recipe,
     specs: Sequence[RunSpec],
     session: Session,
     windows: Mapping[Text, Windows],
@@ -365,7 +364,7 @@ def _work(
             bar.update(next(done), f"{'failed: ' if outcome else ''}{spec.title}")
 
         errors.print(f"Each run writes what it does to {config.folder}/<router>/seed-N.log.", soft_wrap=True)
-        executor.run(partial(run_in_worker, base, tuple(windows), config.tasks), specs, show)
+        executor.run(partial(run_in_worker, tuple(windows), config.tasks), specs, show)
     return failures
 
 

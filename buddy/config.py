@@ -103,7 +103,8 @@ def _composed(read: Callable[[], Nested], overrides: Sequence[str], what: str, r
 
 
 def _rival_problems(recipe: Recipe, rival: Rival) -> Iterator[str]:
-    if shared := [text for text in rival.overrides if not text.startswith(OWN_KEYS) or text.startswith(SHARED)]:
+    keys = {text: RENAMED.get(key := text.partition("=")[0], key) for text in rival.overrides}
+    if shared := [text for text, key in keys.items() if not key.startswith(OWN_KEYS) or key.startswith(SHARED)]:
         yield (
             f"rivals: {rival.label} overrides what all routers share ({', '.join(shared)}); it may override keys of "
             "router.options, routing, objective, optimizer, bridge, adapter and most of trainer."
@@ -223,7 +224,7 @@ def _read(path: Path) -> Nested:
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"The recipe {path} is not a mapping; write one `key: value` a line.")
         _refuse_bombs(root)
-        if re.search(r"\$\{.*:", text):
+        if re.search(r"\$\{[^}]*:", text):
             raise ValueError("${…} may only name a key of the recipe")
         return _plain(OmegaConf.create(text))
     except UNREADABLE as error:

@@ -75,7 +75,7 @@ class Session:
 
     def __init__(self, backbone: Backbone, data: TextData) -> None:
         self.backbone, self.data = backbone, data
-        self._probe: CalibrationProbe | None = None
+        self._probes: dict[tuple[Any, ...], CalibrationProbe] = {}
         self._stopwatch: Stopwatch | None = None
         self._reference = Reference()
 
@@ -94,9 +94,9 @@ class Session:
             load(each.router.name)
             with quiet():
                 build_trainer(each, logger=False)
+            check_sharding(each)
             for spec in (*each.callbacks, *filter(None, [each.logger])):
                 instantiate(spec)
-        check_sharding(recipe)
         if recipe.ckpt_path:
             check_checkpoint(recipe.ckpt_path)
         with status(f"Loading {recipe.backbone.name} …"):
@@ -262,21 +262,22 @@ class Session:
         model.bridge(fitted)
 
     def _calibration_probe(self, recipe: Recipe, model: RoutedLM) -> CalibrationProbe:
-        """One probe for all routers, which share what it has measured."""
-        if self._probe is None:
+        """One probe for all routers with the same routing and bridges, which share what it has measured."""
+        bridge = None if recipe.bridge is None else {"rank": recipe.bridge.rank, "ridge": recipe.bridge.ridge}
+        key = (model.geometry, model.sink_tokens, str(bridge))
+        probe = self._probes.get(key)
+        if probe is None:
             windows, data = self.data.calibration.input_ids, recipe.data
             # Under sharding all processes must measure the same, so none may find values on disk.
             store = None if is_sharded(recipe.trainer) else cache_folder("calibration")
             # One window at a time is fastest on a CPU, and a search on few windows then measures no others.
             size = 1 if self.backbone.device.type == "cpu" else data.batch_size
-            bridge = None if recipe.bridge is None else {"rank": recipe.bridge.rank, "ridge": recipe.bridge.ridge}
-            self._probe = CalibrationProbe(
-                model, windows, size, self._track, prompt=data.prompt, store=store, bridge=bridge
-            )
-        self._probe.seed = recipe.seed
+            probe = CalibrationProbe(model, windows, size, self._track, prompt=data.prompt, store=store, bridge=bridge)
+            self._probes[key] = probe
+        probe.seed = recipe.seed
         budgets = available_budgets(model.router, recipe.budgets)
-        self._probe.serve(model, [model.executed_layers(budget) for budget in budgets])
-        return self._probe
+        probe.serve(model, [model.executed_layers(budget) for budget in budgets])
+        return probe
 
     def _test(self, recipe: Recipe, model: RoutedLM) -> list[Scores]:
         """Scores on the recipe's test or validation windows, by all processes with the same weights."""

@@ -188,18 +188,17 @@ class Worker:
         return [entries.get(budget) or {**(known or {}), "budget": budget} for budget in layers]
 
 
-def run_in_worker(recipe: Recipe, texts: Sequence[Text], tasks: Tasks, spec: RunSpec) -> str | None:
+def run_in_worker(texts: Sequence[Text], tasks: Tasks, spec: RunSpec) -> str | None:
     """`Worker.run` in a process that does several runs and loads backbone and texts once.
 
     Args:
-        recipe: of any of the runs.
         texts: what runs are evaluated on.
         tasks: what they are scored on.
         spec: the run.
     """
     if not _workers:
-        session = Session.prepare([recipe])
-        windows = {text: read_windows(text, recipe, session.data) for text in texts}
+        session = Session.prepare([spec.recipe])
+        windows = {text: read_windows(text, spec.recipe, session.data) for text in texts}
         _workers.append(Worker(session, windows, tasks))
     return _workers[0].run(spec)
 

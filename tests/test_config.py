@@ -106,6 +106,9 @@ def test_a_file_of_ones_own_may_refer_to_its_keys(written):
     path = written("data: {window: 80, prompt: 8}\noutput: runs/${data.window}-${seed}\nseed: 4")
     assert load_recipe(path).output == "runs/80-4"
     assert load_recipe(path, ["data.window=96"]).output == "runs/96-4", "overrides come first"
+    assert (
+        load_recipe(written("data: {window: 80, prompt: '${seed}', batch_size: 2}  # a: b\nseed: 4")).data.prompt == 4
+    )
 
 
 def test_references_are_refused_in_saved_recipes_and_overrides(written):
@@ -173,6 +176,8 @@ def test_one_router_may_be_its_own_rival_at_another_rate():
         ("{name: first, overrides: [router=uniform]}", "router"),
         ("{name: first, overrides: [router.name=uniform]}", "router.name"),
         ("{name: first, overrides: [trainer.devices=2]}", "trainer.devices"),
+        ("{name: first, overrides: [trainer.nodes=2]}", "trainer.nodes"),
+        ("{name: first, overrides: [trainer.ckpt_path=a.ckpt]}", "trainer.ckpt_path"),
         ("{name: first, overrides: 3}", "overrides"),
         ("{nme: first}", "nme"),
         ("''", "name"),

@@ -1,6 +1,6 @@
 """`CalibrationProbe`: the implementation of `buddy.router.Probe`, the measurements for a router's calibration.
 
-All routers of a recipe share one probe, so they see the same windows, and each value is measured once.
+Routers of a recipe with the same routing and bridges share one probe, so each value is measured once.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ def _join_holes(layers: Sequence[HoleLayer], shifts: Sequence[int], rows: Sequen
             first.lazy_initialization(some.keys, some.values)
         first.keys, first.values, first.valid = map(torch.cat, wholes)
         first.slots = slots
-    first.seen, first.complete = seen, False
+    # Padding on the left is hidden by the stock mask.
+    first.seen, first.complete = seen, all(layer.complete for layer in layers)
 
 
 def _join_pools(pools: Sequence[ContextPool], mask: Tensor) -> ContextPool:

@@ -7,6 +7,7 @@ the rounding of a batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -232,6 +233,7 @@ class Decoder:
             del self._batches[key]
             if len(rows) == 1:
                 return [Written(rows[0], error=error)]
+            warnings.warn(f"A step of {len(rows)} rows failed and is repeated row by row: {error}", stacklevel=2)
             for row in rows:  # alone, so that only the row that causes the error fails
                 self.add(row)
             return []

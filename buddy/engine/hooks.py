@@ -141,7 +141,7 @@ class ForwardHooks:
             return
         if self._record is not None:
             self._record.forwards.append(done.record())
-            self._last = done if self._request.prompt is not None else None
+            self._last = done if done.request.prompt is not None else None
 
 
 def _laid_out(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,7 +8,8 @@ does, `Hole` stores nothing. Each policy has the same methods: `skip`, where no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +43,11 @@ class ForwardState(Protocol):
         """Whether the states that skip a layer may be pending in the cache."""
 
 
+@dataclass(frozen=True)
 class Fill:
     """K/V of a skipped layer are computed from the hidden state that passed it, as late as possible."""
 
-    name = "fill"
+    name: ClassVar = "fill"
 
     def skip(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
         """No token runs the layer: the states are pending until one does, or until too many are.
@@ -79,10 +81,11 @@ class Fill:
         return RectangularKVWriter(layer, forward, hidden, kwargs, layer._write_kv)
 
 
+@dataclass(frozen=True)
 class Zero:
     """Zeros in the cache, unmasked, so that they take their share of the softmax: the paper's way (2606.09514)."""
 
-    name = "zero"
+    name: ClassVar = "zero"
 
     def skip(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
         """No token runs the layer."""
@@ -102,10 +105,11 @@ class Zero:
         return zeros, zeros
 
 
+@dataclass(frozen=True)
 class Hole:
     """A token is absent from the cache of a layer that it skipped, and masked where other rows ran the layer."""
 
-    name = "hole"
+    name: ClassVar = "hole"
 
     def skip(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
         """No token runs the layer: their positions pass."""

@@ -16,6 +16,7 @@ from buddy.backbone.load import Backbone, title_of
 from buddy.build import build_model, build_windows, load_model, restore_router
 from buddy.console import errors, print_titled_table, results, status, tracker
 from buddy.engine.bridges import Bridges
+from buddy.engine.forward import Settings
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
@@ -272,31 +273,33 @@ def _field(runs: Mapping[str, Run], backbone: Backbone) -> Iterator[list[Contend
     try:
         field = [
             Contender("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext),
-            _contender(FULL, layers, routed, routed.router, None),
+            _contender(FULL, layers, routed, routed.router, None, routed.settings),
         ]
-        for label, (router, bridges, counts) in routers.items():
-            field += [_contender(label, count, routed, router, bridges) for count in counts if count < layers]
+        for label, (parts, counts) in routers.items():
+            field += [_contender(label, count, routed, *parts) for count in counts if count < layers]
         yield field
     finally:
         routed.detach()
 
 
-def _loaded_router(run: Run, backbone: Backbone) -> tuple[AnyRouter, Bridges | None, Sequence[int]]:
-    """Router and bridges of a run, and K for each of its budgets, without repeats."""
+def _loaded_router(run: Run, backbone: Backbone) -> tuple[tuple[AnyRouter, Bridges | None, Settings], Sequence[int]]:
+    """Router, bridges and settings of a run, and K for each of its budgets, without repeats."""
     routed = build_model(run.recipe, backbone)
     try:
         restore_router(routed, run.recipe, run.folder)
         counts = [routed.executed_layers(budget) for budget in available_budgets(routed.router, run.recipe.budgets)]
-        return routed.router, routed.bridges, list(dict.fromkeys(counts))
+        return (routed.router, routed.bridges, routed.settings), list(dict.fromkeys(counts))
     finally:
         routed.detach()
 
 
-def _contender(name: str, count: int, routed: RoutedLM, router: AnyRouter, bridges: Bridges | None) -> Contender:
+def _contender(
+    name: str, count: int, routed: RoutedLM, router: AnyRouter, bridges: Bridges | None, settings: Settings
+) -> Contender:
     @contextmanager
     def spends() -> Iterator[None]:
         routed.bridges = bridges
-        with routed.routed_by(router), routed.at(executed=[count]):
+        with routed.routed_by(router), routed.changed(**vars(settings)), routed.at(executed=[count]):
             yield
 
     return Contender(name, count, routed.backbone.model, spends)

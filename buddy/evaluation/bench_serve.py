@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.backbone.load import title_of
+from buddy.backbone.load import MIN_LAYERS, title_of
 from buddy.console import print_titled_table, results, tracker
 from buddy.engine.decode import Decoder, Row
 from buddy.engine.model import RoutedLM, geometry_of
@@ -88,12 +88,9 @@ def bench_serving(
     ids = sample_text(run, routed, BATCHES[-1], PROMPT + STEPS + 2)
     ways = [Served("full depth", routed.geometry.layers, routed, "row")]
     for count in below:
-        pruned = _pruned(routed, commonest_layers(routed, ids[:1], count))
-        ways += [
-            Served("a plan a row", count, routed, "row"),
-            Served("a plan a batch", count, routed, "shared"),
-            Served("pruned", count, pruned, "row"),
-        ]
+        ways += [Served("a plan a row", count, routed, "row"), Served("a plan a batch", count, routed, "shared")]
+        if count >= MIN_LAYERS:  # of a model that can be decoded
+            ways.append(Served("pruned", count, _pruned(routed, commonest_layers(routed, ids[:1], count)), "row"))
     with within_memory(f"a batch of {BATCHES[-1]} texts", "free some, or bench a smaller backbone"):
         spent = _race(ways, ids.tolist(), rounds)
     entries: list[dict[str, Any]] = []

@@ -102,7 +102,7 @@ class BuddyLM(HFLM):
         self._batch_tokens = None if fixed else int(batch_tokens or tokens)
         if device is not None and torch.device(device).type == "cpu":
             self.routed.backbone.model.cpu()
-            self.routed.router.cpu()
+            self.routed.cpu()  # router and bridges
         backbone = self.routed.backbone
         super().__init__(
             backbone.model,

@@ -141,7 +141,7 @@ def _digest(routed: RoutedLM, *others: object) -> str:
     model = fingerprint(routed.backbone.model)  # of the weights now, with an adapter if there is one
     bridges = {} if routed.bridges is None else routed.bridges.state_dict()
     weights = state_digest({**routed.router.state_dict(), **bridges})
-    measured = (model, weights, routed.settings, routed.pool, routed.policy.name, others)
+    measured = (model, weights, routed.settings, others)
     return hashlib.sha256(repr(measured).encode()).hexdigest()[:20]
 
 

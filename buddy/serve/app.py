@@ -199,12 +199,12 @@ class Server:
             ClientLeft: the client has disconnected.
         """
         gone = asyncio.ensure_future(_disconnected(request))
+        new: asyncio.Future = gone
         try:
             while count:
                 new = asyncio.ensure_future(queue.get())
                 await asyncio.wait({new, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if not new.done():
-                    new.cancel()
                     raise ClientLeft
                 index, piece = new.result()
                 if piece.error is not None:
@@ -213,6 +213,7 @@ class Server:
                 yield index, piece, not count
         finally:
             gone.cancel()
+            new.cancel()
 
     @staticmethod
     async def _whole(answer: Answer, pieces: AsyncGenerator[Numbered], count: int) -> Response:

@@ -94,6 +94,9 @@ class Estimator(Protocol):
         """One step; `generator` is the only source of randomness, the same in each process of a batch.
 
         Draws belong to the window's number in the whole batch, so that a share of the batch draws what the whole does.
+
+        A class whose loss also has gradients for an adapter and bridges says so by `backpropagates = True`; for others,
+        joint training adds a loss of its own under the plans of the estimate.
         """
 
 
@@ -189,6 +192,8 @@ class StraightThrough:
         objective: what a plan is judged by.
     """
 
+    backpropagates = True
+
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
 
@@ -223,6 +228,8 @@ class Weighted:
     Args:
         objective: what weighted outputs are judged by.
     """
+
+    backpropagates = True
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective

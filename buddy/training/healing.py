@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.losses import Dense, Objective
-from buddy.training.estimators import Batch, Estimator, Perturbed
+from buddy.training.estimators import Batch, Estimator
 from buddy.training.module import BudgetModule
 
 IDENTITY = "healing"  # in a checkpoint
@@ -110,7 +110,7 @@ class HealingModule(BudgetModule):
     def _joint(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The same with the router's own loss, where the estimator's does not reach the adapter by itself."""
         estimate = self.estimator(self.model, batch, generator)
-        if not isinstance(self.estimator, Perturbed):
+        if getattr(self.estimator, "backpropagates", False):
             return estimate.loss, estimate.objective
         loss, value = self._healing(batch, estimate.runs, estimate.dense)
         return loss + estimate.loss, value

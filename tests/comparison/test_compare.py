@@ -235,6 +235,20 @@ def test_a_router_has_overrides_of_its_own(ask, tmp_path):
     assert stamps(tmp_path) == before, "reused"
 
 
+def test_each_router_is_calibrated_with_its_own_bridges_and_routing(ask, tmp_path):
+    own = ("buddy[bridge.rank=1]", "buddy[routing.context_layer=2;routing.sink_tokens=0]")
+    options, bridged = {"seeds": 1, "texts": None}, ("bridge.rank=8", "trainer.max_steps=0")
+    assert compare(ask(tmp_path / "all", *bridged, routers=",".join(("buddy", *own)), **options)) == 0
+    for label in own:
+        assert compare(ask(tmp_path / "alone", *bridged, routers=label, **options)) == 0
+    together, alone = (router_files(tmp_path / name) for name in ("all", "alone"))
+    assert len(alone) == 2
+    for name, path in alone.items():
+        assert same(load_tensors(together[name]), load_tensors(path)), name
+        results = [read_json(file.parent / "metrics.json")["results"] for file in (together[name], path)]
+        assert results[0] == results[1]
+
+
 def test_a_begun_run_of_another_recipe_is_refused(ask, tmp_path, evaluations):
     evaluations += ["stop", "", "", ""]
     with pytest.raises(KeyboardInterrupt):

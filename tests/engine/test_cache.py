@@ -84,6 +84,16 @@ def test_pending_states_are_not_lost_to_the_stock_model():
         routed.backbone.model(IDS[:, 5:6], cache=cache, use_cache=True)
 
 
+def test_the_stock_model_continues_a_routed_cache():
+    routed = routed_tiny()
+    model = routed.backbone.model
+    with routed.at(executed=[6]):
+        cache = model(IDS[:, :5], use_cache=True).cache
+    with routed.stock():
+        logits = model(IDS[:, 5:6], cache=cache, use_cache=True).logits
+    torch.testing.assert_close(logits[:, 0], model(IDS[:, :6]).logits[:, 5])
+
+
 def test_a_copied_model_asks_its_own_router():
     routed = routed_tiny()
     twin = copy.deepcopy(routed)

@@ -17,9 +17,9 @@ from tests.tiny import tiny_backbone
 LAYERS = 6
 
 
-def routed(family="llama", router=Fickle, bridges=False, **settings) -> RoutedLM:
+def routed(family="llama", router=Fickle, bridges=False, context_layer=1, **settings) -> RoutedLM:
     backbone = tiny_backbone(family)
-    model = RoutedLM(backbone, router(geometry_of(backbone)), **settings)
+    model = RoutedLM(backbone, router(geometry_of(backbone, context_layer)), **settings)
     model.bridge(random_bridges(model.geometry, 0) if bridges else None)
     return model
 
@@ -49,7 +49,7 @@ def deeper(model: RoutedLM, row: Row) -> list[int]:
 def a_row(model: RoutedLM, draw: random.Random, longest: int = 24) -> Row:
     prompt = [draw.randrange(3, 259) for _ in range(draw.randint(1, longest))]
     sampler = Sampler(model.backbone.model, len(prompt))
-    executed = draw.randint(2, LAYERS)
+    executed = draw.randint(model.geometry.always_on, LAYERS)
     prompt_executed = draw.choice((None, None, executed, LAYERS))
     return Row(prompt, executed, sampler, draw.randint(1, 14), prompt_executed=prompt_executed)
 
@@ -91,6 +91,9 @@ SETTINGS = [
     {"sink_tokens": 0},
     {"sink_tokens": 0, "policy": "hole"},
     {"sink_tokens": 3},
+    {"context_layer": 2},
+    {"context_layer": 2, "policy": "hole"},
+    {"context_layer": 3, "policy": "hole", "family": "mistral-sliding"},
     {"bridges": True},
     {"bridges": True, "policy": "hole", "reroute_every": 2},
 ]
@@ -138,6 +141,7 @@ class Faulty(Fickle):
         return super().score(context)
 
 
+@pytest.mark.filterwarnings("ignore:A step of")
 def test_a_row_that_fails_ends_no_other():
     model = routed(router=Faulty)
     draw, decoder = random.Random(3), Decoder(model)

@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from buddy.build import build_backbone
+from buddy.compare import fit
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.evaluation.bench import bench_run
+from buddy.evaluation.bench import bench_run, measured
 from buddy.metrics.timing import PROMPT, STEPS, Contender, cache_bytes, contenders, race
+from buddy.run import read_run
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 
@@ -131,15 +134,27 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_each_router_is_timed_under_its_own_routing(small, finished, tmp_path):
+    fit(small(tmp_path, "router=shortgpt", "rivals=[]", "routing.sink_tokens=8"), "small")
+    runs = {"one": read_run(finished / "shortgpt"), "eight": read_run(tmp_path / "small/shortgpt/seed-0")}
+    timed = measured(runs, build_backbone(runs["one"].recipe), IDS, tmp_path)
+    work = {each["router"]: each["multiply_adds"] for each in timed["results"] if each["layers"] == 3}
+    assert work["eight"] > work["one"], "sinks run every layer"
+
+
+@pytest.mark.slow
 def test_batches_as_a_server_decodes_them(finished, tmp_path, monkeypatch, capsys):
     from buddy.evaluation import bench_serve
 
     monkeypatch.setattr(bench_serve, "BATCHES", (1, 3))
-    bench_serve.bench_serving(finished / "buddy", json_file=tmp_path / "serve.json", budgets=["0.5"], rounds=2)
+    bench_serve.bench_serving(
+        finished / "buddy", json_file=tmp_path / "serve.json", budgets=["0.5", "2layers"], rounds=2
+    )
     found = json.loads((tmp_path / "serve.json").read_text())["results"]
     assert [(each["contender"], each["layers"], each["texts"]) for each in found] == [
         *(("full depth", 6, 1), ("full depth", 6, 3), ("a plan a row", 3, 1), ("a plan a row", 3, 3)),
         *(("a plan a batch", 3, 1), ("a plan a batch", 3, 3), ("pruned", 3, 1), ("pruned", 3, 3)),
+        *(("a plan a row", 2, 1), ("a plan a row", 2, 3), ("a plan a batch", 2, 1), ("a plan a batch", 2, 3)),
     ]
     for each in found:
         assert each["spread"][0] <= each["ms"] <= each["spread"][1]

@@ -124,7 +124,22 @@ def test_dropout_acts_in_training_alone_and_is_drawn_from_the_seed(run):
     assert same(*trained)
 
 
-ESTIMATORS = [(BuddyRouter, Perturbed), (BuddyRouter, StraightThrough), (FiRST, Weighted)]
+class OfOnesOwn:
+    """An estimator of a plug-in, forward only."""
+
+    def __init__(self, objective):
+        self.perturbed = Perturbed(objective)
+
+    def __call__(self, routed, batch, generator):
+        return self.perturbed(routed, batch, generator)
+
+
+ESTIMATORS = [
+    (BuddyRouter, Perturbed),
+    (BuddyRouter, OfOnesOwn),
+    (BuddyRouter, StraightThrough),
+    (FiRST, Weighted),
+]
 
 
 @pytest.mark.parametrize(("router", "estimator"), ESTIMATORS)
