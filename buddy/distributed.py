@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # Variables in which launchers give a process its rank.
-RANKS = (*("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID"),)
+RANKS = ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 TIMEOUT = timedelta(days=7)  # the others may wait hours for calibration
 BACKENDS = ("gloo", "NCCL", "ProcessGroup")  # in the messages of torch about a lost peer

@@ -154,7 +154,7 @@ def setting_of(routed: RoutedLM, texts: int = 1) -> dict[str, Any]:
         "router": type(routed.router).__name__,
         "router_parameters": sum(parameter.numel() for parameter in routed.router.parameters()),
         "bridge_rank": None if routed.bridges is None else routed.bridges.rank,
-        "routing": asdict(routed.settings) | {"policy": routed.policy.name, "pool": routed.pool},
+        "routing": asdict(routed.settings) | {"policy": routed.policy.name},
         **({} if texts == 1 else {"texts": texts}),
     }
 

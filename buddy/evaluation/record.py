@@ -203,14 +203,12 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     Times of several records were not measured in turn with each other, so they are left out.
 
     Args:
-        records: by the file that each was read from; one or more.
+        records: by the file that each was read from; two or more.
 
     Raises:
         RunError: other recipes, texts or tasks, one label for two routers, or a run that is in two of them.
     """
     (first_path, first), *others = records.items()
-    if not others:
-        return dict(first)
     for path, other in others:
         _check_comparable(first_path, first, path, other)
     routers: dict[str, tuple[Path, Any]] = {}

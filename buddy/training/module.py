@@ -82,7 +82,7 @@ class BudgetModule(LightningModule):
         self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
         self.grid = [key for key in self.keys.values() if isinstance(key, int)]
         self.train_means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
-        self._reference, self._val_reference = reference or Reference(most=0), Reference(VALIDATION_STATES)
+        self._reference = reference or Reference(most=0)
         self._rows: list[Row] = []  # of the windows that this process has measured in a validation or test
         self.scores: list[Scores] = []
 
