@@ -143,19 +143,24 @@ class Worker:
     def _run(self, spec: RunSpec) -> None:
         if not spec.run_folder.is_complete:
             self._session.fit(spec)
-        missing = {}
+        texts, tasks = {}, {}  # that are missing: the file of each, and what its result depends on
         for text, windows in self._windows.items():
             path = evaluation_file(spec.folder, text.label, text.own)
-            key = {"windows": windows.fingerprint, **_weights(spec)}  # what a result on the text depends on
+            key = {"windows": windows.fingerprint, **_weights(spec)}
             if not text.own and not _has(path, key):
-                missing[text] = path, key
-        if missing:
-            with self._session.model(spec.recipe) as model:
-                restore(model, spec.recipe, spec.folder)
-                for text, (path, key) in missing.items():
-                    _write(path, key | with_documents(self._evaluate(spec, text, model)))
+                texts[text] = path, key
         for name in self._tasks.names:
-            self._score(spec, name)
+            path, key = task_file(spec.folder, name), self._task_key(spec, name)
+            if not _has(path, key):
+                tasks[name] = path, key
+        if not texts and not tasks:
+            return
+        with self._session.model(spec.recipe) as model:
+            restore(model, spec.recipe, spec.folder)
+            for text, (path, key) in texts.items():
+                _write(path, key | with_documents(self._evaluate(spec, text, model)))
+            for name, (path, key) in tasks.items():
+                _write(path, key | {"results": self._task_entries(spec, name, model)})
 
     def _evaluate(self, spec: RunSpec, text: Text, model: RoutedLM) -> list[Scores]:
         data, title = spec.recipe.data, f"Evaluating {spec.label} on {text.label}"
@@ -163,24 +168,21 @@ class Worker:
         with within_memory(sizes, "free some, or compare anew with data.batch_size smaller and another --out"):
             return self._session.evaluate(spec.recipe, model, self._windows[text], self._references[text], title)
 
-    def _score(self, spec: RunSpec, name: str) -> None:
-        tasks, path = self._tasks, task_file(spec.folder, name)
+    def _task_key(self, spec: RunSpec, name: str) -> dict[str, Any]:
+        tasks = self._tasks
         folders = {key: folder and str(folder) for key, folder in (("data", tasks.data), ("path", tasks.path))}
-        key = {"limit": tasks.limit, **_weights(spec), **folders, **_task_content(name, tasks)}
-        if not _has(path, key):
-            _write(path, key | {"results": self._task_entries(spec, name, healed="adapter" in key)})
+        return {"limit": tasks.limit, **_weights(spec), **folders, **_task_content(name, tasks)}
 
-    def _task_entries(self, spec: RunSpec, name: str, healed: bool) -> list[dict[str, Any]]:
+    def _task_entries(self, spec: RunSpec, name: str, model: RoutedLM) -> list[dict[str, Any]]:
         """One entry for each budget; full depth is computed once for all runs, unless adapters change it."""
         from buddy.evaluation.tasks import task_scores
 
-        tasks, depth = self._tasks, self._session.backbone.num_layers
+        tasks, depth, healed = self._tasks, self._session.backbone.num_layers, model.adapter is not None
         known = None if healed else self._full_depth.get(name)
-        with self._session.model(spec.recipe) as model:
-            budgets = available_budgets(model.router, spec.recipe.budgets)
-            layers = {budget: model.executed_layers(budget) for budget in budgets}
+        layers = {each: model.executed_layers(each) for each in available_budgets(model.router, spec.recipe.budgets)}
         todo = [budget for budget, count in layers.items() if known is None or count < depth]
-        found = task_scores(spec.folder, [name], todo, tasks.limit, tasks.data, tasks.path)["results"] if todo else []
+        options = (tasks.limit, tasks.data, tasks.path, model)
+        found = task_scores(spec.folder, [name], todo, *options)["results"] if todo else []
         entries = {entry["budget"]: entry for entry in found}
         full = [entry for entry in found if entry["layers"] == depth]
         if full and not healed:

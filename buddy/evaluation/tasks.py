@@ -12,6 +12,7 @@ from buddy.backbone.load import title_of
 from buddy.budget import auto_cap, fraction_of
 from buddy.build import load_model
 from buddy.console import Bar, print_titled_table, results, status
+from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError, reason
 from buddy.evaluation.tables import NONE
 from buddy.evaluation.task_data import FEWSHOT_SEED, hushed, load_tasks, require_lm_eval
@@ -73,10 +74,11 @@ def task_scores(
     limit: int | None = None,
     task_data: Path | None = None,
     task_path: Path | None = None,
+    routed: RoutedLM | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """A run's scores on tasks.
 
-    The arguments are those of `evaluate_tasks`; `names` are its tasks.
+    The arguments are those of `evaluate_tasks`; `names` are its tasks, `routed` is the run's model where it is loaded.
 
     Returns:
         {"results": [one entry for each task and budget]}. An entry has "task", "budget", "layers" (K), "executed"
@@ -100,8 +102,9 @@ def task_scores(
             for name, task in tasks.items():
                 with _refusals_reported(name):
                     task.build_all_requests(limit=limit)
-        with status(f"Loading {run.backbone} …"):
-            routed = load_model(run)
+        if routed is None:
+            with status(f"Loading {run.backbone} …"):
+                routed = load_model(run)
         wanted = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
         layers = routed.geometry.layers
         fractions = {fraction_of(each, routed.executed_layers(each), layers): each for each in wanted}
