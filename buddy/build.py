@@ -92,9 +92,13 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
         batch_plan=routing.batch_plan,  # type: ignore[arg-type]
     )
     routed.table = LatencyTable(cache_folder("latency"))
-    for budget in available_budgets(routed.router, recipe.budgets):
-        routed.executed_layers(budget)
+    counts_of(recipe, routed)
     return routed
+
+
+def counts_of(recipe: Recipe, routed: RoutedLM) -> dict[float, int]:
+    """K for each of the recipe's budgets that the router can have; BudgetError for one below the always-on layers."""
+    return {each: routed.executed_layers(each) for each in available_budgets(routed.router, recipe.budgets)}
 
 
 def check_model(recipe: Recipe, backbone: Backbone) -> None:

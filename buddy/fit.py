@@ -26,6 +26,7 @@ from buddy.build import (
     build_module,
     build_trainer,
     check_model,
+    counts_of,
     healing_steps,
     instantiate,
     restore_router,
@@ -240,8 +241,7 @@ class Session:
 
     def _fit_bridges(self, recipe: Recipe, model: RoutedLM) -> None:
         """Fit the bridges on the plans that the router makes now, at all budgets below full depth."""
-        budgets = [model.executed_layers(budget) for budget in available_budgets(model.router, recipe.budgets)]
-        executed = [count for count in budgets if count < model.geometry.layers]
+        executed = [count for count in counts_of(recipe, model).values() if count < model.geometry.layers]
         if not uses_bridges(recipe, model.router) or not executed:
             return
         section, fitted = recipe.bridge, Bridges(model.geometry, recipe.bridge.rank)
@@ -275,8 +275,7 @@ class Session:
             probe = CalibrationProbe(model, windows, size, self._track, prompt=data.prompt, store=store, bridge=bridge)
             self._probes[key] = probe
         probe.seed = recipe.seed
-        budgets = available_budgets(model.router, recipe.budgets)
-        probe.serve(model, [model.executed_layers(budget) for budget in budgets])
+        probe.serve(model, counts_of(recipe, model).values())
         return probe
 
     def _test(self, recipe: Recipe, model: RoutedLM) -> list[Scores]:

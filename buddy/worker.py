@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from buddy.backbone.adapter import WEIGHTS
-from buddy.build import build_windows, restore
+from buddy.build import build_windows, counts_of, restore
 from buddy.data.module import TextData
 from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
@@ -23,7 +23,6 @@ from buddy.evaluation.record import evaluation_file, task_file
 from buddy.fit import Session
 from buddy.io import checksum, read_json, within_memory, write_text, write_with_checksum
 from buddy.metrics.perplexity import Reference, Scores, with_documents
-from buddy.router import available_budgets
 from buddy.run import RunSpec
 from buddy.run_files import ADAPTER, BRIDGE, ROUTER
 from buddy.schema import Recipe
@@ -179,7 +178,7 @@ class Worker:
 
         tasks, depth, healed = self._tasks, self._session.backbone.num_layers, model.adapter is not None
         known = None if healed else self._full_depth.get(name)
-        layers = {each: model.executed_layers(each) for each in available_budgets(model.router, spec.recipe.budgets)}
+        layers = counts_of(spec.recipe, model)
         todo = [budget for budget, count in layers.items() if known is None or count < depth]
         options = (tasks.limit, tasks.data, tasks.path, model)
         found = task_scores(spec.folder, [name], todo, *options)["results"] if todo else []

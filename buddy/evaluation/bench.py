@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from buddy.backbone.load import Backbone, title_of
-from buddy.build import build_model, build_windows, load_model, restore_router
+from buddy.build import build_model, build_windows, counts_of, load_model, restore_router
 from buddy.console import errors, print_titled_table, results, status, tracker
 from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Settings
@@ -287,8 +287,9 @@ def _loaded_router(run: Run, backbone: Backbone) -> tuple[tuple[AnyRouter, Bridg
     routed = build_model(run.recipe, backbone)
     try:
         restore_router(routed, run.recipe, run.folder)
-        counts = [routed.executed_layers(budget) for budget in available_budgets(routed.router, run.recipe.budgets)]
-        return (routed.router, routed.bridges, routed.settings), list(dict.fromkeys(counts))
+        return (routed.router, routed.bridges, routed.settings), list(
+            dict.fromkeys(counts_of(run.recipe, routed).values())
+        )
     finally:
         routed.detach()
 
