@@ -39,12 +39,13 @@ class Description:
 
 def installed(group: str = ROUTERS) -> list[EntryPoint]:
     """Every announced class of a group, by name and then distribution; nothing is imported."""
-    return list(_read(group, tuple(sys.path)))
+    places = [path for path in map(os.path.abspath, sys.path) if os.path.exists(path)]
+    return list(_read(group, tuple((path, os.stat(path).st_mtime_ns) for path in places)))
 
 
 @cache
-def _read(group: str, _: tuple[str, ...]) -> list[EntryPoint]:
-    """`installed`, read once for each `sys.path`: it takes 20 ms, and a fit asks ten times."""
+def _read(group: str, places: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
+    """`installed`, read anew only where a place of `sys.path` has changed: it takes 20 ms, and a fit asks ten times."""
     return sorted(entry_points(group=group), key=lambda entry: (entry.name, owner(entry)))
 
 

@@ -61,21 +61,20 @@ def main() -> None:
     bridges, first = model.bridges, model.geometry.context_layer
     parts = [part_of(recipe, model, text, "validation", asked.windows).input_ids for text in asked.texts]
     ids = torch.cat(parts)
-    found = {}
     for name, each in {"without bridges": None, "with bridges": bridges}.items():
         if name == "with bridges" and bridges is None:
             continue
         model.bridge(each)
-        found[name] = costs(model, ids, recipe.data.prompt)
-        mean = found[name].mean(1)
+        cost = costs(model, ids, recipe.data.prompt)
+        mean = cost.mean(1)
         print(f"{name}: " + " ".join(f"{layer + first}:{value:.3f}" for layer, value in enumerate(mean.tolist())))
         top = mean.sort(descending=True).values
         print(
             f"  three largest {top[:3].sum() / top.sum():.0%} of the sum, largest {top[0] / top.median():.0f} x median"
         )
-        least, own = mean.min(), found[name].min(0).values.mean()
-        same = (found[name].argmin(0) == mean.argmin()).double().mean()
-        order = found[name].argsort(0).argsort(0).double()
+        least, own = mean.min(), cost.min(0).values.mean()
+        same = (cost.argmin(0) == mean.argmin()).double().mean()
+        order = cost.argsort(0).argsort(0).double()
         common = mean.argsort().argsort().double()
         ranks = torch.corrcoef(torch.cat([common[None], order.T]))[0, 1:].mean()
         print(

@@ -82,6 +82,12 @@ def test_listing_imports_nothing(install):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_is_installed_meanwhile_is_found(install):
+    assert "late-one" not in [entry.name for entry in installed()]
+    install("latecomer", {"late-one": "late_module:Late"})
+    assert "late-one" in [entry.name for entry in installed()]
+
+
 def test_loading_imports_one_module(install):
     install("stranger", {"one": "first_module:Stranger", "two": "second_module:Strict"}, first_module=PLUGIN)
     assert issubclass(load("one"), Router)

@@ -287,9 +287,8 @@ def _loaded_router(run: Run, backbone: Backbone) -> tuple[tuple[AnyRouter, Bridg
     routed = build_model(run.recipe, backbone)
     try:
         restore_router(routed, run.recipe, run.folder)
-        return (routed.router, routed.bridges, routed.settings), list(
-            dict.fromkeys(counts_of(run.recipe, routed).values())
-        )
+        counts = dict.fromkeys(counts_of(run.recipe, routed).values())
+        return (routed.router, routed.bridges, routed.settings), list(counts)
     finally:
         routed.detach()
 

@@ -199,7 +199,7 @@ class Server:
             ClientLeft: the client has disconnected.
         """
         gone = asyncio.ensure_future(_disconnected(request))
-        new: asyncio.Future = gone
+        new: asyncio.Future = gone  # until a piece is awaited
         try:
             while count:
                 new = asyncio.ensure_future(queue.get())

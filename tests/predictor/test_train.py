@@ -87,6 +87,7 @@ def test_stored_targets_are_bit_for_bit_and_of_one_router(routed, tmp_path, monk
     def measured(key=1):
         return measure_targets(routed, [lambda: tokens(3, 20)], (4,), prompt=8, store=FileStore(tmp_path), key=key)
 
+    assert " at 0x" not in repr(routed.settings), "a part of the key, which another process must find"
     before = measured()
     with monkeypatch.context() as patch:
         patch.setattr(features, "_losses", lambda *_: pytest.fail("measured again"))

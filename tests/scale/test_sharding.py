@@ -12,6 +12,7 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.evaluation.evaluate import evaluate
+from buddy.fit import Session
 from buddy.losses import Objective
 from buddy.training.estimators import Batch, StraightThrough, Weighted
 from routers.buddy import BuddyRouter
@@ -128,3 +129,5 @@ def test_what_cannot_be_shared_out_is_refused(small, tmp_path):
         check_sharding(small(tmp_path, *two, "predictor.name=regress"))
     with pytest.raises(TrainingError, match="joint"):
         check_sharding(small(tmp_path, *two, "adapter.joint=true"))
+    with pytest.raises(TrainingError, match="joint"):  # of any rival
+        Session.prepare([small(tmp_path, *two, "adapter.joint=true"), small(tmp_path, *two)])
