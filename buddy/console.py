@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -22,6 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from buddy.io import write_json
 
 PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no terminal
 WIDTH, GAP, LONGEST = 118, 2, 30  # columns of a table where there is no terminal, between two, and of row labels
@@ -134,6 +137,13 @@ def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[
         results.print(table)
     if note:
         results.print(note, width=width)
+
+
+def report_json(path: Path | None, value: Any) -> None:
+    """Write results to the file that was asked for, if one was, and name it."""
+    if path:
+        write_json(path, value)
+        results.print(f"JSON: {path}", soft_wrap=True)
 
 
 @contextmanager

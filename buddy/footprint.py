@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import DTYPES, Backbone, check_routable, locate, read_config
-from buddy.console import counted, print_titled_table, results
+from buddy.console import counted, print_titled_table, report_json, results
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BackboneError, DataError, RegistryError, reason
-from buddy.io import check_output_path, write_json
+from buddy.io import check_output_path
 from buddy.registry import build
 from buddy.router import AnyRouter, Geometry, LayerwiseRouter, available_budgets
 from buddy.schema import ObjectiveSection, Recipe
@@ -98,9 +98,7 @@ def print_memory(
         [(budget, str(executed[budget]), *map(_gib, of.values())) for budget, of in serving["cache"].items()],
         NOTE,
     )
-    if json_file:
-        write_json(json_file, found)
-        results.print(f"JSON: {json_file}", soft_wrap=True)
+    report_json(json_file, found)
 
 
 def _estimate(

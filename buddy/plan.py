@@ -122,36 +122,31 @@ def plan_rows_on_host(scores: Sequence[Sequence[float]], executed: Sequence[int]
     return [always] * first + [list(layer) for layer in zip(*chosen, strict=True)] + [always]
 
 
-def plan_tokens(scores: Tensor, executed: Tensor, layers: int, shared: int = 0) -> Tensor:
-    """(B, T, L) bool from scores (B, T, R) and K (B, T); the first `shared` tokens take the plan of their last one."""
-    runs = Plan.from_scores(scores, executed, layers).runs
-    if shared:
-        last = runs[:, shared - 1 : shared]
-        runs = torch.cat([last.expand(-1, shared, -1), runs[:, shared:]], 1)
-    return runs
-
-
-def deciding_tokens(length: int, first: int, every: int | None, device: torch.device | None = None) -> Tensor:
+def deciding_tokens(
+    length: int, first: int, every: int | None, shared: int = 0, device: torch.device | None = None
+) -> Tensor:
     """(T,) long: for each of `length` tokens the index of the token whose decision it follows.
 
     Args:
         first: index of the prompt's last token among them; negative where it precedes them, and so may the results be.
         every: after the prompt every `every`-th token decides; None: none does.
+        shared: so many tokens at the start follow the last of them.
     """
     since = torch.arange(length, device=device) - first  # tokens since the last one of the prompt
-    return first + torch.where(since > 0, since - (since % every if every else since), since)
+    at = first + torch.where(since > 0, since - (since % every if every else since), since)
+    at[:shared] = at[shared - 1].clone() if shared else 0
+    return at
 
 
-def hold_scores(scores: Tensor, first: int, every: int | None, before: Tensor | None = None) -> Tensor:
+def hold_scores(scores: Tensor, first: int, every: int | None, shared: int = 0, before: Tensor | None = None) -> Tensor:
     """Scores (B, T, R) with those of each token replaced by those of the token whose decision it follows.
 
     Args:
-        first: index of the prompt's last token among the T; negative where it precedes them.
-        every: after the prompt every `every`-th token decides; None: none does.
+        first, every, shared: see `deciding_tokens`.
         before: (B, 1, R), the scores that hold from before these tokens.
     """
-    if every == 1:
+    if every == 1 and not shared:
         return scores
-    at = deciding_tokens(scores.shape[1], first, every, scores.device)
+    at = deciding_tokens(scores.shape[1], first, every, shared, scores.device)
     held = scores[:, at.clamp(min=0)]
     return held if before is None else torch.where((at < 0)[None, :, None], before, held)

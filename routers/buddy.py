@@ -13,58 +13,33 @@ PRIORS = ("greedy", "block-influence", "taylor", "loss", "none")
 PARTS = ("pooled", "newest", "hidden")
 
 
-class BuddyRouter(Router):
-    """Learned: a small network scores the layers for each token from the states after the context layer.
-
-    Linear(F, hidden) – SiLU – Linear(hidden, R), fused with a static prior: s' = s + ω · p̂ (section 3). The last
-    linear layer starts at zero, so training starts from the prior's order.
-
-    Deviations from the paper: the newest token's own states are inputs beside the pooled ones, each part is
-    normalised, and the network's scores can be bounded, A · tanh(s / A), so that training cannot diverge; the default
-    prior is the order of a greedy search.
+class PriorRouter(Router):
+    """Learned scores over a static prior: s' = s + ω · p̂ (section 3); a subclass has `learned`, which gives s.
 
     Args:
         geometry: sizes of the backbone.
-        hidden: r, width of the network; the paper's overhead example has 32.
-        prior: "greedy" (for each K the layers in the order in which a search removes them, each time the one without
-            which KL to the dense model is least, with bridges where the recipe has them; the others follow by how
-            much they would raise it), or one of the paper's, the same for every K:
-            "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the perplexity), or "none".
-        prior_windows: how many calibration windows the greedy search measures on, from the first one.
-        prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
-        bound: A, or null for none, as in the paper.
-        context: which parts the network sees, of "pooled", "newest" and "hidden". The paper has "pooled".
-        budget_aware: make K / L an input; in the paper the budget acts through top-k alone.
+        prior, prior_windows, prior_weight, bound: as for `BuddyRouter`.
 
     Raises:
-        ValueError: an unknown prior or part, or a size or weight out of range.
+        ValueError: an unknown prior, or a number out of range.
     """
 
     kind = "learned"
-    source = "arXiv 2606.09514"
 
     def __init__(
-        self,
-        geometry: Geometry,
-        *,
-        hidden: int = 128,
-        prior: str = "greedy",
-        prior_windows: int = 8,
-        prior_weight: float = 0.3,
-        bound: float | None = 2.0,
-        context: Sequence[str] = PARTS,
-        budget_aware: bool = False,
+        self, geometry: Geometry, prior: str, prior_windows: int, prior_weight: float, bound: float | None
     ) -> None:
         super().__init__(geometry)
-        _check(hidden, prior, prior_windows, prior_weight, bound, context)
-        sizes = {"pooled": geometry.features, "newest": geometry.features, "hidden": geometry.hidden}
+        if prior not in PRIORS:
+            raise ValueError(f"prior is {prior!r}; choose one of {', '.join(PRIORS)}")
+        if prior_windows < 1:
+            raise ValueError(f"prior_windows is {prior_windows}; give 1 or more")
+        if prior_weight < 0:
+            raise ValueError(f"prior_weight is {prior_weight}; give 0 or more")
+        if bound is not None and bound <= 0:
+            raise ValueError(f"bound is {bound}; give a number above 0, or null for none")
         self.prior_name, self.prior_windows = prior, prior_windows
         self.prior_weight, self.bound = float(prior_weight), bound
-        self.parts, self.budget_aware = tuple(context), budget_aware
-        self.input = nn.Linear(sum(sizes[part] for part in self.parts) + int(budget_aware), hidden)
-        self.output = nn.Linear(hidden, geometry.routable)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
         self.register_buffer("prior", torch.zeros(geometry.routable + 1, geometry.routable))  # for each K
         self.register_load_state_dict_pre_hook(_read_one_prior)
 
@@ -99,6 +74,65 @@ class BuddyRouter(Router):
         return scores + self.prior_weight * self.prior[context.executed - self.geometry.always_on]
 
     def learned(self, context: Context) -> Tensor:
+        """(..., R) float32: s."""
+        raise NotImplementedError
+
+
+class BuddyRouter(PriorRouter):
+    """Learned: a small network scores the layers for each token from the states after the context layer.
+
+    Linear(F, hidden) – SiLU – Linear(hidden, R), fused with a static prior: s' = s + ω · p̂ (section 3). The last
+    linear layer starts at zero, so training starts from the prior's order.
+
+    Deviations from the paper: the newest token's own states are inputs beside the pooled ones, each part is
+    normalised, and the network's scores can be bounded, A · tanh(s / A), so that training cannot diverge; the default
+    prior is the order of a greedy search.
+
+    Args:
+        geometry: sizes of the backbone.
+        hidden: r, width of the network; the paper's overhead example has 32.
+        prior: "greedy" (for each K the layers in the order in which a search removes them, each time the one without
+            which KL to the dense model is least, with bridges where the recipe has them; the others follow by how
+            much they would raise it), or one of the paper's, the same for every K:
+            "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the perplexity), or "none".
+        prior_windows: how many calibration windows the greedy search measures on, from the first one.
+        prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
+        bound: A, or null for none, as in the paper.
+        context: which parts the network sees, of "pooled", "newest" and "hidden". The paper has "pooled".
+        budget_aware: make K / L an input; in the paper the budget acts through top-k alone.
+
+    Raises:
+        ValueError: an unknown prior or part, or a size or weight out of range.
+    """
+
+    source = "arXiv 2606.09514"
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        hidden: int = 128,
+        prior: str = "greedy",
+        prior_windows: int = 8,
+        prior_weight: float = 0.3,
+        bound: float | None = 2.0,
+        context: Sequence[str] = PARTS,
+        budget_aware: bool = False,
+    ) -> None:
+        super().__init__(geometry, prior, prior_windows, prior_weight, bound)
+        unknown = [part for part in context if part not in PARTS]
+        if unknown or not context:
+            raise ValueError(f"context is {list(context)}; choose from {', '.join(PARTS)}")
+        if hidden < 1:
+            raise ValueError(f"hidden is {hidden}; give a width of at least 1")
+        sizes = {"pooled": geometry.features, "newest": geometry.features, "hidden": geometry.hidden}
+        self.parts, self.budget_aware = tuple(context), budget_aware
+        self.input = nn.Linear(sum(sizes[part] for part in self.parts) + int(budget_aware), hidden)
+        self.output = nn.Linear(hidden, geometry.routable)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def learned(self, context: Context) -> Tensor:
         """(..., R) float32: the network's scores."""
         seen = [_unit(getattr(context, part)) for part in self.parts]
         if self.budget_aware:
@@ -129,21 +163,3 @@ def _read_one_prior(router: nn.Module, state: dict[str, Tensor], prefix: str, *_
 
 def _unit(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
-
-
-def _check(
-    hidden: int, prior: str, windows: int, prior_weight: float, bound: float | None, context: Sequence[str]
-) -> None:
-    if hidden < 1:
-        raise ValueError(f"hidden is {hidden}; give a width of at least 1")
-    if prior not in PRIORS:
-        raise ValueError(f"prior is {prior!r}; choose one of {', '.join(PRIORS)}")
-    if windows < 1:
-        raise ValueError(f"prior_windows is {windows}; give 1 or more")
-    if prior_weight < 0:
-        raise ValueError(f"prior_weight is {prior_weight}; give 0 or more")
-    if bound is not None and bound <= 0:
-        raise ValueError(f"bound is {bound}; give a number above 0, or null for none")
-    unknown = [part for part in context if part not in PARTS]
-    if unknown or not context:
-        raise ValueError(f"context is {list(context)}; choose from {', '.join(PARTS)}")

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from buddy import Context, Geometry
-from routers.buddy import BuddyRouter
+from routers.buddy import PriorRouter
 
 
-class TokenTable(BuddyRouter):
+class TokenTable(PriorRouter):
     """Learned: scores for each vocabulary id, beside scores that all ids share.
 
     s' = A · tanh((b + table[id]) / A) + ω · p̂, trained as `buddy` is and from the same prior. The table starts at
@@ -34,10 +34,7 @@ class TokenTable(BuddyRouter):
     ) -> None:
         if rows < 1:
             raise ValueError(f"rows is {rows}; give at least 1")
-        super().__init__(
-            geometry, hidden=1, prior=prior, prior_windows=prior_windows, prior_weight=prior_weight, bound=bound
-        )
-        del self.input, self.output
+        super().__init__(geometry, prior, prior_windows, prior_weight, bound)
         self.shared = nn.Parameter(torch.zeros(geometry.routable))
         self.table = nn.Embedding(rows, geometry.routable)
         nn.init.zeros_(self.table.weight)

@@ -16,7 +16,7 @@ from buddy.engine.kv_policies import Policy
 from buddy.engine.record import ForwardRecord
 from buddy.engine.sinks import SinkStates
 from buddy.errors import BuddyError, BudgetError
-from buddy.plan import hold_scores, plan_rows_on_host, plan_tokens
+from buddy.plan import Plan, hold_scores, plan_rows_on_host
 from buddy.router import AnyRouter, Context
 
 # Which tokens run a layer: all (True), none (False), or how many of each row.
@@ -257,22 +257,22 @@ class RoutedForward:
     def _decide(self, prompt: int, only_last: bool) -> None:
         """Ask the router, and run the plan of its scores."""
         scores, every = self._mean_over_batch(self.score(self.context)), self.settings.reroute_every
-        if every != 1:
-            first = self._first_decision()
-            if not only_last:
-                scores = hold_scores(scores, first, every, None if self.cache is None else self.cache.scores)
-            if self.cache is not None:
-                self.cache.scores = scores[:, -1:]
-        self._run_scores(scores, 0 if only_last else prompt)
+        first = 0 if every == 1 else self._first_decision()
+        if not only_last:
+            before = None if self.cache is None else self.cache.scores
+            scores = hold_scores(scores, first, every, prompt, before)
+        if every != 1 and self.cache is not None:
+            self.cache.scores = scores[:, -1:]
+        self._run_scores(scores)
 
-    def _run_scores(self, scores: Tensor, prompt: int) -> None:
-        """Run the plan of the scores that hold; the first `prompt` tokens share one."""
+    def _run_scores(self, scores: Tensor) -> None:
+        """Run the plan of the scores that hold."""
         self.scores, layers = scores, self.settings.layers
         if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
             self._runs_on_host = rows = plan_rows_on_host(read(scores[:, 0]), self.request.executed, layers)
             self._set_active_rows([row[0] for row in rows] if len(scores) == 1 else [active(row, 1) for row in rows])
         else:
-            self._run_plan(plan_tokens(scores, self.context.executed, layers, prompt).expand(*self.shape, -1))
+            self._run_plan(Plan.from_scores(scores, self.context.executed, layers).runs.expand(*self.shape, -1))
 
     def _mid_text(self) -> bool:
         """Whether none of these positions of padded rows is padding or a sink."""

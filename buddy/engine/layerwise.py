@@ -77,7 +77,7 @@ class LayerwiseForward(RoutedForward):
         self._follows = self._deciding_tokens(self.shape[1] if only_last else prompt)
         held = None if self.cache is None or self.settings.reroute_every == 1 else self.cache.scores
         if held is not None and self._follows is not None and read(self._follows.max()) < 0:
-            return self._run_scores(held.expand(-1, self.shape[1], -1), prompt)
+            return self._run_scores(held.expand(-1, self.shape[1], -1))
         self._begin_gates(held)
 
     def _begin_gates(self, held: Tensor | None) -> None:
@@ -102,9 +102,7 @@ class LayerwiseForward(RoutedForward):
         every, length = self.settings.reroute_every, self.shape[1]
         if every == 1 and not prompt:
             return None
-        at = torch.arange(length) if every == 1 else deciding_tokens(length, self._first_decision(), every)
-        at[:prompt] = at[prompt - 1].clone() if prompt else 0
-        return at
+        return deciding_tokens(length, 0 if every == 1 else self._first_decision(), every, prompt)
 
     @torch.no_grad()
     def _is_open(self, index: int, hidden: Tensor) -> Tensor:

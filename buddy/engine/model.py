@@ -18,7 +18,7 @@ from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
 from buddy.engine.record import Output, Record
 from buddy.errors import BuddyError, BudgetError
-from buddy.plan import hold_scores, plan_tokens
+from buddy.plan import Plan, hold_scores
 from buddy.registry import build
 from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
@@ -338,14 +338,13 @@ class RoutedLM(nn.Module):
 
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
         """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`."""
-        return plan_tokens(self.held(scores, prompt), executed[:, None].expand(scores.shape[:2]), self.geometry.layers)
+        held = self.held(scores, prompt)
+        return Plan.from_scores(held, executed[:, None].expand(scores.shape[:2]), self.geometry.layers).runs
 
     def held(self, scores: Tensor, prompt: int = 0) -> Tensor:
         """Scores (B, T, R) that decide for each token under `reroute_every` and `prompt_plan`, from its own scores."""
-        scores = hold_scores(scores, prompt - 1, self.settings.reroute_every)
-        if self.prompt_plan != "shared" or not prompt:
-            return scores
-        return torch.cat([scores[:, prompt - 1 : prompt].expand(-1, prompt, -1), scores[:, prompt:]], 1)
+        shared = prompt if self.prompt_plan == "shared" else 0
+        return hold_scores(scores, prompt - 1, self.settings.reroute_every, shared)
 
     @torch.no_grad()
     def dense(

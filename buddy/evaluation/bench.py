@@ -14,14 +14,14 @@ from torch import Tensor
 
 from buddy.backbone.load import Backbone, title_of
 from buddy.build import build_model, build_windows, counts_of, load_model, restore_router
-from buddy.console import errors, print_titled_table, results, status, tracker
+from buddy.console import errors, print_titled_table, report_json, results, status, tracker
 from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Settings
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
-from buddy.io import check_output_path, checksum, read_json, within_memory, write_json, write_with_checksum
+from buddy.io import check_output_path, checksum, read_json, within_memory, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
 from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, contenders, machine, mixed_prefill, race, versions
 from buddy.router import AnyRouter, available_budgets
@@ -69,9 +69,7 @@ def bench_run(
     latency = routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]
     report |= {"late_context": late.shape[1] - STEPS, "latency_ms": latency}
     _show(report, run)
-    if json_file:
-        write_json(json_file, report)
-        results.print(f"JSON: {json_file}", soft_wrap=True)
+    report_json(json_file, report)
     try:
         draw(report, folder / FIGURE)
     except RunError as error:  # timing works in a read-only run folder

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from buddy.backbone.load import MIN_LAYERS, title_of
-from buddy.console import print_titled_table, results, tracker
+from buddy.console import print_titled_table, report_json, results, tracker
 from buddy.engine.decode import Decoder, Row
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.engine.twins import pruned_model
 from buddy.evaluation.bench import load_for_timing, sample_text
-from buddy.io import within_memory, write_json
+from buddy.io import within_memory
 from buddy.metrics.timing import PROMPT, STEPS, commonest_layers, machine, versions
 from buddy.registry import build
 
@@ -109,10 +109,8 @@ def bench_serving(
     print_titled_table(f"{about}: tokens a second (ms between tokens)", head, rows)
     threads, spans = torch.get_num_threads(), f"{SHORTEST} to {PROMPT}"
     results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.")
-    if json_file:
-        made = {"rounds": rounds, "threads": threads, "machine": machine(), "versions": versions()}
-        write_json(json_file, {**made, "results": entries})
-        results.print(f"JSON: {json_file}", soft_wrap=True)
+    made = {"rounds": rounds, "threads": threads, "machine": machine(), "versions": versions()}
+    report_json(json_file, {**made, "results": entries})
 
 
 def _race(ways: Sequence[Served], texts: Sequence[list[int]], rounds: int) -> list[dict[int, list[float]]]:

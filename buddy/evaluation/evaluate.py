@@ -14,12 +14,12 @@ from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
-from buddy.console import print_titled_table, quiet, results, status
+from buddy.console import print_titled_table, quiet, report_json, results, status
 from buddy.data.module import WindowBatches
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError, RegistryError
-from buddy.io import check_output_path, within_memory, write_json
+from buddy.io import check_output_path, within_memory
 from buddy.metrics.perplexity import Reference, Scores, as_json
 from buddy.metrics.statistics import mixed
 from buddy.router import LayerwiseRouter, available_budgets
@@ -92,9 +92,7 @@ def evaluate_run(
         return
     router = f"{run.router_name}, its gates alone," if own_count else run.router_name
     show_scores(scores, f"{router} on {data or section.source}, backbone {title_of(routed.backbone.name)}")
-    if json_file:
-        write_json(json_file, as_json(scores))
-        results.print(f"JSON: {json_file}", soft_wrap=True)
+    report_json(json_file, as_json(scores))
 
 
 def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from buddy.backbone.load import title_of
 from buddy.budget import auto_cap, fraction_of
 from buddy.build import load_model
-from buddy.console import Bar, print_titled_table, results, status
+from buddy.console import Bar, print_titled_table, report_json, status
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError, reason
 from buddy.evaluation.tables import NONE
 from buddy.evaluation.task_data import FEWSHOT_SEED, hushed, load_tasks, require_lm_eval
-from buddy.io import check_output_path, within_memory, write_json
+from buddy.io import check_output_path, within_memory
 from buddy.metrics.statistics import flips
 from buddy.router import available_budgets
 from buddy.run import read_run
@@ -62,9 +62,7 @@ def evaluate_tasks(
         f"{run.router_name} on tasks, backbone {title_of(run.backbone)}",
         run.recipe.routing.sink_tokens,
     )
-    if json_file:
-        write_json(json_file, found)
-        results.print(f"JSON: {json_file}", soft_wrap=True)
+    report_json(json_file, found)
 
 
 def task_scores(
