@@ -270,14 +270,15 @@ def _markdown(*found: Table) -> Iterator[str]:
 def _protocol(r: Results) -> Iterator[str]:
     recipe = r.record["recipe"]
     layers = ", ".join(f"{budget:g} ({count})" for budget, count in r.budgets.items())
+    sinks = console.counted(recipe["routing.sink_tokens"], "token")
     yield (
         f"{len(r.routers)} routers under one recipe: {r.backbone} ({r.layers} layers, "
         f"{recipe['backbone.dtype']}), {_learned(r)}, "
         f"at the budgets (executed layers) {layers}. "
         f"All see the same {recipe['data.calibration_windows']} calibration windows and "
         f"the same {recipe.get('data.evaluate_on', 'test')} windows of {recipe['data.window']} tokens, of which the "
-        f"first {recipe['data.prompt']} are not scored. The first {recipe['routing.sink_tokens']} of each window run "
-        "at full depth at every budget."
+        f"first {recipe['data.prompt']} are not scored. Sinks, {sinks} at the start of each window, run at full depth "
+        "at every budget."
     )
     if recipe.get("fixed", "null") != "null":
         yield f"The settings were fixed (`fixed={recipe['fixed']}`) before any test window was read."
