@@ -14,7 +14,7 @@ from buddy.backbone.adapter import Adapter, check_targets
 from buddy.backbone.load import Backbone, load_backbone, state_digest
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
-from buddy.data.text import same_source
+from buddy.data.text import overlap
 from buddy.data.windows import Windows, windows_of
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
@@ -149,9 +149,9 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
     """
     data = recipe.data
     for key in ("train_sources", "calibration_sources"):
-        if any(same_source(each, data.source) for each in getattr(data, key)):
+        if any(overlap(each, data.source) for each in getattr(data, key)):
             raise RecipeError(
-                f"data.{key} holds {data.source}, which is data.source: its test windows would be trained on. Leave it "
+                f"data.{key} holds text of data.source, {data.source}: its test windows would be trained on. Leave it "
                 "out; its own training share is used anyway."
             )
     if data.window > backbone.context_length:

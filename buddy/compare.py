@@ -150,7 +150,7 @@ def compare(config: CompareConfig) -> int:
         BuddyError: a mistake that was found before any work.
         KeyboardInterrupt: stopped; the same call resumes.
     """
-    check(config)
+    config = check(config)
     base = common_recipe(config.recipe)
     if config.recipe.predictor.name is not None:
         errors.print("A comparison fits no budget predictor: all routers have the recipe's budgets.", soft_wrap=True)
@@ -174,6 +174,7 @@ def compare(config: CompareConfig) -> int:
         for spec in specs:
             if spec.folder not in failed:
                 done.setdefault(spec.label, []).append(spec.folder)
+        _refuse_others([spec for spec in specs if spec.folder not in failed], session)  # `buddy fit` may replace a run
         speed, problem = _times(done, session, config.folder) if done and config.speed else (None, None)
         if done:
             record = collect(
@@ -195,8 +196,15 @@ def compare(config: CompareConfig) -> int:
     return len(failures) + bool(problem)
 
 
-def check(config: CompareConfig) -> None:
-    """Raises a BuddyError for mistakes that show without the model."""
+def check(config: CompareConfig) -> CompareConfig:
+    """Find mistakes that show without the model.
+
+    Returns:
+        The comparison, with the tasks of a group or tag one by one.
+
+    Raises:
+        BuddyError: there is a mistake.
+    """
     seeds, trainer = config.seeds or SEEDS, config.recipe.trainer
     if config.recipe.seed + seeds > 2**32:
         raise RecipeError(f"seed is {config.recipe.seed}, too large for {seeds} seeds from it on; set it smaller.")
@@ -218,7 +226,9 @@ def check(config: CompareConfig) -> None:
 
         require_lm_eval()
         with hushed(), status("Reading tasks …"):
-            load_tasks(config.tasks.names, config.tasks.data, config.tasks.path)
+            names = tuple(load_tasks(config.tasks.names, config.tasks.data, config.tasks.path))
+        return replace(config, tasks=replace(config.tasks, names=names))
+    return config
 
 
 def _check_trained(config: CompareConfig) -> None:

@@ -53,7 +53,16 @@ class DamagedError(RunError):
 
 
 class TrainingError(BuddyError):
-    """A training step whose numbers stopped being finite."""
+    """Training that cannot go on.
+
+    Args:
+        message: why, and what to do.
+        resume: what else helps where one run is fitted; a comparison takes no checkpoint of other settings.
+    """
+
+    def __init__(self, message: str, resume: str = "") -> None:
+        super().__init__(message + resume)
+        self.message, self.resume = message, resume
 
 
 def reason(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -50,7 +52,7 @@ from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
 from buddy.run import RunSpec, read_run
-from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, Stopwatch, read_metrics, save_router
+from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, ROUTER, Stopwatch, read_metrics, save_router
 from buddy.schema import Recipe
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
@@ -62,7 +64,7 @@ from buddy.training.callbacks import (
 )
 from buddy.training.module import NotFinite
 
-HEALING = "healing.ckpt"  # in the folder of checkpoints
+HEALING, FITTED = "healing.ckpt", "fitted"  # in the folder of checkpoints; router and bridges before healing
 MEMORY = "set data.batch_size or data.window smaller, or objective.plans=2"
 
 
@@ -151,7 +153,9 @@ class Session:
         """
         recipe, run_folder = spec.recipe, spec.run_folder
         with on_disk(spec.folder), run_folder.lock(), self.model(recipe) as model:
-            folder = run_folder.begin(recipe, spec.recipe_name, self.digests(recipe), model.geometry)
+            folder = run_folder.begin(
+                recipe, spec.recipe_name, self.digests(recipe), model.geometry, ignore=spec.free_keys
+            )
             self._stopwatch = Stopwatch(folder)
             try:
                 distributed.barrier()  # the other processes read the folder from here on
@@ -212,11 +216,17 @@ class Session:
         self.data.train_seed = recipe.seed
         callbacks = [LambdaCallback(on_train_batch_end=self._tick)]
         checkpoint = folder / CHECKPOINTS / LAST
-        if reuse_from is not None:
+        fitted = folder / CHECKPOINTS / FITTED
+        if is_below(recipe.ckpt_path, folder) and distributed.is_global_zero():
+            shutil.rmtree(fitted, ignore_errors=True)  # training goes on from what was asked for
+        if distributed.broadcast((fitted / ROUTER).exists()):  # stopped after the router was fitted
+            restore_router(model, recipe, fitted)
+        elif reuse_from is not None:
             restore_router(model, recipe, reuse_from)
             if model.bridges is not None and read_run(reuse_from).recipe.bridge.steps:
                 self._fit_bridges(recipe, model)  # from the closed form, not from bridges that were trained there
             checkpoint.unlink(missing_ok=True)  # of a router that was begun here before
+            self._keep(model, fitted)
         else:
             self._calibrate(recipe, model)
             self._fit_bridges(recipe, model)
@@ -226,9 +236,19 @@ class Session:
                 self._fit_bridges(recipe, model)
             if not both:
                 model.router.eval().requires_grad_(False)
-        fitted = model.bridges is not None and bool(model.bridges.fitted.any())
-        if healing_steps(recipe, model.router) and (recipe.adapter or fitted):
+                self._keep(model, fitted)
+        bridged = model.bridges is not None and bool(model.bridges.fitted.any())
+        if healing_steps(recipe, model.router) and (recipe.adapter or bridged):
             _heal(recipe, model, self.data, folder / CHECKPOINTS / HEALING, callbacks)
+
+    @staticmethod
+    def _keep(model: RoutedLM, folder: Path) -> None:
+        """Write the fitted router and bridges, so that what comes after them can resume; the router last."""
+        if distributed.is_global_zero():
+            folder.mkdir(parents=True, exist_ok=True)
+            if model.bridges is not None:
+                model.bridges.save(folder / BRIDGE)
+            save_router(folder, model.router.state_dict())
 
     def _calibrate(self, recipe: Recipe, model: RoutedLM) -> None:
         """Let the router measure what it needs, or read it from disk: in all processes if the backbone is sharded."""
@@ -242,10 +262,10 @@ class Session:
     def _fit_bridges(self, recipe: Recipe, model: RoutedLM) -> None:
         """Fit the bridges on the plans that the router makes now, at all budgets below full depth."""
         executed = [count for count in counts_of(recipe, model).values() if count < model.geometry.layers]
-        if not uses_bridges(recipe, model.router) or not executed:
+        if not uses_bridges(recipe, model.router):
             return
         section, fitted = recipe.bridge, Bridges(model.geometry, recipe.bridge.rank)
-        if distributed.is_global_zero() or is_sharded(recipe.trainer):
+        if executed and (distributed.is_global_zero() or is_sharded(recipe.trainer)):
             fitted = fit_bridges(
                 model,
                 self.data.calibration.input_ids[: section.windows],
@@ -257,7 +277,7 @@ class Session:
                 track=self._track,
             )
         distributed.broadcast_state(fitted)
-        if distributed.is_global_zero() and not fitted.fitted.any():
+        if executed and distributed.is_global_zero() and not fitted.fitted.any():
             errors.print(f"No bridges: the windows that fit them have fewer than {model.geometry.hidden} tokens.")
         model.bridge(fitted)
 
@@ -299,6 +319,7 @@ class Session:
 def _remove_intermediate(folder: Path) -> None:
     """Remove what only an incomplete run needs; the checkpoint of healing is several times the adapter's size."""
     (folder / CHECKPOINTS / HEALING).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS / FITTED, ignore_errors=True)
     with suppress(OSError):  # the router's own checkpoint stays
         (folder / CHECKPOINTS).rmdir()
     remove_targets(folder)
@@ -306,16 +327,17 @@ def _remove_intermediate(folder: Path) -> None:
 
 def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
     """Train the calibrated router in place, from the run's own checkpoint or else from `ckpt_path`."""
-    beside = is_below(recipe.ckpt_path, checkpoint.parent)  # the run's own, and asked for
-    start = checkpoint if checkpoint.exists() and not beside else recipe.ckpt_path
+    start: str | Path | None = recipe.ckpt_path
+    if checkpoint.exists():
+        # One of the run's own that was asked for comes first, until training has gone on from it.
+        asked = is_below(start, checkpoint.parent) and os.path.getmtime(start) > os.path.getmtime(checkpoint)
+        start = start if asked else checkpoint
 
     def describe(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
         before = checkpoint.with_name("before-failure.ckpt")
         trainer.save_checkpoint(before)
-        return TrainingError(
-            f"{error}; lower optimizer.lr or objective.sigma, and start anew or from the step before with "
-            f"ckpt_path={before}."
-        )
+        resume = f", and start anew or from the step before with ckpt_path={before}."
+        return TrainingError(f"{error}; lower optimizer.lr or objective.sigma", resume)
 
     module = build_module(recipe, model)
     module.mark_calibrated()
@@ -334,7 +356,7 @@ def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, cal
         trained = checkpoint.with_name(LAST)
         advice = f", and give ckpt_path={trained} to keep the router" if trained.exists() else ""
         rate = "bridge.lr" if recipe.adapter is None else "adapter.lr"
-        return TrainingError(f"{error}; lower {rate}{advice}.")
+        return TrainingError(f"{error}; lower {rate}", f"{advice}.")
 
     steps = replace(recipe, trainer={**recipe.trainer, "max_steps": healing_steps(recipe, model.router)})
     start = checkpoint if checkpoint.exists() else None

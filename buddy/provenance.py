@@ -103,7 +103,7 @@ def differences(
     Keys that start with one of `FREE_KEYS` or `ignore` may differ, and so may the digest of the router's code. Unknown
     (empty) stored digests differ from nothing.
     """
-    there, here = flatten(stored), flatten(recipe)
+    there, here = (flatten(each) | {"callbacks": _callbacks(each)} for each in (stored, recipe))
     free = (*FREE_KEYS, *ignore, *([CKPT_KEY] if here.get(CKPT_KEY) in (None, "null") else []))
     keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith(free)]
     names = [name for name in dict.fromkeys([*stored_digests, *digests]) if stored_digests and name != CODE]
@@ -113,6 +113,10 @@ def differences(
         for key in keys
         if there.get(key) != here.get(key)
     ] + [f"another {name}" for name in names if stored_digests.get(name) != digests.get(name)]
+
+
+def _callbacks(recipe: Recipe) -> str:
+    return ", ".join(f"{each.class_path}({shown(each.init_args)})" for each in recipe.callbacks) or "none"
 
 
 class _WithoutDocstrings(ast.NodeTransformer):

@@ -122,7 +122,14 @@ class RunFolder:
             return [f"{error.path.name} is damaged ({error.reason})"]
         return differences(stored, recipe, _stored_digests(self.path), digests, ignore)
 
-    def begin(self, recipe: Recipe, recipe_name: str, digests: Mapping[str, str], geometry: "Geometry") -> Path:
+    def begin(
+        self,
+        recipe: Recipe,
+        recipe_name: str,
+        digests: Mapping[str, str],
+        geometry: "Geometry",
+        ignore: Sequence[str] = (),
+    ) -> Path:
         """Start or resume the run; requires the lock.
 
         An incomplete run of the same recipe and inputs is kept, so that it resumes from its checkpoint; so is one that
@@ -133,6 +140,7 @@ class RunFolder:
             recipe_name: stored in run.json.
             digests: of its inputs, from `input_digests`.
             geometry: of router and model.
+            ignore: as for `differences`.
 
         Returns:
             The folder to write in, `work`.
@@ -143,7 +151,7 @@ class RunFolder:
         """
         self._check_free()
         work = self.work
-        if is_below(recipe.ckpt_path, work) or not RunFolder(work).differences(recipe, digests):
+        if is_below(recipe.ckpt_path, work) or not RunFolder(work).differences(recipe, digests, ignore):
             warn_of_changed_code(work, digests)
         else:
             self._discard(work)

@@ -15,15 +15,15 @@ import torch
 from buddy.backbone.adapter import WEIGHTS
 from buddy.build import build_windows, counts_of, restore
 from buddy.data.module import TextData
-from buddy.data.text import named_sources, same_source
+from buddy.data.text import named_sources, overlap, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DamagedError, DataError, TrainingError, reason
 from buddy.evaluation.record import evaluation_file, task_file
 from buddy.fit import Session
-from buddy.io import checksum, read_json, within_memory, write_text, write_with_checksum
+from buddy.io import checksum, read_json, within_memory, write_with_checksum
 from buddy.metrics.perplexity import Reference, Scores, with_documents
-from buddy.run import RunSpec
+from buddy.run import RunSpec, folder_name
 from buddy.run_files import ADAPTER, BRIDGE, ROUTER
 from buddy.schema import Recipe
 
@@ -54,7 +54,7 @@ def texts_of(text: str | None, recipe: Recipe) -> list[Text]:
         DataError: nothing is named, two have one label, a label cannot be a file name, or a text is trained on.
     """
     source = recipe.data.source
-    (own,) = named_sources(None, source)
+    own = folder_name(*named_sources(None, source))
     others = {} if text is None else named_sources(text, source)
     for label in [label for label, other in others.items() if same_source(other, source)]:
         own = label
@@ -67,11 +67,16 @@ def texts_of(text: str | None, recipe: Recipe) -> list[Text]:
     found = [Text(own, source, own=True), *(Text(label, other) for label, other in others.items())]
     for each in found:
         for key in ("train_sources", "calibration_sources"):
-            if any(same_source(each.source, seen) for seen in getattr(recipe.data, key)):
+            if any(overlap(each.source, seen) for seen in getattr(recipe.data, key)):
                 raise DataError(
                     f"The text {each.label} is in data.{key}, so results on it would be worthless; leave it out of "
                     "--domains or of the recipe."
                 )
+        if not each.own and overlap(each.source, source):
+            raise DataError(
+                f"The text {each.label} shares documents with the recipe's own, {source}, which is trained on; leave "
+                "it out of --domains."
+            )
         if not re.fullmatch(r"[\w.-]+", each.label):
             raise DataError(
                 f"The label {each.label!r} cannot be a file name; give one of letters, digits, dots and hyphens, as in "
@@ -95,6 +100,12 @@ def read_windows(text: Text, recipe: Recipe, data: TextData) -> Windows:
         more = build_windows(recipe, data.tokenizer, text.source, count=both)
         unread = ~torch.isin(more.documents, windows.documents)
         windows = Windows(more.input_ids[unread], more.documents[unread])[: section.validation_windows]
+        if len(windows) < section.validation_windows:
+            raise DataError(
+                f"The text in {text.source} gives {len(windows)} validation windows, from documents without a test "
+                f"window, and data.validation_windows asks for {section.validation_windows}; give more text, or set "
+                f"data.test_windows below {section.test_windows}."
+            )
     count = getattr(section, f"{section.evaluate_on}_windows")
     if len(windows) < count:
         raise DataError(
@@ -131,12 +142,13 @@ class Worker:
         except DamagedError as error:
             return f"{error.path} is damaged ({error.reason}); delete {spec.folder} and repeat the command."
         except TrainingError as error:
-            return f"{error} Give another --out with it: a comparison resumes no checkpoint of other keys."
+            return f"{error.message}, with another --out." if error.resume else str(error)
         except BuddyError as error:
             return str(error)
         except Exception as error:
             spec.log.parent.mkdir(parents=True, exist_ok=True)
-            write_text(spec.log, traceback.format_exc())
+            with spec.log.open("a", encoding="utf-8") as log:  # a worker writes to it, too
+                log.write(traceback.format_exc())
             return f"{type(error).__name__}: {reason(error)}; the traceback is in {spec.log}."
 
     def _run(self, spec: RunSpec) -> None:

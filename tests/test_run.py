@@ -19,7 +19,7 @@ from buddy.provenance import code_digest
 from buddy.router import Geometry
 from buddy.run import RunFolder, read_run
 from buddy.run_files import Stopwatch, checksums_of, load_router, read_metrics, save_router, update_checksums
-from buddy.schema import OptimizerSection, Recipe, RouterSection
+from buddy.schema import ClassSpec, OptimizerSection, Recipe, RouterSection
 from tests.recovery.damage import DAMAGES
 
 GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
@@ -157,6 +157,20 @@ def test_differences_name_keys_inputs_and_damaged_files(folder, recipe):
     DAMAGES["flipped"](path / "router.safetensors")
     (reason,) = folder.differences(recipe, DIGESTS)
     assert "router.safetensors" in reason
+
+
+def test_arguments_of_callbacks_count(folder, recipe):
+    make(folder, replace(recipe, callbacks=[ClassSpec("a.B", {"patience": 3})]))
+    other = replace(recipe, callbacks=[ClassSpec("a.B", {"patience": 10})])
+    (reason,) = folder.differences(other, DIGESTS)
+    assert reason.startswith("callbacks: ")
+
+
+def test_what_may_differ_keeps_a_checkpoint_too(folder, recipe):
+    checkpoint = leave_checkpoint(folder, recipe)
+    with folder.lock():
+        folder.begin(steps(recipe, 7), "small", DIGESTS, GEOMETRY, ignore=("trainer.",))
+    assert checkpoint.exists()
 
 
 def test_a_run_without_anything_to_resume_from_can_be_abandoned(folder, recipe):

@@ -82,8 +82,9 @@ class TextData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise the texts once, in one process; the cache of `datasets` stores the tokens."""
-        for source in (self.source, *self.train_sources, *self.calibration_sources):
-            self._read(source)
+        if self._documents is None:
+            for source in (self.source, *self.train_sources, *self.calibration_sources):
+                self._read(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tokenised text and split it, once.

@@ -70,6 +70,13 @@ def same_source(one: str, other: str) -> bool:
     return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
 
 
+def overlap(one: str, other: str) -> bool:
+    """Whether two sources share text: the same source, or a path below the other."""
+    paths = [Path(os.path.realpath(os.path.expanduser(each))) for each in (one, other)]
+    below = all(map(os.path.exists, paths)) and (paths[0] in paths[1].parents or paths[1] in paths[0].parents)
+    return below or same_source(one, other)
+
+
 def named_sources(domains: str | None, own: str) -> dict[str, str]:
     """Label → source of each text in "SOURCE,label=SOURCE,…"; the recipe's own source if `domains` is None.
 

@@ -240,6 +240,10 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
         for label, run in runs.items()
         if (run.folder / BRIDGE).exists()
     }
+    made |= {
+        f"{label} settings": str((run.recipe.routing, run.recipe.budgets, run.recipe.backbone.dtype))
+        for label, run in runs.items()
+    }
     made |= {"backbone": backbone.fingerprint, "device": str(backbone.device), "machine": machine(), **versions()}
     made |= {"threads": torch.get_num_threads()}
     try:

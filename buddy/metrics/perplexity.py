@@ -109,7 +109,7 @@ class Reference:
     One object is for one backbone and one way of scoring windows.
 
     Attributes:
-        full_depth: rows at full depth, by the batch's tokens as bytes and the number of sinks.
+        full_depth: rows at full depth, by the batch's tokens as bytes, the windows' numbers and the number of sinks.
 
     Args:
         most: bytes of hidden states to store; further ones are computed again for each router.
@@ -117,7 +117,7 @@ class Reference:
 
     def __init__(self, most: int = MOST) -> None:
         self._states: dict[bytes, Tensor] = {}
-        self.full_depth: dict[tuple[bytes, int], list[Row]] = {}
+        self.full_depth: dict[tuple[bytes, tuple[int, ...], int], list[Row]] = {}
         self._room = most
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ def measure(
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
     targets, layers, rows = ids[:, scored + 1], model.geometry.layers, []
     dense: Dense | None = None
-    context, batch = None, (_key(ids), model.sink_tokens)
+    context, batch = None, (_key(ids), tuple(windows), model.sink_tokens)
     for key in keys:
         shared = key == layers and model.adapter is None
         if shared and batch in reference.full_depth:

@@ -114,7 +114,8 @@ def _measure(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arm
     data.train_seed = recipe.seed
     # Neither router nor adapter nor bridges were trained on the windows of these steps.
     healing = (recipe.adapter, recipe.bridge)
-    first = max(recipe.trainer["max_steps"], *(section.steps if section else 0 for section in healing))
+    batches_a_step = recipe.trainer.get("accumulate_grad_batches", 1)
+    first = batches_a_step * max(recipe.trainer["max_steps"], *(section.steps if section else 0 for section in healing))
     count = -(-recipe.predictor.windows // data.batch_size)
     batches = [partial(data.batch, first + number) for number in range(count)]
     return measure_targets(

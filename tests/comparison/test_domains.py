@@ -1,6 +1,7 @@
 """Which texts take part, and what is too short."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,20 @@ def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
         read_windows(Text("short", str(short)), recipe, data)
 
 
+def test_the_recipes_own_label_can_be_a_file_name():
+    recipe = Recipe(data=DataSection("Salesforce/wikitext:wikitext-2-raw-v1"))
+    assert [text.label for text in texts_of(None, recipe)] == ["wikitext-wikitext-2-raw-v1"]
+
+
+def test_a_file_in_a_folder_that_is_learned_from_is_no_domain(recipe):
+    folder = Path(recipe.data.source).parent
+    with pytest.raises(DataError, match="own"):
+        texts_of(str(folder / "other.jsonl"), replace(recipe, data=replace(recipe.data, source=str(folder))))
+    trained = replace(recipe, data=replace(recipe.data, train_sources=[str(folder)]))
+    with pytest.raises(DataError, match=r"data\.train_sources"):
+        texts_of(str(folder / "other.jsonl"), trained)
+
+
 @pytest.mark.parametrize("key", ["train_sources", "calibration_sources"])
 def test_a_text_that_was_learned_from_is_no_domain(recipe, key):
     trained = replace(recipe, data=replace(recipe.data, **{key: ["web/c4.jsonl"]}))
@@ -95,5 +110,5 @@ def test_validation_windows_come_from_documents_without_test_windows(recipe, dat
     chosen, tested = read_windows(other, choosing, data), read_windows(other, recipe, data)
     assert len(chosen) == 4
     assert not {*chosen.documents.tolist()} & {*tested.documents.tolist()}
-    with pytest.raises(DataError, match=r"data\.validation_windows asks for 400"):
+    with pytest.raises(DataError, match=r"data\.validation_windows asks for 400.*data\.test_windows below 6"):
         read_windows(other, replace(choosing, data=replace(choosing.data, validation_windows=400)), data)

@@ -89,6 +89,22 @@ def test_a_changed_definition_is_scored_anew(ask, scored, tmp_path):
 
 
 @pytest.mark.slow
+def test_tasks_of_a_group_are_scored_one_by_one(ask, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("mine", "yours"):
+        definition = DEFINITION.replace("task: mine", f"task: {name}")
+        (own / f"{name}.yaml").write_text(definition.format(items=tmp_path / "piqa.jsonl", question="question"))
+    (own / "both.yaml").write_text("group: both\ntask: [mine, yours]\n")
+    routers = [Rival("shortgpt"), Rival("uniform")]
+    assert compare(replace(ask(), routers=routers, tasks=Tasks(("both",), None, None, own))) == 0
+    for run in read_json(tmp_path / "out" / "comparison.json")["runs"]:
+        assert [(each["task"], each["budget"]) for each in run["tasks"]] == [
+            (task, budget) for task in ("mine", "yours") for budget in (1.0, 0.75, 0.5)
+        ]
+
+
+@pytest.mark.slow
 def test_healed_runs_are_scored_at_full_depth_too(ask, scored):
     assert compare(ask("adapter.steps=1")) == 0
     assert scored == [("buddy", [1.0, 0.75, 0.5]), ("shortgpt", [1.0, 0.75, 0.5]), ("full", [1.0])]

@@ -115,6 +115,17 @@ def test_sharing_changes_no_number_and_full_depth_runs_once():
     assert (forwards.count(1), forwards.count(2)) == (9, 6), "three batches at three depths, then at two"
 
 
+def test_equal_windows_count_each():
+    backbone = tiny_backbone()
+    torch.manual_seed(1)
+    model = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    twice = Windows(WINDOWS.input_ids[:1].repeat(2, 1), torch.tensor([0, 1]))
+    found = evaluate(model, twice, [1.0, 0.5], prompt=PROMPT, batch_size=1)
+    model.detach()
+    assert [len(each.tokens) for each in found] == [2, 2]
+    assert found[0].tokens.sum() == found[1].tokens.sum()
+
+
 # The bootstrap
 
 

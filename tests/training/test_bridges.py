@@ -16,7 +16,10 @@ from buddy.hub.push_pull import pull, push
 from buddy.io import load_tensors
 from buddy.run import read_run
 from buddy.run_files import BRIDGE, update_checksums
+from buddy.training.healing import HealingModule
+from buddy.training.module import RoutingModule
 from tests.small import only_seeds
+from tests.training.stopping import at_step, interrupt
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -68,10 +71,12 @@ def test_null_leaves_everything_as_it_was(small, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_fit_gives_the_same(small, with_bridges, tmp_path):
-    interrupt = "callbacks=[{class_path: tests.training.test_bridges.Interrupt}]"
-    with pytest.raises(KeyboardInterrupt):
-        fit(small(tmp_path, "bridge.rank=8", "rivals=[]", interrupt), "small")
+def test_an_interrupted_fit_gives_the_same(small, with_bridges, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, RoutingModule, 2, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(small(tmp_path, "bridge.rank=8", "rivals=[]"), "small")
+    assert list(tmp_path.rglob("last.ckpt"))
     fit(small(tmp_path, "bridge.rank=8", "rivals=[]"), "small")
     (again,) = (tmp_path / "small" / "buddy").glob("seed-0")
     for name in ("router.safetensors", BRIDGE):
@@ -96,14 +101,24 @@ def test_steps_train_them_by_gradients(small, tmp_path, adapter):
 
 
 @pytest.mark.slow
-def test_their_training_resumes(small, tmp_path):
-    overrides = ["bridge.rank=8", "bridge.steps=6", "router=shortgpt", "rivals=[]", "checkpoint_every=1"]
+@pytest.mark.parametrize("router", ["shortgpt", "buddy"])
+def test_their_training_resumes(small, tmp_path, monkeypatch, capsys, router):
+    overrides = ["bridge.rank=8", "bridge.steps=6", f"router={router}", "rivals=[]", "checkpoint_every=1"]
     fit(small(tmp_path / "whole", *overrides), "small")
-    interrupt = "callbacks=[{class_path: tests.training.test_bridges.Interrupt}]"
-    with pytest.raises(KeyboardInterrupt):
-        fit(small(tmp_path / "parts", *overrides, interrupt), "small")
+    with monkeypatch.context() as patch:
+        at_step(patch, HealingModule, 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(small(tmp_path / "parts", *overrides), "small")
+    capsys.readouterr()
     fit(small(tmp_path / "parts", *overrides), "small")
-    first, second = (load_tensors(tmp_path / name / "small/shortgpt/seed-0" / BRIDGE) for name in ("whole", "parts"))
+    said, folder = capsys.readouterr().err, tmp_path / "parts" / "small" / router / "seed-0"
+    assert "healing.ckpt" in said
+    assert "Fitting bridges" not in said, "what was fitted before their training is on disk"
+    assert "Training buddy" not in said
+    assert not (folder / "checkpoints" / "fitted").exists()
+    first, second = (
+        load_tensors(tmp_path / name / "small" / router / "seed-0" / BRIDGE) for name in ("whole", "parts")
+    )
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
 
@@ -112,6 +127,11 @@ def test_too_few_tokens_leave_nothing_to_train(small, tmp_path, capsys):
     fit(small(tmp_path, *overrides, "bridge.steps=3"), "small")
     assert "Training the bridges" not in capsys.readouterr().err
     assert not load_tensors(tmp_path / "small/shortgpt/seed-0" / BRIDGE)["fitted"].any()
+
+
+def test_a_run_at_full_depth_alone_reads_back(small, tmp_path):
+    fit(small(tmp_path, "bridge.rank=8", "router=shortgpt", "rivals=[]", "budgets=[1.0]"), "small")
+    assert not load_model(read_run(tmp_path / "small/shortgpt/seed-0")).bridges.fitted.any()
 
 
 def test_training_them_lowers_the_kl(small, tmp_path):
@@ -164,16 +184,3 @@ def test_a_damaged_file_is_refused(with_bridges, tmp_path, damage):
         update_checksums(folder)
         with pytest.raises(DamagedError, match=BRIDGE):
             load_model(read_run(folder))
-
-
-class Interrupt:
-    """A callback that stops the fit after a step, as Ctrl-C does."""
-
-    def __new__(cls):
-        from lightning.pytorch.callbacks import LambdaCallback
-
-        def stop(trainer, *_):
-            if trainer.global_step == 4:
-                os.kill(os.getpid(), 2)
-
-        return LambdaCallback(on_train_batch_end=stop)
