@@ -74,7 +74,7 @@ def latency_of(budget: Budget) -> float | None:
     Raises:
         BudgetError: not above 0.
     """
-    match = re.fullmatch(r"\s*([+-]?(\d+\.?\d*|\.\d+))\s*ms\s*", budget) if isinstance(budget, str) else None
+    match = re.fullmatch(r"\s*([+-]?(\d+(\.\d*)?|\.\d+))\s*ms\s*", budget) if isinstance(budget, str) else None
     if not match:
         return None
     milliseconds = float(match[1])

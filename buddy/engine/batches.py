@@ -136,7 +136,7 @@ def _join_pools(pools: Sequence[ContextPool], mask: Tensor) -> ContextPool:
 
 
 def _join_scores(parts: Sequence[tuple[Tensor | None, int]]) -> Tensor | None:
-    """(B, 1, R); rows without a decision run every layer, so that their scores do not matter."""
+    """(B, 1, R); rows without a decision decide at the next token, so that their scores do not matter."""
     some = next((scores for scores, _ in parts if scores is not None), None)
     if some is None:
         return None

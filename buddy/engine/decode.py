@@ -23,6 +23,7 @@ from buddy.engine.record import ForwardRecord
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 CHUNK = 256  # tokens of prompts that are read between two steps of the rows that decode
+UNDECIDED = 0, True  # the batch of rows that have run every layer so far, so that nothing was decided for them
 
 
 class Sampler:
@@ -175,7 +176,7 @@ class Decoder:
         self._chunk = chunk if settings.prompt_plan != "shared" and self._every == 1 else None
         self._room, self._steps = chunk, 0
         self._reading: list[_Reading] = []
-        # Rows that decide at the same steps, by their phase, and whether they have no decision to follow yet.
+        # Rows that decide at the same steps, by their phase; beside them those of `UNDECIDED`.
         self._batches: dict[tuple[int, bool], Batch] = {}
 
     def __len__(self) -> int:
@@ -201,9 +202,8 @@ class Decoder:
         """One token for each row that decodes, and one chunk of prompts read; rows that end are removed."""
         self._steps += 1
         written = [each for key in list(self._batches) for each in self._decode(key)]
-        for phase, undecided in list(self._batches):
-            if undecided:
-                self._join((phase, False), self._batches.pop((phase, True)))
+        if UNDECIDED in self._batches and self._batches[UNDECIDED].cache.scores is not None:
+            self._join(self._phase(1), self._batches.pop(UNDECIDED))  # this step decided
         written += self._read()
         self.remove(each.row for each in written if each.error or each.row.finish_reason)
         return written
@@ -212,7 +212,8 @@ class Decoder:
         parts = [self._batches.pop(key), batch] if key in self._batches else [batch]
         try:
             self._batches[key] = join(self.routed, parts)
-        except Exception:  # out of memory: what a part has become is not known
+        except Exception as error:  # out of memory: what a part has become is not known
+            warnings.warn(f"{sum(len(part.owners) for part in parts)} rows are read again: {error}", stacklevel=2)
             for part in parts:
                 for row in part.owners:
                     self.add(row)
@@ -242,8 +243,9 @@ class Decoder:
     def _read(self) -> list[Written]:
         """Read prompts, oldest first, until a chunk is full; rows that are read whole join a batch."""
         written, room = [], self._room
-        while self._reading and room > 0:
-            reading = self._reading[0]
+        for reading in list(self._reading):
+            if room <= 0:
+                break
             row, first = reading.row, reading.done
             tokens = row.prompt + row.tokens
             last = len(row.prompt) if first < len(row.prompt) else len(tokens)  # a prompt is planned as such
@@ -255,25 +257,28 @@ class Decoder:
                 executed = row.prompt_executed if first < len(row.prompt) else None
                 logits, record = self._forward([executed or row.executed], ids, reading.cache)
             except Exception as error:
-                self._reading.pop(0)
+                self._reading.remove(reading)
                 written.append(Written(row, error=error))
                 continue
             reading.done = last
             if last < len(tokens):
                 written.append(Written(row, executed=read(record.executed[~record.sinks]), record=record))
                 continue
-            self._reading.pop(0)
+            self._reading.remove(reading)
             written += self._choose([row], logits, record)
             mask = torch.ones(1, last, dtype=torch.bool, device=ids.device)
-            self._join(self._key(row, reading.cache), Batch(reading.cache, mask, [row]))
+            self._join(self._key(reading.cache, last), Batch(reading.cache, mask, [row]))
         return written
 
-    def _key(self, row: Row, cache: Any) -> tuple[int, bool]:
-        """The batch of a row whose tokens were read; after a prompt at full depth its first new token decides."""
+    def _key(self, cache: Any, tokens: int) -> tuple[int, bool]:
+        """The batch of a row with so many tokens in its cache."""
         if self._every == 1:
             return 0, False
-        undecided = cache.scores is None and row.executed < self.routed.geometry.layers
-        return (self._steps - len(row.tokens) + undecided) % (self._every or 1), undecided
+        return UNDECIDED if cache.scores is None else self._phase(tokens - cache.decided)
+
+    def _phase(self, since: int) -> tuple[int, bool]:
+        """The batch of rows that decided in the step `since` - 1 steps ago."""
+        return (self._steps - since) % (self._every or 1), False
 
     def _forward(
         self, executed: Sequence[int], ids: Tensor, cache: Any, **inputs: Tensor

@@ -247,18 +247,17 @@ def _plain_files(folder: Path) -> list[str]:
     return found
 
 
-def _copy_files(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:
+def _copy_files(source: Path, target: Path) -> None:
     """Copy `FILES`, and no other files, into an empty folder."""
     for name in _plain_files(source):
-        if name not in skip:
-            with writing(target):
-                (target / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / name, target / name)
+        with writing(target):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 def _write_shared(made: Path, run: Run, name: str, licence: str | None) -> list[str]:
     """Fill an empty folder with a run's files, its config.json and its card; returns their names."""
-    _copy_files(run.folder, made, skip=(CARD, CONFIG))
+    _copy_files(run.folder, made)
     _write_config(made, run)
     write_text(made / CARD, run_card(run, read_metrics(made), name, licence))
     return _plain_files(made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +16,10 @@ from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
+from buddy.metrics.timing import Track
 from buddy.router import Geometry
 from buddy.run import Run
 
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 SKIPPED, CHOSEN, ALWAYS, SINK = range(4)  # what a layer is to a token
 SPAN = 128  # tokens among which distinct plans are counted
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import fingerprint, state_digest
-from buddy.engine.model import RoutedLM
+from buddy.engine.model import Choose, RoutedLM
 from buddy.errors import BudgetError
 from buddy.io import FileStore
 from buddy.losses import cross_entropy
+from buddy.metrics.timing import Track
 from buddy.router import Context, Geometry
-
-Choose = Callable[[Context], Tensor]
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class Predictor(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -24,10 +23,10 @@ from buddy.serve.metrics import Metrics
 from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest, TextRequest
 from buddy.serve.scheduler import Piece, QueueFull, Scheduler, Text
 
-log = logging.getLogger("buddy.serve")
 DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
 Numbered = tuple[int, Piece, bool]  # the number of a text, a piece of it, whether it is the last of all texts
 POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+LONGEST_BUDGET = 64  # in the name of a model, which each chunk of a stream repeats
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -102,7 +101,7 @@ class Server:
             ApiError: another name.
         """
         first, at, budget = name.partition("@")
-        if first != NAME or (at and not budget):
+        if first != NAME or (at and not budget) or len(budget) > LONGEST_BUDGET:
             raise ApiError(
                 f"There is no model {name[:80]!r}; use {NAME!r}, or {NAME}@BUDGET.", 404, "model", "model_not_found"
             )
@@ -182,10 +181,13 @@ class Server:
         """The budget; what can be known of it without the model is checked at once."""
         routed = self._model.routed
         try:
-            if budget is not None and auto_cap(budget) is not None:
-                routed.choosing(str(budget))
-            elif budget is not None and latency_of(budget) is None:
+            cap = None if budget is None else auto_cap(budget)
+            if budget is None or latency_of(budget if cap is None else cap) is not None:
+                return budget  # a latency may have to be measured, on the thread that has the model
+            if cap is None:
                 routed.executed_layers(budget)
+            else:
+                routed.choosing(str(budget))
         except BudgetError as error:
             raise ApiError(str(error), field=field, code="invalid_budget") from error
         return budget

@@ -67,7 +67,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers, size = dict(scope["headers"]), 0
+        headers, size, started = dict(scope["headers"]), 0, False
         large = ApiError(f"The body is larger than {MAX_BODY} bytes; send less.", 413)
 
         async def limited() -> Message:
@@ -79,18 +79,27 @@ class Guard:
             return message
 
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 path = getattr(scope.get("route"), "path", "other")
                 self._metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        answer = self._app
-        if scope["path"].startswith("/v1") and not self._opens(headers.get(b"authorization", b"")):
+        answer, path = self._app, scope["path"]
+        inner = path.removeprefix(scope.get("root_path", ""))  # of an app that is mounted in another
+        if (path.startswith("/v1") or inner.startswith("/v1")) and not self._opens(headers.get(b"authorization", b"")):
             error = ApiError("The API key is missing or wrong; send it as: Authorization: Bearer KEY.", 401)
             answer = error.response({"WWW-Authenticate": "Bearer"})
         elif int(headers.get(b"content-length", b"0")) > MAX_BODY:
             answer = large.response({"Connection": "close"})
-        await answer(scope, limited, counted)
+        try:
+            await answer(scope, limited, counted)
+        except Exception:
+            if started:
+                raise
+            log.exception("A request failed.")
+            await ApiError("The server failed; its log says why.", 500).response()(scope, limited, counted)
 
     def _opens(self, header: bytes) -> bool:
         """Compares with every key, and in constant time, so that the time says nothing."""
@@ -121,11 +130,6 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(ClientLeft)
     async def _(_: Request, __: ClientLeft) -> Response:
         return Response(status_code=499)
-
-    @app.exception_handler(Exception)
-    async def _(_: Request, error: Exception) -> Response:
-        log.exception("A request failed.", exc_info=error)
-        return ApiError("The server failed; its log says why.", 500).response()
 
 
 def shown_error(error: Exception) -> ApiError:

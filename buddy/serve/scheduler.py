@@ -87,9 +87,7 @@ class Ran:
     def add(self, counts: Sequence[int]) -> None:
         """Count tokens by the number of layers that each ran."""
         if counts:
-            self.least = min(counts) if not self.tokens else min(self.least, *counts)
-            self.most, self.total = max(self.most, *counts), self.total + sum(counts)
-            self.tokens += len(counts)
+            self.merge(Ran(min(counts), sum(counts), max(counts), len(counts)))
 
     def merge(self, other: Ran) -> None:
         """Add what another text ran."""
@@ -150,7 +148,7 @@ class Text:
         found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         if found:
             return text[: min(found)], True
-        begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        begun = [n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
         keep = len(text) - (0 if final else max(begun, default=0))
         self._held = text[keep:]
         return text[:keep], False

@@ -90,5 +90,5 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((host, port), family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise BuddyError(f"{host}:{port} cannot be used ({reason(error)}); choose another --port or --host.") from error

@@ -107,6 +107,29 @@ def test_rows_that_come_and_go_write_what_they_write_alone(settings):
         play(model, draw, 7, draw.choice((4, 16, 256)))
 
 
+@pytest.mark.parametrize("every", [None, 1, 3])
+@pytest.mark.parametrize("router", [Fickle, FickleGates])
+def test_a_row_that_ran_every_layer_decides_when_it_gets_fewer(router, every):
+    """As the scheduler does for latencies: other rows around it change nothing."""
+    model, draw = routed(router=router, reroute_every=every), random.Random(11)
+    for _ in range(3):
+        prompt = [draw.randrange(3, 259) for _ in range(draw.randint(2, 20))]
+        plans = []
+        for others in (0, 2):
+            decoder = Decoder(model)
+            row = Row(prompt, LAYERS, Sampler(model.backbone.model, len(prompt)), 9)
+            for _ in range(others):
+                decoder.add(Row(prompt[::-1], 3, Sampler(model.backbone.model, len(prompt)), 9))
+            decoder.add(row)
+            runs = []
+            while len(decoder):
+                runs += [each.record.runs[0, -1].tolist() for each in decoder.step() if each.row is row]
+                row.executed = 4 if len(row.tokens) >= 3 else LAYERS
+            plans.append((row.tokens, runs))
+        assert plans[0] == plans[1]
+        assert [sum(each) for each in plans[0][1]][-6:] == [4] * 6
+
+
 def test_sampling_draws_what_transformers_draws():
     model, prompt = routed(), list(range(3, 12))
     for options in ({"temperature": 0.7, "top_p": 0.8, "top_k": 0}, {"temperature": 1.3}):
@@ -164,6 +187,7 @@ def test_a_row_that_fails_ends_no_other():
         assert row.tokens == expected
 
 
+@pytest.mark.filterwarnings("ignore:.*rows are read again")
 def test_rows_that_cannot_join_are_read_again(monkeypatch):
     model, draw = routed(), random.Random(5)
     rows, decoder, calls = [a_row(model, draw) for _ in range(4)], Decoder(model), []
@@ -178,7 +202,10 @@ def test_rows_that_cannot_join_are_read_again(monkeypatch):
     for row in rows:
         decoder.add(row)
     while len(decoder):
-        assert not any(written.error for written in decoder.step())
+        steps = decoder.step()
+        assert not any(written.error for written in steps)
+        chosen = [written.row for written in steps if written.token is not None]
+        assert len(chosen) == len(set(chosen)), "one token a step"
     assert len(calls) > 5
     assert [row.tokens for row in rows] == [alone(model, row) for row in rows]
 

@@ -272,6 +272,14 @@ def test_a_text_that_fails_ends_no_other(alone):
             assert answer.json()["choices"][0]["text"] == alone.generate(prompt, 0.5, max_new_tokens=9)
 
 
+def test_an_unexpected_error_is_answered_and_counted(monkeypatch):
+    with serving(tiny()) as (address, _):
+        monkeypatch.setattr("buddy.serve.app.Server.named", lambda *_: 1 / 0)
+        answer = post(address, **GREEDY)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert 'status="500"} 1.0' in httpx.get(f"{address}/metrics").text
+
+
 # What is refused
 
 
@@ -361,6 +369,23 @@ def test_api_keys():
         assert httpx.get(f"{address}/health").status_code == 200
 
 
+def test_api_keys_of_an_app_within_another():
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    outer = FastAPI()
+    with serving(tiny(), keys=["one"]) as (_, app):
+        outer.mount("/llm", app)
+        client = TestClient(outer)
+        assert client.get("/llm/v1/models").status_code == 401
+        assert client.get("/llm/v1/models", headers={"Authorization": "Bearer one"}).status_code == 200
+
+
+def test_long_names_and_stop_strings_take_no_time(address):
+    long = ({"model": "buddy@" + "1" * 100_000}, {"budget": "1" * 100_000}, {"stop": "x" * 500_000})
+    assert [post(address, **GREEDY | each).status_code for each in long] == [404, 400, 200]
+
+
 # The command
 
 
@@ -392,7 +417,13 @@ def answers_health(address: str) -> bool:
 
 @pytest.mark.parametrize(
     "options",
-    [{"budget": "half"}, {"budget": "auto"}, {"api_key_file": Path("missing.txt")}, {"host": "256.1.1.1"}],
+    [
+        {"budget": "half"},
+        {"budget": "auto"},
+        {"api_key_file": Path("missing.txt")},
+        {"host": "256.1.1.1"},
+        {"host": "a..b"},
+    ],
     ids=str,
 )
 def test_what_the_command_refuses(finished, options):
