@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `__getattr__` is what 
     from buddy.router import Router as Router
     from buddy.training.module import RoutingModule as RoutingModule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "BudgetError": "buddy.errors",
