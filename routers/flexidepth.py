@@ -62,9 +62,9 @@ class FlexiDepth(LayerwiseRouter):
     ) -> None:
         super().__init__(geometry)
         check_not_negative(penalty_weight=penalty_weight, slack=slack)
-        if bottleneck is not None and bottleneck < 1:
-            raise ValueError(f"bottleneck is {bottleneck}; give 1 or more, or null for a sixteenth of the width")
-        width = bottleneck or max(geometry.hidden // 16, 1)
+        if bottleneck is not None and bottleneck < 2:  # the norm of a single number is always 0
+            raise ValueError(f"bottleneck is {bottleneck}; give 2 or more, or null for a sixteenth of the width")
+        width = bottleneck or max(geometry.hidden // 16, 2)
         self.penalty_weight, self.slack = penalty_weight, slack
         self.down = nn.Parameter(torch.randn(geometry.routable, width, geometry.hidden) / math.sqrt(geometry.hidden))
         self.out = nn.Parameter(torch.zeros(geometry.routable, width))

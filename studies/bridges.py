@@ -8,6 +8,7 @@ For each setting: seconds of fitting, and the perplexity at each budget of the r
 import argparse
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from buddy.build import build_held_out, load_model
 from buddy.calibration.bridges import fit_bridges
+from buddy.data.text import overlap, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.evaluation.evaluate import evaluate
@@ -24,9 +26,26 @@ from buddy.run import read_run
 from buddy.schema import Recipe
 
 
+def opened(folder: Path) -> tuple[Recipe, RoutedLM]:
+    """A run's recipe, and its model on the CPU, where the studies make their tensors."""
+    run = read_run(folder)
+    run = replace(run, recipe=replace(run.recipe, trainer={**run.recipe.trainer, "accelerator": "cpu"}))
+    return run.recipe, load_model(run)
+
+
+def check_texts(
+    parser: argparse.ArgumentParser, recipe: Recipe, fitted: Sequence[str], measured: Sequence[str]
+) -> None:
+    """Refuse a text on both sides: only the run's own is split so that no document is."""
+    for one, other in itertools.product(fitted, measured):
+        if overlap(one, other) and not same_source(one, recipe.data.source):
+            parser.error(f"{other} would be measured on documents that were fitted on; give other texts.")
+
+
 def part_of(recipe: Recipe, model: RoutedLM, source: str, part: str, count: int) -> Windows:
     """Up to `count` calibration or validation windows of a text; of the run's own text those of the run's split."""
-    if source == recipe.data.source:  # another split could measure on what the router or the bridges were fitted to
+    # Another split could measure on documents that the router or the bridges were fitted to.
+    if same_source(source, recipe.data.source):
         return getattr(build_held_out(recipe, model.backbone), part)[:count]
     sizes = {f"{name}_windows": 1 for name in ("calibration", "validation", "test")} | {f"{part}_windows": count}
     data = replace(recipe.data, source=source, train_sources=[], calibration_sources=[], **sizes)
@@ -44,8 +63,8 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=16, help="windows of each text")
     parser.add_argument("--rounds", type=int, default=1)
     asked = parser.parse_args()
-    run = read_run(asked.run)
-    recipe, model = run.recipe, load_model(run)
+    recipe, model = opened(asked.run)
+    check_texts(parser, recipe, asked.calibrate, asked.texts)
     most = -(-max(asked.windows) // len(asked.calibrate))
     parts = [part_of(recipe, model, text, "calibration", most).input_ids for text in asked.calibrate]
     calibration = torch.stack(parts, 1).flatten(0, 1)

@@ -24,13 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buddy.build import load_model
 from buddy.engine.model import RoutedLM
 from buddy.losses import cross_entropy
 from buddy.router import available_budgets
-from buddy.run import read_run
 from routers.buddy import PARTS
-from studies.bridges import part_of
+from studies.bridges import check_texts, opened, part_of
 
 
 @torch.no_grad()
@@ -108,8 +106,8 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=16, help="windows of each text")
     parser.add_argument("--parts", action="store_true", help="of the context of `buddy`, replaced by their means")
     asked = parser.parse_args()
-    run = read_run(asked.run)
-    recipe, model = run.recipe, load_model(run)
+    recipe, model = opened(asked.run)
+    check_texts(parser, recipe, asked.calibrate, asked.texts)
     share = asked.windows // len(asked.calibrate)
     seen = torch.cat([part_of(recipe, model, text, "calibration", share).input_ids for text in asked.calibrate])
     generator, prompt = torch.Generator().manual_seed(0), recipe.data.prompt

@@ -1,4 +1,4 @@
-"""`python -m buddy.evaluation.hindsight`: what better plans could still win, found with the answers in hand.
+"""`python -m studies.hindsight`: what better plans could still win, found with the answers in hand.
 
 For each window and budget one correction of the router's scores, the same for all its tokens, is searched: of random
 steps away from the best one so far, that whose plans come closest (KL) to the dense model is kept. No router could
@@ -44,7 +44,7 @@ def search(
         tries: corrections tried for each window in a round.
         generator: the only source of randomness.
     """
-    count, routable = torch.full((len(ids),), executed), routed.geometry.routable
+    count, routable = torch.full((len(ids),), executed, device=ids.device), routed.geometry.routable
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
     seen = routed(ids, logits_to_keep=scored)
     dense = Dense(seen.logits)

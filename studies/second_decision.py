@@ -4,8 +4,9 @@
 
 The run's router plans as before. At layer `--at` the plan of the remaining layers is made anew: the router's scores
 plus those of a small network on the state that arrives there under the plan so far, with as many layers as the first
-plan has left, so the count stays exact. The network is trained as routers are, by perturbed plans of these layers. The
-control is the same network, trained alike, on the state after the context layer: what more training alone gains.
+plan has left, so the count stays exact. The network is trained by perturbed plans of these layers, with AdamW and a
+cosine. The control is the same network, trained alike, on the state after the context layer: what more training alone
+gains.
 """
 
 import argparse
@@ -17,15 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.build import load_model
 from buddy.engine.model import RoutedLM
 from buddy.io import keep_freed_memory
 from buddy.losses import Dense, cross_entropy, draw_budgets, kl_to_dense
 from buddy.plan import top_k
-from buddy.router import available_budgets
-from buddy.run import read_run
+from buddy.router import LayerwiseRouter, available_budgets
 from buddy.training.estimators import NOISE_GAP
-from studies.bridges import part_of
+from studies.bridges import check_texts, opened, part_of
 
 PLANS, SIGMA, SHARED = 4, 0.15, 0.75  # as in the recipe comparison
 
@@ -73,10 +72,12 @@ def captured(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def first_plan(model: RoutedLM, second: Second, ids: Tensor, executed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def first_plan(
+    model: RoutedLM, second: Second, ids: Tensor, executed: Tensor, prompt: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The router's plan (B, T, L), its scores (B, T, n) of the layers from `at` on, and the state that is seen."""
     with captured(model.backbone.layers[second.seen]) as states:
-        output = model(ids, executed=executed, logits_to_keep=1)
+        output = model(ids, executed=executed, prompt=prompt, logits_to_keep=1)
     return output.runs, output.scores[..., second.at - second.first :], states[0]
 
 
@@ -93,7 +94,7 @@ def train(model: RoutedLM, second: Second, windows: Tensor, grid: list[int], pro
     for step in range(steps):
         rows = torch.randperm(len(windows), generator=generator)[:4]
         ids, executed = windows[rows], draw_budgets(grid, 4, generator)
-        runs, before, state = first_plan(model, second, ids, executed)
+        runs, before, state = first_plan(model, second, ids, executed, prompt)
         scores = before + second(state, runs[..., second.at : -1].sum(-1))
         with torch.no_grad():
             dense = Dense(model.dense(ids, logits_to_keep=scored))
@@ -126,7 +127,7 @@ def perplexities(model: RoutedLM, networks: dict[str, Second], ids: Tensor, coun
         executed = torch.full((len(batch),), count)
         plans = {}
         for name, second in networks.items():
-            runs, before, state = first_plan(model, second, batch, executed)
+            runs, before, state = first_plan(model, second, batch, executed, prompt)
             plans["router"] = runs
             plans[name] = second.replan(runs, before + second(state, runs[..., second.at : -1].sum(-1)))
             changed[name].append((plans[name] != runs).any(-1))
@@ -148,11 +149,15 @@ def main() -> None:
     asked = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
-    run = read_run(asked.run)
-    recipe, model = run.recipe, load_model(run)
+    recipe, model = opened(asked.run)
+    check_texts(parser, recipe, asked.train, asked.texts)
+    if model.router.full_depth or isinstance(model.router, LayerwiseRouter):
+        parser.error("the run's router has no scores; name a run of another router")
     prompt, context_layer = recipe.data.prompt, model.geometry.context_layer
     share = -(-4 * asked.steps // len(asked.train))
     windows = torch.cat([part_of(recipe, model, text, "calibration", share).input_ids for text in asked.train])
+    if len(windows) < 4 * asked.steps:
+        print(f"{len(windows)} windows to train on, some of them more than once", flush=True)
     counts = [model.executed_layers(budget) for budget in available_budgets(model.router, recipe.budgets)]
     grid = [count for count in counts if count < model.geometry.layers]
     networks = {}

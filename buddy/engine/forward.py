@@ -250,9 +250,7 @@ class RoutedForward:
             return 0
         if self.request.prompt is not None:
             return self.request.prompt
-        # With one plan for the whole input, a cache in which nothing was decided yet holds the prompt's beginning.
-        undecided = self.settings.reroute_every is None and self.cache is not None and self.cache.decided is None
-        return self.shape[1] if self.shape[1] > 1 and (self.past == 0 or undecided) else 0
+        return self.shape[1] if self.shape[1] > 1 and self.past == 0 else 0
 
     def _decide(self, prompt: int, only_last: bool) -> None:
         """Ask the router, and run the plan of its scores."""
@@ -319,7 +317,7 @@ class RoutedForward:
         if self.cache is None:
             return self.shape[1] - 1
         if self.past == 0 or self.cache.decided is None:
-            self.cache.decided = last
+            self.cache.decided = self.past or last  # after a prompt at full depth the first token decides
         return self.cache.decided - self.past
 
 

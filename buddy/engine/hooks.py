@@ -85,10 +85,9 @@ class ForwardHooks:
             if not isinstance(cache, RoutedCache):
                 return None
             request = Request()  # a cache that was filled under a budget continues at full depth
-        if routed.backbone.layers[0]._current_forward is not self._current:
+        if getattr(routed.backbone.layers[0], "_current_forward", None) is not self._current:
             raise BuddyError("Another router was attached to this backbone; detach that one, and attach this anew.")
-        if args:
-            kwargs["input_ids"] = args[0]
+        kwargs.update(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False))
         tokens = kwargs.get("input_ids")
         shape = tuple((kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2])
         mask = _checked_mask(kwargs.get("attention_mask"))

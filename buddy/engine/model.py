@@ -288,6 +288,7 @@ class RoutedLM(nn.Module):
         runs = torch.ones(*input_ids.shape, self.geometry.layers, dtype=torch.bool, device=input_ids.device)
         runs[..., self.geometry.context_layer : -1] = False
         with self._hooks.requested(Request(runs=runs, prompt=0)):
+            positions = positions or self._positions(attention_mask)
             self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
             context = self._hooks.take_last().context
         return context[:, -1]
@@ -328,9 +329,12 @@ class RoutedLM(nn.Module):
         counts = None if executed is None else tuple(executed.tolist())
         adapted = nullcontext() if executed is not None or runs is not None else self._unadapted()
         with adapted, self._hooks.requested(Request(counts, runs, gates, prompt, compute_all_layers, gate_weighted)):
-            logits = self.backbone.model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep
-            ).logits
+            options = {
+                "attention_mask": attention_mask,
+                **self._positions(attention_mask),
+                "logits_to_keep": logits_to_keep,
+            }
+            logits = self.backbone.model(input_ids=input_ids, use_cache=False, **options).logits
             done = self._hooks.take_last()
         record = done.record()
         weights = torch.stack(done.weights, -1) if gate_weighted and done.weights else None
@@ -376,6 +380,12 @@ class RoutedLM(nn.Module):
         if (weighted or gated or healed) and self.backbone.model.training and checkpointing:
             what, otherwise = ("Plans", "") if healed else ("Gates", ", or train with perturbed plans")
             raise BuddyError(f"{what} do not go through gradient checkpointing; turn it off{otherwise}.")
+
+    def _positions(self, mask: Tensor | None) -> dict[str, Tensor]:
+        """`position_ids` of padded rows as in decoding, where the router sees rotated keys; else the stock call."""
+        if mask is None or self.pool == "value":
+            return {}
+        return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
     def _unadapted(self) -> AbstractContextManager[None]:
         return nullcontext() if self.adapter is None else self.adapter.off()

@@ -171,6 +171,28 @@ def test_generate_with_beams_below_full_depth_equals_brute_force():
     torch.testing.assert_close(chosen, result.sequences_scores, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pool", ["value", "key", "both"])
+def test_rows_that_are_padded_have_the_plans_that_they_have_alone(pool):
+    routed, ids = routed_tiny(pool=pool, context_layer=2), tokens()[:1]
+    padded = torch.nn.functional.pad(ids, (3, 0), value=0)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    alone = routed(ids, executed=torch.tensor([4]))
+    beside = routed(padded, mask, executed=torch.tensor([4]))
+    assert torch.equal(beside.runs[:, 3:], alone.runs)
+    assert torch.allclose(beside.context.pooled[:, 3:], alone.context.pooled, atol=1e-5)
+
+
+def test_positional_arguments_count():
+    routed, ids = routed_tiny(), tokens()
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    with routed.at(executed=[4]) as record:
+        by_position = routed.backbone.base(ids, mask).last_hidden_state
+        by_name = routed.backbone.base(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(by_position, by_name)
+    assert torch.equal(record.runs[0], record.runs[1])
+
+
 def test_a_crop_takes_the_pool_back():
     routed, ids = routed_tiny(), tokens()
     model = routed.backbone.model

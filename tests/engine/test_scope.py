@@ -80,20 +80,33 @@ def test_other_settings_for_a_while_leave_the_scope():
 
 
 @torch.no_grad()
-def test_one_plan_for_what_follows_a_cache_in_which_nothing_was_decided():
-    routed = routed_tiny()
-    model = routed.backbone.model
-    with routed.at(1.0):
-        full = model(IDS[:, :6], use_cache=True).cache
-    with routed.at(0.5) as record:
-        model(IDS[:, 6:], cache=full, use_cache=True)
-    assert all(len(row.unique(dim=0)) == 1 for row in record.runs[0])
+@pytest.mark.parametrize("kind", [Fickle, FickleGates])
+@pytest.mark.parametrize("options", [{"prompt_plan": "shared"}, {}, {"reroute_every": 3}, {"reroute_every": 1}])
+def test_what_follows_a_prompt_at_full_depth_is_planned_as_if_it_came_token_by_token(kind, options):
+    """The first token after it decides, and no later one is seen before."""
+    routed = routed_tiny(kind, **{"reroute_every": None, **options})
+    model, plans, logits = routed.backbone.model, [], []
+    for lengths in ([8], [1] * 8, [3, 5]):
+        with routed.at(1.0):
+            cache = model(IDS[:, :PROMPT], use_cache=True).cache
+        with routed.at(0.5) as record:
+            parts = IDS[:, PROMPT:].split(lengths, 1)
+            logits.append(torch.cat([model(part, cache=cache, use_cache=True).logits for part in parts], 1))
+        plans.append(torch.cat(record.runs, 1))
+    for other in (1, 2):
+        assert torch.equal(plans[0], plans[other])
+        assert torch.allclose(logits[0], logits[other], atol=1e-5)
+    if routed.settings.reroute_every is None:
+        assert all(len(row.unique(dim=0)) == 1 for row in plans[0])
 
 
 def test_an_older_router_of_the_same_backbone_says_so():
     routed = routed_tiny()
     RoutedLM(routed.backbone, routed.router)
     with pytest.raises(BuddyError, match="Another router was attached to this backbone"):
+        routed(IDS, executed=torch.full((len(IDS),), 3))
+    RoutedLM(routed.backbone, routed.router).detach()
+    with pytest.raises(BuddyError, match="attach this anew"):
         routed(IDS, executed=torch.full((len(IDS),), 3))
 
 

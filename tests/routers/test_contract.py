@@ -78,7 +78,7 @@ BAD_OPTIONS = [
     ("first", {"scope": "window"}),
     ("first", {"gates": "firm"}),
     ("first", {"penalty_weight": -1.0}),
-    ("flexidepth", {"bottleneck": 0}),
+    ("flexidepth", {"bottleneck": 1}),
     ("flexidepth", {"penalty_weight": -1.0}),
     ("mindskip", {"penalty_weight": -1.0}),
     ("mindskip", {"slack": -1.0}),
