@@ -204,8 +204,7 @@ def step_bytes(backbone: Backbone, geometry: Geometry, rows: int, window: int, p
     """An estimate of the most that a training step takes beside weights and router: perturbed plans, KL to the dense.
 
     The backbone has no gradients, so its layers keep nothing: the states of one layer at a time, the dense model's
-    distribution in float32 (twice: of all rows, and of those below full depth), the logits of all plans, and what the
-    router learns from.
+    distribution in float32, the logits of all plans, and what the router learns from.
 
     Args:
         backbone: the model.
@@ -228,7 +227,7 @@ def step_bytes(backbone: Backbone, geometry: Geometry, rows: int, window: int, p
     mlp = 3 * config.intermediate_size + 8 * config.hidden_size
     attention = 4 * (query + backbone.kv_size + config.hidden_size)
     layer = tokens * plans * (element * max(mlp, attention) + window)
-    return context + max(dense, 2 * distribution + max(layer, plan_logits + evaluated))
+    return context + max(dense, distribution + max(layer, plan_logits + evaluated))
 
 
 def _gib(size: int) -> str:
