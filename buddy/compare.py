@@ -163,6 +163,8 @@ def compare(config: CompareConfig) -> int:
         windows = {text: read_windows(text, base, session.data) for text in texts}
     specs = [spec for label, of in recipes.items() for spec in _specs(config, label, of, session)]
     _refuse_others(specs, session)
+    for spec in specs:
+        warn_of_changed_code(spec.folder, session.digests(spec.recipe))
     if config.finished:
         specs = _complete_ones(specs, config.folder)
     elif config.trained is not None:
@@ -276,7 +278,7 @@ def _depends_on_seed(recipe: Recipe, router: AnyRouter) -> bool:
 
 
 def _refuse_others(specs: Sequence[RunSpec], session: Session) -> None:
-    """Raises RunError if folders hold runs of other recipes or inputs; changed code of a router is a warning."""
+    """Raises RunError if folders hold runs of other recipes or inputs."""
     wrong = {spec.folder: found for spec in specs if (found := session.differences(spec))}
     if wrong:
         folder, *others = wrong
@@ -286,8 +288,6 @@ def _refuse_others(specs: Sequence[RunSpec], session: Session) -> None:
             f"{folder}{more} made otherwise ({reasons}) and cannot be in this comparison; give another --out, or "
             "delete that folder."
         )
-    for spec in specs:
-        warn_of_changed_code(spec.folder, session.digests(spec.recipe))
 
 
 def _complete_ones(specs: Sequence[RunSpec], folder: Path) -> list[RunSpec]:

@@ -141,9 +141,8 @@ def setting_of(routed: RoutedLM, texts: int = 1) -> dict[str, Any]:
     """All that the time of a token depends on, except other load on the machine."""
     backbone, here = routed.backbone, machine()
     routing = asdict(routed.settings) | {"policy": routed.policy.name}
-    many = {"texts": texts}
-    if texts == 1:  # alone, a text shares no plan
-        routing["batch_plan"], many = "row", {}
+    if texts == 1:
+        routing["batch_plan"] = "row"  # alone, a text shares no plan
     added = 0 if routed.adapter is None else routed.adapter.size
     return {
         "layout": LAYOUT,
@@ -159,7 +158,7 @@ def setting_of(routed: RoutedLM, texts: int = 1) -> dict[str, Any]:
         "router_parameters": sum(parameter.numel() for parameter in routed.router.parameters()),
         "bridge_rank": None if routed.bridges is None else routed.bridges.rank,
         "routing": routing,
-        **many,
+        **({} if texts == 1 else {"texts": texts}),
     }
 
 

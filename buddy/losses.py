@@ -24,7 +24,7 @@ class Dense:
         if len(rows) == len(self.probability):
             return self
         part = object.__new__(Dense)
-        # Not `probability[rows]`, which copies single numbers and takes eight times as long.
+        # Not `probability[rows]`, which copies number by number: a fifth of a training step on a large vocabulary.
         part.probability, part.negative_entropy = (x.index_select(0, rows) for x in vars(self).values())
         return part
 

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from buddy.engine.model import RoutedLM
 from buddy.io import keep_freed_memory
-from buddy.losses import Dense, cross_entropy, draw_budgets, kl_to_dense
+from buddy.losses import Dense, Objective, cross_entropy, draw_budgets, kl_to_dense
 from buddy.plan import top_k
 from buddy.router import LayerwiseRouter, available_budgets
-from buddy.training.estimators import NOISE_GAP
+from buddy.training.estimators import Perturbed, _direction
 from studies.bridges import check_texts, opened, part_of
 
-PLANS, SIGMA, SHARED = 4, 0.15, 0.75  # as in the recipe comparison
+PLANS, SIGMA = 4, 0.15  # as in the recipe comparison
 
 
 class Second(nn.Module):
@@ -90,6 +90,7 @@ def train(model: RoutedLM, second: Second, windows: Tensor, grid: list[int], pro
     ]
     optimizer = torch.optim.AdamW(parts, weight_decay=0.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    estimator = Perturbed(Objective(), PLANS, SIGMA)
     generator, scored = torch.Generator().manual_seed(0), torch.arange(prompt - 1, windows.shape[1] - 1)
     for step in range(steps):
         rows = torch.randperm(len(windows), generator=generator)[:4]
@@ -98,15 +99,11 @@ def train(model: RoutedLM, second: Second, windows: Tensor, grid: list[int], pro
         scores = before + second(state, runs[..., second.at : -1].sum(-1))
         with torch.no_grad():
             dense = Dense(model.dense(ids, logits_to_keep=scored))
-            own = torch.randn(PLANS // 2, *scores.shape, generator=generator)
-            common = torch.randn(PLANS // 2, len(ids), 1, scores.shape[-1], generator=generator)
-            half = (1 - SHARED) ** 0.5 * own + SHARED**0.5 * common
-            tried = [second.replan(runs, scores + SIGMA * noise) for noise in (*half, *-half)]
+            noise = estimator._noise(scores, generator, torch.arange(len(ids)), len(ids))
+            tried = [second.replan(runs, scores + SIGMA * each) for each in noise]
             logits = model(ids.repeat(PLANS, 1), runs=torch.cat(tried), logits_to_keep=scored).logits
             losses = torch.stack([kl_to_dense(dense, each) for each in logits.chunk(PLANS)])  # (M, B, S)
-            chosen = torch.stack(tried)[:, :, scored, second.at : -1].float()
-            credit = (losses - losses.mean(0)) / (losses.std(0).mean(-1, keepdim=True) + 1e-6)
-            direction = NOISE_GAP * (credit[..., None] * (chosen - chosen.mean(0))).mean(0) / SIGMA
+            direction = _direction(losses, torch.stack(tried)[:, :, scored, second.at : -1], SIGMA)
         loss = (direction * scores[:, scored]).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -23,7 +23,7 @@ from buddy.engine.record import ForwardRecord
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 CHUNK = 256  # tokens of prompts that are read between two steps of the rows that decode
-UNDECIDED = 0, True  # the batch of rows that have run every layer so far, so that nothing was decided for them
+UNDECIDED = -1  # the batch of rows that have run every layer so far, so that nothing was decided for them
 
 
 class Sampler:
@@ -177,7 +177,7 @@ class Decoder:
         self._room, self._steps = chunk, 0
         self._reading: list[_Reading] = []
         # Rows that decide at the same steps, by their phase; beside them those of `UNDECIDED`.
-        self._batches: dict[tuple[int, bool], Batch] = {}
+        self._batches: dict[int, Batch] = {}
 
     def __len__(self) -> int:
         return len(self._reading) + sum(len(batch.owners) for batch in self._batches.values())
@@ -208,7 +208,7 @@ class Decoder:
         self.remove(each.row for each in written if each.error or each.row.finish_reason)
         return written
 
-    def _join(self, key: tuple[int, bool], batch: Batch) -> None:
+    def _join(self, key: int, batch: Batch) -> None:
         parts = [self._batches.pop(key), batch] if key in self._batches else [batch]
         try:
             self._batches[key] = join(self.routed, parts)
@@ -218,7 +218,7 @@ class Decoder:
                 for row in part.owners:
                     self.add(row)
 
-    def _decode(self, key: tuple[int, bool]) -> list[Written]:
+    def _decode(self, key: int) -> list[Written]:
         """The next token of each row of a batch."""
         batch = self._batches[key]
         rows, device = batch.owners, batch.mask.device
@@ -270,15 +270,15 @@ class Decoder:
             self._join(self._key(reading.cache, last), Batch(reading.cache, mask, [row]))
         return written
 
-    def _key(self, cache: Any, tokens: int) -> tuple[int, bool]:
+    def _key(self, cache: Any, tokens: int) -> int:
         """The batch of a row with so many tokens in its cache."""
         if self._every == 1:
-            return 0, False
+            return 0
         return UNDECIDED if cache.scores is None else self._phase(tokens - cache.decided)
 
-    def _phase(self, since: int) -> tuple[int, bool]:
+    def _phase(self, since: int) -> int:
         """The batch of rows that decided in the step `since` - 1 steps ago."""
-        return (self._steps - since) % (self._every or 1), False
+        return (self._steps - since) % (self._every or 1)
 
     def _forward(
         self, executed: Sequence[int], ids: Tensor, cache: Any, **inputs: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -87,7 +88,8 @@ class ForwardHooks:
             request = Request()  # a cache that was filled under a budget continues at full depth
         if getattr(routed.backbone.layers[0], "_current_forward", None) is not self._current:
             raise BuddyError("Another router was attached to this backbone; detach that one, and attach this anew.")
-        kwargs.update(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False))
+        if args:
+            kwargs.update(zip(inspect.signature(base.forward).parameters, args, strict=False))
         tokens = kwargs.get("input_ids")
         shape = tuple((kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2])
         mask = _checked_mask(kwargs.get("attention_mask"))
