@@ -11,7 +11,7 @@ import lightning
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter, check_targets
-from buddy.backbone.load import Backbone, load_backbone, state_digest
+from buddy.backbone.load import Backbone, fastest_dtype, load_backbone, state_digest
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
 from buddy.data.text import overlap
@@ -47,6 +47,14 @@ TRAINER: dict[str, Any] = {  # defaults of Buddy's trainers
 HEALING_CHANGES = {"kind", "lr", "steps"}  # keys of `adapter` that may change when a healing is resumed
 
 
+def with_dtype(recipe: Recipe) -> Recipe:
+    """The recipe with the type that `backbone.dtype: auto` means here, as its runs store it."""
+    if recipe.backbone.dtype != "auto":
+        return recipe
+    dtype = fastest_dtype(recipe.trainer["accelerator"])
+    return replace(recipe, backbone=replace(recipe.backbone, dtype=dtype))
+
+
 def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
     """The backbone of a recipe, on this process's device.
 
@@ -54,7 +62,7 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
         on_cpu: leave it on the CPU, to shard its weights next.
     """
     keep_freed_memory()
-    section = recipe.backbone
+    section = with_dtype(recipe).backbone
     backbone = load_backbone(
         section.name,
         section.dtype,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from buddy import console, distributed
-from buddy.build import build_router, healing_steps
+from buddy.build import build_router, healing_steps, with_dtype
 from buddy.config import with_router
 from buddy.console import Bar, clock, errors, status
 from buddy.data.windows import Windows
@@ -108,6 +108,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
     """
     first = distributed.is_global_zero()
     console.errors.quiet = console.results.quiet = not first
+    recipe = with_dtype(recipe)
     base, own = common_recipe(recipe), Rival(recipe.router.name)
     own_recipe = replace(base, predictor=recipe.predictor, ckpt_path=recipe.ckpt_path)
     recipes = {each.label: with_router(base, each) for each in recipe.rivals if each != own} | {own.label: own_recipe}
@@ -202,7 +203,7 @@ def check(config: CompareConfig) -> CompareConfig:
     """Find mistakes that show without the model.
 
     Returns:
-        The comparison, with the tasks of a group or tag one by one.
+        The comparison, with the tasks of a group or tag one by one, and `backbone.dtype` resolved.
 
     Raises:
         BuddyError: there is a mistake.
@@ -229,8 +230,8 @@ def check(config: CompareConfig) -> CompareConfig:
         require_lm_eval()
         with hushed(), status("Reading tasks …"):
             names = tuple(load_tasks(config.tasks.names, config.tasks.data, config.tasks.path))
-        return replace(config, tasks=replace(config.tasks, names=names))
-    return config
+        config = replace(config, tasks=replace(config.tasks, names=names))
+    return replace(config, recipe=with_dtype(config.recipe))
 
 
 def _check_trained(config: CompareConfig) -> None:

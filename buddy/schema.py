@@ -50,7 +50,7 @@ TYPES |= {list[Rival]: "a list of names or {name, overrides}", list[ClassSpec]: 
 @dataclass(frozen=True)
 class BackboneSection:
     name: str = "smollm2-135m"  # embedded, a folder in the hub's layout, or a hub name
-    dtype: str = _choice("bfloat16", "float32", "float16")
+    dtype: str = _choice("auto", "bfloat16", "float32", "float16")
     revision: str | None = None  # branch, tag or commit on the hub
     trust_remote_code: bool = False
     accept_license: bool = False  # of an embedded model that asks for it

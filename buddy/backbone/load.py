@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from buddy import distributed
 from buddy.backbone import embedded
 from buddy.errors import BackboneError, nearest, reason
 
@@ -39,6 +40,7 @@ FAMILIES = {
 }
 CHOICES = f"a folder in the hub's layout, owner/name on the hub, {' or '.join(repr(m.name) for m in embedded.MODELS)}"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NATIVE_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")  # as torch.cpu.get_capabilities names them; the last one on ARM
 MIN_LAYERS = 3  # a context layer, a routable layer and the last layer
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 SAMPLE = 1024  # values of each parameter that digests look at
@@ -109,7 +111,7 @@ def title_of(name: str) -> str:
 
 def load_backbone(
     name: str,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -119,7 +121,7 @@ def load_backbone(
 
     Args:
         name: an embedded model, a local folder in the hub's layout, or a name on the hub (HF_HUB_OFFLINE is honoured).
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16, float16, or auto (`fastest_dtype`).
         revision: a branch, tag or commit; for hub names only.
         trust_remote_code: use a repository's own Python for its tokenizer; the model is always transformers' own.
         accept_license: accept the licence of an embedded model; those on the hub are accepted there.
@@ -128,8 +130,9 @@ def load_backbone(
         BackboneError: the model cannot be found, its licence is not accepted, it is damaged or incomplete, or cannot
             be routed; unknown dtype.
     """
+    dtype = fastest_dtype() if dtype == "auto" else dtype
     if dtype not in DTYPES:
-        hint = nearest(dtype, DTYPES) or f"; choose one of {', '.join(DTYPES)}."
+        hint = nearest(dtype, DTYPES) or f"; choose one of auto, {', '.join(DTYPES)}."
         raise BackboneError(f"The backbone's dtype is {dtype!r}, which is not known{hint}")
     source = locate(name, revision, accept_license=accept_license)
     revision = revision or "main"
@@ -141,6 +144,22 @@ def load_backbone(
         tokenizer = _load_tokenizer(name, source, revision=revision, trust_remote_code=trust_remote_code)
     known = embedded.find(name)
     return Backbone(known.name if known else name, model, tokenizer, fingerprint(model))
+
+
+def fastest_dtype(accelerator: str = "auto") -> str:
+    """bfloat16 where this process's device computes in it, else float32.
+
+    A CPU without instructions for bfloat16 multiplies matrices in it at a fifth of the speed of float32.
+
+    Args:
+        accelerator: as in `trainer.accelerator`.
+    """
+    kind = distributed.device(accelerator).type
+    if kind == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if kind != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # an older torch does not tell
+        return "bfloat16"
+    return "bfloat16" if any(map(torch.cpu.get_capabilities().get, NATIVE_BFLOAT16)) else "float32"
 
 
 def check_routable(name: str, config: dict) -> None:

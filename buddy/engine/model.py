@@ -105,7 +105,7 @@ class RoutedLM(nn.Module):
         *,
         context_layer: int = 1,
         router_options: Mapping[str, Any] | None = None,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
         accept_license: bool = False,
@@ -119,7 +119,7 @@ class RoutedLM(nn.Module):
             router: an installed router, or "my_module:MyRouter".
             context_layer: layers that run before the plan is made.
             router_options: keyword arguments of the router's class.
-            dtype: of the backbone; the router stays in float32.
+            dtype: of the backbone, as for `load_backbone`; the router stays in float32.
             revision: branch, tag or commit on the hub.
             trust_remote_code: whether code that comes with the model may run.
             accept_license: accept the licence of an embedded model that asks for it.

@@ -67,6 +67,21 @@ def test_dtypes_keep_one_fingerprint(tiny_llama_folder, dtype):
     assert backbone.fingerprint == tiny_backbone("llama").fingerprint
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+    ],
+)
+def test_auto_is_bfloat16_where_the_processor_computes_in_it(tiny_llama_folder, monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert load_backbone(str(tiny_llama_folder)).dtype == dtype
+
+
 def test_fingerprint_tells_weights_and_sizes_apart():
     tuned = tiny_model("llama")  # a light fine-tuning
     weight = tuned.model.layers[3].mlp.down_proj.weight
