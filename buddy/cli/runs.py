@@ -18,6 +18,10 @@ from buddy.cli.app import (
 from buddy.errors import DataError
 
 Split = Literal["test", "validation"]
+DtypeOption = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"] | None,
+    typer.Option(help="Of the backbone, instead of the run's; auto is the faster of bfloat16 and float32."),
+]
 TASK_OPTIONS, TEXT_OPTIONS = (
     ("limit", "task_data", "task_path"),
     ("data", "split", "devices", "own_count"),
@@ -130,6 +134,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draws above temperature 0.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
+    dtype: DtypeOption = None,
 ) -> None:
     """Continue a prompt at one budget."""
     from buddy.hub.load import generate as run_generate
@@ -142,6 +147,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         chat=chat,
+        dtype=dtype,
     )
 
 
@@ -164,6 +170,7 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="API keys, one a line; without it none is needed.")
     ] = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Serve a run over OpenAI's HTTP interface, each request at its own budget."""
     from buddy.serve.server import serve as run_serve
@@ -179,6 +186,7 @@ def serve(
         seconds=seconds,
         api_key_file=api_key_file,
         batch_plan=batch_plan,
+        dtype=dtype,
     )
 
 

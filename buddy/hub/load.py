@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,19 @@ MIN_TEMPERATURE = 1e-6  # a lower one makes logits infinite
 
 
 def load(
-    run: str | Path, *, backbone: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+    run: str | Path,
+    *,
+    backbone: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Model:
     """The model of a run, ready to generate: `buddy.load("runs/quickstart/buddy").generate("Once", budget=0.75)`.
 
     Args:
         run: a run folder, one that `buddy push` or `buddy pull` made, or `owner/name` on the hub.
         backbone: loaded instead of the one that the run names, such as a folder of this machine.
+        dtype: of the backbone, instead of the run's: float32, bfloat16, float16, or auto, the faster of the first two.
         revision: branch, tag or commit, on the hub only.
         trust_remote_code: allow a run from the hub that runs the Python of its backbone's repository.
 
@@ -44,16 +51,21 @@ def load(
         found = read_run(folder_of(source))
     else:
         found = check_files(download(name, revision), shown_as=name, trust_remote_code=trust_remote_code)
-    return Model(load_model(found if backbone is None else with_backbone(found, backbone), merged=True))
+    found = found if backbone is None else with_backbone(found, backbone)
+    if dtype is not None:
+        section = replace(found.recipe.backbone, dtype=dtype)
+        found = replace(found, recipe=replace(found.recipe, backbone=section))
+    return Model(load_model(found, merged=True))
 
 
-def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, **options: Any) -> None:
+def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, dtype: str | None = None, **options: Any) -> None:
     """Stream a continuation to standard output, then print on the error stream which layers ran.
 
     Args:
         folder: a finished run.
         prompt: text to continue, or to answer with `chat`.
         budget: as for `Model.generate`.
+        dtype: as for `load`.
         options: max_new_tokens, temperature, seed, chat of `Model.generate`.
 
     Raises:
@@ -61,7 +73,7 @@ def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, **options: Any)
     """
     _check_options(prompt, **options)
     with status(f"Loading {folder} …"):
-        model = load(folder)
+        model = load(folder, dtype=dtype)
     for piece in model.stream(prompt, budget, **options):
         print(piece, end="", flush=True)
     print()

@@ -26,6 +26,7 @@ def serve(
     seconds: float = 600.0,
     api_key_file: Path | None = None,
     batch_plan: str = "shared",
+    dtype: str | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that run then are finished.
 
@@ -39,6 +40,7 @@ def serve(
         seconds: most seconds of a request.
         api_key_file: API keys, one a line.
         batch_plan: "shared", one plan for all texts of a batch, or "row", one for each.
+        dtype: as for `buddy.load`.
 
     Raises:
         BuddyError: the extra is missing, or the run, the budget, the keys or the address cannot be used.
@@ -55,7 +57,7 @@ def serve(
 
         def load_run() -> Model:
             with status(f"Loading {folder} …"):
-                return load(folder)
+                return load(folder, dtype=dtype)
 
         limits = Limits(batch=batch, queue=queue, tokens=max_tokens, seconds=seconds)
         app = make_app(load_run, budget, read_run(folder).recipe.budgets, limits, keys, batch_plan)

@@ -163,6 +163,19 @@ def test_a_backbone_that_is_elsewhere(finished, small, tmp_path):
         buddy.load(finished / "buddy", backbone="/no/such")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "computed"), [(None, torch.float32), ("float16", torch.float16), ("auto", torch.bfloat16)]
+)
+def test_another_dtype_than_the_runs(finished, monkeypatch, dtype, computed):
+    monkeypatch.setattr("buddy.build.fastest_dtype", lambda accelerator: "bfloat16")
+    assert buddy.load(finished / "shortgpt", dtype=dtype).routed.backbone.dtype == computed
+
+
+def test_an_unknown_dtype(finished):
+    with pytest.raises(BackboneError, match="float32"):
+        buddy.load(finished / "shortgpt", dtype="float31")
+
+
 def test_what_is_no_run(finished):
     with pytest.raises(RunError, match="did you mean 'buddy'"):
         buddy.load(finished / "budy")
