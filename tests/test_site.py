@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -34,6 +35,11 @@ def test_every_command_has_an_example():
     assert len(sections) > 12
     for words, section in sections:
         assert words in groups or re.search(rf"^```bash\n{words}\b", section, re.MULTILINE), words
+
+
+def test_every_name_in_the_reference_exists():
+    for name in re.findall(r"^::: (\S+)", (DOCS / "reference" / "python.md").read_text("utf-8"), re.MULTILINE):
+        assert pkgutil.resolve_name(name).__doc__, name
 
 
 def test_every_public_name_is_in_the_reference():

