@@ -14,7 +14,7 @@ A document is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -137,9 +137,17 @@ def cut(text: str, size: int) -> list[str]:
 def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The column "input_ids" for every row that is not blank."""
     from datasets import Features, List, Value
+    from datasets.fingerprint import Hasher
 
+    rules: Any = tokenizer
+    if tokenizer.is_fast:  # `datasets` would pickle it for each text, which takes seconds with a large vocabulary
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # what another use left behind; a call below would remove it, too
+        backend.no_padding()
+        rules = backend.to_str()
     return texts.map(
         _tokenise_rows,
+        new_fingerprint=Hasher.hash(("input_ids", texts._fingerprint, rules)),
         batched=True,
         batch_size=256,
         remove_columns=texts.column_names,
