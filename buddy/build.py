@@ -36,7 +36,7 @@ from buddy.training.module import RoutingModule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VALIDATIONS = 4  # in a fit, by default
+VALIDATIONS, APART = 4, 25  # in a training by default: at most so many, at least so many steps apart
 TRAINER: dict[str, Any] = {  # defaults of Buddy's trainers
     "max_epochs": -1,
     "enable_model_summary": False,
@@ -350,7 +350,8 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
     settings = {**keywords, "devices": devices, "num_nodes": nodes, "strategy": strategy}
     if not {"val_check_interval", "check_val_every_n_epoch"} & {*keywords}:  # validate after whole optimizer steps
         accumulated = keywords.get("accumulate_grad_batches", 1)
-        settings["val_check_interval"] = max(1, keywords["max_steps"] // VALIDATIONS) * accumulated
+        count = min(VALIDATIONS, max(1, keywords["max_steps"] // APART))
+        settings["val_check_interval"] = max(1, keywords["max_steps"] // count) * accumulated
         settings["check_val_every_n_epoch"] = None
     try:
         return lightning.Trainer(**(TRAINER | settings | options))

@@ -137,6 +137,11 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
             train("run")
 
 
+@pytest.mark.parametrize(("steps", "interval"), [(350, 87), (100, 25), (60, 30), (40, 40), (8, 8), (0, 1)])
+def test_validations_are_four_or_fewer_in_a_short_training(recipe, steps, interval):
+    assert build_trainer(recipe(f"trainer.max_steps={steps}")).val_check_interval == interval
+
+
 @pytest.mark.parametrize("setting", ["trainer.strategy=dpp", "trainer.accelerator=tpu", "trainer.strategy=ddp_spawn"])
 def test_settings_that_the_trainer_refuses(recipe, setting):
     with pytest.raises(TrainingError, match=setting.partition(".")[2]):
