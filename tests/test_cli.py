@@ -99,10 +99,10 @@ def test_evaluate(calls):
 
 
 def test_generate(calls):
-    words = ["--max-new-tokens", "3", "--temperature", "0.7", "--seed", "5", "--chat", "hi"]
+    words = ["--max-new-tokens", "3", "--temperature", "0.7", "--seed", "5", "--chat", "--dtype", "auto", "hi"]
     call("generate", "--run", "r", "--budget", "22layers", *words)
     options = {"budget": "22layers", "max_new_tokens": 3, "temperature": 0.7, "seed": 5, "chat": True}
-    assert calls == [("generate", (Path("r"),), {"prompt": "hi", **options})]
+    assert calls == [("generate", (Path("r"),), {"prompt": "hi", "dtype": "auto", **options})]
 
 
 # What they print
