@@ -22,6 +22,7 @@ from buddy.errors import RecipeError, RunError, TrainingError, reason
 from buddy.io import cache_folder, keep_freed_memory
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
+from buddy.metrics.perplexity import Reference
 from buddy.predictor.features import Predictor
 from buddy.predictor.train import load_predictor, predictor_arms
 from buddy.registry import build
@@ -307,8 +308,12 @@ def trains_both(recipe: Recipe, router: AnyRouter) -> bool:
     return recipe.adapter is not None and recipe.adapter.joint and router.trainable
 
 
-def build_healing(recipe: Recipe, routed: RoutedLM) -> HealingModule:
-    """The LightningModule that trains a recipe's adapter, its bridges, or both."""
+def build_healing(recipe: Recipe, routed: RoutedLM, reference: Reference | None = None) -> HealingModule:
+    """The LightningModule that trains a recipe's adapter, its bridges, or both.
+
+    Args:
+        reference: shares the dense model's results with the trainings of other routers on the same windows.
+    """
     optimizer, both, bridge = recipe.optimizer, trains_both(recipe, routed.router), recipe.bridge
     return HealingModule(
         routed,
@@ -323,6 +328,7 @@ def build_healing(recipe: Recipe, routed: RoutedLM) -> HealingModule:
         estimator=build_estimator(recipe, routed.router) if both else None,
         router_lr=optimizer.lr,
         bridge_lr=bridge.lr if bridge and bridge.steps else 0.0,
+        reference=reference,
     )
 
 

@@ -65,6 +65,7 @@ from buddy.training.callbacks import (
 from buddy.training.module import NotFinite
 
 HEALING, FITTED = "healing.ckpt", "fitted"  # in the folder of checkpoints; router and bridges before healing
+TRAINED_STATES = 2**28  # bytes of the dense model's hidden states that trainings of bridges on equal windows share
 MEMORY = "set data.batch_size or data.window smaller, or objective.plans=2"
 
 
@@ -80,7 +81,7 @@ class Session:
         self.backbone, self.data = backbone, data
         self._probes: dict[tuple[Any, ...], CalibrationProbe] = {}
         self._stopwatch: Stopwatch | None = None
-        self._reference = Reference()
+        self._reference, self._trained_reference = Reference(), Reference(TRAINED_STATES)
 
     @classmethod
     def prepare(cls, recipes: Sequence[Recipe]) -> Session:
@@ -239,7 +240,8 @@ class Session:
                 self._keep(model, fitted)
         bridged = model.bridges is not None and bool(model.bridges.fitted.any())
         if healing_steps(recipe, model.router) and (recipe.adapter or bridged):
-            _heal(recipe, model, self.data, folder / CHECKPOINTS / HEALING, callbacks)
+            healing = folder / CHECKPOINTS / HEALING
+            _heal(recipe, model, self.data, healing, callbacks, self._trained_reference)
 
     @staticmethod
     def _keep(model: RoutedLM, folder: Path) -> None:
@@ -345,7 +347,14 @@ def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, ca
     _run_trainer(recipe, module, data, checkpoint, start, [line, *callbacks], describe)
 
 
-def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
+def _heal(
+    recipe: Recipe,
+    model: RoutedLM,
+    data: TextData,
+    checkpoint: Path,
+    callbacks: Sequence[Callback],
+    reference: Reference,
+) -> None:
     """Train adapter and bridges under the router's plans, with the router if the recipe says so; then freeze them."""
     if recipe.adapter is not None:
         context_layer = model.geometry.context_layer
@@ -362,7 +371,7 @@ def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, cal
     start = checkpoint if checkpoint.exists() else None
     activity = "Training the bridges of" if recipe.adapter is None else "Healing"
     line = ProgressLine(f"{activity} {recipe.router.name}", "heal/objective")
-    module = build_healing(recipe, model)
+    module = build_healing(recipe, model, reference)
     _run_trainer(steps, module, data, checkpoint, start, [line, *callbacks], describe)
     if model.adapter is not None:
         model.adapter.freeze()

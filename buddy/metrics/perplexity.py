@@ -100,16 +100,17 @@ class Row:
 
 
 class Reference:
-    """Shared by all routers on one text: the dense model's last hidden states, and the rows at full depth.
+    """Shared by all routers on the same windows: the dense model's last hidden states, and the rows at full depth.
 
     Hidden states are stored and not logits, which take a hundred times the memory and cost a fifth of a small model's
     forward. At full depth every router has the same plan, so it runs once; an adapter changes full depth, so rows of
     adapted models are not stored.
 
-    One object is for one backbone and one way of scoring windows.
+    One object is for one backbone.
 
     Attributes:
-        full_depth: rows at full depth, by the batch's tokens as bytes, the windows' numbers and the number of sinks.
+        full_depth: rows at full depth, by the batch's tokens and scored positions as bytes, the windows' numbers and the
+            number of sinks.
 
     Args:
         most: bytes of hidden states to store; further ones are computed again for each router.
@@ -123,7 +124,7 @@ class Reference:
     @torch.no_grad()
     def dense(self, backbone: Backbone, ids: Tensor, keep: Tensor) -> Tensor:
         """Logits (B, T', V) of the stock model at the positions `keep` of a batch (B, T)."""
-        key = _key(ids)
+        key = _key(ids, keep)
         states = self._states.get(key)
         if states is None:
             states = backbone.base(input_ids=ids, use_cache=False).last_hidden_state[:, keep]
@@ -156,7 +157,7 @@ def measure(
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
     targets, layers, rows = ids[:, scored + 1], model.geometry.layers, []
     dense: Dense | None = None
-    context, batch = None, (_key(ids), tuple(windows), model.sink_tokens)
+    context, batch = None, (_key(ids, scored), tuple(windows), model.sink_tokens)
     for key in keys:
         shared = key == layers and model.adapter is None
         if shared and batch in reference.full_depth:
@@ -230,8 +231,8 @@ def _scores_at(key: int | str, rows: Sequence[Row]) -> Scores:
     return Scores(1.0, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)
 
 
-def _key(ids: Tensor) -> bytes:
-    return ids.cpu().numpy().tobytes()
+def _key(ids: Tensor, scored: Tensor) -> bytes:
+    return b"".join(each.cpu().numpy().tobytes() for each in (ids, scored))
 
 
 def as_json(scores: Sequence[Scores]) -> dict[str, Any]:

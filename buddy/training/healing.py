@@ -33,7 +33,8 @@ class HealingModule(BudgetModule):
         estimator: turns plans into a loss for the router, which is trained in the same steps; None leaves it as it is.
         router_lr: learning rate of the router, which its parameter groups multiply by their scales.
         bridge_lr: learning rate of the bridges; 0 leaves them as they are.
-        options: prompt, lr, warmup_steps, weight_decay and seed of `BudgetModule`.
+        options: prompt, lr, warmup_steps, weight_decay, seed and reference of `BudgetModule`. Trainings of several
+            routers on the same windows share the dense model's results through one reference.
     """
 
     prefix, activity = "heal", "Healing"
@@ -101,7 +102,8 @@ class HealingModule(BudgetModule):
         """The loss of the adapter, and the objective (B,) of each row; under the router's plans, or those given."""
         ids, scored, model = batch.input_ids, batch.scored, self.model
         if dense is None and self.objective.kl:
-            dense = Dense(model.dense(ids, logits_to_keep=scored))
+            with model.stock():
+                dense = Dense(self._reference.dense(model.backbone, ids, scored))
         asked = {"executed": batch.executed} if runs is None else {"runs": runs}
         logits = model(ids, **asked, prompt=batch.prompt, logits_to_keep=scored).logits
         value = self.objective(dense, logits, ids[:, scored + 1]).mean(1)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
+from buddy.metrics.perplexity import Reference
 from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
 from buddy.training.healing import HealingModule
 from buddy.training.module import NotFinite
@@ -209,20 +210,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run):
 
 
 @pytest.mark.parametrize("joint", [{"estimator": Perturbed(Objective()), "router_lr": 1e-2}, {}])
-def test_the_stock_model_runs_once_a_step(monkeypatch, joint):
+def test_the_stock_model_runs_once_a_step(joint):
     module, passes = make(**joint), []
-    stock = module.model.backbone.model.forward
-    monkeypatch.setattr(
-        module.model.backbone.model,
-        "forward",
-        lambda **given: passes.append(module.model.adapter._is_off) or stock(**given),
-    )
+    module.model.backbone.base.register_forward_pre_hook(lambda *_: passes.append(module.model.adapter._is_off))
     module._joint(batch(3, 4), torch.Generator()) if joint else module._healing(batch(3, 4))
     assert sum(passes) == 1
 
 
+def test_trainings_on_the_same_windows_share_what_the_stock_model_gives():
+    reference, outcomes, passes = Reference(), [], []
+    for shared in (reference, reference, None):
+        module = make(reference=shared)
+        module.model.backbone.base.register_forward_pre_hook(
+            lambda *_, module=module: passes.append(module.model.adapter._is_off)
+        )
+        loss, value = module._healing(batch(3, 4))
+        loss.backward()
+        outcomes.append([value, *(each.grad for each in module.model.adapter.parameters())])
+    assert sum(passes) == 2
+    for each in outcomes[1:]:
+        assert all(map(torch.equal, each, outcomes[0]))
+
+
 def test_cross_entropy_alone_needs_no_dense_pass(monkeypatch):
     module = make(objective=Objective(0.0, 1.0))
-    monkeypatch.setattr(RoutedLM, "dense", lambda *_, **__: pytest.fail("the dense model ran"))
+    monkeypatch.setattr(Reference, "dense", lambda *_: pytest.fail("the dense model ran"))
     module._healing(batch(3, 4))[0].backward()
     assert all(parameter.grad is not None for parameter in module.model.adapter.parameters())
