@@ -109,8 +109,8 @@ class Reference:
     One object is for one backbone.
 
     Attributes:
-        full_depth: rows at full depth, by the batch's tokens and scored positions as bytes, the windows' numbers and the
-            number of sinks.
+        full_depth: rows at full depth, by the batch's tokens and scored positions as bytes, the windows' numbers and
+            the number of sinks.
 
     Args:
         most: bytes of hidden states to store; further ones are computed again for each router.
