@@ -6,8 +6,8 @@ A fraction or a count determines K by itself. A latency needs a table of millise
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from textwrap import shorten
 
 from buddy.errors import BudgetError
 
@@ -140,6 +140,4 @@ def _fraction(budget: Budget) -> float:
     try:
         return float(budget)
     except (TypeError, ValueError):
-        raise BudgetError(
-            f"The budget {shorten(repr(budget), 60)} is neither {KINDS}; use 0.75, for example."
-        ) from None
+        raise BudgetError(f"The budget {reprlib.repr(budget)} is neither {KINDS}; use 0.75, for example.") from None

@@ -135,8 +135,11 @@ class LokyExecutor:
                         slot, unit, attempt, _ = running.pop(future)
                         free.append(slot)
                         error = future.exception()
-                        if isinstance(error, BrokenProcessPool):
+                        if not waiting:  # a process without work holds a model, and its death would break its pool
+                            pools.pop(slot).shutdown(wait=False, kill_workers=isinstance(error, BrokenProcessPool))
+                        elif isinstance(error, BrokenProcessPool):
                             pools.pop(slot).shutdown(kill_workers=True)
+                        if isinstance(error, BrokenProcessPool):
                             if attempt < ATTEMPTS:
                                 waiting.appendleft((unit, attempt + 1))
                                 continue
@@ -146,13 +149,15 @@ class LokyExecutor:
                             )
                         on_done(unit, future.result() if error is None else error)
         except BaseException:
-            for *_, pid in running.values():
+            stopping = []
+            for future, (slot, _, _, pid) in running.items():
                 if pid.done() and not pid.exception():
                     with suppress(ProcessLookupError):
                         os.kill(pid.result(), signal.SIGINT)
+                    stopping.append(future)
                 else:  # not ready, so nothing to save
-                    pid.cancel()
-            wait([future for future, (*_, pid) in running.items() if not pid.cancelled()], PATIENCE)
+                    pools.pop(slot).shutdown(kill_workers=True)
+            wait(stopping, PATIENCE)
             raise
         finally:
             busy = not all(future.done() for future in running)

@@ -61,6 +61,12 @@ def test_a_unit_whose_worker_dies_is_submitted_again_and_no_other_is_hurt(tmp_pa
 
 
 @pytest.mark.slow
+def test_the_death_of_a_process_without_work_hurts_no_unit(tmp_path, serial):
+    found = outcomes(LokyExecutor(2), tmp_path / "loky", "a", "bb kills-a")
+    assert found == {name: serial[name] for name in ("a", "bb")}
+
+
+@pytest.mark.slow
 def test_a_worker_that_holds_a_model_stays(tmp_path):
     outcomes(LokyExecutor(1), tmp_path, "a", "bb grows", "ccc")
     assert len({(tmp_path / name).read_text() for name in ("a", "bb", "ccc")}) == 1
@@ -110,6 +116,21 @@ def test_an_interrupt_reaches_all_and_nothing_new_begins(tmp_path, number):
     assert {path.name for path in tmp_path.glob("*.stopped")} == {"a.stopped", "b.stopped"}
     assert not (tmp_path / "c").exists()
     assert_gone(workers)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_an_interrupt_while_workers_start_waits_for_nothing(tmp_path):
+    words = [sys.executable, "-m", "tests.workers", str(tmp_path), "a sleeps", "b sleeps"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:  # one of them tracks loky's resources
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=40)  # PATIENCE is 60 seconds
+    assert process.returncode == 130
+    assert not list(tmp_path.glob("*.stopped"))
 
 
 @needs_proc

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,12 @@ class Work:
             with marker.open("a") as file:
                 file.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
+        if way == "kills-a" and not marker.exists():  # once its process has nothing to do
+            time.sleep(2)
+            marker.touch()
+            for process in (int((self.folder / "a").read_text()), os.getpid()):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         if way == "grows":
             _memory.append(bytearray(os.urandom(1)) * 350_000_000)
             time.sleep(1.1)  # loky looks at a worker's memory once a second

@@ -22,6 +22,7 @@ from buddy.engine.model import RoutedLM
 from buddy.engine.record import ForwardRecord
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+CONTEXT = 8  # tokens of the prompt that a text continues, for the space between
 CHUNK = 256  # tokens of prompts that are read between two steps of the rows that decode
 UNDECIDED = -1  # the batch of rows that have run every layer so far, so that nothing was decided for them
 
@@ -45,24 +46,38 @@ class Sampler:
         model._prepare_special_tokens(config, device=model.device)
         self._processors = model._get_logits_processor(config, input_ids_seq_length=prompt, device=str(model.device))
         self._generator = torch.Generator(model.device).manual_seed(seed)
+        self._ids = torch.empty(1, 0, dtype=torch.long, device=model.device)
 
     def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
-        """The next token after `tokens`, () long on the model's device, from logits (V,) float32."""
+        """The next token, () long on the model's device, from logits (V,) float32.
+
+        Args:
+            tokens: all before it: those of the last call, and then others.
+        """
         scores = logits[None]
         if self._processors:
-            scores = self._processors(torch.tensor([tokens], device=logits.device), scores.clone())
+            new = torch.tensor([tokens[self._ids.shape[1] :]], dtype=torch.long, device=self._ids.device)
+            self._ids = torch.cat([self._ids, new], 1)
+            scores = self._processors(self._ids, scores.clone())
         if not self._draws:
             return scores[0].argmax()
         return torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator)[0]
 
 
 class TextPieces:
-    """The text of tokens as they come, without special tokens; a piece never ends within a character."""
+    """The text of tokens as they come, without special tokens; a piece never ends within a character.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer: of transformers.
+        before: the tokens that the text continues; some tokenizers drop the space at the start of a text.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._first, self._given = 0, 0  # tokens from `_first` to `_given` are decoded again, for the spaces between
+        self._tokens = list(before[-CONTEXT:])
+        self._first, self._given = 0, len(self._tokens)  # these are decoded again, for the spaces between
+        if self._text(None).endswith(UNFINISHED):
+            self._first = self._given
 
     def add(self, token: int) -> str:
         """The text that a token completes; it may be empty."""
@@ -143,6 +158,11 @@ class Written:
     record: ForwardRecord | None = None
     error: Exception | None = None
 
+    @property
+    def ends(self) -> bool:
+        """Whether the row is not to be continued."""
+        return self.error is not None or self.row.finish_reason is not None
+
 
 @dataclass(eq=False)
 class _Reading:
@@ -202,11 +222,10 @@ class Decoder:
         """One token for each row that decodes, and one chunk of prompts read; rows that end are removed."""
         self._steps += 1
         written = [each for key in list(self._batches) for each in self._decode(key)]
+        self.remove(each.row for each in written if each.ends)
         if UNDECIDED in self._batches and self._batches[UNDECIDED].cache.scores is not None:
             self._join(self._phase(1), self._batches.pop(UNDECIDED))  # this step decided
-        written += self._read()
-        self.remove(each.row for each in written if each.error or each.row.finish_reason)
-        return written
+        return written + self._read()
 
     def _join(self, key: int, batch: Batch) -> None:
         parts = [self._batches.pop(key), batch] if key in self._batches else [batch]
@@ -265,7 +284,10 @@ class Decoder:
                 written.append(Written(row, executed=read(record.executed[~record.sinks]), record=record))
                 continue
             self._reading.remove(reading)
-            written += self._choose([row], logits, record)
+            (chosen,) = self._choose([row], logits, record)
+            written.append(chosen)
+            if chosen.ends:
+                continue
             mask = torch.ones(1, last, dtype=torch.bool, device=ids.device)
             self._join(self._key(reading.cache, last), Batch(reading.cache, mask, [row]))
         return written

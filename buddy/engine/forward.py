@@ -156,7 +156,8 @@ class RoutedForward:
         self._kv_width = keys.shape[1] * keys.shape[3]
         pooled = pool.add(newest, self.valid)
         request = self.request
-        full_depth = request.executed is None or min(request.executed) == self.settings.layers
+        deepest = not self.settings.own_count and request.executed and min(request.executed) == self.settings.layers
+        full_depth = request.executed is None or deepest
         prompt = self._shared_prompt()
         # A prompt that shares its last token's plan, while serving, needs no other token's context.
         only_last = request.prompt is None and prompt == self.shape[1]

@@ -104,7 +104,8 @@ class ForwardHooks:
             forward: RoutedForward = LayerwiseForward(routed.settings, routed.router, *rest)
         else:
             forward = RoutedForward(routed.settings, routed.router.score, *rest)
-        if tokens is not None and forward.may_share_sink():
+        one_plan = routed.settings.prompt_plan == "shared" or routed.router.kind == "static"
+        if one_plan and tokens is not None and forward.may_share_sink():  # else other tokens run the layers, too
             forward.sink = self._sinks.states(base, tokens, kwargs.get("position_ids"))
         self._current[0] = forward
         return (), kwargs

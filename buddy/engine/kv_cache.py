@@ -343,8 +343,7 @@ def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, mode
     if isinstance(cache, RoutedCache):
         if cache.filled_by != filled_by or len(cache.layers) != layers:
             raise BuddyError(
-                f"This cache was filled by another model or policy ({cache.filled_by[1]!r}, this one has {policy!r}); "
-                "start with an empty cache."
+                "This cache was filled by another model or under other routing settings; start with an empty cache."
             )
         return cache.get_seq_length(context)
     if cache.layer_class_to_replicate is not None:

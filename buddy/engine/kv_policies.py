@@ -305,6 +305,7 @@ class RaggedView:
         slots = writer.slot_of[self._positions]
         for whole, part in zip(writer.new, (keys, values), strict=True):
             whole[rows[:, None], :, slots] = part.transpose(1, 2)
+        rows = slice(None) if len(rows) == batch else rows  # which spares a copy of the cache
         keys, values = (part[rows][:, :, :-1] for part in writer.new)
         past = writer.past()
         if past is None:

@@ -17,7 +17,7 @@ from buddy.engine.forward import Request, Settings
 from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
 from buddy.engine.record import Output, Record
-from buddy.errors import BuddyError, BudgetError
+from buddy.errors import BuddyError, BudgetError, DataError
 from buddy.plan import Plan, hold_scores
 from buddy.registry import build
 from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
@@ -257,8 +257,13 @@ class RoutedLM(nn.Module):
             prompt: text to continue.
             max_new_tokens: at most so many.
             options: of transformers' `generate`, such as do_sample; greedy by default.
+
+        Raises:
+            DataError: the prompt is empty.
         """
         tokens = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.backbone.device)
+        if not tokens["input_ids"].numel():
+            raise DataError("The prompt is empty; give some text to continue.")
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
         written = self.backbone.model.generate(**tokens, max_new_tokens=max_new_tokens, **options)
         return self.tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -278,7 +283,7 @@ class RoutedLM(nn.Module):
 
     @torch.no_grad()
     def context(self, input_ids: Tensor, attention_mask: Tensor | None = None, **positions: Tensor) -> Context:
-        """What a router sees at the last token of each row, (B,); only the layers that always run are computed.
+        """What a router sees at the last token of each row, (B,); the layers after the context layer are not computed.
 
         Args:
             input_ids: (B, T) long, padded on the left where rows differ.
@@ -286,8 +291,8 @@ class RoutedLM(nn.Module):
             positions: `position_ids`, as the backbone takes them.
         """
         runs = torch.ones(*input_ids.shape, self.geometry.layers, dtype=torch.bool, device=input_ids.device)
-        runs[..., self.geometry.context_layer : -1] = False
-        with self._hooks.requested(Request(runs=runs, prompt=0)):
+        runs[..., self.geometry.context_layer :] = False
+        with self.changed(sink_tokens=0), self._hooks.requested(Request(runs=runs, prompt=0)):
             positions = positions or self._positions(attention_mask)
             self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
             context = self._hooks.take_last().context

@@ -111,7 +111,7 @@ class Model:
         Raises:
             BuddyError: the prompt, the budget or an option cannot be used.
         """
-        return self.routed.tokenizer.decode(list(self._write(prompt, budget, **options)), skip_special_tokens=True)
+        return "".join(self.stream(prompt, budget, **options))
 
     def stream(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> Iterator[str]:
         """The text of `generate` piece by piece; leaving the loop stops the model.
@@ -119,11 +119,8 @@ class Model:
         Raises:
             BuddyError: as `generate` does, at the first piece.
         """
-        pieces = TextPieces(self.routed.tokenizer)
-        with closing(self._write(prompt, budget, **options)) as tokens:
-            yield from filter(None, map(pieces.add, tokens))
-        if rest := pieces.rest():
-            yield rest
+        with closing(self._write(prompt, budget, **options)) as pieces:
+            yield from filter(None, pieces)
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """The token ids of a prompt, as `generate` reads it.
@@ -159,13 +156,18 @@ class Model:
         ids = torch.tensor([tokens], device=routed.backbone.device)
         return int(routed.choosing(str(budget))(routed.context(ids)))
 
-    def check_length(self, prompt: int, new: int) -> None:
-        """Raises DataError where so many tokens of a prompt and new ones are more than the backbone was made for."""
+    def check_length(self, prompt: int, new: int, limit: str = "max_new_tokens") -> None:
+        """Raises DataError where so many tokens of a prompt and new ones are more than the backbone was made for.
+
+        Args:
+            prompt, new: numbers of tokens.
+            limit: the option that sets the number of new ones.
+        """
         backbone = self.routed.backbone
         if prompt + new > backbone.context_length:
             raise DataError(
                 f"The prompt has {prompt} tokens, and {new} new ones go past the {backbone.context_length} positions "
-                f"that {backbone.name} was made for; shorten the prompt or set a smaller max_new_tokens."
+                f"that {backbone.name} was made for; shorten the prompt or set a smaller {limit}."
             )
 
     def _write(
@@ -177,8 +179,8 @@ class Model:
         temperature: float = 0.0,
         seed: int = 0,
         chat: bool = False,
-    ) -> Generator[int]:
-        """The tokens of `generate`, one by one."""
+    ) -> Generator[str]:
+        """The text of `generate`, token by token."""
         routed, model = self.routed, self.routed.backbone.model
         _check_options(prompt, max_new_tokens, temperature, seed)
         tokens = self.encode(prompt, chat)
@@ -187,6 +189,7 @@ class Model:
         executed = self.executed_layers(budget, tokens)
         sampler = Sampler(model, len(tokens), temperature, seed)
         row = Row(tokens, executed, sampler, max_new_tokens, end_tokens(model))
+        pieces = TextPieces(routed.tokenizer, () if chat or not isinstance(prompt, str) else tokens)
         decoder = Decoder(routed, chunk=len(tokens))
         decoder.add(row)
         sizes = f"{len(tokens)} + {max_new_tokens} tokens through {executed} of {depth} layers"
@@ -197,7 +200,8 @@ class Model:
                     if written.error:
                         raise written.error
                 record.forwards.append(written.record)
-                yield written.token
+                yield pieces.add(written.token)
+            yield pieces.rest()
         finally:
             if record.forwards:
                 self.ran = summary(record, executed, depth, budget)

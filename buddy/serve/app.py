@@ -109,28 +109,36 @@ class Server:
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         """`/v1/completions`."""
-        self._check_count(len(asked.prompts) * (asked.n or 1), "prompt")
+        several = "prompt" if len(asked.prompts) > self._limits.queue else "n"
+        self._check_count(len(asked.prompts) * (asked.n or 1), several)
         prompts = [self._model.encode(each) if isinstance(each, str) else each for each in asked.prompts]
         vocabulary = self._model.routed.backbone.model.config.get_text_config().vocab_size
         if any(not 0 <= id < vocabulary for prompt in prompts for id in prompt):
             raise ApiError(f"A token id is not from 0 to {vocabulary - 1}.", field="prompt")
-        return await self._answer(asked, request, prompts, "prompt", asked.max_tokens or DEFAULT_TOKENS)
+        limit = asked.max_tokens or min(DEFAULT_TOKENS, self._room(prompts))
+        return await self._answer(asked, request, prompts, "prompt", limit)
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """`/v1/chat/completions`."""
         self._check_count(asked.n or 1, "n")
+        if not self._model.routed.tokenizer.chat_template:
+            raise ApiError("This model has no chat template; use /v1/completions.", field="messages")
         try:
             prompt = self._model.encode([message.plain for message in asked.messages])
         except BuddyError as error:
             raise ApiError(str(error), field="messages") from error
-        room = max(1, self._model.routed.backbone.context_length - len(prompt))
-        limit = asked.max_completion_tokens or asked.max_tokens or min(room, self._limits.tokens)
+        limit = asked.max_completion_tokens or asked.max_tokens or self._room([prompt])
         return await self._answer(asked, request, [prompt], "messages", limit)
+
+    def _room(self, prompts: Sequence[list[int]]) -> int:
+        """The most new tokens that the server and the backbone allow after these prompts, at least 1."""
+        longest = max(map(len, prompts), default=0)
+        return max(1, min(self._limits.tokens, self._model.routed.backbone.context_length - longest))
 
     async def _answer(
         self, asked: TextRequest, request: Request, prompts: Sequence[list[int]], field: str, limit: int
     ) -> Response:
-        self._check(prompts, field, limit)
+        self._check(prompts, field, limit, asked.limit_name)
         named, budget, deeper = self.named(asked.model), asked.budget, asked.prompt_budget
         given = self._checked_budget(named, "model") if budget is None else self._checked_budget(budget, "budget")
         budget, deeper = given or self._budget, self._checked_budget(deeper, "prompt_budget")
@@ -144,7 +152,7 @@ class Server:
 
             sampling = asked.sampling(index, self._model.routed.backbone.model)
             options = {**sampling, "stops": asked.stops, "top_logprobs": asked.likeliest, "plans": asked.plans}
-            options["prompt_budget"] = deeper
+            options |= {"prompt_budget": deeper, "chat": field == "messages"}
             texts.append(Text(prompt, budget, limit, emit, self._limits.seconds, **options))
         answer = Answer(field == "messages", asked, texts, sum(map(len, prompts)) // (asked.n or 1))
         try:
@@ -166,20 +174,22 @@ class Server:
         if count > self._limits.queue:
             raise ApiError(f"These are {count} texts; ask for {self._limits.queue} at most.", field=field)
 
-    def _check(self, prompts: Sequence[list[int]], field: str, limit: int) -> None:
+    def _check(self, prompts: Sequence[list[int]], field: str, limit: int, name: str) -> None:
         if limit > self._limits.tokens:
-            raise ApiError(f"max_tokens is {limit}; this server allows {self._limits.tokens}.", field="max_tokens")
+            raise ApiError(f"{name} is {limit}; this server allows {self._limits.tokens}.", field=name)
         for prompt in prompts:
             if not prompt:
                 raise ApiError("The prompt is empty; give some text to continue.", field=field)
             try:
-                self._model.check_length(len(prompt), limit)
+                self._model.check_length(len(prompt), limit, name)
             except BuddyError as error:
                 raise ApiError(str(error), field=field, code="context_length_exceeded") from error
 
     def _checked_budget(self, budget: Budget | None, field: str) -> Budget | None:
         """The budget; what can be known of it without the model is checked at once."""
         routed = self._model.routed
+        if isinstance(budget, str) and len(budget) > LONGEST_BUDGET:
+            raise ApiError(f"{field} has {len(budget)} characters; give a budget such as 0.75.", field=field)
         try:
             cap = None if budget is None else auto_cap(budget)
             if budget is None or latency_of(budget if cap is None else cap) is not None:

@@ -64,6 +64,11 @@ class TextRequest(_Plain):
     response_format: NotOffered = None
 
     @property
+    def limit_name(self) -> str:
+        """The field that limits the new tokens."""
+        return "max_tokens"
+
+    @property
     def stops(self) -> list[str]:
         """The strings that end a text."""
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
@@ -133,6 +138,10 @@ class ChatRequest(TextRequest):
     tool_choice: NotOffered = None
     functions: NotOffered = None
     modalities: Annotated[list[Literal["text"]] | None, Field(max_length=1)] = None
+
+    @property
+    def limit_name(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     @property
     def likeliest(self) -> int | None:

@@ -112,6 +112,7 @@ class Text:
         stops: strings that end the text; they are not part of it.
         top_logprobs: number of likeliest tokens to give with each; None for no logarithms.
         plans: whether pieces have plans.
+        chat: whether it answers the prompt, and does not continue its text.
         cancelled: set by the owner when nobody reads the text any longer.
         ran: the layers so far.
         written: new tokens so far.
@@ -130,6 +131,7 @@ class Text:
     top_logprobs: int | None = None
     plans: bool = False
     prompt_budget: Budget | None = None
+    chat: bool = False
     cancelled: bool = False
     ran: Ran = field(default_factory=Ran)
     written: int = 0
@@ -304,7 +306,7 @@ class Scheduler:
             text.emit(Piece(error=error))
             return
         row = Row(text.prompt, executed, sampler, text.limit, self._ends, deeper)
-        self._running[row] = text, TextPieces(self._tokenizer)
+        self._running[row] = text, TextPieces(self._tokenizer, () if text.chat else text.prompt)
         self._decoder.add(row)
 
     def _keep_latencies(self) -> float | None:
@@ -376,8 +378,9 @@ class Scheduler:
         return TokenLogprob(self._word(token), float(logs[token]), tuple(likeliest))
 
     def _word(self, token: int) -> str:
-        word: str = self._tokenizer.decode([token])
-        return word
+        """The text of a token behind another one: some tokenizers drop the space at the start of a text."""
+        before = self._tokenizer("a", add_special_tokens=False).input_ids[-1:]
+        return str(self._tokenizer.decode([*before, token])).removeprefix(self._tokenizer.decode(before))
 
 
 def _plan(record: ForwardRecord) -> str:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from buddy.engine.batches import join
-from buddy.engine.decode import Decoder, Row, Sampler
+from buddy.engine.decode import Decoder, Row, Sampler, TextPieces
 from buddy.engine.forward import read
 from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle, FickleGates, random_bridges
@@ -141,6 +141,38 @@ def test_sampling_draws_what_transformers_draws():
         while len(decoder):
             decoder.step()
         assert row.tokens == expected
+
+
+def test_a_row_of_one_token_joins_no_batch(monkeypatch):
+    model, joins = routed(), []
+    monkeypatch.setattr("buddy.engine.decode.join", lambda *given: joins.append(given) or join(*given))
+    decoder = Decoder(model)
+    long, short = (Row([5, 6, 7], 4, Sampler(model.backbone.model, 3), limit) for limit in (3, 1))
+    decoder.add(long)
+    decoder.step()
+    decoder.add(short)
+    while len(decoder):
+        decoder.step()
+    assert (len(long.tokens), len(short.tokens), len(joins)) == (3, 1, 1)
+    assert short.tokens == alone(model, short)
+
+
+class Spaced:
+    """Decodes as SentencePiece tokenizers of Llama 2 and Mistral do: a text's first space is dropped."""
+
+    words = ("▁I", "▁saw", "▁the", "▁cat", "s", "<end>")
+
+    def decode(self, tokens, skip_special_tokens=False):
+        words = [self.words[token] for token in tokens if not (skip_special_tokens and token == 5)]
+        return "".join(words).replace("▁", " ").removeprefix(" ")
+
+
+@pytest.mark.parametrize(("before", "expected"), [([0, 1], " the cats"), ([], "the cats")])
+def test_the_space_between_a_prompt_and_what_continues_it(before, expected):
+    pieces = TextPieces(Spaced(), before)
+    found = [pieces.add(token) for token in (2, 3, 4, 5)]
+    assert "".join([*found, pieces.rest()]) == expected
+    assert found[-1] == ""
 
 
 def test_a_row_ends_at_the_tokens_that_end_it():

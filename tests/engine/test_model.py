@@ -1,13 +1,15 @@
 """The routed model against brute force and against stock transformers, family by family."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from buddy.engine import selection
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import BuddyError, BudgetError
+from buddy.errors import BuddyError, BudgetError, DataError
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone
 
@@ -284,3 +286,29 @@ def test_hidden_states_can_be_captured_while_layers_are_skipped():
         output = routed.backbone.model(tokens(), output_hidden_states=True, use_cache=False)
     assert len(output.hidden_states) == 7
     torch.testing.assert_close(output.logits, plain.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_the_context_computes_no_layer_after_the_context_layer(length):
+    backbone, ran = tiny_backbone(), []
+    model = RoutedLM(backbone, Fickle(geometry_of(backbone, 2)), sink_tokens=1)
+    ids = torch.arange(3, 3 + length)[None]
+    with torch.no_grad():
+        expected = model(ids, executed=torch.tensor([3])).context[:, -1]
+    for index, layer in enumerate(backbone.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+    context = model.context(ids)
+    assert ran == [0, 1]
+    torch.testing.assert_close(context.hidden, expected.hidden)
+    torch.testing.assert_close(context.pooled, expected.pooled)
+
+
+def test_an_empty_prompt_is_refused():
+    backbone = tiny_backbone()
+    model = RoutedLM(replace(backbone, tokenizer=no_tokens), Fickle(geometry_of(backbone)))
+    with pytest.raises(DataError):
+        model.generate("")
+
+
+def no_tokens(*_, **__) -> BatchEncoding:
+    return BatchEncoding({"input_ids": torch.empty(1, 0)})

@@ -87,3 +87,12 @@ def test_other_positions_and_other_precisions_are_not_mixed_up():
     assert torch.equal(prompt_and_step(routed, IDS, position_ids=positions), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(prompt_and_step(routed, IDS), prompt_and_step(routed_tiny(), IDS))
+
+
+def test_nothing_is_kept_where_each_token_has_a_plan():
+    backbone = tiny_backbone()
+    router = Fickle(geometry_of(backbone))
+    router.kind = "learned"
+    routed = RoutedLM(backbone, router)
+    before = layer_calls(routed, IDS)
+    assert layer_calls(routed, IDS) == before

@@ -300,6 +300,8 @@ def test_an_unexpected_error_is_answered_and_counted(monkeypatch):
         ({"budget": "7layers"}, "budget"),
         ({"budget": "auto"}, "budget"),
         ({"budget": "15ms"}, "budget"),
+        ({"budget": "1" * 200 + "ms"}, "budget"),
+        ({"prompt": ["x"] * 100, "n": 16}, "n"),
         ({"model": "buddy@0"}, "model"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
@@ -329,6 +331,19 @@ def test_bad_values_name_their_field(address, change, field):
 def test_bad_messages(address, messages):
     answer = post(address, "chat/completions", **(CHAT | {"messages": messages}))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+
+
+def test_the_default_limit_is_one_that_the_server_allows():
+    from buddy.serve.app import Limits
+
+    model = tiny()
+    model.routed.tokenizer.chat_template = None
+    with serving(model, limits=Limits(tokens=3)) as (address, _):
+        asked = {key: value for key, value in GREEDY.items() if key != "max_tokens"}
+        assert post(address, **asked).json()["usage"]["completion_tokens"] == 3
+        assert post(address, **asked, max_tokens=4).json()["error"]["param"] == "max_tokens"
+        answer = post(address, "chat/completions", **CHAT)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
 
 
 def test_clients_raise_their_own_errors(client):
