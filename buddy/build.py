@@ -359,6 +359,8 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
         count = min(VALIDATIONS, max(1, keywords["max_steps"] // APART))
         settings["val_check_interval"] = max(1, keywords["max_steps"] // count) * accumulated
         settings["check_val_every_n_epoch"] = None
+    elif isinstance(keywords.get("val_check_interval"), int):  # of steps, which may be more than an epoch has
+        settings.setdefault("check_val_every_n_epoch", None)
     try:
         return lightning.Trainer(**(TRAINER | settings | options))
     except Exception as error:  # Lightning refuses settings with many types of errors

@@ -158,12 +158,13 @@ def compare(config: CompareConfig) -> int:
     rivals = config.routers or list(dict.fromkeys([Rival(config.recipe.router.name), *config.recipe.rivals]))
     recipes = {each.label: with_router(base, each) for each in rivals}
     texts = texts_of(config.texts, config.recipe)
+    _refuse_other_recipes(config.folder, recipes)
     session = Session.prepare(list(recipes.values()))
     check_fixed(config.recipe, rivals, session.digests(config.recipe))
-    with status("Reading text …"):
-        windows = {text: read_windows(text, base, session.data) for text in texts}
     specs = [spec for label, of in recipes.items() for spec in _specs(config, label, of, session)]
     _refuse_others(specs, session)
+    with status("Reading text …"):
+        windows = {text: read_windows(text, base, session.data) for text in texts}
     for spec in specs:
         warn_of_changed_code(spec.folder, session.digests(spec.recipe))
     if config.finished:
@@ -278,9 +279,22 @@ def _depends_on_seed(recipe: Recipe, router: AnyRouter) -> bool:
     return router.trainable or (router.seeded and recipe.router.options.get("seed") is None)
 
 
+def _refuse_other_recipes(folder: Path, recipes: Mapping[str, Recipe]) -> None:
+    """Raises RunError if the folder holds runs of other recipes, as far as it shows without model and text."""
+    ignore = (*FREE_KEYS, *TRAINING_KEYS, "seed", "data.seed")
+    paths = {path: of for label, of in recipes.items() for path in (folder / label_folder(label)).glob("seed-*")}
+    _refuse({path: RunFolder(path).differences(of, {}, ignore) for path, of in paths.items()})
+
+
 def _refuse_others(specs: Sequence[RunSpec], session: Session) -> None:
-    """Raises RunError if folders hold runs of other recipes or inputs."""
-    wrong = {spec.folder: found for spec in specs if (found := session.differences(spec))}
+    """Raises RunError if folders hold runs of other recipes or inputs, or something else."""
+    for spec in specs:
+        spec.run_folder.check_free()
+    _refuse({spec.folder: session.differences(spec) for spec in specs})
+
+
+def _refuse(differences: Mapping[Path, Sequence[str]]) -> None:
+    wrong = {folder: found for folder, found in differences.items() if found}
     if wrong:
         folder, *others = wrong
         reasons = "; ".join(dict.fromkeys(each for found in wrong.values() for each in found))

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from buddy.errors import RecipeError, nearest
 from buddy.schema import Recipe, Rival, RouterSection, TrainerKeywords, leaves, problems, section_of, unknown_key
-from buddy.values import converted, shown
+from buddy.values import converted, shown, spelled
 
 FOLDER = Path(__file__).parent / "recipes"
 LARGEST = 2**20  # bytes of a recipe file
@@ -48,13 +48,15 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, saved: boo
     Args:
         source: the name of an installed recipe, or a file.
         overrides: applied in order.
-        saved: the file belongs to a run, perhaps a downloaded one: references are refused.
+        saved: the file belongs to a run, perhaps a downloaded one: references are refused, and nobody here has
+            accepted a licence by it.
 
     Raises:
         RecipeError: no such recipe, not YAML, or mistakes in it; the message lists all of them.
     """
     path, what = recipe_path(source), f"The recipe {source}"
-    return _composed(lambda: _read(path), overrides, what, references=not saved)
+    recipe = _composed(lambda: _read(path), overrides, what, references=not saved)
+    return replace(recipe, backbone=replace(recipe.backbone, accept_license=False)) if saved else recipe
 
 
 def override(recipe: Recipe, overrides: Sequence[str], what: str) -> Recipe:
@@ -73,9 +75,15 @@ def with_router(recipe: Recipe, rival: Rival | str) -> Recipe:
     """The recipe for one router with its overrides; another router than the recipe's starts from empty options.
 
     Raises:
-        RecipeError: mistakes in the overrides.
+        RecipeError: mistakes in the overrides, or one of a key that all routers share.
     """
     rival = Rival(rival) if isinstance(rival, str) else rival
+    keys = {text: RENAMED.get(key := text.partition("=")[0], key) for text in rival.overrides}
+    if shared := [text for text, key in keys.items() if not key.startswith(OWN_KEYS) or key.startswith(SHARED)]:
+        raise RecipeError(
+            f"{rival.label} overrides what all routers share ({', '.join(shared)}); it may override keys of "
+            "router.options, routing, objective, optimizer, bridge, adapter and most of trainer."
+        )
     router = recipe.router if rival.name == recipe.router.name else RouterSection(rival.name)
     alone = replace(recipe, router=router, rivals=[])
     if rival.overrides:
@@ -103,17 +111,10 @@ def _composed(read: Callable[[], Nested], overrides: Sequence[str], what: str, r
 
 
 def _rival_problems(recipe: Recipe, rival: Rival) -> Iterator[str]:
-    keys = {text: RENAMED.get(key := text.partition("=")[0], key) for text in rival.overrides}
-    if shared := [text for text, key in keys.items() if not key.startswith(OWN_KEYS) or key.startswith(SHARED)]:
-        yield (
-            f"rivals: {rival.label} overrides what all routers share ({', '.join(shared)}); it may override keys of "
-            "router.options, routing, objective, optimizer, bridge, adapter and most of trainer."
-        )
-        return
     try:
         with_router(recipe, rival)
     except RecipeError as error:
-        yield str(error)
+        yield f"rivals: {error}"
 
 
 def _changes(overrides: Sequence[str], mistakes: list[str]) -> Iterator[Nested]:
@@ -297,7 +298,8 @@ def flatten(recipe: Recipe) -> dict[str, bool | int | float | str]:
     """Dotted keys to scalars for TensorBoard's hyperparameters; other values as YAML text."""
     values = {key: value for key, value, _ in leaves(recipe)}
     values["rivals"] = [rival.label for rival in recipe.rivals]
-    values["callbacks"] = [spec.class_path for spec in recipe.callbacks]
+    values["callbacks"] = [f"{spec.class_path}({spelled(spec.init_args)})" for spec in recipe.callbacks]
     options = {f"router.options.{name}": option for name, option in values.pop("router.options").items()}
     scalars = (bool, int, float, str)
-    return {key: value if isinstance(value, scalars) else shown(value) for key, value in {**values, **options}.items()}
+    both = {**values, **options}.items()
+    return {key: value if isinstance(value, scalars) else spelled(value) for key, value in both}

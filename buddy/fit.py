@@ -42,24 +42,25 @@ from buddy.data.module import TextData
 from buddy.data.windows import Windows
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, TrainingError
+from buddy.errors import BuddyError, RecipeError, TrainingError, nearest
 from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.figures import draw_run
-from buddy.io import cache_folder, is_below, on_disk, within_memory
-from buddy.metrics.perplexity import Reference, Scores, with_documents
+from buddy.io import cache_folder, is_below, on_disk, out_of_memory, within_memory
+from buddy.metrics.perplexity import MOST, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
 from buddy.run import RunSpec, read_run
 from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, ROUTER, Stopwatch, read_metrics, save_router
-from buddy.schema import Recipe
+from buddy.schema import ClassSpec, Recipe
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
     GracefulStop,
     LastCheckpoint,
     ProgressLine,
     check_checkpoint,
+    interrupts,
     unusable,
 )
 from buddy.training.module import NotFinite
@@ -75,13 +76,15 @@ class Session:
     Args:
         backbone: without a router.
         data: the text, set up.
+        share: let runs share what the dense model gives. Not under sharding: there all processes run it together, so
+            none may have its results already.
     """
 
-    def __init__(self, backbone: Backbone, data: TextData) -> None:
+    def __init__(self, backbone: Backbone, data: TextData, share: bool = True) -> None:
         self.backbone, self.data = backbone, data
         self._probes: dict[tuple[Any, ...], CalibrationProbe] = {}
         self._stopwatch: Stopwatch | None = None
-        self._reference, self._trained_reference = Reference(), Reference(TRAINED_STATES)
+        self._reference, self._trained_reference = (Reference(most if share else 0) for most in (MOST, TRAINED_STATES))
 
     @classmethod
     def prepare(cls, recipes: Sequence[Recipe]) -> Session:
@@ -100,7 +103,7 @@ class Session:
                 build_trainer(each, logger=False)
             check_sharding(each)
             for spec in (*each.callbacks, *filter(None, [each.logger])):
-                instantiate(spec)
+                _check_monitor(each, spec, instantiate(spec))
         if recipe.ckpt_path:
             check_checkpoint(recipe.ckpt_path)
         with status(f"Loading {recipe.backbone.name} …"):
@@ -112,7 +115,7 @@ class Session:
         with status(f"Reading {recipe.data.source} …"):
             data.prepare_data()
             data.setup()
-        return cls(backbone, data)
+        return cls(backbone, data, share=not is_sharded(recipe.trainer))
 
     @classmethod
     def launch(cls, specs: Sequence[RunSpec]) -> Session:
@@ -127,6 +130,7 @@ class Session:
         with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.rank_zero_first():
             session = cls.prepare([spec.recipe for spec in specs])
             for spec in specs if first else ():
+                spec.run_folder.check_free()
                 with spec.run_folder.lock():  # a second command is refused here, before it does anything
                     pass
             join(trainer)
@@ -204,13 +208,11 @@ class Session:
         finally:
             model.detach()
 
-    def evaluate(
-        self, recipe: Recipe, model: RoutedLM, windows: Windows, reference: Reference, description: str
-    ) -> list[Scores]:
+    def evaluate(self, recipe: Recipe, model: RoutedLM, windows: Windows, description: str) -> list[Scores]:
         """Scores of a fitted model on windows, at the recipe's budgets."""
         budgets, data = available_budgets(model.router, recipe.budgets), recipe.data
-        options = {"prompt": data.prompt, "batch_size": data.batch_size}
-        return evaluate(model, windows, budgets, **options, description=description, reference=reference)
+        options: dict[str, Any] = {"prompt": data.prompt, "batch_size": data.batch_size, "reference": self._reference}
+        return evaluate(model, windows, budgets, **options, description=description)
 
     def _fit(self, recipe: Recipe, model: RoutedLM, folder: Path, reuse_from: Path | None) -> None:
         """Calibrate, train and heal; bridges are fitted on the router's plans before its training and after it."""
@@ -305,7 +307,7 @@ class Session:
         adapted = None if model.adapter is None else model.adapter.parts
         for part in filter(None, (model.router, model.bridges, adapted)):
             distributed.broadcast_state(part)
-        return self.evaluate(recipe, model, self.data.evaluated, self._reference, f"Evaluating {recipe.router.name}")
+        return self.evaluate(recipe, model, self.data.evaluated, f"Evaluating {recipe.router.name}")
 
     def _track(self, items: Sequence[Any], description: str) -> Iterable[Any]:
         for item in track(items, description):
@@ -316,6 +318,16 @@ class Session:
         """Save the time spent, now and then."""
         if self._stopwatch:
             self._stopwatch.tick()
+
+
+def _check_monitor(recipe: Recipe, spec: ClassSpec, callback: Any) -> None:
+    """Raises RecipeError where a callback monitors a result of validation that there is not."""
+    monitor = str(getattr(callback, "monitor", None))
+    each = [f"val/{name}/{budget}" for budget in recipe.budgets for name in ("kl", "loss", "perplexity")]
+    known = ["val/kl", "val/loss", *each]
+    if monitor.startswith("val/") and monitor not in known:
+        advice = nearest(monitor, known) or "; choose val/kl."
+        raise RecipeError(f"{spec.class_path} monitors {monitor}, which no validation measures{advice}")
 
 
 def _remove_intermediate(folder: Path) -> None:
@@ -407,9 +419,10 @@ def _run_trainer(
             callbacks=[stop, *callbacks, *own, LastCheckpoint(checkpoint, recipe.checkpoint_every)],
             logger=instantiate(recipe.logger) if recipe.logger else tensorboard,
             plugins=[AtomicCheckpointIO()],
+            default_root_dir=checkpoint.parent.parent,
         )
         try:
-            with distributed.lost_peers_reported():
+            with distributed.lost_peers_reported(), interrupts(trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except NotFinite as error:
             sentence = describe(trainer, error)
@@ -417,10 +430,10 @@ def _run_trainer(
                 errors.print(str(sentence), soft_wrap=True)
                 raise KeyboardInterrupt from error
             raise sentence from error
-        except SystemExit as error:  # Lightning's answer to a KeyboardInterrupt
-            raise KeyboardInterrupt if isinstance(error.__context__, KeyboardInterrupt) else error from None
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            if start and not stop.began:  # the checkpoint has the right parts, with other content
+            if (
+                start and not stop.began and not out_of_memory(error)
+            ):  # the checkpoint has the right parts, with other content
                 raise unusable(start, f"{type(error).__name__}: {error}") from error
             raise
     if stop.requested:

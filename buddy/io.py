@@ -153,21 +153,23 @@ def new_folder(path: Path) -> Iterator[Path]:
     If the block fails, nothing is left; the next call removes what a killed process left.
 
     Raises:
-        RunError: `path` exists, before the block or after it, or its parent is missing or cannot be written.
+        RunError: `path` exists, another process is making it, or its parent is missing or cannot be written.
     """
     path = path.absolute()
     _check_new(path)
-    beside = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-    try:
-        yield beside
-        _check_new(path)  # another process may have created it
-        with writing(path):
-            beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    beside, lock = (path.with_name(f".{path.name}.{what}") for what in ("partial", "lock"))
+    with locked(lock, f"Another process is making {path}; wait for it, or name another folder."):
+        try:
+            with writing(path):
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+            yield beside
+            _check_new(path)  # another process may have created it
+            with writing(path):
+                beside.rename(path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _check_new(path: Path) -> None:
@@ -311,11 +313,16 @@ def within_memory(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is a RuntimeError; torch's allocator for the CPU has no exception of its own.
-        accelerator, cpu = type(error).__name__ == "OutOfMemoryError", "allocate memory" in str(error)
-        if not (accelerator or cpu or isinstance(error, MemoryError)):
+        if not out_of_memory(error):
             raise
         raise RunError(f"Not enough memory for {what}; {advice}.") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the CPU or an accelerator."""
+    # torch.OutOfMemoryError is a RuntimeError; torch's allocator for the CPU has no exception of its own.
+    accelerator, cpu = type(error).__name__ == "OutOfMemoryError", "allocate memory" in str(error)
+    return accelerator or cpu or isinstance(error, MemoryError)
 
 
 def _is_refusal(error: BaseException | None) -> bool:

@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
@@ -79,15 +78,14 @@ def settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
     An "s" before them keeps YAML from reading a number. The seed of the routers is left out: a comparison has many. So
     are texts beside the recipe's own, whose windows depend on the settings.
     """
-    data, free = recipe.data, (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "seed", "data.evaluate_on", "callbacks")
-    callbacks = {"callbacks": [asdict(each) for each in recipe.callbacks]} if recipe.callbacks else {}
+    data, free = recipe.data, (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "seed", "data.evaluate_on")
     settings: dict[str, Any] = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
     settings |= {"data.source": PurePath(data.source).name, "data.seed": recipe.data_seed}
     for key in ("train_sources", "calibration_sources"):
         settings[f"data.{key}"] = [PurePath(each).name for each in getattr(data, key)]
     overrides = sorted(each.label for each in recipe.rivals if each.overrides)
     inputs = {name: value for name, value in digests.items() if name != CODE}
-    content = json.dumps([settings | callbacks, overrides, inputs], sort_keys=True)
+    content = json.dumps([settings, overrides, inputs], sort_keys=True)
     return "s" + hashlib.sha256(content.encode()).hexdigest()[:15]
 
 
@@ -101,22 +99,19 @@ def differences(
     """One phrase for each recipe key or input that differs, such as "optimizer.lr: 0.003 there, 0.006 here".
 
     Keys that start with one of `FREE_KEYS` or `ignore` may differ, and so may the digest of the router's code. Unknown
-    (empty) stored digests differ from nothing.
+    (empty) digests differ from nothing.
     """
-    there, here = (flatten(each) | {"callbacks": _callbacks(each)} for each in (stored, recipe))
+    there, here = flatten(stored), flatten(recipe)
     free = (*FREE_KEYS, *ignore, *([CKPT_KEY] if here.get(CKPT_KEY) in (None, "null") else []))
     keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith(free)]
-    names = [name for name in dict.fromkeys([*stored_digests, *digests]) if stored_digests and name != CODE]
+    names = {*stored_digests, *digests} if stored_digests and digests else set()
+    names -= {CODE, *(["training text"] if "data.train_sources".startswith(free) else [])}
     return [
         f"{key}: {shown(there[key]) if key in there else 'not set'} there, "
         f"{shown(here[key]) if key in here else 'not set'} here"
         for key in keys
         if there.get(key) != here.get(key)
-    ] + [f"another {name}" for name in names if stored_digests.get(name) != digests.get(name)]
-
-
-def _callbacks(recipe: Recipe) -> str:
-    return ", ".join(f"{each.class_path}({shown(each.init_args)})" for each in recipe.callbacks) or "none"
+    ] + [f"another {name}" for name in sorted(names) if stored_digests.get(name) != digests.get(name)]
 
 
 class _WithoutDocstrings(ast.NodeTransformer):

@@ -87,6 +87,8 @@ class Probe(Protocol):
         asked: each K below full depth of the recipe's budgets, deepest first.
         seed: the recipe's seed, for searches with randomness.
         count: N, the number of windows.
+        bridge_windows: how many of them, from the last one, `losses(…, bridged=True)` fits bridges on: 24, or three
+            quarters of fewer than 32.
         prompt: tokens of a window that count as its prompt.
     """
 
@@ -94,6 +96,7 @@ class Probe(Protocol):
     asked: tuple[int, ...]
     seed: int
     count: int
+    bridge_windows: int
     prompt: int
 
     @property
@@ -134,7 +137,8 @@ class Probe(Protocol):
             runs: (P, L) bool, a plan in each row for all tokens; sinks run every layer.
             criterion: "ce", next-token cross-entropy, or "kl", KL(dense ‖ plan), over positions 0 … W − 2.
             windows: N', the first so many windows; or the numbers of some windows, ascending; all by default.
-            bridged: with a bridge in each skipped layer, fitted for this plan, where the recipe has bridges.
+            bridged: with a bridge in each skipped layer, fitted for this plan on the last `bridge_windows` windows,
+                where the recipe has bridges.
             what: label of the progress bar.
 
         Raises:

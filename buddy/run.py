@@ -120,7 +120,7 @@ class RunFolder:
                 stored = load_recipe(self.path / RECIPE, saved=True)
         except DamagedError as error:
             return [f"{error.path.name} is damaged ({error.reason})"]
-        return differences(stored, recipe, _stored_digests(self.path), digests, ignore)
+        return differences(stored, recipe, stored_digests(self.path), digests, ignore)
 
     def begin(
         self,
@@ -149,7 +149,7 @@ class RunFolder:
             BuddyError: something that is not a run is in the way, the recipe of an incomplete run cannot be read, or
                 the folder cannot be written.
         """
-        self._check_free()
+        self.check_free()
         work = self.work
         if is_below(recipe.ckpt_path, work) or not RunFolder(work).differences(recipe, digests, ignore):
             warn_of_changed_code(work, digests)
@@ -185,7 +185,7 @@ class RunFolder:
         """A hidden sibling: "new" is a refit in progress, "old" a run that is being replaced or deleted."""
         return self.path.with_name(f".{self.path.name}.{ending}")
 
-    def _check_free(self) -> None:
+    def check_free(self) -> None:
         """Raises RunError where something other than a run would be overwritten or hidden."""
         if (self.path.parent / FACTS).is_file():
             raise RunError(
@@ -249,7 +249,7 @@ class RunSpec:
 
 def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:
     """Print a warning if the router's code changed since the run in the folder began."""
-    stored = _stored_digests(folder).get(CODE)
+    stored = stored_digests(folder).get(CODE)
     if stored is not None and stored != digests.get(CODE):
         errors.print(
             f"Warning: the code of the router changed since {folder} began; delete that folder to fit again.",
@@ -354,7 +354,7 @@ def _runs_in(folder: Path) -> list[str]:
     return sorted({path.relative_to(folder).parts[0] for path in found})
 
 
-def _stored_digests(folder: Path) -> dict[str, str]:
+def stored_digests(folder: Path) -> dict[str, str]:
     """The digests in inputs.json; none where the file is missing."""
     try:
         return read_json(folder / INPUTS)

@@ -166,6 +166,8 @@ RESERVED = {
     "inference_mode": "validation must not make inference tensors",
     "fast_dev_run": "set trainer.max_steps",
     "barebones": "it turns off checkpoints and metrics",
+    "limit_test_batches": "set data.test_windows",
+    "limit_predict_batches": "Buddy predicts nothing",
 }
 # The router's weights stay float32.
 PRECISIONS = (None, 32, "32", "32-true", 16, "16", "16-mixed", "bf16", "bf16-mixed")

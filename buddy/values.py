@@ -68,8 +68,6 @@ def _out_of_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> str | Non
         return f"{key} is empty; give it a value or leave it out."
     if pattern and not re.fullmatch(pattern, value):
         return f"{key} is {shown(value)}, but must be of the form {bounds['example']}."
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{key} is {value}, but must be a finite number."
     for bound, holds, words in BOUNDS:
         if bound in bounds and not holds(value, bounds[bound]):
             return f"{key} is {value}, but must be {words} {bounds[bound]}."
@@ -117,6 +115,8 @@ def flaw(value: Any) -> str | None:
         return "contains ${…}; write the value itself." if "${" in value else None
     if isinstance(value, int) and value.bit_length() > 3000:
         return "has a thousand digits or more; give a smaller number."
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}, but must be a finite number."
     return None if isinstance(value, bool | int | float | None) else f"is a {type(value).__name__}, not plain data."
 
 
@@ -127,10 +127,15 @@ def type_words(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a recipe spells it, on one line and not too long."""
+    """A value as a recipe spells it, on one line and cut to 60 characters."""
+    text = spelled(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def spelled(value: Any) -> str:
+    """A value as a recipe spells it, on one line."""
     try:
         text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
     except (yaml.YAMLError, ValueError):  # not plain data, or a number too long to print
         text = f"a {type(value).__name__}"
-    text = " ".join(text.removesuffix("\n...\n").split())
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return " ".join(text.removesuffix("\n...\n").split())

@@ -22,7 +22,7 @@ from buddy.errors import BuddyError, DamagedError, DataError, TrainingError, rea
 from buddy.evaluation.record import evaluation_file, task_file
 from buddy.fit import Session
 from buddy.io import checksum, read_json, within_memory, write_with_checksum
-from buddy.metrics.perplexity import Reference, Scores, with_documents
+from buddy.metrics.perplexity import Scores, with_documents
 from buddy.run import RunSpec, folder_name
 from buddy.run_files import ADAPTER, BRIDGE, ROUTER
 from buddy.schema import Recipe
@@ -126,7 +126,6 @@ class Worker:
 
     def __init__(self, session: Session, windows: Mapping[Text, Windows], tasks: Tasks) -> None:
         self._session, self._windows, self._tasks = session, windows, tasks
-        self._references = {text: Reference() for text in windows}
         self._full_depth: dict[str, dict[str, Any]] = {}  # a task's entry at full depth, the same for every router
 
     def run(self, spec: RunSpec) -> str | None:
@@ -177,7 +176,7 @@ class Worker:
         data, title = spec.recipe.data, f"Evaluating {spec.label} on {text.label}"
         sizes = f"a batch of {data.batch_size} × {data.window} tokens"
         with within_memory(sizes, "free some, or compare anew with data.batch_size smaller and another --out"):
-            return self._session.evaluate(spec.recipe, model, self._windows[text], self._references[text], title)
+            return self._session.evaluate(spec.recipe, model, self._windows[text], title)
 
     def _task_key(self, spec: RunSpec, name: str) -> dict[str, Any]:
         tasks = self._tasks

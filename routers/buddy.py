@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy import Context, Geometry, Probe, Router
+from routers.gates import normalised
 from routers.greedy import BridgedRemoval
 
 PRIORS = ("greedy", "block-influence", "taylor", "loss", "none")
@@ -59,7 +60,7 @@ class PriorRouter(Router):
 
     def _searched(self, probe: Probe) -> Tensor:
         """(R + 1, R): the ranks for each K after each round of the search; a K that it does not reach has the last."""
-        search = BridgedRemoval(probe, min(self.prior_windows, probe.count))
+        search = BridgedRemoval(probe, self.prior_windows)
         ranks = torch.zeros_like(self.prior)
         for number in probe.track(range(search.rounds), "removing layers"):
             search.remove_one()
@@ -95,7 +96,8 @@ class BuddyRouter(PriorRouter):
             which KL to the dense model is least, with bridges where the recipe has them; the others follow by how
             much they would raise it), or one of the paper's, the same for every K:
             "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the perplexity), or "none".
-        prior_windows: how many calibration windows the greedy search measures on, from the first one.
+        prior_windows: how many calibration windows the greedy search measures on, from the first one; at most a
+            quarter of them below 32.
         prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
         bound: A, or null for none, as in the paper.
         context: which parts the network sees, of "pooled", "newest" and "hidden". The paper has "pooled".
@@ -134,7 +136,7 @@ class BuddyRouter(PriorRouter):
 
     def learned(self, context: Context) -> Tensor:
         """(..., R) float32: the network's scores."""
-        seen = [_unit(getattr(context, part)) for part in self.parts]
+        seen = [normalised(getattr(context, part)) for part in self.parts]
         if self.budget_aware:
             seen.append((context.executed / self.geometry.layers).float()[..., None])
         return self.output(F.silu(self.input(torch.cat(seen, -1))))
@@ -159,7 +161,3 @@ def _read_one_prior(router: nn.Module, state: dict[str, Tensor], prefix: str, *_
     prior = state.get(f"{prefix}prior")
     if prior is not None and prior.dim() == 1:
         state[f"{prefix}prior"] = prior.expand_as(router.prior)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy import Context, Geometry, Probe, Router
+from routers.gates import normalised
 from routers.greedy import GreedyRemoval
 
 ROUNDS = 4  # of a search, in which as many exchanges can add up
@@ -74,7 +75,7 @@ class DrLLM(Router):
             return
         windows, context = min(self.windows or probe.count, probe.count), probe.contexts()
         found = self.search(probe, windows)
-        pooled = _normalised(context.pooled[:windows])
+        pooled = normalised(context.pooled[:windows])
         self.mean.copy_(pooled.mean(0))
         self.scale.copy_(pooled.std(0, correction=0).clamp(min=1e-6))
         inputs = torch.cat([self._inputs(pooled, torch.full((windows,), executed)) for executed in found])
@@ -94,7 +95,7 @@ class DrLLM(Router):
 
     def score(self, context: Context) -> Tensor:
         """(..., R) float32 logits that a layer runs."""
-        return self._logits(self._inputs(_normalised(context.pooled), context.executed))
+        return self._logits(self._inputs(normalised(context.pooled), context.executed))
 
     def _improved(self, probe: Probe, removed: list[int], window: int, executed: int) -> list[int]:
         """The best set of removed layers that a local search for this window finds."""
@@ -142,7 +143,3 @@ class DrLLM(Router):
                 (weight[rows] * missed**GAMMA * losses).mean().backward()
                 optimizer.step()
         self.requires_grad_(False)
-
-
-def _normalised(pooled: Tensor) -> Tensor:
-    return F.layer_norm(pooled, pooled.shape[-1:])

@@ -61,6 +61,8 @@ class GreedyRemoval:
 class BridgedRemoval(GreedyRemoval):
     """Greedy removal by KL with bridges, fitted for each set that is measured, where the recipe has them.
 
+    It measures on windows that no bridge is fitted on, as long as there are two or more.
+
     Few layers are measured in a round (lazy evaluation; Minoux, 1978). Removing a layer usually raises the KL no less
     than in an earlier round, so layers are measured in ascending order of their last rise, until the least rise of
     this round is below all that are left. The neighbours of the layer that went last are always measured: two adjacent
@@ -68,7 +70,7 @@ class BridgedRemoval(GreedyRemoval):
     """
 
     def __init__(self, probe: Probe, windows: int) -> None:
-        super().__init__(probe, "kl", windows)
+        super().__init__(probe, "kl", max(1, min(windows, probe.count - probe.bridge_windows)))
         self._kl = 0.0  # of what is removed
         self.losses = [-inf] * len(self.left)  # here the rise of the KL, as last measured; -inf: measure in any case
 

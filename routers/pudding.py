@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from buddy import Context, Geometry, Probe, Router
+from routers.gates import normalised
 from routers.greedy import GreedyRemoval
 
 STRENGTHS = 10.0 ** torch.arange(-3, 4, dtype=torch.float64)  # of the ridge, in units of the features' variance
@@ -63,7 +63,7 @@ class PuDDing(Router):
 
     def calibrate(self, probe: Probe) -> None:
         """Cluster the windows, search one set for each cluster, and regress the losses of all sets on all windows."""
-        pooled = _normalised(probe.contexts().pooled.cpu())
+        pooled = normalised(probe.contexts().pooled.cpu())
         self.mean.copy_(pooled.mean(0))
         self.scale.copy_(pooled.std(0, correction=0).clamp(min=1e-6))
         features = ((pooled - self.mean.cpu()) / self.scale.cpu()).double()
@@ -79,7 +79,7 @@ class PuDDing(Router):
 
     def predicted(self, context: Context) -> Tensor:
         """(..., pool) float32: the predicted loss of each set for this prompt and K, less the mean over the pool."""
-        features = (_normalised(context.pooled) - self.mean) / self.scale
+        features = (normalised(context.pooled) - self.mean) / self.scale
         losses = (features @ self.slope.flatten(0, 1).T).unflatten(-1, self.level.shape) + self.level
         k = (context.executed - self.geometry.always_on)[..., None, None].expand(*context.executed.shape, 1, self.pool)
         return losses.gather(-2, k)[..., 0, :]
@@ -164,7 +164,3 @@ def _bounded(distances: Tensor) -> list[list[int]]:
             groups[index].append(row)
             taken.add(row)
     return groups
-
-
-def _normalised(pooled: Tensor) -> Tensor:
-    return F.layer_norm(pooled, pooled.shape[-1:])

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from buddy import Context, Geometry, Probe, Router
+from routers.gates import normalised
 
 PER = ("run", "input")
 
@@ -51,7 +51,7 @@ class RandomRouter(Router):
         """(..., R): the same for every token, or for every token of an input; plans nest as the budget grows."""
         if self.per == "run":
             return self.order.expand(*context.executed.shape, -1)
-        inputs = torch.cat([F.layer_norm(x, x.shape[-1:]) for x in (context.pooled, context.hidden)], -1)
+        inputs = torch.cat([normalised(x) for x in (context.pooled, context.hidden)], -1)
         return torch.cos(inputs @ self.frequency + self.order)
 
     def _draw(self, seed: int) -> None:

@@ -148,7 +148,16 @@ def test_a_new_folder_that_cannot_be(tmp_path):
 def test_what_a_killed_process_left_of_a_new_folder_goes_with_the_next_call(tmp_path):
     work = "import os, pathlib\nfrom buddy.io import new_folder\nwith new_folder(pathlib.Path('out')):\n    os._exit(9)"
     assert subprocess.run([sys.executable, "-c", work], cwd=tmp_path).returncode == 9
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2
     with new_folder(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_make_one_folder(tmp_path):
+    work = "import pathlib\nfrom buddy.io import new_folder\nwith new_folder(pathlib.Path('out')):\n    pass"
+    with new_folder(tmp_path / "out") as made:
+        (made / "a").write_text("1")
+        other = subprocess.run([sys.executable, "-c", work], cwd=tmp_path, capture_output=True, text=True)
+        assert "Another process" in other.stderr
+    assert [(path.name, (path / "a").read_text()) for path in tmp_path.iterdir()] == [("out", "1")]

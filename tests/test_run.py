@@ -159,6 +159,24 @@ def test_differences_name_keys_inputs_and_damaged_files(folder, recipe):
     assert "router.safetensors" in reason
 
 
+def test_long_values_that_differ_at_their_end_differ(folder, recipe):
+    texts = [f"text-{number}.jsonl" for number in range(20)]
+    one, other = (replace(recipe, data=replace(recipe.data, train_sources=[*texts, last])) for last in "bc")
+    make(folder, one)
+    assert folder.differences(one, DIGESTS) == []
+    (reason,) = folder.differences(other, DIGESTS)
+    assert reason.startswith("data.train_sources: ")
+    assert len(reason) < 200
+
+
+def test_another_training_text_counts_unless_its_key_may_differ(folder, recipe):
+    make(folder, recipe)
+    other = DIGESTS | {"training text": "t"}
+    assert folder.differences(recipe, other) == ["another training text"]
+    assert folder.differences(recipe, other, ignore=("data.train_sources",)) == []
+    assert folder.differences(recipe, {}) == []
+
+
 def test_arguments_of_callbacks_count(folder, recipe):
     make(folder, replace(recipe, callbacks=[ClassSpec("a.B", {"patience": 3})]))
     other = replace(recipe, callbacks=[ClassSpec("a.B", {"patience": 10})])

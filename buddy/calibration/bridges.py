@@ -26,7 +26,7 @@ def fit_bridges(
     ridge: float,
     prompt: int = 0,
     batch_size: int = 4,
-    track: Callable[[Sequence[int], str], Iterable[int]] = lambda items, _: items,
+    track: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, _: items,
 ) -> Bridges:
     """Bridges for the plans of a model's router, one set for all budgets.
 
@@ -45,14 +45,14 @@ def fit_bridges(
         ridge: penalty of squared weights, in units of the variance of a bridge's input.
         prompt: first tokens of a window, its prompt.
         batch_size: windows per forward.
-        track: wraps the loop over layers to show progress, given its items and a description.
+        track: wraps the loops over batches and layers to show progress, given their items and a description.
     """
     batches = [batch.to(model.backbone.device) for batch in windows.split(batch_size)]
     training = model.router.training
     model.router.eval()  # plans as they will be served
     plans = [
         [model(ids, executed=ids.new_full((len(ids),), k), prompt=prompt, logits_to_keep=1).runs for k in executed]
-        for ids in batches
+        for ids in track(batches, "Plans for bridges")
     ]
     model.router.train(training)
     backbone, geometry = model.backbone, model.geometry

@@ -17,12 +17,13 @@ from buddy.calibration.bridges import PlanBridges
 from buddy.calibration.measures import Pair, PlanLosses, similarities, taylor_importance
 from buddy.calibration.store import Measurements, setting_of
 from buddy.engine.model import RoutedLM
+from buddy.errors import BackboneError
 from buddy.router import Context, Criterion
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 SIMILARITIES = ("block influence", "angular distance")
 TAYLOR = "Taylor importance"
-BRIDGE_WINDOWS = 24  # the last ones, on which bridges are fitted: a search measures on the first
+BRIDGE_WINDOWS = 24  # at most, the last ones: a search measures on the first
 
 
 class CalibrationProbe:
@@ -41,7 +42,7 @@ class CalibrationProbe:
 
     Attributes:
         routed: the model.
-        geometry, asked, seed, count, prompt: see `buddy.router.Probe`.
+        geometry, asked, seed, count, bridge_windows, prompt: see `buddy.router.Probe`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class CalibrationProbe:
     ) -> None:
         self.routed, self.geometry = routed, routed.geometry
         self.seed, self.count = seed, len(windows)
+        self.bridge_windows = max(1, min(BRIDGE_WINDOWS, self.count * 3 // 4))
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt
         self._windows, self._size = windows, batch_size
         self._batches = windows.split(batch_size)
@@ -111,7 +113,8 @@ class CalibrationProbe:
         """See `Probe.losses`."""
         self._check(runs, criterion, windows)
         # A part of the stored key: name the way of fitting anew when it changes.
-        how = f" bridges of relative errors {self._bridge}" if bridged and self._bridge is not None else ""
+        fitted = f" bridges of relative errors of {self.bridge_windows} windows {self._bridge}"
+        how = fitted if bridged and self._bridge is not None else ""
         windows = self.count if windows is None else windows
         if isinstance(windows, int):  # in whole batches, so that a loss does not depend on how many are asked for
             count, windows = windows, range(min(-(-windows // self._size) * self._size, self.count))
@@ -188,11 +191,17 @@ class CalibrationProbe:
     def _measure(self, missing: Sequence[Pair], criterion: Criterion, how: str, what: str) -> None:
         losses = self._losses.get(bool(how))
         if losses is None:
-            fit = PlanBridges(self.routed, self._windows[-BRIDGE_WINDOWS:], **self._bridge).fit if how else None
+            fit = PlanBridges(self.routed, self._windows[-self.bridge_windows :], **self._bridge).fit if how else None
             losses = PlanLosses(self.routed.backbone, self._windows, self._size, self.routed.sink_tokens, fit)
             self._losses[bool(how)] = losses
         try:
             for b, plan, values in losses.measure(missing, criterion, lambda pairs: self.track(pairs, what)):
+                if not values.isfinite().all():
+                    dtype = str(self.routed.backbone.dtype).removeprefix("torch.")
+                    raise BackboneError(
+                        f"The losses of {self.routed.backbone.name} in {dtype} on calibration windows are not finite; "
+                        "set backbone.dtype=float32, or bfloat16."
+                    )
                 self._measured[f"{criterion} {b} {plan}{how}"] = values
         finally:
             self._measured.save()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from buddy.console import counted
-from buddy.data.text import load_texts, reading, without_marks
+from buddy.data.text import load_texts, reading, step_fingerprint, without_marks
 from buddy.errors import DataError
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) ->
     part = min(PART, max(1, int(characters.sum() / window_size / PARTS)))
     # Slightly more than whole windows, so that few parts lack a few tokens of one.
     sizes = {"limit": limit, "size": int(1.1 * part * window_size) + 1}
-    return texts.map(_cut_rows, batched=True, batch_size=64, fn_kwargs=sizes)
+    fingerprint = step_fingerprint(texts, "cut", sizes)
+    return texts.map(_cut_rows, new_fingerprint=fingerprint, batched=True, batch_size=64, fn_kwargs=sizes)
 
 
 def cut(text: str, size: int) -> list[str]:
@@ -137,7 +138,6 @@ def cut(text: str, size: int) -> list[str]:
 def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The column "input_ids" for every row that is not blank."""
     from datasets import Features, List, Value
-    from datasets.fingerprint import Hasher
 
     rules: Any = tokenizer
     if tokenizer.is_fast:  # `datasets` would pickle it for each text, which takes seconds with a large vocabulary
@@ -147,7 +147,7 @@ def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         rules = backend.to_str()
     return texts.map(
         _tokenise_rows,
-        new_fingerprint=Hasher.hash(("input_ids", texts._fingerprint, rules)),
+        new_fingerprint=step_fingerprint(texts, "input_ids", rules),
         batched=True,
         batch_size=256,
         remove_columns=texts.column_names,

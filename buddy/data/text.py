@@ -11,13 +11,14 @@ published results use it.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from buddy.errors import DataError, nearest, reason
 
@@ -28,6 +29,7 @@ EMBEDDED = ("sotu",)
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 LONG = 64 * 2**20  # bytes of text from which progress is shown
+LAYOUT = 1  # of cached rows: raise it when a step that makes them changes
 HYPHEN, RARE = " @-@ ", "<unk>"  # marks of word-level WikiText
 TITLE = re.compile(r"^ *= [^=\n]+ = *$", re.MULTILINE)  # of an article there
 
@@ -65,9 +67,15 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
 
 
 def same_source(one: str, other: str) -> bool:
-    """Whether two sources are the same name, or paths of the same file or folder."""
+    """Whether two sources are the same name, with or without a config, or paths of the same file or folder."""
     paths = [os.path.expanduser(each) for each in (one, other)]
-    return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
+    if any(map(os.path.exists, paths)):
+        return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
+    names = [HUB_NAME.fullmatch(each) for each in (one, other)]
+    if not all(names):
+        return one == other
+    (name, config), (name_of_other, config_of_other) = (each.group("name", "config") for each in names)
+    return name == name_of_other and (config == config_of_other or None in (config, config_of_other))
 
 
 def overlap(one: str, other: str) -> bool:
@@ -171,7 +179,7 @@ def _files(path: Path) -> list[Path]:
         found = sorted(file for file in visible if file.suffix.lower() in BUILDERS and os.path.isfile(file))
         if not found:
             raise DataError(f"The folder {path} has no text files; add files of one kind: {accepted}.")
-    files = [file.resolve() for file in found if file.stat().st_size]
+    files = [file.absolute() for file in found if file.stat().st_size]  # the target of a link may lack the suffix
     if not files:
         raise DataError(f"{path} is empty; give a file or folder with text in it.")
     kinds = sorted({BUILDERS[file.suffix.lower()] for file in files})
@@ -190,7 +198,9 @@ def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:
         if builder == "json":
             _refuse_null(files)
         names = [glob.escape(str(file)) for file in files]  # `datasets` takes paths for patterns
-        return load_dataset(builder, data_files=names, split="train", **options)
+        # It finds cached rows by paths and times alone; some copies have another content and the same time.
+        sizes = hashlib.sha256(repr([file.stat().st_size for file in files]).encode()).hexdigest()[:16]
+        return load_dataset(builder, f"sizes-{sizes}", data_files=names, split="train", **options)
 
 
 def _refuse_null(files: Sequence[Path]) -> None:
@@ -222,7 +232,14 @@ def without_marks(texts: Dataset) -> Dataset:
     column = texts.data.column("text")
     if not all(pc.any(pc.match_substring(column, mark)).as_py() for mark in (HYPHEN, RARE)):
         return texts
-    return texts.map(_undo_rows, batched=True, batch_size=64)
+    return texts.map(_undo_rows, new_fingerprint=step_fingerprint(texts, "undo"), batched=True, batch_size=64)
+
+
+def step_fingerprint(texts: Dataset, step: str, settings: Any = None) -> str:
+    """What the cache of `datasets` finds the rows of a step by; it would use the name of the step's function alone."""
+    from datasets.fingerprint import Hasher
+
+    return str(Hasher.hash((step, LAYOUT, texts._fingerprint, settings)))
 
 
 def articles(text: str) -> list[str]:

@@ -305,12 +305,12 @@ class RaggedView:
         slots = writer.slot_of[self._positions]
         for whole, part in zip(writer.new, (keys, values), strict=True):
             whole[rows[:, None], :, slots] = part.transpose(1, 2)
-        rows = slice(None) if len(rows) == batch else rows  # which spares a copy of the cache
-        keys, values = (part[rows][:, :, :-1] for part in writer.new)
+        here: Any = slice(None) if len(rows) == batch else rows  # a slice spares a copy of the cache
+        keys, values = (part[here][:, :, :-1] for part in writer.new)
         past = writer.past()
         if past is None:
             return keys, values
-        return torch.cat([past.keys[rows], keys], -2), torch.cat([past.values[rows], values], -2)
+        return torch.cat([past.keys[here], keys], -2), torch.cat([past.values[here], values], -2)
 
     def mask(self, mask: Tensor | None) -> Tensor:
         """(G, 1, n, S) over the stored positions: causal, within the layer's window, and run by the row."""

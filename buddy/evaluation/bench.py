@@ -59,7 +59,8 @@ def bench_run(
         timings = race(
             field, ids, prompts=(PROMPT, LONG), batches=(1, BATCH), late=late, rounds=rounds, track=tracker("Rounds")
         )
-        mixed = mixed_prefill(routed, field, ids[:, :LONG])
+        with status("Timing prompts with a budget for each row …"):
+            mixed = mixed_prefill(routed, field, ids[:, :LONG])
     report = as_json(counts, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     if torch.cuda.is_available():

@@ -16,15 +16,17 @@ from buddy.budget import auto_cap, fraction_of, latency_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import print_titled_table, quiet, report_json, results, status
 from buddy.data.module import WindowBatches
+from buddy.data.text import overlap, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
-from buddy.errors import BudgetError, DataError, RegistryError
+from buddy.errors import BudgetError, DataError, RegistryError, RunError
 from buddy.io import check_output_path, within_memory
 from buddy.metrics.perplexity import Reference, Scores, as_json
 from buddy.metrics.statistics import mixed
 from buddy.router import LayerwiseRouter, available_budgets
-from buddy.run import Run, read_run
-from buddy.training.callbacks import ProgressLine
+from buddy.run import Run, read_metrics, read_run
+from buddy.schema import Recipe
+from buddy.training.callbacks import ProgressLine, interrupts
 from buddy.training.module import RoutingModule
 
 
@@ -96,10 +98,31 @@ def evaluate_run(
 
 
 def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:
-    """The windows of a split of the run's text, or of another text as many as it has for its test."""
-    if data is None:
-        return getattr(build_held_out(run.recipe, routed.backbone), split)
-    return build_windows(run.recipe, routed.backbone.tokenizer, data, count=run.recipe.data.test_windows)
+    """The windows of a split of the run's text, or of another text as many as it has for its test.
+
+    Raises:
+        RunError: the run's text has changed, so that windows of this split may have been trained on.
+        DataError: another text holds one that the run was fitted to.
+    """
+    section = run.recipe.data
+    if data is None or same_source(data, section.source):
+        text = build_held_out(run.recipe, routed.backbone)
+        if read_metrics(run.folder).get("windows", text.evaluated.fingerprint) != text.evaluated.fingerprint:
+            raise RunError(
+                f"The text {section.source} has changed since the run was fitted, so its split is another one; restore "
+                "it, or name a text that the run was not fitted to with --data."
+            )
+        return getattr(text, split)
+    check_unseen(run.recipe, data)
+    return build_windows(run.recipe, routed.backbone.tokenizer, data, count=section.test_windows)
+
+
+def check_unseen(recipe: Recipe, source: str) -> None:
+    """Raises DataError where a text holds one that runs of the recipe are fitted to."""
+    data = recipe.data
+    for seen in (data.source, *data.train_sources, *data.calibration_sources):
+        if overlap(source, seen):
+            raise DataError(f"{source} shares text with {seen}, which the run was fitted to; name another text.")
 
 
 def evaluate(
@@ -142,7 +165,8 @@ def evaluate(
             inference_mode=False,
             callbacks=[] if description is None else [ProgressLine(description)],
         )
-        trainer.test(module, WindowBatches(windows, batch_size), verbose=False)
+        with interrupts(trainer):
+            trainer.test(module, WindowBatches(windows, batch_size), verbose=False)
     return module.scores
 
 

@@ -23,9 +23,9 @@ from buddy.evaluation.results import Results
 from buddy.evaluation.tables import render, show
 from buddy.io import check_output_path, read_json, write_text
 from buddy.metrics.timing import machine, versions
-from buddy.provenance import CKPT_KEY, FREE_KEYS
+from buddy.provenance import CKPT_KEY, CODE, FREE_KEYS
 from buddy.registry import load
-from buddy.run import read_run
+from buddy.run import read_run, stored_digests
 from buddy.run_files import METRICS, read_metrics
 from buddy.schema import Recipe
 
@@ -65,11 +65,15 @@ def collect(
     Raises:
         RunError: a run is damaged or incomplete.
     """
-    flat = flatten(recipe)
+    flat: dict[str, Any] = flatten(recipe)
+    inputs: dict[str, str] = {}
+    for folder in (each for folders in runs.values() for each in folders):
+        inputs |= {name: digest for name, digest in stored_digests(folder).items() if name != CODE}
     return {
         "format": FORMAT,
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "inputs": inputs,
         "recipe": {key: shown_text(value) if isinstance(value, str) else value for key, value in flat.items()},
         "layers": layers,
         "versions": versions(),
@@ -296,6 +300,8 @@ def _check_comparable(path: Path, one: Mapping[str, Any], other_path: Path, othe
     differing += [
         f"the text {label}" for label in dict.fromkeys([*texts, *others]) if texts.get(label) != others.get(label)
     ]
+    inputs, others = (record.get("inputs", {}) for record in (one, other))
+    differing += [f"the {name}" for name in inputs if inputs[name] != others.get(name, inputs[name])]
     differing += [key for key in ("layers", "tasks") if one.get(key) != other.get(key)]
     if differing:
         raise RunError(

@@ -16,11 +16,12 @@ from buddy.backbone.load import FAMILIES, Backbone
 from buddy.budget import fraction_of
 from buddy.build import build_held_out, build_windows, load_model
 from buddy.console import results, status, tracker
+from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import PER_LAYER, pruned_model
 from buddy.errors import DataError, RunError
-from buddy.evaluation.evaluate import evaluate
+from buddy.evaluation.evaluate import check_unseen, evaluate
 from buddy.hub.card import export_card
 from buddy.hub.push_pull import CARD
 from buddy.inspection.routing import most_frequent
@@ -197,9 +198,10 @@ class OnePlan(Router):
 def _windows(run: Run, routed: RoutedLM, data: str | None) -> tuple[Windows, Windows]:
     """Windows that the plan is chosen on, and others that run and checkpoint are measured on."""
     section = run.recipe.data
-    if data is None:
+    if data is None or same_source(data, section.source):
         text = build_held_out(run.recipe, routed.backbone, calibration=True)
         return text.calibration, text.validation
+    check_unseen(run.recipe, data)
     count = section.calibration_windows + section.validation_windows
     found = build_windows(run.recipe, routed.backbone.tokenizer, data, count=count)
     if len(found) < 2:

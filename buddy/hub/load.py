@@ -40,7 +40,8 @@ def load(
         backbone: loaded instead of the one that the run names, such as a folder of this machine.
         dtype: of the backbone, instead of the run's: float32, bfloat16, float16, or auto, the faster of the first two.
         revision: branch, tag or commit, on the hub only.
-        trust_remote_code: allow a run from the hub that runs the Python of its backbone's repository.
+        trust_remote_code: allow a run from the hub that runs the Python of its backbone's repository. In a folder its
+            recipe alone decides; `pull` checks a folder of somebody else.
 
     Raises:
         BuddyError: the run or its backbone cannot be used.

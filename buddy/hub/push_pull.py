@@ -60,7 +60,6 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
     """
     name = hub_name(to)
     run = read_run(folder)
-    check_files(run.folder, trust_remote_code=True)  # so that a missing file is reported here and not at `pull`
     if name is None:
         if private:
             raise RunError(f"--private is for the hub, and {to} is a folder; leave it out.")
@@ -256,8 +255,12 @@ def _copy_files(source: Path, target: Path) -> None:
 
 
 def _write_shared(made: Path, run: Run, name: str, licence: str | None) -> list[str]:
-    """Fill an empty folder with a run's files, its config.json and its card; returns their names."""
+    """Fill an empty folder with a run's files, its config.json and its card; returns their names.
+
+    The copy is checked, and not the run, which another process may replace meanwhile.
+    """
     _copy_files(run.folder, made)
+    run = check_files(made, shown_as=str(run.folder), trust_remote_code=True)
     _write_config(made, run)
     write_text(made / CARD, run_card(run, read_metrics(made), name, licence))
     return _plain_files(made)

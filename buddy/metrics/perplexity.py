@@ -109,8 +109,8 @@ class Reference:
     One object is for one backbone.
 
     Attributes:
-        full_depth: rows at full depth, by the batch's tokens and scored positions as bytes, the windows' numbers and
-            the number of sinks.
+        full_depth: rows at full depth, by the batch's tokens and scored positions as bytes, the numbers of its windows
+            and documents, and the number of sinks.
 
     Args:
         most: bytes of hidden states to store; further ones are computed again for each router.
@@ -157,7 +157,7 @@ def measure(
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
     targets, layers, rows = ids[:, scored + 1], model.geometry.layers, []
     dense: Dense | None = None
-    context, batch = None, (_key(ids, scored), tuple(windows), model.sink_tokens)
+    context, batch = None, (_key(ids, scored), (*windows, *documents), model.sink_tokens)
     for key in keys:
         shared = key == layers and model.adapter is None and not model.settings.own_count
         if shared and batch in reference.full_depth:
@@ -232,7 +232,9 @@ def _scores_at(key: int | str, rows: Sequence[Row]) -> Scores:
 
 
 def _key(ids: Tensor, scored: Tensor) -> bytes:
-    return b"".join(each.cpu().numpy().tobytes() for each in (ids, scored))
+    device = ids.device.type
+    precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+    return b"".join(each.cpu().numpy().tobytes() for each in (ids, scored)) + precision.encode()
 
 
 def as_json(scores: Sequence[Scores]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import os
 import signal
 import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from types import FrameType
@@ -16,6 +18,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from buddy.console import Bar, errors
 from buddy.errors import TrainingError
@@ -57,6 +60,19 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
         self.requested = True
         errors.print("Stopping after this step …")
+
+
+@contextmanager
+def interrupts(trainer: Trainer) -> Iterator[None]:
+    """Within this block Ctrl-C and SIGTERM raise KeyboardInterrupt; a trainer would end the process, or go on."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    if trainer.received_sigterm:
+        raise KeyboardInterrupt
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -75,7 +75,7 @@ class HealingModule(BudgetModule):
         torch.manual_seed(self._draw_seed + self.global_rank)  # for dropout, which takes no generator
         loss, value = self._joint(prepared, generator) if self.estimator else self._healing(prepared)
         self._require_finite("loss", loss.detach(), value)
-        self._log(value, prepared.executed)
+        self._log(value, prepared.executed, batch_idx)
         # The factors of a layer that no row runs have no gradient, and processes side by side wait for each of them.
         return loss + 0.0 * sum(parameter.sum() for params, _ in self.groups() for parameter in params)
 
@@ -118,9 +118,9 @@ class HealingModule(BudgetModule):
         return loss + estimate.loss, value
 
     @torch.no_grad()
-    def _log(self, value: Tensor, executed: Tensor) -> None:
+    def _log(self, value: Tensor, executed: Tensor, batch_idx: int) -> None:
         """Objective, its mean per budget since the last log, over all processes; and the rate."""
         self.log("heal/objective", value.mean(), sync_dist=True)
-        self._log_means(value, executed)
+        self._log_means(value, executed, batch_idx)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.log("heal/lr", self.optimizers().param_groups[0]["lr"])

@@ -236,11 +236,12 @@ class BudgetModule(LightningModule):
             values[f"{stage}/loss"] = mean(each.mean_loss for each in below.values())
         self.log_dict(values, sync_dist=True)
 
-    def _log_means(self, objective: Tensor, executed: Tensor) -> None:
+    def _log_means(self, objective: Tensor, executed: Tensor, batch_idx: int) -> None:
         """Gather the objective (B,) by budget, and log the means since the last time when logging is due."""
         for k, metric in self.train_means.items():
             metric.update(objective, (executed == int(k)).float())
-        if (self.global_step + 1) % self.trainer.log_every_n_steps:
+        micro_batches = (batch_idx + 1) % self.trainer.accumulate_grad_batches  # of this step so far
+        if (self.global_step + 1) % self.trainer.log_every_n_steps or micro_batches:
             return
         for k, metric in self.train_means.items():
             value = metric.compute()
@@ -356,7 +357,7 @@ class RoutingModule(BudgetModule):
         prepared, generator = self._batch(batch, batch_idx, self.below)
         estimate = self.estimator(self.model, prepared, generator)
         self._require_finite("loss", estimate.loss.detach(), estimate.objective)
-        self._log(estimate, prepared)
+        self._log(estimate, prepared, batch_idx)
         return estimate.loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -369,7 +370,7 @@ class RoutingModule(BudgetModule):
         self.calibrated = checkpoint.get("calibrated", True)  # those of version 0.1 do not say so
 
     @torch.no_grad()
-    def _log(self, estimate: Estimate, batch: Batch) -> None:
+    def _log(self, estimate: Estimate, batch: Batch, batch_idx: int) -> None:
         """Objective, its mean per budget since the last log, and how far plans moved: from the start and by token.
 
         All of it over all processes, which are together here: either every row has a budget below full depth, or none.
@@ -377,7 +378,7 @@ class RoutingModule(BudgetModule):
         free = batch.executed < self.model.geometry.layers
         if free.any():
             self.log("train/objective", estimate.objective[free].mean(), sync_dist=True)
-        self._log_means(estimate.objective, batch.executed)
+        self._log_means(estimate.objective, batch.executed, batch_idx)
         if (self.global_step + 1) % self.trainer.log_every_n_steps or not free.any():
             return
         runs = estimate.runs[free]

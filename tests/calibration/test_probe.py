@@ -15,13 +15,16 @@ from buddy import Router
 from buddy.calibration import measures
 from buddy.calibration.bridges import fit_bridges
 from buddy.engine.model import RoutedLM
+from buddy.errors import BackboneError
 from buddy.losses import Dense, cross_entropy, kl_to_dense
+from routers.greedy import BridgedRemoval
 from tests.calibration.small import LAYERS, WINDOWS, count_calls, plans, probe, routed
 from tests.engine.reference import reference_logits
 from tests.tiny import FAMILIES, tiny_model
 
 SINKS = 1
 SHARED = routed()
+MANY = torch.cat([WINDOWS, WINDOWS.flip(0, 1), WINDOWS.roll(3, 1)])  # enough tokens for bridges on a part of them
 
 
 @cache
@@ -316,22 +319,22 @@ class Fixed(Router):
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_losses_with_bridges_are_those_of_the_model_with_bridges_for_each_plan(criterion, sinks):
     model, settings = routed(sinks=sinks), {"rank": 8, "ridge": 0.1}
-    measured = probe(model, bridge=settings)
+    measured = probe(model, windows=MANY, bridge=settings)
     sets = [[], [3], [1], [1, 3], [1, 2], [0, 1, 2], [0, 2, 3]]
     runs = torch.stack([measured.plan_without(removed) for removed in sets])
     without = measured.losses(runs, criterion)
     losses = torch.cat([measured.losses(some, criterion, bridged=True) for some in runs.split(3)])
     assert torch.equal(measured.losses(runs, criterion), without)
-    dense, router = model.dense(WINDOWS), Fixed(model.geometry)
+    dense, router = model.dense(MANY), Fixed(model.geometry)
     fixed = RoutedLM(model.backbone, router, sink_tokens=sinks)
     for removed, loss, plain in zip(sets, losses, without, strict=True):
         router.order = (*removed, *(layer for layer in range(4) if layer not in removed))
-        executed = torch.full((len(WINDOWS),), LAYERS - len(removed))
+        executed = torch.full((len(MANY),), LAYERS - len(removed))
         fixed.bridge(None)
-        fixed.bridge(fit_bridges(fixed, WINDOWS, [LAYERS - len(removed)], **settings))
-        logits = fixed(WINDOWS, executed=executed).logits
+        fixed.bridge(fit_bridges(fixed, MANY[-measured.bridge_windows :], [LAYERS - len(removed)], **settings))
+        logits = fixed(MANY, executed=executed).logits
         tokens = (
-            cross_entropy(logits[:, :-1], WINDOWS[:, 1:])
+            cross_entropy(logits[:, :-1], MANY[:, 1:])
             if criterion == "ce"
             else kl_to_dense(Dense(dense[:, :-1]), logits[:, :-1])
         )
@@ -340,7 +343,7 @@ def test_losses_with_bridges_are_those_of_the_model_with_bridges_for_each_plan(c
 
 
 def test_bridges_bring_the_model_nearer():
-    measured = probe(bridge={"rank": 64, "ridge": 0.01})
+    measured = probe(windows=MANY, bridge={"rank": 64, "ridge": 0.01})
     runs = measured.plan_without([0, 1, 2])[None]
     assert measured.losses(runs, "kl", bridged=True).mean() < 0.8 * measured.losses(runs, "kl").mean()
 
@@ -353,3 +356,19 @@ def test_too_few_tokens_for_a_bridge_leave_the_state_as_it_is():
 def test_a_recipe_without_bridges_has_losses_without_bridges():
     measured, runs = probe(), plans(3)
     assert torch.equal(measured.losses(runs, bridged=True), measured.losses(runs))
+
+
+@pytest.mark.parametrize(("count", "fitted"), [(1, 1), (2, 1), (6, 4), (31, 23), (96, 24)])
+def test_a_search_measures_on_other_windows_than_bridges_are_fitted_on(count, fitted):
+    measured = probe(windows=WINDOWS[:1].repeat(count, 1), bridge={"rank": 8, "ridge": 0.1})
+    search = BridgedRemoval(measured, 8)
+    assert measured.bridge_windows == fitted
+    assert search.windows == max(1, min(8, count - fitted))
+
+
+@pytest.mark.parametrize("criterion", ["ce", "kl"])
+def test_losses_that_are_not_finite_stop_the_calibration(criterion):
+    model = routed()
+    model.backbone.model.lm_head.weight.data[5] = math.inf
+    with pytest.raises(BackboneError):
+        probe(model).losses(plans(2), criterion)

@@ -210,6 +210,12 @@ def test_what_is_complete_is_compared_without_fitting(again, ask, tmp_path, caps
 
 
 @pytest.mark.slow
+def test_runs_of_another_recipe_are_refused_before_the_model_is_read(again, ask, monkeypatch):
+    monkeypatch.setattr(Session, "prepare", lambda *_: pytest.fail("it read the model"))
+    with pytest.raises(RunError, match=r"routing\.sink_tokens"):
+        compare(ask(again, "routing.sink_tokens=0", routers="shortgpt", texts=None))
+
+
 def test_runs_of_another_recipe_are_refused_with_the_keys(again, ask):
     options, before = {"routers": "shortgpt,random", "texts": None}, stamps(again)
     with pytest.raises(RunError, match=r"shortgpt/seed-0 and 2 more .*data\.prompt: 12 there, 13 here"):

@@ -75,6 +75,22 @@ def test_what_cannot_be_evaluated(finished, tmp_path):
         evaluate_run(finished / "buddy", data="nothing.txt")
 
 
+def test_a_text_that_changed_since_and_one_that_was_trained_on(small, tmp_path):
+    own, trained = (write_text(tmp_path / f"{name}.jsonl", 40, seed=7) for name in ("own", "trained"))
+    texts = [f"data.source={own}", f"data.train_sources=[{trained}]"]
+    fit(small(tmp_path / "runs", "router=uniform", "rivals=[]", "bridge=null", *texts), "small")
+    run = tmp_path / "runs" / "small" / "uniform" / "seed-0"
+    evaluate_run(run, json_file=tmp_path / "curve.json", data=str(own))
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert json.loads((tmp_path / "curve.json").read_text())["results"] == metrics["results"]
+    with pytest.raises(DataError, match=r"trained\.jsonl"):
+        evaluate_run(run, data=str(trained))
+    with own.open("a") as file:
+        file.write(json.dumps({"text": "a later document " * 40}) + "\n")
+    with pytest.raises(RunError, match=r"own\.jsonl"):
+        evaluate_run(run)
+
+
 def test_a_router_that_changed_its_shape_since(finished, tmp_path):
     folder = tmp_path / "buddy"
     shutil.copytree(finished / "buddy", folder)

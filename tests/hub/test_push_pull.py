@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -181,6 +182,26 @@ def test_a_run_that_lacks_a_file_is_not_pushed(finished, tmp_path):
     shutil.copytree(finished / "buddy", tmp_path / "run")
     (tmp_path / "run" / "metrics.json").unlink()
     with pytest.raises(RunError, match=r"metrics\.json"):
+        push(tmp_path / "run", to=str(tmp_path / "pushed"))
+    assert not (tmp_path / "pushed").exists()
+
+
+def test_nobody_accepts_a_licence_by_pulling_a_run(pushed, tmp_path):
+    recipe = pushed / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("accept_license: false", "accept_license: true"))
+    update_checksums(pushed)
+    pull(str(pushed), out=tmp_path / "pulled")
+    assert not read_run(tmp_path / "pulled").recipe.backbone.accept_license
+
+
+def test_a_run_that_is_replaced_meanwhile_is_not_pushed(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "buddy", tmp_path / "run")
+
+    def copy(source, target):
+        shutil.copyfile(finished / "uniform" / source.name if source.name == "router.safetensors" else source, target)
+
+    monkeypatch.setattr("buddy.hub.push_pull.shutil", SimpleNamespace(**{**vars(shutil), "copyfile": copy}))
+    with pytest.raises(RunError):
         push(tmp_path / "run", to=str(tmp_path / "pushed"))
     assert not (tmp_path / "pushed").exists()
 

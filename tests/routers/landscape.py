@@ -36,6 +36,7 @@ class Landscape:
         count: int = 8,
     ) -> None:
         self.geometry, self.loss, self.asked, self.seed, self.count = geometry, loss, tuple(asked), seed, count
+        self.bridge_windows = 0
         self.block_influence = torch.linspace(1, 2, geometry.routable)
         self.calls: list[tuple[list[Removed], str, int]] = []  # sets, criterion, windows
         self.shown: list[str] = []

@@ -232,3 +232,20 @@ def test_batches_of_other_loaders_are_taken(form, tmp_path):
         trainer.test(module, loader, verbose=False)
     assert trainer.global_step == 6
     assert module.scores[0].tokens.tolist() == [16] * 5, "without documents each window stands for itself"
+
+
+def test_objectives_are_means_over_the_micro_batches_since_the_last_point(run, monkeypatch):
+    module, logged, seen = make(), {}, []
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.setdefault(name, []).append(float(value)))
+    step = module.estimator
+
+    def estimate(routed, batch, generator):
+        found = step(routed, batch, generator)
+        seen.append((found.objective[batch.executed == 3], len(logged.get("train/objective_3_layers", ()))))
+        return found
+
+    module.estimator = estimate
+    run(module, 4, accumulate_grad_batches=3, log_every_n_steps=2)
+    expected = [torch.cat([rows for rows, point in seen if point == number]).mean().item() for number in (0, 1)]
+    assert len(seen) == 12
+    assert logged["train/objective_3_layers"] == pytest.approx(expected, rel=1e-5)

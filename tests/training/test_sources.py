@@ -1,12 +1,13 @@
 """Every kind of source, and what is said about those that cannot be read."""
 
 import json
+import os
 import re
 
 import pytest
 from datasets import Dataset
 
-from buddy.data.text import load_texts
+from buddy.data.text import load_texts, overlap, same_source
 from buddy.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -100,6 +101,37 @@ def test_folders_without_text_or_of_two_kinds(tmp_path):
     write(tmp_path / "b.csv")
     with pytest.raises(DataError, match="csv and text"):
         load_texts(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("a/b", "a/b:default", True),
+        ("a/b:one", "a/b:one", True),
+        ("a/b:one", "a/b:two", False),
+        ("a/b", "a/c", False),
+        ("sotu", "sotu", True),
+    ],
+)
+def test_sources_that_are_the_same(one, other, same):
+    assert same_source(one, other) is same is overlap(other, one)
+
+
+def test_links_to_files_without_a_suffix(tmp_path):
+    write(tmp_path / "blob.jsonl")
+    (tmp_path / "blob.jsonl").rename(tmp_path / "blob")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "data.jsonl").symlink_to(tmp_path / "blob")
+    for path in (tmp_path / "folder", tmp_path / "folder" / "data.jsonl"):
+        assert list(load_texts(str(path))["text"]) == TEXTS
+
+
+def test_a_file_of_another_length_and_the_same_time_is_read_again(tmp_path):
+    path = tmp_path / "text.txt"
+    for text in ("one text", "another text"):
+        path.write_text(text)
+        os.utime(path, (1, 1))
+        assert list(load_texts(str(path))["text"]) == [text]
 
 
 @pytest.mark.parametrize("source", ["missing.txt", "/nowhere/at/all", "stou"])

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from buddy import build
 from buddy.build import build_trainer
-from buddy.errors import TrainingError
+from buddy.errors import RecipeError, TrainingError
 from buddy.fit import Session
+from buddy.metrics.perplexity import measure
 from buddy.run import RunSpec
 from buddy.run_files import load_router
 from buddy.schema import Recipe
@@ -146,3 +147,28 @@ def test_validations_are_four_or_fewer_in_a_short_training(recipe, steps, interv
 def test_settings_that_the_trainer_refuses(recipe, setting):
     with pytest.raises(TrainingError, match=setting.partition(".")[2]):
         build_trainer(recipe(setting))
+
+
+@pytest.mark.parametrize("given", ["trainer.val_check_interval=50", "trainer.val_check_interval=0.5"])
+def test_validation_after_more_steps_than_there_are(recipe, given):
+    trainer = build_trainer(recipe(given))
+    assert trainer.check_val_every_n_epoch == (None if given.endswith("50") else 1)
+
+
+@pytest.mark.parametrize("monitor", ["val/kll", "val/kl/0.3", "val/perplexity"])
+def test_a_callback_that_monitors_nothing_is_refused(recipe, monitor):
+    stopping = "lightning.pytorch.callbacks.EarlyStopping"
+    with pytest.raises(RecipeError, match=monitor):
+        Session.prepare([recipe(f"callbacks=[{{class_path: {stopping}, init_args: {{monitor: {monitor}}}}}]")])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_an_evaluation(train, tmp_path, monkeypatch, number):
+    def measured(*args, **options):
+        os.kill(os.getpid(), number)
+        return measure(*args, **options)
+
+    monkeypatch.setattr("buddy.training.module.measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        train("run", "router=uniform", "bridge=null")
+    assert not (tmp_path / "run" / "metrics.json").exists()
