@@ -46,11 +46,11 @@ class WorkerDied(BuddyError):
     """The worker process of a unit died each time."""
 
 
-class Executor(Protocol):
-    """Runs units of work."""
+class SerialExecutor:
+    """Runs one unit after another in this process. Their output is not redirected to logs."""
 
     def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
-        """Call `function` with each unit.
+        """Call `function` with each unit, as every executor does.
 
         Args:
             function: picklable; state that is expensive to make it caches in a global of its module, for each process.
@@ -60,12 +60,6 @@ class Executor(Protocol):
         Raises:
             KeyboardInterrupt: units were stopped, each with time for a checkpoint; no worker is left.
         """
-
-
-class SerialExecutor:
-    """Runs one unit after another in this process. Their output is not redirected to logs."""
-
-    def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
         for unit in units:
             try:
                 outcome = function(unit)

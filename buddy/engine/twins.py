@@ -52,6 +52,7 @@ class LayerlessModel:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
         self._layers = [_StandIn() for _ in model.model.layers]
         self._twin = _twin(model, self._layers, model.config)
 
@@ -69,30 +70,24 @@ class LayerlessModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) of hidden states (n, D) as they leave the last layer."""
-        self._layers[-1].output = hidden[None]
-        try:
-            any_token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-            return self._twin(any_token, use_cache=False).logits[0]
-        finally:
-            self._forget()
+        return head_logits(self._model, self._model.model.norm(hidden[None]))[0]
 
     def _forget(self) -> None:
         for layer in self._layers:
-            layer.hidden = layer.inputs = layer.output = None
+            layer.hidden = layer.inputs = None
 
 
 class _StandIn(nn.Module):
-    """In place of a decoder layer: notes its call and returns its input, or the output that it was given."""
+    """In place of a decoder layer: notes its call and returns its input."""
 
     def __init__(self) -> None:
         super().__init__()
         self.hidden: Any = None
         self.inputs: Any = None
-        self.output: Any = None
 
     def forward(self, hidden_states: Tensor, **inputs: Any) -> Tensor:
         self.hidden, self.inputs = hidden_states, inputs
-        return hidden_states if self.output is None else self.output
+        return hidden_states
 
 
 class _Decoded(nn.Module):
