@@ -78,7 +78,8 @@ def settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
     An "s" before them keeps YAML from reading a number. The seed of the routers is left out: a comparison has many. So
     are texts beside the recipe's own, whose windows depend on the settings.
     """
-    data, free = recipe.data, (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "seed", "data.evaluate_on")
+    data, none = recipe.data, () if recipe.callbacks else ("callbacks",)
+    free = (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "seed", "data.evaluate_on", *none)
     settings: dict[str, Any] = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
     settings |= {"data.source": PurePath(data.source).name, "data.seed": recipe.data_seed}
     for key in ("train_sources", "calibration_sources"):
