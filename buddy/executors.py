@@ -122,7 +122,7 @@ class LokyExecutor:
                     while waiting and free:
                         slot, (unit, attempt) = free.pop(0), waiting.popleft()
                         pools[slot] = pools.get(slot) or _pool(slot)
-                        with _handled(signal.SIGINT, signal.SIG_IGN):  # a new process inherits this until it is ready
+                        with _held_back(signal.SIGINT):  # a new process inherits this until it is ready
                             pid = pools[slot].submit(os.getpid)
                         running[pools[slot].submit(_call, setup, function, unit)] = slot, unit, attempt, pid
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -180,6 +180,8 @@ def _begin(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that was held back: the terminal's, before `setpgid`
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -251,6 +253,20 @@ def _outcome(ref: Any) -> Any:
     except ray.exceptions.RayError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         return WorkerDied(f"Its worker died {ATTEMPTS} times ({reason}); free some memory.")
+
+
+@contextmanager
+def _held_back(number: signal.Signals) -> Iterator[None]:
+    """A signal that comes within this block takes effect after it; processes that begin in it have it blocked."""
+    came: list[int] = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        with _handled(number, lambda *_: came.append(number)):  # another thread of this process may receive it
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if came:
+            signal.raise_signal(number)
 
 
 @contextmanager

@@ -128,7 +128,11 @@ def test_an_interrupt_while_workers_start_waits_for_nothing(tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=40)  # PATIENCE is 60 seconds
+    try:
+        process.communicate(timeout=40)  # PATIENCE is 60 seconds
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert not list(tmp_path.glob("*.stopped"))
 
