@@ -28,7 +28,7 @@ from buddy.predictor.train import load_predictor, predictor_arms
 from buddy.registry import build
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone
-from buddy.run_files import ADAPTER, BRIDGE, load_router
+from buddy.run_files import ADAPTER, BRIDGE, load_router, read_metrics
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, estimator_for
 from buddy.training.healing import HealingModule
@@ -199,6 +199,21 @@ def build_held_out(recipe: Recipe, backbone: Backbone, *, calibration: bool = Fa
     text = build_data(replace(recipe, data=data), backbone)
     text.prepare_data()
     text.setup()
+    return text
+
+
+def held_out(run: Run, backbone: Backbone, *, calibration: bool = False) -> TextData:
+    """`build_held_out` for a complete run, whose text must be the one that it was fitted to.
+
+    Raises:
+        RunError: the text has changed, so that its held-out windows may have been trained on.
+    """
+    text = build_held_out(run.recipe, backbone, calibration=calibration)
+    if read_metrics(run.folder).get("windows", text.evaluated.fingerprint) != text.evaluated.fingerprint:
+        raise RunError(
+            f"The text {run.recipe.data.source} has changed since the run was fitted, so its split is another one; "
+            "restore it, or name a text that the run was not fitted to with --data."
+        )
     return text
 
 

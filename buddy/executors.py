@@ -129,11 +129,10 @@ class LokyExecutor:
                         slot, unit, attempt, _ = running.pop(future)
                         free.append(slot)
                         error = future.exception()
-                        if not waiting:  # a process without work holds a model, and its death would break its pool
-                            pools.pop(slot).shutdown(wait=False, kill_workers=isinstance(error, BrokenProcessPool))
-                        elif isinstance(error, BrokenProcessPool):
-                            pools.pop(slot).shutdown(kill_workers=True)
-                        if isinstance(error, BrokenProcessPool):
+                        died = isinstance(error, BrokenProcessPool)
+                        if died or not waiting:  # a process without work holds a model, and may be killed for it
+                            pools.pop(slot).shutdown(wait=died, kill_workers=died)
+                        if died:
                             if attempt < ATTEMPTS:
                                 waiting.appendleft((unit, attempt + 1))
                                 continue

@@ -431,9 +431,8 @@ def _run_trainer(
                 raise KeyboardInterrupt from error
             raise sentence from error
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            if (
-                start and not stop.began and not out_of_memory(error)
-            ):  # the checkpoint has the right parts, with other content
+            # Before the first step the fault is the checkpoint's: it has the right parts, with other content.
+            if start and not stop.began and not out_of_memory(error):
                 raise unusable(start, f"{type(error).__name__}: {error}") from error
             raise
     if stop.requested:

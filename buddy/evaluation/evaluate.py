@@ -13,18 +13,18 @@ from buddy import console, distributed
 from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, fraction_of, latency_of
-from buddy.build import build_held_out, build_windows, load_model
+from buddy.build import build_windows, held_out, load_model
 from buddy.console import print_titled_table, quiet, report_json, results, status
 from buddy.data.module import WindowBatches
 from buddy.data.text import overlap, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
-from buddy.errors import BudgetError, DataError, RegistryError, RunError
+from buddy.errors import BudgetError, DataError, RegistryError
 from buddy.io import check_output_path, within_memory
 from buddy.metrics.perplexity import Reference, Scores, as_json
 from buddy.metrics.statistics import mixed
 from buddy.router import LayerwiseRouter, available_budgets
-from buddy.run import Run, read_metrics, read_run
+from buddy.run import Run, read_run
 from buddy.schema import Recipe
 from buddy.training.callbacks import ProgressLine, interrupts
 from buddy.training.module import RoutingModule
@@ -101,18 +101,12 @@ def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Win
     """The windows of a split of the run's text, or of another text as many as it has for its test.
 
     Raises:
-        RunError: the run's text has changed, so that windows of this split may have been trained on.
+        RunError: the run's text has changed (`held_out`).
         DataError: another text holds one that the run was fitted to.
     """
     section = run.recipe.data
     if data is None or same_source(data, section.source):
-        text = build_held_out(run.recipe, routed.backbone)
-        if read_metrics(run.folder).get("windows", text.evaluated.fingerprint) != text.evaluated.fingerprint:
-            raise RunError(
-                f"The text {section.source} has changed since the run was fitted, so its split is another one; restore "
-                "it, or name a text that the run was not fitted to with --data."
-            )
-        return getattr(text, split)
+        return getattr(held_out(run, routed.backbone), split)
     check_unseen(run.recipe, data)
     return build_windows(run.recipe, routed.backbone.tokenizer, data, count=section.test_windows)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import FAMILIES, Backbone
 from buddy.budget import fraction_of
-from buddy.build import build_held_out, build_windows, load_model
+from buddy.build import build_windows, held_out, load_model
 from buddy.console import results, status, tracker
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
@@ -199,7 +199,7 @@ def _windows(run: Run, routed: RoutedLM, data: str | None) -> tuple[Windows, Win
     """Windows that the plan is chosen on, and others that run and checkpoint are measured on."""
     section = run.recipe.data
     if data is None or same_source(data, section.source):
-        text = build_held_out(run.recipe, routed.backbone, calibration=True)
+        text = held_out(run, routed.backbone, calibration=True)
         return text.calibration, text.validation
     check_unseen(run.recipe, data)
     count = section.calibration_windows + section.validation_windows

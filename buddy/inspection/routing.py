@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buddy.build import build_held_out, build_windows
+from buddy.build import build_windows, held_out
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
@@ -113,10 +113,11 @@ def read_text(run: Run, routed: RoutedLM, label: str, source: str, count: int) -
 
     Raises:
         DataError: the text cannot be read, or is too short for one window.
+        RunError: the recipe's own text has changed (`held_out`).
     """
     section = run.recipe.data
     if same_source(source, section.source):  # the other windows were learned from
-        windows = build_held_out(run.recipe, routed.backbone).test[:count]
+        windows = held_out(run, routed.backbone).test[:count]
     else:
         windows = build_windows(run.recipe, routed.backbone.tokenizer, source, count=count)
     return Text(label, source, windows, section.prompt)

@@ -233,6 +233,8 @@ class Scheduler:
         try:
             model = load()
             self._tokenizer, self._ends = model.routed.tokenizer, end_tokens(model.routed.backbone.model)
+            self._before = self._tokenizer("a", add_special_tokens=False).input_ids[-1:]  # any token with text
+            self._before_text: str = self._tokenizer.decode(self._before)
             self._decoder = Decoder(model.routed)
         except BaseException as error:
             loaded.set_exception(error)
@@ -379,8 +381,7 @@ class Scheduler:
 
     def _word(self, token: int) -> str:
         """The text of a token behind another one: some tokenizers drop the space at the start of a text."""
-        before = self._tokenizer("a", add_special_tokens=False).input_ids[-1:]
-        return str(self._tokenizer.decode([*before, token])).removeprefix(self._tokenizer.decode(before))
+        return str(self._tokenizer.decode([*self._before, token])).removeprefix(self._before_text)
 
 
 def _plan(record: ForwardRecord) -> str:

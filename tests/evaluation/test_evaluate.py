@@ -9,6 +9,7 @@ from buddy.build import build_held_out
 from buddy.compare import fit
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.evaluation.evaluate import evaluate_run, show_scores
+from buddy.hub.export import export_run
 from buddy.run import read_run
 from buddy.run_files import update_checksums
 from tests.evaluation import made
@@ -89,6 +90,9 @@ def test_a_text_that_changed_since_and_one_that_was_trained_on(small, tmp_path):
         file.write(json.dumps({"text": "a later document " * 40}) + "\n")
     with pytest.raises(RunError, match=r"own\.jsonl"):
         evaluate_run(run)
+    with pytest.raises(RunError, match=r"own\.jsonl"):
+        export_run(run, budget="0.75", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_router_that_changed_its_shape_since(finished, tmp_path):
