@@ -69,6 +69,9 @@ def collect(
     inputs: dict[str, str] = {}
     for folder in (each for folders in runs.values() for each in folders):
         inputs |= {name: digest for name, digest in stored_digests(folder).items() if name != CODE}
+        for name in tasks:
+            stored = read_json(task_file(folder, name))
+            inputs[f"task {name}"] = " ".join(filter(None, [stored["lines"], *stored["definitions"]]))
     return {
         "format": FORMAT,
         "command": command,

@@ -8,7 +8,7 @@ import pytest
 import buddy.evaluation.tasks as tasks
 from buddy.compare import CompareConfig, compare
 from buddy.config import load_recipe
-from buddy.io import read_json
+from buddy.io import checksum, read_json
 from buddy.schema import Rival
 from buddy.worker import Tasks
 
@@ -60,6 +60,7 @@ def test_full_depth_is_scored_once(ask, scored, tmp_path):
     assert compare(ask()) == 0
     assert scored == [("buddy", [1.0, 0.75, 0.5]), ("shortgpt", [0.75, 0.5])]
     record = read_json(tmp_path / "out" / "comparison.json")
+    assert record["inputs"]["task piqa"] == checksum(tmp_path / "piqa.jsonl")
     for run in record["runs"]:
         folder = tmp_path / "out" / run["router"] / "seed-0"
         asked = [1.0] if run["router"] == "full" else [1.0, 0.75, 0.5]

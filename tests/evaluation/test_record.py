@@ -107,6 +107,7 @@ def test_keys_of_0_1_and_of_today_are_the_same_recipe():
         (part(("best", 0), domains=made.record()["domains"][:1]), "web"),
         (part(("best", 0), layers=9), "layers"),
         (part(("best", 0), inputs={"model": "b"}), "the model"),
+        (part(("best", 0), inputs={"task piqa": "b"}), "the task piqa"),
         (part(("best", 0), tasks={"names": [], "limit": None}), "tasks"),
         (part(("ours", 0)), "ours, seed 0"),
         (part(("ours", 1), routers=[made.record()["routers"][0] | {"options": {"a": 2}}]), "different routers ours"),
@@ -114,7 +115,7 @@ def test_keys_of_0_1_and_of_today_are_the_same_recipe():
 )
 def test_what_cannot_be_joined_is_refused(other, named):
     with pytest.raises(RunError, match=named):
-        join({A: part(("ours", 0), inputs={"model": "a", "text": "c"}), B: other})
+        join({A: part(("ours", 0), inputs={"model": "a", "text": "c", "task piqa": "d"}), B: other})
 
 
 def test_the_stored_runs_are_where_their_recipe_looks_for_them():
