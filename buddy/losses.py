@@ -40,6 +40,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return _by_token(lambda part: part.float().logsumexp(-1), logits) - chosen
 
 
+def kl_and_cross_entropy(dense: Dense, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`kl_to_dense` and `cross_entropy` in one pass over the logits, which takes two thirds of the time of two."""
+    chosen = logits.gather(-1, targets[..., None])[..., 0].float()
+    normaliser, product = _by_token(_normaliser_and_product, dense.probability, logits).unbind(-1)
+    return dense.negative_entropy + (normaliser - product), normaliser - chosen
+
+
 def _distribution(logits: Tensor, probability: Tensor) -> Tensor:
     """Writes the probabilities; returns Σ p ln p, from the logits, which is cheaper than from the logarithms of p."""
     torch.softmax(logits.detach().float(), -1, out=probability)
@@ -47,8 +54,14 @@ def _distribution(logits: Tensor, probability: Tensor) -> Tensor:
 
 
 def _cross(probability: Tensor, logits: Tensor) -> Tensor:
+    normaliser, product = _normaliser_and_product(probability, logits).unbind(-1)
+    return normaliser - product
+
+
+def _normaliser_and_product(probability: Tensor, logits: Tensor) -> Tensor:
+    """(N, 2): log Σ exp of the logits, and the logits' mean under the probabilities."""
     logits = logits.float()
-    return logits.logsumexp(-1) - (probability * logits).sum(-1)
+    return torch.stack([logits.logsumexp(-1), (probability * logits).sum(-1)], -1)
 
 
 def _by_token(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -60,7 +73,7 @@ def _by_token(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     *shape, vocabulary = tensors[0].shape
     step = max(1, 2**17 // vocabulary) if tensors[0].device.type == "cpu" else 512
     parts = zip(*(x.flatten(0, -2).split(step) for x in tensors), strict=True)
-    return torch.cat([function(*part) for part in parts]).view(shape)
+    return torch.cat([function(*part) for part in parts]).unflatten(0, shape)
 
 
 class Objective:

@@ -22,7 +22,7 @@ from buddy.backbone.load import Backbone
 from buddy.budget import auto_cap
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import head_logits
-from buddy.losses import Dense, cross_entropy, kl_to_dense
+from buddy.losses import Dense, kl_and_cross_entropy
 from buddy.metrics.statistics import quantiles, resamples
 
 MOST = 2**30  # bytes of the dense model's hidden states
@@ -172,15 +172,15 @@ def measure(
         else:
             executed = torch.full((len(ids),), key)
         output = model(ids, executed=executed, prompt=prompt, logits_to_keep=scored)
-        losses = cross_entropy(output.logits, targets), kl_to_dense(dense, output.logits)
-        sums = [[row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in losses]
+        losses = kl_and_cross_entropy(dense, output.logits, targets)
+        kl, loss = ([row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in losses)
         new = [
             Row(
                 window,
                 document,
                 key,
-                loss=sums[0][row],
-                kl=sums[1][row],
+                loss=loss[row],
+                kl=kl[row],
                 tokens=len(scored),
                 ran=Counter(output.executed[row][~output.sinks[row]].tolist()),
                 sinks=int(output.sinks[row].sum()),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from buddy.losses import Dense, Objective, cross_entropy, draw_budgets, kl_to_dense
+from buddy.losses import Dense, Objective, cross_entropy, draw_budgets, kl_and_cross_entropy, kl_to_dense
 
 
 def logits(seed: int) -> torch.Tensor:
@@ -26,6 +26,13 @@ def test_cross_entropy_equals_torch():
     targets = torch.arange(22).view(2, 11)
     expected = F.cross_entropy(logits(0).flatten(0, 1), targets.flatten(), reduction="none").view(2, 11)
     torch.testing.assert_close(cross_entropy(logits(0), targets), expected)
+
+
+def test_both_in_one_pass_are_the_same():
+    targets, dense = torch.arange(22).view(2, 11), Dense(logits(1))
+    kl, ce = kl_and_cross_entropy(dense, logits(0), targets)
+    assert torch.equal(kl, kl_to_dense(dense, logits(0)))
+    assert torch.equal(ce, cross_entropy(logits(0), targets))
 
 
 def test_rows_of_the_dense_distribution_can_be_taken():
