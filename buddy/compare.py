@@ -41,7 +41,7 @@ SEEDS = 3
 PATIENCE = 10.0  # seconds that `fit` waits for another to write its tables
 # Beginnings of recipe keys that change nothing in a run without training, and in a run of a comparison.
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
-FREE_KEYS = ("predictor.",)
+PREDICTOR = "predictor."
 ALREADY_COMPLETE = 0.5  # seconds; a run that takes less was complete before
 
 
@@ -106,7 +106,10 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
         BuddyError: the user can correct the cause; complete runs stay.
         KeyboardInterrupt: stopped after a step; the same call resumes.
     """
-    first = distributed.is_global_zero()
+    first, folder = distributed.is_global_zero(), Path(recipe.output) / folder_name(recipe_name)
+    if first and folder.exists():
+        with _locked(folder):  # a comparison that works in the folder would keep the tables from being written
+            pass
     console.errors.quiet = console.results.quiet = not first
     recipe = with_dtype(recipe)
     base, own = common_recipe(recipe), Rival(recipe.router.name)
@@ -136,7 +139,6 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
             layers=session.backbone.num_layers,
             texts=[text_entry(text.label, text.source, session.data.evaluated, own=True)],
         )
-        folder = Path(recipe.output) / folder_name(recipe_name)
         with _locked(folder, PATIENCE):
             write_results(record, folder)
 
@@ -267,7 +269,7 @@ def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) 
     if config.finished and config.seeds is None:
         many = max([seed - recipe.seed + 1 for seed in complete_seeds(folder)] + [1])
     seeds = range(recipe.seed, recipe.seed + (many if trained or _depends_on_seed(recipe, router) else 1))
-    free = FREE_KEYS if trained else (*FREE_KEYS, *TRAINING_KEYS)
+    free = (PREDICTOR,) if trained else (PREDICTOR, *TRAINING_KEYS)
     return [
         RunSpec(label, replace(recipe, seed=seed), config.recipe_name, folder / f"seed-{seed}", free_keys=free)
         for seed in seeds
@@ -281,7 +283,7 @@ def _depends_on_seed(recipe: Recipe, router: AnyRouter) -> bool:
 
 def _refuse_other_recipes(folder: Path, recipes: Mapping[str, Recipe]) -> None:
     """Raises RunError if the folder holds runs of other recipes, as far as it shows without model and text."""
-    ignore = (*FREE_KEYS, *TRAINING_KEYS, "seed", "data.seed")
+    ignore = (PREDICTOR, *TRAINING_KEYS, "seed", "data.seed")
     paths = {path: of for label, of in recipes.items() for path in (folder / label_folder(label)).glob("seed-*")}
     _refuse({path: RunFolder(path).differences(of, {}, ignore) for path, of in paths.items()})
 
@@ -340,7 +342,7 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
         return spec
     if read_run(other.path).recipe.adapter is not None:
         raise RunError(f"{other.path} was healed itself; name the comparison that it came from as --trained.")
-    free = ("adapter", "bridge.steps", "bridge.lr", *FREE_KEYS, *(() if router.trainable else TRAINING_KEYS))
+    free = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR, *(() if router.trainable else TRAINING_KEYS))
     recipe = replace(spec.recipe, seed=seeds[0])
     if reasons := other.differences(recipe, session.digests(recipe), ignore=free):
         raise RunError(
@@ -353,7 +355,7 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
 @contextmanager
 def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Held while a comparison works in its folder; `patience` in seconds is how long it waits for another one."""
-    busy = f"Another process compares into {folder}; wait for it, or give another --out."
+    busy = f"Another process compares into {folder}; wait for it, or name another folder for the output."
     with locked(folder / ".lock", busy, patience):
         remove_parts(folder, below="")
         yield
@@ -372,6 +374,8 @@ def _work(
     failures: list[tuple[RunSpec, str]] = []
 
     def on_done(spec: RunSpec, outcome: Any) -> None:
+        if isinstance(outcome, Exception) and not isinstance(outcome, BuddyError):
+            outcome = f"{type(outcome).__name__}: {reason(outcome)}"
         failures.extend([] if outcome is None else [(spec, str(outcome))])
 
     if config.backend == "loky" and config.jobs == 1:

@@ -55,7 +55,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, saved: boo
         RecipeError: no such recipe, not YAML, or mistakes in it; the message lists all of them.
     """
     path, what = recipe_path(source), f"The recipe {source}"
-    recipe = _composed(lambda: _read(path), overrides, what, references=not saved)
+    recipe = _composed(lambda: _read(path), overrides, what, saved=saved)
     return replace(recipe, backbone=replace(recipe.backbone, accept_license=False)) if saved else recipe
 
 
@@ -68,7 +68,7 @@ def override(recipe: Recipe, overrides: Sequence[str], what: str) -> Recipe:
     Raises:
         RecipeError: mistakes in the overrides; the message lists all of them.
     """
-    return _composed(lambda: asdict(recipe), overrides, what, references=False)
+    return _composed(lambda: asdict(recipe), overrides, what)
 
 
 def with_router(recipe: Recipe, rival: Rival | str) -> Recipe:
@@ -91,13 +91,13 @@ def with_router(recipe: Recipe, rival: Rival | str) -> Recipe:
     return replace(alone, rivals=recipe.rivals)
 
 
-def _composed(read: Callable[[], Nested], overrides: Sequence[str], what: str, references: bool) -> Recipe:
-    """A checked recipe from nested values and overrides; `references`: resolve `${key}` instead of refusing it."""
+def _composed(read: Callable[[], Nested], overrides: Sequence[str], what: str, saved: bool | None = None) -> Recipe:
+    """A checked recipe from nested values and overrides; `saved` says whether a file of a run was read, or another."""
     try:
         mistakes: list[str] = []
-        values = _overridden(_current(read()), list(_changes(overrides, mistakes)), references)
+        values = _overridden(_current(read()), list(_changes(overrides, mistakes)), references=saved is False)
         recipe: Recipe = _build(Recipe, values, "", mistakes)
-        mistakes += problems(recipe)
+        mistakes += problems(recipe, to_fit=not saved)
         mistakes += [] if mistakes else [text for rival in recipe.rivals for text in _rival_problems(recipe, rival)]
     except RecursionError as error:
         raise RecipeError(f"{what} is nested too deeply; write it with fewer brackets.") from error
@@ -295,7 +295,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def flatten(recipe: Recipe) -> dict[str, bool | int | float | str]:
-    """Dotted keys to scalars for TensorBoard's hyperparameters; other values as YAML text."""
+    """Scalars by dotted key, as comparison.json keeps a recipe; other values as YAML text."""
     values = {key: value for key, value, _ in leaves(recipe)}
     values["rivals"] = [rival.label for rival in recipe.rivals]
     values["callbacks"] = [f"{spec.class_path}({spelled(spec.init_args)})" for spec in recipe.callbacks]

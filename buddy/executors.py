@@ -188,12 +188,12 @@ def _begin(parent: int) -> None:
 class RayExecutor:
     """Runs units as tasks of a Ray cluster, on one GPU each if it has any; all nodes see the same files and packages.
 
+    The cluster is that at RAY_ADDRESS, such as "10.0.0.1:6379", or a new one on this machine.
+
     Args:
-        address: of the cluster, such as "10.0.0.1:6379"; without it that of RAY_ADDRESS, or a new one on this machine.
         threads: of torch in each task, which takes so many CPUs.
     """
 
-    address: str | None = None
     threads: int = 1
 
     def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
@@ -201,7 +201,7 @@ class RayExecutor:
             import ray
         except ImportError as error:
             raise BuddyError("Ray is not installed; pip install 'buddy-depth[ray]'.") from error
-        address = self.address or os.environ.get("RAY_ADDRESS")
+        address = os.environ.get("RAY_ADDRESS")
         _check_address(address)
         setup = _Setup(self.threads)
         paths = {"PYTHONPATH": os.pathsep.join(setup.path)}  # a worker imports this module before `setup` is applied

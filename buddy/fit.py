@@ -102,8 +102,8 @@ class Session:
             with quiet():
                 build_trainer(each, logger=False)
             check_sharding(each)
-            for spec in (*each.callbacks, *filter(None, [each.logger])):
-                _check_monitor(each, spec, instantiate(spec))
+        for spec in (*recipe.callbacks, *filter(None, [recipe.logger])):
+            _check_monitor(recipe, spec, instantiate(spec))
         if recipe.ckpt_path:
             check_checkpoint(recipe.ckpt_path)
         with status(f"Loading {recipe.backbone.name} …"):

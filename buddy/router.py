@@ -88,7 +88,7 @@ class Probe(Protocol):
         seed: the recipe's seed, for searches with randomness.
         count: N, the number of windows.
         bridge_windows: how many of them, from the last one, `losses(…, bridged=True)` fits bridges on: 24, or three
-            quarters of fewer than 32.
+            quarters of fewer than 32; 0 where the recipe has no bridges.
         prompt: tokens of a window that count as its prompt.
     """
 
@@ -144,9 +144,6 @@ class Probe(Protocol):
         Raises:
             ValueError: a plan skips a layer that always runs, or an argument is out of range.
         """
-
-    def loss(self, runs: Tensor) -> float:
-        """Mean next-token cross-entropy in nats under one plan for all tokens, runs (L,) bool."""
 
     def plan_without(self, removed: Iterable[int]) -> Tensor:
         """(L,) bool, the plan that skips some routable layers, counted from 0 to R − 1."""

@@ -261,14 +261,19 @@ RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what
 )
 
 
-def problems(recipe: Recipe) -> list[str]:
-    """One sentence for each mistake in the values of a recipe: types, bounds, choices, contradictions."""
+def problems(recipe: Recipe, to_fit: bool = True) -> list[str]:
+    """One sentence for each mistake in the values of a recipe: types, bounds, choices, contradictions.
+
+    Args:
+        recipe: to check.
+        to_fit: its estimator must be installed, which the recipe of a run that is only used does not need.
+    """
     wrong = {}
     for key, value, item in leaves(recipe):
         if sentence := problem(key, value, item.type if item else Any, item.metadata if item else {}):
             wrong[key] = sentence
     wrong |= _trainer_problems(recipe.trainer)
-    if "objective.estimator" not in wrong:
+    if to_fit and "objective.estimator" not in wrong:
         try:
             find(recipe.objective.estimator, ESTIMATORS)
         except RegistryError as error:

@@ -153,14 +153,15 @@ class Worker:
     def _run(self, spec: RunSpec) -> None:
         if not spec.run_folder.is_complete:
             self._session.fit(spec)
+        weights = _weights(spec)
         texts, tasks = {}, {}  # that are missing: the file of each, and what its result depends on
         for text, windows in self._windows.items():
             path = evaluation_file(spec.folder, text.label, text.own)
-            key = {"windows": windows.fingerprint, **_weights(spec)}
+            key = {"windows": windows.fingerprint, **weights}
             if not text.own and not _has(path, key):
                 texts[text] = path, key
         for name in self._tasks.names:
-            path, key = task_file(spec.folder, name), self._task_key(spec, name)
+            path, key = task_file(spec.folder, name), self._task_key(name) | weights
             if not _has(path, key):
                 tasks[name] = path, key
         if not texts and not tasks:
@@ -178,10 +179,10 @@ class Worker:
         with within_memory(sizes, "free some, or compare anew with data.batch_size smaller and another --out"):
             return self._session.evaluate(spec.recipe, model, self._windows[text], title)
 
-    def _task_key(self, spec: RunSpec, name: str) -> dict[str, Any]:
+    def _task_key(self, name: str) -> dict[str, Any]:
         tasks = self._tasks
         folders = {key: folder and str(folder) for key, folder in (("data", tasks.data), ("path", tasks.path))}
-        return {"limit": tasks.limit, **_weights(spec), **folders, **_task_content(name, tasks)}
+        return {"limit": tasks.limit, **folders, **_task_content(name, tasks)}
 
     def _task_entries(self, spec: RunSpec, name: str, model: RoutedLM) -> list[dict[str, Any]]:
         """One entry for each budget; full depth is computed once for all runs, unless adapters change it."""

@@ -26,7 +26,7 @@ def keys() -> Iterator[Key]:
 
 
 def written(page: str) -> str:
-    """The page with its tables of keys regenerated, in the order of the schema and without removed keys.
+    """The page with its tables of keys regenerated, in the order of the schema, without keys that sections lost.
 
     Raises:
         ValueError: a key has no row, and so no meaning, yet.

@@ -96,8 +96,8 @@ class BuddyRouter(PriorRouter):
             which KL to the dense model is least, with bridges where the recipe has them; the others follow by how
             much they would raise it), or one of the paper's, the same for every K:
             "block-influence" (cosine dissimilarity), "taylor", "loss" (rise of the perplexity), or "none".
-        prior_windows: how many calibration windows the greedy search measures on, from the first one; at most a
-            quarter of them below 32.
+        prior_windows: how many calibration windows the greedy search measures on, from the first one; with bridges
+            at most those that no bridge is fitted on (`Probe.bridge_windows`).
         prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
         bound: A, or null for none, as in the paper.
         context: which parts the network sees, of "pooled", "newest" and "hidden". The paper has "pooled".
@@ -122,9 +122,8 @@ class BuddyRouter(PriorRouter):
         budget_aware: bool = False,
     ) -> None:
         super().__init__(geometry, prior, prior_windows, prior_weight, bound)
-        unknown = [part for part in context if part not in PARTS]
-        if unknown or not context:
-            raise ValueError(f"context is {list(context)}; choose from {', '.join(PARTS)}")
+        if not isinstance(context, list | tuple) or not context or len({*context} & {*PARTS}) < len(context):
+            raise ValueError(f"context is {context!r}; give a list of one or more of {', '.join(PARTS)}")
         if hidden < 1:
             raise ValueError(f"hidden is {hidden}; give a width of at least 1")
         sizes = {"pooled": geometry.features, "newest": geometry.features, "hidden": geometry.hidden}

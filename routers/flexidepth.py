@@ -45,7 +45,7 @@ class FlexiDepth(LayerwiseRouter):
         start: a gate's logit before training, at full depth.
 
     Raises:
-        ValueError: a width below 1, or a negative penalty or slack.
+        ValueError: a width below 2, or a negative penalty or slack.
     """
 
     kind = "learned"

@@ -13,6 +13,26 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 
 
+@pytest.fixture(scope="session", autouse=True)
+def savefig():
+    """Figures are small and black, since every fit has some; the value is matplotlib's own function, which draws."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    own = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda _, file, **options: Image.new("RGB", (8, 8)).save(file, "png"))
+        yield own
+
+
+@pytest.fixture(scope="module")
+def drawn_figures(savefig):
+    """Figures of this module are drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory):
     """A tiny Llama in the hub's layout; read it, never write into it."""
@@ -51,14 +71,6 @@ def finished(small, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished")
     fit(small(output, "rivals=[shortgpt,uniform,random,full]"), "small")
     return only_seeds(output / "small")
-
-
-@pytest.fixture(scope="module")
-def no_pictures(finished):
-    """Runs of this module have no figure of their own; those that all tests share have."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.fit.draw_run", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="session")

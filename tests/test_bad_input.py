@@ -47,15 +47,6 @@ def test_a_recipe_that_cannot_be_fitted(fit, override, named):
     assert named in fit(override)
 
 
-def test_all_mistakes_are_named_at_once(fit):
-    said = fit("budgets=[]", "sed=1", "optimizer.lr=fast")
-    assert all(part in said for part in ("budgets", "'seed'", "optimizer.lr"))
-
-
-def test_an_unknown_recipe(fit):
-    assert "'quickstart'" in fit(recipe="quikstart")
-
-
 @pytest.mark.parametrize("text", ["", "Too short."])
 def test_text_that_is_empty_or_too_short(fit, tmp_path, text):
     (tmp_path / "mine.txt").write_text(text)
@@ -76,28 +67,12 @@ def run(finished, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["generate", "--budget", "1.0", "text"]])
-class TestRuns:
-    """Run folders that cannot be used, by both commands that read one."""
-
-    def test_missing_a_folder_of_runs_or_unfinished(self, finished, run, command):
-        assert "'buddy'" in refused(*command, "--run", finished / "budy")
-        assert "uniform" in refused(*command, "--run", finished)
-        (run / "metrics.json").unlink()
-        assert "buddy fit" in refused(*command, "--run", run.parent)
-
-    @pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "router.safetensors"])
-    def test_files_cut_or_missing(self, run, command, name):
-        (run / name).write_bytes((run / name).read_bytes()[:-9])
-        assert name in refused(*command, "--run", run)
-        (run / name).unlink()
-        assert name in refused(*command, "--run", run)
-
-    def test_whose_backbone_is_another_or_gone(self, small, tmp_path, run, command):
-        recipe = (run / "recipe.yaml").read_text()
-        for folder, named in ((tiny_folder(tmp_path / "model", seed=1), "fingerprint"), ("/no/folder", "/no/folder")):
-            (run / "recipe.yaml").write_text(recipe.replace(str(small.model), str(folder)))
-            update_checksums(run)
-            assert named in refused(*command, "--run", run)
+def test_a_run_whose_backbone_is_another_or_gone(small, tmp_path, run, command):
+    recipe = (run / "recipe.yaml").read_text()
+    for folder, named in ((tiny_folder(tmp_path / "model", seed=1), "fingerprint"), ("/no/folder", "/no/folder")):
+        (run / "recipe.yaml").write_text(recipe.replace(str(small.model), str(folder)))
+        update_checksums(run)
+        assert named in refused(*command, "--run", run)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +92,20 @@ def test_evaluate_with_what_it_cannot_use(finished, named, words):
     assert named in refused("evaluate", "--run", finished / "buddy", *words)
 
 
-@pytest.mark.parametrize(
-    ("named", "words"),
-    [
-        ("0.1", ["--budget", "0.1", "text"]),
-        ("much", ["--budget", "much", "text"]),
-        ("prompt", ["--budget", "0.5", ""]),
-        ("chat", ["--budget", "0.5", "--chat", "text"]),
-    ],
-)
-def test_generate_with_what_it_cannot_use(finished, named, words):
-    assert named in refused("generate", "--run", finished / "buddy", *words)
+@pytest.mark.parametrize("command", [["evaluate"], ["evaluate", "--tasks", "piqa"], ["bench"], ["inspect"]])
+def test_results_that_would_replace_a_file_of_the_run(run, command):
+    before = (run / "metrics.json").read_bytes()
+    assert "metrics.json" in refused(*command, "--run", run, "--json", run / "metrics.json")
+    assert (run / "metrics.json").read_bytes() == before
+
+
+def test_an_estimator_that_is_not_here_is_needed_to_fit_alone(run):
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("estimator: perturbed", "estimator: mine"))
+    update_checksums(run)
+    assert read_run(run).recipe.objective.estimator == "mine"
+    assert "'mine'" in refused("fit", "--recipe", recipe)
+
+
+def test_a_comparison_on_no_task(small):
+    assert "--tasks" in refused("compare", "--recipe", small.file, "--tasks", ",")

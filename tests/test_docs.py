@@ -6,14 +6,17 @@ Commands run as they are, offline, in a folder where the names of the installed 
 
 import inspect
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from buddy.backbone.load import FAMILIES
+from buddy.cli import app
 from buddy.config import installed_recipes, load_recipe, to_yaml
 from buddy.registry import installed, load
 from buddy.values import shown
@@ -21,11 +24,12 @@ from tests.documents import DOCUMENTS, ROOT, RUNNERS, Block, blocks, run, setup_
 from tests.small import write_text
 from tests.tiny import tiny_folder
 
-README, ROUTERS, RECIPES, DESIGN = (
-    ROOT / name for name in ("README.md", "docs/routers.md", "docs/recipes.md", "docs/design.md")
+README, ROUTERS, RECIPES, DESIGN, COMMANDS = (
+    ROOT / name
+    for name in ("README.md", "docs/routers.md", "docs/recipes.md", "docs/design.md", "docs/reference/commands.md")
 )
 FIGURE = "docs/results-quality-layers.png"
-ELSEWHERE = {"lightning.md"}  # run by tests/training/test_lightning.py
+ELSEWHERE = {"lightning.md", "commands.md"}  # run by tests/training/test_lightning.py; read by a test below
 QUICK = {"concepts.md", "faq.md", "method.md", "python.md", "CONTRIBUTING.md"}  # run in a second
 TINY = (
     *("backbone.dtype=float32", "budgets=[1.0,0.75,0.5]", "trainer.max_steps=2", "trainer.accelerator=cpu"),
@@ -95,6 +99,14 @@ def test_every_block_runs(document, place, tmp_path, monkeypatch):
     finally:
         for path in tmp_path.glob("*.py"):
             sys.modules.pop(path.stem, None)
+
+
+def test_the_example_of_each_command_is_read(monkeypatch):
+    monkeypatch.setattr("typer.core.TyperCommand.invoke", lambda *_: None, raising=False)
+    lines = [line for block in blocks(COMMANDS) for line in block.text.splitlines()]
+    assert len(lines) > 10
+    for line in lines:
+        assert CliRunner().invoke(app, shlex.split(line)[1:]).exit_code == 0, line
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

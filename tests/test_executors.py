@@ -38,9 +38,13 @@ def test_a_failure_is_an_outcome(tmp_path):
 
 @pytest.mark.slow
 def test_processes_find_what_one_finds(tmp_path, serial):
-    found = outcomes(LokyExecutor(2, threads=1), tmp_path / "loky", *NAMES, "e fails")
+    found = outcomes(LokyExecutor(2, threads=1), tmp_path / "loky", "a dies-once", "x dies", *NAMES[1:], "e fails")
     assert isinstance(found.pop("e"), ValueError)
-    assert found == serial
+    assert isinstance(found.pop("x"), WorkerDied)
+    assert found == serial, "a unit whose worker dies is submitted again, and no other is hurt"
+    deaths = [len((tmp_path / "loky" / f"{name}.died").read_text()) for name in ("a", "x")]
+    assert deaths == [1, ATTEMPTS]
+    assert (tmp_path / "loky" / "bb.log").read_text().count("call") == 1
     processes = {(tmp_path / "loky" / name).read_text() for name in NAMES}
     assert 1 <= len(processes) <= 2
     assert str(os.getpid()) not in processes
@@ -48,16 +52,6 @@ def test_processes_find_what_one_finds(tmp_path, serial):
     assert all("1 threads" in text for text in logs.values())
     assert any("call 2 in this process" in text for text in logs.values()), "what a process made is used again"
     assert "ValueError: e failed" in logs["e"]
-
-
-@pytest.mark.slow
-def test_a_unit_whose_worker_dies_is_submitted_again_and_no_other_is_hurt(tmp_path, serial):
-    found = outcomes(LokyExecutor(2), tmp_path / "loky", "a dies-once", "x dies", "bb", "ccc", "dddd")
-    assert isinstance(found.pop("x"), WorkerDied)
-    assert found == serial
-    deaths = [len((tmp_path / "loky" / f"{name}.died").read_text()) for name in ("a", "x")]
-    assert deaths == [1, ATTEMPTS]
-    assert (tmp_path / "loky" / "bb.log").read_text().count("call") == 1
 
 
 @pytest.mark.slow
@@ -107,7 +101,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks f
 
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_an_interrupt_reaches_all_and_nothing_new_begins(tmp_path, number):
     process, workers = begin(tmp_path)
     process.send_signal(number)
@@ -160,6 +154,7 @@ def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, serial):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
-def test_a_cluster_that_is_not_there(tmp_path):
+def test_a_cluster_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(BuddyError, match="Ray"):
-        outcomes(RayExecutor("127.0.0.1:1"), tmp_path, "a")
+        outcomes(RayExecutor(), tmp_path, "a")

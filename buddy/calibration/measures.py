@@ -21,6 +21,7 @@ from buddy.losses import Dense, cross_entropy, kl_to_dense
 from buddy.router import Criterion
 
 MAX_CACHE = 2 << 30  # bytes of hidden states that are kept between calls
+MAX_DENSE = 2 << 30  # bytes of the dense model's distributions, likewise
 MAX_SHARE = 0.25  # of the accelerator's free memory
 Layer = Callable[..., Tensor]
 Batch = tuple[int, ...]  # numbers of the windows that run together
@@ -220,6 +221,8 @@ class PlanLosses:
         self._number = -(-len(windows) // batch_size)  # of batches with all windows
         self._layerless = LayerlessModel(backbone.model)
         self._cache: dict[Batch, dict[str, State]] = {}
+        self._dense: dict[Batch, list[Dense]] = {}
+        self._dense_room = room_for(MAX_DENSE, backbone.device)
         self._fit = fit
 
     def measure(
@@ -239,9 +242,10 @@ class PlanLosses:
         for batch, group in groupby(track(pairs), key=itemgetter(0)):
             input_ids = self._windows[list(batch)].to(self._backbone.device)
             walk = self._walk(batch, input_ids, plans[batch], criterion, bridges)
-            losses = _criterion(criterion, self._layerless, input_ids, walk)
+            ce = criterion == "ce"
+            references = _parts(input_ids[:, 1:]) if ce else self._dense_of(batch, walk)
             for _, plan in group:
-                yield batch, plan, losses(walk.after(plan))
+                yield batch, plan, self._losses(walk.after(plan), references, cross_entropy if ce else _kl)
             self._keep(batch, walk.kept)
 
     def _walk(
@@ -262,31 +266,34 @@ class PlanLosses:
         if len(self._cache) > self._number:
             del self._cache[next(iter(self._cache))]
 
+    @torch.no_grad()
+    def _dense_of(self, batch: Batch, walk: PrefixWalk) -> list[Dense]:
+        """The dense model's distributions for each group of tokens, kept for later calls while there is room.
 
-def _criterion(
-    criterion: Criterion, layerless: LayerlessModel, input_ids: Tensor, walk: PrefixWalk
-) -> Callable[[Tensor], Tensor]:
-    """A function from the last layer's output (B, T, D) to each window's loss, (B,) float64.
-
-    Logits are computed for a few tokens at a time: all of them would be the largest tensor in memory, and on a CPU a
-    few are faster.
-    """
-    if criterion == "ce":
-        references: Sequence[Any] = _parts(input_ids[:, 1:])
-        measure: Callable[[Tensor, Any], Tensor] = cross_entropy
-    else:
-        references = [Dense(layerless.logits(part)) for part in _parts(walk.dense()[:, :-1])]
-
-        def measure(logits: Tensor, reference: Any) -> Tensor:
-            return kl_to_dense(reference, logits)
+        A search has many calls for few plans each, and one distribution takes as long as the loss of a plan.
+        """
+        if batch in self._dense:
+            return self._dense[batch]
+        found = [Dense(self._layerless.logits(part)) for part in _parts(walk.dense()[:, :-1])]
+        size = sum(each.probability.nbytes for each in found)
+        if size <= self._dense_room:
+            self._dense_room -= size
+            self._dense[batch] = found
+        return found
 
     @torch.no_grad()
-    def losses(states: Tensor) -> Tensor:
+    def _losses(self, states: Tensor, references: Sequence[Any], measure: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        """Each window's loss, (B,) float64, from the last layer's output (B, T, D).
+
+        Logits are computed for a few tokens at a time: all of them would be large, and on a CPU a few are faster.
+        """
         parts = zip(_parts(states[:, :-1]), references, strict=True)
-        tokens = torch.cat([measure(layerless.logits(part), reference) for part, reference in parts])
+        tokens = torch.cat([measure(self._layerless.logits(part), reference) for part, reference in parts])
         return tokens.view(len(states), -1).cpu().double().mean(1)
 
-    return losses
+
+def _kl(logits: Tensor, dense: Dense) -> Tensor:
+    return kl_to_dense(dense, logits)
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
@@ -314,5 +321,10 @@ def prefixes_to_keep(plans: Collection[str], layers: int, room: int) -> set[str]
 
 def states_that_fit(size: int, device: torch.device, batches: int) -> int:
     """Number of states of `size` bytes to keep for each batch."""
-    room = int(torch.cuda.mem_get_info(device)[0] * MAX_SHARE) if device.type == "cuda" else MAX_CACHE
-    return min(MAX_CACHE, room) // (size * batches)
+    return room_for(MAX_CACHE, device) // (size * batches)
+
+
+def room_for(most: int, device: torch.device) -> int:
+    """Bytes to keep on a device between calls: `most`, or less on an accelerator that is nearly full."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return most if free is None else min(most, int(free * MAX_SHARE))

@@ -60,7 +60,7 @@ class CalibrationProbe:
     ) -> None:
         self.routed, self.geometry = routed, routed.geometry
         self.seed, self.count = seed, len(windows)
-        self.bridge_windows = max(1, min(BRIDGE_WINDOWS, self.count * 3 // 4))
+        self.bridge_windows = 0 if bridge is None else max(1, min(BRIDGE_WINDOWS, self.count * 3 // 4))
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt
         self._windows, self._size = windows, batch_size
         self._batches = windows.split(batch_size)
@@ -132,10 +132,6 @@ class CalibrationProbe:
         rows = [torch.cat([self._measured[f"{criterion} {b} {plan}{how}"] for b in batches])[:count] for plan in plans]
         return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
 
-    def loss(self, runs: Tensor) -> float:
-        """See `Probe.loss`."""
-        return self.losses(runs[None]).mean().item()
-
     def plan_without(self, removed: Iterable[int]) -> Tensor:
         """See `Probe.plan_without`."""
         runs = torch.ones(self.geometry.layers, dtype=torch.bool)
@@ -174,8 +170,7 @@ class CalibrationProbe:
         """See `Probe.contexts`."""
         seen = []
         for batch in self.track(self._batches, "contexts of the prompts"):
-            prompt = batch[:, : self.prompt].to(self.routed.backbone.device)
-            seen.append(self.routed(prompt, logits_to_keep=1).context[:, -1])
+            seen.append(self.routed.context(batch[:, : self.prompt].to(self.routed.backbone.device)))
         return Context(*(torch.cat([getattr(each, field.name) for each in seen]) for field in fields(Context)))
 
     def _similarity(self, name: str) -> Tensor:

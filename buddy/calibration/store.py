@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sqlite3
 import time
@@ -59,7 +60,7 @@ class Measurements:
     def missing(self, keys: Collection[str]) -> list[str]:
         """Those keys that were not measured yet, in their order."""
         absent = [key for key in keys if key not in self._values]
-        if absent and self._usable and self.path.exists():
+        if absent and self._usable and os.path.exists(self.path):
             self._values |= self._attempt(lambda: self._read(absent)) or {}
         return [key for key in absent if key not in self._values]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from buddy.cli.app import FAILED, Overrides, RecipeOption, app, refuse_options, split_list
-from buddy.errors import BuddyError, RegistryError
+from buddy.errors import BuddyError, DataError, RegistryError
 
 if TYPE_CHECKING:
     from buddy.schema import Recipe, Rival
@@ -93,6 +93,8 @@ def compare(
         raise BuddyError("Give either --recipe, to compare routers, or --from, to show an existing comparison.")
     if made is not None:
         return _show(ctx, made, markdown, overrides or [])
+    if tasks is not None and not split_list(tasks):
+        raise DataError("--tasks names no task; name at least one, such as piqa, or leave it out.")
     if tasks is None:
         refuse_options(ctx, TASK_OPTIONS, "is for tasks; add --tasks, such as --tasks piqa")
     from buddy.config import load_recipe, recipe_name

@@ -164,7 +164,7 @@ def copy(
     if os.path.lexists(target):
         raise RecipeError(f"{target} exists and is not overwritten; name another file.")
     write_text(target, path.read_text("utf-8"))
-    typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {target}")
+    typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {quote(str(target))}")
 
 
 def _first_comment(path: Path) -> str:

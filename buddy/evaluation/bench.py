@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -62,8 +63,8 @@ def bench_run(
         with status("Timing prompts with a budget for each row …"):
             mixed = mixed_prefill(routed, field, ids[:, :LONG])
     report = as_json(counts, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    if torch.cuda.is_available():
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    if routed.backbone.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     report |= {"peak_memory_mib": peak, "threads": torch.get_num_threads(), "rounds": rounds}
     # Budgets such as 15ms use this table from now on.
@@ -89,7 +90,7 @@ def load_for_timing(
     """
     run = read_run(folder)
     if json_file:
-        check_output_path(json_file)
+        check_output_path(json_file, *run.folder.rglob("*"))
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run, merged=True)
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
@@ -235,18 +236,9 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
         RunError: memory does not suffice, or the folder cannot be written.
     """
     tokens = windows.shape[1]
-    made: dict[str, Any] = {label: checksum(run.folder / ROUTER) for label, run in runs.items()}
-    made |= {
-        f"{label} {BRIDGE}": checksum(run.folder / BRIDGE)
-        for label, run in runs.items()
-        if (run.folder / BRIDGE).exists()
-    }
-    made |= {
-        f"{label} settings": str((run.recipe.routing, run.recipe.budgets, run.recipe.backbone.dtype))
-        for label, run in runs.items()
-    }
-    made |= {"backbone": backbone.fingerprint, "device": str(backbone.device), "machine": machine(), **versions()}
-    made |= {"threads": torch.get_num_threads()}
+    made: dict[str, Any] = {"runs": {label: _identity(run) for label, run in runs.items()}}
+    made |= {"backbone": backbone.fingerprint, "device": str(backbone.device), "threads": torch.get_num_threads()}
+    made |= {"machine": machine(), "versions": versions()}
     try:
         kept = read_json(folder / FILE)
         if kept["made"] == made and kept["tokens"] == tokens:
@@ -263,6 +255,13 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     found["results"] = [{"router": name, "layers": layers} | _times_entry(each) for (name, layers), each in others]
     write_with_checksum(folder / FILE, found)
     return found
+
+
+def _identity(run: Run) -> dict[str, str]:
+    """What the times of a run depend on."""
+    recipe, files = run.recipe, [name for name in (ROUTER, BRIDGE) if (run.folder / name).exists()]
+    settings = str((recipe.router, recipe.routing, recipe.budgets, recipe.backbone.dtype))
+    return {name: checksum(run.folder / name) for name in files} | {"settings": settings}
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def evaluate_run(
     run = replace(run, recipe=replace(run.recipe, trainer=trainer))
     section = run.recipe.data
     if json_file and distributed.is_global_zero():
-        check_output_path(json_file, *([Path(data)] if data else []))
+        check_output_path(json_file, *run.folder.rglob("*"), *([Path(data)] if data else []))
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
     processes = math.prod(distributed.device_counts(run.recipe.trainer))

@@ -150,7 +150,7 @@ def draw_run(folder: Path, scores: Sequence[Scores]) -> None:
         _add_curves(writer, curves)
 
 
-def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) -> Path:
+def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) -> None:
     """Write `<folder>/tensorboard` anew: a run for each router, whose curves overlay, and a row for each in HPARAMS.
 
     Curves have executed layers as steps and means over seeds as values.
@@ -159,9 +159,6 @@ def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) ->
         r: the results.
         folder: of the comparison.
         pictures: PNG files by name.
-
-    Returns:
-        The folder to give TensorBoard.
     """
     from matplotlib.image import imread
     from torch.utils.tensorboard.summary import hparams
@@ -186,7 +183,6 @@ def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) ->
     with writing(final):
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    return final
 
 
 @contextmanager

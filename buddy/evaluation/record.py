@@ -248,7 +248,10 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def shown_text(text: str) -> str:
-    """The last part of a path; in other text, such as a list, of each path in it."""
+    """The last part of a path; in other text, such as an override or a list, of each path in it."""
+    key, equals, value = text.partition("=")
+    if equals and os.path.exists(value):
+        return f"{key}={shown_path(value)}"
     return shown_path(text) if os.path.exists(text) else "".join(map(shown_path, re.split(r"([],=[{} ])", text)))
 
 

@@ -53,10 +53,10 @@ def evaluate_tasks(
     Raises:
         BuddyError: the run, a budget or a task cannot be used, or lm-eval is not installed.
     """
-    if json_file:
-        check_output_path(json_file)
-    found = task_scores(folder, tasks, budgets, limit, task_data, task_path)
     run = read_run(folder)
+    if json_file:
+        check_output_path(json_file, *run.folder.rglob("*"))
+    found = task_scores(folder, tasks, budgets, limit, task_data, task_path)
     show_tasks(
         found["results"],
         f"{run.router_name} on tasks, backbone {title_of(run.backbone)}",

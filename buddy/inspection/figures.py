@@ -127,6 +127,8 @@ def draw_all(inspection: Inspection, folder: Path) -> dict[tuple[str, int], Path
     draw_shares(drawn["budgets", 0], shares, title=title + labels, label="budget (executed layers)")
     below = {budget: count for budget, count in executed.items() if count < inspection.geometry.layers}
     for budget, count in (below or executed).items():
+        if ("tokens", count) in drawn:
+            continue  # the same layers under another name
         if len(texts) > 1:
             drawn["domains", count] = folder / f"domains-{budget}.png"
             shares = {label: np.array(found.share) for label, found in inspection.measures[count].items()}

@@ -72,7 +72,9 @@ def inspect_run(
     """
     run = read_run(folder)
     target = out or run.folder / FOLDER
-    _check_options(target, json_file, text, domains, windows)
+    _check_options(target, text, domains, windows)
+    if json_file:
+        check_output_path(json_file, *run.folder.glob("*"))
     sources = {} if text is not None else named_sources(domains, run.recipe.data.source)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
@@ -121,9 +123,7 @@ def token_lines(inspection: Inspection, count: int) -> Iterator[Line]:
         yield line
 
 
-def _check_options(
-    target: Path, json_file: Path | None, text: str | None, domains: str | None, windows: int | None
-) -> None:
+def _check_options(target: Path, text: str | None, domains: str | None, windows: int | None) -> None:
     """Check the options before the model is loaded."""
     if text is not None and (domains is not None or windows is not None):
         raise DataError("--text inspects that text alone; leave out --domains and --windows, or --text.")
@@ -131,8 +131,6 @@ def _check_options(
         raise RunError(f"{target} is a file; name a folder for the figures.")
     if not target.absolute().parent.is_dir():
         raise RunError(f"There is no folder {target.absolute().parent} for {target.name}; make it first.")
-    if json_file:
-        check_output_path(json_file)
 
 
 def _print_tables(inspection: Inspection) -> None:

@@ -228,8 +228,8 @@ def cache_bytes(cache: Any) -> int:
 
 
 def _wait(ids: Tensor) -> None:
-    if ids.device.type == "cuda":
-        torch.cuda.synchronize(ids.device)
+    if ids.device.type != "cpu":
+        torch.accelerator.synchronize(ids.device)
 
 
 PACKAGES = ("torch", "transformers", "lightning", "datasets", "numpy")

@@ -24,7 +24,7 @@ from buddy.errors import RegistryError, TrainingError
 from buddy.losses import Dense, Objective
 from buddy.plan import gate_order
 from buddy.registry import ESTIMATORS, load
-from buddy.router import AnyRouter, Context, LayerwiseRouter
+from buddy.router import AnyRouter, Context, LayerwiseRouter, Router
 
 # E[ε | ε > 0] − E[ε | ε < 0]: how far apart the expected noise of a layer at the threshold is when it ran and when not
 NOISE_GAP = 2 * math.sqrt(2 / math.pi)
@@ -132,14 +132,19 @@ class Perturbed:
         plans: M, plans tried per window; an even number.
         sigma: σ, in units of scores.
         shared: ρ in [0, 1], share of the noise's variance that is common to a window.
+
+    Raises:
+        ValueError: an odd number of plans, or none.
     """
 
     def __init__(self, objective: Objective, plans: int = 4, sigma: float = 0.15, shared: float = 0.75) -> None:
+        if plans < 2 or plans % 2:
+            raise ValueError(f"plans is {plans}; give an even number, since plans are tried in pairs")
         self.objective, self.plans, self.sigma, self.shared = objective, plans, sigma, shared
 
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
         context, dense, targets = _dense_pass(routed, batch)
-        scores = _scores(routed, context)
+        scores = scores_of(routed.router, context)
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
         value = torch.zeros(len(batch.input_ids), device=scores.device)
         geometry, plans = routed.geometry, self.plans
@@ -199,7 +204,7 @@ class StraightThrough:
 
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
         context, dense, targets = _dense_pass(routed, batch)
-        scores = _scores(routed, context)
+        scores = scores_of(routed.router, context)
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
         gates = self._gates(routed, routed.held(scores, batch.prompt), runs)
         logits = routed(batch.input_ids, runs=runs, gates=gates, logits_to_keep=batch.scored).logits
@@ -270,7 +275,7 @@ def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]
         return context, Dense(output.logits), batch.input_ids[:, batch.scored + 1]
 
 
-def _scores(routed: RoutedLM, context: Context) -> Tensor:
-    """(B, T, R): the router's scores, in float32 under mixed precision too, since near ties decide plans."""
+def scores_of(router: Router, context: Context) -> Tensor:
+    """(B, T, R): a router's scores, in float32 under mixed precision too, since near ties decide plans."""
     with torch.autocast(context.hidden.device.type, enabled=False):
-        return routed.router.score(context)
+        return router.score(context)

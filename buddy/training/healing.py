@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from buddy.engine.model import RoutedLM
 from buddy.errors import TrainingError
 from buddy.losses import Dense, Objective
+from buddy.router import LayerwiseRouter
 from buddy.training.estimators import Batch, Estimator
 from buddy.training.module import BudgetModule
 
@@ -113,7 +115,11 @@ class HealingModule(BudgetModule):
         """The same with the router's own loss, where the estimator's does not reach the adapter by itself."""
         estimate = self.estimator(self.model, batch, generator)
         if getattr(self.estimator, "backpropagates", False):
-            return estimate.loss, estimate.objective
+            full = batch.executed == self.model.geometry.layers  # no gate decides there, and the adapter learns alone
+            if not isinstance(self.router, LayerwiseRouter) or not full.any():
+                return estimate.loss, estimate.objective
+            loss, value = self._healing(replace(batch, input_ids=batch.input_ids[full], executed=batch.executed[full]))
+            return estimate.loss + loss * full.float().mean(), estimate.objective.masked_scatter(full, value)
         loss, value = self._healing(batch, estimate.runs, estimate.dense)
         return loss + estimate.loss, value
 

@@ -23,7 +23,7 @@ from buddy.errors import TrainingError
 from buddy.io import cache_folder
 from buddy.losses import Objective, draw_budgets
 from buddy.metrics.perplexity import Reference, Row, Scores, keys_of, measure, scores_from
-from buddy.training.estimators import Batch, Estimate, Estimator, estimator_for
+from buddy.training.estimators import Batch, Estimate, Estimator, estimator_for, scores_of
 
 if TYPE_CHECKING:
     from buddy.data.module import TextData
@@ -49,7 +49,8 @@ class BudgetModule(LightningModule):
     Args:
         model: backbone and router.
         budgets: fractions of the layers, or other budgets such as "22layers"; "auto" is for test alone.
-        prompt: tokens of each window that are read, not scored; a quarter of the window by default.
+        prompt: tokens of each window that validation and test read and do not score; a quarter of the window by
+            default. Training scores from position 16 on, if plans are made for each token.
         lr, warmup_steps, weight_decay: AdamW with linear warm-up, then cosine to a tenth of the rate.
         seed: determines all random draws, together with the number of the micro-batch.
         reference: shares the dense model's results with the tests of other routers on the same windows.
@@ -197,8 +198,8 @@ class BudgetModule(LightningModule):
 
     def _prompt(self, ids: Tensor) -> int:
         prompt = max(1, ids.shape[1] // 4) if self.prompt is None else self.prompt
-        if prompt >= ids.shape[1]:
-            raise TrainingError(f"prompt is {prompt}, but windows have {ids.shape[1]} tokens; make it smaller.")
+        if not 1 <= prompt < ids.shape[1]:
+            raise TrainingError(f"prompt is {prompt}; give 1 or more, and less than the {ids.shape[1]} of a window.")
         return prompt
 
     def _measure(self, batch: Any, keys: Sequence[int | str], reference: Reference) -> None:
@@ -385,7 +386,8 @@ class RoutingModule(BudgetModule):
         changed = (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean()
         self.log("train/changed_plans", changed, sync_dist=True)
         if estimate.context is not None:  # the plans of a layerwise router need a forward of their own
-            start = self.model.plan(self.start.score(estimate.context), batch.executed, batch.prompt)[free]
+            scores = scores_of(self.start, estimate.context)
+            start = self.model.plan(scores, batch.executed, batch.prompt)[free]
             moved = torch.stack([(runs & ~start).sum(), runs.sum()]).float()
             moved, ran = self.trainer.strategy.reduce(moved, reduce_op="sum")
             self.log("train/moved_layers", moved / ran)

@@ -221,7 +221,7 @@ print(model_folder(MODELS[0]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.real
 def test_the_real_conversion_does_not_depend_on_the_environment(tmp_path, smollm2):
     """Converted anew in a process where the hub may be used: the same files as of one where it may not."""

@@ -176,9 +176,10 @@ def test_the_next_round_goes_on_from_the_last():
     assert called == [0, 5]
 
 
-@pytest.mark.parametrize("room", [0, 1, 3, 7])
-def test_little_room_for_states_changes_nothing(room, monkeypatch):
+@pytest.mark.parametrize(("room", "dense"), [(0, 0), (1, 10_000), (3, 0), (7, 2 << 30)])
+def test_little_room_changes_nothing(room, dense, monkeypatch):
     monkeypatch.setattr(measures, "states_that_fit", lambda *_: room)
+    monkeypatch.setattr(measures, "MAX_DENSE", dense)
     measured = probe(SHARED)
     for removed in ([], [3], [3, 1]):
         bits = [sum(1 << bit for bit in range(4) if bit not in (*removed, index)) for index in range(4)]
@@ -355,6 +356,7 @@ def test_too_few_tokens_for_a_bridge_leave_the_state_as_it_is():
 
 def test_a_recipe_without_bridges_has_losses_without_bridges():
     measured, runs = probe(), plans(3)
+    assert measured.bridge_windows == 0
     assert torch.equal(measured.losses(runs, bridged=True), measured.losses(runs))
 
 

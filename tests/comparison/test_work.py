@@ -12,8 +12,6 @@ from buddy.io import checksum, read_json
 from buddy.schema import Rival
 from buddy.worker import Tasks
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 ROUTERS = ("buddy", "shortgpt", "full")
 ITEMS = [{"question": f"Which is {n}?", "choices": ["one", "two words"], "label": n % 2} for n in range(5)]
 DEFINITION = """

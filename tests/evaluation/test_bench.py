@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 
 from buddy.build import build_backbone
 from buddy.compare import fit
@@ -13,6 +12,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.evaluation.bench import bench_run, measured
 from buddy.metrics.timing import PROMPT, STEPS, Contender, cache_bytes, contenders, race
 from buddy.run import read_run
+from buddy.run_files import load_router, save_router, update_checksums
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 
@@ -129,8 +129,7 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
     assert all({"vs_pruned_decode", "vs_pruned_prefill", "vs_pruned_prefill_shared"} <= entry.keys() for entry in below)
     entry = below[0]
     assert entry["vs_pruned_decode"] == pytest.approx(entry["decode_ms"] / entry["pruned_decode_ms"])  # of one round
-    with Image.open(run / "speed.png") as figure:
-        assert figure.size[0] > 1000
+    assert (run / "speed.png").is_file()
 
 
 @pytest.mark.slow
@@ -140,6 +139,20 @@ def test_each_router_is_timed_under_its_own_routing(small, finished, tmp_path):
     timed = measured(runs, build_backbone(runs["one"].recipe), IDS, tmp_path)
     work = {each["router"]: each["multiply_adds"] for each in timed["results"] if each["layers"] == 3}
     assert work["eight"] > work["one"], "sinks run every layer"
+
+
+@pytest.mark.slow
+def test_a_changed_router_is_timed_again(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(read_run(finished / "buddy").folder, tmp_path / "run")
+    backbone = build_backbone(read_run(folder).recipe)
+    timed = measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path)
+    monkeypatch.setattr("buddy.evaluation.bench.race", lambda *_, **__: pytest.fail("it measured again"))
+    assert measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path) == timed
+    state = load_router(folder)
+    save_router(folder, state | {"output.bias": state["output.bias"] + 1})
+    update_checksums(folder)
+    with pytest.raises(pytest.fail.Exception):
+        measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path)
 
 
 @pytest.mark.slow

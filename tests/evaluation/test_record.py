@@ -67,6 +67,9 @@ def test_the_command_names_files_without_their_folders(tmp_path, monkeypatch):
     (tmp_path / "texts" / "a.jsonl").write_text("{}")
     words = ["buddy", "compare", "--domains", f"one=texts/a.jsonl,{tmp_path}/b.txt,owner/name", "router=a[b=1]"]
     assert shown_command(words) == "buddy compare --domains one=a.jsonl,b.txt,owner/name 'router=a[b=1]'"
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts" / "a.txt").touch()
+    assert shown_command([f"data.source={tmp_path}/my texts/a.txt"]) == "data.source=a.txt"
     words = [f"data.train_sources=[{tmp_path}/a.jsonl, texts/a.jsonl,owner/name]"]
     assert shown_command(words) == "'data.train_sources=[a.jsonl, a.jsonl,owner/name]'"
 

@@ -18,6 +18,8 @@ from buddy.metrics.statistics import difference
 from tests.evaluation import made
 from tests.hparams import row_of_table
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 FULL_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
 
 
@@ -31,7 +33,7 @@ def results() -> Results:
 
 
 @pytest.fixture(scope="module")
-def drawn(results, tmp_path_factory):
+def drawn(results, drawn_figures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
     return folder, draw_all(results, folder, "x-")
 
@@ -163,7 +165,8 @@ def test_a_record_becomes_a_document_with_its_figures(results, tmp_path, capsys)
 
 def test_curves_overlay_and_the_table_has_a_row_for_each_router(results, drawn, tmp_path):
     (tmp_path / "tensorboard" / "stale").mkdir(parents=True)
-    events_folder = write_tensorboard(results, tmp_path, drawn[1])
+    write_tensorboard(results, tmp_path, drawn[1])
+    events_folder = tmp_path / "tensorboard"
     folders = {router["folder"] for router in results.record["routers"]}
     assert {path.name for path in events_folder.iterdir()} == folders | {"_figures"}
     columns = set()

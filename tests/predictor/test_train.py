@@ -16,8 +16,6 @@ from buddy.predictor.features import measure_targets, prompt_features
 from buddy.predictor.train import load_predictor
 from buddy.run import read_run
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 OPTIONS = ["router=shortgpt", "predictor.name=regress", "predictor.windows=10", "rivals=[]"]
 
 

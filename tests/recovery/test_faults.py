@@ -146,8 +146,8 @@ def fit_killed(recipe: Recipe, write: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("refit", [True, pytest.param(False, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("refit", [True, False])
 def test_a_fit_that_is_killed_at_any_file_resumes(small, run, tmp_path, refit):
     """Each time the next fit ends with the run that an undisturbed one makes; a run to be replaced stays until then."""
     write = 1

@@ -54,7 +54,7 @@ def random_ids(rows: int, length: int, seed: int) -> Tensor:
     return 2 * torch.randint(2, 129, (rows, length), generator=generator) + order % 2
 
 
-def trained(router_class: type, steps: int = 250, lr: float = 6e-3, **options) -> RoutedLM:
+def trained(router_class: type, steps: int = 100, lr: float = 1.2e-2, **options) -> RoutedLM:
     """The planted backbone with a layerwise router that was trained at K = 4 as `buddy fit` trains it."""
     backbone = planted_backbone()
     routed = RoutedLM(backbone, router_class(geometry_of(backbone), **options))

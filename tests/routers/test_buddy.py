@@ -104,6 +104,12 @@ def test_it_sees_the_parts_that_it_is_given_and_no_other(part):
     assert torch.equal(awake(context=others).score(given), awake(context=others).score(changed))
 
 
+@pytest.mark.parametrize("parts", ["pooled", None, [], ["pooled", "pooled"], ["old"], {"pooled": 1}])
+def test_parts_that_are_no_list_of_different_names_are_refused(parts):
+    with pytest.raises(ValueError, match="context"):
+        BuddyRouter(SIZES, context=parts)
+
+
 def test_the_budget_is_an_input_only_with_the_option():
     few, many = (context(SIZES, 5, executed=k) for k in (3, 5))
     assert torch.equal(awake().score(few), awake().score(many))

@@ -17,11 +17,8 @@ from buddy.io import load_tensors
 from buddy.run import read_run
 from buddy.run_files import BRIDGE, update_checksums
 from buddy.training.healing import HealingModule
-from buddy.training.module import RoutingModule
 from tests.small import only_seeds
 from tests.training.stopping import at_step, interrupt
-
-pytestmark = pytest.mark.usefixtures("no_pictures")
 
 IDS = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -68,20 +65,6 @@ def test_null_leaves_everything_as_it_was(small, finished, tmp_path):
     again = only_seeds(tmp_path / "small") / "shortgpt"
     assert [kl(again, budget) for budget in (0.75, 0.5)] == [kl(finished / "shortgpt", b) for b in (0.75, 0.5)]
     assert not (again / BRIDGE).exists()
-
-
-@pytest.mark.slow
-def test_an_interrupted_fit_gives_the_same(small, with_bridges, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_step(patch, RoutingModule, 2, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            fit(small(tmp_path, "bridge.rank=8", "rivals=[]"), "small")
-    assert list(tmp_path.rglob("last.ckpt"))
-    fit(small(tmp_path, "bridge.rank=8", "rivals=[]"), "small")
-    (again,) = (tmp_path / "small" / "buddy").glob("seed-0")
-    for name in ("router.safetensors", BRIDGE):
-        first, second = (load_tensors(folder / name) for folder in (with_bridges / "buddy", again))
-        assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
 
 @pytest.mark.slow

@@ -160,3 +160,9 @@ def test_credit_goes_to_the_token_that_decided(estimator, options, deciders):
 def test_the_estimator_of_gates_is_refused_for_scores():
     with pytest.raises(RegistryError, match="weighted"):
         estimator_for(tiny().router, "weighted", Objective(), {})
+
+
+@pytest.mark.parametrize("plans", [0, 1, 3])
+def test_perturbed_plans_come_in_pairs(plans):
+    with pytest.raises(ValueError, match="plans"):
+        Perturbed(Objective(), plans=plans)

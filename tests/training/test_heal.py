@@ -25,8 +25,6 @@ from tests.adapted import IDS
 from tests.small import only_seeds, write_text
 from tests.training.stopping import Killed, at_step, interrupt, kill, same
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 STEPS = 7
 HEALED = [f"adapter.steps={STEPS}", "adapter.lr=0.02", "adapter.rank=2"]
 BRIEFLY = ["trainer.max_steps=1", "objective.plans=2", "budgets=[1.0,0.5]"]  # where the router does not matter

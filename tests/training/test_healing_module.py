@@ -155,6 +155,17 @@ def test_jointly_router_and_adapter_both_learn(run, router, estimator):
     assert rates == [1e-2, *(1e-2 * group["scale"] for group in module.router.parameter_groups())]
 
 
+def test_jointly_gates_leave_full_depth_to_the_adapter():
+    module = make(FiRST, estimator=Weighted(Objective()), router_lr=1e-2)
+    stirred(module.model.adapter)
+    loss, value = module._joint(batch(6, 3, 6), torch.Generator().manual_seed(0))
+    alone = [module._healing(batch(6, 6, 6))[1][row] for row in (0, 2)]
+    torch.testing.assert_close(value[[0, 2]], torch.stack(alone))
+    assert value.min() > 0
+    below = module.estimator(module.model, batch(6, 3, 6), torch.Generator().manual_seed(0)).loss
+    torch.testing.assert_close(loss, below + sum(alone) / 3)
+
+
 def test_jointly_the_dense_reference_is_the_stock_model():
     module = make(BuddyRouter, estimator=Perturbed(Objective()), router_lr=1e-2)
     seen = []
@@ -237,3 +248,9 @@ def test_cross_entropy_alone_needs_no_dense_pass(monkeypatch):
     monkeypatch.setattr(Reference, "dense", lambda *_: pytest.fail("the dense model ran"))
     module._healing(batch(3, 4))[0].backward()
     assert all(parameter.grad is not None for parameter in module.model.adapter.parameters())
+
+
+@pytest.mark.parametrize("prompt", [0, -3, 99])
+def test_a_prompt_that_is_no_part_of_a_window_is_refused(run, prompt):
+    with pytest.raises(TrainingError, match="prompt"):
+        run(make(prompt=prompt), 1)
