@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from buddy.cli import app
 from buddy.errors import BuddyError
+from buddy.run import read_run
 from tests.engine.reference import Fickle
 from tests.serve.conftest import serving, tiny
 from tests.small import start_buddy
@@ -465,3 +468,22 @@ def test_the_page_names_no_other_host(address):
     page = httpx.get(address)
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert not re.search(r"https?://|src=|@import", page.text)
+
+
+def test_every_option_of_the_command_reaches_the_server(finished, tmp_path, monkeypatch):
+    from buddy.serve.app import Limits
+
+    made = []
+    monkeypatch.setattr("buddy.serve.app.make_app", lambda *given: made.append(given))
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    (tmp_path / "keys").write_text("one\n\ntwo\n")
+    words = ["--budget", "0.5", "--host", "127.0.0.1", "--port", "0", "--batch-size", "3", "--batch-plan", "row"]
+    words += ["--queue", "5", "--max-tokens", "7", "--seconds", "9", "--dtype", "bfloat16"]
+    words += ["--api-key-file", str(tmp_path / "keys")]
+    result = CliRunner().invoke(app, ["serve", "--run", str(finished / "buddy"), *words])
+    assert result.exit_code == 0, result.output
+    load, *rest = made[0]
+    limits = Limits(batch=3, queue=5, tokens=7, seconds=9.0)
+    assert rest == ["0.5", read_run(finished / "buddy").recipe.budgets, limits, ["one", "two"], "row"]
+    assert load().routed.backbone.dtype == torch.bfloat16

@@ -1,0 +1,71 @@
+"""What the keys of a recipe become: settings of the model, the estimator, the modules that train."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from buddy.build import build_backbone, build_estimator, build_healing, build_model, build_module
+from buddy.config import load_recipe
+from buddy.engine.bridges import Bridges
+from buddy.engine.kv_policies import POLICIES
+from buddy.errors import RecipeError
+
+
+@pytest.fixture
+def built(small):
+    """A recipe and its model: `recipe, model = built("key=value", …)`."""
+
+    def built(*overrides):
+        recipe = load_recipe(small.file, overrides)
+        return recipe, build_model(recipe, build_backbone(recipe))
+
+    return built
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("routing.policy=hole", "policy", POLICIES["hole"]),
+        ("routing.policy=zero", "policy", POLICIES["zero"]),
+        ("routing.pool=both", "pool", "both"),
+        ("routing.reroute_every=3", "reroute_every", 3),
+        ("routing.batch_plan=shared", "batch_plan", "shared"),
+        ("routing.sink_tokens=2", "sink_tokens", 2),
+        ("routing.prompt_plan=shared", "prompt_plan", "shared"),
+    ],
+)
+def test_settings_of_the_model(built, override, name, value):
+    _, model = built(override)
+    assert getattr(model.settings, name) == value
+    ids = torch.randint(3, 200, (1, 12))
+    assert (model(ids, executed=torch.tensor([4])).executed[:, 2:] == 4).all()
+
+
+def test_the_estimator_and_its_objective(built):
+    recipe, model = built("objective={kl: 0.5, ce: 0.25, plans: 6, sigma: 0.3, shared: 0.1}")
+    estimator = build_estimator(recipe, model.router)
+    assert (estimator.plans, estimator.sigma, estimator.shared) == (6, 0.3, 0.1)
+    assert (estimator.objective.kl, estimator.objective.ce) == (0.5, 0.25)
+
+
+def test_a_straight_through_estimator_needs_every_layers_states(small):
+    with pytest.raises(RecipeError, match=r"routing\.policy"):
+        load_recipe(small.file, ["objective.estimator=straight-through", "routing.policy=hole"])
+
+
+def groups(module, steps: int = 20) -> list[dict]:
+    """The parameter groups of a module's optimizer."""
+    module.trainer = SimpleNamespace(max_steps=steps, estimated_stepping_batches=steps)
+    return module.configure_optimizers()["optimizer"].param_groups
+
+
+def test_rates_and_weight_decay(built):
+    recipe, model = built("optimizer={lr: 0.5, weight_decay: 0.25, warmup_steps: 0}")
+    found = groups(build_module(recipe, model))
+    assert {group["weight_decay"] for group in found} == {0.25}
+    assert {group["initial_lr"] for group in found} == {0.5 * each["scale"] for each in model.router.parameter_groups()}
+    recipe, model = built("bridge={rank: 4, steps: 3, lr: 0.125}", "optimizer.weight_decay=0.25")
+    model.bridge(Bridges(model.geometry, 4))
+    (bridges,) = groups(build_healing(recipe, model))
+    assert (bridges["initial_lr"], bridges["weight_decay"]) == (0.125, 0.25)
