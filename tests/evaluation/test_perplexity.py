@@ -105,8 +105,7 @@ def test_sharing_changes_no_number_and_full_depth_runs_once():
     backbone, reference, forwards = tiny_backbone(), Reference(), []
     budgets, options = [1.0, 0.99, 0.75, 0.5], {"prompt": PROMPT, "batch_size": 3}
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        model = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+        model = RoutedLM(backbone, Fickle(geometry_of(backbone), seed))
         alone = evaluate(model, WINDOWS, budgets, **options)
         model.register_forward_hook(lambda *_, seed=seed: forwards.append(seed))
         shared = evaluate(model, WINDOWS, budgets, reference=reference, **options)
@@ -117,7 +116,6 @@ def test_sharing_changes_no_number_and_full_depth_runs_once():
 
 def test_equal_windows_count_each():
     backbone = tiny_backbone()
-    torch.manual_seed(1)
     model = RoutedLM(backbone, Fickle(geometry_of(backbone)))
     twice = Windows(WINDOWS.input_ids[:1].repeat(2, 1), torch.tensor([0, 1]))
     found = evaluate(model, twice, [1.0, 0.5], prompt=PROMPT, batch_size=1)
