@@ -54,6 +54,7 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         (home / name).write_text(speeches.read_text().replace("\n", "\n\n"))
     for path in installed_recipes().values():
         few = ["bridge.steps=2"] if (bridge := load_recipe(path).bridge) and bridge.steps else []
+        few += ["rivals=[uniform]"]
         text = to_yaml(load_recipe(path, [f"backbone.name={model}", f"data.source={speeches}", *few, *TINY]))
         (recipes / path.name).write_text(f"# {path.stem}.\n{text}")
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +69,7 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         patch.setenv("BUDDY_CALIBRATION_CACHE", str(folder / "calibration"))
         patch.setenv("BUDDY_LATENCY_CACHE", str(folder / "latency"))
         patch.chdir(home)
-        run(Block("the fixture", "bash", "buddy fit --recipe quickstart"))
+        run(Block("the fixture", "bash", "buddy fit --recipe quickstart 'rivals=[shortgpt,uniform,random,full]'"))
         run(
             Block(
                 "the fixture",
