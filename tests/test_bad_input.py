@@ -109,3 +109,16 @@ def test_an_estimator_that_is_not_here_is_needed_to_fit_alone(run):
 
 def test_a_comparison_on_no_task(small):
     assert "--tasks" in refused("compare", "--recipe", small.file, "--tasks", ",")
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("0.1", ["--budget", "0.1", "text"]),
+        ("much", ["--budget", "much", "text"]),
+        ("prompt", ["--budget", "0.5", ""]),
+        ("chat", ["--budget", "0.5", "--chat", "text"]),
+    ],
+)
+def test_generate_with_what_it_cannot_use(finished, named, words):
+    assert named in refused("generate", "--run", finished / "buddy", *words)

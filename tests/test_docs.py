@@ -29,7 +29,7 @@ README, ROUTERS, RECIPES, DESIGN, COMMANDS = (
     for name in ("README.md", "docs/routers.md", "docs/recipes.md", "docs/design.md", "docs/reference/commands.md")
 )
 FIGURE = "docs/results-quality-layers.png"
-ELSEWHERE = {"lightning.md", "commands.md"}  # run by tests/training/test_lightning.py; read by a test below
+ELSEWHERE = {"lightning.md", "commands.md"}  # run by test_lightning.py; read by a test below
 QUICK = {"concepts.md", "faq.md", "method.md", "python.md", "CONTRIBUTING.md"}  # run in a second
 TINY = (
     *("backbone.dtype=float32", "budgets=[1.0,0.75,0.5]", "trainer.max_steps=2", "trainer.accelerator=cpu"),

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from buddy.build import build_backbone
 from buddy.compare import fit
@@ -115,6 +116,7 @@ def bench(run, monkeypatch):
     return lambda **options: bench_run(run, rounds=1, **options)
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
     bench(json_file=tmp_path / "speed.json", budgets=["1.0", "4layers", "0.5"])
     shown = capsys.readouterr().out
@@ -129,7 +131,8 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
     assert all({"vs_pruned_decode", "vs_pruned_prefill", "vs_pruned_prefill_shared"} <= entry.keys() for entry in below)
     entry = below[0]
     assert entry["vs_pruned_decode"] == pytest.approx(entry["decode_ms"] / entry["pruned_decode_ms"])  # of one round
-    assert (run / "speed.png").is_file()
+    with Image.open(run / "speed.png") as figure:
+        assert figure.size[0] > 1000
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from buddy.predictor import features
@@ -30,6 +31,7 @@ def texts(tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn_figures")
 def test_a_study(predicting, texts, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     study(predicting["regress"], texts, windows=8, out=out)
@@ -39,7 +41,8 @@ def test_a_study(predicting, texts, tmp_path, capsys, monkeypatch):
     assert set(report["fixed"][0]["ways"]) == {"regress", "priced", "hindsight"}
     assert set(report["single"]) == {"grpo", "the run's own"}
     assert all(3 <= point["layers"] <= 6 for points in report["points"].values() for point in points)
-    assert (out / "predictor.png").is_file()
+    with Image.open(out / "predictor.png") as picture:
+        assert picture.size[0] > 1000
     printed = capsys.readouterr().out
     monkeypatch.setattr(features, "_losses", lambda *_: pytest.fail("measured again"))
     study(predicting["regress"], texts, windows=8, out=out)
