@@ -60,8 +60,13 @@ def test_compare(calls):
     assert (config.texts, config.jobs, config.speed, config.backend) == ("x.txt", 2, False, "loky")
     assert (config.tasks.names, config.tasks.limit) == (("piqa", "boolq"), 5)
     assert (defaults.seeds, defaults.jobs, defaults.speed) == (None, 1, True)
+    words = ["--finished", "--trained", "t", "--backend", "ray", "--out", "o", "--markdown", "m.md", "--seeds", "2"]
+    assert call("compare", "--recipe", "quickstart", *words).exit_code == 0
+    config = calls[2][1][0]
+    assert (config.finished, config.trained, config.backend) == (True, Path("t"), "ray")
+    assert (config.folder, config.markdown, config.seeds) == (Path("o"), Path("m.md"), 2)
     assert call("compare", "--from", "c.json,d.json", "--markdown", "r.md").exit_code == 0
-    assert calls[2] == ("show_files", ([Path("c.json"), Path("d.json")], Path("r.md")), {})
+    assert calls[3] == ("show_files", ([Path("c.json"), Path("d.json")], Path("r.md")), {})
 
 
 @pytest.mark.parametrize(

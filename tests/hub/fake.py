@@ -1,4 +1,4 @@
-"""Stands in for the hub's client: repositories are folders."""
+"""Stands in for the hub's client: repositories are folders, and so are their revisions, `owner/name@revision`."""
 
 import shutil
 from pathlib import Path
@@ -27,10 +27,11 @@ class FakeHub:
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
 
     def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, local_dir=None):
-        if not (self.root / repo_id).is_dir():
+        held = self.root / (repo_id if revision is None else f"{repo_id}@{revision}")
+        if not held.is_dir():
             raise OSError(f"404 Client Error.\nRepository Not Found for {repo_id}.")
         target = Path(local_dir or self.root / "cache")
-        for name, content in contents(self.root / repo_id).items():
+        for name, content in contents(held).items():
             if name in allow_patterns:
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 (target / name).write_bytes(content)

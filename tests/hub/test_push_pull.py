@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +104,19 @@ def test_a_round_trip_through_the_hub(finished, hub, tmp_path):
     pulled = contents(tmp_path / "pulled")
     assert pulled.keys() == SHARED
     assert all(pulled[name] == (finished / "buddy" / name).read_bytes() for name in RUN)
+
+
+def test_a_revision_of_a_repository(finished, hub, tmp_path):
+    push(finished / "buddy", to="someone/router")
+    (hub.root / "someone" / "router").rename(hub.root / "someone" / "router@v2")
+    for read in (
+        lambda **which: pull("someone/router", out=tmp_path / "pulled", **which),
+        partial(buddy.load, "someone/router"),
+    ):
+        with pytest.raises(RunError, match="someone/router"):
+            read()
+        read(revision="v2")
+    assert contents(tmp_path / "pulled").keys() == SHARED
 
 
 def test_without_a_network(finished, tmp_path):
