@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from buddy.budget import Budget, auto_cap, format_budget, latency_of
 from buddy.errors import BuddyError, BudgetError
-from buddy.hub.load import Model
+from buddy.hub.load import Model, Prompt
 from buddy.router import available_budgets
 from buddy.serve.guard import ApiError, ClientLeft, Guard, answer_errors, shown_error
 from buddy.serve.metrics import Metrics
@@ -111,7 +111,7 @@ class Server:
         """`/v1/completions`."""
         several = "prompt" if len(asked.prompts) > self._limits.queue else "n"
         self._check_count(len(asked.prompts) * (asked.n or 1), several)
-        prompts = [self._model.encode(each) if isinstance(each, str) else each for each in asked.prompts]
+        prompts = [await self._encoded(each) if isinstance(each, str) else each for each in asked.prompts]
         vocabulary = self._model.routed.backbone.model.config.get_text_config().vocab_size
         if any(not 0 <= id < vocabulary for prompt in prompts for id in prompt):
             raise ApiError(f"A token id is not from 0 to {vocabulary - 1}.", field="prompt")
@@ -124,11 +124,15 @@ class Server:
         if not self._model.routed.tokenizer.chat_template:
             raise ApiError("This model has no chat template; use /v1/completions.", field="messages")
         try:
-            prompt = self._model.encode([message.plain for message in asked.messages])
+            prompt = await self._encoded([message.plain for message in asked.messages])
         except BuddyError as error:
             raise ApiError(str(error), field="messages") from error
         limit = asked.max_completion_tokens or asked.max_tokens or self._room([prompt])
         return await self._answer(asked, request, [prompt], "messages", limit)
+
+    async def _encoded(self, prompt: Prompt) -> list[int]:
+        """Token ids, by another thread: a text of megabytes takes seconds, and other answers go on."""
+        return await asyncio.to_thread(self._model.encode, prompt)
 
     def _room(self, prompts: Sequence[list[int]]) -> int:
         """The most new tokens that the server and the backbone allow after these prompts, at least 1."""

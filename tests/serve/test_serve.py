@@ -237,6 +237,25 @@ def test_a_client_that_leaves_frees_its_row_and_a_full_queue_refuses():
         wait_until(lambda: running.running == 0, 2.0)
 
 
+def test_a_long_prompt_is_encoded_beside_other_requests(monkeypatch):
+    model, begun, others = tiny(), threading.Event(), threading.Event()
+    encode = model.encode
+
+    def slow(prompt):
+        if "long" in prompt:
+            begun.set()
+            assert others.wait(20)
+        return encode(prompt)
+
+    monkeypatch.setattr(model, "encode", slow)
+    with serving(model) as (address, _), ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, address, **GREEDY | {"prompt": "long"})
+        assert begun.wait(20)
+        assert post(address, **GREEDY | {"prompt": "short"}).status_code == 200
+        others.set()
+        assert answer.result().status_code == 200
+
+
 def test_a_request_that_takes_too_long_ends():
     from buddy.serve.app import Limits
 
