@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from buddy import Geometry, LayerwiseRouter
-from routers.gates import SHIFT, check_not_negative, normalised, share, straight_through
+from buddy import Geometry
+from routers.gates import GateRouter, check_not_negative, normalised
 
 SCOPES = ("prompt", "token")
 GATES = ("hard", "soft")
 
 
-class FiRST(LayerwiseRouter):
+class FiRST(GateRouter):
     """Learned: one linear gate for each layer sees the state arriving there; the prompt's decisions hold for the input.
 
     A gate is open, and its layer runs, where σ(w_i · h + b_i) is above a half. One decision serves an input: gates are
@@ -50,7 +50,6 @@ class FiRST(LayerwiseRouter):
         ValueError: an unknown scope or kind of gate, or a negative penalty.
     """
 
-    kind = "learned"
     source = "arXiv 2410.12513"
 
     def __init__(
@@ -63,7 +62,7 @@ class FiRST(LayerwiseRouter):
         penalty_weight: float = 30.0,
         start: float = 3.0,
     ) -> None:
-        super().__init__(geometry)
+        super().__init__(geometry, start, budget_aware)
         if scope not in SCOPES:
             raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
         if gates not in GATES:
@@ -72,25 +71,15 @@ class FiRST(LayerwiseRouter):
         self.scope = scope  # type: ignore[assignment]  # one of SCOPES
         self.hard, self.penalty_weight = gates == "hard", float(penalty_weight)
         self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
-        self.bias = nn.Parameter(torch.full((geometry.routable,), float(start)))
-        self.shift = nn.Parameter(torch.full((geometry.routable,), SHIFT)) if budget_aware else None
 
-    def gate(self, index: int, hidden: Tensor, executed: Tensor) -> Tensor:
-        """(...) logits of routable layer `index`: w_i · h + b_i, and the shift for a budget below full depth."""
-        logits = normalised(hidden) @ self.weight[index] + self.bias[index]
-        if self.shift is None:
-            return logits
-        return logits + self.shift[index] * (share(executed, self.geometry) - 1)
+    def logits(self, index: int, hidden: Tensor) -> Tensor:
+        """(...): w_i · N(h)."""
+        return normalised(hidden) @ self.weight[index]
 
     def weigh(self, logits: Tensor) -> Tensor:
         """(...): the probability that a gate is open; of hard gates 0 or 1, with its gradient."""
-        return straight_through(logits) if self.hard else logits.sigmoid()
+        return super().weigh(logits) if self.hard else logits.sigmoid()
 
     def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:
         """(B,): λ · max(0, mean gate − (k − 1) / R)."""
-        return self.penalty_weight * (weights.mean((1, 2)) - share(executed - 1, self.geometry)).clamp(min=0)
-
-    def parameter_groups(self) -> list[dict]:
-        """Step sizes by fan-in: a gate sums over many weights, but has one bias and one shift."""
-        alone = [self.bias] if self.shift is None else [self.bias, self.shift]
-        return [{"params": [self.weight], "scale": 0.2}, {"params": alone, "scale": 20.0}]
+        return self.penalty_weight * (weights.mean((1, 2)) - self.share(executed - 1)).clamp(min=0)

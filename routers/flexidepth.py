@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from buddy import Geometry, LayerwiseRouter
-from routers.gates import Offsets, check_not_negative, normalised, parameter_groups, share, straight_through
+from buddy import Geometry
+from routers.gates import GateRouter, check_not_negative, normalised
 
 
-class FlexiDepth(LayerwiseRouter):
+class FlexiDepth(GateRouter):
     """Learned: a bottleneck network before each layer decides for each token; skipped layers may have bridges.
 
     A gate is open where σ(v_i · N(tanh(U_i · N(h)))) is above a half, N layer norm. A token that skips a layer still
@@ -48,7 +48,6 @@ class FlexiDepth(LayerwiseRouter):
         ValueError: a width below 2, or a negative penalty or slack.
     """
 
-    kind = "learned"
     source = "arXiv 2503.23798"
 
     def __init__(
@@ -60,7 +59,7 @@ class FlexiDepth(LayerwiseRouter):
         slack: float = 1.0,
         start: float = 3.0,
     ) -> None:
-        super().__init__(geometry)
+        super().__init__(geometry, start)
         check_not_negative(penalty_weight=penalty_weight, slack=slack)
         if bottleneck is not None and bottleneck < 2:  # the norm of a single number is always 0
             raise ValueError(f"bottleneck is {bottleneck}; give 2 or more, or null for a sixteenth of the width")
@@ -68,22 +67,13 @@ class FlexiDepth(LayerwiseRouter):
         self.penalty_weight, self.slack = penalty_weight, slack
         self.down = nn.Parameter(torch.randn(geometry.routable, width, geometry.hidden) / math.sqrt(geometry.hidden))
         self.out = nn.Parameter(torch.zeros(geometry.routable, width))
-        self.offsets = Offsets(geometry, start)
 
-    def gate(self, index: int, hidden: Tensor, executed: Tensor) -> Tensor:
-        """(...) logits of routable layer `index`."""
+    def logits(self, index: int, hidden: Tensor) -> Tensor:
+        """(...): v_i · N(tanh(U_i · N(h)))."""
         narrow = torch.tanh(normalised(hidden) @ self.down[index].T)
-        return normalised(narrow) @ self.out[index] + self.offsets(index, executed)
-
-    def weigh(self, logits: Tensor) -> Tensor:
-        """(...) 0 or 1, with the gradient of the probability."""
-        return straight_through(logits)
+        return normalised(narrow) @ self.out[index]
 
     def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:
         """(B,): α · the mean over tokens of max(0, open gates − (k − slack))²."""
-        most = (share(executed, self.geometry) * self.geometry.routable - self.slack).clamp(min=0)
+        most = (self.share(executed) * self.geometry.routable - self.slack).clamp(min=0)
         return self.penalty_weight * (weights.sum(-1) - most[:, None]).clamp(min=0).square().mean(1)
-
-    def parameter_groups(self) -> list[dict]:
-        """Step sizes by fan-in."""
-        return parameter_groups([self.down, self.out], self.offsets)

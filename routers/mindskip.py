@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from buddy import Geometry, LayerwiseRouter
-from routers.gates import Offsets, check_not_negative, normalised, parameter_groups, share, straight_through
+from buddy import Geometry
+from routers.gates import GateRouter, check_not_negative, normalised
 
 
-class MindSkip(LayerwiseRouter):
+class MindSkip(GateRouter):
     """Learned: a linear gate for each layer decides for each token, and each layer has a capacity of tokens.
 
     Router-Tuning trains the gates alone, hard forward and with the gradient of their probability backward, and adds
@@ -40,31 +40,21 @@ class MindSkip(LayerwiseRouter):
         ValueError: a negative penalty or slack.
     """
 
-    kind = "learned"
     source = "arXiv 2410.13184"
 
     def __init__(
         self, geometry: Geometry, *, penalty_weight: float = 0.2, slack: float = 1.0, start: float = 3.0
     ) -> None:
-        super().__init__(geometry)
+        super().__init__(geometry, start)
         check_not_negative(penalty_weight=penalty_weight, slack=slack)
         self.penalty_weight, self.slack = penalty_weight, slack
         self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
-        self.offsets = Offsets(geometry, start)
 
-    def gate(self, index: int, hidden: Tensor, executed: Tensor) -> Tensor:
-        """(...) logits of routable layer `index`."""
-        return normalised(hidden) @ self.weight[index] + self.offsets(index, executed)
-
-    def weigh(self, logits: Tensor) -> Tensor:
-        """(...) 0 or 1, with the gradient of the probability."""
-        return straight_through(logits)
+    def logits(self, index: int, hidden: Tensor) -> Tensor:
+        """(...): w_i · N(h)."""
+        return normalised(hidden) @ self.weight[index]
 
     def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:
         """(B,): λ · the sum over the layers of what the share of tokens has above the capacity."""
-        capacity = share(executed - self.slack, self.geometry)[:, None]
+        capacity = self.share(executed - self.slack)[:, None]
         return self.penalty_weight * (weights.mean(1) - capacity).clamp(min=0).sum(1)
-
-    def parameter_groups(self) -> list[dict]:
-        """Step sizes by fan-in."""
-        return parameter_groups([self.weight], self.offsets)

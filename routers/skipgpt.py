@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from buddy import Geometry, LayerwiseRouter
-from routers.gates import Offsets, check_not_negative, normalised, parameter_groups, share, straight_through
+from buddy import Geometry
+from routers.gates import GateRouter, check_not_negative, normalised
 
 
-class SkipGPT(LayerwiseRouter):
+class SkipGPT(GateRouter):
     """Learned: a linear gate before each layer decides for each token, trained with Gumbel noise.
 
     A gate has two logits, to run and to skip. Training draws from their Gumbel-softmax, hard forward and soft backward,
@@ -43,7 +43,6 @@ class SkipGPT(LayerwiseRouter):
         ValueError: a negative penalty or slack, or a temperature that is not above 0.
     """
 
-    kind = "learned"
     source = "arXiv 2506.04179"
 
     def __init__(
@@ -55,28 +54,23 @@ class SkipGPT(LayerwiseRouter):
         slack: float = 1.0,
         start: float = 3.0,
     ) -> None:
-        super().__init__(geometry)
+        super().__init__(geometry, start)
         check_not_negative(penalty_weight=penalty_weight, slack=slack)
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; give a number above 0")
         self.penalty_weight, self.temperature, self.slack = penalty_weight, temperature, slack
         self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
-        self.offsets = Offsets(geometry, start)
 
-    def gate(self, index: int, hidden: Tensor, executed: Tensor) -> Tensor:
-        """(...): the logit to run routable layer `index` less the logit to skip it."""
-        return normalised(hidden) @ self.weight[index] + self.offsets(index, executed)
+    def logits(self, index: int, hidden: Tensor) -> Tensor:
+        """(...): w_i · N(h), of the logit to run a layer less the logit to skip it."""
+        return normalised(hidden) @ self.weight[index]
 
     def weigh(self, logits: Tensor) -> Tensor:
         """(...) 0 or 1: in training a draw of the Gumbel-softmax, with its gradient."""
         noise = torch.rand_like(logits).logit(eps=1e-6) if self.training else 0.0
-        return straight_through((logits + noise) / self.temperature)
+        return super().weigh((logits + noise) / self.temperature)
 
     def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:
         """(B,): λ · |mean gate − target|."""
-        target = share(executed - self.slack, self.geometry).clamp(min=0)
+        target = self.share(executed - self.slack).clamp(min=0)
         return self.penalty_weight * (weights.mean((1, 2)) - target).abs()
-
-    def parameter_groups(self) -> list[dict]:
-        """Step sizes by fan-in."""
-        return parameter_groups([self.weight], self.offsets)

@@ -112,7 +112,7 @@ def test_a_gate_of_flexidepth_reads_through_its_bottleneck():
         for state in states:
             narrow = torch.tanh(router.down[index] @ torch.nn.functional.layer_norm(state, (8,)))
             logit = router.out[index] @ torch.nn.functional.layer_norm(narrow, (3,))
-            expected.append(logit + router.offsets.bias[index] + router.offsets.shift[index] * (3 / 4 - 1))
+            expected.append(logit + router.bias[index] + router.shift[index] * (3 / 4 - 1))
         torch.testing.assert_close(router.gate(index, states, torch.full((5,), 5)), torch.stack(expected))
 
 
