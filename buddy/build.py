@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
+import torch
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter, check_targets
@@ -111,9 +112,11 @@ def counts_of(recipe: Recipe, routed: RoutedLM) -> dict[float, int]:
 
 
 def check_model(recipe: Recipe, backbone: Backbone) -> None:
-    """Raises a BuddyError for a router, predictor, adapter or checkpoint that does not fit the recipe."""
+    """Raises a BuddyError for a router, estimator, predictor, adapter or checkpoint that does not fit the recipe."""
     model = build_model(recipe, backbone)
     try:
+        if model.router.trainable:
+            build_estimator(recipe, model.router)
         if recipe.ckpt_path and not model.router.trainable:
             raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
         if recipe.ckpt_path and trains_both(recipe, model.router):
@@ -376,6 +379,7 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
         settings["check_val_every_n_epoch"] = None
     elif isinstance(keywords.get("val_check_interval"), int):  # of steps, which may be more than an epoch has
         settings.setdefault("check_val_every_n_epoch", None)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # 4 % of a step
     try:
         return lightning.Trainer(**(TRAINER | settings | options))
     except Exception as error:  # Lightning refuses settings with many types of errors

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,7 @@ from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RecipeError, RunError, reason
 from buddy.evaluation.bench import measured
 from buddy.evaluation.record import collect, text_entry, write_results
-from buddy.executors import LokyExecutor, RayExecutor, SerialExecutor
+from buddy.executors import LokyExecutor, RayExecutor
 from buddy.fit import Session
 from buddy.io import check_output_path, locked, remove_parts
 from buddy.provenance import check_fixed
@@ -39,7 +39,7 @@ from buddy.worker import Tasks, Text, Worker, read_windows, run_in_worker, texts
 
 SEEDS = 3
 PATIENCE = 10.0  # seconds that `fit` waits for another to write its tables
-# Beginnings of recipe keys that change nothing in a run without training, and in a run of a comparison.
+# Beginnings of recipe keys: those that change nothing in a run without training, and in any run of a comparison.
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
 PREDICTOR = "predictor."
 ALREADY_COMPLETE = 0.5  # seconds; a run that takes less was complete before
@@ -379,12 +379,17 @@ def _work(
         failures.extend([] if outcome is None else [(spec, str(outcome))])
 
     if config.backend == "loky" and config.jobs == 1:
-        work = Worker(session, windows, config.tasks).run
-        SerialExecutor().run(_announced(work, len(specs)), specs, on_done)
+        worker, spent = Worker(session, windows, config.tasks), list[float]()
+        for number, spec in enumerate(specs, start=1):
+            errors.print(f"Run {number} of {len(specs)}: {spec.title}{_left(spent, len(specs))}", soft_wrap=True)
+            start = time.monotonic()
+            on_done(spec, worker.run(spec))
+            spent.append(time.monotonic() - start)
         return failures
     threads = max(1, torch.get_num_threads() // config.jobs)
     ray = config.backend == "ray"
-    executor = RayExecutor(threads=threads) if ray else LokyExecutor(config.jobs, threads)
+    gpus = config.recipe.trainer["accelerator"] != "cpu"
+    executor = RayExecutor(threads, gpus) if ray else LokyExecutor(config.jobs, threads)
     with Bar(f"Runs, {'on Ray' if ray else f'{config.jobs} at once'}", len(specs)) as bar:
         done = count(1)
 
@@ -397,23 +402,13 @@ def _work(
     return failures
 
 
-def _announced(work: Callable[[RunSpec], str | None], total: int) -> Callable[[RunSpec], str | None]:
-    """`work` that first prints the number of the run and the time that is left."""
-    spent: list[float] = []
-
-    def announced(spec: RunSpec) -> str | None:
-        left = ""
-        if worked := [seconds for seconds in spent if seconds >= ALREADY_COMPLETE]:
-            remaining = (total - len(spent)) * sum(worked) / len(worked)
-            left = f" ({clock(sum(spent))} elapsed, about {clock(remaining)} left)"
-        errors.print(f"Run {len(spent) + 1} of {total}: {spec.title}{left}", soft_wrap=True)
-        start = time.monotonic()
-        try:
-            return work(spec)
-        finally:
-            spent.append(time.monotonic() - start)
-
-    return announced
+def _left(spent: Sequence[float], total: int) -> str:
+    """The time spent on runs and the time that is left, as messages show them; from the seconds of each run so far."""
+    worked = [seconds for seconds in spent if seconds >= ALREADY_COMPLETE]
+    if not worked:
+        return ""
+    remaining = (total - len(spent)) * sum(worked) / len(worked)
+    return f" ({clock(sum(spent))} elapsed, about {clock(remaining)} left)"
 
 
 def _times(

@@ -1,4 +1,4 @@
-"""Where units of work run: in this process, in several processes of this machine (loky), or on a Ray cluster.
+"""Where units of work run: in several processes of this machine (loky), or on a Ray cluster.
 
 A unit is one run that resumes by itself, so a unit whose worker died is submitted again. What a worker prints goes to
 the unit's log file.
@@ -46,28 +46,6 @@ class WorkerDied(BuddyError):
     """The worker process of a unit died each time."""
 
 
-class SerialExecutor:
-    """Runs one unit after another in this process. Their output is not redirected to logs."""
-
-    def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
-        """Call `function` with each unit, as every executor does.
-
-        Args:
-            function: picklable; state that is expensive to make it caches in a global of its module, for each process.
-            units: in the order in which they begin.
-            on_done: called in this process as each ends, with the unit and its result, or the exception that it raised.
-
-        Raises:
-            KeyboardInterrupt: units were stopped, each with time for a checkpoint; no worker is left.
-        """
-        for unit in units:
-            try:
-                outcome = function(unit)
-            except Exception as error:
-                outcome = error
-            on_done(unit, outcome)
-
-
 @dataclass(frozen=True)
 class _Setup:
     """What a worker takes over from its parent: relative paths and plug-ins mean the same in both."""
@@ -111,6 +89,16 @@ class LokyExecutor:
     threads: int = 1
 
     def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
+        """Call `function` with each unit, as every executor does.
+
+        Args:
+            function: picklable. It may keep expensive state in a global of its module, once for each process.
+            units: in the order in which they begin.
+            on_done: called in this process as each ends, with the unit and its result, or the exception that it raised.
+
+        Raises:
+            KeyboardInterrupt: units were stopped, each with time for a checkpoint; no worker is left.
+        """
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
         setup, waiting = _Setup(self.threads), deque((unit, 1) for unit in units)
@@ -122,9 +110,14 @@ class LokyExecutor:
                     while waiting and free:
                         slot, (unit, attempt) = free.pop(0), waiting.popleft()
                         pools[slot] = pools.get(slot) or _pool(slot)
-                        with _held_back(signal.SIGINT):  # a new process inherits this until it is ready
-                            pid = pools[slot].submit(os.getpid)
-                        running[pools[slot].submit(_call, setup, function, unit)] = slot, unit, attempt, pid
+                        try:
+                            with _held_back(signal.SIGINT):  # a new process inherits this until it is ready
+                                pid = pools[slot].submit(os.getpid)
+                            future = pools[slot].submit(_call, setup, function, unit)
+                        except BrokenProcessPool as death:  # between two units
+                            future, pid = Future(), Future()
+                            future.set_exception(death)
+                        running[future] = slot, unit, attempt, pid
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         slot, unit, attempt, _ = running.pop(future)
                         free.append(slot)
@@ -192,9 +185,11 @@ class RayExecutor:
 
     Args:
         threads: of torch in each task, which takes so many CPUs.
+        gpus: whether tasks may use GPUs.
     """
 
     threads: int = 1
+    gpus: bool = True
 
     def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
         try:
@@ -212,7 +207,7 @@ class RayExecutor:
             try:
                 ray.init(address, **options)
                 with _handled(signal.SIGTERM, signal.default_int_handler):
-                    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+                    gpus = 1 if self.gpus and ray.cluster_resources().get("GPU") else 0
                     task: Any = ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=ATTEMPTS - 1)(_call)
                     shared = ray.put(function)
                     running |= {task.remote(setup, shared, unit): unit for unit in units}

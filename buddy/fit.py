@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,7 +19,6 @@ from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone
 from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, join, shard
 from buddy.build import (
-    attach_predictor,
     build_backbone,
     build_data,
     build_healing,
@@ -45,14 +43,25 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError, nearest
 from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.figures import draw_run
-from buddy.io import cache_folder, is_below, on_disk, out_of_memory, within_memory
+from buddy.io import cache_folder, on_disk, out_of_memory, within_memory
 from buddy.metrics.perplexity import MOST, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
 from buddy.router import available_budgets
 from buddy.run import RunSpec, read_run
-from buddy.run_files import ADAPTER, BRIDGE, CHECKPOINTS, LAST, ROUTER, Stopwatch, read_metrics, save_router
+from buddy.run_files import (
+    ADAPTER,
+    BRIDGE,
+    CHECKPOINTS,
+    FITTED,
+    HEALING,
+    LAST,
+    ROUTER,
+    Stopwatch,
+    read_metrics,
+    save_router,
+)
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
@@ -65,7 +74,6 @@ from buddy.training.callbacks import (
 )
 from buddy.training.module import NotFinite
 
-HEALING, FITTED = "healing.ckpt", "fitted"  # in the folder of checkpoints; router and bridges before healing
 TRAINED_STATES = 2**28  # bytes of the dense model's hidden states that trainings of bridges on equal windows share
 MEMORY = "set data.batch_size or data.window smaller, or objective.plans=2"
 
@@ -76,8 +84,8 @@ class Session:
     Args:
         backbone: without a router.
         data: the text, set up.
-        share: let runs share what the dense model gives. Not under sharding: there all processes run it together, so
-            none may have its results already.
+        share: let runs share what the dense model gives. Not under sharding: there all processes must run each of its
+            forwards, since they gather the weights together; one with stored results would leave the others waiting.
     """
 
     def __init__(self, backbone: Backbone, data: TextData, share: bool = True) -> None:
@@ -171,8 +179,7 @@ class Session:
                     added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
                     weights = added + sum(parameter.numel() for parameter in model.router.parameters())
                     cost = {"seconds": before + self._stopwatch.seconds, "parameters": weights}
-                    if predictor := fit_predictor(recipe, model, self.data, folder):
-                        attach_predictor(recipe, model, predictor)
+                    fit_predictor(recipe, model, self.data, folder)
                     scores = self._test(recipe, model)
                 save_router(folder, model.router.state_dict())
                 if model.bridges is not None:
@@ -180,9 +187,8 @@ class Session:
                 if model.adapter is not None:
                     model.adapter.save(folder / ADAPTER)
                 draw_run(folder, scores)
-                _remove_intermediate(folder)
                 about = {"fit": cost, "windows": self.data.evaluated.fingerprint}
-                run_folder.complete(with_documents(scores) | about)
+                _remove_intermediate(run_folder.complete(with_documents(scores) | about))
             except Exception:
                 with suppress(BuddyError):  # the disk may be full
                     run_folder.abandon()
@@ -220,8 +226,6 @@ class Session:
         callbacks = [LambdaCallback(on_train_batch_end=self._tick)]
         checkpoint = folder / CHECKPOINTS / LAST
         fitted = folder / CHECKPOINTS / FITTED
-        if is_below(recipe.ckpt_path, folder) and distributed.is_global_zero():
-            shutil.rmtree(fitted, ignore_errors=True)  # training goes on from what was asked for
         if distributed.broadcast((fitted / ROUTER).exists()):  # stopped after the router was fitted
             restore_router(model, recipe, fitted)
         elif reuse_from is not None:
@@ -257,7 +261,7 @@ class Session:
     def _calibrate(self, recipe: Recipe, model: RoutedLM) -> None:
         """Let the router measure what it needs, or read it from disk: in all processes if the backbone is sharded."""
         with nullcontext() if is_sharded(recipe.trainer) else distributed.rank_zero_first():
-            if distributed.is_global_zero() or is_sharded(recipe.trainer) or model.router.trainable:
+            if distributed.is_global_zero() or is_sharded(recipe.trainer):
                 probe = self._calibration_probe(recipe, model)
                 model.router.calibrate(probe)
                 probe.release()
@@ -341,11 +345,7 @@ def _remove_intermediate(folder: Path) -> None:
 
 def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
     """Train the calibrated router in place, from the run's own checkpoint or else from `ckpt_path`."""
-    start: str | Path | None = recipe.ckpt_path
-    if checkpoint.exists():
-        # One of the run's own that was asked for comes first, until training has gone on from it.
-        asked = is_below(start, checkpoint.parent) and os.path.getmtime(start) > os.path.getmtime(checkpoint)
-        start = start if asked else checkpoint
+    start = checkpoint if checkpoint.exists() else recipe.ckpt_path
 
     def describe(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
         before = checkpoint.with_name("before-failure.ckpt")

@@ -114,8 +114,13 @@ def plan_rows_on_host(scores: Sequence[Sequence[float]], executed: Sequence[int]
 
     Returns:
         L lists of B: by layer, whether each row runs it.
+
+    Raises:
+        BudgetError: as `Plan.from_scores`.
     """
     first = layers - len(scores[0]) - 1
+    if min(executed) <= first or max(executed) > layers:
+        raise BudgetError(f"A plan runs from {first + 1} to {layers} layers; {list(executed)} were asked for.")
     each = executed if len(executed) > 1 else [executed[0]] * len(scores)
     chosen = [top_k_on_host(row, count - first - 1) for row, count in zip(scores, each, strict=True)]
     always = [True] * len(scores)

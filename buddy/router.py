@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from buddy.errors import BudgetError
@@ -244,6 +246,11 @@ class LayerwiseRouter(AnyRouter):
             executed: (B,) long, K of each row.
         """
         return weights.new_zeros(len(weights))
+
+
+def in_float32(device: torch.device) -> AbstractContextManager[Any]:
+    """Within this block mixed precision is off: routers compute in float32, since near ties decide plans."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def available_budgets(router: AnyRouter, budgets: Iterable[float]) -> list[float]:

@@ -30,8 +30,11 @@ from buddy.errors import BuddyError, DamagedError, RunError, nearest
 from buddy.io import is_below, locked, read_json, remove_parts, write_json, write_text, writing
 from buddy.provenance import CODE, differences
 from buddy.run_files import (
+    CHECKPOINTS,
     FACTS,
+    FITTED,
     INPUTS,
+    LAST,
     METRICS,
     RECIPE,
     ROUTER,
@@ -132,8 +135,9 @@ class RunFolder:
     ) -> Path:
         """Start or resume the run; requires the lock.
 
-        An incomplete run of the same recipe and inputs is kept, so that it resumes from its checkpoint; so is one that
-        the recipe's `ckpt_path` points into. Any other incomplete run is removed. A complete run stays as it is.
+        An incomplete run of the same recipe and inputs is kept, so that it resumes from its checkpoint. So is one that
+        the recipe's `ckpt_path` points into, without the checkpoints that it would resume from in place of that one.
+        Any other incomplete run is removed. A complete run stays as it is.
 
         Args:
             recipe: of the run.
@@ -151,8 +155,12 @@ class RunFolder:
         """
         self.check_free()
         work = self.work
-        if is_below(recipe.ckpt_path, work) or not RunFolder(work).differences(recipe, digests, ignore):
+        inside = is_below(recipe.ckpt_path, work)
+        if inside or not RunFolder(work).differences(recipe, digests, ignore):
             warn_of_changed_code(work, digests)
+            begun = (work / RECIPE).exists() and load_recipe(work / RECIPE, saved=True)
+            if inside and begun and begun.ckpt_path != recipe.ckpt_path:
+                _forget_progress(work / CHECKPOINTS, Path(recipe.ckpt_path))
         else:
             self._discard(work)
         with writing(work):
@@ -176,9 +184,9 @@ class RunFolder:
         return self.path
 
     def abandon(self) -> None:
-        """Remove an incomplete run unless it has a checkpoint to resume from."""
+        """Remove an incomplete run unless it has something to resume from."""
         work = self.work
-        if work.exists() and not (work / METRICS).exists() and not any(work.rglob("*.ckpt")):
+        if work.exists() and not (work / METRICS).exists() and not (work / CHECKPOINTS).exists():
             self._discard(work)
 
     def _beside(self, ending: str) -> Path:
@@ -245,6 +253,14 @@ class RunSpec:
     def log(self) -> Path:
         """The file that a worker's output goes to."""
         return self.folder.with_name(f"{self.folder.name}.log")
+
+
+def _forget_progress(checkpoints: Path, kept: Path) -> None:
+    """Remove what the training of a router resumes from, except the checkpoint `kept`, which it is to start from."""
+    last = checkpoints / LAST
+    if last.exists() and not kept.samefile(last):
+        last.unlink()
+    shutil.rmtree(checkpoints / FITTED, ignore_errors=True)
 
 
 def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from buddy.errors import BuddyError
-from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, SerialExecutor, WorkerDied
+from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, WorkerDied
 from tests.workers import Step, Work
 
 ROOT = Path(__file__).parents[1]
@@ -27,13 +27,8 @@ def outcomes(executor, folder: Path, *units: str) -> dict[str, object]:
 
 @pytest.fixture
 def serial(tmp_path) -> dict[str, object]:
-    return outcomes(SerialExecutor(), tmp_path / "serial", *NAMES)
-
-
-def test_a_failure_is_an_outcome(tmp_path):
-    found = outcomes(SerialExecutor(), tmp_path, "a fails", "b")
-    assert isinstance(found["a"], ValueError)
-    assert found["b"][0] == "b"
+    (tmp_path / "serial").mkdir()
+    return {name: Work(tmp_path / "serial")(Step(tmp_path / "serial", name)) for name in NAMES}
 
 
 @pytest.mark.slow
@@ -57,6 +52,19 @@ def test_processes_find_what_one_finds(tmp_path, serial):
 @pytest.mark.slow
 def test_the_death_of_a_process_without_work_hurts_no_unit(tmp_path, serial):
     found = outcomes(LokyExecutor(2), tmp_path / "loky", "a", "bb kills-a")
+    assert found == {name: serial[name] for name in ("a", "bb")}
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_between_two_units_hurts_none(tmp_path, serial):
+    folder, found = tmp_path / "loky", {}
+    folder.mkdir()
+
+    def slow(unit, outcome) -> None:
+        found[unit.name] = outcome
+        time.sleep(1)
+
+    LokyExecutor(1).run(Work(folder), [Step(folder, words) for words in ("a dies-later", "bb")], slow)
     assert found == {name: serial[name] for name in ("a", "bb")}
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buddy.errors import BudgetError
-from buddy.plan import Plan, top_k
+from buddy.plan import Plan, plan_rows_on_host, top_k
 
 LAYERS = st.integers(3, 40)
 VALUES = st.floats(-1e6, 1e6, width=32)
@@ -78,3 +78,5 @@ def test_leading_dimensions_are_free(case):
 def test_a_count_that_no_plan_has_is_refused(executed):
     with pytest.raises(BudgetError, match="from 2 to 6 layers"):
         Plan.from_scores(torch.zeros(4), torch.tensor(executed), 6)
+    with pytest.raises(BudgetError, match="from 2 to 6 layers"):
+        plan_rows_on_host([[0.0] * 4], (executed,), 6)

@@ -191,6 +191,22 @@ def test_what_may_differ_keeps_a_checkpoint_too(folder, recipe):
     assert checkpoint.exists()
 
 
+def test_training_goes_on_from_a_checkpoint_that_is_asked_for_until_it_has_one_of_its_own(folder, recipe):
+    last = leave_checkpoint(folder, recipe)
+    asked, fitted = last.with_name("step=2.ckpt"), last.with_name("fitted")
+    asked.write_text("step 2")
+    fitted.mkdir()
+    requested = replace(recipe, ckpt_path=str(asked))
+    with folder.lock():
+        begin(folder, requested)
+        assert asked.exists()
+        assert not last.exists()
+        assert not fitted.exists()
+        last.write_text("step 3")
+        begin(folder, requested)
+    assert last.exists()
+
+
 def test_a_run_without_anything_to_resume_from_can_be_abandoned(folder, recipe):
     with folder.lock():
         begin(folder, recipe)
@@ -199,6 +215,9 @@ def test_a_run_without_anything_to_resume_from_can_be_abandoned(folder, recipe):
     checkpoint = leave_checkpoint(folder, recipe)
     folder.abandon()
     assert checkpoint.exists()
+    checkpoint.rename(checkpoint.with_name("fitted"))  # the router and bridges of a run that was to be healed
+    folder.abandon()
+    assert checkpoint.parent.exists()
 
 
 # Made again, and killed meanwhile

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Work:
             for process in (int((self.folder / "a").read_text()), os.getpid()):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
+        if way == "dies-later":
+            threading.Timer(0.4, os._exit, [1]).start()
         if way == "grows":
             _memory.append(bytearray(os.urandom(1)) * 350_000_000)
             time.sleep(1.1)  # loky looks at a worker's memory once a second

@@ -50,10 +50,11 @@ def fit_bridges(
     batches = [batch.to(model.backbone.device) for batch in windows.split(batch_size)]
     training = model.router.training
     model.router.eval()  # plans as they will be served
-    plans = [
-        [model(ids, executed=ids.new_full((len(ids),), k), prompt=prompt, logits_to_keep=1).runs for k in executed]
-        for ids in track(batches, "Plans for bridges")
-    ]
+    with model.changed(batch_plan="row"):  # these windows have nothing in common
+        plans = [
+            [model(ids, executed=ids.new_full((len(ids),), k), prompt=prompt, logits_to_keep=1).runs for k in executed]
+            for ids in track(batches, "Plans for bridges")
+        ]
     model.router.train(training)
     backbone, geometry = model.backbone, model.geometry
     bridges, outside = Bridges(geometry, rank).to(backbone.device), LayerlessModel(backbone.model)
@@ -145,7 +146,7 @@ def _regression(
         importance = target[which].float().square().mean(1, keepdim=True).clamp_min(FREE).rsqrt()
         x = torch.cat([bridge_input(before), before.new_ones(len(before), 1)], 1)
         weighted = (importance * x).T
-        gram, cross = gram + (weighted @ x).double(), cross + (weighted @ wanted).double()
+        gram, cross = gram + (weighted @ x).cpu().double(), cross + (weighted @ wanted).cpu().double()
     total, width = gram[-1, -1], len(gram) - 1
     penalty = (ridge * total).repeat(width + 1)
     penalty[-1] = FREE * total
@@ -155,4 +156,4 @@ def _regression(
     up = torch.linalg.eigh(spread).eigenvectors[:, -rank:]
     added = mean @ weight
     parts = (weight @ up).T, up, bias + added - up @ (up.T @ added)
-    return tuple(part.float() for part in parts)
+    return tuple(part.float().to(states[0].device) for part in parts)

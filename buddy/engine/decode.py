@@ -35,7 +35,7 @@ class Sampler:
         prompt: number of tokens.
         temperature: 0 takes the likeliest token.
         seed: of the draws above temperature 0.
-        options: of `generate`: top_p, top_k and so on.
+        options: of `generate`, for draws: top_p, top_k and so on.
     """
 
     def __init__(self, model: Any, prompt: int, temperature: float = 0.0, seed: int = 0, **options: Any) -> None:

@@ -17,7 +17,7 @@ from buddy.engine.record import ForwardRecord
 from buddy.engine.sinks import SinkStates
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import Plan, hold_scores, plan_rows_on_host
-from buddy.router import AnyRouter, Context
+from buddy.router import AnyRouter, Context, in_float32
 
 # Which tokens run a layer: all (True), none (False), or how many of each row.
 ActiveRows = bool | list[int]
@@ -37,7 +37,7 @@ class Settings:
     """What holds for all forwards of a routed model; see the arguments of `RoutedLM`.
 
     Attributes:
-        own_count: let the gates of a layerwise router alone decide how many layers run, for reference; without a cache.
+        own_count: let the gates of a layerwise router alone decide how many layers run, for reference.
     """
 
     layers: int
@@ -255,7 +255,9 @@ class RoutedForward:
 
     def _decide(self, prompt: int, only_last: bool) -> None:
         """Ask the router, and run the plan of its scores."""
-        scores, every = self._mean_over_batch(self.score(self.context)), self.settings.reroute_every
+        with in_float32(self.context.hidden.device):
+            scores = self._mean_over_batch(self.score(self.context))
+        every = self.settings.reroute_every
         first = 0 if every == 1 else self._first_decision()
         if not only_last:
             before = None if self.cache is None else self.cache.scores

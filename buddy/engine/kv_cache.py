@@ -152,7 +152,8 @@ class GrowingLayer(PendingLayer, DynamicLayer):
         length = stored + key_states.shape[-2]
         if stored < SHORT or self.pending:
             return super().update(key_states, value_states)
-        if self.keys is not self.view or self.buffers[0].shape[2] < length:
+        readable = torch.is_inference_mode_enabled() or (self.view is not None and not self.view.is_inference())
+        if self.keys is not self.view or self.buffers[0].shape[2] < length or not readable:
             self.buffers = _grown(self.keys, length), _grown(self.values, length)
         keys, values = self.buffers
         keys[:, :, stored:length] = key_states
@@ -312,10 +313,13 @@ class RoutedCache:
                 "Tokens cannot be taken back, as assisted generation does, where one plan holds for several tokens; "
                 "set reroute_every to 1."
             )
+        gone: list[Tensor] = []
         if tokens_to_remove < 0 and self.pool.total is not None:  # transformers itself refuses positive numbers
             context = self.layers[self.filled_by[2]]
-            self.pool.crop(-tokens_to_remove, *(x[..., tokens_to_remove:, :] for x in (context.keys, context.values)))
-        super().crop(tokens_to_remove)
+            gone = [x[..., tokens_to_remove:, :] for x in (context.keys, context.values)]
+        super().crop(tokens_to_remove)  # it may refuse
+        if gone:
+            self.pool.crop(-tokens_to_remove, *gone)
 
 
 _ROUTED: dict[type, type] = {}

@@ -32,17 +32,14 @@ class RoutedLayer:
     stock: type[nn.Module]
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Where all tokens or none run the layer, go past torch's module machinery, which decoding feels."""
+        """Go past torch's module machinery, which decoding feels."""
         forward = self._current_forward[0]
         if forward is not None and forward.sink is not None and len(forward.sink.outputs) == self._index:
             forward.sink.run(self, hidden_states, kwargs)
-        if forward is not None and not (self._forward_hooks or self._forward_pre_hooks or self.training):
-            rows = forward.active_rows[self._index]
-            if rows is True:
-                return self._run_all(forward, hidden_states, args, kwargs)
-            if rows is False:
-                return self._run_none(forward, hidden_states, kwargs)
-        return super().__call__(hidden_states, *args, **kwargs)
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if forward is None or hooks or self.training:
+            return super().__call__(hidden_states, *args, **kwargs)
+        return self.forward(hidden_states, *args, **kwargs)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         forward = self._current_forward[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from buddy.engine.forward import RoutedForward, Settings, active, read
 from buddy.plan import clamp_gate, deciding_tokens, gate_order
-from buddy.router import LayerwiseRouter
+from buddy.router import LayerwiseRouter, in_float32
 
 
 class LayerwiseForward(RoutedForward):
@@ -120,7 +120,8 @@ class LayerwiseForward(RoutedForward):
 
     def _ask_gate(self, index: int, hidden: Tensor) -> Tensor:
         """(B, n) float32 logits of the tokens that decide."""
-        return self.router.gate(index, hidden[:, self._asking].float(), self._asked_executed)
+        with in_float32(hidden.device):
+            return self.router.gate(index, hidden[:, self._asking].float(), self._asked_executed)
 
     def _finish(self) -> None:
         """All layers are decided: the plan is complete, and the last decision is kept for tokens that follow it."""

@@ -46,8 +46,8 @@ class RoutedLM(nn.Module):
         policy: what a layer's cache holds for tokens that skipped it: "fill", "hole" or "zero".
         reroute_every: tokens between decisions while decoding; None keeps the prompt's last plan. A router whose
             `scope` is "prompt" has the shared prompt plan and None whatever is given here.
-        batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score; it acts in
-            evaluation and serving, since the rows of a training batch have nothing in common.
+        batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score. Training and
+            the fit of bridges plan for each row whatever is given here: their rows have nothing in common.
 
     In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan.
     Assisted generation, which takes tokens back, needs `reroute_every` 1.

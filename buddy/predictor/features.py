@@ -149,5 +149,5 @@ def _losses(routed: RoutedLM, ids: Tensor, counts: Sequence[int], prompt: int) -
     losses = []
     for count in counts:
         logits = routed(ids, executed=torch.full((len(ids),), count), prompt=prompt, logits_to_keep=scored).logits
-        losses.append(cross_entropy(logits, ids[:, scored + 1]).double().mean(1))
-    return torch.stack(losses, 1).cpu()
+        losses.append(cross_entropy(logits, ids[:, scored + 1]).cpu().double().mean(1))
+    return torch.stack(losses, 1)

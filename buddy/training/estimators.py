@@ -24,7 +24,7 @@ from buddy.errors import RegistryError, TrainingError
 from buddy.losses import Dense, Objective
 from buddy.plan import gate_order
 from buddy.registry import ESTIMATORS, load
-from buddy.router import AnyRouter, Context, LayerwiseRouter, Router
+from buddy.router import AnyRouter, Context, LayerwiseRouter, Router, in_float32
 
 # E[ε | ε > 0] − E[ε | ε < 0]: how far apart the expected noise of a layer at the threshold is when it ran and when not
 NOISE_GAP = 2 * math.sqrt(2 / math.pi)
@@ -74,8 +74,8 @@ class Estimate:
     Attributes:
         loss: scalar whose gradient with respect to the router is the estimate.
         objective: (B,) mean objective of each row under the plans tried, in nats; 0 at full depth under KL.
-        runs: (B, T, L) bool, the plans that the router's unperturbed scores ask for, or those of its gates, with their
-            noise if they have any, when open means more likely than not.
+        runs: (B, T, L) bool, the plans of the scores without noise; of a layerwise router those of its gates, open
+            where the weight, with its noise, is above 0.5.
         context: what the router saw, leading dimensions (B, T); None for a layerwise router, which saw hidden states.
         dense: the dense model's distribution at the scored positions, where the estimator had it from that same pass.
     """
@@ -276,6 +276,6 @@ def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]
 
 
 def scores_of(router: Router, context: Context) -> Tensor:
-    """(B, T, R): a router's scores, in float32 under mixed precision too, since near ties decide plans."""
-    with torch.autocast(context.hidden.device.type, enabled=False):
+    """(B, T, R): a router's scores."""
+    with in_float32(context.hidden.device):
         return router.score(context)

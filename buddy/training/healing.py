@@ -107,7 +107,8 @@ class HealingModule(BudgetModule):
             with model.stock():
                 dense = Dense(self._reference.dense(model.backbone, ids, scored))
         asked = {"executed": batch.executed} if runs is None else {"runs": runs}
-        logits = model(ids, **asked, prompt=batch.prompt, logits_to_keep=scored).logits
+        with model.changed(batch_plan="row"):  # the rows of a training batch have nothing in common
+            logits = model(ids, **asked, prompt=batch.prompt, logits_to_keep=scored).logits
         value = self.objective(dense, logits, ids[:, scored + 1]).mean(1)
         return value.mean(), value.detach()
 
@@ -115,11 +116,16 @@ class HealingModule(BudgetModule):
         """The same with the router's own loss, where the estimator's does not reach the adapter by itself."""
         estimate = self.estimator(self.model, batch, generator)
         if getattr(self.estimator, "backpropagates", False):
-            full = batch.executed == self.model.geometry.layers  # no gate decides there, and the adapter learns alone
-            if not isinstance(self.router, LayerwiseRouter) or not full.any():
+            if not isinstance(self.router, LayerwiseRouter):
                 return estimate.loss, estimate.objective
+            layers = self.model.geometry.layers
+            full = batch.executed == layers  # no gate decides there, and the adapter learns alone
+            _, below = batch.rows_below(layers)
+            own = estimate.loss * (below / len(batch.executed if batch.everyone is None else batch.everyone))
+            if not full.any():
+                return own, estimate.objective
             loss, value = self._healing(replace(batch, input_ids=batch.input_ids[full], executed=batch.executed[full]))
-            return estimate.loss + loss * full.float().mean(), estimate.objective.masked_scatter(full, value)
+            return own + loss * full.float().mean(), estimate.objective.masked_scatter(full, value)
         loss, value = self._healing(batch, estimate.runs, estimate.dense)
         return loss + estimate.loss, value
 

@@ -158,7 +158,7 @@ class BudgetModule(LightningModule):
         self._score("test", self.keys)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other weights; this module's rates replace those saved with the optimizer.
+        """Refuse a checkpoint of other weights; in `fit` this module's rates replace those saved with the optimizer.
 
         Raises:
             TrainingError: a tensor is missing, unknown, or of another shape.
@@ -172,6 +172,8 @@ class BudgetModule(LightningModule):
                 f"The checkpoint is of another router or adapter (it differs in {', '.join(wrong[:3])}); give "
                 "ckpt_path a checkpoint of this recipe, or leave it out."
             )
+        if self.trainer.state.fn != "fit":  # without an optimizer
+            return
         scheduler, groups = checkpoint["lr_schedulers"][0], checkpoint["optimizer_states"][0]["param_groups"]
         scheduler["base_lrs"] = [rate for _, rate in self.groups()]
         factor = self._factor(scheduler["last_epoch"])
@@ -374,7 +376,7 @@ class RoutingModule(BudgetModule):
     def _log(self, estimate: Estimate, batch: Batch, batch_idx: int) -> None:
         """Objective, its mean per budget since the last log, and how far plans moved: from the start and by token.
 
-        All of it over all processes, which are together here: either every row has a budget below full depth, or none.
+        Over all processes, which take the same branches: either every row has a budget below full depth, or none has.
         """
         free = batch.executed < self.model.geometry.layers
         if free.any():

@@ -41,6 +41,20 @@ def test_pending_states_are_counted_and_bounded():
             assert all(layer.pending_length < 64 for layer in cache.layers)
 
 
+def test_a_cache_of_inference_mode_goes_on_without_it():
+    routed, more = routed_tiny(), IDS[:, :1]
+    long = torch.randint(3, 259, (2, SHORT + 8), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for first in (torch.inference_mode, torch.no_grad):
+        with routed.at(executed=[3, 4]):
+            with first():
+                cache = routed.backbone.model(long, use_cache=True).cache
+                cache = routed.backbone.model(more, cache=cache, use_cache=True).cache
+            with torch.no_grad():
+                logits.append([routed.backbone.model(more, cache=cache, use_cache=True).logits for _ in range(3)])
+    torch.testing.assert_close(*logits)
+
+
 def test_a_copied_cache_goes_on_by_itself():
     routed = routed_tiny()
     with routed.at(executed=[3, 4]):

@@ -10,6 +10,8 @@ from transformers import BatchEncoding
 from buddy.engine import selection
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, BudgetError, DataError
+from routers.buddy import BuddyRouter
+from routers.first import FiRST
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone
 
@@ -203,6 +205,40 @@ def test_a_crop_takes_the_pool_back():
         cache.crop(-4)
         again = model(ids[:, 6:7], cache=cache, use_cache=True).logits
     torch.testing.assert_close(again[:, 0], routed(ids[:, :7], executed=EXECUTED).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_crop_that_is_refused_changes_nothing():
+    routed = routed_tiny("mistral-sliding")
+    ids = torch.randint(3, 259, (1, 40), generator=torch.Generator().manual_seed(0))
+    with routed.at(executed=[4]), torch.no_grad():
+        cache = routed.backbone.model(ids, use_cache=True).cache
+        before = float(cache.pool.count)
+        with pytest.raises(RuntimeError):
+            cache.crop(-2)
+    assert float(cache.pool.count) == before == 40
+
+
+def test_backward_hooks_of_layers_run():
+    routed, seen = routed_tiny(), []
+    for layer in routed.backbone.layers:
+        layer.register_full_backward_hook(lambda *_: seen.append(1))
+    states = routed.backbone.model.get_input_embeddings()(tokens()).detach().requires_grad_()
+    with routed.at(executed=[6, 6, 6]):
+        routed.backbone.model(inputs_embeds=states, use_cache=False).logits.sum().backward()
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("router", [BuddyRouter, FiRST])
+def test_routers_decide_in_float32_under_mixed_precision(router):
+    backbone = tiny_backbone()
+    module = router(geometry_of(backbone))
+    types, ask = [], "score" if router is BuddyRouter else "logits"
+    asked = getattr(module, ask)
+    setattr(module, ask, lambda *given: types.append((answer := asked(*given)).dtype) or answer)
+    routed = RoutedLM(backbone, module)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        routed(tokens(), executed=EXECUTED)
+    assert {*types} == {torch.float32}
 
 
 def test_detach_restores_the_stock_model():

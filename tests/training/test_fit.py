@@ -99,6 +99,7 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
         (["ckpt_path=nowhere.ckpt"], TrainingError, r"nowhere\.ckpt"),
         (["ckpt_path=CHECKPOINT", "router=uniform"], RecipeError, "uniform.*ckpt_path"),
         (["ckpt_path=CHECKPOINT", "adapter.joint=true"], RecipeError, r"adapter\.joint"),
+        (["objective.estimator=weighted"], RegistryError, "weighted"),
         (["callbacks=[{class_path: no.Such}]"], RecipeError, r"no\.Such"),
         (["logger={class_path: logging.Logger}"], RecipeError, r"logging\.Logger"),
         (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden"),

@@ -17,7 +17,7 @@ from buddy.errors import RunError, TrainingError
 from buddy.evaluation.evaluate import evaluate
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
-from buddy.run import read_run
+from buddy.run import RunFolder, read_run
 from buddy.run_files import checksums_of, load_router
 from buddy.schema import Rival
 from buddy.training.healing import HealingModule
@@ -180,6 +180,21 @@ def test_a_kill_in_the_evaluation_costs_no_step(small, healed, tmp_path, monkeyp
     assert "Training buddy" not in said
     assert "Healing buddy" not in said
     assert same(weights(healed / "buddy"), weights(tmp_path / "small" / "buddy" / "seed-0"))
+
+
+def test_a_run_that_cannot_be_completed_is_not_healed_again(small, tmp_path, monkeypatch, capsys):
+    def full(*_) -> None:
+        raise RunError("The disk is full.")
+
+    recipe = small(tmp_path, *HEALED, *BRIEFLY, "router=shortgpt", "rivals=[]")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "complete", full)
+        with pytest.raises(RunError):
+            fit(recipe, "small")
+    assert "Healing shortgpt" in capsys.readouterr().err
+    fit(recipe, "small")
+    assert "Healing shortgpt" not in capsys.readouterr().err
+    assert not (read_run(tmp_path / "small" / "shortgpt").folder / "checkpoints").exists()
 
 
 @pytest.mark.slow

@@ -52,6 +52,13 @@ def test_the_loss_is_the_objective_against_the_stock_model():
     torch.testing.assert_close(loss, value.mean())
 
 
+def test_the_rows_of_a_batch_have_plans_of_their_own():
+    module = make()
+    own = module._healing(batch(3, 4, 3))[1]
+    with module.model.changed(batch_plan="shared"):
+        assert torch.equal(module._healing(batch(3, 4, 3))[1], own)
+
+
 @pytest.mark.parametrize(("router", "policy"), [(Fickle, "fill"), (FickleGates, "hole"), (Fickle, "zero")])
 def test_steps_on_a_batch_bring_its_routed_outputs_near_to_the_stock_model(router, policy):
     module, asked = make(router, policy=policy), batch(3, 4, 3)
@@ -163,7 +170,7 @@ def test_jointly_gates_leave_full_depth_to_the_adapter():
     torch.testing.assert_close(value[[0, 2]], torch.stack(alone))
     assert value.min() > 0
     below = module.estimator(module.model, batch(6, 3, 6), torch.Generator().manual_seed(0)).loss
-    torch.testing.assert_close(loss, below + sum(alone) / 3)
+    torch.testing.assert_close(loss, (below + sum(alone)) / 3)
 
 
 def test_jointly_the_dense_reference_is_the_stock_model():

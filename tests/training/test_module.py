@@ -60,6 +60,19 @@ def test_a_checkpoint_of_another_router_is_refused(run, tmp_path):
     assert same(before, module.router.state_dict())
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_checkpoint_is_validated_and_tested_by_a_trainer_of_its_own(run, text, tmp_path, verb, weights_only):
+    trained = make()
+    run(trained, 2).save_checkpoint(tmp_path / "two.ckpt", weights_only=weights_only)
+    module, off = make(), dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    with quiet():
+        trainer = lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path, inference_mode=False, **off)
+        getattr(trainer, verb)(module, datamodule=text, ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert same(module.router.state_dict(), trained.router.state_dict())
+    assert module.scores
+
+
 def test_learning_rates_warm_up_and_fall_to_a_tenth(run):
     rates: list[list[float]] = []
     note = LambdaCallback(
