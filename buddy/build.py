@@ -384,8 +384,8 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
         return lightning.Trainer(**(TRAINER | settings | options))
     except Exception as error:  # Lightning refuses settings with many types of errors
         raise TrainingError(
-            f"trainer.accelerator={keywords['accelerator']}, trainer.devices={devices} and "
-            f"trainer.strategy={keywords['strategy']} do not work here ({reason(error)}); change them."
+            f"Lightning refuses the section trainer here ({reason(error)}); change it, which has trainer.accelerator="
+            f"{keywords['accelerator']}, trainer.devices={devices} and trainer.strategy={keywords['strategy']}."
         ) from error
 
 

@@ -122,10 +122,14 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
     check_fixed(recipe, recipe.rivals, session.digests(recipe))
     with distributed.lost_peers_reported():
         for number, spec in enumerate(specs, start=1):
-            complete = distributed.broadcast(first and spec.run_folder.is_complete and not session.differences(spec))
+            differing = session.differences(spec) if first and spec.run_folder.is_complete else []
+            complete = distributed.broadcast(first and spec.run_folder.is_complete and not differing)
             if len(specs) > 1 or complete:
                 note = ", complete: reused" if complete else ""
                 errors.print(f"Router {number} of {len(specs)}: {spec.label}{note}", soft_wrap=True)
+            if differing:
+                why = "; ".join(differing)
+                errors.print(f"The new run replaces {spec.folder} when it is complete ({why}).", soft_wrap=True)
             if complete and first:
                 warn_of_changed_code(spec.folder, session.digests(spec.recipe))
             elif not complete:

@@ -57,7 +57,9 @@ class Bar:
         )
         self._live, self._total = errors.is_terminal, total
         self._progress = Progress(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
-        self._task = self._progress.add_task(description, total=total, completed=done, note="")
+        self._task = self._progress.add_task(
+            description[:1].upper() + description[1:], total=total, completed=done, note=""
+        )
         self._printed_at = time.monotonic()
 
     def __enter__(self) -> Bar:

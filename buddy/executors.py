@@ -195,7 +195,7 @@ class RayExecutor:
         try:
             import ray
         except ImportError as error:
-            raise BuddyError("Ray is not installed; pip install 'buddy-depth[ray]'.") from error
+            raise BuddyError("Ray is not installed; install Buddy with its extra `ray`.") from error
         address = os.environ.get("RAY_ADDRESS")
         _check_address(address)
         setup = _Setup(self.threads)

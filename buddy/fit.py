@@ -189,10 +189,12 @@ class Session:
                 draw_run(folder, scores)
                 about = {"fit": cost, "windows": self.data.evaluated.fingerprint}
                 _remove_intermediate(run_folder.complete(with_documents(scores) | about))
-            except Exception:
+            except Exception as error:
                 with suppress(BuddyError):  # the disk may be full
                     run_folder.abandon()
-                raise
+                if isinstance(error, BuddyError):
+                    raise
+                raise spec.unexpected(error) from error
 
     def follow(self, spec: RunSpec) -> None:
         """Take part in the run as another process than the first."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from buddy.errors import BudgetError
+from buddy.errors import BuddyError, BudgetError
 
 Criterion = Literal["ce", "kl"]  # next-token cross-entropy, or KL to the dense model
 
@@ -246,6 +246,22 @@ class LayerwiseRouter(AnyRouter):
             executed: (B,) long, K of each row.
         """
         return weights.new_zeros(len(weights))
+
+
+def scores_of(router: Router, context: Context) -> Tensor:
+    """(..., R) float32: a router's scores for contexts (...).
+
+    Raises:
+        BuddyError: another number of scores.
+    """
+    with in_float32(context.hidden.device):
+        scores = router.score(context)
+    if scores.shape[-1] != router.geometry.routable:
+        raise BuddyError(
+            f"{type(router).__name__} gives {scores.shape[-1]} scores a token, and {router.geometry.routable} layers "
+            "are routable; correct its score, which `buddy routers check` tests."
+        )
+    return scores
 
 
 def in_float32(device: torch.device) -> AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from buddy.config import load_recipe, to_yaml
 from buddy.console import errors
-from buddy.errors import BuddyError, DamagedError, RunError, nearest
+from buddy.errors import BuddyError, DamagedError, RunError, nearest, reason
 from buddy.io import is_below, locked, read_json, remove_parts, write_json, write_text, writing
 from buddy.provenance import CODE, differences
 from buddy.run_files import (
@@ -251,8 +252,19 @@ class RunSpec:
 
     @property
     def log(self) -> Path:
-        """The file that a worker's output goes to."""
+        """The file that a worker's output and unexpected errors go to."""
         return self.folder.with_name(f"{self.folder.name}.log")
+
+    def unexpected(self, error: Exception) -> RunError:
+        """The error to show for one that a router, or another part of the user's code, raised; its traceback is logged.
+
+        Call it while that error is handled.
+        """
+        with writing(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as log:  # a worker writes to it, too
+                log.write(traceback.format_exc())
+        return RunError(f"{type(error).__name__}: {reason(error)}; the traceback is in {self.log}.")
 
 
 def _forget_progress(checkpoints: Path, kept: Path) -> None:
@@ -329,8 +341,8 @@ def check_backbone(run: Run, fingerprint: str) -> None:
     """Raises RunError when the run was made with another backbone than the one with this fingerprint."""
     if run.fingerprint != fingerprint:
         raise RunError(
-            f"{run.folder} was made with another backbone ({run.backbone}, fingerprint {run.fingerprint}, not "
-            f"{fingerprint}); load that one or make the run again with `buddy fit`."
+            f"{run.folder} was made with other weights than {run.backbone} has (fingerprint {run.fingerprint}, not "
+            f"{fingerprint}); name the backbone that it was made with, or make the run again with `buddy fit`."
         )
 
 

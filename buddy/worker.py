@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from buddy.data.module import TextData
 from buddy.data.text import named_sources, overlap, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, DamagedError, DataError, TrainingError, reason
+from buddy.errors import BuddyError, DamagedError, DataError, TrainingError
 from buddy.evaluation.record import evaluation_file, task_file
 from buddy.fit import Session
 from buddy.io import checksum, read_json, within_memory, write_with_checksum
@@ -145,10 +144,7 @@ class Worker:
         except BuddyError as error:
             return str(error)
         except Exception as error:
-            spec.log.parent.mkdir(parents=True, exist_ok=True)
-            with spec.log.open("a", encoding="utf-8") as log:  # a worker writes to it, too
-                log.write(traceback.format_exc())
-            return f"{type(error).__name__}: {reason(error)}; the traceback is in {spec.log}."
+            return str(spec.unexpected(error))
 
     def _run(self, spec: RunSpec) -> None:
         if not spec.run_folder.is_complete:

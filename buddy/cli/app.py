@@ -12,7 +12,7 @@ from buddy.errors import BuddyError, BudgetError
 MULTI_PROCESS = ("fit", "evaluate")  # verbs that several processes of torchrun do together
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 RESUME = {
-    "fit": " Repeat the command to resume from the last checkpoint.",
+    "fit": " Repeat the command to resume.",
     "compare": " Repeat the command to resume: finished runs stay, and training resumes from its last checkpoint.",
 }
 
@@ -45,7 +45,8 @@ app = typer.Typer(cls=Verbs, no_args_is_help=True, epilog="\b\nExample: buddy fi
 
 RunOption = Annotated[Path, typer.Option("--run", metavar="DIR", help="A run folder, such as runs/quickstart/buddy.")]
 BudgetsOption = Annotated[
-    str | None, typer.Option(metavar="B,B…", help="Budgets instead of the recipe's: 0.75, 22layers or 15ms.")
+    str | None,
+    typer.Option("--budgets", "--budget", metavar="B,B…", help="Instead of the recipe's: 0.75, 22layers or 15ms."),
 ]
 JsonOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results to this file as JSON.")]
 RecipeOption = typer.Option(metavar="NAME|FILE", help="A recipe's name (`buddy recipes`) or file.")

@@ -35,7 +35,9 @@ def evaluate(
     json: JsonOption = None,
     budgets: Annotated[
         str | None,
-        typer.Option(metavar="B,B…", help="Budgets instead of the recipe's: 0.75, 22layers, 15ms or auto."),
+        typer.Option(
+            "--budgets", "--budget", metavar="B,B…", help="Instead of the recipe's: 0.75, 22layers, 15ms or auto."
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Text instead of the recipe's.")] = None,
     split: Annotated[Split, typer.Option(help="Which part of the recipe's text; tune on validation only.")] = "test",
@@ -101,10 +103,7 @@ def bench(
 @app.command(epilog="\b\nExample: buddy inspect --run runs/quickstart/buddy --budgets 0.75 --text 'To be or not'")
 def inspect(
     run: RunOption,
-    budgets: Annotated[
-        str | None,
-        typer.Option("--budgets", "--budget", metavar="B,B…", help="Instead of the recipe's: 0.75, 22layers or 15ms."),
-    ] = None,
+    budgets: BudgetsOption = None,
     domains: Annotated[
         str | None,
         typer.Option(metavar="SOURCE,…", help="Texts instead of the recipe's; label=SOURCE gives one a name."),
@@ -129,7 +128,9 @@ def inspect(
 def generate(
     run: RunOption,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
-    budget: Annotated[str, typer.Option(metavar="B", help="0.75, 22layers, 15ms a token, or auto.")],
+    budget: Annotated[
+        str, typer.Option("--budget", "--budgets", metavar="B", help="0.75, 22layers, 15ms a token, or auto.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draws above temperature 0.")] = 0,

@@ -72,6 +72,11 @@ class TextData(LightningDataModule):
             calibration_sources: additional calibration texts, in turn with `source`; the number of windows is the same.
         """
         super().__init__()
+        numbers = {"window": (window, 2), "batch_size": (batch_size, 1), "test_windows": (test_windows, 1)}
+        numbers |= {"calibration_windows": (calibration_windows, 1), "validation_windows": (validation_windows, 1)}
+        for name, (value, least) in numbers.items():
+            if value < least:
+                raise DataError(f"{name} is {value}; give {least} or more.")
         self.tokenizer, self.source, self.text_field = tokenizer, source, text_field
         self.evaluate_on = evaluate_on
         self.window, self.batch_size, self.steps, self.seed = window, batch_size, steps, seed
@@ -79,6 +84,10 @@ class TextData(LightningDataModule):
         self.train_sources, self.calibration_sources = tuple(train_sources), tuple(calibration_sources)
         self._wanted = {"test": test_windows, "calibration": calibration_windows, "validation": validation_windows}
         self._documents: Documents | None = None
+
+    def __str__(self) -> str:
+        """Lightning's own asks for loaders, which there are only after `setup`."""
+        return f"TextData({self.source!r}, window={self.window}, batch_size={self.batch_size})"
 
     def prepare_data(self) -> None:
         """Tokenise the texts once, in one process; the cache of `datasets` stores the tokens."""

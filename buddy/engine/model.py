@@ -62,7 +62,7 @@ class RoutedLM(nn.Module):
         bridges: what tokens pass through in place of the layers that they skip, or None; see `bridge`.
 
     Raises:
-        BuddyError: an unknown policy, or a router of an unknown scope.
+        BuddyError: an unknown policy, a router of an unknown scope, or a number of sinks below 0.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class RoutedLM(nn.Module):
         batch_plan: Literal["row", "shared"] = "row",
     ) -> None:
         super().__init__()
+        if sink_tokens < 0:
+            raise BuddyError(f"sink_tokens is {sink_tokens}; give 0 or more.")
         self.router, self.geometry = router.to(backbone.device), router.geometry
         settings = Settings(
             layers=self.geometry.layers,

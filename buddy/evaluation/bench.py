@@ -73,11 +73,11 @@ def bench_run(
     _show(report, run)
     report_json(json_file, report)
     try:
-        draw(report, folder / FIGURE)
+        draw(report, run.folder / FIGURE)
     except RunError as error:  # timing works in a read-only run folder
         errors.print(f"No figure: {error}", soft_wrap=True)
         return
-    results.print(f"Figure: {folder / FIGURE}", soft_wrap=True)
+    results.print(f"Figure: {run.folder / FIGURE}", soft_wrap=True)
 
 
 def load_for_timing(

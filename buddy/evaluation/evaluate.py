@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from lightning.pytorch import Trainer
 from buddy import console, distributed
 from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
-from buddy.budget import auto_cap, fraction_of, latency_of
+from buddy.budget import auto_cap, format_budget, fraction_of, latency_of
 from buddy.build import build_windows, held_out, load_model
-from buddy.console import print_titled_table, quiet, report_json, results, status
+from buddy.console import counted, print_titled_table, quiet, report_json, results, status
 from buddy.data.module import WindowBatches
 from buddy.data.text import overlap, same_source
 from buddy.data.windows import Windows
@@ -75,6 +75,8 @@ def evaluate_run(
     if own_count and not isinstance(routed.router, LayerwiseRouter):
         raise RegistryError(f"{run.router_name} has no gates to count layers by; leave out --own-count.")
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
+    for budget in filter(auto_cap, wanted):
+        routed.choosing(str(budget))  # refused before a latency is measured
     layers = routed.geometry.layers
     fractions = [b if auto_cap(b) else fraction_of(b, routed.executed_layers(b), layers) for b in wanted]
     with status("Reading text …"), distributed.rank_zero_first():
@@ -93,8 +95,9 @@ def evaluate_run(
     if not distributed.is_global_zero():
         return
     router = f"{run.router_name}, its gates alone," if own_count else run.router_name
-    show_scores(scores, f"{router} on {data or section.source}, backbone {title_of(routed.backbone.name)}")
-    report_json(json_file, as_json(scores))
+    report_json(json_file, as_json(scores))  # before the table: who reads it may close the pipe
+    names = {fraction: format_budget(budget) for fraction, budget in zip(fractions, wanted, strict=True)}
+    show_scores(scores, f"{router} on {data or section.source}, backbone {title_of(routed.backbone.name)}", names)
 
 
 def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:
@@ -164,16 +167,18 @@ def evaluate(
     return module.scores
 
 
-def show_scores(scores: Sequence[Scores], title: str) -> None:
-    """Print the results of one router on one text, a row for each budget."""
+def show_scores(scores: Sequence[Scores], title: str, names: Mapping[float | str, str]) -> None:
+    """Print the results of one router on one text, a row for each budget, by the name that it was given."""
     head = ["budget", "layers", "executed min / mean / max", "perplexity", "95 % interval", "KL to dense"]
     rows = []
     for each in scores:
         (least, average, most), (low, high) = each.executed, each.interval()
-        budget = [f"{each.budget:g}", f"{each.layers}"] if each.chosen is None else [f"{each.budget}", f"{average:.1f}"]
+        layers = f"{each.layers}" if each.chosen is None else f"{average:.1f}"
         executed, interval = f"{least} / {average:.2f} / {most}", f"{low:.2f} – {high:.2f}"
-        rows.append([*budget, executed, f"{each.perplexity:.2f}", interval, f"{max(each.mean_kl, 0.0):.4f}"])
-    note = f"{int(scores[0].tokens.sum())} scored tokens in {len(scores[0].tokens)} documents"
+        rows.append(
+            [names[each.budget], layers, executed, f"{each.perplexity:.2f}", interval, f"{max(each.mean_kl, 0.0):.4f}"]
+        )
+    note = f"{int(scores[0].tokens.sum())} scored tokens in {counted(len(scores[0].tokens), 'document')}"
     if scores[0].sinks:
         note += f"; sink tokens, run at full depth and counted apart: {scores[0].sinks} a window"
     print_titled_table(title, head, rows, f"{note}.")

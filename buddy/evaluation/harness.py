@@ -1,8 +1,8 @@
 """The model `buddy` of lm-eval: a finished run, routed at one budget.
 
 lm-eval finds it through the entry point group `lm_eval.models`, in versions that look there (after 0.4.13);
-`buddy.evaluation.lm_eval` is the same command for those that do not. This module imports lm-eval, the extra
-`buddy-depth[tasks]`.
+`buddy.evaluation.lm_eval` is the same command for those that do not. This module imports lm-eval, of the
+extra `tasks`.
 """
 
 from __future__ import annotations

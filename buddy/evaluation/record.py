@@ -129,7 +129,7 @@ def write_results(record: Mapping[str, Any], folder: Path, markdown: Path | None
         "Results": markdown or folder / MARKDOWN,
         "Figures": ", ".join(map(str, figures.values())),
         "Data": f"{folder / JSON}, {folder / CSV}",
-        "TensorBoard": f"tensorboard --logdir {folder}",
+        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(folder))}",
     }
     for name, where in lines.items():
         console.results.print(f"{name + ':':12} {where}", soft_wrap=True)
@@ -201,7 +201,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path) -> RunError:
-    return RunError(f"{path} is damaged; make it again with the `buddy compare` that made it.")
+    return RunError(
+        f"{path} is damaged or no comparison; name a comparison.json, or make it again with `buddy compare`."
+    )
 
 
 def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:

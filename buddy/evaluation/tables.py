@@ -10,10 +10,11 @@ import pandas as pd
 
 from buddy import console
 from buddy.evaluation.figures import CAPTIONS
-from buddy.evaluation.results import Results
+from buddy.evaluation.results import FEWEST, Results
 
 NONE = "–"
-MARKED = "* below the best static router (†): the 95 % interval of the paired difference excludes 0"
+APART = f"excludes 0, over at least {FEWEST} documents or items"
+MARKED = f"* below the best static router (†): the 95 % interval of the paired difference {APART}"
 WRITTEN = "<!-- written by `buddy compare` from comparison.json; change nothing here -->"
 
 
@@ -54,7 +55,9 @@ def perplexities(r: Results, text: str) -> Table:
         mark = "†" if row.best_static else "*" if row.apart and row.difference_high < 0 else ""
         return f"{number(row.perplexity)}{spread}{mark}"
 
-    note = f"{MARKED}{'; ± standard deviation over seeds' if (r.scores.seeds > 1).any() else ''}."
+    marks = MARKED if r.scores.best_static.any() else ""
+    spreads = "± standard deviation over seeds" if (r.scores.seeds > 1).any() else ""
+    note = f"{'; '.join(filter(None, (marks, spreads)))}." if marks or spreads else ""
     return _by_budget(r, f"Perplexity on {text}", r.scores.loc[text], cell, r.budgets, note)
 
 
@@ -65,7 +68,7 @@ def differences(r: Results, text: str) -> Table:
     where = best.groupby("router", sort=False).budget.agg(", ".join)
     names = "; ".join(f"{router} at {budgets}" for router, budgets in where.items())
     title = f"Difference to the best static router on {text}, nats a token"
-    note = f"95 % intervals, paired over documents and seeds; * excludes 0. † best static router: {names}."
+    note = f"95 % intervals, paired over documents and seeds; * {APART}. † best static router: {names}."
     table = _by_budget(r, title, r.scores.loc[text], _signed, r.below, note)
     return table if table.has_numbers else replace(table, rows=[])
 
@@ -155,7 +158,7 @@ def flips(r: Results) -> list[Table]:
         "seeds (2407.09141). † fewest of a static router."
     )
     title = "Flips, difference to the static router with the fewest, %"
-    paired = "95 % intervals, paired over items and seeds; * excludes 0."
+    paired = f"95 % intervals, paired over items and seeds; * {APART}."
     found = [
         _by_budget(r, "Flips against full depth, %", r.task_scores, share, r.below, note),
         _by_budget(r, title, r.task_scores, lambda row: _signed(row, 100, 1, "flips_"), r.below, paired),
@@ -181,7 +184,7 @@ def _tasks_at(r: Results, budget: float) -> Table:
     if budget not in r.below:
         return _table(title, cells)
     difference = scores.apply(_signed, axis=1, scale=100, digits=1)
-    note = "Difference of the mean: 95 % interval, paired over items and seeds; * excludes 0; † best static router."
+    note = f"Difference of the mean: 95 % interval, paired over items and seeds; * {APART}; † best static router."
     return _table(title, cells.assign(**{"to the best static": difference}), note)
 
 
@@ -272,7 +275,7 @@ def _protocol(r: Results) -> Iterator[str]:
     layers = ", ".join(f"{budget:g} ({count})" for budget, count in r.budgets.items())
     sinks = console.counted(recipe["routing.sink_tokens"], "token")
     yield (
-        f"{len(r.routers)} routers under one recipe: {r.backbone} ({r.layers} layers, "
+        f"{console.counted(len(r.routers), 'router')} under one recipe: {r.backbone} ({r.layers} layers, "
         f"{recipe['backbone.dtype']}), {_learned(r)}, "
         f"at the budgets (executed layers) {layers}. "
         f"All see the same {recipe['data.calibration_windows']} calibration windows and "

@@ -27,7 +27,7 @@ Item = Mapping[str, Any]
 def require_lm_eval() -> None:
     """Raises DataError with the command that installs lm-eval, where it is missing."""
     if any(find_spec(name) is None for name in NEEDED):
-        raise DataError("Tasks need lm-eval, which is not installed; run: pip install 'buddy-depth[tasks]'")
+        raise DataError("Tasks need lm-eval, which is not installed; install Buddy with its extra `tasks`.")
 
 
 def load_tasks(names: Sequence[str], task_data: Path | None = None, task_path: Path | None = None) -> dict[str, Task]:

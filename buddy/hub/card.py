@@ -203,7 +203,6 @@ print(model.generate("The state of the union is", budget=0.75))
 ```
 
 ```bash
-pip install buddy-depth
 buddy pull {name} --out pulled
 buddy generate --run pulled --budget 0.75 "The state of the union is"
 ```

@@ -167,8 +167,8 @@ class Model:
         backbone = self.routed.backbone
         if prompt + new > backbone.context_length:
             raise DataError(
-                f"The prompt has {prompt} tokens, and {new} new ones go past the {backbone.context_length} positions "
-                f"that {backbone.name} was made for; shorten the prompt or set a smaller {limit}."
+                f"The prompt has {counted(prompt, 'token')}, and {new} new ones go past the {backbone.context_length} "
+                f"positions that {backbone.name} was made for; shorten the prompt or set a smaller {limit}."
             )
 
     def _write(

@@ -106,7 +106,7 @@ def pull(
         raise RunError(f"There is no folder {source}; check the path, or give owner/name for the hub.")
     with new_folder(out) as made:
         if name is None:
-            _copy_files(folder_of(source), made)
+            _copy_files(read_run(folder_of(source)).folder, made)
         else:
             with status(f"Downloading {name} …"):
                 download(name, revision, made)

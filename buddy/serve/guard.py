@@ -146,4 +146,4 @@ def _invalid(error: RequestValidationError) -> ApiError:
     place = [str(part) for part in first["loc"][1:]]
     if first["type"] == "json_invalid" or not place:
         return ApiError("The body is not valid JSON, or not an object; send application/json.")
-    return ApiError(f"{place[0]}: {first['msg']}.", field=place[0])
+    return ApiError(f"{place[0]}: {first['msg'].removeprefix('Value error, ')}.", field=place[0])

@@ -50,7 +50,9 @@ def serve(
 
         from buddy.serve.app import Limits, make_app
     except ImportError as error:
-        raise BuddyError(f"`buddy serve` needs more packages ({error}); pip install 'buddy-depth[serve]'.") from error
+        raise BuddyError(
+            f"`buddy serve` needs more packages ({error}); install Buddy with its extra `serve`."
+        ) from error
     keys = read_keys(api_key_file) if api_key_file else []
     listening = _bind(host, port)
     with listening:

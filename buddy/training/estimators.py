@@ -24,7 +24,7 @@ from buddy.errors import RegistryError, TrainingError
 from buddy.losses import Dense, Objective
 from buddy.plan import gate_order
 from buddy.registry import ESTIMATORS, load
-from buddy.router import AnyRouter, Context, LayerwiseRouter, Router, in_float32
+from buddy.router import AnyRouter, Context, LayerwiseRouter, scores_of
 
 # E[ε | ε > 0] − E[ε | ε < 0]: how far apart the expected noise of a layer at the threshold is when it ran and when not
 NOISE_GAP = 2 * math.sqrt(2 / math.pi)
@@ -273,9 +273,3 @@ def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]
         executed = batch.executed[:, None].expand(batch.input_ids.shape)
         context = replace(output.context, executed=executed)
         return context, Dense(output.logits), batch.input_ids[:, batch.scored + 1]
-
-
-def scores_of(router: Router, context: Context) -> Tensor:
-    """(B, T, R): a router's scores."""
-    with in_float32(context.hidden.device):
-        return router.score(context)

@@ -19,11 +19,12 @@ from torchmetrics import MeanMetric
 
 from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM
-from buddy.errors import TrainingError
+from buddy.errors import BudgetError, TrainingError
 from buddy.io import cache_folder
 from buddy.losses import Objective, draw_budgets
 from buddy.metrics.perplexity import Reference, Row, Scores, keys_of, measure, scores_from
-from buddy.training.estimators import Batch, Estimate, Estimator, estimator_for, scores_of
+from buddy.router import scores_of
+from buddy.training.estimators import Batch, Estimate, Estimator, estimator_for
 
 if TYPE_CHECKING:
     from buddy.data.module import TextData
@@ -77,6 +78,8 @@ class BudgetModule(LightningModule):
         reference: Reference | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(budgets, Sequence) or not budgets:
+            raise BudgetError(f"budgets is {budgets!r}; give a list of one or more, such as [1.0, 0.75, 0.5].")
         object.__setattr__(self, "model", model)  # not as a submodule: it stays out of this module's state and modes
         self.keys = keys_of(model, budgets)
         self.prompt, self.seed = prompt, seed

@@ -1,12 +1,13 @@
 """Routers that fail, for `name: module:Class`."""
 
+import torch
 from torch import Tensor
 
 from buddy import Context, Geometry, Probe, Router
 
 
 class Fails(Router):
-    """Fails in one of two ways."""
+    """Fails in one of four ways."""
 
     def __init__(self, geometry: Geometry, *, way: str = "score") -> None:
         super().__init__(geometry)
@@ -19,4 +20,9 @@ class Fails(Router):
 
     def score(self, context: Context) -> Tensor:
         """Fail."""
+        shape = *context.executed.shape, self.geometry.routable
+        if self.way == "not finite":
+            return torch.full(shape, torch.nan)
+        if self.way == "few":
+            return torch.zeros(shape)[..., 1:]
         raise ValueError("no score today")

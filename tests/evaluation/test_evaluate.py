@@ -107,10 +107,10 @@ def test_a_router_that_changed_its_shape_since(finished, tmp_path):
 
 def test_the_table_has_a_row_for_each_budget(capsys):
     scores = [made.scores(0.5, 4.0), made.scores(1.0, 3.0)]
-    show_scores(scores, "buddy on /data/[/odd].txt")
+    show_scores(scores, "buddy on /data/[/odd].txt", {0.5: "4layers", 1.0: "1"})
     out = capsys.readouterr().out
     low, high = scores[0].interval()
     assert "buddy on /data/[/odd].txt" in out
-    (row,) = [line.split() for line in out.splitlines() if line.split()[:1] == ["0.5"]]
-    assert row == ["0.5", "4", "4", "/", "4.00", "/", "4", "54.60", f"{low:.2f}", "–", f"{high:.2f}", "0.0800"]
+    (row,) = [line.split() for line in out.splitlines() if line.split()[:1] == ["4layers"]]
+    assert row == ["4layers", "4", "4", "/", "4.00", "/", "4", "54.60", f"{low:.2f}", "–", f"{high:.2f}", "0.0800"]
     assert f"{10 * made.DOCUMENTS} scored tokens in {made.DOCUMENTS} documents" in out

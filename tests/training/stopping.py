@@ -6,7 +6,7 @@ import signal
 import torch
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands in for a kill: nothing in Buddy handles it."""
 
 

@@ -172,6 +172,16 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_would(make, uninterrupted,
     assert {**first, **rest} == uninterrupted
 
 
+def test_a_text_can_be_printed_before_it_is_read(make):
+    assert "window=16" in str(make(setup=False))
+
+
+@pytest.mark.parametrize("wrong", [{"window": 1}, {"batch_size": 0}, {"calibration_windows": -1}, {"test_windows": 0}])
+def test_sizes_below_the_least_are_refused(make, wrong):
+    with pytest.raises(DataError, match=next(iter(wrong))):
+        make(setup=False, **wrong)
+
+
 def test_devices_share_each_batch(make):
     data = make()
     whole = list(data.train_dataloader())

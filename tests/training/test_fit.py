@@ -12,7 +12,7 @@ import torch
 
 from buddy.compare import fit
 from buddy.config import load_recipe
-from buddy.errors import RecipeError, RegistryError, RunError, TrainingError
+from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.run import read_run
 from buddy.run_files import load_router, read_metrics
 from tests.small import start_buddy
@@ -90,6 +90,17 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
 
 
 # Wrong
+
+
+@pytest.mark.parametrize("way", ["score", "calibrate", "not finite", "few"])
+def test_what_a_router_of_ones_own_does_wrong_is_one_sentence(small, tmp_path, way):
+    router = f"router={{name: 'tests.comparison.odd_routers:Fails', options: {{way: {way}}}}}"
+    with pytest.raises(BuddyError) as caught:
+        fit(small(tmp_path, router, "rivals=[]"), "small")
+    assert "\n" not in str(caught.value)
+    logs = [*tmp_path.rglob("seed-0.log")]
+    assert len(logs) == (way in ("score", "calibrate"))
+    assert all("odd_routers.py" in log.read_text() for log in logs)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,14 @@ def test_a_missing_field_is_answered_with_those_there_are(tmp_path):
         load_texts(str(path), "questoin")
 
 
+def test_the_only_field_with_text_needs_no_name(tmp_path):
+    path = write(tmp_path / "a.jsonl", field="question")
+    assert list(load_texts(str(path))["text"]) == list(load_texts(str(path), "question")["text"])
+    (tmp_path / "b.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(DataError, match="question, answer"):
+        load_texts(str(tmp_path / "b.jsonl"))
+
+
 def test_folders_without_text_or_of_two_kinds(tmp_path):
     with pytest.raises(DataError, match=str(tmp_path)):
         load_texts(str(tmp_path))
