@@ -15,7 +15,7 @@ from pathlib import Path
 from shlex import quote
 
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
-from buddy.backbone.load import locate
+from buddy.backbone.load import locate, read_config
 from buddy.config import flatten, to_yaml
 from buddy.console import results, status
 from buddy.errors import DamagedError, RunError, reason
@@ -96,11 +96,11 @@ def pull(
         trust_remote_code: allow a recipe that runs the Python of its backbone's repository.
 
     Raises:
-        BackboneError: there is no such backbone.
+        BackboneError: there is no such backbone, or no model in its folder.
         RunError: the source cannot be used, or `out` cannot be written. Nothing is left at `out` then.
     """
-    if backbone is not None:
-        locate(backbone)
+    if backbone is not None and os.path.isdir(there := locate(backbone)):
+        read_config(backbone, there)
     name = hub_name(source, revision)
     if name is None and not os.path.isdir(folder_of(source)):
         raise RunError(f"There is no folder {source}; check the path, or give owner/name for the hub.")

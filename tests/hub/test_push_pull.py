@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import buddy
 from buddy.cli import app
-from buddy.errors import RunError
+from buddy.errors import BackboneError, RunError
 from buddy.hub.push_pull import hub_name, pull, push
 from buddy.run import read_run
 from buddy.run_files import update_checksums
@@ -135,6 +135,13 @@ def test_a_backbone_that_is_elsewhere(pushed, small, tmp_path):
     config = json.loads((tmp_path / "pulled" / "config.json").read_text())
     assert (config["backbone"], config["recipe"]) == (run.backbone, json.loads(json.dumps(asdict(run.recipe))))
     assert buddy.load(tmp_path / "pulled").routed.backbone.name == run.backbone
+
+
+def test_a_folder_without_a_model_is_no_backbone(pushed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BackboneError, match="empty"):
+        pull(str(pushed), out=tmp_path / "pulled", backbone=str(tmp_path / "empty"))
+    assert not (tmp_path / "pulled").exists()
 
 
 # Folders of strangers
