@@ -27,7 +27,7 @@ from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RecipeError, RunError, reason
 from buddy.evaluation.bench import measured
 from buddy.evaluation.record import collect, text_entry, write_results
-from buddy.executors import LokyExecutor, RayExecutor
+from buddy.executors import LokyExecutor, RayExecutor, require_ray
 from buddy.fit import Session
 from buddy.io import check_output_path, locked, remove_parts
 from buddy.provenance import check_fixed
@@ -223,6 +223,8 @@ def check(config: CompareConfig) -> CompareConfig:
             "buddy compare trains each router on one device; set trainer.devices=1 and trainer.num_nodes=1, and --jobs "
             "for several at once."
         )
+    if config.backend == "ray":
+        require_ray()
     if config.recipe.ckpt_path:
         raise RecipeError("buddy compare resumes by itself; leave ckpt_path out.")
     if config.trained is not None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -192,13 +193,9 @@ class RayExecutor:
     gpus: bool = True
 
     def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise BuddyError("Ray is not installed; install Buddy with its extra `ray`.") from error
-        address = os.environ.get("RAY_ADDRESS")
-        _check_address(address)
-        setup = _Setup(self.threads)
+        import ray
+
+        address, setup = os.environ.get("RAY_ADDRESS"), _Setup(self.threads)
         paths = {"PYTHONPATH": os.pathsep.join(setup.path)}  # a worker imports this module before `setup` is applied
         options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": paths}}
         options |= {} if address else {"include_dashboard": False}
@@ -225,9 +222,12 @@ class RayExecutor:
                 ray.shutdown()
 
 
-def _check_address(address: str | None) -> None:
-    """Raises BuddyError where no cluster listens: Ray itself would try for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+def require_ray() -> None:
+    """Raises BuddyError where Ray is not installed, or no cluster listens: Ray itself would try for minutes."""
+    if find_spec("ray") is None:
+        raise BuddyError("Ray is not installed; install Buddy with its extra `ray`.")
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from buddy.errors import BuddyError
-from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, WorkerDied
+from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, WorkerDied, require_ray
 from tests.workers import Step, Work
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +151,12 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves its daemons unwaited for
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_nothing_is_begun():
+    with pytest.raises(BuddyError, match="extra `ray`"):
+        require_ray()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, serial):
     found = outcomes(RayExecutor(), tmp_path / "ray", "a dies-once", "x dies", "bb", "ccc", "dddd", "e fails")
@@ -162,7 +168,7 @@ def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, serial):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
-def test_a_cluster_that_is_not_there(tmp_path, monkeypatch):
+def test_a_cluster_that_is_not_there(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(BuddyError, match="Ray"):
-        outcomes(RayExecutor(), tmp_path, "a")
+        require_ray()

@@ -58,7 +58,13 @@ def bench_run(
     with within_memory(sizes, "free some, or bench a smaller backbone"):
         field = contenders(routed, below, ids)
         timings = race(
-            field, ids, prompts=(PROMPT, LONG), batches=(1, BATCH), late=late, rounds=rounds, track=tracker("Rounds")
+            field,
+            ids,
+            prompts=(PROMPT, LONG),
+            batches=(1, BATCH),
+            late=late,
+            rounds=rounds,
+            track=tracker("Rounds, the first to warm up"),
         )
         with status("Timing prompts with a budget for each row …"):
             mixed = mixed_prefill(routed, field, ids[:, :LONG])
@@ -248,7 +254,14 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     needed = max(tokens, PROMPT + STEPS)
     ids = windows.flatten().repeat(-(-needed // windows.numel()))[None, :needed].to(backbone.device)
     with within_memory(f"a prompt of {tokens} tokens", "give --no-speed"), _field(runs, backbone) as field:
-        timings = race(field, ids, prompts=(tokens,), batches=(1,), rounds=ROUNDS, track=tracker("Timing, in rounds"))
+        timings = race(
+            field,
+            ids,
+            prompts=(tokens,),
+            batches=(1,),
+            rounds=ROUNDS,
+            track=tracker("Timing, the first round to warm up"),
+        )
     dense, full, *others = timings.items()
     found = {"made": made, "tokens": tokens, "prompt": PROMPT, "steps": STEPS, "rounds": ROUNDS}
     found |= {"threads": torch.get_num_threads(), "dense": _times_entry(dense[1]), "full": _times_entry(full[1])}

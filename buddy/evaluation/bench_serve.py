@@ -121,7 +121,7 @@ def _race(ways: Sequence[Served], texts: Sequence[list[int]], rounds: int) -> li
     """
     spent: list[dict[int, list[float]]] = [{count: [] for count in BATCHES} for _ in ways]
     draw = random.Random(0)
-    for number in tracker("Rounds")(range(rounds + 1)):
+    for number in tracker("Rounds, the first to warm up")(range(rounds + 1)):
         for count in BATCHES:
             decoders = [way.begin(texts[:count]) for way in ways]
             total = [0.0] * len(ways)
