@@ -237,7 +237,7 @@ def _range(executed: torch.Tensor, sinks: torch.Tensor, layers: int) -> str:
     text = "no routed token"
     if len(routed):
         least, mean, most = routed.min().item(), routed.float().mean().item(), routed.max().item()
-        text = f"{least} / {mean:.1f} / {most} layers (min / mean / max)"
+        text = f"{most} layers" if least == most else f"{least} / {mean:.1f} / {most} layers (min / mean / max)"
     return f"{text} ({counted(full, 'sink token')} at {layers})" if full else text
 
 
