@@ -122,6 +122,9 @@ def flaw(value: Any) -> str | None:
 
 def type_words(hint: Any) -> str:
     """A type as messages name it."""
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    if parts and all(get_origin(part) is Literal for part in parts):
+        return f"one of {', '.join(dict.fromkeys(str(each) for part in parts for each in get_args(part)))}"
     plain = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
     return TYPES.get(hint) or re.sub(r"<class '(\w+)'>|typing\.|(?:\w+\.)+(?=[A-Z])", r"\1", plain)
 
