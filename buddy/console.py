@@ -142,7 +142,10 @@ def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[
 
 
 def report_json(path: Path | None, value: Any) -> None:
-    """Write results to the file that was asked for, if one was, and name it."""
+    """Write results to the file that was asked for, if one was, and name it.
+
+    Call it before printing tables: who reads them may close the pipe.
+    """
     if path:
         write_json(path, value)
         results.print(f"JSON: {path}", soft_wrap=True)

@@ -76,8 +76,8 @@ def bench_run(
     # Budgets such as 15ms use this table from now on.
     latency = routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]
     report |= {"late_context": late.shape[1] - STEPS, "latency_ms": latency}
-    _show(report, run)
     report_json(json_file, report)
+    _show(report, run)
     try:
         draw(report, run.folder / FIGURE)
     except RunError as error:  # timing works in a read-only run folder

@@ -99,6 +99,9 @@ def bench_serving(
             middle = statistics.median(each)
             entry = {"contender": way.name, "layers": way.layers, "texts": texts, "ms": middle}
             entries.append(entry | {"spread": [min(each), max(each)], "tokens_a_second": 1e3 * texts / middle})
+    threads = torch.get_num_threads()
+    made = {"rounds": rounds, "threads": threads, "machine": machine(), "versions": versions()}
+    report_json(json_file, {**made, "results": entries})
     rows = []
     for first in range(0, len(entries), len(BATCHES)):
         part = entries[first : first + len(BATCHES)]
@@ -107,10 +110,8 @@ def bench_serving(
     about = f"{run.router_name}, backbone {title_of(run.backbone)}"
     head = ["", "layers", *(f"{n} text{'s' * (n > 1)}" for n in BATCHES)]
     print_titled_table(f"{about}: tokens a second (ms between tokens)", head, rows)
-    threads, spans = torch.get_num_threads(), f"{SHORTEST} to {PROMPT}"
+    spans = f"{SHORTEST} to {PROMPT}"
     results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.")
-    made = {"rounds": rounds, "threads": threads, "machine": machine(), "versions": versions()}
-    report_json(json_file, {**made, "results": entries})
 
 
 def _race(ways: Sequence[Served], texts: Sequence[list[int]], rounds: int) -> list[dict[int, list[float]]]:

@@ -95,7 +95,7 @@ def evaluate_run(
     if not distributed.is_global_zero():
         return
     router = f"{run.router_name}, its gates alone," if own_count else run.router_name
-    report_json(json_file, as_json(scores))  # before the table: who reads it may close the pipe
+    report_json(json_file, as_json(scores))
     names = {fraction: format_budget(budget) for fraction, budget in zip(fractions, wanted, strict=True)}
     show_scores(scores, f"{router} on {data or section.source}, backbone {title_of(routed.backbone.name)}", names)
 

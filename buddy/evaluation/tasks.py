@@ -57,12 +57,12 @@ def evaluate_tasks(
     if json_file:
         check_output_path(json_file, *run.folder.rglob("*"))
     found = task_scores(folder, tasks, budgets, limit, task_data, task_path)
+    report_json(json_file, found)
     show_tasks(
         found["results"],
         f"{run.router_name} on tasks, backbone {title_of(run.backbone)}",
         run.recipe.routing.sink_tokens,
     )
-    report_json(json_file, found)
 
 
 def task_scores(
