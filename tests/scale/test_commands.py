@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from buddy.evaluation.evaluate import evaluate_run
 from buddy.io import read_json
 from buddy.run import read_run
 from tests.scale.curves import assert_alike, curves
@@ -38,17 +37,6 @@ def test_two_devices_train_one_router(small, finished, tmp_path):
     assert err.count("Training buddy: 8 of 8") == 1
     assert_as_finished(tmp_path / "small", finished)
     assert read_run(tmp_path / "small" / "buddy").recipe.trainer["devices"] == 2
-
-
-def test_two_devices_evaluate_as_one(finished, tmp_path):
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    evaluate_run(finished / "buddy", json_file=one, budgets=["0.75", "3layers"])
-    words = ("evaluate", "--run", str(finished / "buddy"), "--budgets", "0.75,3layers", "--devices", "2")
-    process = start_buddy(*words, "--json", str(two), folder=tmp_path)
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
-    assert out.count(", backbone ") == 1  # printed by the first process alone
-    assert read_json(one) == read_json(two)
 
 
 def test_two_nodes_by_torchrun_with_the_weights_shared_out(small, finished, tmp_path):
