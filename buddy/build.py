@@ -379,7 +379,8 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
         settings["check_val_every_n_epoch"] = None
     elif isinstance(keywords.get("val_check_interval"), int):  # of steps, which may be more than an epoch has
         settings.setdefault("check_val_every_n_epoch", None)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # 4 % of a step
+    # With deterministic algorithms torch would fill the memory of each result first: 4 % of a training step on a CPU.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         return lightning.Trainer(**(TRAINER | settings | options))
     except Exception as error:  # Lightning refuses settings with many types of errors

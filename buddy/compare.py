@@ -39,9 +39,9 @@ from buddy.worker import Tasks, Text, Worker, read_windows, run_in_worker, texts
 
 SEEDS = 3
 PATIENCE = 10.0  # seconds that `fit` waits for another to write its tables
-# Beginnings of recipe keys: those that change nothing in a run without training, and in any run of a comparison.
+# Beginnings of the recipe keys that change nothing in a run without training.
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
-PREDICTOR = "predictor."
+PREDICTOR = "predictor."  # beginning of those that change nothing in a run of a comparison
 ALREADY_COMPLETE = 0.5  # seconds; a run that takes less was complete before
 
 

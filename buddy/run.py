@@ -159,8 +159,8 @@ class RunFolder:
         inside = is_below(recipe.ckpt_path, work)
         if inside or not RunFolder(work).differences(recipe, digests, ignore):
             warn_of_changed_code(work, digests)
-            begun = (work / RECIPE).exists() and load_recipe(work / RECIPE, saved=True)
-            if inside and begun and begun.ckpt_path != recipe.ckpt_path:
+            stored = work / RECIPE
+            if inside and stored.exists() and load_recipe(stored, saved=True).ckpt_path != recipe.ckpt_path:
                 _forget_progress(work / CHECKPOINTS, Path(recipe.ckpt_path))
         else:
             self._discard(work)

@@ -152,8 +152,8 @@ class GrowingLayer(PendingLayer, DynamicLayer):
         length = stored + key_states.shape[-2]
         if stored < SHORT or self.pending:
             return super().update(key_states, value_states)
-        readable = torch.is_inference_mode_enabled() or (self.view is not None and not self.view.is_inference())
-        if self.keys is not self.view or self.buffers[0].shape[2] < length or not readable:
+        writable = torch.is_inference_mode_enabled() or (self.view is not None and not self.view.is_inference())
+        if self.keys is not self.view or self.buffers[0].shape[2] < length or not writable:
             self.buffers = _grown(self.keys, length), _grown(self.values, length)
         keys, values = self.buffers
         keys[:, :, stored:length] = key_states

@@ -57,8 +57,8 @@ def perplexities(r: Results, text: str) -> Table:
 
     marks = MARKED if r.scores.best_static.any() else ""
     spreads = "± standard deviation over seeds" if (r.scores.seeds > 1).any() else ""
-    note = f"{'; '.join(filter(None, (marks, spreads)))}." if marks or spreads else ""
-    return _by_budget(r, f"Perplexity on {text}", r.scores.loc[text], cell, r.budgets, note)
+    note = "; ".join(filter(None, (marks, spreads)))
+    return _by_budget(r, f"Perplexity on {text}", r.scores.loc[text], cell, r.budgets, note and f"{note}.")
 
 
 def differences(r: Results, text: str) -> Table:
