@@ -104,8 +104,9 @@ def test_evaluate(calls):
 
 def test_generate(calls):
     words = ["--max-new-tokens", "3", "--temperature", "0.7", "--seed", "5", "--chat", "--dtype", "auto", "hi"]
-    call("generate", "--run", "r", "--budget", "22layers", *words)
-    options = {"budget": "22layers", "max_new_tokens": 3, "temperature": 0.7, "seed": 5, "chat": True}
+    call("generate", "--run", "r", "--budget", "22layers", "--prompt-budget", "1.0", *words)
+    options = {"budget": "22layers", "prompt_budget": "1.0", "max_new_tokens": 3, "temperature": 0.7}
+    options |= {"seed": 5, "chat": True}
     assert calls == [("generate", (Path("r"),), {"prompt": "hi", "dtype": "auto", **options})]
 
 

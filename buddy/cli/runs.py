@@ -131,6 +131,9 @@ def generate(
     budget: Annotated[
         str, typer.Option("--budget", "--budgets", metavar="B", help="0.75, 22layers, 15ms a token, or auto.")
     ],
+    prompt_budget: Annotated[
+        str | None, typer.Option(metavar="B", help="Of the prompt's tokens, where it differs, such as 1.0.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draws above temperature 0.")] = 0,
@@ -144,6 +147,7 @@ def generate(
         run,
         prompt=prompt,
         budget=budget,
+        prompt_budget=prompt_budget,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

@@ -59,13 +59,21 @@ def load(
     return Model(load_model(found, merged=True))
 
 
-def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, dtype: str | None = None, **options: Any) -> None:
+def generate(
+    folder: Path,
+    *,
+    prompt: str,
+    budget: Budget = 1.0,
+    prompt_budget: Budget | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> None:
     """Stream a continuation to standard output, then print on the error stream which layers ran.
 
     Args:
         folder: a finished run.
         prompt: text to continue, or to answer with `chat`.
-        budget: as for `Model.generate`.
+        budget, prompt_budget: as for `Model.generate`.
         dtype: as for `load`.
         options: max_new_tokens, temperature, seed, chat of `Model.generate`.
 
@@ -75,7 +83,7 @@ def generate(folder: Path, *, prompt: str, budget: Budget = 1.0, dtype: str | No
     _check_options(prompt, **options)
     with status(f"Loading {folder} …"):
         model = load(folder, dtype=dtype)
-    for piece in model.stream(prompt, budget, **options):
+    for piece in model.stream(prompt, budget, prompt_budget=prompt_budget, **options):
         print(piece, end="", flush=True)
     print()
     errors.print(model.ran, soft_wrap=True)
@@ -106,8 +114,9 @@ class Model:
         Args:
             prompt: text to continue, or to answer with `chat`; or messages {"role": …, "content": …} to answer.
             budget: a fraction such as 0.75, a count such as "22layers", a latency such as "15ms", or "auto".
-            options: max_new_tokens (64), the most tokens to generate; temperature (0), 0 takes the most likely token,
-                above 0 samples; seed (0) of the sampling; chat (False), put the prompt into the model's chat template.
+            options: prompt_budget, of the prompt's tokens where it differs; max_new_tokens (64), the most tokens to
+                generate; temperature (0), 0 takes the most likely token, above 0 samples; seed (0) of the sampling;
+                chat (False), put the prompt into the model's chat template.
 
         Raises:
             BuddyError: the prompt, the budget or an option cannot be used.
@@ -176,6 +185,7 @@ class Model:
         prompt: Prompt,
         budget: Budget,
         *,
+        prompt_budget: Budget | None = None,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
@@ -188,8 +198,9 @@ class Model:
         self.check_length(len(tokens), max_new_tokens)
         depth, record = routed.geometry.layers, Record()
         executed = self.executed_layers(budget, tokens)
+        deeper = None if prompt_budget is None else self.executed_layers(prompt_budget, tokens)
         sampler = Sampler(model, len(tokens), temperature, seed)
-        row = Row(tokens, executed, sampler, max_new_tokens, end_tokens(model))
+        row = Row(tokens, executed, sampler, max_new_tokens, end_tokens(model), deeper)
         pieces = TextPieces(routed.tokenizer, () if chat or not isinstance(prompt, str) else tokens)
         decoder = Decoder(routed, chunk=len(tokens))
         decoder.add(row)

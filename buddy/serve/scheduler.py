@@ -297,7 +297,7 @@ class Scheduler:
             executed = self._model.executed_layers(text.budget, text.prompt)
             if latency_of(text.budget) is not None:  # measured here, where a failure ends this text alone
                 self._model.routed.table(self._model.routed, self._batch)
-            deeper = executed
+            deeper = None
             if text.prompt_budget is not None:
                 deeper = self._model.executed_layers(text.prompt_budget, text.prompt)
             model = self._model.routed.backbone.model

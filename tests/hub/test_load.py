@@ -47,11 +47,13 @@ def test_full_depth_writes_what_stock_transformers_writes(finished, model, tiny_
     assert model.generate(PROMPT, "3layers", max_new_tokens=NEW) != expected
 
 
-def test_the_command_streams_what_the_model_writes(finished, model, capsys):
-    text = model.generate(PROMPT, "4layers", max_new_tokens=NEW)
-    generate(finished / "buddy", prompt=PROMPT, budget="4layers", max_new_tokens=NEW)
+@pytest.mark.parametrize(("prompt_budget", "executed"), [(None, ["4", "4"]), (1.0, ["6", "4"])])
+def test_the_command_streams_what_the_model_writes(finished, model, capsys, prompt_budget, executed):
+    options = {"prompt_budget": prompt_budget, "max_new_tokens": NEW}
+    text = model.generate(PROMPT, "4layers", **options)
+    generate(finished / "buddy", prompt=PROMPT, budget="4layers", **options)
     assert capsys.readouterr() == (f"{text}\n", f"{model.ran}\n")
-    assert re.findall(r": (\d) layers", model.ran) == ["4", "4"]  # of the prompt, and of the steps
+    assert re.findall(r": (\d) layers", model.ran) == executed  # of the prompt, and of the steps
 
 
 def test_sampling_follows_the_seed_and_keeps_the_callers_generator(model, tiny_llama_folder):
@@ -109,6 +111,7 @@ def test_messages_of_another_form_are_refused(chatting, monkeypatch, messages):
         ({"chat": True}, DataError, "chat template"),
         ({"budget": "half"}, BudgetError, "half"),
         ({"budget": "1layer"}, BudgetError, "2layers"),
+        ({"prompt_budget": "1layer"}, BudgetError, "2layers"),
         ({"budget": "auto"}, BudgetError, "predictor"),
     ],
 )
