@@ -162,6 +162,9 @@ def serve(
     budget: Annotated[
         str, typer.Option(metavar="B", help="Where a request names none: 0.75, 22layers and so on.")
     ] = "1.0",
+    prompt_budget: Annotated[
+        str | None, typer.Option(metavar="B", help="Of prompts, where a request names none, such as 1.0.")
+    ] = None,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Of this machine; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Most texts at the same time.")] = 8,
@@ -183,6 +186,7 @@ def serve(
     run_serve(
         run,
         budget=budget,
+        prompt_budget=prompt_budget,
         host=host,
         port=port,
         batch=batch_size,

@@ -69,15 +69,23 @@ class Server:
         model: only its tokenizer and settings are used here; the scheduler's thread runs it.
         scheduler: writes texts.
         budget: the default.
+        prompt_budget: the default of prompts, where it differs.
         budgets: those that /v1/models lists.
         limits: of requests.
     """
 
     def __init__(
-        self, model: Model, scheduler: Scheduler, budget: Budget, budgets: Sequence[str], limits: Limits
+        self,
+        model: Model,
+        scheduler: Scheduler,
+        budget: Budget,
+        prompt_budget: Budget | None,
+        budgets: Sequence[str],
+        limits: Limits,
     ) -> None:
         self._model, self._scheduler, self._limits = model, scheduler, limits
-        self._budget, self._names = budget, [NAME, *(f"{NAME}@{each}" for each in budgets)]
+        self._budget, self._prompt_budget = budget, prompt_budget
+        self._names = [NAME, *(f"{NAME}@{each}" for each in budgets)]
 
     def models(self) -> list[dict[str, Any]]:
         """The names of /v1/models."""
@@ -143,9 +151,10 @@ class Server:
         self, asked: TextRequest, request: Request, prompts: Sequence[list[int]], field: str, limit: int
     ) -> Response:
         self._check(prompts, field, limit, asked.limit_name)
-        named, budget, deeper = self.named(asked.model), asked.budget, asked.prompt_budget
+        named, budget = self.named(asked.model), asked.budget
         given = self._checked_budget(named, "model") if budget is None else self._checked_budget(budget, "budget")
-        budget, deeper = given or self._budget, self._checked_budget(deeper, "prompt_budget")
+        budget = given or self._budget
+        deeper = self._checked_budget(asked.prompt_budget, "prompt_budget") or self._prompt_budget
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
         prompts = [prompt for prompt in prompts for _ in range(asked.n or 1)]
         texts = []
@@ -266,6 +275,7 @@ def make_app(
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     batch_plan: str = "shared",
+    prompt_budget: Budget | None = None,
 ) -> FastAPI:
     """The application for a model, which is loaded on a thread of its own that ends with it.
 
@@ -276,9 +286,10 @@ def make_app(
         limits: of requests.
         keys: API keys; empty: none is needed.
         batch_plan: "shared", one plan for all texts of a batch, or "row", one for each.
+        prompt_budget: of prompts, where a request names none; None for the request's budget.
 
     Raises:
-        BuddyError: the default budget cannot be used, or what `load` raises.
+        BuddyError: a default budget cannot be used, or what `load` raises.
     """
     limits, metrics = limits or Limits(), Metrics()
 
@@ -286,17 +297,18 @@ def make_app(
         model = load()
         routed = model.routed
         with routed.changed(batch_plan=batch_plan):
-            if auto_cap(budget) is not None:
-                routed.choosing(str(budget))
-            elif routed.executed_layers(budget) and latency_of(budget) is not None:
-                routed.table(routed, limits.batch)  # that of one text was measured by the line before
+            for each in [budget] if prompt_budget is None else [budget, prompt_budget]:
+                if auto_cap(each) is not None:
+                    routed.choosing(str(each))
+                elif routed.executed_layers(each) and latency_of(each) is not None:
+                    routed.table(routed, limits.batch)  # that of one text was measured by the line before
         return model
 
     scheduler = Scheduler(checked, metrics, limits.batch, limits.queue, batch_plan)
     model = scheduler.model
     names = [format_budget(each) for each in available_budgets(model.routed.router, budgets)]
     auto = [] if model.routed.chooser is None else ["auto"]
-    server = Server(model, scheduler, budget, [*names, *auto], limits)
+    server = Server(model, scheduler, budget, prompt_budget, [*names, *auto], limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

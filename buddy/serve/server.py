@@ -18,6 +18,7 @@ def serve(
     folder: Path,
     *,
     budget: str = "1.0",
+    prompt_budget: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     batch: int = 8,
@@ -33,6 +34,7 @@ def serve(
     Args:
         folder: a finished run.
         budget: where a request names none.
+        prompt_budget: of prompts, where a request names none; None for the request's budget.
         host, port: of the socket; port 0 takes a free one.
         batch: most texts at the same time.
         queue: most texts that wait.
@@ -62,7 +64,7 @@ def serve(
                 return load(folder, dtype=dtype)
 
         limits = Limits(batch=batch, queue=queue, tokens=max_tokens, seconds=seconds)
-        app = make_app(load_run, budget, read_run(folder).recipe.budgets, limits, keys, batch_plan)
+        app = make_app(load_run, budget, read_run(folder).recipe.budgets, limits, keys, batch_plan, prompt_budget)
         name = f"[{host}]" if ":" in host else host
         errors.print(
             f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.",

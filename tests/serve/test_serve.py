@@ -104,6 +104,10 @@ def test_a_prompt_may_run_deeper(address):
     assert (usage["executed_layers"]["min"], usage["executed_layers"]["max"]) == (3, 6)
     refused = post(address, **GREEDY, prompt_budget="7layers")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt_budget")
+    with serving(tiny(), prompt_budget=1) as (deep, _):
+        for asked, executed in (({}, (3, 6)), ({"prompt_budget": 0.5}, (3, 3))):
+            layers = post(deep, **GREEDY, budget="3layers", **asked).json()["usage"]["executed_layers"]
+            assert (layers["min"], layers["max"]) == executed
 
 
 def test_stop_strings_end_the_text_before_them(client, alone):
@@ -457,6 +461,7 @@ def answers_health(address: str) -> bool:
     [
         {"budget": "half"},
         {"budget": "auto"},
+        {"prompt_budget": "auto"},
         {"api_key_file": Path("missing.txt")},
         {"host": "256.1.1.1"},
         {"host": "a..b"},
@@ -497,12 +502,25 @@ def test_every_option_of_the_command_reaches_the_server(finished, tmp_path, monk
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     (tmp_path / "keys").write_text("one\n\ntwo\n")
-    words = ["--budget", "0.5", "--host", "127.0.0.1", "--port", "0", "--batch-size", "3", "--batch-plan", "row"]
+    words = [
+        "--budget",
+        "0.5",
+        "--prompt-budget",
+        "1.0",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--batch-size",
+        "3",
+        "--batch-plan",
+        "row",
+    ]
     words += ["--queue", "5", "--max-tokens", "7", "--seconds", "9", "--dtype", "bfloat16"]
     words += ["--api-key-file", str(tmp_path / "keys")]
     result = CliRunner().invoke(app, ["serve", "--run", str(finished / "buddy"), *words])
     assert result.exit_code == 0, result.output
     load, *rest = made[0]
     limits = Limits(batch=3, queue=5, tokens=7, seconds=9.0)
-    assert rest == ["0.5", read_run(finished / "buddy").recipe.budgets, limits, ["one", "two"], "row"]
+    assert rest == ["0.5", read_run(finished / "buddy").recipe.budgets, limits, ["one", "two"], "row", "1.0"]
     assert load().routed.backbone.dtype == torch.bfloat16
