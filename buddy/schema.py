@@ -244,8 +244,8 @@ RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what
     ),
     (
         "objective.estimator routing.policy",
-        lambda r: r.objective.estimator != "straight-through" or r.routing.policy == "fill",
-        "objective.estimator=straight-through needs routing.policy=fill.",
+        lambda r: r.objective.estimator not in ("straight-through", "surrogate") or r.routing.policy == "fill",
+        "objective.estimator=straight-through and =surrogate need routing.policy=fill.",
     ),
     ("objective.plans", lambda r: r.objective.plans % 2 == 0, "objective.plans must be even: plans come in pairs."),
     (

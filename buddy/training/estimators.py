@@ -1,8 +1,8 @@
 """How a discrete plan teaches the scores that it came from.
 
-An estimator takes windows and their budgets and returns a loss whose gradient moves the router. Two are for scores:
-`Perturbed` runs plans forward only and credits each token with what its own plan did; `StraightThrough` back-propagates
-through hard gates. `Weighted` is for layerwise routers, and the only one for them.
+An estimator takes windows and their budgets and returns a loss whose gradient moves the router. Three are for scores:
+`Perturbed` runs plans forward only and credits each token with what its own plan did; `StraightThrough` and `Surrogate`
+back-propagate through hard gates. `Weighted` is for layerwise routers, and the only one for them.
 
 Estimators are announced by the entry points of group `buddy.estimators`, as routers are, and made by `estimator_for`.
 """
@@ -205,22 +205,65 @@ class StraightThrough:
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
         context, dense, targets = _dense_pass(routed, batch)
         scores = scores_of(routed.router, context)
-        runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
-        gates = self._gates(routed, routed.held(scores, batch.prompt), runs)
+        plan = routed.plan(scores.detach(), batch.executed, batch.prompt)
+        tried = self._perturbed(scores, batch, generator)
+        runs = routed.plan(tried.detach(), batch.executed, batch.prompt)
+        first, last = routed.geometry.context_layer, routed.geometry.layers - 1
+        soft = self._soft(routed.held(tried, batch.prompt), runs[..., first:last])
+        not_sink = torch.arange(runs.shape[1], device=runs.device) >= routed.sink_tokens
+        pull = (soft - soft.detach()) * not_sink[:, None]  # sinks run whatever the scores say
+        gates = runs.to(scores.dtype) + F.pad(pull, (first, 1))
         logits = routed(batch.input_ids, runs=runs, gates=gates, logits_to_keep=batch.scored).logits
         value = self.objective(dense, logits, targets)
-        return Estimate(value.mean(), value.detach().mean(1), runs, context)
+        return Estimate(value.mean(), value.detach().mean(1), plan, context)
 
-    @staticmethod
-    def _gates(routed: RoutedLM, scores: Tensor, runs: Tensor) -> Tensor:
-        """(B, T, L): 0 or 1 by the plan, with the softmax's gradient; sinks run whatever the scores say."""
-        geometry = routed.geometry
-        soft = scores.softmax(-1) * geometry.routable
+    def _perturbed(self, scores: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        """(B, T, R), the scores whose plan is tried."""
+        return scores
+
+    def _soft(self, scores: Tensor, runs: Tensor) -> Tensor:
+        """(B, T, R): has the gradient that the gates of a plan take, from the scores that the plan follows."""
+        soft = scores.softmax(-1) * scores.shape[-1]
         if soft.requires_grad:
             soft.register_hook(lambda gradient: gradient - gradient.mean(-1, keepdim=True))
-        routed_here = torch.arange(runs.shape[1], device=runs.device) >= routed.sink_tokens
-        pull = (soft - soft.detach()) * routed_here[:, None]
-        return runs.to(scores.dtype) + F.pad(pull, (geometry.context_layer, 1))
+        return soft
+
+
+class Surrogate(StraightThrough):
+    """The plan of perturbed scores forward, a sigmoid around its threshold backward (surrogate gradient, 1901.09948).
+
+    The layers that a small change of the scores would move are those near the top-k's threshold, half-way between the
+    last score that runs and the first that does not. So gate i has the gradient of sigmoid((s_i + ε_i − threshold) / σ),
+    and the noise, as wide as the sigmoid, lets other layers come near it. The threshold moves with the scores, such
+    that the sum of the sigmoids stays: more compute for all layers is no direction.
+
+    Args:
+        objective: what a plan is judged by.
+        sigma: σ, spread of the noise and width of the sigmoid, in units of scores.
+    """
+
+    def __init__(self, objective: Objective, sigma: float = 0.15) -> None:
+        super().__init__(objective)
+        self.sigma = sigma
+
+    def _perturbed(self, scores: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        rows = len(batch.executed if batch.everyone is None else batch.everyone)
+        noise = torch.randn(rows, *scores.shape[1:], generator=generator)[batch.rank :: rows // len(scores)]
+        return scores + self.sigma * noise.to(scores)
+
+    def _soft(self, scores: Tensor, runs: Tensor) -> Tensor:
+        fixed = scores.detach()
+        least = fixed.masked_fill(~runs, math.inf).amin(-1, keepdim=True)
+        most = fixed.masked_fill(runs, -math.inf).amax(-1, keepdim=True)
+        threshold = (least + most) / 2  # infinite where all layers run, or none: no gradient
+        slope = _slope((fixed - threshold) / self.sigma)
+        moving = (slope * scores).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp(min=1e-9)
+        return ((scores - moving + (moving - threshold).detach()) / self.sigma).sigmoid()
+
+
+def _slope(x: Tensor) -> Tensor:
+    """The derivative of the sigmoid."""
+    return x.sigmoid() * (-x).sigmoid()
 
 
 class Weighted:

@@ -76,7 +76,7 @@ def test_texts_are_those_of_the_cpu(policy, batch_plan):
 
 
 @one_gpu
-@pytest.mark.parametrize("estimator", ["perturbed", "straight-through"])
+@pytest.mark.parametrize("estimator", ["perturbed", "straight-through", "surrogate"])
 def test_a_training_goes_on_where_it_stopped(small, tmp_path, estimator):
     options = ["trainer.accelerator=auto", f"objective.estimator={estimator}", "bridge={rank: 4, windows: 4}"]
     fit(small(tmp_path / "first", *options, "trainer.max_steps=3"), "small")

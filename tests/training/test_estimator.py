@@ -9,7 +9,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RegistryError
 from buddy.losses import Objective
 from buddy.plan import top_k
-from buddy.training.estimators import Batch, Perturbed, StraightThrough, _direction, estimator_for
+from buddy.training.estimators import Batch, Perturbed, StraightThrough, Surrogate, _direction, estimator_for
 from tests.tiny import tiny_backbone
 
 IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -44,6 +44,7 @@ def generator(seed: int = 0) -> torch.Generator:
 ESTIMATORS = {
     "perturbed": lambda: Perturbed(Objective(), plans=4, sigma=1.0),
     "straight-through": lambda: StraightThrough(Objective()),
+    "surrogate": lambda: Surrogate(Objective(), sigma=1.0),
 }
 
 
@@ -65,7 +66,7 @@ def test_the_pull_common_to_all_layers_is_gone(name):
     routed = tiny()
     ESTIMATORS[name]()(routed, batch(3, 3, 3, 3), generator()).loss.backward()
     gradient = routed.router.bias.grad
-    if name == "straight-through":
+    if name != "perturbed":
         assert gradient.sum().abs() < 1e-4 * gradient.abs().sum()
     else:
         assert gradient.sum().abs() < gradient.abs().sum()
@@ -139,7 +140,29 @@ def test_straight_through_runs_the_exact_plan():
     torch.testing.assert_close(estimate.objective, expected.view(4, -1).mean(1).detach(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("estimator", [Perturbed(Objective(), plans=4, sigma=1.0), StraightThrough(Objective())])
+def test_surrogate_equals_its_formula():
+    routed = tiny(24)
+    nn.init.normal_(routed.router.bias, generator=generator(3))
+    given, sigma = batch(3, 4), 0.4
+    Surrogate(Objective(), sigma)(routed, given, generator(5)).loss.backward()
+    scores = routed.router.bias.detach() + sigma * torch.randn(2, 24, 4, generator=generator(5))
+    runs = routed.plan(scores, given.executed)
+    gates = runs.float().requires_grad_()
+    dense = routed.dense(given.input_ids)[:, given.scored].log_softmax(-1)
+    logits = routed(given.input_ids, runs=runs, gates=gates, logits_to_keep=given.scored).logits.log_softmax(-1)
+    (dense.exp() * (dense - logits)).sum(-1).mean().backward()
+    expected = torch.zeros(24, 4)
+    for row, k in enumerate((1, 2)):  # routable layers that run
+        for token in range(1, 24):  # the first is a sink
+            ordered = scores[row, token].sort(descending=True).values
+            soft = ((scores[row, token] - (ordered[k - 1] + ordered[k]) / 2) / sigma).sigmoid()
+            slope = soft * (1 - soft) / sigma
+            jacobian = slope.diag() - slope.outer(slope) / slope.sum()  # the sum of the sigmoids stays
+            expected[token] += jacobian @ gates.grad[row, token, 1:-1]
+    torch.testing.assert_close(routed.router.bias.grad, expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", [make() for make in ESTIMATORS.values()], ids=ESTIMATORS)
 @pytest.mark.parametrize(
     ("options", "deciders"),
     [

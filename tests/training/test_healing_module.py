@@ -10,7 +10,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
 from buddy.metrics.perplexity import Reference
-from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
+from buddy.training.estimators import Batch, Perturbed, StraightThrough, Surrogate, Weighted
 from buddy.training.healing import HealingModule
 from buddy.training.module import NotFinite
 from routers.buddy import BuddyRouter
@@ -146,6 +146,7 @@ ESTIMATORS = [
     (BuddyRouter, Perturbed),
     (BuddyRouter, OfOnesOwn),
     (BuddyRouter, StraightThrough),
+    (BuddyRouter, Surrogate),
     (FiRST, Weighted),
 ]
 

@@ -155,7 +155,7 @@ def test_a_micro_batch_draws_what_no_other_does_and_a_resumed_run_repeats_it(run
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("estimator", ["perturbed", "straight-through"])
+@pytest.mark.parametrize("estimator", ["perturbed", "straight-through", "surrogate"])
 def test_mixed_precision_trains_a_float32_router(run, estimator):
     module = make(estimator)
     before = copy.deepcopy(module.router.state_dict())
