@@ -232,10 +232,10 @@ class StraightThrough:
 class Surrogate(StraightThrough):
     """The plan of perturbed scores forward, a sigmoid around its threshold backward (surrogate gradient, 1901.09948).
 
-    The layers that a small change of the scores would move are those near the top-k's threshold, half-way between the
-    last score that runs and the first that does not. So gate i has the gradient of sigmoid((s_i + ε_i − threshold) / σ),
-    and the noise, as wide as the sigmoid, lets other layers come near it. The threshold moves with the scores, such
-    that the sum of the sigmoids stays: more compute for all layers is no direction.
+    A small change of the scores moves the layers near the top-k's threshold, half-way between the last score that runs
+    and the first that does not. So gate i has the gradient of sigmoid((s_i + ε_i − threshold) / σ), and the noise ε, as
+    wide as the sigmoid, lets other layers come near the threshold. The threshold moves with the scores such that the
+    sum of the sigmoids stays: more compute for all layers is no direction.
 
     Args:
         objective: what a plan is judged by.
