@@ -116,7 +116,12 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
     model = build_model(recipe, backbone)
     try:
         if model.router.trainable:
-            build_estimator(recipe, model.router)
+            estimator = build_estimator(recipe, model.router)
+            if recipe.bridge and recipe.bridge.joint and not getattr(estimator, "backpropagates", False):
+                raise RecipeError(
+                    f"bridge.joint=true needs an estimator that back-propagates, not {recipe.objective.estimator}; "
+                    "set objective.estimator=surrogate."
+                )
         if recipe.ckpt_path and not model.router.trainable:
             raise RecipeError(f"The router {recipe.router.name} is not trained; leave ckpt_path out.")
         if recipe.ckpt_path and trains_both(recipe, model.router):
@@ -313,6 +318,7 @@ def build_module(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
         routed,
         budgets=available_budgets(routed.router, recipe.budgets),
         estimator=build_estimator(recipe, routed.router),
+        bridge_lr=recipe.bridge.lr if recipe.bridge and recipe.bridge.joint else 0.0,
         prompt=recipe.data.prompt,
         lr=optimizer.lr,
         warmup_steps=optimizer.warmup_steps,

@@ -242,7 +242,10 @@ class Session:
             both = trains_both(recipe, model.router)
             if model.router.trainable and not both and recipe.trainer["max_steps"]:
                 _train(recipe, model, self.data, checkpoint, callbacks)
-                self._fit_bridges(recipe, model)
+                if recipe.bridge and recipe.bridge.joint:
+                    model.bridge(model.bridges)  # as trained
+                else:
+                    self._fit_bridges(recipe, model)
             if not both:
                 model.router.eval().requires_grad_(False)
                 self._keep(model, fitted)

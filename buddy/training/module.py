@@ -279,7 +279,11 @@ class RoutingModule(BudgetModule):
         estimator: turns windows and budgets into a loss for the router; a name of group `buddy.estimators`, or an
             `Estimator`. Layerwise routers have one of their own.
         objective: judges plans; KL to the dense model by default.
+        bridge_lr: learning rate of the model's bridges, which are trained in the same steps; 0 leaves them as they are.
         prompt, lr, warmup_steps, weight_decay, seed, reference: as for `BudgetModule`.
+
+    Raises:
+        TrainingError: `bridge_lr` with an estimator that does not back-propagate.
     """
 
     prefix, activity = "train", "Training"
@@ -291,6 +295,7 @@ class RoutingModule(BudgetModule):
         budgets: Sequence[float | str],
         estimator: str | Estimator = "perturbed",
         objective: Objective | None = None,
+        bridge_lr: float = 0.0,
         prompt: int | None = None,
         lr: float = 6e-3,
         warmup_steps: int = 20,
@@ -306,11 +311,17 @@ class RoutingModule(BudgetModule):
         if isinstance(estimator, str):
             estimator = estimator_for(model.router, estimator, self.objective, {})
         self.estimator = estimator
+        self.bridges, self.bridge_lr = None, bridge_lr
+        if bridge_lr and model.bridges is not None:
+            if not getattr(estimator, "backpropagates", False):
+                raise TrainingError("Bridges are trained by back-propagation; choose the estimator surrogate for that.")
+            self.bridges = model.bridges.trainable()
         self.calibrated = False
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """The router's own groups, each with its factor on the learning rate."""
-        return [(group["params"], self.settings["lr"] * group["scale"]) for group in self.router.parameter_groups()]
+        """The router's own groups, each with its factor on the learning rate; and the bridges that are trained."""
+        rates = [(group["params"], self.settings["lr"] * group["scale"]) for group in self.router.parameter_groups()]
+        return rates if self.bridges is None else [*rates, (list(self.bridges.parameters()), self.bridge_lr)]
 
     def calibrate(self, data: TextData) -> None:
         """Let the router measure what it needs, on the calibration windows of a text, set up; its buffers change."""

@@ -17,6 +17,7 @@ from buddy.io import load_tensors
 from buddy.run import read_run
 from buddy.run_files import BRIDGE, update_checksums
 from buddy.training.healing import HealingModule
+from buddy.training.module import RoutingModule
 from tests.small import only_seeds
 from tests.training.stopping import at_step, interrupt
 
@@ -105,6 +106,26 @@ def test_their_training_resumes(small, tmp_path, monkeypatch, capsys, router):
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
 
+@pytest.mark.slow
+def test_the_router_s_steps_may_train_them_too_and_resume(small, tmp_path, monkeypatch, capsys):
+    overrides = ["bridge.rank=8", "bridge.joint=true", "objective.estimator=surrogate", "rivals=[]"]
+    overrides += ["trainer.max_steps=6", "checkpoint_every=1"]
+    fit(small(tmp_path / "whole", *overrides), "small")
+    assert capsys.readouterr().err.count("Fitting bridges") == 1, "they stay as trained"
+    with monkeypatch.context() as patch:
+        at_step(patch, RoutingModule, 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(small(tmp_path / "parts", *overrides), "small")
+    fit(small(tmp_path / "parts", *overrides), "small")
+    fit(small(tmp_path / "alone", *overrides, "trainer.max_steps=0"), "small")
+    whole, parts, start = (
+        load_tensors(tmp_path / name / "small/buddy/seed-0" / BRIDGE) for name in ("whole", "parts", "alone")
+    )
+    assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())
+    for name in ("down", "up", "bias"):
+        assert 0 < (whole[name] - start[name]).abs().max() < 1.01 * 6 * 1e-3  # a step of Adam is at most its rate
+
+
 def test_too_few_tokens_leave_nothing_to_train(small, tmp_path, capsys):
     overrides = ["bridge.rank=8", "bridge.windows=1", "budgets=[1.0,0.5]", "router=shortgpt", "rivals=[]"]
     fit(small(tmp_path, *overrides, "bridge.steps=3"), "small")
@@ -144,6 +165,8 @@ def test_wrong_values_are_refused_by_their_key(small, tmp_path, value):
 def test_what_contradicts_is_refused_before_work(small, tmp_path):
     with pytest.raises(RecipeError, match=r"bridge\.rank"):
         fit(small(tmp_path, "bridge.rank=65"), "small")
+    with pytest.raises(RecipeError, match="surrogate"):
+        fit(small(tmp_path, "bridge.joint=true", "objective.estimator=perturbed"), "small")
     assert not any(tmp_path.rglob("metrics.json"))
 
 
