@@ -32,8 +32,8 @@ POLICIES = ("fill", "hole")
 LABELS = ("weights, frozen", "router and optimizer", "a step, at most", "together")  # of the training table
 NOTE = (
     "The step, and what fsdp gathers, are estimates; the rest is counted. The driver and the allocator take more. "
-    "Training an adapter or bridges computes gradients through the layers and takes more than this. Bridges, about 2 % "
-    "of the layers' weights, are not counted."
+    "Training an adapter or bridges, or a router by another estimator than perturbed, computes gradients through the "
+    "layers and takes more than this. Bridges, about 2 % of the layers' weights, are not counted."
 )
 
 

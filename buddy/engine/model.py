@@ -377,7 +377,7 @@ class RoutedLM(nn.Module):
         """
         if all_layers and self.policy.name != "fill":
             raise BuddyError(
-                f"Computing every layer, and so the straight-through estimator, needs the policy 'fill', not "
+                f"Computing every layer, as back-propagating estimators do, needs the policy 'fill', not "
                 f"{self.policy.name!r}; choose that, or the perturbed estimator."
             )
         if weighted and not isinstance(self.router, LayerwiseRouter):

@@ -256,14 +256,10 @@ class Surrogate(StraightThrough):
         least = fixed.masked_fill(~runs, math.inf).amin(-1, keepdim=True)
         most = fixed.masked_fill(runs, -math.inf).amax(-1, keepdim=True)
         threshold = (least + most) / 2  # infinite where all layers run, or none: no gradient
-        slope = _slope((fixed - threshold) / self.sigma)
+        near = ((fixed - threshold) / self.sigma).sigmoid()
+        slope = near * (1 - near)
         moving = (slope * scores).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp(min=1e-9)
         return ((scores - moving + (moving - threshold).detach()) / self.sigma).sigmoid()
-
-
-def _slope(x: Tensor) -> Tensor:
-    """The derivative of the sigmoid."""
-    return x.sigmoid() * (-x).sigmoid()
 
 
 class Weighted:
