@@ -153,9 +153,14 @@ def uses_bridges(recipe: Recipe, router: AnyRouter) -> bool:
 
 
 def healing_steps(recipe: Recipe, router: AnyRouter) -> int:
-    """Steps that train an adapter, the bridges or both under a router's plans; 0 for a router that skips nothing."""
+    """Steps that train an adapter, the bridges or both under a router's plans; 0 for a router that skips nothing.
+
+    Where the steps of a router train its bridges too, routers without such steps have as many more, to be equal.
+    """
     adapter, bridge = recipe.adapter, recipe.bridge
-    return 0 if router.full_depth else adapter.steps if adapter else bridge.steps if bridge else 0
+    if router.full_depth or adapter or not bridge:
+        return adapter.steps if adapter and not router.full_depth else 0
+    return bridge.steps + (recipe.trainer["max_steps"] if bridge.joint and not router.trainable else 0)
 
 
 def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
@@ -351,7 +356,7 @@ def build_healing(recipe: Recipe, routed: RoutedLM, reference: Reference | None 
         identity=healing_identity(recipe, routed),
         estimator=build_estimator(recipe, routed.router) if both else None,
         router_lr=optimizer.lr,
-        bridge_lr=bridge.lr if bridge and bridge.steps else 0.0,
+        bridge_lr=bridge.lr if bridge and (bridge.steps or bridge.joint) else 0.0,
         reference=reference,
     )
 

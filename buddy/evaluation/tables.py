@@ -311,10 +311,12 @@ def _at_full_depth(r: Results) -> str:
     """Full depth, which all rows share; how adapters or bridges were trained."""
     recipe = r.record["recipe"]
     batches = f"steps of {recipe['data.batch_size']} windows on {_texts(r, 'data.train_sources')}"
-    bridges, rate = recipe.get("bridge.steps"), recipe.get("bridge.lr")
+    bridges, rate, joint = (recipe.get(f"bridge.{key}") for key in ("steps", "lr", "joint"))
     if not _healed(r):
-        trained = f"Bridges are trained for {bridges} {batches}, at rate {rate}. "
-        return trained * bool(bridges) + "At full depth all routers are the dense model."
+        steps = bridges + recipe["trainer.max_steps"] if joint else bridges
+        trained = f"Bridges are trained for {steps} {batches}, at rate {rate}"
+        trained += f"; {recipe['trainer.max_steps']} of them train a router with parameters too. " if joint else ". "
+        return trained * bool(steps) + "At full depth all routers are the dense model."
     beside = f" Bridges are trained in the same steps, at rate {rate}." * bool(bridges)
     rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
     return (
