@@ -225,6 +225,7 @@ class Session:
     def _fit(self, recipe: Recipe, model: RoutedLM, folder: Path, reuse_from: Path | None) -> None:
         """Calibrate, train and heal; bridges are fitted on the router's plans before its training and after it."""
         self.data.train_seed = recipe.seed
+        steps = healing_steps(recipe, model.router)  # of the router as it is here: it is frozen later
         callbacks = [LambdaCallback(on_train_batch_end=self._tick)]
         checkpoint = folder / CHECKPOINTS / LAST
         fitted = folder / CHECKPOINTS / FITTED
@@ -250,9 +251,10 @@ class Session:
                 model.router.eval().requires_grad_(False)
                 self._keep(model, fitted)
         bridged = model.bridges is not None and bool(model.bridges.fitted.any())
-        if healing_steps(recipe, model.router) and (recipe.adapter or bridged):
+        if steps and (recipe.adapter or bridged):
+            healed = replace(recipe, trainer={**recipe.trainer, "max_steps": steps})
             healing = folder / CHECKPOINTS / HEALING
-            _heal(recipe, model, self.data, healing, callbacks, self._trained_reference)
+            _heal(healed, model, self.data, healing, callbacks, self._trained_reference)
 
     @staticmethod
     def _keep(model: RoutedLM, folder: Path) -> None:
@@ -384,12 +386,11 @@ def _heal(
         rate = "bridge.lr" if recipe.adapter is None else "adapter.lr"
         return TrainingError(f"{error}; lower {rate}", f"{advice}.")
 
-    steps = replace(recipe, trainer={**recipe.trainer, "max_steps": healing_steps(recipe, model.router)})
     start = checkpoint if checkpoint.exists() else None
     activity = "Training the bridges of" if recipe.adapter is None else "Healing"
     line = ProgressLine(f"{activity} {recipe.router.name}", "heal/objective")
     module = build_healing(recipe, model, reference)
-    _run_trainer(steps, module, data, checkpoint, start, [line, *callbacks], describe)
+    _run_trainer(recipe, module, data, checkpoint, start, [line, *callbacks], describe)
     if model.adapter is not None:
         model.adapter.freeze()
     model.bridge(model.bridges)

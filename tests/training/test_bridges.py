@@ -126,6 +126,19 @@ def test_the_router_s_steps_may_train_them_too_and_resume(small, tmp_path, monke
         assert 0 < (whole[name] - start[name]).abs().max() < 1.01 * 6 * 1e-3  # a step of Adam is at most its rate
 
 
+@pytest.mark.slow
+def test_bridges_of_a_router_without_steps_are_trained_for_as_many(small, tmp_path, monkeypatch):
+    common = ["bridge.rank=8", "router=shortgpt", "rivals=[]", "objective.estimator=surrogate"]
+    fit(small(tmp_path / "joint", *common, "bridge.joint=true", "bridge.steps=2", "trainer.max_steps=4"), "small")
+    fit(small(tmp_path / "alone", *common, "bridge.steps=6"), "small")
+    joint, alone = (load_tensors(tmp_path / name / "small/shortgpt/seed-0" / BRIDGE) for name in ("joint", "alone"))
+    assert all(torch.equal(joint[key], tensor) for key, tensor in alone.items())
+    with monkeypatch.context() as patch:  # a router with steps has no more than asked after them
+        at_step(patch, HealingModule, 2, interrupt)
+        common[1] = "router=buddy"
+        fit(small(tmp_path / "buddy", *common, "bridge.joint=true", "bridge.steps=2", "trainer.max_steps=4"), "small")
+
+
 def test_too_few_tokens_leave_nothing_to_train(small, tmp_path, capsys):
     overrides = ["bridge.rank=8", "bridge.windows=1", "budgets=[1.0,0.5]", "router=shortgpt", "rivals=[]"]
     fit(small(tmp_path, *overrides, "bridge.steps=3"), "small")
