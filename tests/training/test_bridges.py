@@ -134,7 +134,7 @@ def test_bridges_of_a_router_without_steps_are_trained_for_as_many(small, tmp_pa
     joint, alone = (load_tensors(tmp_path / name / "small/shortgpt/seed-0" / BRIDGE) for name in ("joint", "alone"))
     assert all(torch.equal(joint[key], tensor) for key, tensor in alone.items())
     with monkeypatch.context() as patch:  # a router with steps has no more than asked after them
-        at_step(patch, HealingModule, 2, interrupt)
+        at_step(patch, HealingModule, 3, interrupt)
         common[1] = "router=buddy"
         fit(small(tmp_path / "buddy", *common, "bridge.joint=true", "bridge.steps=2", "trainer.max_steps=4"), "small")
 
