@@ -155,11 +155,17 @@ def uses_bridges(recipe: Recipe, router: AnyRouter) -> bool:
 def healing_steps(recipe: Recipe, router: AnyRouter) -> int:
     """Steps that train an adapter, the bridges or both under a router's plans; 0 for a router that skips nothing.
 
-    Where the steps of a router train its bridges too, routers without such steps have as many more, to be equal.
+    Where the steps of a router train its bridges too, those of a router that is not trained have as many more.
+
+    Args:
+        recipe: of the run.
+        router: before its training, since it is frozen afterwards.
     """
     adapter, bridge = recipe.adapter, recipe.bridge
-    if router.full_depth or adapter or not bridge:
-        return adapter.steps if adapter and not router.full_depth else 0
+    if router.full_depth or not (adapter or bridge):
+        return 0
+    if adapter:
+        return adapter.steps
     return bridge.steps + (recipe.trainer["max_steps"] if bridge.joint and not router.trainable else 0)
 
 

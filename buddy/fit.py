@@ -225,7 +225,7 @@ class Session:
     def _fit(self, recipe: Recipe, model: RoutedLM, folder: Path, reuse_from: Path | None) -> None:
         """Calibrate, train and heal; bridges are fitted on the router's plans before its training and after it."""
         self.data.train_seed = recipe.seed
-        steps = healing_steps(recipe, model.router)  # of the router as it is here: it is frozen later
+        steps = healing_steps(recipe, model.router)  # the router is frozen later
         callbacks = [LambdaCallback(on_train_batch_end=self._tick)]
         checkpoint = folder / CHECKPOINTS / LAST
         fitted = folder / CHECKPOINTS / FITTED

@@ -126,7 +126,7 @@ class BridgeSection:
     windows: int | None = _number(None, ge=1)  # calibration windows to fit on; null for all
     steps: int = _number(0, ge=0)  # of gradient descent from the closed form; where an adapter is trained, its steps
     lr: float = _number(1.0e-3, gt=0)
-    joint: bool = False  # train them in trainer.max_steps too, before `steps`: with a trained router, or alone
+    joint: bool = False  # train them in the trainer.max_steps before that too: with a trained router, or alone
 
 
 @dataclass(frozen=True)

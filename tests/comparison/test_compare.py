@@ -332,6 +332,7 @@ def test_healing_of_reused_routers_may_train_their_bridges(ask, tmp_path):
     [
         ([], "whole", RecipeError, r"adapter\.steps"),
         (["adapter.joint=true"], "whole", RecipeError, r"adapter\.joint"),
+        (["bridge.joint=true", "bridge.steps=2"], "whole", RecipeError, r"bridge\.joint"),
         (["adapter.steps=2"], "x" * 300, RunError, "xxx"),
         (["adapter.steps=2"], "out", RunError, "--out"),
         (["adapter.steps=2", "optimizer.lr=0.1"], "whole", RunError, r"optimizer\.lr: 0\.006 there, 0\.1 here"),
