@@ -249,7 +249,7 @@ def _check_trained(config: CompareConfig) -> None:
         raise RecipeError("--trained heals trained routers; give bridge.steps=…, adapter.steps=… or both.")
     for name, section in (("adapter", recipe.adapter), ("bridge", recipe.bridge)):
         if section and section.joint:
-            raise RecipeError(f"{name}.joint=true needs the training of the routers; leave --trained out, or set it to false.")
+            raise RecipeError(f"{name}.joint=true trains the routers again; leave --trained out, or set it to false.")
     if not os.path.isdir(trained):  # os.path answers for names that are too long
         raise RunError(f"{trained} is not the folder of a comparison; name the --out of one as --trained.")
     if os.path.realpath(config.folder) == os.path.realpath(trained):
