@@ -128,15 +128,16 @@ def test_the_router_s_steps_may_train_them_too_and_resume(small, tmp_path, monke
 
 @pytest.mark.slow
 def test_bridges_of_a_router_without_steps_are_trained_for_as_many(small, tmp_path, monkeypatch):
-    common = ["bridge.rank=8", "router=shortgpt", "rivals=[]", "objective.estimator=surrogate"]
-    fit(small(tmp_path / "joint", *common, "bridge.joint=true", "bridge.steps=2", "trainer.max_steps=4"), "small")
-    fit(small(tmp_path / "alone", *common, "bridge.steps=6"), "small")
-    joint, alone = (load_tensors(tmp_path / name / "small/shortgpt/seed-0" / BRIDGE) for name in ("joint", "alone"))
-    assert all(torch.equal(joint[key], tensor) for key, tensor in alone.items())
-    with monkeypatch.context() as patch:  # a router with steps has no more than asked after them
-        at_step(patch, HealingModule, 3, interrupt)
-        common[1] = "router=buddy"
-        fit(small(tmp_path / "buddy", *common, "bridge.joint=true", "bridge.steps=2", "trainer.max_steps=4"), "small")
+    common, steps = ["bridge.rank=8", "rivals=[]", "objective.estimator=surrogate"], []
+    joint = [*common, "bridge.joint=true", "bridge.steps=2", "trainer.max_steps=4"]
+    fit(small(tmp_path / "joint", *joint, "router=shortgpt"), "small")
+    fit(small(tmp_path / "alone", *common, "router=shortgpt", "bridge.steps=6"), "small")
+    one, other = (load_tensors(tmp_path / name / "small/shortgpt/seed-0" / BRIDGE) for name in ("joint", "alone"))
+    assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
+    counted = HealingModule.training_step
+    monkeypatch.setattr(HealingModule, "training_step", lambda self, *args: steps.append(None) or counted(self, *args))
+    fit(small(tmp_path / "buddy", *joint), "small")
+    assert len(steps) == 2, "a router with steps of its own has no more than asked for after them"
 
 
 def test_too_few_tokens_leave_nothing_to_train(small, tmp_path, capsys):
