@@ -12,7 +12,7 @@ import torch
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter, check_targets
-from buddy.backbone.load import Backbone, fastest_dtype, load_backbone, state_digest
+from buddy.backbone.load import Backbone, fastest_dtype, load_backbone
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
 from buddy.data.module import TextData
 from buddy.data.text import overlap
@@ -46,7 +46,6 @@ TRAINER: dict[str, Any] = {  # defaults of Buddy's trainers
     "inference_mode": False,  # training cannot use its tensors
     "num_sanity_val_steps": 0,
 }
-HEALING_CHANGES = {"kind", "lr", "steps"}  # keys of `adapter` that may change when a healing is resumed
 
 
 def with_dtype(recipe: Recipe) -> Recipe:
@@ -359,20 +358,11 @@ def build_healing(recipe: Recipe, routed: RoutedLM, reference: Reference | None 
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
         seed=recipe.seed,
-        identity=healing_identity(recipe, routed),
         estimator=build_estimator(recipe, routed.router) if both else None,
         router_lr=optimizer.lr,
         bridge_lr=bridge.lr if bridge and (bridge.steps or not recipe.adapter) else 0.0,
         reference=reference,
     )
-
-
-def healing_identity(recipe: Recipe, routed: RoutedLM) -> dict[str, str]:
-    """Settings, and digests of router and bridges, which must be equal to resume an interrupted healing."""
-    adapter = asdict(recipe.adapter) if recipe.adapter else {}
-    settings = {f"adapter.{key}": str(value) for key, value in adapter.items() if key not in HEALING_CHANGES}
-    parts = {"the router": routed.router} | ({} if routed.bridges is None else {"the bridges": routed.bridges})
-    return settings | {name: state_digest(part.state_dict()) for name, part in parts.items()}
 
 
 def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:

@@ -270,8 +270,10 @@ class Session:
         with nullcontext() if is_sharded(recipe.trainer) else distributed.rank_zero_first():
             if distributed.is_global_zero() or is_sharded(recipe.trainer):
                 probe = self._calibration_probe(recipe, model)
-                model.router.calibrate(probe)
-                probe.release()
+                try:
+                    model.router.calibrate(probe)
+                finally:
+                    probe.release()  # other runs of the session share the probe
         distributed.broadcast_state(model.router)
 
     def _fit_bridges(self, recipe: Recipe, model: RoutedLM) -> None:
@@ -416,6 +418,9 @@ def _run_trainer(
         check_checkpoint(start)
         errors.print(f"Resuming from {start}", soft_wrap=True)
     stop, own = GracefulStop(), [instantiate(spec) for spec in recipe.callbacks]
+    # What a callback monitors is logged by one of the two trainings, or by both, as val/kl is.
+    other = {"train/", "heal/"} - {f"{module.prefix}/"}
+    own = [each for each in own if not str(getattr(each, "monitor", None)).startswith(tuple(other))]
     if any(isinstance(each, ProgressBar) for each in own) or not recipe.trainer.get("enable_progress_bar", True):
         callbacks = [each for each in callbacks if not isinstance(each, ProgressBar)]  # Lightning takes one
     tensorboard = TensorBoardLogger(checkpoint.parent.parent, name="", version="", default_hp_metric=False)

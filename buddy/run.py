@@ -34,6 +34,7 @@ from buddy.run_files import (
     CHECKPOINTS,
     FACTS,
     FITTED,
+    HEALING,
     INPUTS,
     LAST,
     METRICS,
@@ -136,8 +137,8 @@ class RunFolder:
     ) -> Path:
         """Start or resume the run; requires the lock.
 
-        An incomplete run of the same recipe and inputs is kept, so that it resumes from its checkpoint. So is one that
-        the recipe's `ckpt_path` points into, without the checkpoints that it would resume from in place of that one.
+        An incomplete run of the same recipe and inputs is kept, so that it resumes from its checkpoint. Of another one
+        that the recipe's `ckpt_path` points into, that checkpoint is kept, without all else that a run resumes from.
         Any other incomplete run is removed. A complete run stays as it is.
 
         Args:
@@ -156,12 +157,10 @@ class RunFolder:
         """
         self.check_free()
         work = self.work
-        inside = is_below(recipe.ckpt_path, work)
-        if inside or not RunFolder(work).differences(recipe, digests, ignore):
+        if not RunFolder(work).differences(recipe, digests, ignore):
             warn_of_changed_code(work, digests)
-            stored = work / RECIPE
-            if inside and stored.exists() and load_recipe(stored, saved=True).ckpt_path != recipe.ckpt_path:
-                _forget_progress(work / CHECKPOINTS, Path(recipe.ckpt_path))
+        elif recipe.ckpt_path and is_below(recipe.ckpt_path, work):
+            _forget_progress(work / CHECKPOINTS, Path(recipe.ckpt_path))
         else:
             self._discard(work)
         with writing(work):
@@ -268,10 +267,10 @@ class RunSpec:
 
 
 def _forget_progress(checkpoints: Path, kept: Path) -> None:
-    """Remove what the training of a router resumes from, except the checkpoint `kept`, which it is to start from."""
-    last = checkpoints / LAST
-    if last.exists() and not kept.samefile(last):
-        last.unlink()
+    """Remove what a run resumes from, except the checkpoint `kept`, which the training of its router starts from."""
+    for path in (checkpoints / LAST, checkpoints / HEALING):
+        if path.exists() and not kept.samefile(path):
+            path.unlink()
     shutil.rmtree(checkpoints / FITTED, ignore_errors=True)
 
 

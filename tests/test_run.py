@@ -204,7 +204,13 @@ def test_training_goes_on_from_a_checkpoint_that_is_asked_for_until_it_has_one_o
         assert not fitted.exists()
         last.write_text("step 3")
         begin(folder, requested)
-    assert last.exists()
+        assert last.exists()
+        healing = last.with_name("healing.ckpt")
+        healing.write_text("step 4")
+        begin(folder, replace(requested, optimizer=OptimizerSection(lr=0.5)))
+    assert asked.exists()
+    assert not last.exists(), "of another rate"
+    assert not healing.exists()
 
 
 def test_a_run_without_anything_to_resume_from_can_be_abandoned(folder, recipe):

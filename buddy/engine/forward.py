@@ -22,6 +22,7 @@ from buddy.router import AnyRouter, Context
 
 # Which tokens run a layer: all (True), none (False), or how many of each row.
 ActiveRows = bool | list[int]
+CHOICES = {"pool": ("value", "key", "both"), "prompt_plan": ("token", "shared"), "batch_plan": ("row", "shared")}
 
 
 def read(values: Tensor) -> Any:
@@ -50,6 +51,15 @@ class Settings:
     batch_plan: str
     reroute_every: int | None
     own_count: bool = False
+
+    def __post_init__(self) -> None:
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise BuddyError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}.")
+        if self.sink_tokens < 0:
+            raise BuddyError(f"sink_tokens is {self.sink_tokens}; give 0 or more.")
+        if self.reroute_every is not None and self.reroute_every < 1:
+            raise BuddyError(f"reroute_every is {self.reroute_every}; give 1 or more, or None.")
 
     def for_router(self, router: AnyRouter) -> Settings:
         """The settings under a router: one plan for each input, where that is its scope."""

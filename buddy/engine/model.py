@@ -62,7 +62,7 @@ class RoutedLM(nn.Module):
         bridges: what tokens pass through in place of the layers that they skip, or None; see `bridge`.
 
     Raises:
-        BuddyError: an unknown policy, a router of an unknown scope, or a number of sinks below 0.
+        BuddyError: an option has another value than these, or the router is of an unknown scope.
     """
 
     def __init__(
@@ -78,8 +78,6 @@ class RoutedLM(nn.Module):
         batch_plan: Literal["row", "shared"] = "row",
     ) -> None:
         super().__init__()
-        if sink_tokens < 0:
-            raise BuddyError(f"sink_tokens is {sink_tokens}; give 0 or more.")
         self.router, self.geometry = router.to(backbone.device), router.geometry
         settings = Settings(
             layers=self.geometry.layers,
@@ -143,11 +141,6 @@ class RoutedLM(nn.Module):
         return self._backbone[0]
 
     @property
-    def pool(self) -> str:
-        """Which of the context layer's cached states are pooled: "value", "key" or "both"."""
-        return self.settings.pool
-
-    @property
     def policy(self) -> Policy:
         """What a layer's cache holds for tokens that skipped it."""
         return self.settings.policy
@@ -161,11 +154,6 @@ class RoutedLM(nn.Module):
     def sink_tokens(self) -> int:
         """First positions of every row at full depth."""
         return self.settings.sink_tokens
-
-    @property
-    def prompt_plan(self) -> str:
-        """How prompts are planned: "token" or "shared"."""
-        return self.settings.prompt_plan
 
     def detach(self) -> None:
         """Give the stock model back, class by class and hook by hook, without an adapter."""
@@ -210,24 +198,20 @@ class RoutedLM(nn.Module):
         return count
 
     @contextmanager
-    def changed(self, **settings: Any) -> Iterator[None]:
-        """Within this block other `Settings` hold, such as prompt_plan="shared"."""
-        before = self.settings
-        self.settings = replace(before, **settings).for_router(self.router)
-        try:
-            yield
-        finally:
-            self.settings = before
+    def changed(self, router: AnyRouter | None = None, **settings: Any) -> Iterator[None]:
+        """Within this block other `Settings` hold, such as prompt_plan="shared", or another router plans.
 
-    @contextmanager
-    def routed_by(self, router: AnyRouter) -> Iterator[None]:
-        """Within this block another router of the same geometry plans; a cache belongs to the router that began it.
+        Args:
+            router: of the same geometry; a cache belongs to the router that began it.
+            settings: in place of those that hold now, or with another router of the model's own.
 
         Raises:
-            BuddyError: a router of an unknown scope.
+            BuddyError: a setting of another value than `RoutedLM` takes, or a router of an unknown scope.
         """
         before = self.router, self.settings
-        self.router, self.settings = router, self._own_settings.for_router(router)
+        held = self.settings if router is None else self._own_settings
+        router = router or self.router
+        self.router, self.settings = router, replace(held, **settings).for_router(router)
         try:
             yield
         finally:
@@ -354,7 +338,7 @@ class RoutedLM(nn.Module):
 
     def held(self, scores: Tensor, prompt: int = 0) -> Tensor:
         """Scores (B, T, R) that decide for each token under `reroute_every` and `prompt_plan`, from its own scores."""
-        shared = prompt if self.prompt_plan == "shared" else 0
+        shared = prompt if self.settings.prompt_plan == "shared" else 0
         return hold_scores(scores, prompt - 1, self.settings.reroute_every, shared)
 
     @torch.no_grad()
@@ -390,7 +374,7 @@ class RoutedLM(nn.Module):
 
     def _positions(self, mask: Tensor | None) -> dict[str, Tensor]:
         """`position_ids` of padded rows as in decoding, where the router sees rotated keys; else the stock call."""
-        if mask is None or self.pool == "value":
+        if mask is None or self.settings.pool == "value":
             return {}
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 

@@ -314,7 +314,7 @@ def _contender(
     @contextmanager
     def spends() -> Iterator[None]:
         routed.bridges = bridges
-        with routed.routed_by(router), routed.changed(**vars(settings)), routed.at(executed=[count]):
+        with routed.changed(router, **vars(settings)), routed.at(executed=[count]):
             yield
 
     return Contender(name, count, routed.backbone.model, spends)

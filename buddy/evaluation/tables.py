@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -168,7 +169,7 @@ def flips(r: Results) -> list[Table]:
 
 def number(value: float) -> str:
     """A positive number with about four digits: 27.78, 185.0, 31130, 1.2e6."""
-    if value >= 99999.5:
+    if 99999.5 <= value < math.inf:
         digits, power = f"{value:.1e}".split("e")
         return f"{digits}e{int(power)}"
     return f"{value:.0f}" if value >= 999.95 else f"{value:.1f}" if value >= 99.995 else f"{value:.2f}"
@@ -310,19 +311,21 @@ def _healed(r: Results) -> bool:
 def _at_full_depth(r: Results) -> str:
     """Full depth, which all rows share; how adapters or bridges were trained."""
     recipe = r.record["recipe"]
+    others = [label for label in r.routers.index if re.search(r"[\[;](adapter|bridge)\.", label)]
+    apart = f" This does not hold for {', '.join(others)}, whose names give their own settings." * bool(others)
     batches = f"steps of {recipe['data.batch_size']} windows on {_texts(r, 'data.train_sources')}"
     bridges, rate, joint = (recipe.get(f"bridge.{key}") for key in ("steps", "lr", "joint"))
     if not _healed(r):
         steps = bridges + recipe["trainer.max_steps"] if joint else bridges
         trained = f"Bridges are trained for {steps} {batches}, at rate {rate}"
         trained += f"; {recipe['trainer.max_steps']} of them train a router with parameters too. " if joint else ". "
-        return trained * bool(steps) + "At full depth all routers are the dense model."
+        return f"{trained * bool(steps)}At full depth all routers are the dense model.{apart}"
     beside = f" Bridges are trained in the same steps, at rate {rate}." * bool(bridges)
     rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
     return (
         f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "
         f"weights, {recipe['adapter.steps']} {batches}, at {rate}. It is active at full depth too, so rows differ "
-        f"there.{beside}"
+        f"there.{beside}{apart}"
     )
 
 

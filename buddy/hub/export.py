@@ -220,6 +220,6 @@ def _measure(run: Run, routed: RoutedLM, windows: Windows, kept: Sequence[int], 
     budgets = [fraction_of(budget, len(kept), routed.geometry.layers)]
     (ours,) = evaluate(routed, windows, budgets, description="Measuring the run", **options)
     plan = OnePlan(routed.geometry, kept).to(routed.backbone.device)
-    with routed.routed_by(plan), routed.changed(sink_tokens=0):
+    with routed.changed(plan, sink_tokens=0):
         (theirs,) = evaluate(routed, windows, budgets, description="Measuring the checkpoint's plan", **options)
     return [ours, theirs]

@@ -113,9 +113,9 @@ def predictor_arms(recipe: Recipe, routed: RoutedLM) -> tuple[int, ...]:
 def _measure(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arms: tuple[int, ...]) -> Targets:
     data.train_seed = recipe.seed
     # Neither router nor adapter nor bridges were trained on the windows of these steps.
-    healing = (recipe.adapter, recipe.bridge)
-    batches_a_step = recipe.trainer.get("accumulate_grad_batches", 1)
-    first = batches_a_step * max(recipe.trainer["max_steps"], *(section.steps if section else 0 for section in healing))
+    adapter, bridge, most = recipe.adapter, recipe.bridge, recipe.trainer["max_steps"]
+    bridged = bridge.steps + most * bridge.joint if bridge else 0
+    first = recipe.trainer.get("accumulate_grad_batches", 1) * max(most, adapter.steps if adapter else 0, bridged)
     count = -(-recipe.predictor.windows // data.batch_size)
     batches = [partial(data.batch, first + number) for number in range(count)]
     return measure_targets(

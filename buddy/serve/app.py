@@ -297,11 +297,13 @@ def make_app(
         model = load()
         routed = model.routed
         with routed.changed(batch_plan=batch_plan):
-            for each in [budget] if prompt_budget is None else [budget, prompt_budget]:
+            for each in (given for given in (budget, prompt_budget) if given is not None):
                 if auto_cap(each) is not None:
                     routed.choosing(str(each))
-                elif routed.executed_layers(each) and latency_of(each) is not None:
-                    routed.table(routed, limits.batch)  # that of one text was measured by the line before
+                else:
+                    routed.executed_layers(each)
+            if latency_of(budget) is not None:
+                routed.table(routed, limits.batch)  # that of one text was measured above
         return model
 
     scheduler = Scheduler(checked, metrics, limits.batch, limits.queue, batch_plan)

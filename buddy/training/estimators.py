@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from buddy.engine.model import RoutedLM
-from buddy.errors import RegistryError, TrainingError
+from buddy.errors import RegistryError, TrainingError, reason
 from buddy.losses import Dense, Objective
 from buddy.plan import gate_order
 from buddy.registry import ESTIMATORS, load
@@ -104,14 +104,21 @@ def estimator_for(router: AnyRouter, name: str, objective: Objective, options: M
     """The named estimator, made with those of the options that it takes; layerwise routers always have "weighted".
 
     Raises:
-        RegistryError: unknown, cannot be imported, not an estimator, or "weighted" for a router without gates.
+        RegistryError: unknown, cannot be imported, not an estimator, cannot be made with these options, or "weighted"
+            for a router without gates.
     """
     layerwise = isinstance(router, LayerwiseRouter)
     if name == "weighted" and not layerwise:
         raise RegistryError("objective.estimator=weighted trains gates, which this router lacks; choose another.")
     cls = load("weighted" if layerwise else name, ESTIMATORS)
     accepted = inspect.signature(cls).parameters
-    return cls(objective, **{key: value for key, value in options.items() if key in accepted})
+    try:
+        return cls(objective, **{key: value for key, value in options.items() if key in accepted})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RegistryError(
+            f"The estimator {name!r} cannot be made ({type(error).__name__}: {reason(error)}); its class takes an "
+            "Objective, and keys of the recipe's section objective by keyword."
+        ) from error
 
 
 class Perturbed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from buddy.engine.model import RoutedLM
-from buddy.errors import TrainingError
 from buddy.losses import Dense, Objective
 from buddy.router import LayerwiseRouter
 from buddy.training.estimators import Batch, Estimator
 from buddy.training.module import BudgetModule
-
-IDENTITY = "healing"  # in a checkpoint
 
 
 class HealingModule(BudgetModule):
@@ -31,7 +28,6 @@ class HealingModule(BudgetModule):
         model: backbone, calibrated or trained router, and adapter or bridges or both.
         budgets: fractions of the layers, or other budgets such as "22layers".
         objective: judges outputs; KL to the stock model by default.
-        identity: settings that a checkpoint must have been made with to be resumed, by the names to show.
         estimator: turns plans into a loss for the router, which is trained in the same steps; None leaves it as it is.
         router_lr: learning rate of the router, which its parameter groups multiply by their scales.
         bridge_lr: learning rate of the bridges; 0 leaves them as they are.
@@ -47,7 +43,6 @@ class HealingModule(BudgetModule):
         *,
         budgets: Sequence[float | str],
         objective: Objective | None = None,
-        identity: Mapping[str, str] | None = None,
         estimator: Estimator | None = None,
         router_lr: float = 0.0,
         bridge_lr: float = 0.0,
@@ -59,7 +54,6 @@ class HealingModule(BudgetModule):
         self.bridges = model.bridges.trainable() if bridge_lr and model.bridges is not None else None
         self.objective, self.estimator = objective or Objective(), estimator
         self.router_lr, self.bridge_lr = router_lr, bridge_lr
-        self.identity = dict(identity or {})
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Adapter, trained bridges, and the router's own groups where it is trained too."""
@@ -80,25 +74,6 @@ class HealingModule(BudgetModule):
         self._log(value, prepared.executed, batch_idx)
         # The factors of a layer that no row runs have no gradient, and processes side by side wait for each of them.
         return loss + 0.0 * sum(parameter.sum() for params, _ in self.groups() for parameter in params)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the identity too."""
-        checkpoint[IDENTITY] = self.identity
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another healing.
-
-        Raises:
-            TrainingError: it was made with other settings, or of another adapter.
-        """
-        made = checkpoint.get(IDENTITY, {})
-        differing = [name for name, value in self.identity.items() if made.get(name) != value]
-        if differing:
-            raise TrainingError(
-                f"The checkpoint {self.trainer.ckpt_path} is of another healing (it differs in "
-                f"{', '.join(differing)}); delete it, and repeat."
-            )
-        super().on_load_checkpoint(checkpoint)
 
     def _healing(self, batch: Batch, runs: Tensor | None = None, dense: Dense | None = None) -> tuple[Tensor, Tensor]:
         """The loss of the adapter, and the objective (B,) of each row; under the router's plans, or those given."""

@@ -103,8 +103,11 @@ class BudgetModule(LightningModule):
         """Move the backbone, which Lightning does not know, to the trainer's device.
 
         Raises:
+            BudgetError: no budget to train on.
             TrainingError: a precision that would change the weights.
         """
+        if stage == "fit" and not self.grid:
+            raise BudgetError("The budget auto is for test alone; add one to train on, such as 0.75.")
         if self.trainer.precision not in PRECISIONS:
             raise TrainingError(
                 f"trainer.precision={self.trainer.precision} would cast the router, which stays in float32; choose one "
@@ -197,7 +200,7 @@ class BudgetModule(LightningModule):
         everyone = draw_budgets(grid, len(ids) * processes, generator)
         executed = everyone[rank::processes].to(ids.device)
         prompt = self._prompt(ids)
-        first = prompt - 1 if self.model.prompt_plan == "shared" else min(prompt - 1, SHORTEST_PREFIX)
+        first = prompt - 1 if self.model.settings.prompt_plan == "shared" else min(prompt - 1, SHORTEST_PREFIX)
         scored = torch.arange(first, ids.shape[1] - 1, device=ids.device)
         return Batch(ids, executed, scored, prompt, everyone, rank), generator
 

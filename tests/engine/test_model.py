@@ -269,10 +269,12 @@ def test_what_no_forward_can_do_is_refused_and_leaves_the_model_stock():
         routed.backbone.model(tokens(), attention_mask=mask)
     with pytest.raises(BudgetError), routed.at():
         pass
-    with pytest.raises(BuddyError, match="holes"):
-        routed_tiny(policy="holes")
+    wrong = {"policy": "holes", "prompt_plan": "share", "batch_plan": "token", "sink_tokens": -1, "reroute_every": 0}
+    for name, value in wrong.items():
+        with pytest.raises(BuddyError, match=str(value)):
+            routed_tiny(**{name: value})
     routed.router.scope = "window"
-    with pytest.raises(BuddyError, match="window"), routed.routed_by(routed.router):
+    with pytest.raises(BuddyError, match="window"), routed.changed(routed.router):
         pass
     assert torch.equal(routed.backbone.model(tokens()).logits, stock)
 

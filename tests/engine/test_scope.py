@@ -72,11 +72,11 @@ def test_generate_never_changes_the_plan_and_takes_no_token_back():
 def test_other_settings_for_a_while_leave_the_scope():
     routed = routed_tiny()
     with routed.changed(prompt_plan="token", reroute_every=1):
-        assert (routed.prompt_plan, routed.settings.reroute_every) == ("shared", None)
+        assert (routed.settings.prompt_plan, routed.settings.reroute_every) == ("shared", None)
     ordinary = routed_tiny(Fickle)
     with ordinary.changed(prompt_plan="shared"):
-        assert (ordinary.prompt_plan, ordinary.settings.reroute_every) == ("shared", 1)
-    assert ordinary.prompt_plan == "token"
+        assert (ordinary.settings.prompt_plan, ordinary.settings.reroute_every) == ("shared", 1)
+    assert ordinary.settings.prompt_plan == "token"
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_an_older_router_of_the_same_backbone_says_so():
 def test_another_router_for_a_while_plans_as_if_it_had_been_attached(first, other):
     routed, alone = routed_tiny(first, reroute_every=2), routed_tiny(other, reroute_every=2)
     own = routed(IDS, executed=EXECUTED, prompt=PROMPT)
-    with routed.routed_by(alone.router):
+    with routed.changed(alone.router):
         lent = routed(IDS, executed=EXECUTED, prompt=PROMPT)
     expected, after = (each(IDS, executed=EXECUTED, prompt=PROMPT) for each in (alone, routed))
     assert torch.equal(lent.runs, expected.runs)

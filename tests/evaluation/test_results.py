@@ -51,6 +51,24 @@ def losses(record: dict, label: str, text: str, place: int) -> np.ndarray:
 # Numbers
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1.234, "1.23"), (99.996, "100.0"), (31130.2, "31130"), (1.24e6, "1.2e6"), (math.inf, "inf")]
+)
+def test_numbers_have_about_four_digits(value, shown):
+    assert tables.number(value) == shown
+
+
+def test_rows_with_bridges_of_their_own_are_excepted_from_what_is_said_of_all():
+    assert "worse" not in sentence_of_bridges(fresh(), "worse[a=1;b=2]")
+    assert "worse[bridge.steps=9]" in sentence_of_bridges(fresh(), "worse[bridge.steps=9]")
+
+
+def sentence_of_bridges(record: dict, label: str) -> str:
+    """What the document says of full depth, where a router has this label."""
+    named = json.loads(json.dumps(record).replace("worse[a=1;b=2]", label))
+    return render(Results(named), {}).partition("At full depth")[2].partition("\n")[0]
+
+
 def test_the_frame_holds_every_number_once(results):
     record, frame = results.record, results.frame
     assert not frame.duplicated(["router", "seed", "text", "budget", "document", "metric"]).any()

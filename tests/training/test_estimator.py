@@ -185,6 +185,18 @@ def test_the_estimator_of_gates_is_refused_for_scores():
         estimator_for(tiny().router, "weighted", Objective(), {})
 
 
+def test_an_estimator_that_cannot_be_made_is_named():
+    with pytest.raises(RegistryError, match="NoObjective"):
+        estimator_for(tiny().router, f"{__name__}:NoObjective", Objective(), {})
+
+
+class NoObjective:
+    """An estimator whose constructor takes nothing."""
+
+    def __call__(self, routed, batch, generator):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize("plans", [0, 1, 3])
 def test_perturbed_plans_come_in_pairs(plans):
     with pytest.raises(ValueError, match="plans"):

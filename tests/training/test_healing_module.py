@@ -21,7 +21,7 @@ from tests.tiny import tiny_backbone
 from tests.training.stopping import same
 
 GRID, BUDGETS = [6, 4, 3], [1.0, 0.75, 0.5]
-SETTINGS = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2, "identity": {"the router": "one"}}
+SETTINGS = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2}
 
 
 def make(router=Fickle, policy="fill", adapter=None, **settings):
@@ -207,7 +207,6 @@ def test_a_checkpoint_has_the_adapter_alone_and_the_recipes_rate_holds_over_its_
     [
         ({"adapter": {"rank": 2}}, r"parts\.model-layers-1-mlp-down_proj\.A\.weight"),
         ({"adapter": {"targets": ["q_proj"]}}, r"parts\.model-layers-1-mlp-down_proj\.A\.weight"),
-        ({"identity": {"the router": "two"}}, r"one\.ckpt.*the router"),
     ],
 )
 def test_a_checkpoint_of_another_healing_is_refused(run, tmp_path, other, words):

@@ -81,6 +81,14 @@ def test_early_stopping_ends_the_training(fitted):
 
 
 @pytest.mark.slow
+def test_a_callback_acts_where_what_it_monitors_is_logged(fitted):
+    stopping = callback("EarlyStopping", monitor="train/objective", patience=1, min_delta=100.0)
+    folder = fitted(stopping, *OFTEN, "bridge.rank=8", "bridge.steps=3", "trainer.log_every_n_steps=1")
+    assert checkpoints(folder)["last"]["global_step"] < 8
+    assert [step for step, _ in curves(folder)["heal/objective"]] == [0, 1, 2]
+
+
+@pytest.mark.slow
 def test_accumulated_gradients(fitted, plain):
     folder = fitted("trainer.accumulate_grad_batches=2")
     assert checkpoints(folder)["last"]["global_step"] == 8
