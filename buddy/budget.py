@@ -43,17 +43,9 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
             raise BudgetError(f"No latency was measured for {budget}; ask for a fraction such as 0.75.")
         return _within(latency, table())
     least = f"{always_on}layers (a fraction of {always_on / layers:.3g})"
-    match = re.fullmatch(r"\s*(\d{1,9})\s*layers?\s*", str(budget))
-    if match:
-        count = int(match[1])
-    else:
-        fraction = _fraction(budget)
-        if not 0 < fraction <= 1:
-            raise BudgetError(
-                f"The budget {budget} is not above 0 and at most 1; ask for a fraction such as 0.75, or for layers as "
-                "in 22layers."
-            )
-        count = round(fraction * layers)
+    count = _count(budget)
+    if count is None:
+        count = round(_fraction(budget) * layers)
     if count > layers:
         raise BudgetError(
             f"The budget {budget} is more than the backbone's {layers} layers; ask for {layers} or fewer."
@@ -61,6 +53,19 @@ def executed_layers(budget: Budget, layers: int, always_on: int, table: Callable
     if count < always_on:
         raise BudgetError(f"The budget {budget} is below the layers that always run; ask for {least} or more.")
     return count
+
+
+def check_budget(budget: Budget) -> None:
+    """Find what is wrong with a budget whatever the model.
+
+    Raises:
+        BudgetError: not a budget, or out of the range of every model.
+    """
+    cap = auto_cap(budget)
+    if cap is not None:
+        check_budget(cap)
+    elif latency_of(budget) is None and _count(budget) is None:
+        _fraction(budget)
 
 
 def executed_grid(budgets: Sequence[float], layers: int, always_on: int) -> list[int]:
@@ -136,8 +141,20 @@ def _rounded_up(milliseconds: float) -> str:
     return f"{math.ceil(milliseconds * 10**decimals) / 10**decimals:.{decimals}f}"
 
 
+def _count(budget: Budget) -> int | None:
+    """22 for "22layers"; None for another kind of budget."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*layers?\s*", str(budget))
+    return int(match[1]) if match else None
+
+
 def _fraction(budget: Budget) -> float:
     try:
-        return float(budget)
+        fraction = float(budget)
     except (TypeError, ValueError):
         raise BudgetError(f"The budget {reprlib.repr(budget)} is neither {KINDS}; use 0.75, for example.") from None
+    if not 0 < fraction <= 1:
+        raise BudgetError(
+            f"The budget {budget} is not above 0 and at most 1; ask for a fraction such as 0.75, or for layers as in "
+            "22layers."
+        )
+    return fraction

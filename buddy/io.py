@@ -276,7 +276,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise RunError(f"{path} cannot be written ({reason}); free space there or choose another folder.") from error
+        advice = "free space there or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise RunError(f"{path} cannot be written ({reason}); {advice}choose another folder.") from error
 
 
 @contextmanager

@@ -122,3 +122,20 @@ def test_a_comparison_on_no_task(small):
 )
 def test_generate_with_what_it_cannot_use(finished, named, words):
     assert named in refused("generate", "--run", finished / "buddy", *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--budget", "75%", "A prompt"),
+        ("generate", "--budget", "0.5", "--prompt-budget", "0", "A prompt"),
+        ("serve", "--budget", "0ms"),
+        ("serve", "--prompt-budget", "auto:2"),
+        ("export", "--budget", "half", "--out", "there"),
+        ("evaluate", "--budgets", "0.5,1.5"),
+        ("bench", "--budgets", "22"),
+    ],
+)
+def test_a_budget_that_no_model_has_is_refused_before_the_run_is_read(words):
+    verb, *rest = words
+    assert "The budget" in refused(verb, "--run", "/no/such/run", *rest)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from buddy.budget import check_budget
 from buddy.errors import BuddyError, BudgetError
 
 MULTI_PROCESS = ("fit", "evaluate")  # verbs that several processes of torchrun do together
@@ -53,19 +54,26 @@ RecipeOption = typer.Option(metavar="NAME|FILE", help="A recipe's name (`buddy r
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the recipe's.")]
 
 
+def checked_budget(text: str | None) -> str | None:
+    """The value of an option that takes one budget, refused before a model is loaded where none could have it."""
+    if text is not None:
+        check_budget(text)
+    return text
+
+
 def split_list(text: str) -> list[str]:
     """The parts of a comma-separated list."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def split_budgets(text: str | None) -> list[str] | None:
-    """The budgets of --budgets; None where it was not given."""
+    """The budgets of --budgets, checked as far as it goes without a model; None where it was not given."""
     if text is None:
         return None
     budgets = split_list(text)
     if not budgets:
         raise BudgetError("--budgets is empty; name at least one, such as --budgets 0.75,0.5.")
-    return budgets
+    return [checked_budget(budget) for budget in budgets]
 
 
 def refuse_options(ctx: typer.Context, names: Collection[str], why: str) -> None:

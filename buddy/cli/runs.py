@@ -10,6 +10,7 @@ from buddy.cli.app import (
     JsonOption,
     RunOption,
     app,
+    checked_budget,
     refuse_options,
     require_one_process,
     split_budgets,
@@ -129,10 +130,20 @@ def generate(
     run: RunOption,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     budget: Annotated[
-        str, typer.Option("--budget", "--budgets", metavar="B", help="0.75, 22layers, 15ms a token, or auto.")
+        str,
+        typer.Option(
+            "--budget",
+            "--budgets",
+            metavar="B",
+            help="0.75, 22layers, 15ms a token, or auto.",
+            callback=checked_budget,
+        ),
     ],
     prompt_budget: Annotated[
-        str | None, typer.Option(metavar="B", help="Of the prompt's tokens, where it differs, such as 1.0.")
+        str | None,
+        typer.Option(
+            metavar="B", help="Of the prompt's tokens, where it differs, such as 1.0.", callback=checked_budget
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token.")] = 0.0,
@@ -160,10 +171,14 @@ def generate(
 def serve(
     run: RunOption,
     budget: Annotated[
-        str, typer.Option(metavar="B", help="Where a request names none: 0.75, 22layers and so on.")
+        str,
+        typer.Option(
+            metavar="B", help="Where a request names none: 0.75, 22layers and so on.", callback=checked_budget
+        ),
     ] = "1.0",
     prompt_budget: Annotated[
-        str | None, typer.Option(metavar="B", help="Of prompts, where a request names none, such as 1.0.")
+        str | None,
+        typer.Option(metavar="B", help="Of prompts, where a request names none, such as 1.0.", callback=checked_budget),
     ] = None,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Of this machine; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
@@ -202,7 +217,9 @@ def serve(
 @app.command(epilog="\b\nExample: buddy export --run plain/quickstart/shortgpt --budget 0.75 --out shortgpt-22layers")
 def export(
     run: RunOption,
-    budget: Annotated[str, typer.Option(metavar="B", help="A fraction such as 0.75, or 22layers.")],
+    budget: Annotated[
+        str, typer.Option(metavar="B", help="A fraction such as 0.75, or 22layers.", callback=checked_budget)
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
     data: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Text to choose the plan on instead of the recipe's.")
