@@ -239,7 +239,9 @@ def render(r: Results, figures: Mapping[str, str]) -> str:
 
 
 def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
-    yield from (WRITTEN, "# Results, healed" if _healed(r) else "# Results", "")
+    what = "a LoRA adapter" if _healed(r) else "bridges" if "bridge.rank" in r.record["recipe"] else None
+    title = f"# Results of {r.backbone} {f'with {what}' if what else 'without bridges'}{' on tasks' if r.tasks else ''}"
+    yield from (WRITTEN, title, "")
     yield from _protocol(r)
     for text in r.texts:
         yield from (f"## {text}", "")
