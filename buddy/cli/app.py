@@ -73,7 +73,9 @@ def split_budgets(text: str | None) -> list[str] | None:
     budgets = split_list(text)
     if not budgets:
         raise BudgetError("--budgets is empty; name at least one, such as --budgets 0.75,0.5.")
-    return [checked_budget(budget) for budget in budgets]
+    for budget in budgets:
+        check_budget(budget)
+    return budgets
 
 
 def refuse_options(ctx: typer.Context, names: Collection[str], why: str) -> None:

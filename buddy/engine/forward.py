@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from buddy.router import AnyRouter, Context
 
 # Which tokens run a layer: all (True), none (False), or how many of each row.
 ActiveRows = bool | list[int]
-CHOICES = {"pool": ("value", "key", "both"), "prompt_plan": ("token", "shared"), "batch_plan": ("row", "shared")}
+PoolKind = Literal["value", "key", "both"]
+PromptPlan = Literal["token", "shared"]
+BatchPlan = Literal["row", "shared"]
+CHOICES = {"pool": PoolKind, "prompt_plan": PromptPlan, "batch_plan": BatchPlan}  # of `Settings`
 
 
 def read(values: Tensor) -> Any:
@@ -53,9 +56,9 @@ class Settings:
     own_count: bool = False
 
     def __post_init__(self) -> None:
-        for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise BuddyError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}.")
+        for name, kind in CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise BuddyError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}.")
         if self.sink_tokens < 0:
             raise BuddyError(f"sink_tokens is {self.sink_tokens}; give 0 or more.")
         if self.reroute_every is not None and self.reroute_every < 1:

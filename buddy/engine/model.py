@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from buddy.backbone.load import Backbone, load_backbone
 from buddy.budget import Budget, Table, auto_cap, executed_layers
 from buddy.engine.bridges import Bridges
-from buddy.engine.forward import Request, Settings
+from buddy.engine.forward import BatchPlan, PoolKind, PromptPlan, Request, Settings
 from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
 from buddy.engine.record import Output, Record
@@ -22,7 +22,6 @@ from buddy.plan import Plan, hold_scores
 from buddy.registry import build
 from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
-PoolKind = Literal["value", "key", "both"]
 Choose = Callable[[Context], Tensor]  # contexts of prompts (B,) → K (B,) long
 
 
@@ -72,10 +71,10 @@ class RoutedLM(nn.Module):
         *,
         pool: PoolKind = "value",
         sink_tokens: int = 1,
-        prompt_plan: Literal["token", "shared"] = "token",
+        prompt_plan: PromptPlan = "token",
         policy: str = "fill",
         reroute_every: int | None = 1,
-        batch_plan: Literal["row", "shared"] = "row",
+        batch_plan: BatchPlan = "row",
     ) -> None:
         super().__init__()
         self.router, self.geometry = router.to(backbone.device), router.geometry
@@ -209,10 +208,10 @@ class RoutedLM(nn.Module):
             BuddyError: a setting of another value than `RoutedLM` takes, or a router of an unknown scope.
         """
         before = self.router, self.settings
-        held = self.settings if router is None else self._own_settings
-        router = router or self.router
-        self.router, self.settings = router, replace(held, **settings).for_router(router)
+        if router is not None:
+            self.router, self.settings = router, self._own_settings
         try:
+            self.settings = replace(self.settings, **settings).for_router(self.router)
             yield
         finally:
             self.router, self.settings = before

@@ -239,9 +239,9 @@ def render(r: Results, figures: Mapping[str, str]) -> str:
 
 
 def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
-    what = "a LoRA adapter" if _healed(r) else "bridges" if "bridge.rank" in r.record["recipe"] else None
-    title = f"# Results of {r.backbone} {f'with {what}' if what else 'without bridges'}{' on tasks' if r.tasks else ''}"
-    yield from (WRITTEN, title, "")
+    parts = ["bridges"] * ("bridge.rank" in r.record["recipe"]) + ["a LoRA adapter"] * _healed(r)
+    what = f"with {' and '.join(parts)}" if parts else "without bridges"
+    yield from (WRITTEN, f"# Results of {r.backbone} {what}{' on tasks' * bool(r.tasks)}", "")
     yield from _protocol(r)
     for text in r.texts:
         yield from (f"## {text}", "")
@@ -313,7 +313,7 @@ def _healed(r: Results) -> bool:
 def _at_full_depth(r: Results) -> str:
     """Full depth, which all rows share; how adapters or bridges were trained."""
     recipe = r.record["recipe"]
-    others = [label for label in r.routers.index if re.search(r"[\[;](adapter|bridge)\.", label)]
+    others = [label for label in r.routers.index if re.search(r"[\[;](adapter|bridge)[.=]", label)]
     apart = f" This does not hold for {', '.join(others)}, whose names give their own settings." * bool(others)
     batches = f"steps of {recipe['data.batch_size']} windows on {_texts(r, 'data.train_sources')}"
     bridges, rate, joint = (recipe.get(f"bridge.{key}") for key in ("steps", "lr", "joint"))

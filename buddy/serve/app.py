@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.types import Receive, Scope, Send
 
 from buddy.budget import Budget, auto_cap, format_budget, latency_of
+from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model, Prompt
 from buddy.router import available_budgets
@@ -295,15 +296,8 @@ def make_app(
 
     def checked() -> Model:
         model = load()
-        routed = model.routed
-        with routed.changed(batch_plan=batch_plan):
-            for each in (given for given in (budget, prompt_budget) if given is not None):
-                if auto_cap(each) is not None:
-                    routed.choosing(str(each))
-                else:
-                    routed.executed_layers(each)
-            if latency_of(budget) is not None:
-                routed.table(routed, limits.batch)  # that of one text was measured above
+        with model.routed.changed(batch_plan=batch_plan):
+            _check_defaults(model.routed, budget, prompt_budget, limits.batch)
         return model
 
     scheduler = Scheduler(checked, metrics, limits.batch, limits.queue, batch_plan)
@@ -353,6 +347,17 @@ def make_app(
         return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": POLICY})
 
     return app
+
+
+def _check_defaults(routed: RoutedLM, budget: Budget, prompt_budget: Budget | None, batch: int) -> None:
+    """Raise BudgetError for a default that the model cannot have; measure the latencies that one needs."""
+    for each in (budget,) if prompt_budget is None else (budget, prompt_budget):
+        if auto_cap(each) is not None:
+            routed.choosing(str(each))
+        else:
+            routed.executed_layers(each)
+    if latency_of(budget) is not None:
+        routed.table(routed, batch)  # that of one text was measured above
 
 
 async def _disconnected(request: Request) -> None:
