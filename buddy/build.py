@@ -19,7 +19,7 @@ from buddy.data.text import overlap
 from buddy.data.windows import Windows, windows_of
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import RecipeError, RunError, TrainingError, reason
+from buddy.errors import DataError, RecipeError, RunError, TrainingError, reason
 from buddy.io import cache_folder, keep_freed_memory
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
@@ -31,7 +31,7 @@ from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone
 from buddy.run_files import ADAPTER, BRIDGE, load_router, read_metrics
 from buddy.schema import ClassSpec, Recipe
-from buddy.training.estimators import Estimator, estimator_for
+from buddy.training.estimators import Estimator, StraightThrough, estimator_for
 from buddy.training.healing import HealingModule
 from buddy.training.module import RoutingModule
 
@@ -116,6 +116,11 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
     try:
         if model.router.trainable:
             estimator = build_estimator(recipe, model.router)
+            if isinstance(estimator, StraightThrough) and model.policy.name != "fill":
+                raise RecipeError(
+                    f"objective.estimator={recipe.objective.estimator} computes every layer, which needs "
+                    f"routing.policy=fill, not {model.policy.name}; set that, or objective.estimator=perturbed."
+                )
             if recipe.bridge and recipe.bridge.joint and not getattr(estimator, "backpropagates", False):
                 raise RecipeError(
                     f"bridge.joint=true needs an estimator that back-propagates, not {recipe.objective.estimator}; "
@@ -201,6 +206,15 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
         train_sources=data.train_sources,
         calibration_sources=data.calibration_sources,
     )
+
+
+def check_unseen(recipe: Recipe, source: str) -> None:
+    """Raises DataError where a text holds one that runs of the recipe are fitted to."""
+    for key in ("source", "train_sources", "calibration_sources"):
+        sources = getattr(recipe.data, key)
+        for seen in [sources] if key == "source" else sources:
+            if overlap(source, seen):
+                raise DataError(f"{source} shares text with {seen}, which data.{key} fits to; name another text.")
 
 
 def build_held_out(recipe: Recipe, backbone: Backbone, *, calibration: bool = False) -> TextData:

@@ -30,7 +30,7 @@ from buddy.evaluation.record import collect, text_entry, write_results
 from buddy.executors import LokyExecutor, RayExecutor, require_ray
 from buddy.fit import Session
 from buddy.io import check_output_path, locked, remove_parts
-from buddy.provenance import check_fixed
+from buddy.provenance import TRAINING_KEYS, check_fixed
 from buddy.router import AnyRouter
 from buddy.run import RunFolder, RunSpec, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
 from buddy.run_files import FACTS
@@ -39,9 +39,7 @@ from buddy.worker import Tasks, Text, Worker, read_windows, run_in_worker, texts
 
 SEEDS = 3
 PATIENCE = 10.0  # seconds that `fit` waits for another to write its tables
-# Beginnings of the recipe keys that change nothing in a run without training.
-TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
-PREDICTOR = "predictor."  # beginning of those that change nothing in a run of a comparison
+PREDICTOR = "predictor."  # beginning of the recipe keys that change nothing in a run of a comparison
 ALREADY_COMPLETE = 0.5  # seconds; a run that takes less was complete before
 
 
@@ -93,9 +91,8 @@ class CompareConfig:
 def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
     """Fit the recipe's router and its rivals with one seed, and show them side by side.
 
-    Rivals come first: they take little time, so that the training, which can resume, is what an interrupt meets. A
-    complete run of the same recipe and inputs is reused; one of another recipe is made anew and replaced when the new
-    one is complete.
+    Rivals come first, and the recipe's own router, whose training is as a rule the longest, last. A complete run of the
+    same recipe and inputs is reused; one of another recipe is made anew and replaced when the new one is complete.
 
     Args:
         recipe: of the runs.
@@ -271,15 +268,13 @@ def common_recipe(recipe: Recipe) -> Recipe:
 def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) -> list[RunSpec]:
     """The runs of one router: one for each seed if the router, its adapter or its bridges depend on it, else one."""
     router, folder = build_router(recipe, session.backbone), config.folder / label_folder(label)
-    trained = router.trainable or healing_steps(recipe, router) > 0
     many = config.seeds or SEEDS
     if config.finished and config.seeds is None:
         many = max([seed - recipe.seed + 1 for seed in complete_seeds(folder)] + [1])
-    seeds = range(recipe.seed, recipe.seed + (many if trained or _depends_on_seed(recipe, router) else 1))
-    free = (PREDICTOR,) if trained else (PREDICTOR, *TRAINING_KEYS)
+    seeded = healing_steps(recipe, router) > 0 or _depends_on_seed(recipe, router)
     return [
-        RunSpec(label, replace(recipe, seed=seed), config.recipe_name, folder / f"seed-{seed}", free_keys=free)
-        for seed in seeds
+        RunSpec(label, replace(recipe, seed=seed), config.recipe_name, folder / f"seed-{seed}", free_keys=(PREDICTOR,))
+        for seed in range(recipe.seed, recipe.seed + (many if seeded else 1))
     ]
 
 
@@ -349,8 +344,9 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
         return spec
     if read_run(other.path).recipe.adapter is not None:
         raise RunError(f"{other.path} was healed itself; name the comparison that it came from as --trained.")
-    free = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR, *(() if router.trainable else TRAINING_KEYS))
     recipe = replace(spec.recipe, seed=seeds[0])
+    free = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR, *session.free_keys(recipe))
+    free += () if router.trainable else TRAINING_KEYS
     if reasons := other.differences(recipe, session.digests(recipe), ignore=free):
         raise RunError(
             f"{other.path} was made otherwise ({'; '.join(reasons)}), so its router cannot be healed here; leave "

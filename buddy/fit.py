@@ -24,6 +24,7 @@ from buddy.build import (
     build_healing,
     build_model,
     build_module,
+    build_router,
     build_trainer,
     check_model,
     counts_of,
@@ -35,6 +36,7 @@ from buddy.build import (
 )
 from buddy.calibration.bridges import fit_bridges
 from buddy.calibration.probe import CalibrationProbe
+from buddy.calibration.store import Measurements
 from buddy.console import errors, quiet, status, track
 from buddy.data.module import TextData
 from buddy.data.windows import Windows
@@ -46,9 +48,9 @@ from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, on_disk, out_of_memory, within_memory
 from buddy.metrics.perplexity import MOST, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor, remove_targets
-from buddy.provenance import input_digests
+from buddy.provenance import ESTIMATOR_KEYS, TRAINING_KEYS, input_digests
 from buddy.registry import load
-from buddy.router import available_budgets
+from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import RunSpec, read_run
 from buddy.run_files import (
     ADAPTER,
@@ -75,7 +77,7 @@ from buddy.training.callbacks import (
 from buddy.training.module import NotFinite
 
 TRAINED_STATES = 2**28  # bytes of the dense model's hidden states that trainings of bridges on equal windows share
-MEMORY = "set data.batch_size or data.window smaller, or objective.plans=2"
+MEMORY = "set data.batch_size or data.window smaller"
 
 
 class Session:
@@ -90,7 +92,7 @@ class Session:
 
     def __init__(self, backbone: Backbone, data: TextData, share: bool = True) -> None:
         self.backbone, self.data = backbone, data
-        self._probes: dict[tuple[Any, ...], CalibrationProbe] = {}
+        self._measured: dict[tuple[Any, ...], Measurements] = {}
         self._stopwatch: Stopwatch | None = None
         self._reference, self._trained_reference = (Reference(most if share else 0) for most in (MOST, TRAINED_STATES))
 
@@ -155,7 +157,15 @@ class Session:
 
     def differences(self, spec: RunSpec) -> list[str]:
         """Why the run in the folder, complete or begun, is not this one; empty if it is, or if there is none."""
-        return spec.run_folder.differences(spec.recipe, self.digests(spec.recipe), ignore=spec.free_keys)
+        free = (*spec.free_keys, *self.free_keys(spec.recipe))
+        return spec.run_folder.differences(spec.recipe, self.digests(spec.recipe), ignore=free)
+
+    def free_keys(self, recipe: Recipe) -> tuple[str, ...]:
+        """Beginnings of the recipe's keys that change nothing in a run of its router."""
+        router = build_router(recipe, self.backbone)
+        estimated = router.trainable and not isinstance(router, LayerwiseRouter)  # its gates have their own estimator
+        trained = router.trainable or healing_steps(recipe, router) > 0
+        return (*(() if estimated else ESTIMATOR_KEYS), *(() if trained else TRAINING_KEYS))
 
     def fit(self, spec: RunSpec) -> None:
         """Make the run, or resume it; in the first process.
@@ -166,9 +176,8 @@ class Session:
         """
         recipe, run_folder = spec.recipe, spec.run_folder
         with on_disk(spec.folder), run_folder.lock(), self.model(recipe) as model:
-            folder = run_folder.begin(
-                recipe, spec.recipe_name, self.digests(recipe), model.geometry, ignore=spec.free_keys
-            )
+            free = (*spec.free_keys, *self.free_keys(recipe))
+            folder = run_folder.begin(recipe, spec.recipe_name, self.digests(recipe), model.geometry, ignore=free)
             self._stopwatch = Stopwatch(folder)
             try:
                 distributed.barrier()  # the other processes read the folder from here on
@@ -269,11 +278,7 @@ class Session:
         """Let the router measure what it needs, or read it from disk: in all processes if the backbone is sharded."""
         with nullcontext() if is_sharded(recipe.trainer) else distributed.rank_zero_first():
             if distributed.is_global_zero() or is_sharded(recipe.trainer):
-                probe = self._calibration_probe(recipe, model)
-                try:
-                    model.router.calibrate(probe)
-                finally:
-                    probe.release()  # other runs of the session share the probe
+                model.router.calibrate(self._probe(recipe, model))
         distributed.broadcast_state(model.router)
 
     def _fit_bridges(self, recipe: Recipe, model: RoutedLM) -> None:
@@ -298,21 +303,26 @@ class Session:
             errors.print(f"No bridges: the windows that fit them have fewer than {model.geometry.hidden} tokens.")
         model.bridge(fitted)
 
-    def _calibration_probe(self, recipe: Recipe, model: RoutedLM) -> CalibrationProbe:
-        """One probe for all routers with the same routing and bridges, which share what it has measured."""
-        bridge = None if recipe.bridge is None else {"rank": recipe.bridge.rank, "ridge": recipe.bridge.ridge}
-        key = (model.geometry, model.sink_tokens, str(bridge))
-        probe = self._probes.get(key)
-        if probe is None:
-            windows, data = self.data.calibration.input_ids, recipe.data
-            # Under sharding all processes must measure the same, so none may find values on disk.
-            store = None if is_sharded(recipe.trainer) else cache_folder("calibration")
-            # One window at a time is fastest on a CPU, and a search on few windows then measures no others.
-            size = 1 if self.backbone.device.type == "cpu" else data.batch_size
-            probe = CalibrationProbe(model, windows, size, self._track, prompt=data.prompt, store=store, bridge=bridge)
-            self._probes[key] = probe
-        probe.seed = recipe.seed
-        probe.serve(model, counts_of(recipe, model).values())
+    def _probe(self, recipe: Recipe, model: RoutedLM) -> CalibrationProbe:
+        """A probe that shares its values with those of all routers with the same routing."""
+        # Under sharding all processes must measure the same, so none may find values on disk.
+        store = None if is_sharded(recipe.trainer) else cache_folder("calibration")
+        # One window at a time is fastest on a CPU, and a search on few windows then measures no others.
+        size = 1 if self.backbone.device.type == "cpu" else recipe.data.batch_size
+        key = (model.geometry, model.sink_tokens)
+        probe = CalibrationProbe(
+            model,
+            self.data.calibration.input_ids,
+            size,
+            self._track,
+            asked=counts_of(recipe, model).values(),
+            seed=recipe.seed,
+            prompt=recipe.data.prompt,
+            store=store,
+            bridge=None if recipe.bridge is None else {"rank": recipe.bridge.rank, "ridge": recipe.bridge.ridge},
+            measured=self._measured.get(key),
+        )
+        self._measured[key] = probe.measured
         return probe
 
     def _test(self, recipe: Recipe, model: RoutedLM) -> list[Scores]:
@@ -360,7 +370,7 @@ def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, ca
         before = checkpoint.with_name("before-failure.ckpt")
         trainer.save_checkpoint(before)
         resume = f", and start anew or from the step before with ckpt_path={before}."
-        return TrainingError(f"{error}; lower optimizer.lr or objective.sigma", resume)
+        return TrainingError(f"{error}; lower optimizer.lr", resume)
 
     module = build_module(recipe, model)
     module.mark_calibrated()

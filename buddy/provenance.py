@@ -26,6 +26,9 @@ FREE_KEYS = (
     "backbone.accept_license",
 )
 MACHINE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
+# Beginnings of keys that change nothing where nothing is trained, and where no estimator of a recipe trains the router.
+TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
+ESTIMATOR_KEYS = ("objective.estimator", "objective.plans", "objective.sigma", "objective.shared")
 CKPT_KEY = "ckpt_path"  # a resumed run need not repeat it
 
 

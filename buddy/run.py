@@ -229,7 +229,7 @@ class RunSpec:
         recipe_name: kept in run.json.
         folder: of the run.
         reuse_from: a complete run whose router is taken, so that only adapter and bridges are trained.
-        free_keys: beginnings of recipe keys that change nothing in this run.
+        free_keys: beginnings of recipe keys that may differ in a run that is reused, whatever its router.
     """
 
     label: str

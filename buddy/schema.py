@@ -243,11 +243,6 @@ RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what
         lambda r: r.objective.kl or r.objective.ce,
         "objective.kl and objective.ce are both 0, which leaves nothing to learn from; set one above 0.",
     ),
-    (
-        "objective.estimator routing.policy",
-        lambda r: r.objective.estimator not in ("straight-through", "surrogate") or r.routing.policy == "fill",
-        "objective.estimator=straight-through and =surrogate need routing.policy=fill.",
-    ),
     ("objective.plans", lambda r: r.objective.plans % 2 == 0, "objective.plans must be even: plans come in pairs."),
     (
         "predictor.name predictor.cap budgets",

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from buddy.backbone.adapter import WEIGHTS
-from buddy.build import build_windows, counts_of, restore
+from buddy.build import build_windows, check_unseen, counts_of, restore
 from buddy.data.module import TextData
-from buddy.data.text import named_sources, overlap, same_source
+from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DamagedError, DataError, TrainingError
@@ -65,17 +65,8 @@ def texts_of(text: str | None, recipe: Recipe) -> list[Text]:
         )
     found = [Text(own, source, own=True), *(Text(label, other) for label, other in others.items())]
     for each in found:
-        for key in ("train_sources", "calibration_sources"):
-            if any(overlap(each.source, seen) for seen in getattr(recipe.data, key)):
-                raise DataError(
-                    f"The text {each.label} is in data.{key}, so results on it would be worthless; leave it out of "
-                    "--domains or of the recipe."
-                )
-        if not each.own and overlap(each.source, source):
-            raise DataError(
-                f"The text {each.label} shares documents with the recipe's own, {source}, which is trained on; leave "
-                "it out of --domains."
-            )
+        if not each.own:
+            check_unseen(recipe, each.source)
         if not re.fullmatch(r"[\w.-]+", each.label):
             raise DataError(
                 f"The label {each.label!r} cannot be a file name; give one of letters, digits, dots and hyphens, as in "

@@ -1,15 +1,17 @@
 """What the keys of a recipe become: settings of the model, the estimator, the modules that train."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from buddy.build import build_backbone, build_estimator, build_healing, build_model, build_module
+from buddy.build import build_backbone, build_estimator, build_healing, build_model, build_module, check_model
 from buddy.config import load_recipe
 from buddy.engine.bridges import Bridges
 from buddy.engine.kv_policies import POLICIES
 from buddy.errors import RecipeError
+from buddy.schema import RouterSection
 
 
 @pytest.fixture
@@ -49,9 +51,13 @@ def test_the_estimator_and_its_objective(built):
     assert (estimator.objective.kl, estimator.objective.ce) == (0.5, 0.25)
 
 
-def test_a_straight_through_estimator_needs_every_layers_states(small):
-    with pytest.raises(RecipeError, match=r"routing\.policy"):
-        load_recipe(small.file, ["objective.estimator=straight-through", "routing.policy=hole"])
+def test_a_straight_through_estimator_needs_every_layers_states(built):
+    for estimator in ("straight-through", "surrogate"):
+        recipe, model = built(f"objective.estimator={estimator}", "routing.policy=hole")
+        with pytest.raises(RecipeError, match=r"routing\.policy"):
+            check_model(recipe, model.backbone)
+        for router in ("shortgpt", "skipgpt"):  # which it does not train
+            check_model(replace(recipe, router=RouterSection(router)), model.backbone)
 
 
 def groups(module, steps: int = 20) -> list[dict]:

@@ -1,7 +1,4 @@
-"""`CalibrationProbe`: the implementation of `buddy.router.Probe`, the measurements for a router's calibration.
-
-Routers of a recipe with the same routing and bridges share one probe, so each value is measured once.
-"""
+"""`CalibrationProbe`: the implementation of `buddy.router.Probe`, the measurements for a router's calibration."""
 
 from __future__ import annotations
 
@@ -39,9 +36,11 @@ class CalibrationProbe:
         prompt: first tokens of a window, its prompt; half of the window by default.
         store: folder of the measured values, so that an interrupted search resumes; None keeps them in memory only.
         bridge: rank and ridge of the bridges in skipped layers; None where the recipe has none.
+        measured: values of another probe with the same backbone, routing and windows, to share; None to begin anew.
 
     Attributes:
         routed: the model.
+        measured: the values so far.
         geometry, asked, seed, count, bridge_windows, prompt: see `buddy.router.Probe`.
     """
 
@@ -57,38 +56,20 @@ class CalibrationProbe:
         prompt: int | None = None,
         store: Path | None = None,
         bridge: Mapping[str, Any] | None = None,
+        measured: Measurements | None = None,
     ) -> None:
         self.routed, self.geometry = routed, routed.geometry
+        self.asked = tuple(sorted({k for k in asked if k < self.geometry.layers}, reverse=True))
         self.seed, self.count = seed, len(windows)
         self.bridge_windows = 0 if bridge is None else max(1, min(BRIDGE_WINDOWS, self.count * 3 // 4))
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt
         self._windows, self._size = windows, batch_size
         self._batches = windows.split(batch_size)
         setting = None if store is None else setting_of(routed, windows, batch_size)
-        self._measured = Measurements(store, setting)
+        self.measured = Measurements(store, setting) if measured is None else measured
         self._losses: dict[bool, PlanLosses] = {}  # without and with bridges
         self._bridge = bridge
         self._track, self._tracking = track, False
-        self.serve(routed, asked)
-
-    def serve(self, routed: RoutedLM, asked: Iterable[int]) -> None:
-        """Measure for another router of the same backbone and routing; keep the measured values.
-
-        Args:
-            routed: the model with that router attached.
-            asked: executed layers K of its budgets.
-
-        Raises:
-            ValueError: another backbone, context layer or number of sinks.
-        """
-        if _frame(routed) != _frame(self.routed):
-            raise ValueError("a probe measures one backbone under one routing; create another probe")
-        self.routed = routed
-        self.asked = tuple(sorted({k for k in asked if k < self.geometry.layers}, reverse=True))
-
-    def release(self) -> None:
-        """Free the cached hidden states; keep the measured values."""
-        self._losses = {}
 
     def track(self, items: Sequence[Any], words: str) -> Iterator[Any]:
         """See `Probe.track`."""
@@ -125,11 +106,11 @@ class CalibrationProbe:
         wanted = {
             f"{criterion} {b} {plan}{how}": (b, plan) for b in batches for plan in sorted(set(plans), reverse=True)
         }
-        missing = [wanted[key] for key in self._measured.missing(wanted)]
+        missing = [wanted[key] for key in self.measured.missing(wanted)]
         if missing:
             number = len({plan for _, plan in missing})
             self._measure(missing, criterion, how, what or f"losses of {number} plan{'s' if number > 1 else ''}")
-        rows = [torch.cat([self._measured[f"{criterion} {b} {plan}{how}"] for b in batches])[:count] for plan in plans]
+        rows = [torch.cat([self.measured[f"{criterion} {b} {plan}{how}"] for b in batches])[:count] for plan in plans]
         return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
 
     def plan_without(self, removed: Iterable[int]) -> Tensor:
@@ -159,11 +140,11 @@ class CalibrationProbe:
     def taylor(self) -> Tensor:
         """See `Probe.taylor`."""
         first = self.geometry.context_layer
-        if self._measured.missing([TAYLOR]):
+        if self.measured.missing([TAYLOR]):
             layers, batches = range(first, first + self.geometry.routable), self.track(self._batches, TAYLOR)
-            self._measured[TAYLOR] = taylor_importance(self.routed.backbone, batches, layers, self.count)
-            self._measured.save()
-        return self._measured[TAYLOR].clone()  # the caller may change the result
+            self.measured[TAYLOR] = taylor_importance(self.routed.backbone, batches, layers, self.count)
+            self.measured.save()
+        return self.measured[TAYLOR].clone()  # the caller may change the result
 
     @torch.no_grad()
     def contexts(self) -> Context:
@@ -175,13 +156,13 @@ class CalibrationProbe:
 
     def _similarity(self, name: str) -> Tensor:
         """Block Influence or the angular distances; one pass measures both."""
-        if self._measured.missing(SIMILARITIES):
+        if self.measured.missing(SIMILARITIES):
             first, batches = self.geometry.context_layer, self.track(self._batches, " and ".join(SIMILARITIES))
             both = similarities(self.routed.backbone, batches, first, self.routed.sink_tokens)
             for key, values in zip(SIMILARITIES, both, strict=True):
-                self._measured[key] = values
-            self._measured.save()
-        return self._measured[name].clone()
+                self.measured[key] = values
+            self.measured.save()
+        return self.measured[name].clone()
 
     def _measure(self, missing: Sequence[Pair], criterion: Criterion, how: str, what: str) -> None:
         losses = self._losses.get(bool(how))
@@ -197,9 +178,9 @@ class CalibrationProbe:
                         f"The losses of {self.routed.backbone.name} in {dtype} on calibration windows are not finite; "
                         "set backbone.dtype=float32, or bfloat16."
                     )
-                self._measured[f"{criterion} {b} {plan}{how}"] = values
+                self.measured[f"{criterion} {b} {plan}{how}"] = values
         finally:
-            self._measured.save()
+            self.measured.save()
 
     def _check(self, runs: Tensor, criterion: str, windows: int | Sequence[int] | None) -> None:
         layers, first = self.geometry.layers, self.geometry.context_layer
@@ -219,8 +200,3 @@ class CalibrationProbe:
 def _digits(runs: Tensor) -> str:
     """A plan (L,) as `PlanLosses` takes it."""
     return "".join("01"[on] for on in runs.tolist())
-
-
-def _frame(routed: RoutedLM) -> tuple[Any, ...]:
-    """The properties that all models of one probe share."""
-    return routed.backbone.model, routed.geometry, routed.sink_tokens

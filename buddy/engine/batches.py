@@ -131,7 +131,7 @@ def _join_holes(layers: Sequence[HoleLayer], shifts: Sequence[int], rows: Sequen
 def _join_pools(pools: Sequence[ContextPool], mask: Tensor) -> ContextPool:
     joined = ContextPool(pools[0].kind)
     joined.total = torch.cat([pool.total for pool in pools])
-    joined.valid, joined.count = mask, mask.sum(1, keepdim=True).to(joined.total.dtype)
+    joined.count = mask.sum(1, keepdim=True).to(joined.total.dtype)
     return joined
 
 
@@ -158,6 +158,5 @@ def _drop_first(routed: RoutedLM, cache: Any, count: int) -> None:
                 layer.cumulative_length -= count
                 left = min(layer.keys.shape[2], layer.cumulative_length)
             layer.keys, layer.values = layer.keys[:, :, -left:], layer.values[:, :, -left:]
-    cache.pool.valid = cache.pool.valid[:, count:]
     if cache.decided is not None:
         cache.decided -= count

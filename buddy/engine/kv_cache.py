@@ -36,14 +36,12 @@ class ContextPool:
         kind: which states are pooled: "value", "key" or "both".
         total: (B, F) float32, the sum over all valid positions so far; None before the first token.
         count: positions in the sum: one number while no row was ever padded, else (B, 1) float32.
-        valid: (B, positions) bool once a row was padded, to take back what a crop removes; None before.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.total: Tensor | None = None
         self.count: float | Tensor = 0.0
-        self.valid: Tensor | None = None
 
     def add(self, states: Tensor, valid: Tensor | None) -> Tensor:
         """Means over each prefix, (B, T, F) float32, of states (B, T, F); positions not in `valid` (B, T) are left out.
@@ -51,7 +49,8 @@ class ContextPool:
         A step of decoding, with T = 1, takes two small sums.
         """
         batch, length, _ = states.shape
-        if valid is None and self.valid is None:
+        padded = isinstance(self.count, Tensor)
+        if valid is None and not padded:
             if length == 1:
                 self.total = states[:, 0] if self.total is None else self.total + states[:, 0]
                 self.count += 1
@@ -60,12 +59,10 @@ class ContextPool:
             counts = torch.arange(1, length + 1, device=states.device) + self.count
             self.total, self.count = totals[:, -1], self.count + length
             return totals / counts[:, None]
-        if self.valid is None:
-            self.valid = torch.ones(batch, int(self.count), dtype=torch.bool, device=states.device)
+        if not padded:
             self.count = torch.full((batch, 1), float(self.count), device=states.device)
         if valid is None:
             valid = torch.ones(batch, length, dtype=torch.bool, device=states.device)
-        self.valid = torch.cat([self.valid, valid], 1)
         totals = self._add_total((states * valid[..., None]).cumsum(1))
         counts = valid.to(states.dtype).cumsum(1) + self.count
         self.total, self.count = totals[:, -1], counts[:, -1:]
@@ -76,19 +73,16 @@ class ContextPool:
         if self.total is None:
             return
         self.total = self.total[rows]
-        if self.valid is not None:
-            self.valid, self.count = self.valid[rows], self.count[rows]  # type: ignore[index]  # a tensor with valid
+        if isinstance(self.count, Tensor):
+            self.count = self.count[rows]
 
     def crop(self, removed: int, keys: Tensor, values: Tensor) -> None:
-        """Take back the last `removed` positions, given their keys and values (B, heads, removed, size)."""
+        """Take back the last `removed` positions, given their keys and values (B, heads, removed, size).
+
+        None of them is padding, which is on the left.
+        """
         gone = context_features(keys, values, self.kind)
-        if self.valid is None:
-            self.total, self.count = self.total - gone.sum(1), self.count - removed
-            return
-        weight = self.valid[:, -removed:].to(gone.dtype)
-        self.total = self.total - (gone * weight[..., None]).sum(1)
-        self.count = self.count - weight.sum(1, keepdim=True)
-        self.valid = self.valid[:, :-removed]
+        self.total, self.count = self.total - gone.sum(1), self.count - removed
 
     def _add_total(self, totals: Tensor) -> Tensor:
         return totals if self.total is None else totals + self.total[:, None]

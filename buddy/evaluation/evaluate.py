@@ -13,10 +13,10 @@ from buddy import console, distributed
 from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, format_budget, fraction_of, latency_of
-from buddy.build import build_windows, held_out, load_model
+from buddy.build import build_windows, check_unseen, held_out, load_model
 from buddy.console import counted, print_titled_table, quiet, report_json, results, status
 from buddy.data.module import WindowBatches
-from buddy.data.text import overlap, same_source
+from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError, RegistryError
@@ -25,7 +25,6 @@ from buddy.metrics.perplexity import Reference, Scores, as_json
 from buddy.metrics.statistics import mixed
 from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import Run, read_run
-from buddy.schema import Recipe
 from buddy.training.callbacks import ProgressLine, interrupts
 from buddy.training.module import RoutingModule
 
@@ -96,7 +95,9 @@ def evaluate_run(
         return
     router = f"{run.router_name}, its gates alone," if own_count else run.router_name
     report_json(json_file, as_json(scores))
-    names = {fraction: format_budget(budget) for fraction, budget in zip(fractions, wanted, strict=True)}
+    names: dict[float | str, str] = {}
+    for fraction, budget in zip(fractions, wanted, strict=True):  # budgets of equal K share a row
+        names[fraction] = ", ".join(dict.fromkeys([*filter(None, [names.get(fraction)]), format_budget(budget)]))
     show_scores(scores, f"{router} on {data or section.source}, backbone {title_of(routed.backbone.name)}", names)
 
 
@@ -112,14 +113,6 @@ def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Win
         return getattr(held_out(run, routed.backbone), split)
     check_unseen(run.recipe, data)
     return build_windows(run.recipe, routed.backbone.tokenizer, data, count=section.test_windows)
-
-
-def check_unseen(recipe: Recipe, source: str) -> None:
-    """Raises DataError where a text holds one that runs of the recipe are fitted to."""
-    data = recipe.data
-    for seen in (data.source, *data.train_sources, *data.calibration_sources):
-        if overlap(source, seen):
-            raise DataError(f"{source} shares text with {seen}, which the run was fitted to; name another text.")
 
 
 def evaluate(

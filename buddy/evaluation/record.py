@@ -23,7 +23,7 @@ from buddy.evaluation.results import Results
 from buddy.evaluation.tables import render, show
 from buddy.io import check_output_path, read_json, write_text
 from buddy.metrics.timing import machine, versions
-from buddy.provenance import CKPT_KEY, CODE, FREE_KEYS
+from buddy.provenance import CKPT_KEY, CODE, ESTIMATOR_KEYS, FREE_KEYS
 from buddy.registry import load
 from buddy.run import read_run, stored_digests
 from buddy.run_files import METRICS, read_metrics
@@ -209,7 +209,8 @@ def _damaged(path: Path) -> RunError:
 def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     """One record of all routers and runs, in the order of the files.
 
-    Times of several records were not measured in turn with each other, so they are left out.
+    Times of several records were not measured in turn with each other, so they are left out. Static and random routers
+    depend on no estimator of gradients, so a record of these alone may have another one.
 
     Args:
         records: by the file that each was read from; two or more.
@@ -217,9 +218,11 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         RunError: other recipes, texts or tasks, one label for two routers, or a run that is in two of them.
     """
-    (first_path, first), *others = records.items()
-    for path, other in others:
-        _check_comparable(first_path, first, path, other)
+    first = next(iter(records.values()))
+    base_path = next((path for path, record in records.items() if _has_learned(record)), next(iter(records)))
+    base = records[base_path]
+    for path, other in records.items():
+        _check_comparable(base_path, base, path, other)
     routers: dict[str, tuple[Path, Any]] = {}
     runs: dict[tuple[str, int], tuple[Path, Any]] = {}
     for path, record in records.items():
@@ -238,6 +241,7 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     failures = [each for record in records.values() for each in record["failures"]]
     return {
         **first,
+        "recipe": base["recipe"],
         "routers": [router for _, router in routers.values()],
         "runs": [runs[key][1] for key in sorted(runs, key=lambda key: (order[key[0]], key[1]))],
         "speed": None,
@@ -293,16 +297,21 @@ def _run_entry(label: str, folder: Path, texts: Sequence[Mapping[str, Any]], tas
     }
 
 
+def _has_learned(record: Mapping[str, Any]) -> bool:
+    return any(router["kind"] == "learned" for router in record["routers"])
+
+
 def _check_comparable(path: Path, one: Mapping[str, Any], other_path: Path, other: Mapping[str, Any]) -> None:
     """Raises RunError unless recipes, texts, layers and tasks are the same."""
     defaults = flatten(Recipe())  # of keys that 0.1 did not have
     here, there = (
         defaults | {RENAMED.get(key, key): value for key, value in each["recipe"].items()} for each in (one, other)
     )
+    own = OWN if _has_learned(other) else (*OWN, *ESTIMATOR_KEYS)
     differing = [
         f"{key}: {here.get(key, 'not set')} and {there.get(key, 'not set')}"
         for key in dict.fromkeys([*here, *there])
-        if not key.startswith(OWN) and here.get(key) != there.get(key)
+        if not key.startswith(own) and here.get(key) != there.get(key)
     ]
     texts, others = ({each["label"]: each.get("fingerprint") for each in record["domains"]} for record in (one, other))
     differing += [

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import FAMILIES, Backbone
 from buddy.budget import fraction_of
-from buddy.build import build_windows, held_out, load_model
+from buddy.build import build_windows, check_unseen, held_out, load_model
 from buddy.console import results, status, tracker
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import PER_LAYER, pruned_model
 from buddy.errors import DataError, RunError
-from buddy.evaluation.evaluate import check_unseen, evaluate
+from buddy.evaluation.evaluate import evaluate
 from buddy.hub.card import export_card
 from buddy.hub.push_pull import CARD
 from buddy.inspection.routing import most_frequent

@@ -25,6 +25,7 @@ from transformers import (
 
 from buddy.backbone.load import Backbone, fingerprint
 from buddy.calibration.probe import CalibrationProbe
+from buddy.calibration.store import Measurements
 from buddy.engine.model import PoolKind, RoutedLM, geometry_of
 from buddy.errors import BuddyError, RegistryError, reason
 from buddy.registry import load, make
@@ -175,7 +176,7 @@ class Subject:
         self.pool: PoolKind = pool
         self.backbone = tiny_backbone() if backbone is None else backbone
         self.geometry = geometry_of(self.backbone, context_layer, pool)
-        self._probe: CalibrationProbe | None = None
+        self._measured: Measurements | None = None
         try:
             self.new_router()
         except BuddyError:
@@ -214,12 +215,10 @@ class Subject:
         with seeded(seed):
             router = self.new_router(seed)
             with self.attached(router) as routed:
-                if self._probe is None:  # one for all routers, so that nothing is measured twice
-                    self._probe = CalibrationProbe(routed, self._tokens(WINDOWS, WIDTH, seed=2))
-                self._probe.seed = seed
-                self._probe.serve(routed, [self.middle, self.depths[0]])
-                router.calibrate(self._probe)
-                self._probe.release()
+                windows, asked = self._tokens(WINDOWS, WIDTH, seed=2), [self.middle, self.depths[0]]
+                probe = CalibrationProbe(routed, windows, 4, asked=asked, seed=seed, measured=self._measured)
+                router.calibrate(probe)
+                self._measured = probe.measured  # nothing is measured twice
         router.eval()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

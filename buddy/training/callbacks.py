@@ -198,6 +198,6 @@ def check_checkpoint(path: str | Path) -> None:
 def unusable(path: str | Path, reason: str) -> TrainingError:
     """The error for a checkpoint that cannot be resumed from."""
     return TrainingError(
-        f"The checkpoint {path} is damaged or not one of Buddy's ({shorten(reason, 200, placeholder=' …')}); name "
-        "another as ckpt_path, or delete it and start anew."
+        f"The training cannot resume from {path} ({shorten(reason, 200, placeholder=' …')}); name another checkpoint "
+        "as ckpt_path, or delete it and start anew."
     )

@@ -170,9 +170,8 @@ def test_the_next_round_goes_on_from_the_last():
     called.clear()
     measured.losses(torch.stack([measured.plan_without([3, index]) for index in range(3)]))
     assert called == [5, 5, 5]  # without the fourth routable layer only the last one is left to run
-    measured.release()
     called.clear()
-    measured.losses(measured.plan_without([0, 1, 2, 3])[None])
+    probe(model, WINDOWS[:2], measured=measured.measured).losses(measured.plan_without([0, 1, 2, 3])[None])
     assert called == [0, 5]
 
 
@@ -270,22 +269,17 @@ def test_contexts_are_those_of_the_prompts_last_tokens():
     assert context.executed.tolist() == [LAYERS] * 5
 
 
-def test_a_probe_serves_the_next_router_of_the_same_model():
-    first = routed()
-    measured, runs = probe(first, asked=[3, 6, 5, 3], seed=4, prompt=8), plans(3)
+def test_probes_share_what_they_measured():
+    first, runs = routed(), plans(3)
+    measured = probe(first, asked=[3, 6, 5, 3], seed=4, prompt=8)
     assert (measured.asked, measured.seed, measured.prompt, measured.count) == ((5, 3), 4, 8, 5)
     before = measured.losses(runs)
     first.detach()
     second = type(first)(first.backbone, first.router, sink_tokens=SINKS)
-    measured.serve(second, [4, 6])
-    assert measured.asked == (4,)
-    called = count_calls(second)
-    assert torch.equal(measured.losses(runs), before)
+    other, called = probe(second, measured=measured.measured), count_calls(second)
+    assert torch.equal(other.losses(runs), before)
     assert called == []
-    assert torch.equal(measured.losses(plans(3, seed=9)), probe(second).losses(plans(3, seed=9)))
-    for other in ({"sinks": 2}, {"context_layer": 2}, {}):
-        with pytest.raises(ValueError, match="another probe"):
-            measured.serve(routed(**other), [])
+    assert torch.equal(other.losses(plans(3, seed=9)), probe(second).losses(plans(3, seed=9)))
 
 
 def test_progress_says_what_is_measured_and_bars_do_not_nest():

@@ -250,6 +250,16 @@ def test_each_router_is_calibrated_with_its_own_bridges_and_routing(ask, tmp_pat
         assert results[0] == results[1]
 
 
+def test_trained_bridges_of_a_fixed_set_depend_on_no_estimator(ask, tmp_path):
+    options, bridged = {"routers": "shortgpt", "seeds": 1, "texts": None}, ("bridge.rank=4", "bridge.steps=1")
+    assert compare(ask(tmp_path, *bridged, **options)) == 0
+    before = stamps(tmp_path)
+    assert compare(ask(tmp_path, *bridged, "objective.estimator=surrogate", "objective.sigma=0.3", **options)) == 0
+    assert stamps(tmp_path) == before, "reused"
+    with pytest.raises(RunError, match=r"objective\.ce"):
+        compare(ask(tmp_path, *bridged, "objective.ce=0.5", **options))
+
+
 def test_a_begun_run_of_another_recipe_is_refused(ask, tmp_path, evaluations):
     evaluations += ["stop", "", "", ""]
     with pytest.raises(KeyboardInterrupt):

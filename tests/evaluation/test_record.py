@@ -87,7 +87,12 @@ def test_parts_give_the_tables_of_the_whole():
 
 
 # Of the recipe of that comparison; a comparison stores the type that `auto` means.
-THEN = ("data.calibration_windows=32", "data.test_windows=32", "backbone.dtype=bfloat16")
+THEN = (
+    "data.calibration_windows=32",
+    "data.test_windows=32",
+    "backbone.dtype=bfloat16",
+    "objective.estimator=perturbed",
+)
 
 
 def test_keys_of_0_1_and_of_today_are_the_same_recipe():
@@ -119,6 +124,19 @@ def test_keys_of_0_1_and_of_today_are_the_same_recipe():
 def test_what_cannot_be_joined_is_refused(other, named):
     with pytest.raises(RunError, match=named):
         join({A: part(("ours", 0), inputs={"model": "a", "text": "c", "task piqa": "d"}), B: other})
+
+
+def test_another_estimator_is_free_where_no_router_learns():
+    other = made.record()["recipe"] | {"objective.estimator": "surrogate", "objective.sigma": 0.3}
+    fixed, learned = part(("best", 0), ("dice", 0)), part(("ours", 0), recipe=other)
+    for parts in ({A: fixed, B: learned}, {A: learned, B: fixed}):
+        together = join(parts)
+        assert together["recipe"] == other
+        assert len(together["runs"]) == 3
+    with pytest.raises(RunError, match=r"objective\.estimator"):
+        join({A: fixed, B: part(("ours", 1)), Path("c/comparison.json"): learned})
+    with pytest.raises(RunError, match=r"objective\.kl"):
+        join({A: fixed, B: part(("ours", 0), recipe=other | {"objective.kl": 0.5})})
 
 
 def test_the_stored_runs_are_where_their_recipe_looks_for_them():
