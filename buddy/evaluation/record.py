@@ -209,8 +209,8 @@ def _damaged(path: Path) -> RunError:
 def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     """One record of all routers and runs, in the order of the files.
 
-    Times of several records were not measured in turn with each other, so they are left out. Static and random routers
-    depend on no estimator of gradients, so a record of these alone may have another one.
+    Times of several records were not measured in turn with each other, so they are left out where more than one has
+    some. Static and random routers depend on no estimator of gradients, so a record of these alone may have another.
 
     Args:
         records: by the file that each was read from; two or more.
@@ -238,13 +238,14 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
                 name = f"{run['router']}, seed {run['seed']}"
                 raise RunError(f"The run {name} is in {there} and in {path}; leave one of the files out.")
     order = {label: place for place, label in enumerate(routers)}
+    timed = [record["speed"] for record in records.values() if record.get("speed")]
     failures = [each for record in records.values() for each in record["failures"]]
     return {
         **first,
         "recipe": base["recipe"],
         "routers": [router for _, router in routers.values()],
         "runs": [runs[key][1] for key in sorted(runs, key=lambda key: (order[key[0]], key[1]))],
-        "speed": None,
+        "speed": timed[0] if len(timed) == 1 else None,
         "failures": [each for each in failures if (each["router"], each["seed"]) not in runs],
         "parts": [{key: each[key] for key in PROVENANCE} for each in records.values()],
     }

@@ -105,7 +105,8 @@ class Results:
         """
         speed, names = self.record.get("speed"), ["decode_ms", "prefill_ms", "multiply_adds"]
         entries = [] if not speed else [(each["router"], each["layers"], each) for each in speed["results"]]
-        entries += [] if not speed else [(label, self.layers, speed["full"]) for label in self.routers.index]
+        timed = {label for label, *_ in entries} | {*self.routers.index[self.routers.full_depth.astype(bool)]}
+        entries += [] if not speed else [(label, self.layers, speed["full"]) for label in timed]
         rows = [
             {"router": label, "budget": budget} | {name: times.get(name) for name in names}
             for budget, layers in self.budgets.items()

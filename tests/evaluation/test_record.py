@@ -126,6 +126,17 @@ def test_what_cannot_be_joined_is_refused(other, named):
         join({A: part(("ours", 0), inputs={"model": "a", "text": "c", "task piqa": "d"}), B: other})
 
 
+def test_times_stay_where_they_were_measured_in_turn():
+    speed = made.record()["speed"]
+    speed["results"] = [each for each in speed["results"] if each["router"] == "ours"]
+    timed, other = part(("ours", 0), speed=speed), part(("best", 0), ("full", 0))
+    together = Results(join({A: timed, B: other}))
+    measured = together.scores.loc["speeches"].decode_ms.unstack("router").notna()
+    assert measured.to_dict("list") == {"ours": [True] * 3, "best": [False] * 3, "full": [False, False, True]}
+    assert any(table.title.startswith("Decode") for table in all_tables(together))
+    assert join({A: timed, B: other | {"speed": speed}})["speed"] is None
+
+
 def test_another_estimator_is_free_where_no_router_learns():
     other = made.record()["recipe"] | {"objective.estimator": "surrogate", "objective.sigma": 0.3}
     fixed, learned = part(("best", 0), ("dice", 0)), part(("ours", 0), recipe=other)
