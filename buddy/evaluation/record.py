@@ -27,7 +27,7 @@ from buddy.provenance import CKPT_KEY, CODE, ESTIMATOR_KEYS, FREE_KEYS
 from buddy.registry import load
 from buddy.run import read_run, stored_digests
 from buddy.run_files import METRICS, read_metrics
-from buddy.schema import Recipe
+from buddy.schema import COMPLETE, Recipe
 
 JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "results.md"
 FORMAT = 1
@@ -302,12 +302,17 @@ def _has_learned(record: Mapping[str, Any]) -> bool:
     return any(router["kind"] == "learned" for router in record["routers"])
 
 
+def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat recipe with the keys that an older Buddy did not have, and today's names of those that it had."""
+    renamed = {RENAMED.get(key, key): value for key, value in recipe.items()}
+    sections = {key.partition(".")[0] for key in renamed if "." in key}
+    known = {key: value for key, value in flatten(COMPLETE).items() if key.partition(".")[0] in sections}
+    return flatten(Recipe()) | known | renamed
+
+
 def _check_comparable(path: Path, one: Mapping[str, Any], other_path: Path, other: Mapping[str, Any]) -> None:
     """Raises RunError unless recipes, texts, layers and tasks are the same."""
-    defaults = flatten(Recipe())  # of keys that 0.1 did not have
-    here, there = (
-        defaults | {RENAMED.get(key, key): value for key, value in each["recipe"].items()} for each in (one, other)
-    )
+    here, there = (_with_defaults(each["recipe"]) for each in (one, other))
     own = OWN if _has_learned(other) else (*OWN, *ESTIMATOR_KEYS)
     differing = [
         f"{key}: {here.get(key, 'not set')} and {there.get(key, 'not set')}"

@@ -11,6 +11,7 @@ from buddy.evaluation.record import join, read_record, show_files, shown_command
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import all_tables
 from buddy.run import complete_seeds, label_folder
+from buddy.schema import COMPLETE
 from tests.documents import ROOT
 from tests.evaluation import made
 
@@ -124,6 +125,14 @@ def test_keys_of_0_1_and_of_today_are_the_same_recipe():
 def test_what_cannot_be_joined_is_refused(other, named):
     with pytest.raises(RunError, match=named):
         join({A: part(("ours", 0), inputs={"model": "a", "text": "c", "task piqa": "d"}), B: other})
+
+
+def test_a_record_may_lack_keys_of_a_later_version():
+    whole = flatten(COMPLETE)
+    older = {key: value for key, value in whole.items() if key not in ("bridge.joint", "adapter.joint")}
+    assert len(join({A: part(("ours", 0), recipe=older), B: part(("best", 0), recipe=whole)})["runs"]) == 2
+    with pytest.raises(RunError, match=r"bridge\.joint: False and True"):
+        join({A: part(("ours", 0), recipe=older), B: part(("best", 0), recipe=whole | {"bridge.joint": True})})
 
 
 def test_times_stay_where_they_were_measured_in_turn():
