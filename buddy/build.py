@@ -26,8 +26,9 @@ from buddy.losses import Objective
 from buddy.metrics.perplexity import Reference
 from buddy.predictor.features import Predictor
 from buddy.predictor.train import load_predictor, predictor_arms
+from buddy.provenance import ESTIMATOR_KEYS, TRAINING_KEYS
 from buddy.registry import build
-from buddy.router import AnyRouter, available_budgets
+from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
 from buddy.run import Run, check_backbone
 from buddy.run_files import ADAPTER, BRIDGE, load_router, read_metrics
 from buddy.schema import ClassSpec, Recipe
@@ -171,6 +172,13 @@ def healing_steps(recipe: Recipe, router: AnyRouter) -> int:
     if adapter:
         return adapter.steps
     return bridge.steps + (recipe.trainer["max_steps"] if bridge.joint and not router.trainable else 0)
+
+
+def free_keys(recipe: Recipe, router: AnyRouter) -> tuple[str, ...]:
+    """Beginnings of a recipe's keys that change nothing in a run of a router, given before its training."""
+    estimated = router.trainable and not isinstance(router, LayerwiseRouter)  # its gates have their own estimator
+    trained = router.trainable or healing_steps(recipe, router) > 0
+    return (*(() if estimated else ESTIMATOR_KEYS), *(() if trained else TRAINING_KEYS))
 
 
 def build_data(recipe: Recipe, backbone: Backbone) -> TextData:

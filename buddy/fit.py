@@ -28,6 +28,7 @@ from buddy.build import (
     build_trainer,
     check_model,
     counts_of,
+    free_keys,
     healing_steps,
     instantiate,
     restore_router,
@@ -48,9 +49,9 @@ from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, on_disk, out_of_memory, within_memory
 from buddy.metrics.perplexity import MOST, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor, remove_targets
-from buddy.provenance import ESTIMATOR_KEYS, TRAINING_KEYS, input_digests
+from buddy.provenance import input_digests
 from buddy.registry import load
-from buddy.router import LayerwiseRouter, available_budgets
+from buddy.router import available_budgets
 from buddy.run import RunSpec, read_run
 from buddy.run_files import (
     ADAPTER,
@@ -157,15 +158,8 @@ class Session:
 
     def differences(self, spec: RunSpec) -> list[str]:
         """Why the run in the folder, complete or begun, is not this one; empty if it is, or if there is none."""
-        free = (*spec.free_keys, *self.free_keys(spec.recipe))
+        free = (*spec.free_keys, *free_keys(spec.recipe, build_router(spec.recipe, self.backbone)))
         return spec.run_folder.differences(spec.recipe, self.digests(spec.recipe), ignore=free)
-
-    def free_keys(self, recipe: Recipe) -> tuple[str, ...]:
-        """Beginnings of the recipe's keys that change nothing in a run of its router."""
-        router = build_router(recipe, self.backbone)
-        estimated = router.trainable and not isinstance(router, LayerwiseRouter)  # its gates have their own estimator
-        trained = router.trainable or healing_steps(recipe, router) > 0
-        return (*(() if estimated else ESTIMATOR_KEYS), *(() if trained else TRAINING_KEYS))
 
     def fit(self, spec: RunSpec) -> None:
         """Make the run, or resume it; in the first process.
@@ -176,7 +170,7 @@ class Session:
         """
         recipe, run_folder = spec.recipe, spec.run_folder
         with on_disk(spec.folder), run_folder.lock(), self.model(recipe) as model:
-            free = (*spec.free_keys, *self.free_keys(recipe))
+            free = (*spec.free_keys, *free_keys(recipe, model.router))
             folder = run_folder.begin(recipe, spec.recipe_name, self.digests(recipe), model.geometry, ignore=free)
             self._stopwatch = Stopwatch(folder)
             try:
