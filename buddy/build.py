@@ -64,14 +64,7 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
         on_cpu: leave it on the CPU, to shard its weights next.
     """
     keep_freed_memory()
-    section = with_dtype(recipe).backbone
-    backbone = load_backbone(
-        section.name,
-        section.dtype,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-        accept_license=section.accept_license,
-    )
+    backbone = load_backbone(**asdict(with_dtype(recipe).backbone))
     if not on_cpu:
         backbone.model.to(distributed.device(recipe.trainer["accelerator"]))
     return backbone
@@ -80,7 +73,7 @@ def build_backbone(recipe: Recipe, *, on_cpu: bool = False) -> Backbone:
 def build_router(recipe: Recipe, backbone: Backbone) -> AnyRouter:
     """The recipe's router for a backbone, before calibration."""
     routing, section = recipe.routing, recipe.router
-    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # as below
+    geometry = geometry_of(backbone, routing.context_layer, routing.pool)  # type: ignore[arg-type]  # a recipe checks it
     return build(section.name, geometry, section.options)
 
 
@@ -90,17 +83,9 @@ def build_model(recipe: Recipe, backbone: Backbone) -> RoutedLM:
     Raises:
         BudgetError: a budget below the always-on layers.
     """
-    routing = recipe.routing
-    routed = RoutedLM(
-        backbone,
-        build_router(recipe, backbone),
-        pool=routing.pool,  # type: ignore[arg-type]  # a recipe accepts only these values
-        sink_tokens=routing.sink_tokens,
-        prompt_plan=routing.prompt_plan,  # type: ignore[arg-type]
-        policy=routing.policy,
-        reroute_every=routing.reroute_every,
-        batch_plan=routing.batch_plan,  # type: ignore[arg-type]
-    )
+    routing = asdict(recipe.routing)
+    del routing["context_layer"]  # the router's geometry has it
+    routed = RoutedLM(backbone, build_router(recipe, backbone), **routing)
     routed.table = LatencyTable(cache_folder("latency"))
     counts_of(recipe, routed)
     return routed
@@ -199,21 +184,9 @@ def build_data(recipe: Recipe, backbone: Backbone) -> TextData:
             f"data.window is {data.window}, but {backbone.name} reads at most {backbone.context_length} tokens; set "
             "data.window to that or less."
         )
-    return TextData(
-        data.source,
-        backbone.tokenizer,
-        window=data.window,
-        batch_size=data.batch_size,
-        seed=recipe.data_seed,
-        train_seed=recipe.seed,
-        calibration_windows=data.calibration_windows,
-        validation_windows=data.validation_windows,
-        test_windows=data.test_windows,
-        evaluate_on=data.evaluate_on,  # type: ignore[arg-type]  # a recipe accepts only these values
-        text_field=data.text_field,
-        train_sources=data.train_sources,
-        calibration_sources=data.calibration_sources,
-    )
+    options = asdict(data) | {"seed": recipe.data_seed, "train_seed": recipe.seed}
+    del options["prompt"]  # a matter of evaluation
+    return TextData(tokenizer=backbone.tokenizer, **options)
 
 
 def check_unseen(recipe: Recipe, source: str) -> None:
@@ -345,17 +318,14 @@ def build_estimator(recipe: Recipe, router: AnyRouter) -> Estimator:
 
 def build_module(recipe: Recipe, routed: RoutedLM) -> RoutingModule:
     """The LightningModule that trains a recipe's router."""
-    optimizer = recipe.optimizer
     return RoutingModule(
         routed,
         budgets=available_budgets(routed.router, recipe.budgets),
         estimator=build_estimator(recipe, routed.router),
         bridge_lr=recipe.bridge.lr if recipe.bridge and recipe.bridge.joint else 0.0,
         prompt=recipe.data.prompt,
-        lr=optimizer.lr,
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
         seed=recipe.seed,
+        **asdict(recipe.optimizer),
     )
 
 

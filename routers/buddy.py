@@ -85,9 +85,9 @@ class BuddyRouter(PriorRouter):
     Linear(F, hidden) – SiLU – Linear(hidden, R), fused with a static prior: s' = s + ω · p̂ (section 3). The last
     linear layer starts at zero, so training starts from the prior's order.
 
-    Deviations from the paper: the newest token's own states are inputs beside the pooled ones, each part is
-    normalised, and the network's scores can be bounded, A · tanh(s / A), so that training cannot diverge; the default
-    prior is the order of a greedy search.
+    Deviations from the paper: the pooled states of the prefix and those of the newest token are separate inputs, each
+    normalised, beside the token's hidden state; the network's scores can be bounded, A · tanh(s / A), so that
+    training cannot diverge; the default prior is the order of a greedy search.
 
     Args:
         geometry: sizes of the backbone.

@@ -34,8 +34,8 @@ class DrLLM(Router):
       a round of sets that exchange one removed and one kept layer, if that is better. In the paper it is a Monte Carlo
       tree search from the full model with a bonus for short paths. Both measure about 50 sets.
     - Searches minimise the cross-entropy of the whole window, where the paper asks whether an answer is right.
-    - One network reads the mean state of the prompt after the context layer. In the paper each layer has a network of
-      this size, which reads the mean states that arrive there in 8 stretches of the prompt, and the stretches vote.
+    - One network reads the mean of the values that the context layer cached for the prompt. In the paper each layer has
+      a network of this size, which reads the mean states that arrive there in 8 stretches of the prompt; they vote.
     - Sinks, the first and the last layer always run.
 
     Args:

@@ -31,7 +31,8 @@ class FiRST(GateRouter):
     - The paper's penalty is the sum of the probabilities, its weight tuned by hand for each rate. Here it is
       λ · max(0, mean gate − (k − 1) / R): linear too, but zero below the budget, with one layer of slack, since to run
       a layer more at the end costs little, and to have none left costs much.
-    - The prompt's last token decides for the prompt, as in every router with one plan for each input.
+    - The prompt's last token decides for the prompt, as in every router with one plan for each input. `scope="token"`,
+      a decision for each token, is not in the paper.
     - Gates see the normalised state; its scale differs a hundredfold between layers.
     - The gates alone are trained, to the recipe's objective; the paper tunes LoRA adapters afterwards.
     - Sinks, the first and the last layer always run.

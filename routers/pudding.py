@@ -24,10 +24,10 @@ class PuDDing(Router):
       ten sets.
     - The searched and regressed loss is the cross-entropy of a whole window, where the paper has the log-likelihood of
       an answer to its prompt.
-    - The regression is linear, from the mean state of the prompt after the context layer, where the paper fine-tunes a
-      BERT on the prompt's text: calibration windows are few. Its ridge is the one with the least leave-one-out error,
-      or infinite: where prompts predict nothing, the set that is best on average serves all. The mean of a window's
-      losses is subtracted first; it does not change which is least.
+    - The regression is linear, from the mean of the values that the context layer cached for the prompt, where the
+      paper fine-tunes a BERT on the prompt's text: calibration windows are few. Its ridge has the least leave-one-out
+      error, or is infinite: where prompts predict nothing, the set that is best on average serves all. The mean of a
+      window's losses is subtracted first; it does not change which is least.
     - Sinks run every layer. The first and the last layer always run, in the authors' code too.
 
     A search answers every K. For a K that is not among the recipe's budgets, the regression of the nearest K that is

@@ -68,8 +68,9 @@ class Table:
         self.mean = scores.mean(0)
         self.rows = torch.where(self.count[:, None] > 0, total / self.count.clamp(min=1)[:, None], self.mean)
         often = self.count[flat] > 1  # an id that occurs once explains itself
-        kept, centre = scores[often], scores[often].mean(0)
-        self.explained = 1 - (kept - self.rows[flat[often]]).square().sum() / (kept - centre).square().sum()
+        kept, centre, count = scores[often], scores[often].mean(0), self.count[flat[often]][:, None]
+        others = (kept - self.rows[flat[often]]) * count / (count - 1)  # to the mean of the id's other tokens
+        self.explained = 1 - others.square().sum() / (kept - centre).square().sum()
 
     def __call__(self, ids: Tensor) -> Tensor:
         """(N, T, R)."""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from buddy.metrics.statistics import hull
-from buddy.predictor.grpo import BudgetPolicy, RewardWeights, train_policy
+from buddy.predictor.grpo import BudgetPolicy, train_policy
 from buddy.predictor.regress import CurvePredictor
+from buddy.schema import PredictorSection
 
 
 def by_epsilon(increase: np.ndarray, arms: np.ndarray, epsilon: float) -> np.ndarray:
@@ -234,8 +235,8 @@ def _policies(measured: Measured, fold: np.ndarray, cost: float) -> np.ndarray:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)
             policy = BudgetPolicy(measured.features.shape[1], measured.arms.tolist())
-        weights = RewardWeights(cost=cost)
-        train_policy(policy, measured.features[rest], losses[rest], layers, weights, seed=number, points=1, **POLICY)
+        section = PredictorSection(cost=cost, **POLICY)
+        train_policy(policy, measured.features[rest], losses[rest], layers, section, seed=number, points=1)
         with torch.no_grad():
             places[own] = policy(measured.features[own]).argmax(-1).numpy()
     return places

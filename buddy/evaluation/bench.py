@@ -24,7 +24,7 @@ from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
-from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, contenders, machine, mixed_prefill, race, versions
+from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, contenders, machine, race, versions
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, read_run
 from buddy.run_files import BRIDGE, ROUTER
@@ -56,9 +56,8 @@ def bench_run(
     late = ids.flatten()[None, : min(LATE + STEPS, routed.backbone.context_length)]
     sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
     with within_memory(sizes, "free some, or bench a smaller backbone"):
-        field = contenders(routed, below, ids)
         timings = race(
-            field,
+            contenders(routed, below, ids),
             ids,
             prompts=(PROMPT, LONG),
             batches=(1, BATCH),
@@ -66,9 +65,7 @@ def bench_run(
             rounds=rounds,
             track=tracker("Rounds, the first to warm up"),
         )
-        with status("Timing prompts with a budget for each row …"):
-            mixed = mixed_prefill(routed, field, ids[:, :LONG])
-    report = as_json(counts, timings, routed.geometry.layers) | {"mixed_prefill_vs_pruned": mixed}
+    report = as_json(counts, timings, routed.geometry.layers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     if routed.backbone.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
@@ -195,11 +192,9 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
         f"one plan for the prompt. GFLOP and cache: prefill of {LONG}, head included. Medians over "
         f"{report['rounds']} rounds, threads: {report['threads']}."
     )
-    ratio, peak = report["mixed_prefill_vs_pruned"], report["peak_memory_mib"]
-    results.print(f"Batch {BATCH}, a budget for each row: prefill at {ratio:.3f} × the pruned cost of its layers.")
     taken = ", ".join(f"{spent:.3g} at {count}" for count, spent in report["latency_ms"].items())
     results.print(f"Milliseconds a token after {CONTEXT} by layers, stored for budgets such as 15ms: {taken}.")
-    results.print(f"Peak memory of the process: {peak:.0f} MiB.")
+    results.print(f"Peak memory of the process: {report['peak_memory_mib']:.0f} MiB.")
 
 
 def _cell(entry: Mapping[str, Any], key: str) -> str:

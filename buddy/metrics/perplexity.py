@@ -67,10 +67,10 @@ class Scores:
         """Mean KL to the dense model in nats a token."""
         return float(self.kl.sum() / self.tokens.sum())
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of the perplexity over documents (percentile method)."""
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the perplexity over documents (percentile method)."""
         drawn = resamples(len(self.tokens))
-        return quantiles(np.exp(self.loss[drawn].sum(1) / self.tokens[drawn].sum(1)), level)
+        return quantiles(np.exp(self.loss[drawn].sum(1) / self.tokens[drawn].sum(1)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-RESAMPLES = 2000
+RESAMPLES, LEVEL = 2000, 0.95
 SEEDS, REFERENCE_SEEDS = 1, 2  # random streams of the seeds; stream 0 draws the documents
 Interval = tuple[float, float]
 
@@ -22,9 +22,9 @@ def resamples(documents: int) -> np.ndarray:
     return np.random.default_rng(0).integers(documents, size=(RESAMPLES, documents))
 
 
-def quantiles(values: np.ndarray, level: float = 0.95) -> Interval:
-    """The bounds of the middle `level` of the values (percentile method)."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+def quantiles(values: np.ndarray) -> Interval:
+    """The bounds of the middle 95 % of the values (percentile method)."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -38,12 +38,12 @@ def mean_loss(loss: np.ndarray, tokens: np.ndarray) -> float:
     return float(np.mean([seed.sum() for seed in loss]) / tokens.sum())
 
 
-def loss_interval(loss: np.ndarray, tokens: np.ndarray, level: float = 0.95) -> Interval:
+def loss_interval(loss: np.ndarray, tokens: np.ndarray) -> Interval:
     """Bootstrap interval of `mean_loss` over documents and seeds."""
-    return quantiles(_resampled(loss, tokens, SEEDS), level)
+    return quantiles(_resampled(loss, tokens, SEEDS))
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray, level: float = 0.95) -> tuple[float, Interval]:
+def difference(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray) -> tuple[float, Interval]:
     """Difference of mean cross-entropy (ours − theirs, nats a token) and its paired bootstrap interval.
 
     Args:
@@ -52,12 +52,10 @@ def difference(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray, level: 
         tokens: (documents,) scored tokens.
     """
     estimates = _resampled(ours, tokens, SEEDS) - _resampled(theirs, tokens, REFERENCE_SEEDS)
-    return mean_loss(ours, tokens) - mean_loss(theirs, tokens), quantiles(estimates, level)
+    return mean_loss(ours, tokens) - mean_loss(theirs, tokens), quantiles(estimates)
 
 
-def accuracy_difference(
-    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], level: float = 0.95
-) -> tuple[float, Interval]:
+def accuracy_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> tuple[float, Interval]:
     """Difference of the mean accuracy over tasks (ours − theirs) and its paired interval over items and seeds.
 
     Every resample draws the items of each task once for both, and then seeds for each separately.
@@ -68,7 +66,7 @@ def accuracy_difference(
     """
     estimates = _accuracies(ours, SEEDS) - _accuracies(theirs, REFERENCE_SEEDS)
     mean, reference = (float(np.mean([task.mean(1) for task in tasks])) for tasks in (ours, theirs))
-    return mean - reference, quantiles(estimates, level)
+    return mean - reference, quantiles(estimates)
 
 
 def flips(full: np.ndarray, pruned: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ import os
 import platform
 import random
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -175,26 +174,6 @@ def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int, draw: 
             with field_[place].spends():
                 spent[place] += field_[place].step(ids[:, at : at + 1], caches[place])
     return [total / (ids.shape[1] - prompt) for total in spent]
-
-
-@torch.inference_mode()
-def mixed_prefill(routed: RoutedLM, field_: Sequence[Contender], ids: Tensor, rounds: int = 5) -> float:
-    """Prefill of a batch whose rows have different budgets, over the pruned cost of the same layers.
-
-    The denominator is the mean, over rows, of the pruned stock model's time for the whole batch at that row's K.
-    """
-    pruned = {each.layers: each for each in field_ if each.name == "pruned"}
-    pruned[routed.geometry.layers] = next(each for each in field_ if each.name == "dense")
-    depths = sorted(pruned)
-    counts = [depths[row % len(depths)] for row in range(len(ids))]
-    ratios = []
-    for number in range(rounds + 1):
-        with routed.at(executed=counts):
-            ours = _prefill_ms(Contender("mixed", 0, routed.backbone.model, nullcontext), ids)
-        alone = {depth: _prefill_ms(pruned[depth], ids) for depth in set(counts)}
-        if number:
-            ratios.append(ours / statistics.mean(alone[depth] for depth in counts))
-    return statistics.median(ratios)
 
 
 def _prefill_ms(contender: Contender, ids: Tensor) -> float:

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.predictor.features import Predictor, Track
+from buddy.schema import PredictorSection
 
 BATCH = 2  # requests a step, as in the paper
 TINY = 1e-6
-
-
-@dataclass(frozen=True)
-class RewardWeights:
-    """Weights of the reward and of the regularisation.
-
-    Attributes:
-        quality: factor of the cross-entropy in nats a token (λ_perf).
-        cost: factor of K/L, the share of layers that run (λ_cost).
-        entropy: β, factor of the policy's entropy in nats, against early convergence.
-        kl: factor of KL(policy ‖ policy at the start) in nats.
-    """
-
-    quality: float = 5.0
-    cost: float = 0.05
-    entropy: float = 0.01
-    kl: float = 0.0
 
 
 class BudgetPolicy(Predictor):
@@ -59,38 +42,18 @@ class BudgetPolicy(Predictor):
         return arms[self(features)[..., allowed].argmax(-1)]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """State of the training, over all requests.
-
-    Attributes:
-        step: steps done.
-        entropy: the policy's mean entropy, nats; at most ln(arms).
-        reward: mean expected reward.
-        layers: mean expected layers.
-    """
-
-    step: int
-    entropy: float
-    reward: float
-    layers: float
-
-
 def train_policy(
     policy: BudgetPolicy,
     features: Tensor,
     losses: Tensor,
     layers: int,
-    weights: RewardWeights,
+    section: PredictorSection,
     *,
-    steps: int,
-    lr: float,
-    samples: int = 4,
     seed: int = 0,
     points: int = 100,
     track: Track = iter,
-) -> list[Progress]:
-    """Train in place by GRPO; returns the progress at about `points` steps, the start and the end among them.
+) -> dict[str, list[tuple[int, float]]]:
+    """Train in place by GRPO; returns values at about `points` steps, the start and the end among them.
 
     For each request M budgets are drawn from the policy and rewarded by −quality · CE − cost · K/L. The advantage is
     the reward normalised within the group, and the loss −mean(A · log π) − β H(π) + kl · KL(π ‖ π at the start). The
@@ -101,35 +64,40 @@ def train_policy(
         features: (N, size) of the requests' prompts.
         losses: (N, arms) nats a token, of each request under each arm.
         layers: L.
-        weights: factors of the reward and of the regularisation.
-        steps: optimizer steps, each on `BATCH` requests.
-        lr: learning rate of Adam.
-        samples: M.
+        section: factors of the cross-entropy in nats (λ_perf) and of K/L (λ_cost) in the reward, and of the policy's
+            entropy (β) and its KL to the start in the loss; optimizer steps on `BATCH` requests each, the rate of Adam,
+            and M, the samples.
         seed: determines the draws of requests and samples.
-        points: number of progress entries.
+        points: number of steps with values.
         track: wraps the steps to show progress.
+
+    Returns:
+        Pairs of step and value, means over all requests: "entropy" of the policy in nats, at most ln(arms), expected
+        "reward", and expected "layers".
     """
     random = torch.Generator().manual_seed(seed)
-    rewards = rewards_of(losses.double(), policy.arms, layers, weights)
+    rewards = rewards_of(losses.double(), policy.arms, layers, section)
     start = copy.deepcopy(policy).requires_grad_(False)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
-    every, progress = max(1, steps // points), [_progress(policy, features, rewards, 0)]
+    optimizer = torch.optim.Adam(policy.parameters(), lr=section.lr)
+    every, steps = max(1, section.steps // points), section.steps
+    progress = {name: [(0, value)] for name, value in _means(policy, features, rewards).items()}
     for step in track(range(1, steps + 1)):
         rows = torch.randint(len(features), (BATCH,), generator=random)
         optimizer.zero_grad()
-        grpo_loss(policy, start, features[rows], rewards[rows], weights, samples, random).backward()
+        grpo_loss(policy, start, features[rows], rewards[rows], section, random).backward()
         optimizer.step()
         if step % every == 0 or step == steps:
-            progress.append(_progress(policy, features, rewards, step))
+            for name, value in _means(policy, features, rewards).items():
+                progress[name].append((step, value))
     return progress
 
 
-def rewards_of(losses: Tensor, arms: Sequence[int], layers: int, weights: RewardWeights) -> Tensor:
+def rewards_of(losses: Tensor, arms: Sequence[int], layers: int, section: PredictorSection) -> Tensor:
     """(N, arms): the reward of each request under each arm, in the dtype of the losses, best float64.
 
     In single precision the mean of three equal rewards may differ from them by more than `TINY`.
     """
-    return -weights.quality * losses - weights.cost * torch.tensor(arms) / layers
+    return -section.quality * losses - section.cost * torch.tensor(arms) / layers
 
 
 def grpo_loss(
@@ -137,19 +105,18 @@ def grpo_loss(
     start: BudgetPolicy,
     features: Tensor,
     rewards: Tensor,
-    weights: RewardWeights,
-    samples: int,
+    section: PredictorSection,
     random: torch.Generator,
 ) -> Tensor:
     """() the loss of `train_policy`, of requests with features (B, size) and rewards (B, arms)."""
     log = policy(features).log_softmax(-1)
-    drawn = torch.multinomial(log.detach().exp(), samples, replacement=True, generator=random)
+    drawn = torch.multinomial(log.detach().exp(), section.samples, replacement=True, generator=random)
     reward = rewards.gather(1, drawn)
     spread = reward.std(1, keepdim=True, correction=0)
     advantage = (reward - reward.mean(1, keepdim=True)) / (spread + TINY)
     kl = (log.exp() * (log - start(features).log_softmax(-1))).sum(-1)
     gain = (advantage.to(log) * log.gather(1, drawn)).mean(1)
-    return (weights.kl * kl - gain - weights.entropy * _entropy(log)).mean()
+    return (section.kl * kl - gain - section.entropy * _entropy(log)).mean()
 
 
 def _entropy(log: Tensor) -> Tensor:
@@ -157,8 +124,8 @@ def _entropy(log: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _progress(policy: BudgetPolicy, features: Tensor, rewards: Tensor, step: int) -> Progress:
+def _means(policy: BudgetPolicy, features: Tensor, rewards: Tensor) -> dict[str, float]:
     log = policy(features).log_softmax(-1)
-    probability = log.exp()
-    layers = (probability * torch.tensor(policy.arms)).sum(-1).mean()
-    return Progress(step, _entropy(log).mean().item(), (probability * rewards).sum(-1).mean().item(), layers.item())
+    each = {"entropy": _entropy(log), "reward": (log.exp() * rewards).sum(-1)}
+    each["layers"] = (log.exp() * torch.tensor(policy.arms)).sum(-1)
+    return {name: value.mean().item() for name, value in each.items()}

@@ -16,7 +16,7 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DamagedError, RunError
 from buddy.io import FileStore, load_tensors, read_json, save_tensors, write_json
 from buddy.predictor.features import Predictor, Targets, feature_size, measure_targets, sorted_arms
-from buddy.predictor.grpo import BudgetPolicy, RewardWeights, train_policy
+from buddy.predictor.grpo import BudgetPolicy, train_policy
 from buddy.predictor.regress import CurvePredictor
 from buddy.router import Geometry, available_budgets
 from buddy.run_files import PREDICTOR, PREDICTOR_FACTS
@@ -148,27 +148,13 @@ def _regress(predictor: CurvePredictor, targets: Targets) -> tuple[dict[str, Any
 
 def _train(recipe: Recipe, policy: BudgetPolicy, targets: Targets, layers: int) -> tuple[dict[str, Any], Curves]:
     """Train; returns the final state of the policy as facts, and curves over steps."""
-    section = recipe.predictor
-    progress = train_policy(
-        policy,
-        targets.features,
-        targets.at(policy.arms),
-        layers,
-        RewardWeights(section.quality, section.cost, section.entropy, section.kl),
-        steps=section.steps,
-        lr=section.lr,
-        samples=section.samples,
-        seed=recipe.seed,
-        track=tracker("Training the budget predictor"),
-    )
-    most, last = math.log(len(policy.arms)), progress[-1]
-    errors.print(
-        f"Entropy of the policy {last.entropy:.3f} of at most {most:.3f}, {last.layers:.1f} layers on average."
-    )
-    tags = ("entropy", "reward", "layers")
-    curves = {f"predictor/{tag}": [(each.step, getattr(each, tag)) for each in progress] for tag in tags}
-    curves["predictor/entropy_at_random"] = [(each.step, most) for each in progress]
-    return {"entropy": last.entropy, "entropy_at_random": most, "expected_layers": last.layers}, curves
+    losses, track = targets.at(policy.arms), tracker("Training the budget predictor")
+    progress = train_policy(policy, targets.features, losses, layers, recipe.predictor, seed=recipe.seed, track=track)
+    most, (entropy, count) = math.log(len(policy.arms)), (progress[name][-1][1] for name in ("entropy", "layers"))
+    errors.print(f"Entropy of the policy {entropy:.3f} of at most {most:.3f}, {count:.1f} layers on average.")
+    curves = {f"predictor/{name}": points for name, points in progress.items()}
+    curves["predictor/entropy_at_random"] = [(step, most) for step, _ in progress["entropy"]]
+    return {"entropy": entropy, "entropy_at_random": most, "expected_layers": count}, curves
 
 
 def _write_curves(folder: Path, curves: Curves) -> None:

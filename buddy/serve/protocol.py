@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from buddy.serve.scheduler import Piece, Ran, Text, TokenLogprob
+from buddy.serve.scheduler import Piece, Text, TokenLogprob
 
 NAME = "buddy"  # of the model; NAME@BUDGET asks for a budget
 Stop = str | Annotated[list[str], Field(max_length=16)]
@@ -170,14 +171,15 @@ class Answer:
     @property
     def usage(self) -> dict[str, Any]:
         """Tokens, and the layers that each routed token ran."""
-        ran, written = Ran(), sum(text.written for text in self._texts)
+        ran, written = Counter[int](), sum(text.written for text in self._texts)
         for text in self._texts:
-            ran.merge(text.ran)
+            ran += text.ran
+        mean = sum(layers * tokens for layers, tokens in ran.items()) / max(1, ran.total())
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": written,
             "total_tokens": self._prompt_tokens + written,
-            "executed_layers": {"min": ran.least, "mean": ran.total / max(1, ran.tokens), "max": ran.most},
+            "executed_layers": {"min": min(ran, default=0), "mean": mean, "max": max(ran, default=0)},
         }
 
     def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:

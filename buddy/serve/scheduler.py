@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -71,32 +71,6 @@ class Piece:
     error: Exception | None = None
 
 
-@dataclass
-class Ran:
-    """Layers that tokens ran, those at full depth whatever the budget (sinks) left out.
-
-    Attributes:
-        least, total, most: over `tokens` tokens.
-    """
-
-    least: int = 0
-    total: int = 0
-    most: int = 0
-    tokens: int = 0
-
-    def add(self, counts: Sequence[int]) -> None:
-        """Count tokens by the number of layers that each ran."""
-        if counts:
-            self.merge(Ran(min(counts), sum(counts), max(counts), len(counts)))
-
-    def merge(self, other: Ran) -> None:
-        """Add what another text ran."""
-        if other.tokens:
-            self.least = min(self.least, other.least) if self.tokens else other.least
-            self.most, self.total = max(self.most, other.most), self.total + other.total
-            self.tokens += other.tokens
-
-
 @dataclass(eq=False)
 class Text:
     """One text to be written: a choice of a request.
@@ -114,7 +88,7 @@ class Text:
         plans: whether pieces have plans.
         chat: whether it answers the prompt, and does not continue its text.
         cancelled: set by the owner when nobody reads the text any longer.
-        ran: the layers so far.
+        ran: how many tokens ran each number of layers so far; sinks left out.
         written: new tokens so far.
         arrived, latest: when the text was asked for, and when its latest token came, by the monotonic clock.
     """
@@ -133,7 +107,7 @@ class Text:
     prompt_budget: Budget | None = None
     chat: bool = False
     cancelled: bool = False
-    ran: Ran = field(default_factory=Ran)
+    ran: Counter[int] = field(default_factory=Counter)
     written: int = 0
     arrived: float = field(default_factory=time.monotonic)
     latest: float | None = field(default=None, init=False)
@@ -363,7 +337,7 @@ class Scheduler:
 
     def _count(self, text: Text, written: Written) -> None:
         counts = written.executed
-        text.ran.add(counts)
+        text.ran.update(counts)
         now = time.monotonic()
         if counts:
             self._metrics.step(counts[0], len(counts))  # each ran the same number

@@ -126,9 +126,10 @@ class Perturbed:
 
     Exact top-k of s ± σε in antithetic pairs, forward only. Each token is credited with its own objective against the
     mean over the plans tried for that token: ∂E[f]/∂s ≈ mean_p (f_p − mean f) E[ε_p | m_p] / σ. What the noise did
-    shows in the plan m alone, so in place of ε stands its expectation given the plan (Rao–Blackwell), near enough
-    `NOISE_GAP` · (m − mean m): a layer that ran in every plan tried, or in none, gets no gradient. Gates stay hard, and
-    the pull "more compute is better", common to all layers, is zero because the count is fixed.
+    shows in the plan m alone, so in place of ε stands its expectation given the plan (Rao–Blackwell), approximated
+    by `NOISE_GAP` · (m − mean m), its value near the threshold: a layer that ran in every plan tried, or in none, gets
+    no gradient. Gates stay hard, and the pull "more compute is better", common to all layers, is zero because the count
+    is fixed.
 
     A part of the noise is shared by all tokens of a window: a token then reads keys and values of tokens whose plans
     changed as its own did, so that its credit includes the effect of such a change through them, and not their own
@@ -270,7 +271,9 @@ class Surrogate(StraightThrough):
 
 
 class Weighted:
-    """Back-propagation through h + w · (F(h) − h), w the weight of a layerwise router's gate (2410.12513).
+    """Back-propagation through B(h) + w · (F(h) − B(h)), w the weight of a layerwise router's gate (2410.12513).
+
+    F is the layer, and B what a skip does: the bridge, or nothing.
 
     Every layer is computed on every token, whatever the cache policy. What holds the gates to a budget is the router's
     own penalty. Rows at full depth have no gates to learn. Noise that gates draw from torch's generator depends on

@@ -137,7 +137,6 @@ def test_the_interval_holds_the_perplexity_and_is_the_same_every_time(scores):
         low, high = each.interval()
         assert low < each.perplexity < high
         assert each.interval() == (low, high)
-        assert each.interval(0.5)[0] > low
 
 
 def test_the_interval_of_many_documents_is_that_of_the_normal_law():
