@@ -53,16 +53,7 @@ class DamagedError(RunError):
 
 
 class TrainingError(BuddyError):
-    """Training that cannot go on.
-
-    Args:
-        message: why, and what to do.
-        resume: what else helps where one run is fitted; a comparison takes no checkpoint of other settings.
-    """
-
-    def __init__(self, message: str, resume: str = "") -> None:
-        super().__init__(message + resume)
-        self.message, self.resume = message, resume
+    """Training that cannot go on."""
 
 
 def reason(error: BaseException) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from buddy import distributed
@@ -75,7 +75,6 @@ from buddy.training.callbacks import (
     interrupts,
     unusable,
 )
-from buddy.training.module import NotFinite
 
 TRAINED_STATES = 2**28  # bytes of the dense model's hidden states that trainings of bridges on equal windows share
 MEMORY = "set data.batch_size or data.window smaller"
@@ -94,7 +93,6 @@ class Session:
     def __init__(self, backbone: Backbone, data: TextData, share: bool = True) -> None:
         self.backbone, self.data = backbone, data
         self._measured: dict[tuple[Any, ...], Measurements] = {}
-        self._stopwatch: Stopwatch | None = None
         self._reference, self._trained_reference = (Reference(most if share else 0) for most in (MOST, TRAINED_STATES))
 
     @classmethod
@@ -172,16 +170,15 @@ class Session:
         with on_disk(spec.folder), run_folder.lock(), self.model(recipe) as model:
             free = (*spec.free_keys, *free_keys(recipe, model.router))
             folder = run_folder.begin(recipe, spec.recipe_name, self.digests(recipe), model.geometry, ignore=free)
-            self._stopwatch = Stopwatch(folder)
             try:
                 distributed.barrier()  # the other processes read the folder from here on
                 with within_memory(f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens", MEMORY):
                     before = read_metrics(spec.reuse_from)["fit"]["seconds"] if spec.reuse_from else 0.0
-                    with self._stopwatch:
+                    with Stopwatch(folder) as stopwatch:
                         self._fit(recipe, model, folder, spec.reuse_from)
                     added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
                     weights = added + sum(parameter.numel() for parameter in model.router.parameters())
-                    cost = {"seconds": before + self._stopwatch.seconds, "parameters": weights}
+                    cost = {"seconds": before + stopwatch.seconds, "parameters": weights}
                     fit_predictor(recipe, model, self.data, folder)
                     scores = self._test(recipe, model)
                 save_router(folder, model.router.state_dict())
@@ -229,7 +226,6 @@ class Session:
         """Calibrate, train and heal; bridges are fitted on the router's plans before its training and after it."""
         self.data.train_seed = recipe.seed
         steps = healing_steps(recipe, model.router)  # the router is frozen later
-        callbacks = [LambdaCallback(on_train_batch_end=self._tick)]
         checkpoint = folder / CHECKPOINTS / LAST
         fitted = folder / CHECKPOINTS / FITTED
         if distributed.broadcast((fitted / ROUTER).exists()):  # stopped after the router was fitted
@@ -245,7 +241,7 @@ class Session:
             self._fit_bridges(recipe, model)
             both = trains_both(recipe, model.router)
             if model.router.trainable and not both and recipe.trainer["max_steps"]:
-                _train(recipe, model, self.data, checkpoint, callbacks)
+                _train(recipe, model, self.data, checkpoint)
                 if recipe.bridge and recipe.bridge.joint:
                     model.bridge(model.bridges)  # as trained
                 else:
@@ -257,7 +253,7 @@ class Session:
         if steps and (recipe.adapter or bridged):
             healed = replace(recipe, trainer={**recipe.trainer, "max_steps": steps})
             healing = folder / CHECKPOINTS / HEALING
-            _heal(healed, model, self.data, healing, callbacks, self._trained_reference)
+            _heal(healed, model, self.data, healing, self._trained_reference)
 
     @staticmethod
     def _keep(model: RoutedLM, folder: Path) -> None:
@@ -290,7 +286,7 @@ class Session:
                 ridge=section.ridge,
                 prompt=recipe.data.prompt,
                 batch_size=recipe.data.batch_size,
-                track=self._track,
+                track=track,
             )
         distributed.broadcast_state(fitted)
         if executed and distributed.is_global_zero() and not fitted.fitted.any():
@@ -308,7 +304,7 @@ class Session:
             model,
             self.data.calibration.input_ids,
             size,
-            self._track,
+            track,
             asked=counts_of(recipe, model).values(),
             seed=recipe.seed,
             prompt=recipe.data.prompt,
@@ -325,16 +321,6 @@ class Session:
         for part in filter(None, (model.router, model.bridges, adapted)):
             distributed.broadcast_state(part)
         return self.evaluate(recipe, model, self.data.evaluated, f"Evaluating {recipe.router.name}")
-
-    def _track(self, items: Sequence[Any], description: str) -> Iterable[Any]:
-        for item in track(items, description):
-            yield item
-            self._tick()
-
-    def _tick(self, *_: Any) -> None:
-        """Save the time spent, now and then."""
-        if self._stopwatch:
-            self._stopwatch.tick()
 
 
 def _check_monitor(recipe: Recipe, spec: ClassSpec, callback: Any) -> None:
@@ -356,47 +342,26 @@ def _remove_intermediate(folder: Path) -> None:
     remove_targets(folder)
 
 
-def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
+def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path) -> None:
     """Train the calibrated router in place, from the run's own checkpoint or else from `ckpt_path`."""
     start = checkpoint if checkpoint.exists() else recipe.ckpt_path
-
-    def describe(trainer: lightning.Trainer, error: NotFinite) -> TrainingError:
-        before = checkpoint.with_name("before-failure.ckpt")
-        trainer.save_checkpoint(before)
-        resume = f", and start anew or from the step before with ckpt_path={before}."
-        return TrainingError(f"{error}; lower optimizer.lr", resume)
-
     module = build_module(recipe, model)
     module.mark_calibrated()
-    line = ProgressLine(f"Training {recipe.router.name}")
-    _run_trainer(recipe, module, data, checkpoint, start, [line, *callbacks], describe)
+    _run_trainer(recipe, module, data, checkpoint, start, ProgressLine(f"Training {recipe.router.name}"))
 
 
-def _heal(
-    recipe: Recipe,
-    model: RoutedLM,
-    data: TextData,
-    checkpoint: Path,
-    callbacks: Sequence[Callback],
-    reference: Reference,
-) -> None:
+def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, reference: Reference) -> None:
     """Train adapter and bridges under the router's plans, with the router if the recipe says so; then freeze them."""
     if recipe.adapter is not None:
         context_layer = model.geometry.context_layer
         model.adapt(Adapter.new(model.backbone, recipe.adapter, first=context_layer, seed=recipe.seed))
         model.adapter.train()
 
-    def describe(_: lightning.Trainer, error: NotFinite) -> TrainingError:
-        trained = checkpoint.with_name(LAST)
-        advice = f", and give ckpt_path={trained} to keep the router" if trained.exists() else ""
-        rate = "bridge.lr" if recipe.adapter is None else "adapter.lr"
-        return TrainingError(f"{error}; lower {rate}", f"{advice}.")
-
     start = checkpoint if checkpoint.exists() else None
     activity = "Training the bridges of" if recipe.adapter is None else "Healing"
     line = ProgressLine(f"{activity} {recipe.router.name}", "heal/objective")
     module = build_healing(recipe, model, reference)
-    _run_trainer(recipe, module, data, checkpoint, start, [line, *callbacks], describe)
+    _run_trainer(recipe, module, data, checkpoint, start, line)
     if model.adapter is not None:
         model.adapter.freeze()
     model.bridge(model.bridges)
@@ -409,13 +374,12 @@ def _run_trainer(
     data: TextData,
     checkpoint: Path,
     start: str | Path | None,
-    callbacks: Sequence[Callback],
-    describe: Callable[[lightning.Trainer, NotFinite], TrainingError],
+    line: ProgressLine,
 ) -> None:
     """`Trainer.fit` with the recipe's callbacks and logger; keeps `checkpoint` up to date and resumes from `start`.
 
     Raises:
-        TrainingError: `describe` of a step that was not finite, or the checkpoint cannot be used.
+        TrainingError: a step was not finite, or the checkpoint cannot be used.
         KeyboardInterrupt: stopped after a step by a signal, with a checkpoint.
     """
     if start:
@@ -425,13 +389,14 @@ def _run_trainer(
     # What a callback monitors is logged by one of the two trainings, or by both, as val/kl is.
     other = {"train/", "heal/"} - {f"{module.prefix}/"}
     own = [each for each in own if not str(getattr(each, "monitor", None)).startswith(tuple(other))]
-    if any(isinstance(each, ProgressBar) for each in own) or not recipe.trainer.get("enable_progress_bar", True):
-        callbacks = [each for each in callbacks if not isinstance(each, ProgressBar)]  # Lightning takes one
+    shown = recipe.trainer.get("enable_progress_bar", True)
+    if shown and not any(isinstance(each, ProgressBar) for each in own):  # Lightning takes one
+        own.insert(0, line)
     tensorboard = TensorBoardLogger(checkpoint.parent.parent, name="", version="", default_hp_metric=False)
     with quiet():
         trainer = build_trainer(
             recipe,
-            callbacks=[stop, *callbacks, *own, LastCheckpoint(checkpoint, recipe.checkpoint_every)],
+            callbacks=[stop, *own, LastCheckpoint(checkpoint, recipe.checkpoint_every)],
             logger=instantiate(recipe.logger) if recipe.logger else tensorboard,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=checkpoint.parent.parent,
@@ -439,12 +404,6 @@ def _run_trainer(
         try:
             with distributed.lost_peers_reported(), interrupts(trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
-        except NotFinite as error:
-            sentence = describe(trainer, error)
-            if stop.requested:  # a caller must not continue with the next run
-                errors.print(str(sentence), soft_wrap=True)
-                raise KeyboardInterrupt from error
-            raise sentence from error
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             # Before the first step the fault is the checkpoint's: it has the right parts, with other content.
             if start and not stop.began and not out_of_memory(error):

@@ -35,7 +35,6 @@ CHECKPOINTS = "checkpoints"
 LAST, HEALING, FITTED = "last.ckpt", "healing.ckpt", "fitted"  # the folder has router and bridges before healing
 FORMAT = 2  # of a run folder; 1 is that of Buddy 0.1, which stored the checksums in run.json
 SUMS = "checksums"  # the key of the checksums in metrics.json
-SAVE_EVERY = 5.0  # seconds between two writes of the time spent
 _TEXTS = ("recipe_name", "router_name", "backbone", "fingerprint", "created")
 _MAPPINGS = ("geometry", "versions")
 
@@ -151,28 +150,19 @@ class Stopwatch:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FACTS
         self._before = _seconds_in(folder)
-        self._start = self._saved = time.perf_counter()
+        self._start = time.perf_counter()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         with suppress(RunError) if error else nullcontext():  # a full disk may be the error already
-            self._save()
+            write_json(self._path, read_json(self._path) | {"seconds": self.seconds})
 
     @property
     def seconds(self) -> float:
         """Seconds so far, including earlier sessions."""
         return self._before + time.perf_counter() - self._start
-
-    def tick(self) -> None:
-        """Save the seconds, at most every `SAVE_EVERY` seconds."""
-        if time.perf_counter() - self._saved >= SAVE_EVERY:
-            self._save()
-
-    def _save(self) -> None:
-        self._saved = time.perf_counter()
-        write_json(self._path, read_json(self._path) | {"seconds": self.seconds})
 
 
 def _seconds_in(folder: Path) -> float:

@@ -17,7 +17,7 @@ from buddy.data.module import TextData
 from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, DamagedError, DataError, TrainingError
+from buddy.errors import BuddyError, DamagedError, DataError
 from buddy.evaluation.record import evaluation_file, task_file
 from buddy.fit import Session
 from buddy.io import checksum, read_json, within_memory, write_with_checksum
@@ -130,8 +130,6 @@ class Worker:
             return None
         except DamagedError as error:
             return f"{error.path} is damaged ({error.reason}); delete {spec.folder} and repeat the command."
-        except TrainingError as error:
-            return f"{error.message}, with another --out." if error.resume else str(error)
         except BuddyError as error:
             return str(error)
         except Exception as error:

@@ -34,10 +34,6 @@ VALIDATION_STATES = 2**28  # bytes of the dense model's hidden states that are k
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
-class NotFinite(TrainingError):
-    """A step that would have made the weights infinite or not a number; it was not taken."""
-
-
 class BudgetModule(LightningModule):
     """Trains a part of a `RoutedLM`, validates and tests the whole of it at every budget.
 
@@ -64,6 +60,7 @@ class BudgetModule(LightningModule):
     model: RoutedLM
     prefix: ClassVar[str]  # of the names under which training logs
     activity: ClassVar[str]  # in messages
+    advice: ClassVar[str]  # what to do where a step is not finite
 
     def __init__(
         self,
@@ -266,7 +263,10 @@ class BudgetModule(LightningModule):
     def _require_finite(self, what: str, *values: Tensor) -> None:
         wrong = not all(bool(value.isfinite().all()) for value in values)
         if self.trainer.strategy.reduce_boolean_decision(wrong, all=False):  # in one process, and all must stop
-            raise NotFinite(f"{self.activity} stopped at step {self.global_step + 1} because the {what} is not finite")
+            raise TrainingError(
+                f"{self.activity} stopped at step {self.global_step + 1} because the {what} is not finite; "
+                f"{self.advice}."
+            )
 
 
 class RoutingModule(BudgetModule):
@@ -289,7 +289,7 @@ class RoutingModule(BudgetModule):
         TrainingError: `bridge_lr` with an estimator that does not back-propagate.
     """
 
-    prefix, activity = "train", "Training"
+    prefix, activity, advice = "train", "Training", "lower optimizer.lr"
 
     def __init__(
         self,

@@ -95,22 +95,10 @@ def test_a_second_signal_stops_at_once(train, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_step_that_is_not_finite_leaves_a_checkpoint_to_resume_from(train, tmp_path, monkeypatch):
-    expected = train("whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "build_estimator", lambda *_: Spoilt("gradient"))
-        with pytest.raises(TrainingError, match="step 3") as caught:
-            train("run")
-    before = tmp_path / "run" / "checkpoints" / "before-failure.ckpt"
-    assert f"ckpt_path={before}" in str(caught.value)
-    assert torch.load(before, weights_only=True)["global_step"] == 2
-    with monkeypatch.context() as patch:
-        at_step(patch, RoutingModule, 3, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train("run", f"ckpt_path={before}")
-    at_step(monkeypatch, RoutingModule, 4, kill)  # steps 6, 7 and 8 are left; one more would repeat
-    assert same(train("run", f"ckpt_path={before}"), expected)
-    assert_same_training(last(tmp_path / "whole"), last(tmp_path / "run"))
+def test_a_step_that_is_not_finite_ends_the_training(train, monkeypatch):
+    monkeypatch.setattr(build, "build_estimator", lambda *_: Spoilt("gradient"))
+    with pytest.raises(TrainingError, match=r"step 3.*optimizer\.lr"):
+        train("run")
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(train, tmp_path, monkeypatch):
