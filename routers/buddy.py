@@ -100,7 +100,7 @@ class BuddyRouter(PriorRouter):
             at most those that no bridge is fitted on (`Probe.bridge_windows`).
         prior_weight: ω; the prior is standardised over the layers. The paper has 0.1.
         bound: A, or null for none, as in the paper.
-        context: which parts the network sees, of "pooled", "newest" and "hidden". The paper has "pooled".
+        context: which parts the network sees, of "pooled", "newest" and "hidden". None alone is the paper's.
         budget_aware: make K / L an input; in the paper the budget acts through top-k alone.
 
     Raises:

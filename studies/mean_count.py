@@ -5,9 +5,10 @@
 The router and the bridges of a run are trained on, in two ways: with exactly K layers for each token, and with K layers
 in the mean over the tokens of a window, whose scores then compete. For the second a threshold for each K is set on
 calibration windows, such that K layers run there in the mean, and a layer runs where its score is above it. With
-`--correct` c the threshold rises by c for each layer that earlier tokens ran above the mean, so that it holds in each
-window. A plan still depends on nothing after its token. For each text and K: the mean, least and most layers of tokens,
-perplexity and KL to the dense model on validation windows, and their difference to exact counts at the same mean.
+`--correct` c the threshold rises by c for each layer that all earlier tokens of the window together ran beyond K for
+each of them, so that the mean stays near K. A plan still depends on nothing after its token. For each text and K: the
+mean, least and most layers of tokens, perplexity and KL to the dense model on validation windows, and their difference
+to exact counts at the same mean.
 """
 
 import argparse
