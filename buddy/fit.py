@@ -404,6 +404,11 @@ def _run_trainer(
         try:
             with distributed.lost_peers_reported(), interrupts(trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        except TrainingError as error:
+            if stop.requested:  # a comparison must not go on with its next run
+                errors.print(str(error), soft_wrap=True)
+                raise KeyboardInterrupt from error
+            raise
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             # Before the first step the fault is the checkpoint's: it has the right parts, with other content.
             if start and not stop.began and not out_of_memory(error):

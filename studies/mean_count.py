@@ -23,12 +23,14 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from buddy.build import build_data
 from buddy.console import quiet
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.losses import Dense, Objective, kl_and_cross_entropy
+from buddy.plan import top_k
 from buddy.schema import Recipe
 from buddy.training.estimators import Batch, Estimate, Surrogate
 from buddy.training.module import RoutingModule
@@ -40,20 +42,17 @@ Figures = tuple[float, int, int, float, float]  # mean, least and most layers of
 
 def whole_plan(runs: Tensor, layers: int, sinks: int) -> Tensor:
     """Plans (B, T, L) from those of the routable layers (B, T, R); the first `sinks` tokens run all layers."""
-    first = layers - runs.shape[-1] - 1
-    plan = torch.ones(*runs.shape[:-1], layers, dtype=torch.bool)
-    plan[:, sinks:, first:-1] = runs[:, sinks:]
+    plan = F.pad(runs, (layers - runs.shape[-1] - 1, 1), value=True)
+    plan[:, :sinks] = True
     return plan
 
 
 def window_plan(scores: Tensor, executed: Tensor, layers: int, sinks: int) -> Tensor:
     """(B, T, L): the best of all scores (T, R) of a window, so many that its tokens run K layers in the mean."""
-    free = scores[:, sinks:].flatten(1)
-    count = (executed - (layers - scores.shape[-1])) * (scores.shape[1] - sinks)
-    rank = free.argsort(dim=1, descending=True, stable=True).argsort(1)
-    runs = torch.ones_like(scores, dtype=torch.bool)
-    runs[:, sinks:] = (rank < count[:, None]).unflatten(1, (-1, scores.shape[-1]))
-    return whole_plan(runs, layers, sinks)
+    _, tokens, routable = scores.shape
+    count = (executed - (layers - routable)) * (tokens - sinks)
+    runs = top_k(scores[:, sinks:].flatten(1), count).unflatten(1, (-1, routable))
+    return whole_plan(F.pad(runs, (0, 0, sinks, 0)), layers, sinks)
 
 
 def plan_above(scores: Tensor, threshold: float, k: float, correct: float, layers: int, sinks: int) -> Tensor:
@@ -162,7 +161,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=3e-3, help="of the router")
-    parser.add_argument("--correct", type=float, nargs="+", default=[0.0, 0.01], help="in units of scores")
+    parser.add_argument("--correct", type=float, nargs="+", default=[0.0, 0.003], help="in units of scores")
     parser.add_argument("--windows", type=int, default=12, help="of each text")
     asked = parser.parse_args()
     curves: dict[str, dict[int, Figures]] = {}

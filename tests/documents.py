@@ -105,9 +105,9 @@ def _buddy(words: list[str], place: str) -> None:
     words = [re.sub(r"^(trainer\.(?:devices|num_nodes)=)\d+$", r"\g<1>1", word) for word in words]  # one process
     if words[1] == "evaluate" and "--devices" in words:
         words[words.index("--devices") + 1] = "1"
-    for option in {"--rounds", "--seeds"} & {*words}:
-        words[words.index(option) + 1] = "1"
-    if "--rounds" not in words and words[1] == "bench":
+    if "--rounds" in words:
+        words[words.index("--rounds") + 1] = "1"
+    elif words[1] == "bench":
         words += ["--rounds", "1"]
     result = CliRunner().invoke(app, words[1:])
     if result.exception and not isinstance(result.exception, SystemExit):

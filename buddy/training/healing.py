@@ -36,7 +36,7 @@ class HealingModule(BudgetModule):
     """
 
     prefix, activity = "heal", "Healing"
-    advice = "lower adapter.lr or bridge.lr, and keep a trained router by ckpt_path=RUN/checkpoints/last.ckpt"
+    advice = "lower adapter.lr or bridge.lr (`buddy fit` keeps a trained router by ckpt_path=RUN/checkpoints/last.ckpt)"
 
     def __init__(
         self,

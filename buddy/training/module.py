@@ -289,7 +289,7 @@ class RoutingModule(BudgetModule):
         TrainingError: `bridge_lr` with an estimator that does not back-propagate.
     """
 
-    prefix, activity, advice = "train", "Training", "lower optimizer.lr"
+    prefix, activity, advice = "train", "Training", "lower the learning rate (optimizer.lr in a recipe)"
 
     def __init__(
         self,

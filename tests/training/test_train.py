@@ -99,6 +99,9 @@ def test_a_step_that_is_not_finite_ends_the_training(train, monkeypatch):
     monkeypatch.setattr(build, "build_estimator", lambda *_: Spoilt("gradient"))
     with pytest.raises(TrainingError, match=r"step 3.*optimizer\.lr"):
         train("run")
+    at_step(monkeypatch, RoutingModule, 3, interrupt)
+    with pytest.raises(KeyboardInterrupt):  # a comparison must not go on with its next run
+        train("interrupted")
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(train, tmp_path, monkeypatch):
