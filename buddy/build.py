@@ -99,7 +99,17 @@ def counts_of(recipe: Recipe, routed: RoutedLM) -> dict[float, int]:
 def check_model(recipe: Recipe, backbone: Backbone) -> None:
     """Raises a BuddyError for a router, estimator, predictor, adapter or checkpoint that does not fit the recipe."""
     model = build_model(recipe, backbone)
+    routing = recipe.routing
     try:
+        if routing.mean_over > 1 and (routing.prompt_plan, routing.batch_plan, routing.reroute_every) != (
+            "token",
+            "row",
+            1,
+        ):
+            raise RecipeError(
+                f"routing.mean_over={routing.mean_over} needs a plan for each token of each row; set "
+                "routing.prompt_plan=token, routing.batch_plan=row and routing.reroute_every=1, or routing.mean_over=1."
+            )
         if model.router.trainable:
             estimator = build_estimator(recipe, model.router)
             if isinstance(estimator, StraightThrough) and model.policy.name != "fill":

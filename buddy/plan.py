@@ -1,15 +1,19 @@
-"""Scores → a plan of exactly K executed layers: the only place where K is enforced.
+"""Scores → a plan of exactly K executed layers, or of K in the mean over tokens: the only place where K is enforced.
 
 Each rule has a tensor form and, for one new token or one layer, the form that is quick enough for decoding.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from buddy.errors import BudgetError
+
+CHUNK = 512  # tokens whose competition is sorted at once: 50 MB for 64 tokens of 30 layers
 
 
 def top_k(scores: Tensor, k: Tensor) -> Tensor:
@@ -27,6 +31,43 @@ def top_k(scores: Tensor, k: Tensor) -> Tensor:
         -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
     )
     return rank < k.unsqueeze(-1)
+
+
+def counts_over(scores: Tensor, k: Tensor, over: int, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How many layers each token runs where W tokens run k layers in the mean, and each as many as its scores win.
+
+    The scores of a token compete with those of the W − 1 tokens before it. If n of these W tokens are there, the token
+    runs those of its layers whose scores are among the best k · n. Nothing depends on later tokens. Ties go to the
+    lower layer, then to the earlier token, so that each token runs exactly k layers where all have the same scores.
+
+    Args:
+        scores: (B, T, R); −inf in all layers of a token that does not take part, such as padding.
+        k: (B, T) long, 0 ≤ k ≤ R.
+        over: W ≥ 1.
+        before: (B, P, R), scores of the last P < W tokens before these; none by default.
+
+    Returns:
+        The counts, (B, T) long; and (B, T, 1) half-way between the last score that runs and the first that does not,
+        infinite where there is only one of both.
+    """
+    earlier = 0 if before is None else before.shape[1]
+    every = scores if before is None else torch.cat([before, scores], 1)
+    every = F.pad(every, (0, 0, over - 1 - earlier, 0), value=-math.inf)
+    parts = []
+    for start in range(0, scores.shape[1], CHUNK):
+        own = scores[:, start : start + CHUNK]
+        window = every[:, start : start + own.shape[1] + over - 1].unfold(1, over, 1)  # (B, T', R, W)
+        wins = k[:, start : start + CHUNK] * window[..., 0, :].isfinite().sum(-1)
+        ranked = F.pad(window.flatten(2).sort(-1, descending=True).values, (1, 1), value=-math.inf)
+        ranked[..., 0] = math.inf
+        last, following = (ranked.gather(-1, place[..., None]) for place in (wins, wins + 1))
+        # Scores equal to the last one that wins: as many as there is room for, in the order of layers.
+        room = wins[..., None] - (window > last[..., None]).sum((-2, -1))[..., None]
+        equal = (window == last[..., None]).sum(-1).cumsum(-1)
+        runs = (own > last) | ((own == last) & (equal <= room))
+        parts.append((runs.sum(-1), torch.where(last == math.inf, last, (last + following) / 2)))
+    counts, threshold = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return counts, threshold
 
 
 def top_k_on_host(scores: Sequence[float], k: int) -> list[bool]:
@@ -93,7 +134,7 @@ class Plan:
         first = layers - routable - 1
         k = executed - (first + 1)
         if bool(((k < 0) | (k > routable)).any()):
-            raise BudgetError(f"A plan runs from {first + 1} to {layers} layers; {executed.tolist()} were asked for.")
+            check_counts(executed.flatten().tolist(), first + 1, layers)
         runs = torch.ones(*scores.shape[:-1], layers, dtype=torch.bool, device=scores.device)
         runs[..., first : first + routable] = top_k(scores, k)
         return cls(runs)
@@ -102,6 +143,12 @@ class Plan:
     def executed(self) -> Tensor:
         """(...) long, the number of layers that run."""
         return self.runs.sum(-1)
+
+
+def check_counts(executed: Sequence[int], always_on: int, layers: int) -> None:
+    """Raises BudgetError where a K is below the always-on layers or above L."""
+    if min(executed) < always_on or max(executed) > layers:
+        raise BudgetError(f"A plan runs from {always_on} to {layers} layers; {list(executed)} were asked for.")
 
 
 def plan_rows_on_host(scores: Sequence[Sequence[float]], executed: Sequence[int], layers: int) -> list[list[bool]]:
@@ -119,8 +166,7 @@ def plan_rows_on_host(scores: Sequence[Sequence[float]], executed: Sequence[int]
         BudgetError: as `Plan.from_scores`.
     """
     first = layers - len(scores[0]) - 1
-    if min(executed) <= first or max(executed) > layers:
-        raise BudgetError(f"A plan runs from {first + 1} to {layers} layers; {list(executed)} were asked for.")
+    check_counts(executed, first + 1, layers)
     each = executed if len(executed) > 1 else [executed[0]] * len(scores)
     chosen = [top_k_on_host(row, count - first - 1) for row, count in zip(scores, each, strict=True)]
     always = [True] * len(scores)

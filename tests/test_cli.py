@@ -97,7 +97,7 @@ def test_failed_runs_end_a_comparison_with_1(monkeypatch):
 def test_evaluate(calls):
     call("evaluate", "--run", "r", "--json", "c.json", "--budgets", "0.75, 22layers", "--data", "x.txt")
     options = {"json_file": Path("c.json"), "budgets": ["0.75", "22layers"], "data": "x.txt"}
-    assert calls == [("evaluate", (Path("r"),), {**options, "split": "test", "devices": 1, "own_count": False})]
+    assert calls == [("evaluate", (Path("r"),), {**options, "split": "test", "devices": 1, "mean_over": None})]
     assert call("evaluate", "--run", "r", "--data", "x.txt", "--split", "validation").exit_code == 2
     assert len(calls) == 1
 

@@ -25,7 +25,7 @@ DtypeOption = Annotated[
 ]
 TASK_OPTIONS, TEXT_OPTIONS = (
     ("limit", "task_data", "task_path"),
-    ("data", "split", "devices", "own_count"),
+    ("data", "split", "devices", "mean_over"),
 )  # of evaluate
 
 
@@ -43,9 +43,10 @@ def evaluate(
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Text instead of the recipe's.")] = None,
     split: Annotated[Split, typer.Option(help="Which part of the recipe's text; tune on validation only.")] = "test",
     devices: Annotated[int, typer.Option(min=1, metavar="N", help="Devices that share the windows of text.")] = 1,
-    own_count: Annotated[
-        bool, typer.Option("--own-count", help="Let gates alone decide how many layers run, for reference.")
-    ] = False,
+    mean_over: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Hold budgets in the mean over N tokens, instead of the recipe's way."),
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="TASK,…", help="Score tasks of lm-eval instead: piqa,arc_easy.")
     ] = None,
@@ -65,7 +66,7 @@ def evaluate(
             raise DataError(f"--split {split} is for the run's own text, but --data names another; leave one out.")
         from buddy.evaluation.evaluate import evaluate_run
 
-        evaluate_run(run, json_file=json, budgets=parsed, data=data, split=split, devices=devices, own_count=own_count)
+        evaluate_run(run, json_file=json, budgets=parsed, data=data, split=split, devices=devices, mean_over=mean_over)
         return
     refuse_options(ctx, TEXT_OPTIONS, "is for text; leave it out, or --tasks")
     require_one_process("Tasks are scored")
@@ -184,9 +185,12 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Most texts at the same time.")] = 8,
     batch_plan: Annotated[
-        Literal["shared", "row"],
-        typer.Option(help="One plan for all texts of a batch (shared), or one for each (row)."),
-    ] = "shared",
+        Literal["shared", "row"] | None,
+        typer.Option(
+            help="One plan for all texts of a batch (shared), or one for each (row); row where routing.mean_over is "
+            "above 1, else shared."
+        ),
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, metavar="N", help="Most texts that wait.")] = 128,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most new tokens of a text.")] = 4096,
     seconds: Annotated[float, typer.Option(min=1.0, metavar="S", help="Most seconds of a request.")] = 600.0,

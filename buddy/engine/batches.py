@@ -6,6 +6,7 @@ that join come last; where the longest row leaves, the columns that only it used
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,11 +137,13 @@ def _join_pools(pools: Sequence[ContextPool], mask: Tensor) -> ContextPool:
 
 
 def _join_scores(parts: Sequence[tuple[Tensor | None, int]]) -> Tensor | None:
-    """(B, 1, R); rows without a decision decide at the next token, so that their scores do not matter."""
-    some = next((scores for scores, _ in parts if scores is not None), None)
-    if some is None:
+    """(B, S, R), aligned at the end; a row without scores decides at the next token, by itself."""
+    some = [scores for scores, _ in parts if scores is not None]
+    if not some:
         return None
-    return torch.cat([some.new_zeros(rows, *some.shape[1:]) if scores is None else scores for scores, rows in parts])
+    most = max(scores.shape[1] for scores in some)
+    held = [some[0].new_empty(rows, 0, some[0].shape[2]) if scores is None else scores for scores, rows in parts]
+    return torch.cat([F.pad(scores, (0, 0, most - scores.shape[1], 0), value=-math.inf) for scores in held])
 
 
 def _drop_first(routed: RoutedLM, cache: Any, count: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import Any, Literal, get_args
@@ -17,7 +17,7 @@ from buddy.engine.kv_policies import Policy
 from buddy.engine.record import ForwardRecord
 from buddy.engine.sinks import SinkStates
 from buddy.errors import BuddyError, BudgetError
-from buddy.plan import Plan, hold_scores, plan_rows_on_host
+from buddy.plan import Plan, check_counts, counts_over, hold_scores, plan_rows_on_host
 from buddy.router import AnyRouter, Context
 
 # Which tokens run a layer: all (True), none (False), or how many of each row.
@@ -41,8 +41,8 @@ def read(values: Tensor) -> Any:
 class Settings:
     """What holds for all forwards of a routed model; see the arguments of `RoutedLM`.
 
-    Attributes:
-        own_count: let the gates of a layerwise router alone decide how many layers run, for reference.
+    Raises:
+        BuddyError: a setting of another value than `RoutedLM` takes.
     """
 
     layers: int
@@ -53,7 +53,7 @@ class Settings:
     prompt_plan: str
     batch_plan: str
     reroute_every: int | None
-    own_count: bool = False
+    mean_over: int = 1
 
     def __post_init__(self) -> None:
         for name, kind in CHOICES.items():
@@ -63,6 +63,14 @@ class Settings:
             raise BuddyError(f"sink_tokens is {self.sink_tokens}; give 0 or more.")
         if self.reroute_every is not None and self.reroute_every < 1:
             raise BuddyError(f"reroute_every is {self.reroute_every}; give 1 or more, or None.")
+        if self.mean_over < 1:
+            raise BuddyError(f"mean_over is {self.mean_over}; give 1 or more.")
+
+    @property
+    def competing(self) -> int:
+        """Tokens whose scores compete: `mean_over`, but 1 where several tokens or rows share a plan."""
+        own = (self.prompt_plan, self.batch_plan, self.reroute_every) == ("token", "row", 1)
+        return self.mean_over if own else 1
 
     def for_router(self, router: AnyRouter) -> Settings:
         """The settings under a router: one plan for each input, where that is its scope."""
@@ -170,8 +178,7 @@ class RoutedForward:
         self._kv_width = keys.shape[1] * keys.shape[3]
         pooled = pool.add(newest, self.valid)
         request = self.request
-        deepest = not self.settings.own_count and request.executed and min(request.executed) == self.settings.layers
-        full_depth = request.executed is None or deepest
+        full_depth = request.executed is None or min(request.executed) == self.settings.layers
         prompt = self._shared_prompt()
         # A prompt that shares its last token's plan, while serving, needs no other token's context.
         only_last = request.prompt is None and prompt == self.shape[1]
@@ -280,15 +287,34 @@ class RoutedForward:
 
     def _run_scores(self, scores: Tensor) -> None:
         """Run the plan of the scores that hold."""
-        self.scores, layers = scores, self.settings.layers
+        self.scores, layers, executed = scores, self.settings.layers, self._counts(scores)
         if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
-            values = read(scores[:, 0])
+            counts: Sequence[int] = self.request.executed
+            if executed is self.context.executed:
+                values = read(scores[:, 0])
+            else:
+                values = read(torch.cat([scores[:, 0], executed], 1))  # both at once
+                counts = [int(row.pop()) for row in values]
             _require_finite(all(map(math.isfinite, chain.from_iterable(values))))
-            self._runs_on_host = rows = plan_rows_on_host(values, self.request.executed, layers)
+            self._runs_on_host = rows = plan_rows_on_host(values, counts, layers)
             self._set_active_rows([row[0] for row in rows] if len(scores) == 1 else [active(row, 1) for row in rows])
         else:
             _require_finite(read(scores.isfinite().all()))
-            self._run_plan(Plan.from_scores(scores, self.context.executed, layers).runs.expand(*self.shape, -1))
+            self._run_plan(Plan.from_scores(scores, executed, layers).runs.expand(*self.shape, -1))
+
+    def _counts(self, scores: Tensor) -> Tensor:
+        """(B, T) long, layers of each token: K, or what its scores (B, T, R) win against those of earlier tokens."""
+        executed, over = self.context.executed, self.settings.competing
+        if over == 1:
+            return executed
+        always = self.settings.context_layer + 1
+        check_counts(self.request.executed, always, self.settings.layers)
+        absent = self.sinks() if self.valid is None else self.sinks() | ~self.valid
+        competing = scores.masked_fill(absent[..., None], -math.inf)
+        before = None if self.cache is None else self.cache.scores
+        if self.cache is not None:
+            self.cache.scores = (competing if before is None else torch.cat([before, competing], 1))[:, 1 - over :]
+        return always + counts_over(competing, executed - always, over, before)[0]
 
     def _mid_text(self) -> bool:
         """Whether none of these positions of padded rows is padding or a sink."""

@@ -262,7 +262,8 @@ class RoutedCache:
         filled_by: what fills it: the backbone's fingerprint, the policy, the index of the context layer and the states
             that are pooled. Only the same may continue with it.
         pool: the context so far.
-        scores: (B, 1, R), those of the last decision, for tokens that do not decide; None where every token decides.
+        scores: (B, S, R), what later tokens need: of the last decision, S = 1, for tokens that do not decide; or of the
+            last tokens, which later ones compete with (`mean_over`). Else None.
         decided: position of the prompt's last token, from which decisions are counted; None before there is one.
     """
 
@@ -300,12 +301,12 @@ class RoutedCache:
         """Remove the last `-tokens_to_remove` positions.
 
         Raises:
-            BuddyError: not every token decides, so the removed tokens may have decided for others.
+            BuddyError: the removed tokens may have decided for others, or displaced the scores of earlier ones.
         """
         if self.scores is not None and tokens_to_remove < 0:
             raise BuddyError(
-                "Tokens cannot be taken back, as assisted generation does, where one plan holds for several tokens; "
-                "set reroute_every to 1."
+                "Tokens cannot be taken back, as assisted generation does, where one plan or budget holds for several "
+                "tokens; set reroute_every and mean_over to 1."
             )
         gone: list[Tensor] = []
         if tokens_to_remove < 0 and self.pool.total is not None:  # transformers itself refuses positive numbers

@@ -19,6 +19,7 @@ from buddy.router import LayerwiseRouter, in_float32
 class LayerwiseForward(RoutedForward):
     """A `RoutedForward` that asks a gate for one layer after the other and holds every token to exactly K layers.
 
+    With `mean_over` above 1 the gates decide alone: layers of a later token cannot wait for all layers of an earlier.
     Decisions are shared as scores are: a shared prompt follows its last token, and with `reroute_every` other than 1
     only some tokens decide. If all tokens follow a decision from before these positions, no gate is asked: `gate_order`
     of the gates that were open then gives the plan at once.
@@ -42,8 +43,10 @@ class LayerwiseForward(RoutedForward):
         """Decide which tokens run an undecided layer, from the hidden state (B, T, D) that arrives at it."""
         index = layer - self.context_layer
         is_open = self._is_open(index, hidden)
-        own_count = self.settings.own_count
-        runs = is_open if own_count else clamp_gate(is_open, self._remaining, self.routable - index)
+        if self.settings.mean_over > 1:
+            runs = is_open | (self.context.executed == self.settings.layers)
+        else:
+            runs = clamp_gate(is_open, self._remaining, self.routable - index)
         self._remaining = self._remaining - runs.long()
         self._open.append(is_open)
         runs = runs | self._sinks

@@ -18,7 +18,7 @@ from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
 from buddy.engine.record import Output, Record
 from buddy.errors import BuddyError, BudgetError, DataError
-from buddy.plan import Plan, hold_scores
+from buddy.plan import Plan, counts_over, hold_scores
 from buddy.registry import build
 from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
@@ -47,9 +47,13 @@ class RoutedLM(nn.Module):
             `scope` is "prompt" has the shared prompt plan and None whatever is given here.
         batch_plan: "row" plans for each row, "shared" makes one plan for the batch from the mean score. Training and
             the fit of bridges plan for each row whatever is given here: their rows have nothing in common.
+        mean_over: 1 runs exactly K layers for each token. W > 1 runs K in the mean over about W tokens of a row: the
+            scores of a token compete with those of the W − 1 tokens before it (`counts_over`). Scores that plan for
+            several tokens or rows run exactly K whatever is given here. The gates of a layerwise router decide alone
+            with W > 1, and its training is what keeps their mean near K.
 
     In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan.
-    Assisted generation, which takes tokens back, needs `reroute_every` 1.
+    Assisted generation, which takes tokens back, needs `reroute_every` 1 and `mean_over` 1.
 
     Attributes:
         table: called with this model, and with a number of rows other than one, gives the milliseconds that a token
@@ -75,6 +79,7 @@ class RoutedLM(nn.Module):
         policy: str = "fill",
         reroute_every: int | None = 1,
         batch_plan: BatchPlan = "row",
+        mean_over: int = 1,
     ) -> None:
         super().__init__()
         self.router, self.geometry = router.to(backbone.device), router.geometry
@@ -87,6 +92,7 @@ class RoutedLM(nn.Module):
             prompt_plan=prompt_plan,
             batch_plan=batch_plan,
             reroute_every=reroute_every,
+            mean_over=mean_over,
         )
         self._own_settings, self.settings = settings, settings.for_router(router)
         self._backbone = (backbone,)  # in a tuple: the frozen backbone is not part of this module's state
@@ -332,8 +338,16 @@ class RoutedLM(nn.Module):
 
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
         """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`."""
-        held = self.held(scores, prompt)
-        return Plan.from_scores(held, executed[:, None].expand(scores.shape[:2]), self.geometry.layers).runs
+        counts = executed[:, None].expand(scores.shape[:2])
+        if self.settings.competing > 1:
+            counts = self.competition(scores, executed)[0] + self.geometry.always_on
+        return Plan.from_scores(self.held(scores, prompt), counts, self.geometry.layers).runs
+
+    def competition(self, scores: Tensor, executed: Tensor) -> tuple[Tensor, Tensor]:
+        """`counts_over` for scores (B, T, R) of whole windows and K per row (B,), without the sinks."""
+        sinks = torch.arange(scores.shape[1], device=scores.device) < self.sink_tokens
+        k = (executed - self.geometry.always_on)[:, None].expand(scores.shape[:2])
+        return counts_over(scores.masked_fill(sinks[:, None], -torch.inf), k, self.settings.competing)
 
     def held(self, scores: Tensor, prompt: int = 0) -> Tensor:
         """Scores (B, T, R) that decide for each token under `reroute_every` and `prompt_plan`, from its own scores."""

@@ -19,11 +19,11 @@ from buddy.data.module import WindowBatches
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
-from buddy.errors import BudgetError, DataError, RegistryError
+from buddy.errors import BudgetError, DataError
 from buddy.io import check_output_path, within_memory
 from buddy.metrics.perplexity import Reference, Scores, as_json
 from buddy.metrics.statistics import mixed
-from buddy.router import LayerwiseRouter, available_budgets
+from buddy.router import available_budgets
 from buddy.run import Run, read_run
 from buddy.training.callbacks import ProgressLine, interrupts
 from buddy.training.module import RoutingModule
@@ -37,7 +37,7 @@ def evaluate_run(
     data: str | None = None,
     split: str = "test",
     devices: int = 1,
-    own_count: bool = False,
+    mean_over: int | None = None,
 ) -> None:
     """Evaluate a run with a process for each device; the first process prints the table.
 
@@ -48,7 +48,7 @@ def evaluate_run(
         data: a text instead of the recipe's.
         split: "test" or "validation" of the recipe's text.
         devices: of this machine that share the windows; under torchrun its number of processes.
-        own_count: let the gates of a layerwise router alone decide how many layers run, at each budget.
+        mean_over: tokens that run a budget's layers in the mean (see `RoutedLM`), instead of the recipe's.
 
     Raises:
         BuddyError: the run, a budget or the text cannot be used.
@@ -71,8 +71,6 @@ def evaluate_run(
     join(run.recipe.trainer)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
-    if own_count and not isinstance(routed.router, LayerwiseRouter):
-        raise RegistryError(f"{run.router_name} has no gates to count layers by; leave out --own-count.")
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
     for budget in filter(auto_cap, wanted):
         routed.choosing(str(budget))  # refused before a latency is measured
@@ -82,7 +80,8 @@ def evaluate_run(
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {section.batch_size} × {windows.input_ids.shape[1]} tokens"
     memory = within_memory(sizes, "free some, or use a machine with more")
-    with memory, distributed.lost_peers_reported(), routed.changed(own_count=own_count):
+    over = run.recipe.routing.mean_over if mean_over is None else mean_over
+    with memory, distributed.lost_peers_reported(), routed.changed(mean_over=over):
         scores = evaluate(
             routed,
             windows,
@@ -93,7 +92,7 @@ def evaluate_run(
         )
     if not distributed.is_global_zero():
         return
-    router = f"{run.router_name}, its gates alone," if own_count else run.router_name
+    router = run.router_name if over == 1 else f"{run.router_name}, budgets in the mean over {over} tokens,"
     report_json(json_file, as_json(scores))
     names: dict[float | str, str] = {}
     for fraction, budget in zip(fractions, wanted, strict=True):  # budgets of equal K share a row

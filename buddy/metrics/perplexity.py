@@ -159,7 +159,7 @@ def measure(
     dense: Dense | None = None
     context, batch = None, (_key(ids, scored), (*windows, *documents), model.sink_tokens)
     for key in keys:
-        shared = key == layers and model.adapter is None and not model.settings.own_count
+        shared = key == layers and model.adapter is None
         if shared and batch in reference.full_depth:
             rows += reference.full_depth[batch]
             continue

@@ -26,7 +26,7 @@ def serve(
     max_tokens: int = 4096,
     seconds: float = 600.0,
     api_key_file: Path | None = None,
-    batch_plan: str = "shared",
+    batch_plan: str | None = None,
     dtype: str | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that run then are finished.
@@ -41,7 +41,8 @@ def serve(
         max_tokens: most new tokens of a text.
         seconds: most seconds of a request.
         api_key_file: API keys, one a line.
-        batch_plan: "shared", one plan for all texts of a batch, or "row", one for each.
+        batch_plan: "shared", one plan for all texts of a batch, or "row", one for each; None for "shared", or for
+            "row" where the run holds budgets in the mean over tokens, which a shared plan cannot.
         dtype: as for `buddy.load`.
 
     Raises:
@@ -64,7 +65,9 @@ def serve(
                 return load(folder, dtype=dtype)
 
         limits = Limits(batch=batch, queue=queue, tokens=max_tokens, seconds=seconds)
-        app = make_app(load_run, budget, read_run(folder).recipe.budgets, limits, keys, batch_plan, prompt_budget)
+        recipe = read_run(folder).recipe
+        batch_plan = batch_plan or ("shared" if recipe.routing.mean_over == 1 else "row")
+        app = make_app(load_run, budget, recipe.budgets, limits, keys, batch_plan, prompt_budget)
         name = f"[{host}]" if ":" in host else host
         errors.print(
             f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.",

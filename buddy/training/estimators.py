@@ -216,8 +216,10 @@ class StraightThrough:
         plan = routed.plan(scores.detach(), batch.executed, batch.prompt)
         tried = self._perturbed(scores, batch, generator)
         runs = routed.plan(tried.detach(), batch.executed, batch.prompt)
-        first, last = routed.geometry.context_layer, routed.geometry.layers - 1
-        soft = self._soft(routed.held(tried, batch.prompt), runs[..., first:last])
+        first = routed.geometry.context_layer
+        held = routed.held(tried, batch.prompt)
+        threshold = routed.competition(held.detach(), batch.executed)[1]
+        soft = self._soft(held, threshold, (-1,) if routed.settings.competing == 1 else (-2, -1))
         not_sink = torch.arange(runs.shape[1], device=runs.device) >= routed.sink_tokens
         pull = (soft - soft.detach()) * not_sink[:, None]  # sinks run whatever the scores say
         gates = runs.to(scores.dtype) + F.pad(pull, (first, 1))
@@ -229,11 +231,17 @@ class StraightThrough:
         """(B, T, R), the scores whose plan is tried."""
         return scores
 
-    def _soft(self, scores: Tensor, runs: Tensor) -> Tensor:
-        """(B, T, R): has the gradient that the gates of a plan take, from the scores that the plan follows."""
+    def _soft(self, scores: Tensor, threshold: Tensor, compete: tuple[int, ...]) -> Tensor:
+        """(B, T, R): has the gradient that the gates of a plan take.
+
+        Args:
+            scores: that the plan follows.
+            threshold: (B, T, 1), above which layers run.
+            compete: the dimensions in which scores compete, so that what they have in common is no direction.
+        """
         soft = scores.softmax(-1) * scores.shape[-1]
         if soft.requires_grad:
-            soft.register_hook(lambda gradient: gradient - gradient.mean(-1, keepdim=True))
+            soft.register_hook(lambda gradient: gradient - gradient.mean(compete, keepdim=True))
         return soft
 
 
@@ -243,7 +251,8 @@ class Surrogate(StraightThrough):
     A small change of the scores moves the layers near the top-k's threshold, half-way between the last score that runs
     and the first that does not. So gate i has the gradient of sigmoid((s_i + ε_i − threshold) / σ), and the noise ε, as
     wide as the sigmoid, lets other layers come near the threshold. The threshold moves with the scores such that the
-    sum of the sigmoids stays: more compute for all layers is no direction.
+    sum of the sigmoids stays: more compute for all layers is no direction. Where a budget is a mean over tokens, all
+    scores of a window compete: more compute for a token is a direction, for all tokens it is none.
 
     Args:
         objective: what a plan is judged by.
@@ -259,14 +268,10 @@ class Surrogate(StraightThrough):
         noise = torch.randn(rows, *scores.shape[1:], generator=generator)[batch.rank :: rows // len(scores)]
         return scores + self.sigma * noise.to(scores)
 
-    def _soft(self, scores: Tensor, runs: Tensor) -> Tensor:
-        fixed = scores.detach()
-        least = fixed.masked_fill(~runs, math.inf).amin(-1, keepdim=True)
-        most = fixed.masked_fill(runs, -math.inf).amax(-1, keepdim=True)
-        threshold = (least + most) / 2  # infinite where all layers run, or none: no gradient
-        near = ((fixed - threshold) / self.sigma).sigmoid()
-        slope = near * (1 - near)
-        moving = (slope * scores).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp(min=1e-9)
+    def _soft(self, scores: Tensor, threshold: Tensor, compete: tuple[int, ...]) -> Tensor:
+        near = ((scores.detach() - threshold) / self.sigma).sigmoid()
+        slope = near * (1 - near)  # 0, and so is the gradient, where the threshold is infinite
+        moving = (slope * scores).sum(compete, keepdim=True) / slope.sum(compete, keepdim=True).clamp(min=1e-9)
         return ((scores - moving + (moving - threshold).detach()) / self.sigma).sigmoid()
 
 

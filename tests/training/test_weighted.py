@@ -115,7 +115,7 @@ def test_fit_trains_gates_whatever_the_recipes_estimator(layerwise):
 
 
 def test_gates_alone_decide_how_many_layers_run_where_that_is_asked(layerwise, tmp_path):
-    evaluate_run(layerwise / "first", json_file=tmp_path / "own.json", own_count=True)
+    evaluate_run(layerwise / "first", json_file=tmp_path / "own.json", mean_over=64)
     full, *below = json.loads((tmp_path / "own.json").read_text())["results"]
     assert full["executed"]["mean"] == 6
     run = read_run(layerwise / "first")
@@ -125,8 +125,9 @@ def test_gates_alone_decide_how_many_layers_run_where_that_is_asked(layerwise, t
         executed = torch.full((len(ids),), result["layers"])
         weights = routed(ids, executed=executed, prompt=12, gate_weighted=True).weights
         assert result["executed"]["mean"] == pytest.approx(2 + weights[:, 1:].sum(-1).mean().item(), abs=1e-3)
-    with pytest.raises(BuddyError, match="pudding"):
-        evaluate_run(layerwise / "pudding", own_count=True)
+    evaluate_run(layerwise / "pudding", json_file=tmp_path / "prompt.json", mean_over=64)
+    for result in json.loads((tmp_path / "prompt.json").read_text())["results"]:
+        assert set(result["executed"].values()) == {result["layers"]}, "one plan an input"
 
 
 @pytest.mark.parametrize("name", ["first", "pudding"])
