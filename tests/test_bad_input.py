@@ -34,6 +34,8 @@ def fit(small, tmp_path):
         ("budgts=[1.0]", "'budgets'"),
         ("budgets=[0.2]", "2layers"),
         ("routing.context_layer=5", "context_layer"),
+        ("routing.mean_over=0", "routing.mean_over"),
+        ("routing={mean_over: 8, prompt_plan: shared}", "routing.prompt_plan=token"),
         ("backbone.name=owner/never-seen", "owner/never-seen"),
         ("backbone.name=/no/such/folder", "/no/such/folder"),
         ("data.source=/no/such.txt", "/no/such.txt"),

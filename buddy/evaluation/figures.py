@@ -74,7 +74,7 @@ def draw_all(results: Results, folder: Path, prefix: str = "") -> dict[str, Path
         Their paths by name.
     """
     paths = {name: folder / f"{prefix}{name}.png" for name in CAPTIONS}
-    draw_panels(results, paths[LAYERS], "layers", "executed layers", shade=0.1)
+    draw_panels(results, paths[LAYERS], "executed_mean", "executed layers", shade=0.1)
     for name, (column, label) in MEASURED.items():
         if results.scores[column].isna().all():
             paths.pop(name).unlink(missing_ok=True)  # of an earlier comparison
@@ -113,7 +113,7 @@ def draw_panels(r: Results, path: Path, x: str, label: str, *, shade: float = 0.
             _limit(axis, points, shade)
             axis.set_title(text, fontsize=10, parse_math=False)
             axis.set(xlabel=label, ylabel="cross-entropy (nats a token)")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=x == "layers"))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=x == "executed_mean"))
             axis.grid(alpha=0.3)
         for axis in panels[len(r.texts) :]:
             axis.remove()
@@ -135,7 +135,7 @@ def draw_run(folder: Path, scores: Sequence[Scores]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ordered = sorted(scores, key=lambda each: each.layers)
-    points = [(each.layers, *map(math.log, (each.perplexity, *each.interval()))) for each in ordered]
+    points = [(each.executed[1], *map(math.log, (each.perplexity, *each.interval()))) for each in ordered]
     with figure_at(folder / FIGURE, figsize=(7, 4.5)) as axis:
         _band(axis, pd.DataFrame(points), 0.15, marker="o")
         axis.set(xlabel="executed layers", ylabel="cross-entropy on held-out text (nats per token)")

@@ -85,16 +85,17 @@ class Results:
     def scores(self) -> pd.DataFrame:
         """Means over seeds, one row for each (text, router, budget).
 
-        Columns: layers; perplexity with its standard deviation perplexity_std over seeds; seeds; kl; loss (nats a
-        token) with its interval loss_low, loss_high over documents and seeds; best_static, whether it is the static
-        router of least loss; difference to that router with difference_low, difference_high and apart, whether the
-        interval excludes 0, over enough documents; decode_ms and prefill_ms where times were measured.
+        Columns: layers, K; executed_mean, what tokens ran; perplexity with its standard deviation perplexity_std over
+        seeds; seeds; kl; loss (nats a token) with its interval loss_low, loss_high over documents and seeds;
+        best_static, whether it is the static router of least loss; difference to that router with difference_low,
+        difference_high and apart, whether the interval excludes 0, over enough documents; decode_ms and prefill_ms
+        where times were measured.
         """
         rows = [row for text in self.texts for budget in self.budgets for row in self._scores_at(text, budget)]
         by_seed = self.runs.groupby(["text", "router", "budget"], sort=False)
         perplexity = by_seed.perplexity.agg(["mean", "std", "count"])
         perplexity.columns = ["perplexity", "perplexity_std", "seeds"]
-        means = perplexity.join(by_seed[["layers", "kl"]].mean())
+        means = perplexity.join(by_seed[["layers", "executed_mean", "kl"]].mean())
         found = means.join(pd.DataFrame(rows).set_index(["text", "router", "budget"]))
         return found.join(self.times, on=["router", "budget"])
 

@@ -14,6 +14,7 @@ from buddy.evaluation.figures import CAPTIONS
 from buddy.evaluation.results import FEWEST, Results
 
 NONE = "–"
+UNEVEN = 0.1  # layers by which a row's mean may miss K without a note
 APART = f"excludes 0, over at least {FEWEST} documents or items"
 MARKED = f"* below the best static router (†): the 95 % interval of the paired difference {APART}"
 WRITTEN = "<!-- written by `buddy compare` from comparison.json; change nothing here -->"
@@ -58,7 +59,9 @@ def perplexities(r: Results, text: str) -> Table:
 
     marks = MARKED if r.scores.best_static.any() else ""
     spreads = "± standard deviation over seeds" if (r.scores.seeds > 1).any() else ""
-    note = "; ".join(filter(None, (marks, spreads)))
+    uneven = (r.scores.executed_mean - r.scores.layers).abs().max() > UNEVEN
+    means = "not every row ran K layers in the mean (see Cost)" if uneven else ""
+    note = "; ".join(filter(None, (marks, spreads, means)))
     return _by_budget(r, f"Perplexity on {text}", r.scores.loc[text], cell, r.budgets, note and f"{note}.")
 
 
@@ -277,10 +280,12 @@ def _protocol(r: Results) -> Iterator[str]:
     recipe = r.record["recipe"]
     layers = ", ".join(f"{budget:g} ({count})" for budget, count in r.budgets.items())
     sinks = console.counted(recipe["routing.sink_tokens"], "token")
+    over = int(recipe.get("routing.mean_over", 1))
+    held = f", in the mean over {over} tokens" if over > 1 else ""
     yield (
         f"{console.counted(len(r.routers), 'router')} under one recipe: {r.backbone} ({r.layers} layers, "
         f"{recipe['backbone.dtype']}), {_learned(r)}, "
-        f"at the budgets (executed layers) {layers}. "
+        f"at the budgets (executed layers) {layers}{held}. "
         f"All see the same {recipe['data.calibration_windows']} calibration windows and "
         f"the same {recipe.get('data.evaluate_on', 'test')} windows of {recipe['data.window']} tokens, of which the "
         f"first {recipe['data.prompt']} are not scored. Sinks, {sinks} at the start of each window, run at full depth "

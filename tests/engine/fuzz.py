@@ -46,13 +46,15 @@ def draw(seed: int) -> Case:
         "reroute_every": rng.choice([1, 1, 2, 3, None]),
         "context_layer": rng.choice([1, 1, 2, 3]),
         "pool": rng.choice(["value", "key", "both"]),
+        "mean_over": rng.choice([1, 1, 4]),
     }
     padded = batch > 1 and rng.random() < 0.5
     first = rng.choice([1, 5, 12, 150])
     padding = [rng.randint(0, min(3, first - 1)) if padded else 0 for _ in range(batch)]
     router, scope = rng.choice([Fickle, FickleGates]), rng.choice(["token", "token", "prompt"])
     case = Case(seed, family, options, batch, padding, router, scope, [("forward", first)])
-    croppable = family not in SLIDING and options["reroute_every"] == 1 and scope == "token"
+    decides = options["reroute_every"] == options["mean_over"] == 1 and scope == "token"
+    croppable = family not in SLIDING and decides
     for _ in range(rng.randint(2, 7)):
         kinds = ["forward"] * 6 + ["reorder"] + ["crop"] * croppable
         kind = rng.choice(kinds)
@@ -116,7 +118,8 @@ def _forward(routed, ids, amount, padding, cache, executed):
     real = slice(None) if mask is None else mask[:, -amount:].bool()
     wanted = torch.tensor(executed)[:, None].expand(-1, amount)
     counted = torch.where(record.sinks[0], wanted, record.executed[0])
-    assert torch.equal(counted[real], wanted[real]), "layers ran that were not asked for"
+    exact = routed.settings.mean_over == 1
+    assert not exact or torch.equal(counted[real], wanted[real]), "layers ran that were not asked for"
     return output, record.runs[0]
 
 

@@ -140,8 +140,9 @@ def test_straight_through_runs_the_exact_plan():
     torch.testing.assert_close(estimate.objective, expected.view(4, -1).mean(1).detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_surrogate_equals_its_formula():
-    routed = tiny(24)
+@pytest.mark.parametrize("over", [1, 6])
+def test_surrogate_equals_its_formula(over):
+    routed = tiny(24, mean_over=over)
     nn.init.normal_(routed.router.bias, generator=generator(3))
     given, sigma = batch(3, 4), 0.4
     Surrogate(Objective(), sigma)(routed, given, generator(5)).loss.backward()
@@ -153,12 +154,15 @@ def test_surrogate_equals_its_formula():
     (dense.exp() * (dense - logits)).sum(-1).mean().backward()
     expected = torch.zeros(24, 4)
     for row, k in enumerate((1, 2)):  # routable layers that run
+        slopes = torch.zeros(24, 4)
         for token in range(1, 24):  # the first is a sink
-            ordered = scores[row, token].sort(descending=True).values
-            soft = ((scores[row, token] - (ordered[k - 1] + ordered[k]) / 2) / sigma).sigmoid()
-            slope = soft * (1 - soft) / sigma
-            jacobian = slope.diag() - slope.outer(slope) / slope.sum()  # the sum of the sigmoids stays
-            expected[token] += jacobian @ gates.grad[row, token, 1:-1]
+            rivals = scores[row, max(1, token - over + 1) : token + 1]
+            ordered, last = rivals.flatten().sort(descending=True).values, k * len(rivals)
+            soft = ((scores[row, token] - (ordered[last - 1] + ordered[last]) / 2) / sigma).sigmoid()
+            slopes[token] = soft * (1 - soft) / sigma
+        pull = slopes * gates.grad[row, :, 1:-1]  # the sum of the sigmoids stays: of a token, or of the window
+        alone = pull.sum(-1, keepdim=True) / slopes.sum(-1, keepdim=True).clamp(min=1e-9)
+        expected += pull - slopes * (alone if over == 1 else pull.sum() / slopes.sum())
     torch.testing.assert_close(routed.router.bias.grad, expected, atol=1e-6, rtol=1e-3)
 
 
