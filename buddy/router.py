@@ -1,8 +1,9 @@
 """The interface of routers: a `Context` in, scores out.
 
 Every router, static, random or learned, answers one question: how much is each routable layer worth here? The engine
-alone turns the scores into a plan of exactly K layers. A `LayerwiseRouter` answers it layer by layer
-from the hidden state that arrives at each; the engine enforces exactly K layers there too.
+alone turns the scores into a plan of exactly K layers, or of K in the mean over tokens (`mean_over` of `RoutedLM`). A
+`LayerwiseRouter` answers it layer by layer from the hidden state that arrives at each; the engine enforces exactly K
+layers there too, or lets the gates decide alone.
 """
 
 from __future__ import annotations
@@ -215,8 +216,8 @@ class LayerwiseRouter(AnyRouter):
     """Decides on each routable layer when the hidden state arrives at it, so after the layers before it have run.
 
     A layer runs where its gate is open until K layers have run; where all layers that are left are needed to reach K,
-    they run regardless of their gates. So every token runs exactly K layers here too. Decoding synchronises with the
-    host at each layer.
+    they run regardless of their gates. So every token runs exactly K layers here too; with `mean_over` above 1 the gates
+    decide alone. Decoding synchronises with the host at each layer.
 
     It is trained by gradients through gates: what a layer adds to the hidden state is multiplied by a weight.
     """

@@ -34,11 +34,13 @@ def run_card(run: Run, metrics: Mapping[str, Any], name: str, licence: str | Non
         extras += " An adapter in `adapter/`, in the format of peft, heals the backbone."
     if (run.folder / PREDICTOR).is_file():
         extras += " A budget predictor chooses the budget of a request at budget `auto`."
+    over = run.recipe.routing.mean_over
+    count = "exactly" if over == 1 else f"in the mean over {over} tokens"
     body = f"""\
 # {run.router_name} for {backbone}
 
 A router that decides for every token which of {layers} layers of {backbone} run: one router, every compute budget. \
-A budget of 0.75 means exactly round(0.75 · {layers}) layers a token. Made by Buddy {run.versions.get("buddy", "")} \
+A budget of 0.75 means {count} round(0.75 · {layers}) layers a token. Made by Buddy {run.versions.get("buddy", "")} \
 from the recipe `{run.recipe_name}` on the text `{title(run.recipe.data.source)}`. It holds no weights of the backbone \
 (fingerprint `{run.fingerprint}`).{extras}
 
