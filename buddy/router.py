@@ -216,8 +216,8 @@ class LayerwiseRouter(AnyRouter):
     """Decides on each routable layer when the hidden state arrives at it, so after the layers before it have run.
 
     A layer runs where its gate is open until K layers have run; where all layers that are left are needed to reach K,
-    they run regardless of their gates. So every token runs exactly K layers here too; with `mean_over` above 1 the gates
-    decide alone. Decoding synchronises with the host at each layer.
+    they run regardless of their gates. So every token runs exactly K layers here too, unless the gates decide alone
+    (`mean_over` of `RoutedLM`). Decoding synchronises with the host at each layer.
 
     It is trained by gradients through gates: what a layer adds to the hidden state is multiplied by a weight.
     """
