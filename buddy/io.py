@@ -183,11 +183,6 @@ def _check_parent(path: Path) -> None:
         raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
 
 
-def is_below(path: str | Path | None, folder: Path) -> bool:
-    """Whether a path is a folder, or leads into it, links resolved; not for None."""
-    return path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
 # Reading
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from buddy.config import load_recipe, to_yaml
 from buddy.console import errors
 from buddy.errors import BuddyError, DamagedError, RunError, nearest, reason
-from buddy.io import is_below, locked, read_json, remove_parts, write_json, write_text, writing
+from buddy.io import locked, read_json, remove_parts, write_json, write_text, writing
 from buddy.provenance import CODE, differences
 from buddy.run_files import (
     CHECKPOINTS,
@@ -159,7 +159,7 @@ class RunFolder:
         work = self.work
         if not RunFolder(work).differences(recipe, digests, ignore):
             warn_of_changed_code(work, digests)
-        elif recipe.ckpt_path and is_below(recipe.ckpt_path, work):
+        elif recipe.ckpt_path and Path(recipe.ckpt_path).resolve().is_relative_to(work.resolve()):
             _forget_progress(work / CHECKPOINTS, Path(recipe.ckpt_path))
         else:
             self._discard(work)

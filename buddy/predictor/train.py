@@ -29,8 +29,8 @@ KINDS: dict[str, type[CurvePredictor] | type[BudgetPolicy]] = {
 Curves = dict[str, list[tuple[int, float]]]  # points (x, y) by TensorBoard tag
 
 
-def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> Predictor | None:
-    """Measure training windows at every budget, fit the recipe's predictor and save it; None without a predictor.
+def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path) -> None:
+    """Measure training windows at every budget, fit the recipe's predictor, if it has one, and save it.
 
     The windows are those of the steps after the last training step: other draws from the training split, which may
     overlap with the ones of router and adapter. In a distributed run only the first process does this.
@@ -46,7 +46,7 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
     for name in (PREDICTOR, PREDICTOR_FACTS):  # of an earlier attempt
         (folder / name).unlink(missing_ok=True)
     if section.name is None:
-        return None
+        return
     arms = predictor_arms(recipe, routed)
     targets = _measure(recipe, routed, data, folder, arms)
     options: dict[str, Any] = {"hidden": section.hidden}
@@ -63,7 +63,6 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
     described = {"name": predictor.name, "layers": list(arms), "options": options, "windows": len(targets.losses)}
     save_tensors(folder / PREDICTOR, predictor.requires_grad_(False).state_dict(), {"format": "pt"})
     write_json(folder / PREDICTOR_FACTS, described | facts)
-    return predictor.to(routed.backbone.device)
 
 
 def remove_targets(folder: Path) -> None:
