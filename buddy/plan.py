@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from buddy.errors import BudgetError
 
 CHUNK = 512  # tokens whose competition is sorted at once: 50 MB for 64 tokens of 30 layers
+REPAID = 4  # of W places in a competition, that each layer beyond the budget takes: after W / 4 tokens it is repaid
 
 
 def top_k(scores: Tensor, k: Tensor) -> Tensor:
@@ -33,41 +34,67 @@ def top_k(scores: Tensor, k: Tensor) -> Tensor:
     return rank < k.unsqueeze(-1)
 
 
-def counts_over(scores: Tensor, k: Tensor, over: int, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def counts_of_windows(scores: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """How many layers each token runs where those of a whole window together run k a token: the best of all scores.
+
+    Args:
+        scores: (B, T, R).
+        k: (B,) long, 0 ≤ k ≤ R.
+
+    Returns:
+        The counts, (B, T) long; and (B, 1, 1) half-way between the last score that runs and the first that does not,
+        infinite where there is only one of both.
+    """
+    _, tokens, routable = scores.shape
+    flat = scores.flatten(1)
+    runs = top_k(flat, k * tokens)
+    last = flat.masked_fill(~runs, math.inf).amin(1)
+    following = flat.masked_fill(runs, -math.inf).amax(1)
+    return runs.view(-1, tokens, routable).sum(-1), ((last + following) / 2)[:, None, None]
+
+
+def counts_over(
+    scores: Tensor, k: Tensor, over: int, before: Tensor | None = None, excess: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """How many layers each token runs where W tokens run k layers in the mean, and each as many as its scores win.
 
     The scores of a token compete with those of the W − 1 tokens before it. If n of these W tokens are there, the token
-    runs those of its layers whose scores are among the best k · n. Nothing depends on later tokens. Ties go to the
-    lower layer, then to the earlier token, so that each token runs exactly k layers where all have the same scores.
+    runs those of its layers whose scores are among the best k · n, less `REPAID` for each layer that all tokens so far
+    ran beyond k a token: so the mean stays near k whatever the scores do. Nothing depends on later tokens. Ties go to
+    the lower layer, then to the earlier token, so that each token runs exactly k layers where all have the same scores.
 
     Args:
         scores: (B, T, R); −inf in all layers of a token that does not take part, such as padding.
         k: (B, T) long, 0 ≤ k ≤ R.
         over: W ≥ 1.
         before: (B, P, R), scores of the last P < W tokens before these; none by default.
+        excess: (B,) long, layers that the tokens before these ran beyond k a token; none by default.
 
     Returns:
-        The counts, (B, T) long; and (B, T, 1) half-way between the last score that runs and the first that does not,
-        infinite where there is only one of both.
+        The counts, (B, T) long; and the excess after these tokens, (B,) long.
     """
     earlier = 0 if before is None else before.shape[1]
     every = scores if before is None else torch.cat([before, scores], 1)
     every = F.pad(every, (0, 0, over - 1 - earlier, 0), value=-math.inf)
-    parts = []
+    excess = torch.zeros_like(k[:, 0]) if excess is None else excess
+    counts = []
     for start in range(0, scores.shape[1], CHUNK):
-        own = scores[:, start : start + CHUNK]
-        window = every[:, start : start + own.shape[1] + over - 1].unfold(1, over, 1)  # (B, T', R, W)
-        wins = k[:, start : start + CHUNK] * window[..., 0, :].isfinite().sum(-1)
-        ranked = F.pad(window.flatten(2).sort(-1, descending=True).values, (1, 1), value=-math.inf)
-        ranked[..., 0] = math.inf
-        last, following = (ranked.gather(-1, place[..., None]) for place in (wins, wins + 1))
-        # Scores equal to the last one that wins: as many as there is room for, in the order of layers.
-        room = wins[..., None] - (window > last[..., None]).sum((-2, -1))[..., None]
-        equal = (window == last[..., None]).sum(-1).cumsum(-1)
-        runs = (own > last) | ((own == last) & (equal <= room))
-        parts.append((runs.sum(-1), torch.where(last == math.inf, last, (last + following) / 2)))
-    counts, threshold = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return counts, threshold
+        length = min(CHUNK, scores.shape[1] - start)
+        windows = every[:, start : start + length + over - 1].unfold(1, over, 1)  # (B, T', R, W)
+        present = windows[..., 0, :].isfinite().sum(-1)
+        ranked = F.pad(windows.flatten(2).sort(-1, descending=True).values, (1, 0), value=math.inf)
+        for at in range(length):
+            asked, own, window = k[:, start + at], scores[:, start + at], windows[:, at]
+            places = asked * present[:, at] - present[:, at].clamp(max=REPAID) * excess
+            wins = places.clamp(min=0).minimum(present[:, at] * scores.shape[2])
+            last = ranked[:, at].gather(1, wins[:, None])
+            # Scores equal to the last one that wins: as many as there is room for, in the order of layers.
+            room = wins - (window > last[..., None]).sum((1, 2))
+            equal = (window == last[..., None]).sum(-1).cumsum(-1)
+            count = ((own > last) | ((own == last) & (equal <= room[:, None]))).sum(-1)
+            excess = excess + (count - asked) * own[:, 0].isfinite()
+            counts.append(count)
+    return torch.stack(counts, 1), excess
 
 
 def top_k_on_host(scores: Sequence[float], k: int) -> list[bool]:

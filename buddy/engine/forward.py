@@ -311,10 +311,13 @@ class RoutedForward:
         check_counts(self.request.executed, always, self.settings.layers)
         absent = self.sinks() if self.valid is None else self.sinks() | ~self.valid
         competing = scores.masked_fill(absent[..., None], -math.inf)
-        before = None if self.cache is None else self.cache.scores
-        if self.cache is not None:
-            self.cache.scores = (competing if before is None else torch.cat([before, competing], 1))[:, 1 - over :]
-        return always + counts_over(competing, executed - always, over, before)[0]
+        cache = self.cache
+        before, excess = (None, None) if cache is None else (cache.scores, cache.excess)
+        counts, excess = counts_over(competing, executed - always, over, before, excess)
+        if cache is not None:
+            cache.scores = (competing if before is None else torch.cat([before, competing], 1))[:, 1 - over :]
+            cache.excess = excess
+        return always + counts
 
     def _mid_text(self) -> bool:
         """Whether none of these positions of padded rows is padding or a sink."""

@@ -264,12 +264,14 @@ class RoutedCache:
         pool: the context so far.
         scores: (B, S, R), what later tokens need: of the last decision, S = 1, for tokens that do not decide; or of the
             last tokens, which later ones compete with (`mean_over`). Else None.
+        excess: (B,) long, layers that the row's tokens ran beyond its budget (`mean_over`); None before there are any.
         decided: position of the prompt's last token, from which decisions are counted; None before there is one.
     """
 
     filled_by: tuple[str, str, int, str]
     pool: ContextPool
     scores: Tensor | None
+    excess: Tensor | None
     decided: int | None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -278,6 +280,8 @@ class RoutedCache:
         self.pool.select_rows(beam_idx)
         if self.scores is not None:
             self.scores = self.scores[beam_idx]
+        if self.excess is not None:
+            self.excess = self.excess[beam_idx]
         moved: dict[Any, Any] = {}  # one state is pending in every layer of a run, one embedding with many states
 
         def rows(x: Tensor) -> Tensor:
@@ -369,6 +373,7 @@ def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, mode
             cache.layers[index].window = getattr(layer, "sliding_window", None)
     cache.__class__ = _ROUTED[stock]
     cache.filled_by, cache.pool, cache.scores, cache.decided = filled_by, ContextPool(kind), None, None
+    cache.excess = None
     return 0
 
 

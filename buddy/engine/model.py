@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone, load_backbone
 from buddy.budget import Budget, Table, auto_cap, executed_layers
@@ -18,7 +19,7 @@ from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
 from buddy.engine.record import Output, Record
 from buddy.errors import BuddyError, BudgetError, DataError
-from buddy.plan import Plan, counts_over, hold_scores
+from buddy.plan import Plan, counts_of_windows, hold_scores
 from buddy.registry import build
 from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
@@ -344,10 +345,22 @@ class RoutedLM(nn.Module):
         return Plan.from_scores(self.held(scores, prompt), counts, self.geometry.layers).runs
 
     def competition(self, scores: Tensor, executed: Tensor) -> tuple[Tensor, Tensor]:
-        """`counts_over` for scores (B, T, R) of whole windows and K per row (B,), without the sinks."""
-        sinks = torch.arange(scores.shape[1], device=scores.device) < self.sink_tokens
-        k = (executed - self.geometry.always_on)[:, None].expand(scores.shape[:2])
-        return counts_over(scores.masked_fill(sinks[:, None], -torch.inf), k, self.settings.competing)
+        """Routable layers of each token, (B, T) long, and the threshold (B, T, 1) above which they run, in training.
+
+        Where a budget is a mean over tokens, all tokens of a window compete but the sinks. If they competed only with
+        earlier ones, a router would learn scores that rise from token to token, and win more layers than asked for.
+
+        Args:
+            scores: (B, T, R), of whole windows.
+            executed: (B,) long, K per row.
+        """
+        k, sinks, (rows, tokens, _) = executed - self.geometry.always_on, self.sink_tokens, scores.shape
+        if self.settings.competing == 1:
+            counts, threshold = counts_of_windows(scores.flatten(0, 1)[:, None], k.repeat_interleave(tokens))
+            return counts.view(rows, tokens), threshold.view(rows, tokens, 1)
+        counts, threshold = counts_of_windows(scores[:, sinks:], k)
+        threshold = threshold.expand(-1, tokens - sinks, -1)
+        return F.pad(counts, (sinks, 0)), F.pad(threshold, (0, 0, sinks, 0), value=torch.inf)
 
     def held(self, scores: Tensor, prompt: int = 0) -> Tensor:
         """Scores (B, T, R) that decide for each token under `reroute_every` and `prompt_plan`, from its own scores."""
