@@ -32,7 +32,7 @@ from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
 from buddy.run import Run, check_backbone
 from buddy.run_files import ADAPTER, BRIDGE, load_router, read_metrics
 from buddy.schema import ClassSpec, Recipe
-from buddy.training.estimators import Estimator, StraightThrough, estimator_for
+from buddy.training.estimators import Estimator, Perturbed, StraightThrough, estimator_for
 from buddy.training.healing import HealingModule
 from buddy.training.module import RoutingModule
 
@@ -100,12 +100,9 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
     """Raises a BuddyError for a router, estimator, predictor, adapter or checkpoint that does not fit the recipe."""
     model = build_model(recipe, backbone)
     routing = recipe.routing
+    shared = (routing.prompt_plan, routing.batch_plan, routing.reroute_every) != ("token", "row", 1)
     try:
-        if routing.mean_over > 1 and (routing.prompt_plan, routing.batch_plan, routing.reroute_every) != (
-            "token",
-            "row",
-            1,
-        ):
+        if routing.mean_over > 1 and shared:
             raise RecipeError(
                 f"routing.mean_over={routing.mean_over} needs a plan for each token of each row; set "
                 "routing.prompt_plan=token, routing.batch_plan=row and routing.reroute_every=1, or routing.mean_over=1."
@@ -116,6 +113,11 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
                 raise RecipeError(
                     f"objective.estimator={recipe.objective.estimator} computes every layer, which needs "
                     f"routing.policy=fill, not {model.policy.name}; set that, or objective.estimator=perturbed."
+                )
+            if isinstance(estimator, Perturbed) and model.settings.competing > 1 and recipe.trainer["max_steps"]:
+                raise RecipeError(
+                    f"objective.estimator={recipe.objective.estimator} credits each token alone, and with "
+                    f"routing.mean_over={routing.mean_over} tokens compete; set objective.estimator=surrogate."
                 )
             if recipe.bridge and recipe.bridge.joint and not getattr(estimator, "backpropagates", False):
                 raise RecipeError(

@@ -36,6 +36,7 @@ def fit(small, tmp_path):
         ("routing.context_layer=5", "context_layer"),
         ("routing.mean_over=0", "routing.mean_over"),
         ("routing={mean_over: 8, prompt_plan: shared}", "routing.prompt_plan=token"),
+        ("routing.mean_over=8", "objective.estimator=surrogate"),
         ("backbone.name=owner/never-seen", "owner/never-seen"),
         ("backbone.name=/no/such/folder", "/no/such/folder"),
         ("data.source=/no/such.txt", "/no/such.txt"),

@@ -135,6 +135,8 @@ class Perturbed:
     changed as its own did, so that its credit includes the effect of such a change through them, and not their own
     independent noise.
 
+    It is for exact counts. Where a budget is a mean over tokens, each would be credited for taking layers from others.
+
     Args:
         objective: what a plan is judged by.
         plans: M, plans tried per window; an even number.
@@ -151,6 +153,8 @@ class Perturbed:
         self.objective, self.plans, self.sigma, self.shared = objective, plans, sigma, shared
 
     def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+        if routed.settings.competing > 1:
+            raise TrainingError("Perturbed plans train for exact counts; with mean_over above 1 choose the surrogate.")
         context, dense, targets = _dense_pass(routed, batch)
         scores = scores_of(routed.router, context)
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)

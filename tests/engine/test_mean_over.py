@@ -6,9 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from buddy.engine.batches import Batch, join, keep
+from buddy.engine.batches import Batch as Rows
+from buddy.engine.batches import join, keep
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import BuddyError, BudgetError
+from buddy.errors import BuddyError, BudgetError, TrainingError
+from buddy.losses import Objective
+from buddy.training.estimators import Batch, Perturbed
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import tiny_backbone
 
@@ -129,7 +132,7 @@ def test_rows_that_join_and_leave_keep_their_own_past():
     for row, length in enumerate((9, 4)):
         with routed.at(executed=[int(EXECUTED[row])]):
             cache = model(ids[row : row + 1, :length], use_cache=True).cache
-        batches.append(Batch(cache, torch.ones(1, length, dtype=torch.bool), [row]))
+        batches.append(Rows(cache, torch.ones(1, length, dtype=torch.bool), [row]))
     batch = join(routed, batches)
     for step in range(3):
         following = torch.stack([ids[0, 9 + step], ids[1, 4 + step]])[:, None]
@@ -165,3 +168,9 @@ def test_a_router_of_one_plan_an_input_runs_exactly_k():
     with routed.changed():
         executed = routed(ids_of(), executed=EXECUTED, prompt=8).executed
     assert torch.equal(executed[:, 1:], EXECUTED[:, None].expand(-1, LENGTH - 1))
+
+
+def test_perturbed_plans_are_refused():
+    batch = Batch(ids_of(), EXECUTED, torch.arange(4, LENGTH - 1), prompt=5)
+    with pytest.raises(TrainingError, match="surrogate"):
+        Perturbed(Objective())(routed_tiny(), batch, torch.Generator())
