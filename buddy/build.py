@@ -99,12 +99,11 @@ def counts_of(recipe: Recipe, routed: RoutedLM) -> dict[float, int]:
 def check_model(recipe: Recipe, backbone: Backbone) -> None:
     """Raises a BuddyError for a router, estimator, predictor, adapter or checkpoint that does not fit the recipe."""
     model = build_model(recipe, backbone)
-    routing = recipe.routing
-    shared = (routing.prompt_plan, routing.batch_plan, routing.reroute_every) != ("token", "row", 1)
+    over = recipe.routing.mean_over
     try:
-        if routing.mean_over > 1 and shared:
+        if over > 1 and model.settings.competing == 1 and model.router.scope == "token":
             raise RecipeError(
-                f"routing.mean_over={routing.mean_over} needs a plan for each token of each row; set "
+                f"routing.mean_over={over} needs a plan for each token of each row; set "
                 "routing.prompt_plan=token, routing.batch_plan=row and routing.reroute_every=1, or routing.mean_over=1."
             )
         if model.router.trainable:
@@ -117,7 +116,7 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
             if isinstance(estimator, Perturbed) and model.settings.competing > 1 and recipe.trainer["max_steps"]:
                 raise RecipeError(
                     f"objective.estimator={recipe.objective.estimator} credits each token alone, and with "
-                    f"routing.mean_over={routing.mean_over} tokens compete; set objective.estimator=surrogate."
+                    f"routing.mean_over={over} tokens compete; set objective.estimator=surrogate."
                 )
             if recipe.bridge and recipe.bridge.joint and not getattr(estimator, "backpropagates", False):
                 raise RecipeError(

@@ -34,25 +34,6 @@ def top_k(scores: Tensor, k: Tensor) -> Tensor:
     return rank < k.unsqueeze(-1)
 
 
-def counts_of_windows(scores: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """How many layers each token runs where those of a whole window together run k a token: the best of all scores.
-
-    Args:
-        scores: (B, T, R).
-        k: (B,) long, 0 ≤ k ≤ R.
-
-    Returns:
-        The counts, (B, T) long; and (B, 1, 1) half-way between the last score that runs and the first that does not,
-        infinite where there is only one of both.
-    """
-    _, tokens, routable = scores.shape
-    flat = scores.flatten(1)
-    runs = top_k(flat, k * tokens)
-    last = flat.masked_fill(~runs, math.inf).amin(1)
-    following = flat.masked_fill(runs, -math.inf).amax(1)
-    return runs.view(-1, tokens, routable).sum(-1), ((last + following) / 2)[:, None, None]
-
-
 def counts_over(
     scores: Tensor, k: Tensor, over: int, before: Tensor | None = None, excess: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +142,7 @@ class Plan:
         first = layers - routable - 1
         k = executed - (first + 1)
         if bool(((k < 0) | (k > routable)).any()):
-            check_counts(executed.flatten().tolist(), first + 1, layers)
+            check_counts(sorted(set(executed.flatten().tolist())), first + 1, layers)
         runs = torch.ones(*scores.shape[:-1], layers, dtype=torch.bool, device=scores.device)
         runs[..., first : first + routable] = top_k(scores, k)
         return cls(runs)

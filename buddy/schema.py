@@ -81,7 +81,7 @@ class RoutingSection:
     prompt_plan: str = _choice("token", "shared")
     batch_plan: str = _choice("row", "shared")
     reroute_every: int | None = _number(1, ge=1)  # tokens between decisions while decoding; null decides never
-    mean_over: int = _number(1, ge=1)  # tokens that run a budget's layers in the mean; 1: each runs exactly as many
+    mean_over: int = _number(1, ge=1)  # tokens over which a budget is a mean; 1: each token runs exactly K layers
     policy: str = _choice("fill", "hole", "zero")  # what a layer's cache holds for tokens that skipped it
 
 

@@ -70,10 +70,9 @@ def join(routed: RoutedLM, batches: Sequence[Batch]) -> Batch:
     joined.scores = _join_scores(
         [(cache.scores, len(batch.owners)) for cache, batch in zip(caches, batches, strict=True)]
     )
-    if joined.scores is not None:
-        none = [joined.scores.new_zeros(len(batch.owners), dtype=torch.long) for batch in batches]
-        held = [each if cache.excess is None else cache.excess for cache, each in zip(caches, none, strict=True)]
-        joined.excess = torch.cat(held)
+    if any(cache.excess is not None for cache in caches):
+        none = [mask.new_zeros(len(batch.owners), dtype=torch.long) for batch in batches]
+        joined.excess = torch.cat([x if c.excess is None else c.excess for c, x in zip(caches, none, strict=True)])
     decided = [c.decided + shift for c, shift in zip(caches, shifts, strict=True) if c.decided is not None]
     joined.decided = decided[0] if decided else None
     padded = any(shifts) or any(batch.padded for batch in batches)

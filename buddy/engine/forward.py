@@ -290,7 +290,7 @@ class RoutedForward:
         self.scores, layers, executed = scores, self.settings.layers, self._counts(scores)
         if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
             counts: Sequence[int] = self.request.executed
-            if executed is self.context.executed:
+            if self.settings.competing == 1:
                 values = read(scores[:, 0])
             else:
                 values = read(torch.cat([scores[:, 0], executed], 1))  # both at once

@@ -19,7 +19,8 @@ from buddy.router import LayerwiseRouter, in_float32
 class LayerwiseForward(RoutedForward):
     """A `RoutedForward` that asks a gate for one layer after the other and holds every token to exactly K layers.
 
-    With `mean_over` above 1 the gates decide alone: layers of a later token cannot wait for all layers of an earlier.
+    With `mean_over` above 1 the gates decide alone: a layer is decided for all tokens of a prompt at once, before it is
+    known how many layers the earlier of them will run.
     Decisions are shared as scores are: a shared prompt follows its last token, and with `reroute_every` other than 1
     only some tokens decide. If all tokens follow a decision from before these positions, no gate is asked: `gate_order`
     of the gates that were open then gives the plan at once.

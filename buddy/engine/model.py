@@ -19,7 +19,7 @@ from buddy.engine.hooks import ForwardHooks
 from buddy.engine.kv_policies import Policy, policy_named
 from buddy.engine.record import Output, Record
 from buddy.errors import BuddyError, BudgetError, DataError
-from buddy.plan import Plan, counts_of_windows, hold_scores
+from buddy.plan import Plan, hold_scores, top_k
 from buddy.registry import build
 from buddy.router import AnyRouter, Context, Geometry, LayerwiseRouter
 
@@ -338,29 +338,19 @@ class RoutedLM(nn.Module):
         return Output(logits, done.context, done.scores, record.runs, record.executed, record.sinks, weights)
 
     def plan(self, scores: Tensor, executed: Tensor, prompt: int = 0) -> Tensor:
-        """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`."""
-        counts = executed[:, None].expand(scores.shape[:2])
-        if self.settings.competing > 1:
-            counts = self.competition(scores, executed)[0] + self.geometry.always_on
-        return Plan.from_scores(self.held(scores, prompt), counts, self.geometry.layers).runs
+        """(B, T, L) bool: the plan for scores (B, T, R) and K per row (B,), to be given to `forward` as `runs`.
 
-    def competition(self, scores: Tensor, executed: Tensor) -> tuple[Tensor, Tensor]:
-        """Routable layers of each token, (B, T) long, and the threshold (B, T, 1) above which they run, in training.
-
-        Where a budget is a mean over tokens, all tokens of a window compete but the sinks. If they competed only with
-        earlier ones, a router would learn scores that rise from token to token, and win more layers than asked for.
-
-        Args:
-            scores: (B, T, R), of whole windows.
-            executed: (B,) long, K per row.
+        Where a budget is a mean over tokens, all tokens of the window compete but the sinks, for training. If they
+        competed only with earlier ones, a router would learn scores that rise from token to token, and win more layers
+        than asked for.
         """
-        k, sinks, (rows, tokens, _) = executed - self.geometry.always_on, self.sink_tokens, scores.shape
-        if self.settings.competing == 1:
-            counts, threshold = counts_of_windows(scores.flatten(0, 1)[:, None], k.repeat_interleave(tokens))
-            return counts.view(rows, tokens), threshold.view(rows, tokens, 1)
-        counts, threshold = counts_of_windows(scores[:, sinks:], k)
-        threshold = threshold.expand(-1, tokens - sinks, -1)
-        return F.pad(counts, (sinks, 0)), F.pad(threshold, (0, 0, sinks, 0), value=torch.inf)
+        (rows, tokens, routable), sinks = scores.shape, self.sink_tokens
+        counts = executed[:, None].expand(rows, tokens)
+        if self.settings.competing > 1:
+            k = executed - self.geometry.always_on
+            runs = top_k(scores[:, sinks:].flatten(1), k * (tokens - sinks)).view(rows, -1, routable)
+            counts = F.pad(runs.sum(-1), (sinks, 0)) + self.geometry.always_on
+        return Plan.from_scores(self.held(scores, prompt), counts, self.geometry.layers).runs
 
     def held(self, scores: Tensor, prompt: int = 0) -> Tensor:
         """Scores (B, T, R) that decide for each token under `reroute_every` and `prompt_plan`, from its own scores."""

@@ -220,13 +220,11 @@ class StraightThrough:
         plan = routed.plan(scores.detach(), batch.executed, batch.prompt)
         tried = self._perturbed(scores, batch, generator)
         runs = routed.plan(tried.detach(), batch.executed, batch.prompt)
-        first = routed.geometry.context_layer
-        held = routed.held(tried, batch.prompt)
-        threshold = routed.competition(held.detach(), batch.executed)[1]
-        soft = self._soft(held, threshold, (-1,) if routed.settings.competing == 1 else (-2, -1))
-        not_sink = torch.arange(runs.shape[1], device=runs.device) >= routed.sink_tokens
-        pull = (soft - soft.detach()) * not_sink[:, None]  # sinks run whatever the scores say
-        gates = runs.to(scores.dtype) + F.pad(pull, (first, 1))
+        first, last = routed.geometry.context_layer, routed.geometry.layers - 1
+        sinks = routed.sink_tokens  # they run whatever the scores say
+        compete = (-1,) if routed.settings.competing == 1 else (-2, -1)
+        soft = self._soft(routed.held(tried, batch.prompt)[:, sinks:], runs[:, sinks:, first:last], compete)
+        gates = runs.to(scores.dtype) + F.pad(soft - soft.detach(), (first, 1, sinks, 0))
         logits = routed(batch.input_ids, runs=runs, gates=gates, logits_to_keep=batch.scored).logits
         value = self.objective(dense, logits, targets)
         return Estimate(value.mean(), value.detach().mean(1), plan, context)
@@ -235,13 +233,13 @@ class StraightThrough:
         """(B, T, R), the scores whose plan is tried."""
         return scores
 
-    def _soft(self, scores: Tensor, threshold: Tensor, compete: tuple[int, ...]) -> Tensor:
-        """(B, T, R): has the gradient that the gates of a plan take.
+    def _soft(self, scores: Tensor, runs: Tensor, compete: tuple[int, ...]) -> Tensor:
+        """(B, T, R): has the gradient that the gates of a plan take, from the scores that the plan follows.
 
         Args:
-            scores: that the plan follows.
-            threshold: (B, T, 1), above which layers run.
-            compete: the dimensions in which scores compete, so that what they have in common is no direction.
+            scores: (B, T, R), of all tokens but sinks.
+            runs: (B, T, R) bool.
+            compete: dimensions in which scores compete: of a token's layers, or of a window's tokens too.
         """
         soft = scores.softmax(-1) * scores.shape[-1]
         if soft.requires_grad:
@@ -272,9 +270,13 @@ class Surrogate(StraightThrough):
         noise = torch.randn(rows, *scores.shape[1:], generator=generator)[batch.rank :: rows // len(scores)]
         return scores + self.sigma * noise.to(scores)
 
-    def _soft(self, scores: Tensor, threshold: Tensor, compete: tuple[int, ...]) -> Tensor:
-        near = ((scores.detach() - threshold) / self.sigma).sigmoid()
-        slope = near * (1 - near)  # 0, and so is the gradient, where the threshold is infinite
+    def _soft(self, scores: Tensor, runs: Tensor, compete: tuple[int, ...]) -> Tensor:
+        fixed = scores.detach()
+        least = fixed.masked_fill(~runs, math.inf).amin(compete, keepdim=True)
+        most = fixed.masked_fill(runs, -math.inf).amax(compete, keepdim=True)
+        threshold = (least + most) / 2  # infinite where all layers run, or none: no gradient
+        near = ((fixed - threshold) / self.sigma).sigmoid()
+        slope = near * (1 - near)
         moving = (slope * scores).sum(compete, keepdim=True) / slope.sum(compete, keepdim=True).clamp(min=1e-9)
         return ((scores - moving + (moving - threshold).detach()) / self.sigma).sigmoid()
 
