@@ -24,7 +24,6 @@ from buddy.io import cache_folder, keep_freed_memory
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.metrics.perplexity import Reference
-from buddy.predictor.features import Predictor
 from buddy.predictor.train import load_predictor, predictor_arms
 from buddy.provenance import ESTIMATOR_KEYS, TRAINING_KEYS
 from buddy.registry import build
@@ -140,12 +139,6 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
         )
     if recipe.adapter is not None:
         check_targets(recipe.adapter.targets, backbone)
-
-
-def attach_predictor(recipe: Recipe, routed: RoutedLM, predictor: Predictor) -> None:
-    """Use a budget predictor for `--budget auto`, up to the recipe's cap."""
-    cap = routed.executed_layers(recipe.predictor.cap)
-    routed.chooser = lambda most: predictor.chooser(min(most, cap))
 
 
 def uses_bridges(recipe: Recipe, router: AnyRouter) -> bool:
@@ -270,7 +263,9 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
         routed.merge()
     predictor = load_predictor(run.folder, routed.geometry)
     if predictor is not None:
-        attach_predictor(run.recipe, routed, predictor.to(backbone.device))
+        cap = routed.executed_layers(run.recipe.predictor.cap)
+        predictor.to(backbone.device)
+        routed.chooser = lambda most: predictor.chooser(min(most, cap))
     return routed
 
 
@@ -297,7 +292,7 @@ def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
     """
     restore_router(routed, recipe, folder)
     if recipe.adapter is not None and not routed.router.full_depth:
-        routed.adapt(Adapter.load(routed.backbone, folder / ADAPTER))
+        routed.adapter = Adapter.load(routed.backbone, folder / ADAPTER)
 
 
 def restore_router(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:

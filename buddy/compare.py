@@ -35,7 +35,7 @@ from buddy.router import AnyRouter
 from buddy.run import RunFolder, RunSpec, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
 from buddy.run_files import FACTS
 from buddy.schema import PredictorSection, Recipe, Rival
-from buddy.worker import Tasks, Text, Worker, read_windows, run_in_worker, texts_of
+from buddy.worker import EvaluationText, Tasks, Worker, read_windows, run_in_worker, texts_of
 
 SEEDS = 3
 PATIENCE = 10.0  # seconds that `fit` waits for another to write its tables
@@ -371,7 +371,7 @@ def _work(
     config: CompareConfig,
     specs: Sequence[RunSpec],
     session: Session,
-    windows: Mapping[Text, Windows],
+    windows: Mapping[EvaluationText, Windows],
 ) -> list[tuple[RunSpec, str]]:
     """Do all runs; those that failed, and why."""
     failures: list[tuple[RunSpec, str]] = []

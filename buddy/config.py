@@ -25,7 +25,8 @@ Nested = dict[Any, Any]
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError)
 # What a rival may override, but for keys that all routers share.
 OWN_KEYS = ("router.options.", "routing.", "objective.", "optimizer.", "bridge", "adapter", "trainer.")
-SHARED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "strategy", "accelerator"))
+# The same for all routers.
+MACHINE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 RENAMED = {  # keys of Buddy 0.1
     "trainer.nodes": "trainer.num_nodes",
     "trainer.log_every": "trainer.log_every_n_steps",
@@ -79,7 +80,7 @@ def with_router(recipe: Recipe, rival: Rival | str) -> Recipe:
     """
     rival = Rival(rival) if isinstance(rival, str) else rival
     keys = {text: RENAMED.get(key := text.partition("=")[0], key) for text in rival.overrides}
-    if shared := [text for text, key in keys.items() if not key.startswith(OWN_KEYS) or key.startswith(SHARED)]:
+    if shared := [text for text, key in keys.items() if not key.startswith(OWN_KEYS) or key.startswith(MACHINE_KEYS)]:
         raise RecipeError(
             f"{rival.label} overrides what all routers share ({', '.join(shared)}); it may override keys of "
             "router.options, routing, objective, optimizer, bridge, adapter and most of trainer."

@@ -354,7 +354,7 @@ def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, ref
     """Train adapter and bridges under the router's plans, with the router if the recipe says so; then freeze them."""
     if recipe.adapter is not None:
         context_layer = model.geometry.context_layer
-        model.adapt(Adapter.new(model.backbone, recipe.adapter, first=context_layer, seed=recipe.seed))
+        model.adapter = Adapter.new(model.backbone, recipe.adapter, first=context_layer, seed=recipe.seed)
         model.adapter.train()
 
     start = checkpoint if checkpoint.exists() else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from buddy.config import flatten
+from buddy.config import MACHINE_KEYS, flatten
 from buddy.errors import RecipeError
 from buddy.registry import load
 from buddy.schema import Recipe, Rival
@@ -25,7 +25,6 @@ FREE_KEYS = (
     "fixed",
     "backbone.accept_license",
 )
-MACHINE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 # Beginnings of keys that change nothing where nothing is trained, and where no estimator of a recipe trains the router.
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
 ESTIMATOR_KEYS = ("objective.estimator", "objective.plans", "objective.sigma", "objective.shared")

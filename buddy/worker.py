@@ -28,7 +28,7 @@ from buddy.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Text:
+class EvaluationText:
     """A text to evaluate on; `own` marks the recipe's own, whose test windows are used."""
 
     label: str
@@ -46,7 +46,7 @@ class Tasks:
     path: Path | None = None
 
 
-def texts_of(text: str | None, recipe: Recipe) -> list[Text]:
+def texts_of(text: str | None, recipe: Recipe) -> list[EvaluationText]:
     """The recipe's own text and those in "SOURCE,label=SOURCE,…"; its own may be named too, to give it a label.
 
     Raises:
@@ -63,7 +63,7 @@ def texts_of(text: str | None, recipe: Recipe) -> list[Text]:
             f"Two texts are called {own!r}, one of them the recipe's own; give the other a name, as in --domains "
             f"other={others[own]}."
         )
-    found = [Text(own, source, own=True), *(Text(label, other) for label, other in others.items())]
+    found = [EvaluationText(own, source, own=True), *(EvaluationText(label, other) for label, other in others.items())]
     for each in found:
         if not each.own:
             check_unseen(recipe, each.source)
@@ -75,7 +75,7 @@ def texts_of(text: str | None, recipe: Recipe) -> list[Text]:
     return found
 
 
-def read_windows(text: Text, recipe: Recipe, data: TextData) -> Windows:
+def read_windows(text: EvaluationText, recipe: Recipe, data: TextData) -> Windows:
     """`data.test_windows` windows of a text, drawn with the data's seed; or `data.validation_windows` of others.
 
     Raises:
@@ -114,7 +114,7 @@ class Worker:
         tasks: what runs are scored on.
     """
 
-    def __init__(self, session: Session, windows: Mapping[Text, Windows], tasks: Tasks) -> None:
+    def __init__(self, session: Session, windows: Mapping[EvaluationText, Windows], tasks: Tasks) -> None:
         self._session, self._windows, self._tasks = session, windows, tasks
         self._full_depth: dict[str, dict[str, Any]] = {}  # a task's entry at full depth, the same for every router
 
@@ -158,7 +158,7 @@ class Worker:
             for name, (path, key) in tasks.items():
                 _write(path, key | {"results": self._task_entries(spec, name, model)})
 
-    def _evaluate(self, spec: RunSpec, text: Text, model: RoutedLM) -> list[Scores]:
+    def _evaluate(self, spec: RunSpec, text: EvaluationText, model: RoutedLM) -> list[Scores]:
         data, title = spec.recipe.data, f"Evaluating {spec.label} on {text.label}"
         sizes = f"a batch of {data.batch_size} × {data.window} tokens"
         with within_memory(sizes, "free some, or compare anew with data.batch_size smaller and another --out"):
@@ -186,7 +186,7 @@ class Worker:
         return [entries.get(budget) or {**(known or {}), "budget": budget} for budget in layers]
 
 
-def run_in_worker(texts: Sequence[Text], tasks: Tasks, spec: RunSpec) -> str | None:
+def run_in_worker(texts: Sequence[EvaluationText], tasks: Tasks, spec: RunSpec) -> str | None:
     """`Worker.run` in a process that does several runs and loads backbone and texts once.
 
     Args:

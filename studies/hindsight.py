@@ -22,7 +22,7 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
 from buddy.io import check_output_path, within_memory, write_json
-from buddy.losses import Dense, kl_to_dense
+from buddy.losses import DenseDistribution, kl_to_dense
 from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import read_run
 
@@ -47,7 +47,7 @@ def search(
     count, routable = torch.full((len(ids),), executed, device=ids.device), routed.geometry.routable
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
     seen = routed(ids, logits_to_keep=scored)
-    dense = Dense(seen.logits)
+    dense = DenseDistribution(seen.logits)
     asked = count[:, None].expand(ids.shape).to(ids.device)
     scores = routed.router.score(replace(seen.context, executed=asked))
     sigma = STEP * float(scores.std(-1).mean())

@@ -18,7 +18,7 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.inspection.routing import most_frequent
 from buddy.io import keep_freed_memory
-from buddy.losses import Dense, kl_to_dense
+from buddy.losses import DenseDistribution, kl_to_dense
 from buddy.router import available_budgets
 from studies.bridges import opened, part_of
 
@@ -29,7 +29,7 @@ def costs(model: RoutedLM, ids: Tensor, prompt: int, batch_size: int = 4) -> Ten
     first, layers = model.geometry.context_layer, model.geometry.layers
     scored, parts = torch.arange(prompt - 1, ids.shape[1] - 1), []
     for batch in ids.split(batch_size):
-        dense = Dense(model.dense(batch, logits_to_keep=scored))
+        dense = DenseDistribution(model.dense(batch, logits_to_keep=scored))
         rows = []
         for layer in range(first, layers - 1):
             runs = torch.ones(*batch.shape, layers, dtype=torch.bool)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from buddy.losses import Dense, kl_and_cross_entropy
+from buddy.losses import DenseDistribution, kl_and_cross_entropy
 from studies.bridges import opened, part_of
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         ids = part_of(recipe, model, text, "validation", asked.windows).input_ids
         scored = torch.arange(prompt - 1, ids.shape[1] - 1)
         batches = ids.split(recipe.data.batch_size)
-        dense = [Dense(model.dense(batch, logits_to_keep=scored)) for batch in batches]
+        dense = [DenseDistribution(model.dense(batch, logits_to_keep=scored)) for batch in batches]
         for over in asked.over:
             for count in counts:
                 found = []

@@ -23,7 +23,7 @@ from buddy.data.text import named_sources
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
 from buddy.evaluation.figures import figure_at
-from buddy.inspection.routing import Text, read_text
+from buddy.inspection.routing import TextWindows, read_text
 from buddy.io import FileStore, check_output_path, write_json, writing
 from buddy.metrics.statistics import hull
 from buddy.predictor.features import measure_targets, sorted_arms
@@ -74,7 +74,7 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
     results.print(f"Figure: {out / FIGURE}\nJSON: {out / NUMBERS}", soft_wrap=True)
 
 
-def _own(routed: RoutedLM, texts: Sequence[Text], measured: Measured, prompt: int) -> np.ndarray:
+def _own(routed: RoutedLM, texts: Sequence[TextWindows], measured: Measured, prompt: int) -> np.ndarray:
     """(N,) indices that the run's own predictor chooses; for other budgets than the arms, the next larger arm."""
     choose, chosen = routed.choosing("auto"), []
     for text in texts:
@@ -83,7 +83,7 @@ def _own(routed: RoutedLM, texts: Sequence[Text], measured: Measured, prompt: in
     return np.array([np.flatnonzero(measured.arms >= count)[-1] for count in chosen])
 
 
-def _measured(run: Run, routed: RoutedLM, texts: Sequence[Text], arms: tuple[int, ...], out: Path) -> Measured:
+def _measured(run: Run, routed: RoutedLM, texts: Sequence[TextWindows], arms: tuple[int, ...], out: Path) -> Measured:
     size, prompt, found = run.recipe.data.batch_size, run.recipe.data.prompt, []
     store = FileStore(out / LOSSES)
     for text in texts:

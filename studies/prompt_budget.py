@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from buddy.engine.model import RoutedLM
-from buddy.losses import Dense, kl_to_dense
+from buddy.losses import DenseDistribution, kl_to_dense
 from studies.bridges import opened, part_of
 
 CONTINUED = 64  # tokens
@@ -50,7 +50,7 @@ def main() -> None:
         for count in args.counts:
             found: dict[int, list[tuple[float, float]]] = {count: [], full: []}
             for row in windows.split(1):
-                dense = Dense(model.dense(row)[:, -CONTINUED:])
+                dense = DenseDistribution(model.dense(row)[:, -CONTINUED:])
                 for prompt_count, each in found.items():
                     logits, spent = continuation(model, row, prompt_count, count)
                     each.append((kl_to_dense(dense, logits).mean().item(), spent))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from buddy.engine.model import RoutedLM
 from buddy.io import keep_freed_memory
-from buddy.losses import Dense, Objective, cross_entropy, draw_budgets, kl_to_dense
+from buddy.losses import DenseDistribution, Objective, cross_entropy, draw_budgets, kl_to_dense
 from buddy.plan import top_k
 from buddy.router import LayerwiseRouter, available_budgets
 from buddy.training.estimators import Perturbed, _direction
@@ -98,7 +98,7 @@ def train(model: RoutedLM, second: Second, windows: Tensor, grid: list[int], pro
         runs, before, state = first_plan(model, second, ids, executed, prompt)
         scores = before + second(state, runs[..., second.at : -1].sum(-1))
         with torch.no_grad():
-            dense = Dense(model.dense(ids, logits_to_keep=scored))
+            dense = DenseDistribution(model.dense(ids, logits_to_keep=scored))
             noise = estimator._noise(scores, generator, torch.arange(len(ids)), len(ids))
             tried = [second.replan(runs, scores + SIGMA * each) for each in noise]
             logits = model(ids.repeat(PLANS, 1), runs=torch.cat(tried), logits_to_keep=scored).logits

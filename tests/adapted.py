@@ -34,7 +34,7 @@ def adapted(family: str = "llama", router: type = Fickle, size: float = 0.3, **o
     """A routed tiny model with a stirred adapter."""
     backbone = tiny_backbone(family)
     routed = RoutedLM(backbone, router(geometry_of(backbone)), **options)
-    routed.adapt(stirred(new_adapter(backbone), size))
+    routed.adapter = stirred(new_adapter(backbone), size)
     return routed
 
 

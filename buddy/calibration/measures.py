@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from buddy.backbone.load import Backbone
 from buddy.engine.bridges import bridged
 from buddy.engine.twins import LayerlessModel
-from buddy.losses import Dense, cross_entropy, kl_to_dense
+from buddy.losses import DenseDistribution, cross_entropy, kl_to_dense
 from buddy.router import Criterion
 
 MAX_CACHE = 2 << 30  # bytes of hidden states that are kept between calls
@@ -172,10 +172,6 @@ class PrefixWalk:
                 self._known[prefix] = state
         return state.hidden
 
-    def dense(self) -> Tensor:
-        """The last layer's output at full depth, (B, T, D)."""
-        return self.after("1" * len(self._layers))
-
     def _step(self, prefix: str, state: State) -> State:
         hidden, index = state.hidden, len(prefix) - 1
         if prefix[-1] == "0":
@@ -221,7 +217,7 @@ class PlanLosses:
         self._number = -(-len(windows) // batch_size)  # of batches with all windows
         self._layerless = LayerlessModel(backbone.model)
         self._cache: dict[Batch, dict[str, State]] = {}
-        self._dense: dict[Batch, list[Dense]] = {}
+        self._dense: dict[Batch, list[DenseDistribution]] = {}
         self._dense_room = room_for(MAX_DENSE, backbone.device)
         self._fit = fit
 
@@ -267,14 +263,15 @@ class PlanLosses:
             del self._cache[next(iter(self._cache))]
 
     @torch.no_grad()
-    def _dense_of(self, batch: Batch, walk: PrefixWalk) -> list[Dense]:
+    def _dense_of(self, batch: Batch, walk: PrefixWalk) -> list[DenseDistribution]:
         """The dense model's distributions for each group of tokens, kept for later calls while there is room.
 
         A search has many calls for few plans each, and one distribution takes as long as the loss of a plan.
         """
         if batch in self._dense:
             return self._dense[batch]
-        found = [Dense(self._layerless.logits(part)) for part in _parts(walk.dense()[:, :-1])]
+        dense = walk.after("1" * self._backbone.num_layers)
+        found = [DenseDistribution(self._layerless.logits(part)) for part in _parts(dense[:, :-1])]
         size = sum(each.probability.nbytes for each in found)
         if size <= self._dense_room:
             self._dense_room -= size
@@ -292,7 +289,7 @@ class PlanLosses:
         return tokens.view(len(states), -1).cpu().double().mean(1)
 
 
-def _kl(logits: Tensor, dense: Dense) -> Tensor:
+def _kl(logits: Tensor, dense: DenseDistribution) -> Tensor:
     return kl_to_dense(dense, logits)
 
 

@@ -102,7 +102,7 @@ class CalibrationProbe:
         else:
             count = len(windows)
         batches = [tuple(windows[at : at + self._size]) for at in range(0, len(windows), self._size)]
-        plans = [_digits(plan) for plan in runs]
+        plans = ["".join("01"[on] for on in plan) for plan in runs.tolist()]
         wanted = {
             f"{criterion} {b} {plan}{how}": (b, plan) for b in batches for plan in sorted(set(plans), reverse=True)
         }
@@ -195,8 +195,3 @@ class CalibrationProbe:
                 raise ValueError(f"windows is {list(windows)}; give ascending numbers from 0 to {self.count - 1}")
         elif windows is not None and not 1 <= windows <= self.count:
             raise ValueError(f"windows is {windows}; there are {self.count} calibration windows")
-
-
-def _digits(runs: Tensor) -> str:
-    """A plan (L,) as `PlanLosses` takes it."""
-    return "".join("01"[on] for on in runs.tolist())

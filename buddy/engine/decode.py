@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from buddy.engine.batches import Batch, join, keep
-from buddy.engine.forward import read
+from buddy.engine.forward import to_host
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import ForwardRecord
 
@@ -281,7 +281,7 @@ class Decoder:
                 continue
             reading.done = last
             if last < len(tokens):
-                written.append(Written(row, executed=read(record.executed[~record.sinks]), record=record))
+                written.append(Written(row, executed=to_host(record.executed[~record.sinks]), record=record))
                 continue
             self._reading.remove(reading)
             (chosen,) = self._choose([row], logits, record)
@@ -326,7 +326,7 @@ class Decoder:
                 chosen.append(error)
         none = executed.new_zeros(())
         tokens = torch.stack([none if isinstance(token, Exception) else token for token in chosen])
-        on_host = read(torch.cat([tokens[:, None], torch.where(record.sinks, -1, executed)], 1))
+        on_host = to_host(torch.cat([tokens[:, None], torch.where(record.sinks, -1, executed)], 1))
         written = []
         for index, (row, (token, *counts)) in enumerate(zip(rows, on_host, strict=True)):
             outcome = chosen[index]

@@ -28,7 +28,7 @@ BatchPlan = Literal["row", "shared"]
 CHOICES = {"pool": PoolKind, "prompt_plan": PromptPlan, "batch_plan": BatchPlan}  # of `Settings`
 
 
-def read(values: Tensor) -> Any:
+def to_host(values: Tensor) -> Any:
     """The values as Python numbers. The caller waits for the device.
 
     A decode step calls it once for the scores, to know which layers run, and once for the tokens that were chosen; in a
@@ -291,15 +291,15 @@ class RoutedForward:
         if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
             counts: Sequence[int] = self.request.executed
             if self.settings.competing == 1:
-                values = read(scores[:, 0])
+                values = to_host(scores[:, 0])
             else:
-                values = read(torch.cat([scores[:, 0], executed], 1))  # both at once
+                values = to_host(torch.cat([scores[:, 0], executed], 1))  # both at once
                 counts = [int(row.pop()) for row in values]
             _require_finite(all(map(math.isfinite, chain.from_iterable(values))))
             self._runs_on_host = rows = plan_rows_on_host(values, counts, layers)
             self._set_active_rows([row[0] for row in rows] if len(scores) == 1 else [active(row, 1) for row in rows])
         else:
-            _require_finite(read(scores.isfinite().all()))
+            _require_finite(to_host(scores.isfinite().all()))
             self._run_plan(Plan.from_scores(scores, executed, layers).runs.expand(*self.shape, -1))
 
     def _counts(self, scores: Tensor) -> Tensor:
@@ -321,19 +321,19 @@ class RoutedForward:
 
     def _mid_text(self) -> bool:
         """Whether none of these positions of padded rows is padding or a sink."""
-        return read(torch.where(self.valid, self.positions, -1).min()) >= self.settings.sink_tokens
+        return to_host(torch.where(self.valid, self.positions, -1).min()) >= self.settings.sink_tokens
 
     def _run_plan(self, runs: Tensor) -> None:
         """Run a plan (B, T, L)."""
         self._runs = runs = self._with_sinks(runs)
-        counts = read(runs.sum(1).t())  # (L, B); the layers need them on the host
+        counts = to_host(runs.sum(1).t())  # (L, B); the layers need them on the host
         self._set_active_rows([active(each, self.shape[1]) for each in counts])
 
     def _with_sinks(self, runs: Tensor) -> Tensor:
         """A plan (B, T, …) with full depth for sinks; padding runs a layer where all other tokens of its row do."""
         if self.settings.sink_tokens:
             runs = runs | self.sinks()[..., None]
-        if self.valid is not None and not read(self.valid.all()):
+        if self.valid is not None and not to_host(self.valid.all()):
             padding = ~self.valid[..., None]
             runs = torch.where(padding, (runs | padding).all(1, keepdim=True), runs)
         return runs

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from buddy.backbone.load import Backbone
 from buddy.engine.bridges import Bridges
-from buddy.engine.forward import Request, RoutedForward, Settings, read
+from buddy.engine.forward import Request, RoutedForward, Settings, to_host
 from buddy.engine.kv_cache import RoutedCache, adopt
 from buddy.engine.layers import CurrentForward, attach, detach
 from buddy.engine.layerwise import LayerwiseForward
@@ -97,7 +97,16 @@ class ForwardHooks:
         use_cache = base.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and use_cache:
             cache = kwargs["cache"] = DynamicCache(config=base.config)
-        past = 0 if cache is None else self._adopt(cache)
+        settings, past = routed.settings, 0
+        if cache is not None:
+            past = adopt(
+                cache,
+                layers=settings.layers,
+                context=settings.context_layer - 1,
+                kind=settings.pool,
+                policy=settings.policy.name,
+                model=routed.backbone.fingerprint,
+            )
         if request.choose is not None and (request.executed is None or not past):
             request = self._choose(request, kwargs, past)
         rest = request.for_rows(shape[0]), shape, past, mask, cache, routed.bridges, tokens
@@ -111,18 +120,6 @@ class ForwardHooks:
         self._current[0] = forward
         return (), kwargs
 
-    def _adopt(self, cache: Any) -> int:
-        """Make a cache fit for routing; the number of positions that it holds."""
-        settings = self._routed.settings
-        return adopt(
-            cache,
-            layers=settings.layers,
-            context=settings.context_layer - 1,
-            kind=settings.pool,
-            policy=settings.policy.name,
-            model=self._routed.backbone.fingerprint,
-        )
-
     def _choose(self, request: Request, kwargs: dict[str, Any], past: int) -> Request:
         """The request with K for each row as the budget predictor chooses; it holds for the forwards that follow."""
         if past:
@@ -133,9 +130,8 @@ class ForwardHooks:
         context = self._routed.context(
             kwargs["input_ids"], **{n: kwargs[n] for n in names if kwargs.get(n) is not None}
         )
-        executed = tuple(read(request.choose(context)))
+        executed = tuple(to_host(request.choose(context)))
         self._request = replace(request, executed=executed)
-        self._record.auto_executed = executed
         return self._request
 
     def _end(self, *_: Any) -> None:
@@ -162,4 +158,4 @@ def _checked_mask(mask: Tensor | None) -> Tensor | None:
         return None
     if mask.dim() != 2:
         raise BudgetError("Routing needs the attention mask in two dimensions (rows × tokens); pass that, or none.")
-    return None if read(mask.all()) else mask
+    return None if to_host(mask.all()) else mask

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.engine.forward import RoutedForward, Settings, active, read
+from buddy.engine.forward import RoutedForward, Settings, active, to_host
 from buddy.plan import clamp_gate, deciding_tokens, gate_order
 from buddy.router import LayerwiseRouter, in_float32
 
@@ -55,7 +55,7 @@ class LayerwiseForward(RoutedForward):
             runs = torch.where(self._padding, (runs | self._padding).all(1, keepdim=True), runs)
         self._layer_runs[layer] = runs
         if not self.compute_all_layers:
-            self.active_rows[layer] = active(read(runs.sum(1)), self.shape[1])
+            self.active_rows[layer] = active(to_host(runs.sum(1)), self.shape[1])
         if index == self.routable - 1:
             self._finish()
 
@@ -80,7 +80,7 @@ class LayerwiseForward(RoutedForward):
         """Follow the decision from before these tokens where all of them do; else let the layers ask."""
         self._follows = self._deciding_tokens(self.shape[1] if only_last else prompt)
         held = None if self.cache is None or self.settings.reroute_every == 1 else self.cache.scores
-        if held is not None and self._follows is not None and read(self._follows.max()) < 0:
+        if held is not None and self._follows is not None and to_host(self._follows.max()) < 0:
             return self._run_scores(held.expand(-1, self.shape[1], -1))
         self._begin_gates(held)
 
@@ -89,7 +89,7 @@ class LayerwiseForward(RoutedForward):
         self._asks_gates = self.undecided = True
         self._open_before = None if held is None else held >= self.routable
         self._sinks = self.sinks()
-        self._padding = None if self.valid is None or read(self.valid.all()) else ~self.valid
+        self._padding = None if self.valid is None or to_host(self.valid.all()) else ~self.valid
         executed = self.context.executed.expand(self.shape)
         self._remaining = executed - self.context_layer - 1
         self._asking: Any = slice(None)

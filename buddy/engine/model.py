@@ -168,10 +168,6 @@ class RoutedLM(nn.Module):
             self.adapter.remove()
             self.adapter = None
 
-    def adapt(self, adapter: Any) -> None:
-        """Register an adapter that was put on the backbone; `detach` takes it off."""
-        self.adapter = adapter
-
     def merge(self) -> None:
         """Add the adapter to the backbone's weights; the stock model cannot be had any more."""
         self.adapter.merge()

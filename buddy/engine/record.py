@@ -70,11 +70,9 @@ class Record:
 
     Attributes:
         forwards: one entry for each forward.
-        auto_executed: K for each row, where a budget predictor chose it last.
     """
 
     forwards: list[ForwardRecord] = field(default_factory=list)
-    auto_executed: tuple[int, ...] = ()
 
     @property
     def executed(self) -> list[Tensor]:

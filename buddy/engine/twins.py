@@ -65,16 +65,13 @@ class LayerlessModel:
         self._twin.model(input_ids, use_cache=False)
         inputs = [layer.inputs for layer in self._layers]
         hidden = self._layers[0].hidden
-        self._forget()
+        for layer in self._layers:
+            layer.hidden = layer.inputs = None
         return hidden, inputs
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) of hidden states (n, D) as they leave the last layer."""
         return head_logits(self._model, self._model.model.norm(hidden[None]))[0]
-
-    def _forget(self) -> None:
-        for layer in self._layers:
-            layer.hidden = layer.inputs = None
 
 
 class _StandIn(nn.Module):

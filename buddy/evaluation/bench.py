@@ -24,7 +24,7 @@ from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
-from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, contenders, machine, race, versions
+from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, machine, routed_contenders, time_in_turn, versions
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, read_run
 from buddy.run_files import BRIDGE, ROUTER
@@ -56,8 +56,8 @@ def bench_run(
     late = ids.flatten()[None, : min(LATE + STEPS, routed.backbone.context_length)]
     sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
     with within_memory(sizes, "free some, or bench a smaller backbone"):
-        timings = race(
-            contenders(routed, below, ids),
+        timings = time_in_turn(
+            routed_contenders(routed, below, ids),
             ids,
             prompts=(PROMPT, LONG),
             batches=(1, BATCH),
@@ -249,7 +249,7 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     needed = max(tokens, PROMPT + STEPS)
     ids = windows.flatten().repeat(-(-needed // windows.numel()))[None, :needed].to(backbone.device)
     with within_memory(f"a prompt of {tokens} tokens", "give --no-speed"), _field(runs, backbone) as field:
-        timings = race(
+        timings = time_in_turn(
             field,
             ids,
             prompts=(tokens,),
@@ -307,12 +307,12 @@ def _contender(
     name: str, count: int, routed: RoutedLM, router: AnyRouter, bridges: Bridges | None, settings: Settings
 ) -> Contender:
     @contextmanager
-    def spends() -> Iterator[None]:
+    def context() -> Iterator[None]:
         routed.bridges = bridges
         with routed.changed(router, **vars(settings)), routed.at(executed=[count]):
             yield
 
-    return Contender(name, count, routed.backbone.model, spends)
+    return Contender(name, count, routed.backbone.model, context)
 
 
 def _times_entry(timings: Timings) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _packed(plans: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextWindows:
     """Windows of one text.
 
     Attributes:
@@ -108,7 +108,7 @@ class Text:
     prompt: int
 
 
-def read_text(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> Text:
+def read_text(run: Run, routed: RoutedLM, label: str, source: str, count: int) -> TextWindows:
     """Up to `count` windows of a source, as `buddy evaluate` cuts them; of the recipe's own text, its test windows.
 
     Raises:
@@ -120,10 +120,10 @@ def read_text(run: Run, routed: RoutedLM, label: str, source: str, count: int) -
         windows = held_out(run, routed.backbone).test[:count]
     else:
         windows = build_windows(run.recipe, routed.backbone.tokenizer, source, count=count)
-    return Text(label, source, windows, section.prompt)
+    return TextWindows(label, source, windows, section.prompt)
 
 
-def typed_text(routed: RoutedLM, text: str) -> Text:
+def typed_text(routed: RoutedLM, text: str) -> TextWindows:
     """One window with exactly this text; all of it is the prompt, as in `buddy generate`.
 
     Raises:
@@ -139,12 +139,12 @@ def typed_text(routed: RoutedLM, text: str) -> Text:
         )
     if tokens > most:
         raise DataError(f"The text has {tokens} tokens, but {routed.backbone.name} reads at most {most}; shorten it.")
-    return Text("text", None, Windows(ids, torch.zeros(1, dtype=torch.long)), tokens)
+    return TextWindows("text", None, Windows(ids, torch.zeros(1, dtype=torch.long)), tokens)
 
 
 @torch.no_grad()
 def observe(
-    routed: RoutedLM, texts: Sequence[Text], counts: Iterable[int], *, batch_size: int = 4, track: Track = iter
+    routed: RoutedLM, texts: Sequence[TextWindows], counts: Iterable[int], *, batch_size: int = 4, track: Track = iter
 ) -> dict[tuple[str, int], np.ndarray]:
     """(N, T, L) bool for N windows: the layers that ran, by label of the text and executed layers K.
 
@@ -189,7 +189,7 @@ class Inspection:
     geometry: Geometry
     sinks: int
     executed: Mapping[str, int]
-    texts: Sequence[Text]
+    texts: Sequence[TextWindows]
     runs: Mapping[tuple[str, int], np.ndarray]
     words: Sequence[str]
 
@@ -269,7 +269,7 @@ def most_frequent(
         batch_size: windows a forward.
         track: wraps the list of forwards to show progress.
     """
-    text = Text("text", None, windows, prompt)
+    text = TextWindows("text", None, windows, prompt)
     (runs,) = observe(routed, [text], [executed], batch_size=batch_size, track=track).values()
     plans = runs[:, routed.sink_tokens :]
     plan = commonest_plan(plans)

@@ -22,7 +22,7 @@ from buddy.backbone.load import Backbone
 from buddy.budget import auto_cap
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import head_logits
-from buddy.losses import Dense, kl_and_cross_entropy
+from buddy.losses import DenseDistribution, kl_and_cross_entropy
 from buddy.metrics.statistics import quantiles, resamples
 
 MOST = 2**30  # bytes of the dense model's hidden states
@@ -74,7 +74,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Row:
+class WindowResult:
     """One window at one budget.
 
     Attributes:
@@ -118,7 +118,7 @@ class Reference:
 
     def __init__(self, most: int = MOST) -> None:
         self._states: dict[bytes, Tensor] = {}
-        self.full_depth: dict[tuple[bytes, tuple[int, ...], int], list[Row]] = {}
+        self.full_depth: dict[tuple[bytes, tuple[int, ...], int], list[WindowResult]] = {}
         self._room = most
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ def measure(
     *,
     prompt: int,
     reference: Reference,
-) -> list[Row]:
+) -> list[WindowResult]:
     """Rows of a batch of windows under the model's router, for each K and for each budget "auto".
 
     Args:
@@ -156,7 +156,7 @@ def measure(
     """
     scored = torch.arange(prompt - 1, ids.shape[1] - 1, device=ids.device)
     targets, layers, rows = ids[:, scored + 1], model.geometry.layers, []
-    dense: Dense | None = None
+    dense: DenseDistribution | None = None
     context, batch = None, (_key(ids, scored), (*windows, *documents), model.sink_tokens)
     for key in keys:
         shared = key == layers and model.adapter is None
@@ -165,7 +165,7 @@ def measure(
             continue
         if dense is None:
             with model.stock():
-                dense = Dense(reference.dense(model.backbone, ids, scored))
+                dense = DenseDistribution(reference.dense(model.backbone, ids, scored))
         if isinstance(key, str):
             context = model.context(ids[:, :prompt]) if context is None else context
             executed = model.choosing(key)(context)
@@ -175,7 +175,7 @@ def measure(
         losses = kl_and_cross_entropy(dense, output.logits, targets)
         kl, loss = ([row.sum(dtype=torch.float64).item() for row in each.cpu()] for each in losses)
         new = [
-            Row(
+            WindowResult(
                 window,
                 document,
                 key,
@@ -206,16 +206,16 @@ def keys_of(model: RoutedLM, budgets: Iterable[float | str]) -> dict[float | str
     return {budget: str(budget) if auto_cap(budget) else model.executed_layers(budget) for budget in budgets}
 
 
-def scores_from(rows: Iterable[Row], keys: Mapping[float | str, int | str]) -> list[Scores]:
+def scores_from(rows: Iterable[WindowResult], keys: Mapping[float | str, int | str]) -> list[Scores]:
     """Scores for each budget in `keys`, from the rows of all windows in any order; rows that come twice count once."""
-    by_key: dict[int | str, dict[int, Row]] = {key: {} for key in keys.values()}
+    by_key: dict[int | str, dict[int, WindowResult]] = {key: {} for key in keys.values()}
     for row in rows:
         by_key[row.key][row.window] = row
     found = {key: _scores_at(key, [of[window] for window in sorted(of)]) for key, of in by_key.items()}
     return [replace(found[key], budget=budget) for budget, key in keys.items()]
 
 
-def _scores_at(key: int | str, rows: Sequence[Row]) -> Scores:
+def _scores_at(key: int | str, rows: Sequence[WindowResult]) -> Scores:
     places = {document: place for place, document in enumerate(sorted({row.document for row in rows}))}
     loss, kl, tokens = (np.zeros(len(places)) for _ in range(3))
     for row in rows:

@@ -56,14 +56,14 @@ class Contender:
             "pruned".
         layers: K.
         model: that is timed.
-        spends: opens its context.
+        context: opens its context.
         decodes: whether its decoding is timed too.
     """
 
     name: str
     layers: int
     model: PreTrainedModel
-    spends: Callable[[], AbstractContextManager]
+    context: Callable[[], AbstractContextManager]
     decodes: bool = True
 
     def prefill(self, ids: Tensor) -> Any:
@@ -87,7 +87,7 @@ class Contender:
         return cache
 
 
-def contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Contender]:
+def routed_contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Contender]:
     """Dense and full once; routed, shared and pruned for each K below L, pruned to the router's commonest layers."""
     model, layers = routed.backbone.model, routed.geometry.layers
     found = [
@@ -116,8 +116,8 @@ def _shared(routed: RoutedLM, count: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def race(
-    field_: Sequence[Contender],
+def time_in_turn(
+    contenders: Sequence[Contender],
     ids: Tensor,
     *,
     prompts: Sequence[int] = (64, 512),
@@ -129,7 +129,7 @@ def race(
     """Timings by (name, layers).
 
     Args:
-        field_: the contenders.
+        contenders: the contenders.
         ids: (B, T) long, text to read; T is at least the longest prompt, B the largest batch.
         prompts: lengths of the prompts whose prefill is timed, in a batch of one.
         batches: batch sizes whose decoding is timed.
@@ -137,12 +137,12 @@ def race(
         rounds: each contender runs once in each, after one round that is not counted.
         track: wraps the rounds to show progress.
     """
-    timings = {(each.name, each.layers): Timings() for each in field_}
-    decoding, draw = [each for each in field_ if each.decodes], random.Random(0)
+    timings = {(each.name, each.layers): Timings() for each in contenders}
+    decoding, draw = [each for each in contenders if each.decodes], random.Random(0)
     for number in track(range(rounds + 1)):
-        for each in draw.sample(field_, len(field_)):
+        for each in draw.sample(contenders, len(contenders)):
             mine = timings[each.name, each.layers]
-            with each.spends():
+            with each.context():
                 for length in prompts:
                     spent = _prefill_ms(each, ids[:1, :length])
                     mine.prefill.setdefault(length, []).extend([spent] if number else [])
@@ -153,26 +153,26 @@ def race(
             for batch, spent_by_each in steps.items():
                 mine.decode.setdefault(batch, []).append(spent_by_each[place])
             mine.decode_late.extend(after[place : place + 1])
-    for each in field_:
+    for each in contenders:
         _count_work(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
     return timings
 
 
-def decode_in_turn(field_: Sequence[Contender], ids: Tensor, prompt: int, draw: random.Random) -> list[float]:
+def decode_in_turn(contenders: Sequence[Contender], ids: Tensor, prompt: int, draw: random.Random) -> list[float]:
     """Mean milliseconds of a step for each contender, over the tokens after the first `prompt` of (B, T).
 
     All take one token before any takes the next, so that a short disturbance of the machine affects all of them; the
     order is drawn for each token.
     """
     caches = []
-    for each in field_:
-        with each.spends():
+    for each in contenders:
+        with each.context():
             caches.append(each.prefill(ids[:, :prompt]))
     spent = [0.0] * len(caches)
     for at in range(prompt, ids.shape[1]):
-        for place in draw.sample(range(len(field_)), len(field_)):
-            with field_[place].spends():
-                spent[place] += field_[place].step(ids[:, at : at + 1], caches[place])
+        for place in draw.sample(range(len(contenders)), len(contenders)):
+            with contenders[place].context():
+                spent[place] += contenders[place].step(ids[:, at : at + 1], caches[place])
     return [total / (ids.shape[1] - prompt) for total in spent]
 
 
@@ -191,7 +191,7 @@ def _count_work(contender: Contender, ids: Tensor, timings: Timings) -> None:
         return sdpa_flop_count(query, key, value)
 
     flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    with contender.spends(), FlopCounterMode(display=False, custom_mapping={flash: attention_flops}) as counter:
+    with contender.context(), FlopCounterMode(display=False, custom_mapping={flash: attention_flops}) as counter:
         cache = contender.prefill(ids)
     head = 2 * contender.model.lm_head.weight.numel()
     timings.flops = {"total": counter.get_total_flops(), "without_head": counter.get_total_flops() - head}

@@ -22,7 +22,7 @@ from buddy.router import available_budgets
 from buddy.serve.guard import ApiError, ClientLeft, Guard, answer_errors, shown_error
 from buddy.serve.metrics import Metrics
 from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest, TextRequest
-from buddy.serve.scheduler import Piece, QueueFull, Scheduler, Text
+from buddy.serve.scheduler import GenerationRequest, Piece, QueueFull, Scheduler
 
 DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
 Numbered = tuple[int, Piece, bool]  # the number of a text, a piece of it, whether it is the last of all texts
@@ -51,7 +51,7 @@ class Limits:
 class _EventStream(StreamingResponse):
     """Server-sent events of some texts, whose rows are freed when the client has left."""
 
-    def __init__(self, events: AsyncGenerator[str], scheduler: Scheduler, texts: Sequence[Text]) -> None:
+    def __init__(self, events: AsyncGenerator[str], scheduler: Scheduler, texts: Sequence[GenerationRequest]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._events, self._scheduler, self._texts = events, scheduler, texts
 
@@ -167,7 +167,7 @@ class Server:
             sampling = asked.sampling(index, self._model.routed.backbone.model)
             options = {**sampling, "stops": asked.stops, "top_logprobs": asked.likeliest, "plans": asked.plans}
             options |= {"prompt_budget": deeper, "chat": field == "messages"}
-            texts.append(Text(prompt, budget, limit, emit, self._limits.seconds, **options))
+            texts.append(GenerationRequest(prompt, budget, limit, emit, self._limits.seconds, **options))
         answer = Answer(field == "messages", asked, texts, sum(map(len, prompts)) // (asked.n or 1))
         try:
             self._scheduler.submit(texts)

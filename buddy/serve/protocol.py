@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from buddy.serve.scheduler import Piece, Text, TokenLogprob
+from buddy.serve.scheduler import GenerationRequest, Piece, TokenLogprob
 
 NAME = "buddy"  # of the model; NAME@BUDGET asks for a budget
 Stop = str | Annotated[list[str], Field(max_length=16)]
@@ -159,7 +159,9 @@ class Answer:
         prompt_tokens: of all its prompts, each counted once.
     """
 
-    def __init__(self, chat: bool, request: TextRequest, texts: Sequence[Text], prompt_tokens: int) -> None:
+    def __init__(
+        self, chat: bool, request: TextRequest, texts: Sequence[GenerationRequest], prompt_tokens: int
+    ) -> None:
         self._chat, self._texts, self._prompt_tokens = chat, texts, prompt_tokens
         self._offsets = [0] * len(texts)
         kind = "chat.completion" if chat else "text_completion"

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from buddy.budget import Budget, latency_of
 from buddy.engine.decode import UNFINISHED, Decoder, Row, Sampler, TextPieces, Written, end_tokens
-from buddy.engine.record import ForwardRecord
 from buddy.errors import BuddyError
 from buddy.hub.load import Model
 from buddy.serve.metrics import Metrics
@@ -72,7 +71,7 @@ class Piece:
 
 
 @dataclass(eq=False)
-class Text:
+class GenerationRequest:
     """One text to be written: a choice of a request.
 
     Attributes:
@@ -157,8 +156,8 @@ class Scheduler:
         batch_plan: str = "shared",
     ) -> None:
         self._metrics, self._batch, self._queue = metrics, batch, queue
-        self._running: dict[Row, tuple[Text, TextPieces]] = {}
-        self._waiting: deque[Text] = deque()
+        self._running: dict[Row, tuple[GenerationRequest, TextPieces]] = {}
+        self._waiting: deque[GenerationRequest] = deque()
         self._slower = 1.0  # a step's time over the latency table's, lately
         self._changed, self._closing = threading.Condition(), False
         loaded = Future[Model]()
@@ -177,7 +176,7 @@ class Scheduler:
         """Rows that are being written."""
         return len(self._running)
 
-    def submit(self, texts: Sequence[Text]) -> None:
+    def submit(self, texts: Sequence[GenerationRequest]) -> None:
         """Queue the texts of a request.
 
         Raises:
@@ -189,7 +188,7 @@ class Scheduler:
             self._waiting.extend(texts)
             self._changed.notify()
 
-    def cancel(self, texts: Sequence[Text]) -> None:
+    def cancel(self, texts: Sequence[GenerationRequest]) -> None:
         """Free the rows of texts before the next step."""
         for text in texts:
             text.cancelled = True
@@ -253,7 +252,7 @@ class Scheduler:
             self._slower += 0.1 * (min(ratio, 4.0) - self._slower)  # a single pause of the machine counts little
         self._metrics.rows.set(len(self._running))
 
-    def _admitted(self) -> list[Text]:
+    def _admitted(self) -> list[GenerationRequest]:
         """The texts that begin now."""
         with self._changed:
             waiting = [text for text in self._waiting if not text.cancelled]
@@ -266,7 +265,7 @@ class Scheduler:
             self._metrics.queue.set(len(self._waiting))
             return left[:room]
 
-    def _begin(self, text: Text) -> None:
+    def _begin(self, text: GenerationRequest) -> None:
         try:
             executed = self._model.executed_layers(text.budget, text.prompt)
             if latency_of(text.budget) is not None:  # measured here, where a failure ends this text alone
@@ -308,7 +307,7 @@ class Scheduler:
         writes = all(text.written for text, _ in self._running.values())
         return table[max(row.executed for row in self._running)] if writes else None
 
-    def _hand_out(self, written: Written, text: Text, pieces: TextPieces) -> None:
+    def _hand_out(self, written: Written, text: GenerationRequest, pieces: TextPieces) -> None:
         """Give what a step wrote to the owner of the text."""
         row, token = written.row, written.token
         if written.error is not None:
@@ -320,7 +319,7 @@ class Scheduler:
         new = "" if token in self._ends else pieces.add(token)
         piece, stopped = text.cut(new + (pieces.rest() if reason else ""), final=bool(reason))
         logprob = None if text.top_logprobs is None else self._logprob(written.logits, token, text.top_logprobs)
-        plan = _plan(written.record) if text.plans else None
+        plan = "".join(str(int(runs)) for runs in written.record.runs[0, -1].tolist()) if text.plans else None
         if stopped:
             reason = "stop"
             self._decoder.remove([row])
@@ -335,12 +334,12 @@ class Scheduler:
         if not text.cancelled:
             text.emit(piece)
 
-    def _count(self, text: Text, written: Written) -> None:
+    def _count(self, text: GenerationRequest, written: Written) -> None:
         counts = written.executed
         text.ran.update(counts)
         now = time.monotonic()
-        if counts:
-            self._metrics.step(counts[0], len(counts))  # each ran the same number
+        for executed, tokens in Counter(counts).items():
+            self._metrics.step(executed, tokens)
         if written.token is None:
             return
         text.written += 1
@@ -356,7 +355,3 @@ class Scheduler:
     def _word(self, token: int) -> str:
         """The text of a token behind another one: some tokenizers drop the space at the start of a text."""
         return str(self._tokenizer.decode([*self._before, token])).removeprefix(self._before_text)
-
-
-def _plan(record: ForwardRecord) -> str:
-    return "".join(str(int(runs)) for runs in record.runs[0, -1].tolist())

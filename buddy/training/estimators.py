@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from buddy.engine.model import RoutedLM
 from buddy.errors import RegistryError, TrainingError, reason
-from buddy.losses import Dense, Objective
+from buddy.losses import DenseDistribution, Objective
 from buddy.plan import gate_order
 from buddy.registry import ESTIMATORS, load
 from buddy.router import AnyRouter, Context, LayerwiseRouter, scores_of
@@ -31,7 +31,7 @@ NOISE_GAP = 2 * math.sqrt(2 / math.pi)
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """Windows to learn from: a whole batch, or the share of one process.
 
     Attributes:
@@ -84,13 +84,13 @@ class Estimate:
     objective: Tensor
     runs: Tensor
     context: Context | None
-    dense: Dense | None = None
+    dense: DenseDistribution | None = None
 
 
 class Estimator(Protocol):
     """The interface of all: a class made with an `Objective` and the options of a recipe's section `objective`."""
 
-    def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+    def __call__(self, routed: RoutedLM, batch: TrainingBatch, generator: torch.Generator) -> Estimate:
         """One step; `generator` is the only source of randomness, the same in each process of a batch.
 
         Draws belong to the window's number in the whole batch, so that a share of the batch draws what the whole does.
@@ -152,7 +152,7 @@ class Perturbed:
             raise ValueError(f"plans is {plans}; give an even number, since plans are tried in pairs")
         self.objective, self.plans, self.sigma, self.shared = objective, plans, sigma, shared
 
-    def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+    def __call__(self, routed: RoutedLM, batch: TrainingBatch, generator: torch.Generator) -> Estimate:
         if routed.settings.competing > 1:
             raise TrainingError("Perturbed plans train for exact counts; with mean_over above 1 choose the surrogate.")
         context, dense, targets = _dense_pass(routed, batch)
@@ -214,7 +214,7 @@ class StraightThrough:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
 
-    def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+    def __call__(self, routed: RoutedLM, batch: TrainingBatch, generator: torch.Generator) -> Estimate:
         context, dense, targets = _dense_pass(routed, batch)
         scores = scores_of(routed.router, context)
         plan = routed.plan(scores.detach(), batch.executed, batch.prompt)
@@ -229,7 +229,7 @@ class StraightThrough:
         value = self.objective(dense, logits, targets)
         return Estimate(value.mean(), value.detach().mean(1), plan, context)
 
-    def _perturbed(self, scores: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    def _perturbed(self, scores: Tensor, batch: TrainingBatch, generator: torch.Generator) -> Tensor:
         """(B, T, R), the scores whose plan is tried."""
         return scores
 
@@ -265,7 +265,7 @@ class Surrogate(StraightThrough):
         super().__init__(objective)
         self.sigma = sigma
 
-    def _perturbed(self, scores: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    def _perturbed(self, scores: Tensor, batch: TrainingBatch, generator: torch.Generator) -> Tensor:
         rows = len(batch.executed if batch.everyone is None else batch.everyone)
         noise = torch.randn(rows, *scores.shape[1:], generator=generator)[batch.rank :: rows // len(scores)]
         return scores + self.sigma * noise.to(scores)
@@ -299,7 +299,7 @@ class Weighted:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
 
-    def __call__(self, routed: RoutedLM, batch: Batch, generator: torch.Generator) -> Estimate:
+    def __call__(self, routed: RoutedLM, batch: TrainingBatch, generator: torch.Generator) -> Estimate:
         router, layers = routed.router, routed.geometry.layers
         if not isinstance(router, LayerwiseRouter):
             raise TrainingError(f"{type(router).__name__} has no gates; train it with perturbed plans instead.")
@@ -311,7 +311,7 @@ class Weighted:
             nothing = sum(parameter.sum() for parameter in router.parameters() if parameter.requires_grad) * 0.0
             return Estimate(nothing, value, runs, None)
         ids, executed = batch.input_ids[free], batch.executed[free]
-        dense = Dense(routed.dense(ids, logits_to_keep=batch.scored))
+        dense = DenseDistribution(routed.dense(ids, logits_to_keep=batch.scored))
         with torch.random.fork_rng([runs.device] if runs.device.type == "cuda" else []):
             torch.manual_seed(generator.initial_seed() + batch.rank)  # for routers whose gates draw noise
             options = {"executed": executed, "prompt": batch.prompt, "logits_to_keep": batch.scored}
@@ -323,7 +323,7 @@ class Weighted:
         return Estimate(loss, value, runs, None)
 
 
-def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]:
+def _dense_pass(routed: RoutedLM, batch: TrainingBatch) -> tuple[Context, DenseDistribution, Tensor]:
     """The router's context for every token, with the K asked for; the dense distribution; the next tokens (B, S)."""
     if isinstance(routed.router, LayerwiseRouter):
         name = type(routed.router).__name__
@@ -332,4 +332,4 @@ def _dense_pass(routed: RoutedLM, batch: Batch) -> tuple[Context, Dense, Tensor]
         output = routed(batch.input_ids, logits_to_keep=batch.scored)
         executed = batch.executed[:, None].expand(batch.input_ids.shape)
         context = replace(output.context, executed=executed)
-        return context, Dense(output.logits), batch.input_ids[:, batch.scored + 1]
+        return context, DenseDistribution(output.logits), batch.input_ids[:, batch.scored + 1]

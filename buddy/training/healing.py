@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from buddy.engine.model import RoutedLM
-from buddy.losses import Dense, Objective
+from buddy.losses import DenseDistribution, Objective
 from buddy.router import LayerwiseRouter
-from buddy.training.estimators import Batch, Estimator
+from buddy.training.estimators import Estimator, TrainingBatch
 from buddy.training.module import BudgetModule
 
 
@@ -76,19 +76,21 @@ class HealingModule(BudgetModule):
         # The factors of a layer that no row runs have no gradient, and processes side by side wait for each of them.
         return loss + 0.0 * sum(parameter.sum() for params, _ in self.groups() for parameter in params)
 
-    def _healing(self, batch: Batch, runs: Tensor | None = None, dense: Dense | None = None) -> tuple[Tensor, Tensor]:
+    def _healing(
+        self, batch: TrainingBatch, runs: Tensor | None = None, dense: DenseDistribution | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The loss of the adapter, and the objective (B,) of each row; under the router's plans, or those given."""
         ids, scored, model = batch.input_ids, batch.scored, self.model
         if dense is None and self.objective.kl:
             with model.stock():
-                dense = Dense(self._reference.dense(model.backbone, ids, scored))
+                dense = DenseDistribution(self._reference.dense(model.backbone, ids, scored))
         asked = {"executed": batch.executed} if runs is None else {"runs": runs}
         with model.changed(batch_plan="row"):  # the rows of a training batch have nothing in common
             logits = model(ids, **asked, prompt=batch.prompt, logits_to_keep=scored).logits
         value = self.objective(dense, logits, ids[:, scored + 1]).mean(1)
         return value.mean(), value.detach()
 
-    def _joint(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _joint(self, batch: TrainingBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The same with the router's own loss, where the estimator's does not reach the adapter by itself."""
         estimate = self.estimator(self.model, batch, generator)
         if getattr(self.estimator, "backpropagates", False):

@@ -22,9 +22,9 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, TrainingError
 from buddy.io import cache_folder
 from buddy.losses import Objective, draw_budgets
-from buddy.metrics.perplexity import Reference, Row, Scores, keys_of, measure, scores_from
+from buddy.metrics.perplexity import Reference, Scores, WindowResult, keys_of, measure, scores_from
 from buddy.router import scores_of
-from buddy.training.estimators import Batch, Estimate, Estimator, estimator_for
+from buddy.training.estimators import Estimate, Estimator, TrainingBatch, estimator_for
 
 if TYPE_CHECKING:
     from buddy.data.module import TextData
@@ -84,7 +84,7 @@ class BudgetModule(LightningModule):
         self.grid = [key for key in self.keys.values() if isinstance(key, int)]
         self.train_means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
         self._reference = reference or Reference(most=0)
-        self._rows: list[Row] = []  # of the windows that this process has measured in a validation or test
+        self._rows: list[WindowResult] = []  # of the windows that this process has measured in a validation or test
         self.scores: list[Scores] = []
 
     @property
@@ -183,7 +183,7 @@ class BudgetModule(LightningModule):
         for group, rate in zip(groups, scheduler["base_lrs"], strict=True):
             group |= {"initial_lr": rate, "lr": rate * factor, "weight_decay": self.settings["weight_decay"]}
 
-    def _batch(self, batch: Any, batch_idx: int, grid: Sequence[int]) -> tuple[Batch, torch.Generator]:
+    def _batch(self, batch: Any, batch_idx: int, grid: Sequence[int]) -> tuple[TrainingBatch, torch.Generator]:
         """A training batch with budgets drawn from the grid, and the generator for all further draws of its step.
 
         Both depend on the seed and the micro-batch's number alone, which counts on over epochs and resumed runs.
@@ -199,7 +199,7 @@ class BudgetModule(LightningModule):
         prompt = self._prompt(ids)
         first = prompt - 1 if self.model.settings.prompt_plan == "shared" else min(prompt - 1, SHORTEST_PREFIX)
         scored = torch.arange(first, ids.shape[1] - 1, device=ids.device)
-        return Batch(ids, executed, scored, prompt, everyone, rank), generator
+        return TrainingBatch(ids, executed, scored, prompt, everyone, rank), generator
 
     def _prompt(self, ids: Tensor) -> int:
         prompt = max(1, ids.shape[1] // 4) if self.prompt is None else self.prompt
@@ -390,7 +390,7 @@ class RoutingModule(BudgetModule):
         self.calibrated = checkpoint.get("calibrated", True)  # those of version 0.1 do not say so
 
     @torch.no_grad()
-    def _log(self, estimate: Estimate, batch: Batch, batch_idx: int) -> None:
+    def _log(self, estimate: Estimate, batch: TrainingBatch, batch_idx: int) -> None:
         """Objective, its mean per budget since the last log, and how far plans moved: from the start and by token.
 
         Over all processes, which take the same branches: either every row has a budget below full depth, or none has.

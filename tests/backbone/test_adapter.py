@@ -66,7 +66,7 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_only_what_comes_after_t
     routed = RoutedLM(backbone, router(geometry_of(backbone, context_layer)))
     executed = torch.tensor([4, 5, 6])
     before = routed(IDS, executed=executed)
-    routed.adapt(new_adapter(backbone, first=context_layer))
+    routed.adapter = new_adapter(backbone, first=context_layer)
     assert torch.equal(routed(IDS, executed=executed).logits, before.logits)
     stirred(routed.adapter)
     after = routed(IDS, executed=executed)

@@ -16,7 +16,7 @@ from buddy.calibration import measures
 from buddy.calibration.bridges import fit_bridges
 from buddy.engine.model import RoutedLM
 from buddy.errors import BackboneError
-from buddy.losses import Dense, cross_entropy, kl_to_dense
+from buddy.losses import DenseDistribution, cross_entropy, kl_to_dense
 from routers.greedy import BridgedRemoval
 from tests.calibration.small import LAYERS, WINDOWS, count_calls, plans, probe, routed
 from tests.engine.reference import reference_logits
@@ -107,7 +107,7 @@ def test_nothing_is_measured_twice(measure):
 def test_losses_are_those_of_a_routed_forward(family, context_layer, sinks):
     model = routed(family, context_layer, sinks)
     runs = plans(6, context_layer=context_layer, seed=sinks)
-    measured, dense = probe(model), Dense(model.dense(WINDOWS)[:, :-1])
+    measured, dense = probe(model), DenseDistribution(model.dense(WINDOWS)[:, :-1])
     ce, kl = measured.losses(runs), measured.losses(runs, "kl")
     assert ce.dtype == kl.dtype == torch.float64
     for index, plan in enumerate(runs):
@@ -331,7 +331,7 @@ def test_losses_with_bridges_are_those_of_the_model_with_bridges_for_each_plan(c
         tokens = (
             cross_entropy(logits[:, :-1], MANY[:, 1:])
             if criterion == "ce"
-            else kl_to_dense(Dense(dense[:, :-1]), logits[:, :-1])
+            else kl_to_dense(DenseDistribution(dense[:, :-1]), logits[:, :-1])
         )
         torch.testing.assert_close(loss, tokens.double().mean(1), atol=1e-5, rtol=1e-5)
         assert not removed or not torch.allclose(loss, plain)

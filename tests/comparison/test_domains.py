@@ -10,11 +10,11 @@ from buddy.config import load_recipe
 from buddy.data.module import TextData
 from buddy.errors import DataError
 from buddy.schema import DataSection, Recipe
-from buddy.worker import Text, read_windows, texts_of
+from buddy.worker import EvaluationText, read_windows, texts_of
 from tests.small import write_text
 from tests.tiny import tiny_tokenizer
 
-OWN = Text("sotu", "sotu", own=True)
+OWN = EvaluationText("sotu", "sotu", own=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def data(recipe) -> TextData:
     [
         (None, [OWN]),
         ("sotu", [OWN]),
-        ("speeches=sotu", [Text("speeches", "sotu", own=True)]),
-        ("a/c4.jsonl, wiki=b/x.txt", [OWN, Text("c4", "a/c4.jsonl"), Text("wiki", "b/x.txt")]),
-        ("x.txt,sotu", [OWN, Text("x", "x.txt")]),
+        ("speeches=sotu", [EvaluationText("speeches", "sotu", own=True)]),
+        ("a/c4.jsonl, wiki=b/x.txt", [OWN, EvaluationText("c4", "a/c4.jsonl"), EvaluationText("wiki", "b/x.txt")]),
+        ("x.txt,sotu", [OWN, EvaluationText("x", "x.txt")]),
     ],
 )
 def test_the_recipes_own_text_is_always_first(text, expected):
@@ -52,7 +52,7 @@ def test_the_same_file_by_another_path_is_the_recipes_own(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("text")
     recipe = load_recipe("quickstart", ["data.source=mine.txt"])
-    assert texts_of(f"m={tmp_path}/mine.txt", recipe) == [Text("m", "mine.txt", own=True)]
+    assert texts_of(f"m={tmp_path}/mine.txt", recipe) == [EvaluationText("m", "mine.txt", own=True)]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_its_windows_are_cut_as_the_recipes_are(recipe, data):
 def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
     short = write_text(tmp_path / "short.jsonl", 1)
     with pytest.raises(DataError, match=r"short\.jsonl.*data\.test_windows asks for 6"):
-        read_windows(Text("short", str(short)), recipe, data)
+        read_windows(EvaluationText("short", str(short)), recipe, data)
 
 
 def test_the_recipes_own_label_can_be_a_file_name():

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from buddy.engine.batches import join
 from buddy.engine.decode import Decoder, Row, Sampler, TextPieces
-from buddy.engine.forward import read
+from buddy.engine.forward import to_host
 from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle, FickleGates, random_bridges
 from tests.tiny import tiny_backbone
@@ -253,7 +253,7 @@ def test_a_step_waits_for_the_device_twice_however_many_rows_decode(count, execu
     decoder.step()
     decoder.step()
     for module in ("decode", "forward", "hooks"):
-        monkeypatch.setattr(f"buddy.engine.{module}.read", lambda values: seen.append(values) or read(values))
+        monkeypatch.setattr(f"buddy.engine.{module}.to_host", lambda values: seen.append(values) or to_host(values))
     with Waits() as waits:
         written = decoder.step()
     assert [len(each.executed) for each in written] == [1] * count

@@ -11,7 +11,7 @@ from buddy.engine.batches import join, keep
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, BudgetError, TrainingError
 from buddy.losses import Objective
-from buddy.training.estimators import Batch, Perturbed
+from buddy.training.estimators import Perturbed, TrainingBatch
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import tiny_backbone
 
@@ -171,6 +171,6 @@ def test_a_router_of_one_plan_an_input_runs_exactly_k():
 
 
 def test_perturbed_plans_are_refused():
-    batch = Batch(ids_of(), EXECUTED, torch.arange(4, LENGTH - 1), prompt=5)
+    batch = TrainingBatch(ids_of(), EXECUTED, torch.arange(4, LENGTH - 1), prompt=5)
     with pytest.raises(TrainingError, match="surrogate"):
         Perturbed(Objective())(routed_tiny(), batch, torch.Generator())

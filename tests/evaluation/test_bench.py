@@ -11,7 +11,7 @@ from buddy.build import build_backbone
 from buddy.compare import fit
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.evaluation.bench import bench_run, measured
-from buddy.metrics.timing import PROMPT, STEPS, Contender, cache_bytes, contenders, race
+from buddy.metrics.timing import PROMPT, STEPS, Contender, cache_bytes, routed_contenders, time_in_turn
 from buddy.run import read_run
 from buddy.run_files import load_router, save_router, update_checksums
 from tests.engine.reference import Fickle
@@ -28,7 +28,7 @@ def routed_tiny(**options) -> RoutedLM:
 @pytest.mark.slow
 def test_every_contender_runs_in_every_round():
     routed = routed_tiny()
-    field = contenders(routed, [4, 3], IDS)
+    field = routed_contenders(routed, [4, 3], IDS)
     assert [(each.name, each.layers) for each in field] == [
         ("dense", 6),
         ("full", 6),
@@ -39,7 +39,7 @@ def test_every_contender_runs_in_every_round():
         ("shared", 3),
         ("pruned", 3),
     ]
-    timings = race(field, IDS, prompts=(8, 40), batches=(1, 2), late=IDS[:1], rounds=2)
+    timings = time_in_turn(field, IDS, prompts=(8, 40), batches=(1, 2), late=IDS[:1], rounds=2)
     for timing in timings.values():
         assert all(len(values) == 2 for values in (*timing.prefill.values(), *timing.decode.values()))
         assert len(timing.prefill) == 2
@@ -53,14 +53,14 @@ def test_every_contender_runs_in_every_round():
 
 
 def test_contenders_take_turns_token_by_token(monkeypatch):
-    field, order, step = contenders(routed_tiny(), [3], IDS), [], Contender.step
+    field, order, step = routed_contenders(routed_tiny(), [3], IDS), [], Contender.step
 
     def noted(self, ids, cache):
         order.append((self.name, cache.get_seq_length()))
         return step(self, ids, cache)
 
     monkeypatch.setattr(Contender, "step", noted)
-    race(field, IDS, prompts=(8,), batches=(1,), rounds=1)
+    time_in_turn(field, IDS, prompts=(8,), batches=(1,), rounds=1)
     turns = [order[first : first + 4] for first in range(0, len(order), 4)]
     assert [sorted(turn) for turn in turns] == 2 * [
         [(name, at) for name in ("dense", "full", "pruned", "routed")] for at in range(PROMPT, PROMPT + STEPS)
@@ -70,7 +70,7 @@ def test_contenders_take_turns_token_by_token(monkeypatch):
 
 def test_stock_models_get_the_cache_that_the_engine_has():
     """Long caches are views of buffers for all, and say what stock's own cache says."""
-    dense = contenders(routed_tiny(), [3], IDS)[0]
+    dense = routed_contenders(routed_tiny(), [3], IDS)[0]
     ids = IDS[:1].repeat(1, 4)
     with torch.no_grad():
         cache = dense.prefill(ids)
@@ -83,8 +83,8 @@ def test_stock_models_get_the_cache_that_the_engine_has():
 def test_counted_work_is_that_of_the_layers_that_ran(monkeypatch):
     """All but the K/V of skipped tokens, and attention over keys that a mask hides, is what pruning leaves."""
     monkeypatch.setattr("buddy.engine.selection.FEW", 2)  # few tokens, of which the engine would select none
-    field = contenders(routed_tiny(sink_tokens=0), [3], IDS)
-    timings = race(field, IDS, prompts=(90,), batches=(1,), rounds=1)
+    field = routed_contenders(routed_tiny(sink_tokens=0), [3], IDS)
+    timings = time_in_turn(field, IDS, prompts=(90,), batches=(1,), rounds=1)
     assert timings["routed", 3].flops["without_head"] < 1.35 * timings["pruned", 3].flops["without_head"]
     assert timings["routed", 3].flops["without_head"] < 0.8 * timings["dense", 6].flops["without_head"]
 
@@ -149,7 +149,7 @@ def test_a_changed_router_is_timed_again(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(read_run(finished / "buddy").folder, tmp_path / "run")
     backbone = build_backbone(read_run(folder).recipe)
     timed = measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path)
-    monkeypatch.setattr("buddy.evaluation.bench.race", lambda *_, **__: pytest.fail("it measured again"))
+    monkeypatch.setattr("buddy.evaluation.bench.time_in_turn", lambda *_, **__: pytest.fail("it measured again"))
     assert measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path) == timed
     state = load_router(folder)
     save_router(folder, state | {"output.bias": state["output.bias"] + 1})

@@ -14,7 +14,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.footprint import cache_bytes, router_bytes, step_bytes, weight_bytes
 from buddy.losses import Objective
 from buddy.registry import build
-from buddy.training.estimators import Batch, Perturbed
+from buddy.training.estimators import Perturbed, TrainingBatch
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 
@@ -114,7 +114,7 @@ def test_a_training_step_is_estimated_within_a_sixth(case, tmp_path):
     torch.nn.init.normal_(router.output.weight, generator=torch.Generator().manual_seed(0))
     routed, estimator = RoutedLM(backbone, router), Perturbed(Objective(), plans=plans)
     ids = torch.randint(3, 259, (rows, window), generator=torch.Generator().manual_seed(0))
-    batch = Batch(ids, torch.full((rows,), 4), torch.arange(16, window - 1), 64)
+    batch = TrainingBatch(ids, torch.full((rows,), 4), torch.arange(16, window - 1), 64)
 
     def step() -> None:
         estimator(routed, batch, torch.Generator().manual_seed(0)).loss.backward()

@@ -12,7 +12,7 @@ from buddy.evaluation.figures import figure_at
 from buddy.inspection import figures
 from buddy.inspection.figures import LABELLED, draw_shares, draw_tokens
 from buddy.inspection.inspect import token_labels, token_lines
-from buddy.inspection.routing import ALWAYS, CHOSEN, SINK, SKIPPED, Inspection, Text
+from buddy.inspection.routing import ALWAYS, CHOSEN, SINK, SKIPPED, Inspection, TextWindows
 from tests.tiny import tiny_tokenizer
 
 
@@ -36,7 +36,7 @@ def inspection(runs, words, context_layer=1) -> Inspection:
     tokens, layers = runs.shape
     ids = Windows(torch.zeros(1, tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     sizes = Geometry(layers=layers, context_layer=context_layer, hidden=8, features=4)
-    return Inspection("$x^$", sizes, 1, {"0.5": 4}, [Text("5_%", None, ids, 1)], {("5_%", 4): runs[None]}, words)
+    return Inspection("$x^$", sizes, 1, {"0.5": 4}, [TextWindows("5_%", None, ids, 1)], {("5_%", 4): runs[None]}, words)
 
 
 @pytest.mark.parametrize(("tokens", "layers"), [(2, 6), (70, 15)])

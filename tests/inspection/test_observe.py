@@ -9,7 +9,7 @@ from torch import Tensor
 from buddy import Context, Geometry, Router
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.inspection.routing import Text, observe
+from buddy.inspection.routing import TextWindows, observe
 from tests.tiny import tiny_backbone
 
 PROMPT, TOKENS = 5, 14
@@ -50,7 +50,7 @@ def domains():
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 259, (windows, TOKENS), generator=draw) for windows in (5, 2)]
     texts = [Windows(each, torch.zeros(len(each), dtype=torch.long)) for each in ids]
-    return [Text("one", "one.txt", texts[0], PROMPT), Text("two", None, texts[1], PROMPT)]
+    return [TextWindows("one", "one.txt", texts[0], PROMPT), TextWindows("two", None, texts[1], PROMPT)]
 
 
 @torch.no_grad()

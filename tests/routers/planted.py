@@ -6,7 +6,7 @@ from torch import Tensor
 from buddy.backbone.load import Backbone
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.losses import Objective
-from buddy.training.estimators import Batch, Weighted
+from buddy.training.estimators import TrainingBatch, Weighted
 from tests.tiny import tiny_backbone
 
 FLAG, ROUTABLE, EXECUTED = 0, 4, 4  # the hidden dimension that holds a token's kind; R; K of the best plan
@@ -63,7 +63,7 @@ def trained(router_class: type, steps: int = 100, lr: float = 1.2e-2, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     routed.router.train()
     for step in range(steps):
-        batch = Batch(random_ids(4, 16, step + 1), torch.full((4,), EXECUTED), torch.arange(1, 15))
+        batch = TrainingBatch(random_ids(4, 16, step + 1), torch.full((4,), EXECUTED), torch.arange(1, 15))
         optimizer.zero_grad()
         estimator(routed, batch, torch.Generator().manual_seed(step)).loss.backward()
         optimizer.step()

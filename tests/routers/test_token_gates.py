@@ -6,8 +6,8 @@ import torch
 from buddy import Geometry
 from buddy.calibration.bridges import fit_bridges
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.losses import Dense, Objective, kl_to_dense
-from buddy.training.estimators import Batch, Weighted
+from buddy.losses import DenseDistribution, Objective, kl_to_dense
+from buddy.training.estimators import TrainingBatch, Weighted
 from routers.first import FiRST
 from routers.flexidepth import FlexiDepth
 from routers.mindskip import MindSkip
@@ -27,7 +27,7 @@ def cost(routed: RoutedLM, ids: torch.Tensor, runs: torch.Tensor) -> float:
     """Mean KL to the dense model of a plan (B, T, L) or (L,)."""
     runs = runs.expand(*ids.shape, -1).clone()
     runs[:, :1] = True
-    return kl_to_dense(Dense(routed.dense(ids)), routed(ids, runs=runs).logits).mean().item()
+    return kl_to_dense(DenseDistribution(routed.dense(ids)), routed(ids, runs=runs).logits).mean().item()
 
 
 def test_the_planted_model_needs_the_planted_layers():
@@ -67,7 +67,7 @@ def test_a_draw_of_skipgpt_is_open_with_the_probability_of_its_gate():
 def test_noise_depends_on_the_step_alone():
     backbone = planted_backbone()
     routed = RoutedLM(backbone, SkipGPT(geometry_of(backbone), start=0.0).train())
-    batch = Batch(random_ids(2, 12, 0), torch.full((2,), EXECUTED), torch.arange(1, 11))
+    batch = TrainingBatch(random_ids(2, 12, 0), torch.full((2,), EXECUTED), torch.arange(1, 11))
     losses = []
     for seed in (0, 1, 0):
         torch.rand(1)
@@ -119,7 +119,7 @@ def test_a_gate_of_flexidepth_reads_through_its_bottleneck():
 def test_a_bridge_stands_for_the_adapter_of_flexidepth():
     backbone = planted_backbone()
     routed, ids = RoutedLM(backbone, FlexiDepth(geometry_of(backbone))), random_ids(8, 16, 0)
-    executed, dense, losses = torch.full((8,), 3), Dense(routed.dense(ids)), []
+    executed, dense, losses = torch.full((8,), 3), DenseDistribution(routed.dense(ids)), []
     for bridges in (None, fit_bridges(routed, ids, [3] * 8, rank=4, ridge=0.1)):
         routed.bridge(bridges)
         output = routed(ids, executed=executed)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.losses import Objective
-from buddy.training.estimators import Batch, Perturbed, StraightThrough, Surrogate, Weighted
+from buddy.training.estimators import Perturbed, StraightThrough, Surrogate, TrainingBatch, Weighted
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
 from tests.tiny import tiny_backbone
@@ -17,7 +17,7 @@ from tests.tiny import tiny_backbone
 IDS = torch.randint(3, 259, (6, 24), generator=torch.Generator().manual_seed(0))
 
 
-def shares(whole: Batch, processes: int) -> list[Batch]:
+def shares(whole: TrainingBatch, processes: int) -> list[TrainingBatch]:
     """What each of so many processes gets of a batch."""
     places = [slice(rank, None, processes) for rank in range(processes)]
     return [
@@ -26,7 +26,7 @@ def shares(whole: Batch, processes: int) -> list[Batch]:
     ]
 
 
-def gradient(routed: RoutedLM, estimator, batch: Batch) -> torch.Tensor:
+def gradient(routed: RoutedLM, estimator, batch: TrainingBatch) -> torch.Tensor:
     routed.router.zero_grad()
     estimator(routed, batch, torch.Generator().manual_seed(3)).loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in routed.router.parameters()])
@@ -43,7 +43,7 @@ def test_the_mean_gradient_of_the_shares_is_that_of_the_batch(kind, executed, pr
     with torch.no_grad():
         for parameter in routed.router.parameters():
             parameter.normal_()
-    whole, estimator = Batch(IDS, torch.tensor(executed), torch.arange(4, 23), 5), kind(Objective())
+    whole, estimator = TrainingBatch(IDS, torch.tensor(executed), torch.arange(4, 23), 5), kind(Objective())
     expected = gradient(routed, estimator, whole)
     found = torch.stack([gradient(routed, estimator, share) for share in shares(whole, processes)]).mean(0)
     assert expected.abs().max() > 1e-3
@@ -57,7 +57,7 @@ def test_the_mean_gradient_of_the_shares_is_that_of_the_batch(kind, executed, pr
 def test_every_row_is_in_one_place(executed, processes):
     everyone = torch.tensor(executed * processes)
     rows = torch.arange(len(everyone))[:, None]
-    parts = shares(Batch(rows, everyone, torch.arange(0)), processes)
+    parts = shares(TrainingBatch(rows, everyone, torch.arange(0)), processes)
     free = rows[everyone < 6, 0]
     seen = {}
     for part in parts:

@@ -14,7 +14,7 @@ from buddy.errors import TrainingError
 from buddy.evaluation.evaluate import evaluate
 from buddy.fit import Session
 from buddy.losses import Objective
-from buddy.training.estimators import Batch, StraightThrough, Weighted
+from buddy.training.estimators import StraightThrough, TrainingBatch, Weighted
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
 from tests.adapted import new_adapter, stirred
@@ -44,7 +44,7 @@ def answers(family: str, policy: str, dtype: torch.dtype, shared_out: bool) -> d
     """What is asked of a model all along a fit, the same questions in every process."""
     routed = routed_on(family, BuddyRouter, shared_out, dtype, policy=policy)
     probe = CalibrationProbe(routed, IDS, 2)
-    batch = Batch(IDS, torch.tensor([3, 4, 3, 5]), torch.arange(4, 23), prompt=5)
+    batch = TrainingBatch(IDS, torch.tensor([3, 4, 3, 5]), torch.arange(4, 23), prompt=5)
     found = {"dense": routed.dense(IDS), "routed": routed(IDS, executed=batch.executed, prompt=5).logits}
     found |= {"losses": probe.losses(PLANS), "kl": probe.losses(PLANS, "kl")}
     found |= {"influence": probe.block_influence, "taylor": probe.taylor, "contexts": probe.contexts().pooled}
@@ -92,11 +92,11 @@ def gradients(kind: str, shared_out: bool) -> dict:
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared_out else (0, 1)
     share = slice(rank, None, world)
     executed = torch.tensor([3, 4, 3, 5])
-    batch = Batch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, rank)
+    batch = TrainingBatch(IDS[share], executed[share], torch.arange(4, 23), 5, executed, rank)
     if kind == "healed":
         adapter = new_adapter(routed.backbone)
         stirred(adapter)
-        routed.adapt(adapter)
+        routed.adapter = adapter
         with quiet():
             logits = routed(batch.input_ids, executed=batch.executed, prompt=5).logits
         (logits.float().square().mean() + 0.0 * sum(x.sum() for x in adapter.parameters())).backward()

@@ -15,7 +15,7 @@ pytest.importorskip("prometheus_client", reason="the extra `serve` is not instal
 
 from buddy.serve import scheduler as scheduler_module
 from buddy.serve.metrics import Metrics
-from buddy.serve.scheduler import Scheduler, Text
+from buddy.serve.scheduler import GenerationRequest, Scheduler
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def written(scheduler, *asked):
     """The plans of each text's new tokens, as lists of 0 and 1, for texts that begin at the same step."""
     pieces = [queue.SimpleQueue() for _ in asked]
     texts = [
-        Text(prompt, budget, limit, each.put, plans=True)
+        GenerationRequest(prompt, budget, limit, each.put, plans=True)
         for (prompt, budget, limit), each in zip(asked, pieces, strict=True)
     ]
     scheduler.submit(texts)

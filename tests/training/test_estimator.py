@@ -9,7 +9,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import RegistryError
 from buddy.losses import Objective
 from buddy.plan import top_k
-from buddy.training.estimators import Batch, Perturbed, StraightThrough, Surrogate, _direction, estimator_for
+from buddy.training.estimators import Perturbed, StraightThrough, Surrogate, TrainingBatch, _direction, estimator_for
 from tests.tiny import tiny_backbone
 
 IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -33,8 +33,8 @@ def tiny(positions: int = 1, **options) -> RoutedLM:
     return RoutedLM(backbone, Bias(geometry_of(backbone), positions), **options)
 
 
-def batch(*executed: int) -> Batch:
-    return Batch(IDS[: len(executed)], torch.tensor(executed), torch.arange(4, 23), prompt=5)
+def batch(*executed: int) -> TrainingBatch:
+    return TrainingBatch(IDS[: len(executed)], torch.tensor(executed), torch.arange(4, 23), prompt=5)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -10,7 +10,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import TrainingError
 from buddy.losses import Objective
 from buddy.metrics.perplexity import Reference
-from buddy.training.estimators import Batch, Perturbed, StraightThrough, Surrogate, Weighted
+from buddy.training.estimators import Perturbed, StraightThrough, Surrogate, TrainingBatch, Weighted
 from buddy.training.healing import HealingModule
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
@@ -27,15 +27,15 @@ def make(router=Fickle, policy="fill", adapter=None, **settings):
     backbone = tiny_backbone("llama")
     torch.manual_seed(0)
     routed = RoutedLM(backbone, router(geometry_of(backbone)), policy=policy)
-    routed.adapt(new_adapter(backbone, **(adapter or {})))
+    routed.adapter = new_adapter(backbone, **(adapter or {}))
     routed.adapter.train()
     if "estimator" not in settings:
         routed.router.requires_grad_(False)
     return HealingModule(routed, budgets=BUDGETS, **{**SETTINGS, **settings})
 
 
-def batch(*executed: int) -> Batch:
-    return Batch(IDS[: len(executed)], torch.tensor(executed), torch.arange(7, 19), prompt=8)
+def batch(*executed: int) -> TrainingBatch:
+    return TrainingBatch(IDS[: len(executed)], torch.tensor(executed), torch.arange(7, 19), prompt=8)
 
 
 def test_the_loss_is_the_objective_against_the_stock_model():

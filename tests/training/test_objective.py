@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from buddy.losses import Dense, Objective, cross_entropy, draw_budgets, kl_and_cross_entropy, kl_to_dense
+from buddy.losses import DenseDistribution, Objective, cross_entropy, draw_budgets, kl_and_cross_entropy, kl_to_dense
 
 
 def logits(seed: int) -> torch.Tensor:
@@ -15,11 +15,11 @@ def logits(seed: int) -> torch.Tensor:
 
 def test_kl_equals_torch():
     expected = F.kl_div(logits(0).log_softmax(-1), logits(1).log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(kl_to_dense(Dense(logits(1)), logits(0)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kl_to_dense(DenseDistribution(logits(1)), logits(0)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_kl_of_a_model_to_itself_is_nought():
-    assert torch.equal(kl_to_dense(Dense(logits(0)), logits(0)), torch.zeros(2, 11))
+    assert torch.equal(kl_to_dense(DenseDistribution(logits(0)), logits(0)), torch.zeros(2, 11))
 
 
 def test_cross_entropy_equals_torch():
@@ -29,7 +29,7 @@ def test_cross_entropy_equals_torch():
 
 
 def test_both_in_one_pass_are_the_same():
-    targets, dense = torch.arange(22).view(2, 11), Dense(logits(1))
+    targets, dense = torch.arange(22).view(2, 11), DenseDistribution(logits(1))
     kl, ce = kl_and_cross_entropy(dense, logits(0), targets)
     assert torch.equal(kl, kl_to_dense(dense, logits(0)))
     assert torch.equal(ce, cross_entropy(logits(0), targets))
@@ -38,13 +38,14 @@ def test_both_in_one_pass_are_the_same():
 def test_rows_of_the_dense_distribution_can_be_taken():
     rows = torch.tensor([1])
     torch.testing.assert_close(
-        kl_to_dense(Dense(logits(0))[rows], logits(1)[rows]), kl_to_dense(Dense(logits(0)), logits(1))[rows]
+        kl_to_dense(DenseDistribution(logits(0))[rows], logits(1)[rows]),
+        kl_to_dense(DenseDistribution(logits(0)), logits(1))[rows],
     )
 
 
 @pytest.mark.parametrize(("kl", "ce"), [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
 def test_the_objective_is_the_weighted_sum(kl, ce):
-    targets, dense = torch.arange(22).view(2, 11), Dense(logits(1))
+    targets, dense = torch.arange(22).view(2, 11), DenseDistribution(logits(1))
     expected = kl * kl_to_dense(dense, logits(0)) + ce * cross_entropy(logits(0), targets)
     torch.testing.assert_close(Objective(kl, ce)(dense, logits(0), targets), expected)
 

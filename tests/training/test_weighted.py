@@ -14,7 +14,7 @@ from buddy.evaluation.evaluate import evaluate_run
 from buddy.io import load_tensors
 from buddy.losses import Objective
 from buddy.run import read_run
-from buddy.training.estimators import Batch, Perturbed, StraightThrough, Weighted
+from buddy.training.estimators import Perturbed, StraightThrough, TrainingBatch, Weighted
 from routers.first import FiRST
 from tests.engine.reference import Fickle, clamped
 from tests.small import only_seeds
@@ -29,8 +29,8 @@ def tiny(policy: str = "fill", **options) -> RoutedLM:
     return RoutedLM(backbone, FiRST(geometry_of(backbone), **options), policy=policy)
 
 
-def batch(*executed: int) -> Batch:
-    return Batch(IDS[: len(executed)], torch.tensor(executed), torch.arange(PROMPT - 1, 23), prompt=PROMPT)
+def batch(*executed: int) -> TrainingBatch:
+    return TrainingBatch(IDS[: len(executed)], torch.tensor(executed), torch.arange(PROMPT - 1, 23), prompt=PROMPT)
 
 
 def estimate(routed: RoutedLM, *executed: int, **objective: float):
