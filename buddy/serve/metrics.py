@@ -22,8 +22,8 @@ class Metrics:
         self.queue = Gauge("queue", "Texts that wait for a row.", **common)
         self.rows = Gauge("rows", "Texts that are being written.", **common)
         self._written = Counter("written_tokens", "New tokens.", **common)
-        self._tokens = Counter("tokens", "Tokens that were routed, of prompts too, by K.", ["budget"], **common)
-        self._layers = Counter("layers", "Layers that they executed, by K.", ["budget"], **common)
+        self._tokens = Counter("tokens", "Routed tokens, of prompts too, by the layers of each.", ["budget"], **common)
+        self._layers = Counter("layers", "Layers that they ran, by the layers of each token.", ["budget"], **common)
         self._first = Histogram("first_token_seconds", "From request to first token.", buckets=SECONDS, **common)
         self._between = Histogram("between_tokens_seconds", "From token to token.", buckets=SECONDS, **common)
 

@@ -3,15 +3,19 @@
 import queue
 import random
 import time
+from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from buddy.engine.decode import Decoder
 from tests.serve.conftest import tiny
 
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from buddy.serve import scheduler as scheduler_module
 from buddy.serve.metrics import Metrics
@@ -19,8 +23,8 @@ from buddy.serve.scheduler import GenerationRequest, Scheduler
 
 
 @contextmanager
-def scheduling(model, **options):
-    scheduler = Scheduler(lambda: model, Metrics(), **options)
+def scheduling(model, metrics=None, **options):
+    scheduler = Scheduler(lambda: model, metrics or Metrics(), **options)
     try:
         yield scheduler
     finally:
@@ -70,6 +74,18 @@ def test_with_a_plan_a_row_texts_do_not_depend_on_each_other():
         (alone,) = written(scheduler, (first, "3layers", 12))
         beside, other = written(scheduler, (first, "3layers", 12), (second, "3layers", 12))
     assert alone == beside != other
+
+
+def test_metrics_count_the_layers_of_each_token_of_a_mean():
+    model, metrics, (prompt,) = tiny(), Metrics(), prompts(1, length=30)
+    with model.routed.changed(mean_over=8):
+        with scheduling(model, batch_plan="row", metrics=metrics) as scheduler:
+            written(scheduler, (prompt, "3layers", 1))
+        wanted = Counter(model.routed(torch.tensor([prompt]), executed=torch.tensor([3])).executed[0, 1:].tolist())
+    families = {each.name: each.samples for each in text_string_to_metric_families(metrics.text().decode())}
+    tokens = {int(each.labels["budget"]): each.value for each in families["buddy_tokens"] if "total" in each.name}
+    assert len(wanted) > 1
+    assert tokens == wanted
 
 
 @pytest.fixture
