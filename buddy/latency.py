@@ -113,7 +113,7 @@ def measure_latencies(routed: RoutedLM, rounds: int = ROUNDS, track: Track = ite
     contexts = [lambda count=count: routed.at(executed=[count]) for count in counts]
     contenders = [Contender("routed", count, model, each) for count, each in zip(counts, contexts, strict=True)]
     draw, start = random.Random(0), ids.shape[1] - STEPS
-    with unadapted:
+    with unadapted, routed.changed(mean_over=1):  # K is then what each token runs, not a mean over tokens
         times = [decode_in_turn(contenders, ids, start, draw) for _ in track(range(rounds + 1))]
     return {count: statistics.median(each) for count, each in zip(counts, zip(*times[1:], strict=True), strict=True)}
 

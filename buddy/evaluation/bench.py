@@ -70,6 +70,8 @@ def bench_run(
     if routed.backbone.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     report |= {"peak_memory_mib": peak, "threads": torch.get_num_threads(), "rounds": rounds}
+    if routed.settings.mean_over > 1:
+        report["executed"] = _executed(routed, ids, late, below)
     # Budgets such as 15ms use this table from now on.
     latency = routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]
     report |= {"late_context": late.shape[1] - STEPS, "latency_ms": latency}
@@ -81,6 +83,18 @@ def bench_run(
         errors.print(f"No figure: {error}", soft_wrap=True)
         return
     results.print(f"Figure: {run.folder / FIGURE}", soft_wrap=True)
+
+
+@torch.inference_mode()
+def _executed(routed: RoutedLM, ids: Tensor, late: Tensor, counts: Sequence[int]) -> dict[int, dict[str, float]]:
+    """Layers that the tokens whose decoding is timed run on average, for each K: not K where budgets are means."""
+    timed = {"decode": ids[:1, : PROMPT + STEPS], "decode_late": late, "decode_batch8": ids[:, : PROMPT + STEPS]}
+
+    def mean(text: Tensor, count: int) -> float:
+        executed = routed(text, executed=torch.tensor([count], device=text.device)).executed
+        return executed[:, -STEPS:].float().mean().item()
+
+    return {count: {name: mean(text, count) for name, text in timed.items()} for count in counts}
 
 
 def load_for_timing(
@@ -192,6 +206,13 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
         f"one plan for the prompt. GFLOP and cache: prefill of {LONG}, head included. Medians over "
         f"{report['rounds']} rounds, threads: {report['threads']}."
     )
+    if "executed" in report:
+        means = {k: " / ".join(f"{mean:.1f}" for mean in each.values()) for k, each in report["executed"].items()}
+        ran = ", ".join(f"{each} at {k}" for k, each in means.items())
+        results.print(
+            f"Budgets hold in the mean over tokens. On average the timed ones ran so many layers (decode / after "
+            f"{report['late_context']} / batch {BATCH}): {ran}."
+        )
     taken = ", ".join(f"{spent:.3g} at {count}" for count, spent in report["latency_ms"].items())
     results.print(f"Milliseconds a token after {CONTEXT} by layers, stored for budgets such as 15ms: {taken}.")
     results.print(f"Peak memory of the process: {report['peak_memory_mib']:.0f} MiB.")

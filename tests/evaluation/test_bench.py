@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from buddy.build import build_backbone
 from buddy.compare import fit
 from buddy.engine.model import RoutedLM, geometry_of
+from buddy.evaluation import bench as bench_module
 from buddy.evaluation.bench import bench_run, measured
 from buddy.metrics.timing import PROMPT, STEPS, Contender, cache_bytes, routed_contenders, time_in_turn
 from buddy.run import read_run
@@ -133,6 +135,24 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
     assert entry["vs_pruned_decode"] == pytest.approx(entry["decode_ms"] / entry["pruned_decode_ms"])  # of one round
     with Image.open(run / "speed.png") as figure:
         assert figure.size[0] > 1000
+
+
+@pytest.mark.slow
+def test_a_run_whose_budgets_are_means_says_what_was_timed(bench, monkeypatch, tmp_path):
+    load = bench_module.load_for_timing
+
+    def in_the_mean(*arguments):
+        _, routed, *_ = found = load(*arguments)
+        routed.settings = replace(routed.settings, mean_over=8)
+        return found
+
+    monkeypatch.setattr(bench_module, "load_for_timing", in_the_mean)
+    bench(json_file=tmp_path / "speed.json", budgets=["4layers", "0.5"])
+    executed = json.loads((tmp_path / "speed.json").read_text())["executed"]
+    assert list(executed) == ["4", "3"]
+    assert all(list(each) == ["decode", "decode_late", "decode_batch8"] for each in executed.values())
+    assert all(2 <= mean <= 6 for each in executed.values() for mean in each.values())
+    assert executed["4"]["decode_late"] > executed["3"]["decode_late"]
 
 
 @pytest.mark.slow
