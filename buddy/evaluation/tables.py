@@ -59,8 +59,9 @@ def perplexities(r: Results, text: str) -> Table:
 
     marks = MARKED if r.scores.best_static.any() else ""
     spreads = "± standard deviation over seeds" if (r.scores.seeds > 1).any() else ""
-    note = "; ".join(filter(None, (marks, spreads, _uneven(r))))
-    return _by_budget(r, f"Perplexity on {text}", r.scores.loc[text], cell, r.budgets, note and f"{note}.")
+    note = "; ".join(filter(None, (marks, spreads)))
+    note = f"{note and f'{note}.'}{_uneven(r)}".strip()
+    return _by_budget(r, f"Perplexity on {text}", r.scores.loc[text], cell, r.budgets, note)
 
 
 def differences(r: Results, text: str) -> Table:
@@ -70,15 +71,14 @@ def differences(r: Results, text: str) -> Table:
     where = best.groupby("router", sort=False).budget.agg(", ".join)
     names = "; ".join(f"{router} at {budgets}" for router, budgets in where.items())
     title = f"Difference to the best static router on {text}, nats a token"
-    note = f"95 % intervals, paired over documents and seeds; * {APART}. † best static router: {names}."
-    note += f" {uneven[0].upper()}{uneven[1:]}." if (uneven := _uneven(r)) else ""
+    note = f"95 % intervals, paired over documents and seeds; * {APART}. † best static router: {names}.{_uneven(r)}"
     table = _by_budget(r, title, r.scores.loc[text], _signed, r.below, note)
     return table if table.has_numbers else replace(table, rows=[])
 
 
 def _uneven(r: Results) -> str:
     uneven = (r.scores.executed_mean - r.scores.layers).abs().max() > UNEVEN
-    return "not every row ran K layers in the mean (see Cost)" if uneven else ""
+    return " Not every row ran K layers in the mean (see Cost)." if uneven else ""
 
 
 def kl(r: Results, text: str | None = None) -> Table:
