@@ -115,7 +115,9 @@ def measure_latencies(routed: RoutedLM, rounds: int = ROUNDS, track: Track = ite
     draw, start = random.Random(0), ids.shape[1] - STEPS
     with unadapted, routed.changed(mean_over=1):  # K is then what each token runs, not a mean over tokens
         times = [decode_in_turn(contenders, ids, start, draw) for _ in track(range(rounds + 1))]
-    return {count: statistics.median(each) for count, each in zip(counts, zip(*times[1:], strict=True), strict=True)}
+    rounds_of_each = zip(*times[1:], strict=True)
+    medians = (statistics.median(each.milliseconds for each in means) for means in rounds_of_each)
+    return dict(zip(counts, medians, strict=True))
 
 
 def interpolated(points: Mapping[int, float]) -> dict[int, float]:

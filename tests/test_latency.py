@@ -13,6 +13,7 @@ from buddy import latency
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
 from buddy.latency import LatencyTable, interpolated, measure_latencies, points_of, setting_of
+from buddy.metrics.timing import StepMeans
 from tests.adapted import adapted
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
@@ -114,7 +115,7 @@ def test_a_batch_has_a_table_of_its_own(routed, tmp_path, monkeypatch):
 
     def stand_in(field, ids, *_):
         rows.append(ids)
-        return [float(len(ids) * each.layers) for each in field]
+        return [StepMeans(len(ids) * each.layers, each.layers) for each in field]
 
     monkeypatch.setattr(latency, "decode_in_turn", stand_in)
     table = LatencyTable(tmp_path)
@@ -145,7 +146,9 @@ def test_another_setting_has_another_table(routed, monkeypatch):
 def test_an_adapter_beside_the_weights_has_the_table_of_the_merged_model(monkeypatch):
     routed = adapted()
     beside, seen = setting_of(routed), []
-    monkeypatch.setattr(latency, "decode_in_turn", lambda field, *_: seen.append(routed.adapter._is_off) or [1.0] * 5)
+    monkeypatch.setattr(
+        latency, "decode_in_turn", lambda field, *_: seen.append(routed.adapter._is_off) or [StepMeans(1.0, 4)] * 5
+    )
     measure_latencies(routed, rounds=1)
     assert seen == [True, True]
     routed.merge()

@@ -19,6 +19,7 @@ from buddy.console import errors, print_titled_table, report_json, results, stat
 from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Settings
 from buddy.engine.model import RoutedLM
+from buddy.engine.record import Record
 from buddy.engine.twins import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
@@ -71,7 +72,7 @@ def bench_run(
         peak = torch.cuda.max_memory_allocated() / 2**20
     report |= {"peak_memory_mib": peak, "threads": torch.get_num_threads(), "rounds": rounds}
     if routed.settings.mean_over > 1:
-        report["executed"] = _executed(routed, ids, late, below)
+        report["executed"] = {count: _executed(timings["routed", count]) for count in below}
     # Budgets such as 15ms use this table from now on.
     latency = routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]
     report |= {"late_context": late.shape[1] - STEPS, "latency_ms": latency}
@@ -83,18 +84,6 @@ def bench_run(
         errors.print(f"No figure: {error}", soft_wrap=True)
         return
     results.print(f"Figure: {run.folder / FIGURE}", soft_wrap=True)
-
-
-@torch.inference_mode()
-def _executed(routed: RoutedLM, ids: Tensor, late: Tensor, counts: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Layers that the tokens whose decoding is timed run on average, for each K: not K where budgets are means."""
-    timed = {"decode": ids[:1, : PROMPT + STEPS], "decode_late": late, "decode_batch8": ids[:, : PROMPT + STEPS]}
-
-    def mean(text: Tensor, count: int) -> float:
-        executed = routed(text, executed=torch.tensor([count], device=text.device)).executed
-        return executed[:, -STEPS:].float().mean().item()
-
-    return {count: {name: mean(text, count) for name, text in timed.items()} for count in counts}
 
 
 def load_for_timing(
@@ -166,6 +155,12 @@ def _series(timings: Timings) -> dict[str, list[float]]:
         "prefill": timings.prefill[LONG],
         "prefill64": timings.prefill[PROMPT],
     }
+
+
+def _executed(timings: Timings) -> dict[str, float]:
+    """Layers that a timed token ran on average."""
+    ran = timings.executed
+    return {"decode": ran[1], "decode_late": ran["late"], "decode_batch8": ran[BATCH]}
 
 
 def _entry(timings: Timings) -> dict[str, Any]:
@@ -250,8 +245,9 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     Returns:
         "dense" (the stock model), "full" (the engine at full depth) and, as "results", an entry for each router and K.
         Each has "prefill_ms", milliseconds of the whole prefill, and "decode_ms", milliseconds a decoded token: medians
-        over rounds; "prefill_spread" and "decode_spread", the least and the most of a round; and "multiply_adds",
-        millions for each token of the prefill, without the head. Beside them "tokens" (W), "prompt" and "steps"
+        over rounds; "prefill_spread" and "decode_spread", the least and the most of a round; "decode_layers", the
+        layers that a decoded token ran on average; and "multiply_adds", millions for each token of the prefill,
+        without the head. Beside them "tokens" (W), "prompt" and "steps"
         (tokens), "rounds" and "threads".
 
     Raises:
@@ -328,10 +324,10 @@ def _contender(
     name: str, count: int, routed: RoutedLM, router: AnyRouter, bridges: Bridges | None, settings: Settings
 ) -> Contender:
     @contextmanager
-    def context() -> Iterator[None]:
+    def context() -> Iterator[Record]:
         routed.bridges = bridges
-        with routed.changed(router, **vars(settings)), routed.at(executed=[count]):
-            yield
+        with routed.changed(router, **vars(settings)), routed.at(executed=[count]) as record:
+            yield record
 
     return Contender(name, count, routed.backbone.model, context)
 
@@ -339,4 +335,4 @@ def _contender(
 def _times_entry(timings: Timings) -> dict[str, Any]:
     ((tokens, prefill),) = timings.prefill.items()
     times = _summary({"prefill": prefill, "decode": timings.decode[1]})
-    return times | {"multiply_adds": timings.flops["without_head"] / 2e6 / tokens}
+    return times | {"decode_layers": timings.executed[1], "multiply_adds": timings.flops["without_head"] / 2e6 / tokens}

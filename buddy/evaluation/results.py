@@ -88,8 +88,8 @@ class Results:
         Columns: layers, K; executed_mean, what tokens ran; perplexity with its standard deviation perplexity_std over
         seeds; seeds; kl; loss (nats a token) with its interval loss_low, loss_high over documents and seeds;
         best_static, whether it is the static router of least loss; difference to that router with difference_low,
-        difference_high and apart, whether the interval excludes 0, over enough documents; decode_ms and prefill_ms
-        where times were measured.
+        difference_high and apart, whether the interval excludes 0, over enough documents; those of `times` where
+        times were measured.
         """
         rows = [row for text in self.texts for budget in self.budgets for row in self._scores_at(text, budget)]
         by_seed = self.runs.groupby(["text", "router", "budget"], sort=False)
@@ -101,10 +101,10 @@ class Results:
 
     @cached_property
     def times(self) -> pd.DataFrame:
-        """Milliseconds of a decoded token, decode_ms, and of a prompt, prefill_ms; millions of multiply-adds a
-        token, multiply_adds, where they were counted. By (router, budget).
+        """Milliseconds of a decoded token, decode_ms, which ran decode_layers on average, and of a prompt, prefill_ms;
+        millions of multiply-adds a token, multiply_adds. By (router, budget); the counts are missing in older records.
         """
-        speed, names = self.record.get("speed"), ["decode_ms", "prefill_ms", "multiply_adds"]
+        speed, names = self.record.get("speed"), ["decode_ms", "decode_layers", "prefill_ms", "multiply_adds"]
         entries = [] if not speed else [(each["router"], each["layers"], each) for each in speed["results"]]
         timed = {label for label, *_ in entries} | {*self.routers.index[self.routers.full_depth.astype(bool)]}
         entries += [] if not speed else [(label, self.layers, speed["full"]) for label in timed]

@@ -81,6 +81,15 @@ def _uneven(r: Results) -> str:
     return " Not every row ran K layers in the mean (see Cost)." if uneven else ""
 
 
+def _timed_layers(r: Results) -> str:
+    """Layers that the tokens ran whose decoding was timed, of each router where that was not K."""
+    scores = r.scores.loc[r.texts[0]]
+    ran = scores.decode_layers.astype(float)
+    uneven = ran[(ran - scores.layers).abs() > UNEVEN].groupby("router", sort=False)
+    means = {router: ", ".join(map("{:.1f}".format, each)) for router, each in uneven}
+    return "".join(f" The timed tokens of {router} ran {layers} layers." for router, layers in means.items())
+
+
 def kl(r: Results, text: str | None = None) -> Table:
     """Routers × budgets below full depth: KL to the dense model on one text, or the mean over all."""
     scores = r.scores if text is None else r.scores.loc[[text]]
@@ -130,6 +139,7 @@ def speeds(r: Results) -> list[Table]:
             f"Stock dense model: {number(1e3 * tokens / speed['dense'][key])}. One text at a time, {what}; medians "
             f"of {speed['rounds']} rounds, {threads}, one run of each router; full depth is one measurement for all."
         )
+        note += _timed_layers(r) * (tokens == 1)
         found.append(_by_budget(r, f"{title}, tokens a second", r.scores.loc[r.texts[0]], cell, r.budgets, note))
     if speed and "multiply_adds" in speed["dense"]:
 

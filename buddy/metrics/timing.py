@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 import buddy
 from buddy.engine.kv_cache import growing_layer
 from buddy.engine.model import RoutedLM
+from buddy.engine.record import Record
 from buddy.engine.twins import pruned_model
 
 PROMPT, STEPS = 64, 32  # tokens before the decode steps that are timed, and their number
@@ -36,6 +37,7 @@ class Timings:
         prefill: times of a prompt in a batch of one, by its length in tokens.
         decode: times of a step after `PROMPT` tokens, by batch size.
         decode_late: times of a step after a long context, batch 1.
+        executed: layers that a token of those steps ran on average, by batch size; "late" after the long context.
         cache_bytes: size of the cache after the longest prompt.
         flops: floating-point operations of that prompt, in "total" and "without_head".
     """
@@ -43,6 +45,7 @@ class Timings:
     prefill: dict[int, list[float]] = field(default_factory=dict)
     decode: dict[int, list[float]] = field(default_factory=dict)
     decode_late: list[float] = field(default_factory=list)
+    executed: dict[int | str, float] = field(default_factory=dict)
     cache_bytes: int = 0
     flops: dict[str, int] = field(default_factory=dict)
 
@@ -56,14 +59,14 @@ class Contender:
             "pruned".
         layers: K.
         model: that is timed.
-        context: opens its context.
+        context: opens its context; gives what ran within it where the model is routed.
         decodes: whether its decoding is timed too.
     """
 
     name: str
     layers: int
     model: PreTrainedModel
-    context: Callable[[], AbstractContextManager]
+    context: Callable[[], AbstractContextManager[Record | None]]
     decodes: bool = True
 
     def prefill(self, ids: Tensor) -> Any:
@@ -110,9 +113,9 @@ def commonest_layers(routed: RoutedLM, ids: Tensor, count: int) -> list[int]:
 
 
 @contextmanager
-def _shared(routed: RoutedLM, count: int) -> Iterator[None]:
-    with routed.changed(prompt_plan="shared"), routed.at(executed=[count]):
-        yield
+def _shared(routed: RoutedLM, count: int) -> Iterator[Record]:
+    with routed.changed(prompt_plan="shared"), routed.at(executed=[count]) as record:
+        yield record
 
 
 @torch.inference_mode()
@@ -150,16 +153,26 @@ def time_in_turn(
         after = [] if late is None else decode_in_turn(decoding, late, late.shape[1] - STEPS, draw)
         for place, each in enumerate(decoding if number else ()):
             mine = timings[each.name, each.layers]
-            for batch, spent_by_each in steps.items():
-                mine.decode.setdefault(batch, []).append(spent_by_each[place])
-            mine.decode_late.extend(after[place : place + 1])
+            for batch, means in steps.items():
+                mine.decode.setdefault(batch, []).append(means[place].milliseconds)
+                mine.executed[batch] = means[place].executed
+            for mean in after[place : place + 1]:
+                mine.decode_late.append(mean.milliseconds)
+                mine.executed["late"] = mean.executed
     for each in contenders:
         _count_work(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
     return timings
 
 
-def decode_in_turn(contenders: Sequence[Contender], ids: Tensor, prompt: int, draw: random.Random) -> list[float]:
-    """Mean milliseconds of a step for each contender, over the tokens after the first `prompt` of (B, T).
+class StepMeans(NamedTuple):
+    """Means over the decode steps of one contender: milliseconds a step, and layers that a token ran."""
+
+    milliseconds: float
+    executed: float
+
+
+def decode_in_turn(contenders: Sequence[Contender], ids: Tensor, prompt: int, draw: random.Random) -> list[StepMeans]:
+    """What a step of each contender takes, over the tokens after the first `prompt` of (B, T).
 
     All take one token before any takes the next, so that a short disturbance of the machine affects all of them; the
     order is drawn for each token.
@@ -168,12 +181,15 @@ def decode_in_turn(contenders: Sequence[Contender], ids: Tensor, prompt: int, dr
     for each in contenders:
         with each.context():
             caches.append(each.prefill(ids[:, :prompt]))
-    spent = [0.0] * len(caches)
+    spent, ran = [0.0] * len(caches), [0.0] * len(caches)
     for at in range(prompt, ids.shape[1]):
         for place in draw.sample(range(len(contenders)), len(contenders)):
-            with contenders[place].context():
-                spent[place] += contenders[place].step(ids[:, at : at + 1], caches[place])
-    return [total / (ids.shape[1] - prompt) for total in spent]
+            each = contenders[place]
+            with each.context() as record:
+                spent[place] += each.step(ids[:, at : at + 1], caches[place])
+            ran[place] += each.layers if record is None else record.executed[-1].float().mean().item()
+    steps = ids.shape[1] - prompt
+    return [StepMeans(total / steps, layers / steps) for total, layers in zip(spent, ran, strict=True)]
 
 
 def _prefill_ms(contender: Contender, ids: Tensor) -> float:

@@ -62,7 +62,12 @@ def record() -> dict[str, Any]:
     """Five routers, two texts, two tasks, times, and a run that failed."""
     times = {"prefill_ms": 40.0, "prefill_spread": [39.0, 41.0], "decode_ms": 10.0, "decode_spread": [9.0, 11.0]}
     times |= {"multiply_adds": 71.5}
-    speed = [{"router": label, "layers": k} | times for label in KINDS if label != "full" for k in (6, 4)]
+    speed = [
+        {"router": label, "layers": k} | times | {"decode_layers": float(k)}
+        for label in KINDS
+        if label != "full"
+        for k in (6, 4)
+    ]
     return {
         "format": 1,
         "command": "buddy compare --recipe quickstart --routers all",

@@ -162,6 +162,7 @@ def test_each_router_is_timed_under_its_own_routing(small, finished, tmp_path):
     timed = measured(runs, build_backbone(runs["one"].recipe), IDS, tmp_path)
     work = {each["router"]: each["multiply_adds"] for each in timed["results"] if each["layers"] == 3}
     assert work["eight"] > work["one"], "sinks run every layer"
+    assert all(each["decode_layers"] == each["layers"] for each in timed["results"]), "no sink is timed"
 
 
 @pytest.mark.slow

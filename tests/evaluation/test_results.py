@@ -135,6 +135,16 @@ def test_costs_speed_and_tasks(results):
     assert results.task_scores.loc["worse[a=1;b=2]", 0.75].difference == pytest.approx(-0.1)
 
 
+def test_the_layers_of_timed_tokens_are_noted_where_they_are_not_k():
+    record = fresh()
+    assert not any("timed tokens" in table.note for table in tables.speeds(Results(record)))
+    for entry in record["speed"]["results"]:
+        entry["decode_layers"] += 0.5 * (entry["router"] == "ours")
+    decode, *others = tables.speeds(Results(record))
+    assert decode.note.endswith("of ours ran 6.5, 4.5 layers.")
+    assert not any("timed tokens" in table.note for table in others)
+
+
 def test_flips_are_answers_that_turn_right_or_wrong():
     record = fresh()
     turned = {("ours", "piqa"): [0, 8, 9], ("best", "piqa"): [1, 2], ("best", "boolq"): [0, 1, 2, 3]}
