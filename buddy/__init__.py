@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors read; `__getattr__` is what runs
-    from buddy.budget import executed_grid as executed_grid
     from buddy.budget import executed_layers as executed_layers
     from buddy.data.module import TextData as TextData
     from buddy.engine.model import RoutedLM as RoutedLM
@@ -36,7 +35,6 @@ _HOMES = {
     "Router": "buddy.router",
     "RoutingModule": "buddy.training.module",
     "TextData": "buddy.data.module",
-    "executed_grid": "buddy.budget",
     "executed_layers": "buddy.budget",
     "load": "buddy.hub.load",
 }

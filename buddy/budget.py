@@ -7,7 +7,7 @@ A fraction or a count determines K by itself. A latency needs a table of millise
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from buddy.errors import BudgetError
 
@@ -66,11 +66,6 @@ def check_budget(budget: Budget) -> None:
         check_budget(cap)
     elif latency_of(budget) is None and _count(budget) is None:
         _fraction(budget)
-
-
-def executed_grid(budgets: Sequence[float], layers: int, always_on: int) -> list[int]:
-    """K for each budget, in order."""
-    return [executed_layers(budget, layers, always_on) for budget in budgets]
 
 
 def latency_of(budget: Budget) -> float | None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.budget import auto_cap, executed_grid, executed_layers, format_budget, fraction_of, latency_of
+from buddy.budget import auto_cap, executed_layers, format_budget, fraction_of, latency_of
 from buddy.errors import BudgetError
 
 
@@ -21,10 +21,6 @@ def test_known_budgets_of_thirty_layers(budget, layers):
 @given(st.floats(0.1, 1.0), st.integers(20, 100))
 def test_a_fraction_is_rounded_to_the_nearest_count(budget, layers):
     assert abs(executed_layers(budget, layers, 2) - budget * layers) <= 0.5
-
-
-def test_a_grid_keeps_its_order():
-    assert executed_grid([0.5, 1.0], 30, 2) == [15, 30]
 
 
 @pytest.mark.parametrize(
