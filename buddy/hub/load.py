@@ -216,10 +216,10 @@ class Model:
             yield pieces.rest()
         finally:
             if record.forwards:
-                self.ran = summary(record, executed, depth, budget)
+                self.ran = summary(record, executed, depth, budget, routed.settings.competing)
 
 
-def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0) -> str:
+def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0, over: int = 1) -> str:
     """One sentence: the layers that the tokens of prompt and decoding really ran, and how many plans they had.
 
     Args:
@@ -227,12 +227,14 @@ def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0) ->
         executed: K.
         layers: L.
         budget: of the request.
+        over: tokens over which K is the mean.
     """
     latency = latency_of(budget)
     text = f"The budget {budget} chose" if auto_cap(budget) else "Asked for"
     if latency is not None:
         text = f"Asked for {latency:g} ms, which allow"
-    text += f" {executed} of {layers} layers a token. Prompt: "
+    mean = f" in the mean over {over} tokens" if over > 1 else ""
+    text += f" {executed} of {layers} layers a token{mean}. Prompt: "
     text += _range(record.executed[0], record.sinks[0], layers)
     if len(record.executed) > 1:
         steps, sinks, runs = (torch.cat(each[1:], 1) for each in (record.executed, record.sinks, record.runs))

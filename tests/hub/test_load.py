@@ -142,6 +142,12 @@ def test_the_summary_counts_what_ran(passes, numbers):
     assert re.findall(r"\d+(?:\.\d+)?", summary(forwards(*passes), 3, 9)) == numbers.split()
 
 
+def test_the_summary_says_that_a_budget_is_a_mean():
+    passes = forwards(([9, 2], 1), ([5], 0))
+    assert "64" in summary(passes, 3, 9, over=64)
+    assert "64" not in summary(passes, 3, 9)
+
+
 # Sources
 
 
