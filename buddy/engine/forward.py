@@ -162,6 +162,7 @@ class RoutedForward:
             self.valid = mask[:, -shape[1] :].bool()
             self.positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -shape[1] :]
         self.sink: SinkStates | None = None
+        self.owned: Tensor | None = None  # the hidden state that layers may change in place
         self.context: Context | None = None
         self.scores: Tensor | None = None
         self.full_layers = 0
@@ -193,6 +194,9 @@ class RoutedForward:
             self._run_plan(self.runs)
         elif not full_depth:
             self._decide(prompt, only_last)
+        elif self.settings.competing > 1 and self.cache is not None and self.cache.scores is not None:
+            scores = self.cache.scores
+            self._keep_scores(scores.new_full((*self.shape, scores.shape[2]), -math.inf))
 
     def skip(self, layer: int, hidden: Tensor) -> Tensor:
         """The state (B, T, D) of tokens that skip `layer`, from the state before it."""
@@ -309,15 +313,22 @@ class RoutedForward:
             return executed
         always = self.settings.context_layer + 1
         check_counts(self.request.executed, always, self.settings.layers)
-        absent = self.sinks() if self.valid is None else self.sinks() | ~self.valid
+        full = executed == self.settings.layers  # takes part in no competition, whatever the other rows do
+        absent = full | self.sinks() if self.valid is None else full | self.sinks() | ~self.valid
         competing = scores.masked_fill(absent[..., None], -math.inf)
         cache = self.cache
         before, excess = (None, None) if cache is None else (cache.scores, cache.excess)
         counts, excess = counts_over(competing, executed - always, over, before, excess)
         if cache is not None:
-            cache.scores = (competing if before is None else torch.cat([before, competing], 1))[:, 1 - over :]
             cache.excess = excess
-        return always + counts
+            self._keep_scores(competing)
+        return torch.where(full, executed, always + counts)
+
+    def _keep_scores(self, scores: Tensor) -> None:
+        """Scores (B, T, R) that later tokens compete with."""
+        before = self.cache.scores
+        every = scores if before is None else torch.cat([before, scores], 1)
+        self.cache.scores = every[:, 1 - self.settings.competing :]
 
     def _mid_text(self) -> bool:
         """Whether none of these positions of padded rows is padding or a sink."""

@@ -92,6 +92,9 @@ class RoutedLayer:
         """Only the first `count` tokens run, and they see no others; K/V of the others can wait."""
         cache, policy, length = kwargs["cache"], forward.policy, hidden.shape[1]
         policy.flush(self, cache)
+        in_place = not (self._forward_hooks or torch.is_grad_enabled() or forward.bridges is not None)
+        if in_place and forward.owned is not hidden:  # a hook may hold what an earlier layer gave
+            hidden = forward.owned = hidden.clone()
         mask, embeddings, ids = (kwargs.get(key) for key in ("attention_mask", "position_embeddings", "position_ids"))
         inputs = {
             **kwargs,
@@ -110,9 +113,9 @@ class RoutedLayer:
         forward.partial_layers.append(ran)
         rest = map_embeddings(embeddings, lambda x: x[:, count:])
         policy.skip(self, forward, hidden[:, count:], cache, rest)
-        if self._forward_hooks or torch.is_grad_enabled() or forward.bridges is not None:
+        if not in_place:
             return torch.cat([out, forward.skip(self._index, hidden[:, count:])], 1)
-        hidden[:, :count] = out  # in place, so that a run of skipped layers shares one pending state
+        hidden[:, :count] = out  # so that a run of skipped layers shares one pending state
         return hidden
 
     def _run_context_layer(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:

@@ -19,8 +19,8 @@ from buddy.router import LayerwiseRouter, in_float32
 class LayerwiseForward(RoutedForward):
     """A `RoutedForward` that asks a gate for one layer after the other and holds every token to exactly K layers.
 
-    With `mean_over` above 1 the gates decide alone: a layer is decided for all tokens of a prompt at once, before it is
-    known how many layers the earlier of them will run.
+    With `mean_over` above 1 and a plan for each token of each row, the gates decide alone: a layer is decided for all
+    tokens of a prompt at once, before it is known how many layers the earlier of them will run.
     Decisions are shared as scores are: a shared prompt follows its last token, and with `reroute_every` other than 1
     only some tokens decide. If all tokens follow a decision from before these positions, no gate is asked: `gate_order`
     of the gates that were open then gives the plan at once.
@@ -44,7 +44,7 @@ class LayerwiseForward(RoutedForward):
         """Decide which tokens run an undecided layer, from the hidden state (B, T, D) that arrives at it."""
         index = layer - self.context_layer
         is_open = self._is_open(index, hidden)
-        if self.settings.mean_over > 1:
+        if self.settings.competing > 1:
             runs = is_open | (self.context.executed == self.settings.layers)
         else:
             runs = clamp_gate(is_open, self._remaining, self.routable - index)

@@ -115,11 +115,14 @@ def _forward(routed, ids, amount, padding, cache, executed):
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -amount:]
     with routed.at(executed=executed) as record:
         output = routed.backbone.model(**inputs)
-    real = slice(None) if mask is None else mask[:, -amount:].bool()
+    real = torch.ones_like(ids[:, -amount:]) if mask is None else mask[:, -amount:]
+    real = real.bool()
     wanted = torch.tensor(executed)[:, None].expand(-1, amount)
     counted = torch.where(record.sinks[0], wanted, record.executed[0])
-    exact = routed.settings.mean_over == 1
-    assert not exact or torch.equal(counted[real], wanted[real]), "layers ran that were not asked for"
+    asked = torch.ones_like(wanted, dtype=torch.bool)
+    if routed.settings.competing > 1:  # K is a mean, but full depth is not
+        asked = wanted == routed.geometry.layers
+    assert torch.equal(counted[asked & real], wanted[asked & real]), "layers ran that were not asked for"
     return output, record.runs[0]
 
 

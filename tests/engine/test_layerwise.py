@@ -146,10 +146,11 @@ def test_decode_agrees_with_the_parallel_form(policy, is_padded, scope):
     assert torch.equal(parallel.runs[real], expected_plan(routed, states, EXECUTED, follows, mask)[real])
 
 
+@pytest.mark.parametrize("mean_over", [1, 64])  # decisions that several tokens share run exactly K either way
 @pytest.mark.parametrize("reroute_every", [2, 3, None])
 @pytest.mark.parametrize("prompt_plan", ["token", "shared"])
-def test_gates_hold_as_long_as_decisions_do(reroute_every, prompt_plan):
-    routed = routed_tiny(reroute_every=reroute_every, prompt_plan=prompt_plan)
+def test_gates_hold_as_long_as_decisions_do(reroute_every, prompt_plan, mean_over):
+    routed = routed_tiny(reroute_every=reroute_every, prompt_plan=prompt_plan, mean_over=mean_over)
     parallel = routed(IDS, executed=EXECUTED, prompt=PROMPT)
     last = PROMPT - 1
     follows = [

@@ -149,6 +149,27 @@ def test_rows_that_join_and_leave_keep_their_own_past():
     assert torch.equal(record.runs[-1][0, 0], routed(ids[1:, :8], executed=EXECUTED[1:]).runs[0, -1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("row", range(6))
+def test_full_depth_takes_no_part_whoever_is_beside_it(row):
+    routed, ids = routed_tiny(sink_tokens=0), ids_of(7)
+    model, steps = routed.backbone.model, [3, 6, 6, 3, 6, 4, 4, 3, 6]
+
+    def runs_of(rows):
+        with routed.at(executed=[3] * len(rows)) as prompt:
+            cache = model(ids[rows, :8], use_cache=True).cache
+        found = prompt.runs
+        for at, executed in enumerate(steps, start=8):
+            with routed.at(executed=[executed, 4][: len(rows)]) as record:
+                model(ids[rows, at : at + 1], cache=cache, use_cache=True)
+            found += record.runs
+        return torch.cat(found, 1)[0]
+
+    alone, beside = runs_of([row]), runs_of([row, 6])
+    assert torch.equal(alone, beside)
+    assert all(count == 6 for count, asked in zip(beside[8:].sum(-1).tolist(), steps, strict=True) if asked == 6)
+
+
 @pytest.mark.parametrize("options", [{"prompt_plan": "shared"}, {"batch_plan": "shared"}, {"reroute_every": 2}])
 def test_plans_that_several_tokens_or_rows_share_run_exactly_k(options):
     executed = routed_tiny(**options)(ids_of(), executed=EXECUTED, prompt=8).executed

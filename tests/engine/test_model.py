@@ -133,6 +133,21 @@ def test_layers_count_what_they_ran_not_what_was_planned():
     assert sum(calls) == output.executed.sum()
 
 
+@torch.no_grad()
+def test_what_a_hook_was_given_stays_as_it_was():
+    routed = routed_tiny(prompt_plan="shared", batch_plan="shared")
+    for index in range(6):
+        given = []
+        hook = routed.backbone.layers[index].register_forward_hook(
+            lambda *each, to=given: to.extend((each[2], each[2].clone()))
+        )
+        with routed.at(executed=[2]):
+            routed.backbone.model(tokens(), use_cache=True)
+        hook.remove()
+        held, copied = given
+        assert torch.equal(held, copied)
+
+
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_sinks_run_at_full_depth_and_are_told_apart(sinks):
     output = routed_tiny(sink_tokens=sinks)(tokens(), executed=EXECUTED)
