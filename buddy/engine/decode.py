@@ -114,6 +114,7 @@ class Row:
         limit: most new tokens.
         ends: ids after which the text ends.
         tokens: what was written so far.
+        counted: its first tokens whose layers a `Written` has given; they may be read again after a failure.
     """
 
     prompt: list[int]
@@ -123,6 +124,12 @@ class Row:
     ends: frozenset[int] = frozenset()
     prompt_executed: int | None = None
     tokens: list[int] = field(default_factory=list)
+    counted: int = 0
+
+    def new_counts(self, counts: Sequence[int], end: int) -> list[int]:
+        """Those of the layers that tokens up to the `end`-th ran which were not given before; −1 for a sink."""
+        first, self.counted = max(0, self.counted - end + len(counts)), max(self.counted, end)
+        return [count for count in counts[first:] if count >= 0]
 
     @property
     def finish_reason(self) -> str | None:
@@ -146,7 +153,7 @@ class Written:
         row: the row.
         token: the new token; None where only a part of the prompt was read, or where the row failed.
         logits: (V,) float32, from which the token was chosen.
-        executed: layers that each token read in this step ran, sinks left out.
+        executed: layers that each token read in this step ran, without sinks and tokens that were read before.
         record: the forward's, of this row alone.
         error: why the row cannot go on.
     """
@@ -182,6 +189,8 @@ class Decoder:
     """Rows of one model, each at its own K. Not to be used by two threads at once.
 
     A forward that fails ends only the row that causes it: the rows of a failed batch are read again, one by one.
+    Where not every token decides (`reroute_every`), rows at full depth of one batch decide when the first of them gets
+    fewer layers.
 
     Args:
         routed: the model.
@@ -281,7 +290,8 @@ class Decoder:
                 continue
             reading.done = last
             if last < len(tokens):
-                written.append(Written(row, executed=to_host(record.executed[~record.sinks]), record=record))
+                counts = to_host(torch.where(record.sinks, -1, record.executed)[0])
+                written.append(Written(row, executed=row.new_counts(counts, last), record=record))
                 continue
             self._reading.remove(reading)
             (chosen,) = self._choose([row], logits, record)
@@ -333,7 +343,7 @@ class Decoder:
             if isinstance(outcome, Exception):
                 written.append(Written(row, error=outcome))
                 continue
+            ran = row.new_counts(counts, len(row.prompt) + len(row.tokens))
             row.tokens.append(token)
-            ran = [count for count in counts if count >= 0]
             written.append(Written(row, token, logits[index], ran, record.row(index)))
         return written

@@ -45,7 +45,10 @@ class SinkStates:
 
 
 class SinkMemory:
-    """`SinkStates` by token id; forgets them all when the model is seen to have changed."""
+    """`SinkStates` by token id; forgets them all when the model is seen to have changed.
+
+    A weight that is written to through its `.data` is not seen; write to the weight itself, under `torch.no_grad()`.
+    """
 
     def __init__(self) -> None:
         self._states: dict[int, SinkStates] = {}

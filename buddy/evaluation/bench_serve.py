@@ -99,7 +99,7 @@ def bench_serving(
             middle = statistics.median(each)
             entry = {"contender": way.name, "layers": way.layers, "texts": texts, "ms": middle}
             entries.append(entry | {"spread": [min(each), max(each)], "tokens_a_second": 1e3 * texts / middle})
-    threads = torch.get_num_threads()
+    threads, over = torch.get_num_threads(), routed.settings.mean_over
     made = {"rounds": rounds, "threads": threads, "machine": machine(), "versions": versions()}
     report_json(json_file, {**made, "results": entries})
     rows = []
@@ -111,7 +111,8 @@ def bench_serving(
     head = ["", "layers", *(f"{n} text{'s' * (n > 1)}" for n in BATCHES)]
     print_titled_table(f"{about}: tokens a second (ms between tokens)", head, rows)
     spans = f"{SHORTEST} to {PROMPT}"
-    results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.")
+    mean = " A plan a row holds its budget in the mean over tokens, a plan a batch in each." if over > 1 else ""
+    results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.{mean}")
 
 
 def _time_in_turn(ways: Sequence[Served], texts: Sequence[list[int]], rounds: int) -> list[dict[int, list[float]]]:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from buddy.errors import BuddyError, BudgetError
 from buddy.serve.metrics import Metrics
-from buddy.serve.scheduler import TooLate
+from buddy.serve.scheduler import PromptBudgetError, TooLate
 
 log = logging.getLogger("buddy.serve")
 MAX_BODY = 4 * 2**20  # bytes
@@ -135,7 +135,8 @@ def answer_errors(app: FastAPI) -> None:
 def shown_error(error: Exception) -> ApiError:
     """What a client may know of an error of a text."""
     if isinstance(error, BudgetError):
-        return ApiError(str(error), field="budget", code="invalid_budget")
+        field = "prompt_budget" if isinstance(error, PromptBudgetError) else "budget"
+        return ApiError(str(error), field=field, code="invalid_budget")
     if isinstance(error, TooLate):
         return ApiError("The text was not finished in time; ask for fewer tokens.", 504, code="timeout")
     return ApiError("The server failed on this text; its log says why.", 500)

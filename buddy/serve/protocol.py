@@ -163,7 +163,6 @@ class Answer:
         self, chat: bool, request: TextRequest, texts: Sequence[GenerationRequest], prompt_tokens: int
     ) -> None:
         self._chat, self._texts, self._prompt_tokens = chat, texts, prompt_tokens
-        self._offsets = [0] * len(texts)
         kind = "chat.completion" if chat else "text_completion"
         prefix = "chatcmpl" if chat else "cmpl"
         name = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": request.model}
@@ -219,21 +218,19 @@ class Answer:
         found: Any = None
         if text.top_logprobs is not None:
             found = {"content": [_chat_logprob(each) for each in logs], "refusal": None}
-            found = found if self._chat else self._completion_logprobs(index, logs)
+            found = found if self._chat else _completion_logprobs(logs)
         plans = {"plans": [piece.plan for piece in pieces if piece.plan is not None]} if text.plans else {}
         return {"logprobs": found, "finish_reason": pieces[-1].finish_reason if pieces else None, **plans}
 
-    def _completion_logprobs(self, index: int, logs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        offsets = []
-        for each in logs:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(each.token)
-        return {
-            "tokens": [each.token for each in logs],
-            "token_logprobs": [each.logprob for each in logs],
-            "top_logprobs": [{top.token: top.logprob for top in each.top} for each in logs],
-            "text_offset": offsets,
-        }
+
+def _completion_logprobs(logs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    return {
+        "tokens": [each.token for each in logs],
+        "token_logprobs": [each.logprob for each in logs],
+        # The likeliest last: parts of characters have the same text.
+        "top_logprobs": [{top.token: top.logprob for top in reversed(each.top)} for each in logs],
+        "text_offset": [each.offset for each in logs],
+    }
 
 
 def _chat_logprob(each: TokenLogprob) -> dict[str, Any]:

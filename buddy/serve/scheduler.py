@@ -16,7 +16,7 @@ from torch import Tensor
 
 from buddy.budget import Budget, latency_of
 from buddy.engine.decode import UNFINISHED, Decoder, Row, Sampler, TextPieces, Written, end_tokens
-from buddy.errors import BuddyError
+from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model
 from buddy.serve.metrics import Metrics
 
@@ -31,6 +31,10 @@ class TooLate(Exception):
     """A text that was not finished within the time of a request."""
 
 
+class PromptBudgetError(BudgetError):
+    """A budget of prompts that no plan can meet."""
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """Natural logarithm of a token's probability before temperature and top_p.
@@ -39,11 +43,13 @@ class TokenLogprob:
         token: its text.
         logprob: the logarithm.
         top: the likeliest tokens at this place and theirs.
+        offset: characters of the answer before it.
     """
 
     token: str
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+    offset: int = 0
 
     @property
     def bytes(self) -> list[int] | None:
@@ -89,6 +95,7 @@ class GenerationRequest:
         cancelled: set by the owner when nobody reads the text any longer.
         ran: how many tokens ran each number of layers so far; sinks left out.
         written: new tokens so far.
+        characters: of the text so far, where logarithms are asked for.
         arrived, latest: when the text was asked for, and when its latest token came, by the monotonic clock.
     """
 
@@ -111,6 +118,7 @@ class GenerationRequest:
     arrived: float = field(default_factory=time.monotonic)
     latest: float | None = field(default=None, init=False)
     _held: str = field(default="", init=False)  # text that a stop string may begin with
+    characters: int = field(default=0, init=False)
 
     @property
     def is_late(self) -> bool:
@@ -231,6 +239,7 @@ class Scheduler:
                 self._decoder = Decoder(self._model.routed)
                 for row in list(self._running):
                     self._finish(row, Piece(error=error))
+                self._metrics.rows.set(0)
 
     def _step(self) -> None:
         gone = [row for row, (text, _) in self._running.items() if text.cancelled or text.is_late]
@@ -270,19 +279,24 @@ class Scheduler:
             executed = self._model.executed_layers(text.budget, text.prompt)
             if latency_of(text.budget) is not None:  # measured here, where a failure ends this text alone
                 self._model.routed.table(self._model.routed, self._batch)
-            deeper = None
-            if text.prompt_budget is not None:
-                deeper = self._model.executed_layers(text.prompt_budget, text.prompt)
+            deeper = self._prompt_layers(text)
             model = self._model.routed.backbone.model
             sampler = Sampler(model, len(text.prompt), text.temperature, text.seed, **text.options)
+            row = Row(text.prompt, executed, sampler, text.limit, self._ends, deeper)
+            pieces = TextPieces(self._tokenizer, () if text.chat else text.prompt)
+            self._decoder.add(row)
         except Exception as error:
             if not isinstance(error, BuddyError):
                 log.exception("A text could not begin.")
             text.emit(Piece(error=error))
             return
-        row = Row(text.prompt, executed, sampler, text.limit, self._ends, deeper)
-        self._running[row] = text, TextPieces(self._tokenizer, () if text.chat else text.prompt)
-        self._decoder.add(row)
+        self._running[row] = text, pieces
+
+    def _prompt_layers(self, text: GenerationRequest) -> int | None:
+        try:
+            return None if text.prompt_budget is None else self._model.executed_layers(text.prompt_budget, text.prompt)
+        except BudgetError as error:
+            raise PromptBudgetError(str(error)) from error
 
     def _keep_latencies(self) -> float | None:
         """Give the rows that asked for a latency as many layers as fit into it beside so many other rows.
@@ -318,7 +332,7 @@ class Scheduler:
         reason = row.finish_reason
         new = "" if token in self._ends else pieces.add(token)
         piece, stopped = text.cut(new + (pieces.rest() if reason else ""), final=bool(reason))
-        logprob = None if text.top_logprobs is None else self._logprob(written.logits, token, text.top_logprobs)
+        logprob = self._logprob(text, written.logits, token, len(new))
         plan = "".join(str(int(runs)) for runs in written.record.runs[0, -1].tolist()) if text.plans else None
         if stopped:
             reason = "stop"
@@ -346,11 +360,18 @@ class Scheduler:
         self._metrics.token(now - text.arrived if text.latest is None else None, now - (text.latest or now))
         text.latest = now
 
-    def _logprob(self, logits: Tensor, token: int, top: int) -> TokenLogprob:
+    def _logprob(self, text: GenerationRequest, logits: Tensor, token: int, added: int) -> TokenLogprob | None:
+        """Of a token that added so many characters to the text, where it was asked for."""
+        top = text.top_logprobs
+        if top is None:
+            return None
+        word = self._word(token)
+        offset = text.characters + max(0, added - len(word))  # what it added begins with parts of characters
+        text.characters += added
         logs = torch.log_softmax(logits, -1)
         best, ids = logs.topk(min(top, len(logs))) if top else (logs[:0], logs[:0].long())
         likeliest = (TokenLogprob(self._word(id), value) for id, value in zip(ids.tolist(), best.tolist(), strict=True))
-        return TokenLogprob(self._word(token), float(logs[token]), tuple(likeliest))
+        return TokenLogprob(word, float(logs[token]), tuple(likeliest), offset)
 
     def _word(self, token: int) -> str:
         """The text of a token behind another one: some tokenizers drop the space at the start of a text."""

@@ -1,6 +1,7 @@
 """Rows that join and leave a running batch write what each writes alone with transformers' `generate`."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -205,13 +206,22 @@ def test_a_row_that_fails_ends_no_other():
         row.prompt, row.limit = [token for token in row.prompt if token != 200] or [7], 12
         row.executed, row.prompt_executed = min(row.executed, LAYERS - 1), None
         decoder.add(row)
-    failed = []
-    decoder.step()
-    decoder.step()
+    failed, counted = [], Counter()
+
+    def step():
+        for each in decoder.step():
+            counted[rows.index(each.row)] += len(each.executed)
+            failed.extend([each.row] if each.error else [])
+
+    step()
+    step()
     rows[2].tokens[-1] = 200  # as if it had been drawn
     while len(decoder):
-        failed += [each.row for each in decoder.step() if each.error]
+        step()
     assert failed == [rows[2]]
+    sinks = model.settings.sink_tokens
+    for number in (0, 1, 3, 4):
+        assert counted[number] == len(rows[number].prompt) + len(rows[number].tokens) - 1 - sinks, "each token once"
     for row in rows[:2] + rows[3:]:
         model.router.__class__ = Fickle
         expected = alone(model, row)

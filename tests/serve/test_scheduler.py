@@ -88,6 +88,25 @@ def test_metrics_count_the_layers_of_each_token_of_a_mean():
     assert tokens == wanted
 
 
+def test_a_text_that_cannot_begin_ends_no_other(monkeypatch):
+    first, second = prompts(2)
+    pieces_of = scheduler_module.TextPieces
+
+    def failing(tokenizer, tokens):
+        if list(tokens) == first:
+            raise ValueError("its text cannot be decoded")
+        return pieces_of(tokenizer, tokens)
+
+    monkeypatch.setattr(scheduler_module, "TextPieces", failing)
+    with scheduling(tiny()) as scheduler:
+        answers = queue.SimpleQueue()
+        text = GenerationRequest(first, "3layers", 4, answers.put)
+        other = queue.SimpleQueue()
+        scheduler.submit([text, GenerationRequest(second, "3layers", 4, other.put)])
+        assert isinstance(answers.get(timeout=60).error, ValueError)
+        assert [other.get(timeout=60).error for _ in range(4)] == [None] * 4
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A step takes as many milliseconds as its longest row has layers, twice that with more rows, times `speed`."""
