@@ -100,11 +100,7 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
     model = build_model(recipe, backbone)
     over = recipe.routing.mean_over
     try:
-        if over > 1 and model.settings.competing == 1 and model.router.scope == "token":
-            raise RecipeError(
-                f"routing.mean_over={over} needs a plan for each token of each row; set "
-                "routing.prompt_plan=token, routing.batch_plan=row and routing.reroute_every=1, or routing.mean_over=1."
-            )
+        check_mean(model)
         if model.router.trainable:
             estimator = build_estimator(recipe, model.router)
             if isinstance(estimator, StraightThrough) and model.policy.name != "fill":
@@ -112,7 +108,8 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
                     f"objective.estimator={recipe.objective.estimator} computes every layer, which needs "
                     f"routing.policy=fill, not {model.policy.name}; set that, or objective.estimator=perturbed."
                 )
-            if isinstance(estimator, Perturbed) and model.settings.competing > 1 and recipe.trainer["max_steps"]:
+            trained = recipe.trainer["max_steps"] or trains_both(recipe, model.router)
+            if isinstance(estimator, Perturbed) and model.settings.competing > 1 and trained:
                 raise RecipeError(
                     f"objective.estimator={recipe.objective.estimator} credits each token alone, and with "
                     f"routing.mean_over={over} tokens compete; set objective.estimator=surrogate."
@@ -141,6 +138,16 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
         check_targets(recipe.adapter.targets, backbone)
 
 
+def check_mean(model: RoutedLM) -> None:
+    """Raises RecipeError where budgets cannot be means, because tokens or rows share plans."""
+    over = model.settings.mean_over
+    if over > 1 and model.settings.competing == 1 and model.router.scope == "token":
+        raise RecipeError(
+            f"routing.mean_over={over} needs a plan for each token of each row; set "
+            "routing.prompt_plan=token, routing.batch_plan=row and routing.reroute_every=1, or routing.mean_over=1."
+        )
+
+
 def uses_bridges(recipe: Recipe, router: AnyRouter) -> bool:
     """Whether a router gets bridges: the recipe has them, and the router skips layers."""
     return recipe.bridge is not None and not router.full_depth
@@ -166,7 +173,8 @@ def healing_steps(recipe: Recipe, router: AnyRouter) -> int:
 def free_keys(recipe: Recipe, router: AnyRouter) -> tuple[str, ...]:
     """Beginnings of a recipe's keys that change nothing in a run of a router, given before its training."""
     estimated = router.trainable and not isinstance(router, LayerwiseRouter)  # its gates have their own estimator
-    trained = router.trainable or healing_steps(recipe, router) > 0
+    # A predictor measures losses on windows of the training text.
+    trained = router.trainable or healing_steps(recipe, router) > 0 or recipe.predictor.name is not None
     return (*(() if estimated else ESTIMATOR_KEYS), *(() if trained else TRAINING_KEYS))
 
 

@@ -137,6 +137,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
             {spec.label: [spec.folder] for spec in (specs[-1], *specs)},  # the recipe's own router first
             command=command,
             recipe=base,
+            digests=session.digests(base),
             layers=session.backbone.num_layers,
             texts=[text_entry(text.label, text.source, session.data.evaluated, own=True)],
         )
@@ -188,6 +189,7 @@ def compare(config: CompareConfig) -> int:
                 done,
                 command=config.command,
                 recipe=base,
+                digests=session.digests(base),
                 layers=session.backbone.num_layers,
                 texts=[text_entry(text.label, text.source, found, own=text.own) for text, found in windows.items()],
                 tasks=config.tasks.names,

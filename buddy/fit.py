@@ -46,7 +46,7 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError, nearest
 from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.figures import draw_run
-from buddy.io import cache_folder, on_disk, out_of_memory, within_memory
+from buddy.io import cache_folder, on_disk, out_of_memory, within_memory, write_bytes
 from buddy.metrics.perplexity import MOST, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import input_digests
@@ -71,8 +71,9 @@ from buddy.training.callbacks import (
     GracefulStop,
     LastCheckpoint,
     ProgressLine,
-    check_checkpoint,
+    has_ended,
     interrupts,
+    read_checkpoint,
     unusable,
 )
 
@@ -114,7 +115,7 @@ class Session:
         for spec in (*recipe.callbacks, *filter(None, [recipe.logger])):
             _check_monitor(recipe, spec, instantiate(spec))
         if recipe.ckpt_path:
-            check_checkpoint(recipe.ckpt_path)
+            _check_start(recipe, recipe.ckpt_path)
         with status(f"Loading {recipe.backbone.name} …"):
             backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
             for each in recipes:
@@ -323,6 +324,15 @@ class Session:
         return self.evaluate(recipe, model, self.data.evaluated, f"Evaluating {recipe.router.name}")
 
 
+def _check_start(recipe: Recipe, path: str) -> None:
+    """Raises TrainingError where `ckpt_path` names no checkpoint, or one of more steps than the recipe takes."""
+    done, steps = read_checkpoint(path)["global_step"], recipe.trainer["max_steps"]
+    if 0 <= steps < done:
+        raise TrainingError(
+            f"The checkpoint {path} is of step {done}, and trainer.max_steps is {steps}; set that to {done} or more."
+        )
+
+
 def _check_monitor(recipe: Recipe, spec: ClassSpec, callback: Any) -> None:
     """Raises RecipeError where a callback monitors a result of validation that there is not."""
     monitor = str(getattr(callback, "monitor", None))
@@ -348,6 +358,9 @@ def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path) ->
     module = build_module(recipe, model)
     module.mark_calibrated()
     _run_trainer(recipe, module, data, checkpoint, start, ProgressLine(f"Training {recipe.router.name}"))
+    if start and distributed.is_global_zero() and not checkpoint.exists():  # `ckpt_path` had all steps
+        checkpoint.parent.mkdir(exist_ok=True)
+        write_bytes(checkpoint, Path(start).read_bytes())
 
 
 def _heal(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path, reference: Reference) -> None:
@@ -382,8 +395,11 @@ def _run_trainer(
         TrainingError: a step was not finite, or the checkpoint cannot be used.
         KeyboardInterrupt: stopped after a step by a signal, with a checkpoint.
     """
+    trained, steps = recipe, recipe.trainer["max_steps"]
     if start:
-        check_checkpoint(start)
+        content = read_checkpoint(start)
+        if start == checkpoint and has_ended(content):
+            trained = replace(recipe, trainer={**recipe.trainer, "max_steps": content["global_step"]})  # no more
         errors.print(f"Resuming from {start}", soft_wrap=True)
     stop, own = GracefulStop(), [instantiate(spec) for spec in recipe.callbacks]
     # What a callback monitors is logged by one of the two trainings, or by both, as val/kl is.
@@ -395,8 +411,8 @@ def _run_trainer(
     tensorboard = TensorBoardLogger(checkpoint.parent.parent, name="", version="", default_hp_metric=False)
     with quiet():
         trainer = build_trainer(
-            recipe,
-            callbacks=[stop, *own, LastCheckpoint(checkpoint, recipe.checkpoint_every)],
+            trained,
+            callbacks=[stop, *own, LastCheckpoint(checkpoint, recipe.checkpoint_every, stop)],
             logger=instantiate(recipe.logger) if recipe.logger else tensorboard,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=checkpoint.parent.parent,
@@ -415,5 +431,5 @@ def _run_trainer(
                 raise unusable(start, f"{type(error).__name__}: {error}") from error
             raise
     if stop.requested:
-        errors.print(f"Saved a checkpoint of step {trainer.global_step} of {recipe.trainer['max_steps']}.")
+        errors.print(f"Saved a checkpoint of step {trainer.global_step} of {steps}.")
         raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from buddy import console, distributed
 from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, format_budget, fraction_of, latency_of
-from buddy.build import build_windows, check_unseen, held_out, load_model
+from buddy.build import build_windows, check_mean, check_unseen, held_out, load_model
 from buddy.console import counted, print_titled_table, quiet, report_json, results, status
 from buddy.data.module import WindowBatches
 from buddy.data.text import same_source
@@ -82,6 +82,8 @@ def evaluate_run(
     memory = within_memory(sizes, "free some, or use a machine with more")
     over = run.recipe.routing.mean_over if mean_over is None else mean_over
     with memory, distributed.lost_peers_reported(), routed.changed(mean_over=over):
+        check_mean(routed)
+        over = routed.settings.competing
         scores = evaluate(
             routed,
             windows,

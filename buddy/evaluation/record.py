@@ -25,7 +25,7 @@ from buddy.io import check_output_path, read_json, write_text
 from buddy.metrics.timing import machine, versions
 from buddy.provenance import CKPT_KEY, CODE, ESTIMATOR_KEYS, FREE_KEYS
 from buddy.registry import load
-from buddy.run import read_run, stored_digests
+from buddy.run import read_run
 from buddy.run_files import METRICS, read_metrics
 from buddy.schema import COMPLETE, Recipe
 
@@ -42,6 +42,7 @@ def collect(
     *,
     command: str,
     recipe: Recipe,
+    digests: Mapping[str, str],
     layers: int,
     texts: Sequence[Mapping[str, Any]],
     tasks: Sequence[str] = (),
@@ -55,6 +56,8 @@ def collect(
         runs: the folders of each router's runs, one a seed, by label in the order of the rows.
         command: makes it again, without folders (see `shown_command`).
         recipe: of all runs, but for router and seed.
+        digests: of the inputs, as `Session.digests` gives them. Those in a run may be of another training text, where
+            that changes nothing in the run.
         layers: L of the backbone.
         texts: `text_entry` of each text; results on the recipe's own are in metrics.json, others in `evaluation_file`.
         tasks: names of tasks that runs were scored on, each in `task_file`.
@@ -66,9 +69,8 @@ def collect(
         RunError: a run is damaged or incomplete.
     """
     flat: dict[str, Any] = flatten(recipe)
-    inputs: dict[str, str] = {}
+    inputs = {name: digest for name, digest in digests.items() if name != CODE}
     for folder in (each for folders in runs.values() for each in folders):
-        inputs |= {name: digest for name, digest in stored_digests(folder).items() if name != CODE}
         for name in tasks:
             stored = read_json(task_file(folder, name))
             inputs[f"task {name}"] = " ".join(filter(None, [stored["lines"], *stored["definitions"]]))

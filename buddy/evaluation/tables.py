@@ -51,9 +51,10 @@ def all_tables(r: Results) -> list[Table]:
 
 def perplexities(r: Results, text: str) -> Table:
     """Routers × budgets: the mean over seeds and its standard deviation."""
+    healed = _healed(r)  # full depth, too, depends on the seed of an adapter
 
     def cell(row: pd.Series) -> str:
-        spread = f" ±{number(row.perplexity_std)}" if row.seeds > 1 and row.layers < r.layers else ""
+        spread = f" ±{number(row.perplexity_std)}" if row.seeds > 1 and (row.layers < r.layers or healed) else ""
         mark = "†" if row.best_static else "*" if row.apart and row.difference_high < 0 else ""
         return f"{number(row.perplexity)}{spread}{mark}"
 

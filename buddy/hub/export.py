@@ -67,14 +67,15 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
             choosing, measuring = _windows(run, routed, data)
         sizes = f"a batch of {section.batch_size} × {choosing.input_ids.shape[1]} tokens"
         with within_memory(sizes, "free some, or use a machine with more"):
-            kept, plans = most_frequent(
-                routed,
-                choosing,
-                executed,
-                prompt=section.prompt,
-                batch_size=section.batch_size,
-                track=tracker(f"Counting the plans of {run.router_name}"),
-            )
+            with routed.changed(mean_over=1):  # a plan of K layers, where the run has K in the mean
+                kept, plans = most_frequent(
+                    routed,
+                    choosing,
+                    executed,
+                    prompt=section.prompt,
+                    batch_size=section.batch_size,
+                    track=tracker(f"Counting the plans of {run.router_name}"),
+                )
             scores = _measure(run, routed, measuring, kept, budget)
         with status(f"Writing {out} …"):
             if routed.adapter is not None:
@@ -220,6 +221,6 @@ def _measure(run: Run, routed: RoutedLM, windows: Windows, kept: Sequence[int], 
     budgets = [fraction_of(budget, len(kept), routed.geometry.layers)]
     (ours,) = evaluate(routed, windows, budgets, description="Measuring the run", **options)
     plan = OnePlan(routed.geometry, kept).to(routed.backbone.device)
-    with routed.changed(plan, sink_tokens=0):
+    with routed.changed(plan, sink_tokens=0, mean_over=1):
         (theirs,) = evaluate(routed, windows, budgets, description="Measuring the checkpoint's plan", **options)
     return [ours, theirs]

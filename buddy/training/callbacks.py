@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -81,9 +81,11 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         path: the checkpoint's file.
         every: steps from one save to the next.
+        stop: tells a training that was stopped from one that ended.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
+    def __init__(self, path: Path, every: int, stop: GracefulStop) -> None:
+        self._stop, self._ended = stop, False
         super().__init__(
             dirpath=path.parent,
             save_top_k=0,
@@ -93,12 +95,17 @@ class LastCheckpoint(ModelCheckpoint):
         )
         self.CHECKPOINT_NAME_LAST = path.stem
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step  # or a resumed training would save amid its first step
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step:
+        self._ended = not self._stop.requested
+        if self._ended or self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"ended": self._ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass  # the checkpoint may come from another folder, which Lightning would warn of
@@ -181,18 +188,30 @@ class ProgressLine(ProgressBar):
             self._bar = None
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Raises TrainingError unless the file is a whole checkpoint of a training; what is pickled in it is not run."""
+def has_ended(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the training that a `LastCheckpoint` is of took its last step, early or not."""
+    return any(isinstance(state, dict) and state.get("ended") for state in checkpoint.get("callbacks", {}).values())
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint; what is pickled in it is not run.
+
+    Raises:
+        TrainingError: the file is no whole checkpoint of a training.
+    """
+    content: dict[str, Any] = {}
     if not os.path.isfile(path):
         raise TrainingError(f"There is no checkpoint {path}; leave ckpt_path out or name an existing file.")
     try:
-        missing = {*NEEDED} - {*torch.load(path, map_location="cpu", weights_only=True)}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {*NEEDED} - {*content}
         with zipfile.ZipFile(path) as parts:  # torch itself does not look at the sums
             missing = missing or {name for name in [parts.testzip()] if name}
     except Exception as error:  # cut, overwritten and foreign files show as a dozen kinds of error
         missing = {type(error).__name__}
     if missing:
         raise unusable(path, ", ".join(sorted(missing)))
+    return content
 
 
 def unusable(path: str | Path, reason: str) -> TrainingError:

@@ -110,6 +110,13 @@ def test_what_a_router_of_ones_own_does_wrong_is_one_sentence(small, tmp_path, w
         (["ckpt_path=nowhere.ckpt"], TrainingError, r"nowhere\.ckpt"),
         (["ckpt_path=CHECKPOINT", "router=uniform"], RecipeError, "uniform.*ckpt_path"),
         (["ckpt_path=CHECKPOINT", "adapter.joint=true"], RecipeError, r"adapter\.joint"),
+        (["ckpt_path=CHECKPOINT", "trainer.max_steps=0"], TrainingError, r"trainer\.max_steps"),
+        (["ckpt_path=CHECKPOINT", "trainer.max_steps=1"], TrainingError, r"trainer\.max_steps"),
+        (
+            ["adapter.joint=true", "adapter.steps=2", "trainer.max_steps=0", "routing.mean_over=4"],
+            RecipeError,
+            r"objective\.estimator",
+        ),
         (["objective.estimator=weighted"], RegistryError, "weighted"),
         (["callbacks=[{class_path: no.Such}]"], RecipeError, r"no\.Such"),
         (["logger={class_path: logging.Logger}"], RecipeError, r"logging\.Logger"),

@@ -203,6 +203,12 @@ def test_a_trained_router_is_healed_without_training_it_again(small, finished, h
     fit(small(tmp_path, f"ckpt_path={checkpoint}", *HEALED), "small")
     assert "Training buddy" not in capsys.readouterr().err
     assert same(weights(healed / "buddy"), weights(tmp_path / "small" / "buddy" / "seed-0"))
+    own = tmp_path / "small" / "buddy" / "seed-0" / "checkpoints" / "last.ckpt"
+    again = small(tmp_path, f"ckpt_path={own}", *HEALED, "adapter.lr=1e-4")
+    for _ in range(2):  # the new run, in the same place, keeps what it began from
+        fit(again, "small")
+        assert "Training buddy" not in capsys.readouterr().err
+        assert own.read_bytes() == checkpoint.read_bytes()
 
 
 # Wrong

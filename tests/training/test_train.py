@@ -1,5 +1,6 @@
 """Training that stops, fails and resumes, within one process."""
 
+import json
 import os
 import signal
 
@@ -81,6 +82,41 @@ def test_a_stopped_training_resumes_bit_for_bit(train, tmp_path, monkeypatch, ca
     assert same(train("parts", setting), expected)
     assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
     assert str(tmp_path / "parts" / "checkpoints" / "last.ckpt") in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_resumed_training_saves_no_checkpoint_amid_a_step(train, tmp_path, monkeypatch):
+    micro = ["trainer.accumulate_grad_batches=2", "checkpoint_every=3"]
+    expected = train("whole", *micro)
+    for batch in (8, 2):  # after the save of step 3, and after one batch of the resumed training
+        with monkeypatch.context() as patch:
+            at_step(patch, RoutingModule, batch, kill)
+            with pytest.raises(Killed):
+                train("parts", *micro)
+    assert same(train("parts", *micro), expected)
+    assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_training_that_ended_early_does_not_go_on_after_a_kill(train, tmp_path, monkeypatch):
+    stopping = {"monitor": "val/kl", "patience": 1, "min_delta": 1e9, "check_on_train_epoch_end": False}
+    early = [
+        f"callbacks=[{{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {json.dumps(stopping)}}}]"
+    ]
+    early += ["trainer.val_check_interval=2"]
+    expected = train("whole", *early)
+    steps = last(tmp_path / "whole")["global_step"]
+    assert steps < STEPS
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_test", lambda *_: kill())
+        with pytest.raises(Killed):
+            train("parts", *early)
+    assert same(train("parts", *early), expected)
+    assert last(tmp_path / "parts")["global_step"] == steps
+    go_on = f"ckpt_path={tmp_path / 'parts' / 'checkpoints' / 'last.ckpt'}"
+    train("more", go_on)
+    assert last(tmp_path / "more")["global_step"] == STEPS
 
 
 def test_a_second_signal_stops_at_once(train, tmp_path, monkeypatch):
