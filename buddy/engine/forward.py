@@ -294,7 +294,7 @@ class RoutedForward:
         self.scores, layers, executed = scores, self.settings.layers, self._counts(scores)
         if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
             counts: Sequence[int] = self.request.executed
-            if self.settings.competing == 1:
+            if executed is self.context.executed:
                 values = to_host(scores[:, 0])
             else:
                 values = to_host(torch.cat([scores[:, 0], executed], 1))  # both at once

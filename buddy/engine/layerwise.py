@@ -19,8 +19,8 @@ from buddy.router import LayerwiseRouter, in_float32
 class LayerwiseForward(RoutedForward):
     """A `RoutedForward` that asks a gate for one layer after the other and holds every token to exactly K layers.
 
-    With `mean_over` above 1 and a plan for each token of each row, the gates decide alone: a layer is decided for all
-    tokens of a prompt at once, before it is known how many layers the earlier of them will run.
+    With `mean_over` above 1 the gates decide alone: a layer is decided for all tokens of a prompt at once, before it is
+    known how many layers the earlier of them will run.
     Decisions are shared as scores are: a shared prompt follows its last token, and with `reroute_every` other than 1
     only some tokens decide. If all tokens follow a decision from before these positions, no gate is asked: `gate_order`
     of the gates that were open then gives the plan at once.
@@ -44,7 +44,7 @@ class LayerwiseForward(RoutedForward):
         """Decide which tokens run an undecided layer, from the hidden state (B, T, D) that arrives at it."""
         index = layer - self.context_layer
         is_open = self._is_open(index, hidden)
-        if self.settings.competing > 1:
+        if self.settings.mean_over > 1:
             runs = is_open | (self.context.executed == self.settings.layers)
         else:
             runs = clamp_gate(is_open, self._remaining, self.routable - index)
@@ -83,6 +83,14 @@ class LayerwiseForward(RoutedForward):
         if held is not None and self._follows is not None and to_host(self._follows.max()) < 0:
             return self._run_scores(held.expand(-1, self.shape[1], -1))
         self._begin_gates(held)
+
+    def _counts(self, scores: Tensor) -> Tensor:
+        """(B, T) long, layers of each token that follows an earlier decision: K, or its gates that were open then."""
+        executed = self.context.executed
+        if self.settings.mean_over == 1:
+            return executed
+        opened = (scores >= self.routable).sum(-1) + self.context_layer + 1
+        return torch.where(executed == self.settings.layers, executed, opened)
 
     def _begin_gates(self, held: Tensor | None) -> None:
         device = self.context.executed.device

@@ -152,6 +152,12 @@ class RoutedLM(nn.Module):
         return self.settings.policy
 
     @property
+    def mean_over(self) -> int:
+        """Tokens over which a budget is a mean; 1 where each token runs exactly K layers."""
+        gates = isinstance(self.router, LayerwiseRouter)  # decide alone, shared plans or not
+        return self.settings.mean_over if gates else self.settings.competing
+
+    @property
     def tokenizer(self) -> Any:
         """The backbone's tokenizer."""
         return self.backbone.tokenizer

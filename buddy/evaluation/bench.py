@@ -71,7 +71,7 @@ def bench_run(
     if routed.backbone.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     report |= {"peak_memory_mib": peak, "threads": torch.get_num_threads(), "rounds": rounds}
-    if routed.settings.mean_over > 1:
+    if routed.mean_over > 1:
         report["executed"] = {count: _executed(timings["routed", count]) for count in below}
     # Budgets such as 15ms use this table from now on.
     latency = routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]

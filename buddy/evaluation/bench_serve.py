@@ -99,7 +99,7 @@ def bench_serving(
             middle = statistics.median(each)
             entry = {"contender": way.name, "layers": way.layers, "texts": texts, "ms": middle}
             entries.append(entry | {"spread": [min(each), max(each)], "tokens_a_second": 1e3 * texts / middle})
-    threads, over = torch.get_num_threads(), routed.settings.mean_over
+    threads, over = torch.get_num_threads(), routed.mean_over
     made = {"rounds": rounds, "threads": threads, "machine": machine(), "versions": versions()}
     report_json(json_file, {**made, "results": entries})
     rows = []

@@ -83,7 +83,7 @@ def evaluate_run(
     over = run.recipe.routing.mean_over if mean_over is None else mean_over
     with memory, distributed.lost_peers_reported(), routed.changed(mean_over=over):
         check_mean(routed)
-        over = routed.settings.competing
+        over = routed.mean_over
         scores = evaluate(
             routed,
             windows,

@@ -216,7 +216,7 @@ class Model:
             yield pieces.rest()
         finally:
             if record.forwards:
-                self.ran = summary(record, executed, depth, budget, routed.settings.competing)
+                self.ran = summary(record, executed, depth, budget, routed.mean_over)
 
 
 def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0, over: int = 1) -> str:

@@ -120,7 +120,7 @@ def _forward(routed, ids, amount, padding, cache, executed):
     wanted = torch.tensor(executed)[:, None].expand(-1, amount)
     counted = torch.where(record.sinks[0], wanted, record.executed[0])
     asked = torch.ones_like(wanted, dtype=torch.bool)
-    if routed.settings.competing > 1:  # K is a mean, but full depth is not
+    if routed.mean_over > 1:  # K is a mean, but full depth is not
         asked = wanted == routed.geometry.layers
     assert torch.equal(counted[asked & real], wanted[asked & real]), "layers ran that were not asked for"
     return output, record.runs[0]
