@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from buddy.build import build_backbone, build_estimator, build_healing, build_model, build_module, check_model
+from buddy.build import (
+    build_backbone,
+    build_estimator,
+    build_healing,
+    build_model,
+    build_module,
+    check_model,
+    free_keys,
+)
 from buddy.config import load_recipe
 from buddy.engine.bridges import Bridges
 from buddy.engine.kv_policies import POLICIES
@@ -64,6 +72,15 @@ def groups(module, steps: int = 20) -> list[dict]:
     """The parameter groups of a module's optimizer."""
     module.trainer = SimpleNamespace(max_steps=steps, estimated_stepping_batches=steps)
     return module.configure_optimizers()["optimizer"].param_groups
+
+
+def test_what_changes_nothing_in_a_run(built):
+    recipe, model = built("router=shortgpt", "bridge=null")
+    assert "data.train_sources" in free_keys(recipe, model.router)
+    recipe, model = built("router=shortgpt", "bridge=null", "predictor.name=regress")
+    assert "data.train_sources" not in free_keys(recipe, model.router), "its predictor measures on that text"
+    recipe, model = built()
+    assert "data.train_sources" not in free_keys(recipe, model.router)
 
 
 def test_rates_and_weight_decay(built):

@@ -260,6 +260,17 @@ def test_trained_bridges_of_a_fixed_set_depend_on_no_estimator(ask, tmp_path):
         compare(ask(tmp_path, *bridged, "objective.ce=0.5", **options))
 
 
+@pytest.mark.slow
+def test_a_reused_run_of_another_training_text_leaves_no_trace_of_it(ask, small, tmp_path):
+    options = {"seeds": 1, "texts": None}
+    one, two = (f"data.train_sources=[{write_text(tmp_path / f'{n}.jsonl', seed=n)}]" for n in (8, 9))
+    assert compare(ask(tmp_path / "mixed", one, **options, routers="shortgpt")) == 0
+    assert compare(ask(tmp_path / "mixed", two, **options, routers="buddy,shortgpt")) == 0
+    assert compare(ask(tmp_path / "new", two, **options, routers="buddy,shortgpt")) == 0
+    mixed, new = (read_json(tmp_path / name / "comparison.json")["inputs"] for name in ("mixed", "new"))
+    assert mixed == new
+
+
 def test_a_begun_run_of_another_recipe_is_refused(ask, tmp_path, evaluations):
     evaluations += ["stop", "", "", ""]
     with pytest.raises(KeyboardInterrupt):

@@ -3,13 +3,15 @@
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from buddy.evaluation import tables
+from buddy.evaluation import figures, tables
 from buddy.evaluation.figures import LAYERS, MEASURED, TIME, draw_all, draw_run, write_tensorboard
 from buddy.evaluation.record import show_files, write_record
 from buddy.evaluation.results import Results
@@ -96,6 +98,18 @@ def test_perplexity_is_the_mean_over_seeds_with_its_spread(results):
     assert row(table, "best")[2] == f"{math.exp(3.2):.2f}†"
     assert row(table, "worse[a=1;b=2]")[3].endswith("†"), "another router is best at another budget"
     assert row(table, "full")[1:] == [f"{math.exp(2.5):.2f}", "–", "–"]
+
+
+def test_full_depth_has_a_spread_where_an_adapter_changes_it():
+    record = fresh()
+    assert "±" not in row(tables.perplexities(Results(record), "speeches"), "ours")[1]
+    record["recipe"] |= {"adapter.steps": 100, "adapter.rank": 8, "adapter.lr": 1e-3}
+    assert "±" in row(tables.perplexities(Results(record), "speeches"), "ours")[1]
+
+
+def test_lines_of_many_routers_all_look_different():
+    many = SimpleNamespace(routers=pd.DataFrame({"kind": ["learned"] * 40}))
+    assert len({str(style) for style in figures._styles(many)}) == 40
 
 
 def test_differences_are_to_the_best_static_router_of_each_budget(results):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,24 @@ def test_one_plan_runs_its_layers_for_every_token():
 def exported(folder, out, **options) -> dict:
     export_run(folder, **{"budget": "0.75", "out": out, **options})
     return json.loads((out / "buddy_export.json").read_text())
+
+
+def test_the_plan_of_a_run_in_the_mean_has_k_layers(finished, tmp_path, monkeypatch):
+    def in_the_mean(run):
+        routed = load_model(run)
+        routed.settings = replace(routed.settings, mean_over=8)
+        return routed
+
+    monkeypatch.setattr("buddy.hub.export.load_model", in_the_mean)
+    record, run = exported(finished / "buddy", tmp_path / "out", budget="0.5"), read_run(finished / "buddy")
+    assert len(record["kept"]) == 3
+    routed = in_the_mean(run)
+    data = build_data(run.recipe, routed.backbone)
+    data.setup()
+    routed.router = OnePlan(routed.geometry, record["kept"])
+    with routed.changed(sink_tokens=0, mean_over=1):
+        (theirs,) = evaluate(routed, data.validation, [0.5], prompt=run.recipe.data.prompt)
+    assert record["perplexity"]["checkpoint"] == pytest.approx(theirs.perplexity, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["shortgpt", "buddy"])
