@@ -51,7 +51,7 @@ from buddy.metrics.perplexity import MOST, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import input_digests
 from buddy.registry import load
-from buddy.router import available_budgets
+from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import RunSpec, read_run
 from buddy.run_files import (
     ADAPTER,
@@ -239,9 +239,11 @@ class Session:
             self._keep(model, fitted)
         else:
             self._calibrate(recipe, model)
-            self._fit_bridges(recipe, model)
             both = trains_both(recipe, model.router)
-            if model.router.trainable and not both and recipe.trainer["max_steps"]:
+            alone = model.router.trainable and not both and recipe.trainer["max_steps"] > 0
+            begins = isinstance(model.router, LayerwiseRouter) and (alone or both)
+            self._fit_bridges(recipe, model, planned=not begins)
+            if alone:
                 _train(recipe, model, self.data, checkpoint)
                 if recipe.bridge and recipe.bridge.joint:
                     model.bridge(model.bridges)  # as trained
@@ -272,11 +274,20 @@ class Session:
                 model.router.calibrate(self._probe(recipe, model))
         distributed.broadcast_state(model.router)
 
-    def _fit_bridges(self, recipe: Recipe, model: RoutedLM) -> None:
-        """Fit the bridges on the plans that the router makes now, at all budgets below full depth."""
+    def _fit_bridges(self, recipe: Recipe, model: RoutedLM, planned: bool = True) -> None:
+        """Fit the bridges on the plans that the router makes now, at all budgets below full depth.
+
+        Args:
+            recipe: of the run.
+            model: with its router.
+            planned: False for bridges of all layers on the dense model's states. Gates that are not trained yet are
+                open, and the exact count then skips the last layers, which is no plan to learn with.
+        """
         executed = [count for count in counts_of(recipe, model).values() if count < model.geometry.layers]
         if not uses_bridges(recipe, model.router):
             return
+        if executed and not planned:
+            executed = [model.geometry.layers]
         section, fitted = recipe.bridge, Bridges(model.geometry, recipe.bridge.rank)
         if executed and (distributed.is_global_zero() or is_sharded(recipe.trainer)):
             fitted = fit_bridges(

@@ -37,7 +37,7 @@ class FiRST(GateRouter):
     - The gates alone are trained, to the recipe's objective; the paper tunes LoRA adapters afterwards.
     - Sinks, the first and the last layer always run.
 
-    With `gates="soft"` and `budget_aware=False` it is the paper's router but for the count.
+    `gates="soft"` and `budget_aware=False` come nearest to the paper's router; what else is listed above still differs.
 
     Args:
         geometry: sizes of the backbone.

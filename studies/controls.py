@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help="of the context of `buddy`, replaced by their means")
     asked = parser.parse_args()
     recipe, model = opened(asked.run)
+    model.settings = replace(model.settings, mean_over=1)  # plans of a mean would depend on later tokens
     check_texts(parser, recipe, asked.calibrate, asked.texts)
     share = asked.windows // len(asked.calibrate)
     seen = torch.cat([part_of(recipe, model, text, "calibration", share).input_ids for text in asked.calibrate])

@@ -95,6 +95,7 @@ def hindsight(
         check_output_path(json_file)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
+        routed.settings = replace(routed.settings, mean_over=1)  # plans of a mean would depend on later tokens
     if isinstance(routed.router, LayerwiseRouter):
         raise RunError(f"The router {run.router_name} has no scores to correct; name a run of another router.")
     asked = {routed.executed_layers(budget) for budget in available_budgets(routed.router, run.recipe.budgets)} - {

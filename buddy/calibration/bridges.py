@@ -136,8 +136,8 @@ def _regression(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(down (r, D), up (D, r), bias (D,)) from the states (B, T, D) of chosen tokens (B, T) to their targets.
 
-    A token weighs one over the norm of its target: layers read normalised states, so an error counts relative to the
-    state, and few tokens have states many times larger than the others'.
+    A token weighs one over the norm of its target, so that the few tokens whose states are many times larger than the
+    others' count less: layers read normalised states.
     """
     gram: Any = 0.0
     cross: Any = 0.0

@@ -319,8 +319,8 @@ def _protocol(r: Results) -> Iterator[str]:
         "Perplexity is the exponential of the mean cross-entropy over all scored tokens; with several seeds it is the "
         "mean of their perplexities (Cost has their number). Differences are of mean cross-entropy, negative if a "
         "router is better than the best static one. Intervals are 95 % bootstrap intervals that resample seeds, and "
-        "documents, the same for both routers. The best static router is the best on these test windows at that "
-        "budget, a choice that favours it. "
+        "documents, the same for both routers; those of a row with one seed leave the variance between seeds out. The "
+        "best static router is the best on these test windows at that budget, a choice that favours it. "
         f"Intervals are not corrected for multiple comparisons. {_at_full_depth(r)}"
     )
     yield ""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import buddy
+from buddy import fit as fit_module
 from buddy.build import load_model
 from buddy.compare import fit
 from buddy.errors import BuddyError, DamagedError, RecipeError, RunError
@@ -45,6 +46,21 @@ def test_every_router_that_skips_has_them_and_they_help(with_bridges, finished):
     assert not (with_bridges / "full" / BRIDGE).exists()
     for name in ("shortgpt", "random"):
         assert kl(with_bridges / name, 0.5) < kl(finished / name, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("router", "first"), [("skipgpt", [6]), ("buddy", [4, 3]), ("shortgpt", [4, 3])])
+def test_gates_begin_with_bridges_of_all_layers(small, tmp_path, monkeypatch, router, first):
+    planned, fit_bridges = [], fit_module.fit_bridges
+
+    def fitting(model, windows, executed, **options):
+        planned.append(list(executed))
+        return fit_bridges(model, windows, executed, **options)
+
+    monkeypatch.setattr(fit_module, "fit_bridges", fitting)
+    fit(small(tmp_path, f"router={router}", "rivals=[]", "bridge.rank=4", "trainer.max_steps=2"), "small")
+    assert planned == [first] + [[4, 3]] * (router != "shortgpt"), "before the training, and after it"
+    assert load_tensors(tmp_path / "small" / router / "seed-0" / BRIDGE)["fitted"].any()
 
 
 @pytest.mark.slow
