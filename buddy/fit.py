@@ -338,7 +338,7 @@ class Session:
 def _check_start(recipe: Recipe, path: str) -> None:
     """Raises TrainingError where `ckpt_path` names no checkpoint, or one of more steps than the recipe takes."""
     done, steps = read_checkpoint(path)["global_step"], recipe.trainer["max_steps"]
-    if 0 <= steps < done:
+    if steps < done:
         raise TrainingError(
             f"The checkpoint {path} is of step {done}, and trainer.max_steps is {steps}; set that to {done} or more."
         )
@@ -409,7 +409,9 @@ def _run_trainer(
     trained, steps = recipe, recipe.trainer["max_steps"]
     if start:
         content = read_checkpoint(start)
-        if start == checkpoint and has_ended(content):
+        # With `ckpt_path` a recipe may go on from its own folder, where another recipe has ended.
+        named = recipe.ckpt_path and Path(recipe.ckpt_path).resolve() == checkpoint.resolve()
+        if start == checkpoint and not named and has_ended(content):
             trained = replace(recipe, trainer={**recipe.trainer, "max_steps": content["global_step"]})  # no more
         errors.print(f"Resuming from {start}", soft_wrap=True)
     stop, own = GracefulStop(), [instantiate(spec) for spec in recipe.callbacks]

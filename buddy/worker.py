@@ -166,8 +166,7 @@ class Worker:
 
     def _task_key(self, name: str) -> dict[str, Any]:
         tasks = self._tasks
-        folders = {key: folder and str(folder) for key, folder in (("data", tasks.data), ("path", tasks.path))}
-        return {"limit": tasks.limit, **folders, **_task_content(name, tasks)}
+        return {"limit": tasks.limit, **_task_content(name, tasks)}
 
     def _task_entries(self, spec: RunSpec, name: str, model: RoutedLM) -> list[dict[str, Any]]:
         """One entry for each budget; full depth is computed once for all runs, unless adapters change it."""
@@ -213,7 +212,8 @@ def _weights(spec: RunSpec) -> dict[str, str]:
 def _task_content(name: str, tasks: Tasks) -> dict[str, Any]:
     """Digests of a task's items and definitions."""
     items = tasks.data / f"{name}.jsonl" if tasks.data else None
-    own = sorted(path for path in tasks.path.rglob("*") if path.is_file()) if tasks.path else []
+    found = sorted(path for path in tasks.path.rglob("*") if path.is_file()) if tasks.path else []
+    own = [path for path in found if "__pycache__" not in path.parts]  # lm-eval writes there
     return {
         "lm_eval": version("lm_eval"),
         "lines": checksum(items) if items and items.is_file() else None,

@@ -259,7 +259,7 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     made |= {"machine": machine(), "versions": versions()}
     try:
         kept = read_json(folder / FILE)
-        if kept["made"] == made and kept["tokens"] == tokens:
+        if kept["made"] == made and kept["tokens"] == tokens and "decode_layers" in kept["full"]:
             return kept
     except (BuddyError, KeyError):  # not measured yet, or cut
         pass

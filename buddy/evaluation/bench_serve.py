@@ -99,7 +99,7 @@ def bench_serving(
             middle = statistics.median(each)
             entry = {"contender": way.name, "layers": way.layers, "texts": texts, "ms": middle}
             entries.append(entry | {"spread": [min(each), max(each)], "tokens_a_second": 1e3 * texts / middle})
-    threads, over = torch.get_num_threads(), routed.mean_over
+    threads, over = torch.get_num_threads(), routed.settings.competing
     made = {"rounds": rounds, "threads": threads, "machine": machine(), "versions": versions()}
     report_json(json_file, {**made, "results": entries})
     rows = []
@@ -111,7 +111,7 @@ def bench_serving(
     head = ["", "layers", *(f"{n} text{'s' * (n > 1)}" for n in BATCHES)]
     print_titled_table(f"{about}: tokens a second (ms between tokens)", head, rows)
     spans = f"{SHORTEST} to {PROMPT}"
-    mean = " A plan a row holds its budget in the mean over tokens, a plan a batch in each." if over > 1 else ""
+    mean = " A plan a row runs K layers in the mean over tokens, a plan a batch in each." if over > 1 else ""
     results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.{mean}")
 
 

@@ -128,6 +128,14 @@ class BuddyLM(HFLM):
         """(log-probability in nats, whether greedy decoding gives it) for each context and continuation."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.on_scored is not None)
 
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """The log-probability in nats of each whole text."""
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or self.on_scored is not None)
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context."""
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or self.on_scored is not None)
+
     def get_model_info(self) -> dict[str, Any]:
         """The model's entry in lm-eval's results."""
         backbone = self.routed.backbone
@@ -144,7 +152,8 @@ class BuddyLM(HFLM):
         self, requests: Sequence[Tokenised], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         answers: list[Any] = [None] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+        quiet = disable_tqdm or self.on_scored is not None
+        with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
             for rows in self._batches(requests):
                 first = self._first_wanted(rows, requests)
                 lengths = torch.tensor([len(row.tokens) for row in rows])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from shlex import quote
 from typing import Any
 
 from buddy.backbone import embedded
@@ -35,7 +37,8 @@ def run_card(run: Run, metrics: Mapping[str, Any], name: str, licence: str | Non
     if (run.folder / PREDICTOR).is_file():
         extras += " A budget predictor chooses the budget of a request at budget `auto`."
     over = run.recipe.routing.mean_over
-    count = "exactly" if over == 1 else f"in the mean over {over} tokens"
+    exact = all(set(each["executed"].values()) == {each["layers"]} for each in metrics["results"])  # scope prompt
+    count = "exactly" if over == 1 or exact else f"in the mean over {over} tokens"
     body = f"""\
 # {run.router_name} for {backbone}
 
@@ -200,12 +203,12 @@ def _usage(run: Run, name: str) -> str:
 ```python
 import buddy
 
-model = buddy.load("{name}"{backbone})
+model = buddy.load({json.dumps(name, ensure_ascii=False)}{backbone})
 print(model.generate("The state of the union is", budget=0.75))
 ```
 
 ```bash
-buddy pull {name} --out pulled
+buddy pull {quote(name)} --out pulled
 buddy generate --run pulled --budget 0.75 "The state of the union is"
 ```
 """

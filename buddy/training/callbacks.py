@@ -100,7 +100,8 @@ class LastCheckpoint(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step  # or a resumed training would save amid its first step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended = not self._stop.requested
+        stopped = trainer.strategy.reduce_boolean_decision(self._stop.requested, all=False)  # as one, see GracefulStop
+        self._ended = not stopped
         if self._ended or self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -190,7 +191,8 @@ class ProgressLine(ProgressBar):
 
 def has_ended(checkpoint: Mapping[str, Any]) -> bool:
     """Whether the training that a `LastCheckpoint` is of took its last step, early or not."""
-    return any(isinstance(state, dict) and state.get("ended") for state in checkpoint.get("callbacks", {}).values())
+    states = {key: state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith("LastCheckpoint")}
+    return any(state.get("ended") for state in states.values())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -119,6 +119,17 @@ def test_a_training_that_ended_early_does_not_go_on_after_a_kill(train, tmp_path
     assert last(tmp_path / "more")["global_step"] == STEPS
 
 
+@pytest.mark.slow
+def test_a_training_that_ended_goes_on_where_its_own_checkpoint_is_named(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_test", lambda *_: kill())
+        with pytest.raises(Killed):
+            train("run", "trainer.max_steps=2")
+    own = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    train("run", "trainer.max_steps=6", f"ckpt_path={own}")
+    assert last(tmp_path / "run")["global_step"] == 6
+
+
 def test_a_second_signal_stops_at_once(train, tmp_path, monkeypatch):
     def twice() -> None:
         interrupt()
