@@ -144,7 +144,8 @@ def check_mean(model: RoutedLM) -> None:
     if over > 1 and model.settings.competing == 1 and model.router.scope == "token":
         raise RecipeError(
             f"routing.mean_over={over} needs a plan for each token of each row; set "
-            "routing.prompt_plan=token, routing.batch_plan=row and routing.reroute_every=1, or routing.mean_over=1."
+            "routing.prompt_plan=token, routing.batch_plan=row and routing.reroute_every=1, or routing.mean_over=1 "
+            "(--mean-over 1)."
         )
 
 

@@ -241,8 +241,8 @@ class Session:
             self._calibrate(recipe, model)
             both = trains_both(recipe, model.router)
             alone = model.router.trainable and not both and recipe.trainer["max_steps"] > 0
-            begins = isinstance(model.router, LayerwiseRouter) and (alone or both)
-            self._fit_bridges(recipe, model, planned=not begins)
+            untrained_gates = isinstance(model.router, LayerwiseRouter) and (alone or both)
+            self._fit_bridges(recipe, model, planned=not untrained_gates)
             if alone:
                 _train(recipe, model, self.data, checkpoint)
                 if recipe.bridge and recipe.bridge.joint:

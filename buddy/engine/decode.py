@@ -127,7 +127,12 @@ class Row:
     counted: int = 0
 
     def new_counts(self, counts: Sequence[int], end: int) -> list[int]:
-        """Those of the layers that tokens up to the `end`-th ran which were not given before; −1 for a sink."""
+        """Layers that each token ran, without sinks and tokens that were counted before.
+
+        Args:
+            counts: of the last tokens up to the `end`-th of prompt and answer; −1 for a sink.
+            end: number of tokens read so far.
+        """
         first, self.counted = max(0, self.counted - end + len(counts)), max(self.counted, end)
         return [count for count in counts[first:] if count >= 0]
 

@@ -34,7 +34,7 @@ MEASURED = {  # figures over measured columns of `Results.scores`, with the labe
 # For readers with colour blindness (Paul Tol's "muted" and "bright"); lines of one colour differ in their marks.
 COLOURS: tuple[str, ...] = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee", "#882255")
 COLOURS += ("#44aa99", "#999933", "#aa4499", "#555555", "#e6550d", "#000000")
-MARKS = "osD^vPX*<>h"  # so many that the next pair of both is the first again after 132 lines
+MARKS = "osD^vPX*<>h"  # 11 beside 12 colours: a pair repeats after 132 lines
 STROKES = {"learned": "-", "static": "--", "random": ":"}
 FIGURE = "loss.png"  # of a run
 TENSORBOARD, PICTURES = "tensorboard", "_figures"  # folders

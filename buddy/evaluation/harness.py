@@ -124,10 +124,6 @@ class BuddyLM(HFLM):
         """(n,) long, layers that each token ran since the budget was set; sinks and padding are left out."""
         return torch.cat([torch.zeros(0, dtype=torch.long), *self._executed])
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether greedy decoding gives it) for each context and continuation."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.on_scored is not None)
-
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """The log-probability in nats of each whole text."""
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or self.on_scored is not None)

@@ -293,6 +293,7 @@ class Scheduler:
         self._running[row] = text, pieces
 
     def _prompt_layers(self, text: GenerationRequest) -> int | None:
+        """K of the prompt's tokens, where it differs; a `PromptBudgetError` lets the answer name the field."""
         try:
             return None if text.prompt_budget is None else self._model.executed_layers(text.prompt_budget, text.prompt)
         except BudgetError as error:

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
-from buddy.build import build_held_out
+from buddy.build import build_held_out, load_model
 from buddy.compare import fit
-from buddy.errors import BudgetError, DataError, RunError
+from buddy.errors import BudgetError, DataError, RecipeError, RunError
 from buddy.evaluation.evaluate import evaluate_run, show_scores
 from buddy.hub.export import export_run
 from buddy.run import read_run
@@ -74,6 +75,17 @@ def test_what_cannot_be_evaluated(finished, tmp_path):
         evaluate_run(finished / "full", budgets=["0.5"])
     with pytest.raises(DataError, match=r"nothing\.txt"):
         evaluate_run(finished / "buddy", data="nothing.txt")
+
+
+def test_shared_plans_are_refused_where_a_mean_is_asked_for(finished, monkeypatch):
+    def shared(run):
+        routed = load_model(run)
+        routed.settings = replace(routed.settings, reroute_every=2)
+        return routed
+
+    monkeypatch.setattr("buddy.evaluation.evaluate.load_model", shared)
+    with pytest.raises(RecipeError, match="mean_over"):
+        evaluate_run(finished / "buddy", mean_over=8)
 
 
 def test_a_text_that_changed_since_and_one_that_was_trained_on(small, tmp_path):
