@@ -30,7 +30,6 @@ README, ROUTERS, RECIPES, DESIGN, COMMANDS = (
 )
 FIGURE = "docs/results-quality-layers.png"
 ELSEWHERE = {"lightning.md", "commands.md"}  # run by test_lightning.py; read by a test below
-QUICK = {"concepts.md", "faq.md", "method.md", "python.md", "CONTRIBUTING.md"}  # run in a second
 TINY = (
     *("backbone.dtype=float32", "budgets=[1.0,0.75,0.5]", "trainer.max_steps=2", "trainer.accelerator=cpu"),
     *("data.window=48", "data.prompt=12", "data.batch_size=2", "data.calibration_windows=2"),
@@ -84,9 +83,10 @@ def documents() -> Iterator[object]:
     for path in DOCUMENTS:
         runs = any(block.language != "text" for block in blocks(path))
         if runs and path.name not in ELSEWHERE:
-            yield pytest.param(path, id=path.name, marks=[] if path.name in QUICK else [pytest.mark.slow])
+            yield pytest.param(path, id=path.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", list(documents()))
 def test_every_block_runs(document, place, tmp_path, monkeypatch):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)

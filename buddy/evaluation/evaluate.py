@@ -164,15 +164,17 @@ def evaluate(
 def show_scores(scores: Sequence[Scores], title: str, names: Mapping[float | str, str]) -> None:
     """Print the results of one router on one text, a row for each budget, by the name that it was given."""
     head = ["budget", "layers", "executed min / mean / max", "perplexity", "95 % interval", "KL to dense"]
+    uneven = any(each.executed.min < each.executed.max for each in scores)
+    head[3:3] = ["scored"] * uneven
     rows = []
     for each in scores:
-        (least, average, most), (low, high) = each.executed, each.interval()
-        layers = f"{each.layers}" if each.chosen is None else f"{average:.1f}"
-        executed, interval = f"{least} / {average:.2f} / {most}", f"{low:.2f} – {high:.2f}"
-        rows.append(
-            [names[each.budget], layers, executed, f"{each.perplexity:.2f}", interval, f"{max(each.mean_kl, 0.0):.4f}"]
-        )
+        ran, (low, high) = each.executed, each.interval()
+        layers = f"{each.layers}" if each.chosen is None else f"{ran.mean:.1f}"
+        executed = [f"{ran.min} / {ran.mean:.2f} / {ran.max}", *[f"{ran.scored:.2f}"] * uneven]
+        quality = f"{each.perplexity:.2f}", f"{low:.2f} – {high:.2f}", f"{max(each.mean_kl, 0.0):.4f}"
+        rows.append([names[each.budget], layers, *executed, *quality])
     note = f"{int(scores[0].tokens.sum())} scored tokens in {counted(len(scores[0].tokens), 'document')}"
+    note += "; scored: layers that they ran in the mean, without prompts" * uneven
     if scores[0].sinks:
         note += f"; sink tokens, run at full depth and counted apart: {scores[0].sinks} a window"
     print_titled_table(title, head, rows, f"{note}.")
@@ -186,7 +188,7 @@ def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:
     counts = ", ".join(f"{layers} layers for {windows}" for layers, windows in sorted(auto.chosen.items()))
     text = f"{auto.budget} chose, of {sum(auto.chosen.values())} windows, {counts}"
     fixed: dict[float, float] = {each.layers: math.log(each.perplexity) for each in scores if each.chosen is None}
-    loss = mixed(fixed, auto.executed[1])
+    loss = mixed(fixed, auto.executed.mean)
     if loss is not None:
         text += f"; a random mixture of fixed budgets with as many layers has perplexity {math.exp(loss):.2f}"
     return f"{text}."

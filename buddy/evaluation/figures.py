@@ -135,7 +135,7 @@ def draw_run(folder: Path, scores: Sequence[Scores]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ordered = sorted(scores, key=lambda each: each.layers)
-    points = [(each.executed[1], *map(math.log, (each.perplexity, *each.interval()))) for each in ordered]
+    points = [(each.executed.mean, *map(math.log, (each.perplexity, *each.interval()))) for each in ordered]
     with figure_at(folder / FIGURE, figsize=(7, 4.5)) as axis:
         _band(axis, pd.DataFrame(points), 0.15, marker="o")
         axis.set(xlabel="executed layers", ylabel="cross-entropy on held-out text (nats per token)")

@@ -25,7 +25,8 @@ COLUMNS = ["router", "seed", "text", "budget", "document", "metric", "value"]
 # Columns of comparison.csv.
 CSV = (
     *("router", "kind", "seed", "domain", "budget", "layers", "perplexity", "interval_low", "interval_high", "kl"),
-    *("executed_min", "executed_mean", "executed_max", "documents", "tokens", "fit_seconds", "parameters"),
+    *("executed_min", "executed_mean", "executed_max", "executed_scored"),
+    *("documents", "tokens", "fit_seconds", "parameters"),
     *("decode_tokens_per_second", "prefill_tokens_per_second"),
 )
 WHOLE = ("layers", "executed_min", "executed_max", "documents", "tokens", "parameters")  # columns of whole numbers
@@ -144,7 +145,7 @@ class Results:
         wide["decode_tokens_per_second"] = 1e3 / wide.decode_ms
         wide["prefill_tokens_per_second"] = 1e3 * speed["tokens"] / wide.prefill_ms
         wide = wide.rename(columns={"text": "domain", "seconds": "fit_seconds"})
-        return wide[[*CSV]].astype(dict.fromkeys(WHOLE, int)).to_csv(index=False)
+        return wide.reindex(columns=[*CSV]).astype(dict.fromkeys(WHOLE, int)).to_csv(index=False)
 
     def _scores_at(self, text: str, budget: float) -> Iterator[dict[str, Any]]:
         """Loss, its interval and the difference to the best static router, for each router on a text at a budget."""
@@ -250,7 +251,7 @@ def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Names and values of the metrics over all documents."""
     yield from ((name, result[name]) for name in ("layers", "perplexity", "kl", "documents", "tokens"))
     yield from zip(("interval_low", "interval_high"), result["interval"], strict=True)
-    yield from ((f"executed_{name}", result["executed"][name]) for name in ("min", "mean", "max"))
+    yield from ((f"executed_{name}", value) for name, value in result["executed"].items())
 
 
 def _mean_share(tasks: Sequence[np.ndarray]) -> float:

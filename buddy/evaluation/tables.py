@@ -120,7 +120,7 @@ def costs(r: Results) -> Table:
     note = (
         "Fit: seconds of calibration and training of one run, mean over seeds. Values that an earlier router or run "
         "has measured on the calibration windows are read from the cache. Executed layers: min/mean/max over tokens "
-        "where they differ from K."
+        "where they differ from K; in brackets, the mean of scored tokens, without prompts."
     )
     return _table("Cost", cells, note + (" Adapter lr: for each seed, the best on validation windows." * healed))
 
@@ -239,12 +239,14 @@ def _table(title: str, cells: pd.DataFrame, note: str = "") -> Table:
 def _executed(r: Results, router: str) -> str:
     """Layers that tokens ran over all texts and seeds, at each budget where that was not K for all."""
     found = []
-    own = r.runs.xs(router, level="router")[["executed_min", "executed_mean", "executed_max"]]
+    names = ["executed_min", "executed_mean", "executed_max", "executed_scored"]
+    own = r.runs.xs(router, level="router").reindex(columns=names)
     for budget, layers in r.budgets.items():
         ran = own[own.index.get_level_values("budget") == budget]
-        if (ran != layers).any(axis=None):
+        if (ran[names[:3]] != layers).any(axis=None):
             least, mean, most = ran.executed_min.min(), ran.executed_mean.mean(), ran.executed_max.max()
-            found.append(f"{layers}: {least:.0f}/{mean:.2f}/{most:.0f}")
+            scored = "" if ran.executed_scored.isna().any() else f" ({ran.executed_scored.mean():.2f})"
+            found.append(f"{layers}: {least:.0f}/{mean:.2f}/{most:.0f}{scored}")
     return "; ".join(found) or "as asked"
 
 

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,18 @@ from buddy.metrics.statistics import quantiles, resamples
 MOST = 2**30  # bytes of the dense model's hidden states
 
 
+class Executed(NamedTuple):
+    """Layers that tokens ran: least, mean and most, prompts included and sinks left out; and the mean of scored ones.
+
+    A scored token is one whose next token is predicted for the score.
+    """
+
+    min: int
+    mean: float
+    max: int
+    scored: float
+
+
 @dataclass(frozen=True)
 class Scores:
     """The results of one router at one budget.
@@ -35,7 +47,7 @@ class Scores:
     Attributes:
         budget: a fraction; "auto" where a budget predictor chose for each window.
         layers: K, the executed layers of the budget; for "auto" the mean over tokens, rounded.
-        executed: least, mean and most layers that tokens ran, prompts included and sinks left out.
+        executed: layers that tokens ran.
         sinks: tokens per window that run at full depth at every budget.
         loss: (documents,) summed next-token cross-entropy in nats.
         kl: (documents,) summed KL to the dense model in nats.
@@ -45,7 +57,7 @@ class Scores:
 
     budget: float | str
     layers: int
-    executed: tuple[int, float, int]
+    executed: Executed
     sinks: int
     loss: np.ndarray
     kl: np.ndarray
@@ -84,6 +96,7 @@ class WindowResult:
         loss, kl: sums over the scored tokens, in nats.
         tokens: scored tokens.
         ran: number of tokens, sinks left out, for each number of layers that tokens ran.
+        scored: sum of the layers that the scored tokens ran.
         sinks: tokens that run at full depth at every budget.
         chosen: K that "auto" chose; None for a fixed budget.
     """
@@ -95,6 +108,7 @@ class WindowResult:
     kl: float
     tokens: int
     ran: Counter[int]
+    scored: int
     sinks: int
     chosen: int | None = None
 
@@ -183,6 +197,7 @@ def measure(
                 kl=kl[row],
                 tokens=len(scored),
                 ran=Counter(output.executed[row][~output.sinks[row]].tolist()),
+                scored=int(output.executed[row, scored].sum()),
                 sinks=int(output.sinks[row].sum()),
                 chosen=int(executed[row]) if isinstance(key, str) else None,
             )
@@ -225,7 +240,7 @@ def _scores_at(key: int | str, rows: Sequence[WindowResult]) -> Scores:
         tokens[place] += row.tokens
     ran = sum((row.ran for row in rows), Counter())
     mean = sum(layers * number for layers, number in ran.items()) / ran.total()
-    executed = min(ran), mean, max(ran)
+    executed = Executed(min(ran), mean, max(ran), sum(row.scored for row in rows) / float(tokens.sum()))
     chosen = dict(Counter(row.chosen for row in rows)) if isinstance(key, str) else None
     layers = round(mean) if isinstance(key, str) else key
     return Scores(1.0, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)
@@ -251,11 +266,10 @@ def with_documents(scores: Sequence[Scores]) -> dict[str, Any]:
 
 
 def _entry(scores: Scores) -> dict[str, Any]:
-    least, mean, most = scores.executed
     return {
         "budget": scores.budget,
         "layers": scores.layers,
-        "executed": {"min": least, "mean": mean, "max": most},
+        "executed": scores.executed._asdict(),
         "sink_tokens": scores.sinks,
         "perplexity": scores.perplexity,
         "kl": scores.mean_kl,

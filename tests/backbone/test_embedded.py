@@ -221,6 +221,7 @@ print(model_folder(MODELS[0]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.real
 def test_the_real_conversion_does_not_depend_on_the_environment(tmp_path, smollm2):

@@ -25,6 +25,8 @@ from buddy.run import read_run
 from tests.small import start_buddy, write_text
 from tests.training.stopping import same
 
+pytestmark = pytest.mark.slow
+
 ROUTERS = "buddy,buddy[hidden=8],shortgpt,random,full"
 LABELS = ROUTERS.split(",")
 SEEDED = [*LABELS[:2], "random"]
@@ -139,7 +141,6 @@ def again(whole, tmp_path) -> Path:
 # Reused, resumed, refused
 
 
-@pytest.mark.slow
 def test_what_is_complete_is_not_made_again(again, ask, monkeypatch):
     monkeypatch.setattr(Session, "fit", lambda *_: pytest.fail("a complete run was made again"))
     monkeypatch.setattr(Session, "evaluate", lambda *_: pytest.fail("a complete run was evaluated again"))
@@ -167,7 +168,6 @@ def evaluations(monkeypatch) -> Iterator[list[str]]:
     return seen
 
 
-@pytest.mark.slow
 def test_an_interrupted_comparison_resumes(whole, ask, tmp_path, evaluations):
     options = {"routers": "shortgpt,buddy,full"}
     evaluations.append("stop")
@@ -183,7 +183,6 @@ def test_an_interrupted_comparison_resumes(whole, ask, tmp_path, evaluations):
     assert_same_routers(whole, tmp_path, ("buddy/seed-0", "buddy/seed-1", "shortgpt/seed-0"))
 
 
-@pytest.mark.slow
 def test_another_text_by_the_same_name_is_measured_anew(again, ask, evaluations, tmp_path):
     text = write_text(tmp_path / "other.jsonl", 40, seed=6)
     for _ in range(2):
@@ -191,7 +190,6 @@ def test_another_text_by_the_same_name_is_measured_anew(again, ask, evaluations,
         assert len(evaluations) == 1
 
 
-@pytest.mark.slow
 def test_what_is_complete_is_compared_without_fitting(again, ask, tmp_path, capsys):
     options = {"texts": None, "finished": True, "seeds": None}
     with pytest.raises(RunError, match="--finished"):
@@ -225,7 +223,6 @@ def test_runs_of_another_recipe_are_refused_with_the_keys(again, ask, monkeypatc
         compare(ask(again, **options))
 
 
-@pytest.mark.slow
 def test_a_router_has_overrides_of_its_own(ask, tmp_path):
     options = {"routers": "buddy[hidden=8;optimizer.lr=0.2]", "seeds": 1, "texts": None}
     assert compare(ask(tmp_path, "optimizer.lr=0.1", **options)) == 0
@@ -260,7 +257,6 @@ def test_trained_bridges_of_a_fixed_set_depend_on_no_estimator(ask, tmp_path):
         compare(ask(tmp_path, *bridged, "objective.ce=0.5", **options))
 
 
-@pytest.mark.slow
 def test_a_reused_run_of_another_training_text_leaves_no_trace_of_it(ask, small, tmp_path):
     options = {"seeds": 1, "texts": None}
     one, two = (f"data.train_sources=[{write_text(tmp_path / f'{n}.jsonl', seed=n)}]" for n in (8, 9))
@@ -280,7 +276,6 @@ def test_a_begun_run_of_another_recipe_is_refused(ask, tmp_path, evaluations):
         compare(ask(tmp_path, "optimizer.lr=0.1", routers="buddy"))
 
 
-@pytest.mark.slow
 def test_changed_inputs_are_refused_and_changed_code_warns(ask, again, tmp_path, monkeypatch, capsys):
     from tests.tiny import tiny_folder
 
@@ -305,7 +300,6 @@ def test_changed_inputs_are_refused_and_changed_code_warns(ask, again, tmp_path,
 HEAL = ("adapter.steps=2", "adapter.rank=2", "adapter.lr=0.02")
 
 
-@pytest.mark.slow
 def test_reused_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, capsys):
     options = {"routers": "buddy,shortgpt,full", "seeds": 1, "texts": None}
     assert compare(ask(tmp_path / "reused", *HEAL, **options, trained=whole)) == 0
@@ -325,7 +319,6 @@ def test_reused_routers_are_healed_and_not_fitted_again(ask, whole, tmp_path, ca
         compare(ask(tmp_path / "again", "adapter.steps=3", **options, trained=tmp_path / "reused"))
 
 
-@pytest.mark.slow
 def test_which_routers_are_reused(ask, whole, tmp_path, capsys):
     """One that draws nothing serves every seed, and one that is not trained every training; the rest is fitted."""
     options = {"routers": "shortgpt,random", "seeds": 1, "texts": None, "trained": whole}
@@ -336,7 +329,6 @@ def test_which_routers_are_reused(ask, whole, tmp_path, capsys):
     assert {*router_files(tmp_path)} == {"shortgpt/seed-7", "random/seed-7"}
 
 
-@pytest.mark.slow
 def test_healing_of_reused_routers_may_train_their_bridges(ask, tmp_path):
     options = {"routers": "shortgpt", "seeds": 1, "texts": None}
     assert compare(ask(tmp_path / "closed", "bridge.rank=4", **options)) == 0
@@ -450,7 +442,6 @@ def test_a_failing_router_stops_no_other(ask, tmp_path, capsys):
 # Several processes
 
 
-@pytest.mark.slow
 def test_processes_side_by_side_give_the_same(ask, whole, tmp_path, capsys):
     fails = "tests.comparison.odd_routers:Fails"
     assert compare(ask(tmp_path, routers=f"{fails},shortgpt,buddy", jobs=2)) == 1
@@ -467,7 +458,6 @@ def test_processes_side_by_side_give_the_same(ask, whole, tmp_path, capsys):
     assert two.items() <= one.items()
 
 
-@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint(small, tmp_path):
     words = ["compare", "--recipe", str(small.file), "--routers", "buddy", "--seeds", "2", "--out", "out"]
     words += ["--jobs", "2", "trainer.max_steps=9000", "checkpoint_every=5"]

@@ -100,6 +100,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "default")
 def test_rows_that_come_and_go_write_what_they_write_alone(settings):
     model = routed(**settings)

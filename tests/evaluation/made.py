@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from buddy.config import flatten
-from buddy.metrics.perplexity import Scores, with_documents
+from buddy.metrics.perplexity import Executed, Scores, with_documents
 from buddy.schema import Recipe
 
 LAYERS = 8
@@ -36,7 +36,7 @@ def scores(budget: float, mean: float, seed: int = 0) -> Scores:
     own = 0.02 * np.random.default_rng(seed).standard_normal(DOCUMENTS)
     layers = BUDGETS[budget]
     loss = 10 * (mean + common + own - own.mean())
-    return Scores(budget, layers, (layers, float(layers), layers), 1, loss, loss / 50, tokens)
+    return Scores(budget, layers, Executed(layers, float(layers), layers, float(layers)), 1, loss, loss / 50, tokens)
 
 
 def run(label: str, seed: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from buddy.run_files import load_router, save_router, update_checksums
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 259, (2, 100), generator=torch.Generator().manual_seed(0))
 
 
@@ -27,7 +29,6 @@ def routed_tiny(**options) -> RoutedLM:
     return RoutedLM(backbone, Fickle(geometry_of(backbone)), **options)
 
 
-@pytest.mark.slow
 def test_every_contender_runs_in_every_round():
     routed = routed_tiny()
     field = routed_contenders(routed, [4, 3], IDS)
@@ -137,7 +138,6 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
         assert figure.size[0] > 1000
 
 
-@pytest.mark.slow
 def test_a_run_whose_budgets_are_means_says_what_was_timed(bench, monkeypatch, tmp_path):
     load = bench_module.load_for_timing
 
@@ -155,7 +155,6 @@ def test_a_run_whose_budgets_are_means_says_what_was_timed(bench, monkeypatch, t
     assert executed["4"]["decode_late"] > executed["3"]["decode_late"]
 
 
-@pytest.mark.slow
 def test_each_router_is_timed_under_its_own_routing(small, finished, tmp_path):
     fit(small(tmp_path, "router=shortgpt", "rivals=[]", "routing.sink_tokens=8"), "small")
     runs = {"one": read_run(finished / "shortgpt"), "eight": read_run(tmp_path / "small/shortgpt/seed-0")}
@@ -165,7 +164,6 @@ def test_each_router_is_timed_under_its_own_routing(small, finished, tmp_path):
     assert all(each["decode_layers"] == each["layers"] for each in timed["results"]), "no sink is timed"
 
 
-@pytest.mark.slow
 def test_a_changed_router_is_timed_again(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(read_run(finished / "buddy").folder, tmp_path / "run")
     backbone = build_backbone(read_run(folder).recipe)
@@ -179,7 +177,6 @@ def test_a_changed_router_is_timed_again(finished, tmp_path, monkeypatch):
         measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path)
 
 
-@pytest.mark.slow
 def test_batches_as_a_server_decodes_them(finished, tmp_path, monkeypatch, capsys):
     from buddy.evaluation import bench_serve
 

@@ -23,6 +23,8 @@ from tests.documents import setup_cfg
 from tests.engine.reference import Fickle, FickleGates
 from tests.tiny import tiny_backbone
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [
     ("Question: which?\nAnswer:", " this one"),
     ("Question: which?\nAnswer:", " that"),

@@ -9,6 +9,8 @@ from datasets import Dataset
 from buddy.errors import DataError
 from buddy.evaluation.task_data import FORMS, local_tasks, own_manager
 
+pytestmark = pytest.mark.slow
+
 ARC = {"question": "What melts?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "1"}
 MELTS = {"question": "What melts?", "choices": ["ice", "fire"], "label": 0}
 FOR_ARC = [("Question: What melts?\nAnswer:", " ice"), ("Question: What melts?\nAnswer:", " fire")]

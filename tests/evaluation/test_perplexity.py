@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.evaluation.evaluate import evaluate
-from buddy.metrics.perplexity import Reference, Scores, with_documents
+from buddy.metrics.perplexity import Executed, Reference, Scores, with_documents
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone, tiny_model
 
@@ -129,7 +129,7 @@ def test_equal_windows_count_each():
 
 def made(loss: list[float], tokens: float = 10) -> Scores:
     sums = np.array(loss, dtype=float)
-    return Scores(0.5, 3, (3, 3.0, 3), 1, sums, sums, np.full(len(sums), tokens))
+    return Scores(0.5, 3, Executed(3, 3.0, 3, 3.0), 1, sums, sums, np.full(len(sums), tokens))
 
 
 def test_the_interval_holds_the_perplexity_and_is_the_same_every_time(scores):

@@ -12,6 +12,8 @@ from buddy.errors import DataError
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.tasks import show_tasks, task_scores
 
+pytestmark = pytest.mark.slow
+
 CHOICES = ["the right depth", "a layer", "no plan at all", "one"]
 LINES = [{"question": f"Which is number {n}?", "choices": CHOICES, "label": n % 4} for n in range(6)]
 YES = [{"context": "A model skips.", "question": f"is it {n}", "choices": ["no", "yes"], "label": 1} for n in range(3)]

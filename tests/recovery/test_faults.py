@@ -17,6 +17,8 @@ from tests.recovery.damage import DAMAGES, contents, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
 from tests.small import write_text
 
+pytestmark = pytest.mark.slow
+
 TRAINED = ["rivals=[]", "router.options.prior=none", "trainer.max_steps=6", "checkpoint_every=2"]
 STATIC = ["rivals=[]", "router=uniform", "budgets=[1.0]"]
 
@@ -108,7 +110,6 @@ def test_files_that_are_not_needed_to_resume_may_be_damaged(run, unfinished, aga
 # Reused and made again
 
 
-@pytest.mark.slow
 def test_complete_runs_are_reused_and_damaged_ones_made_again(small, run, tmp_path):
     recipe = small(tmp_path, *TRAINED[1:], "rivals=[uniform]")
     fit(recipe, "small")
@@ -172,7 +173,6 @@ def test_a_fit_that_is_killed_at_any_file_resumes(small, run, tmp_path, refit):
 # Full
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", ["8k", "300k"])
 def test_a_small_disk(run, again, tmp_path, size):
     with small_disk(tmp_path / "disk", size) as disk:
@@ -186,7 +186,6 @@ def test_a_small_disk(run, again, tmp_path, size):
         same_router(run, folder)
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_at_any_file(small, tmp_path):
     """Every third file of a fit in turn finds the disk full, while there is a complete run to be spoilt."""
     recipe = ["fit", "--recipe", small.file, f"output={tmp_path}", *STATIC]
@@ -237,7 +236,6 @@ def test_a_disk_that_is_read_only(run, again, tmp_path):
 # A comparison
 
 
-@pytest.mark.slow
 def test_a_damaged_evaluation_is_made_again_and_a_damaged_run_refused(small, tmp_path):
     out, other = tmp_path / "out", write_text(tmp_path / "other.jsonl", 40, seed=5)
     compare = [

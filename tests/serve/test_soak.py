@@ -29,6 +29,7 @@ def resident() -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
 
+@pytest.mark.slow
 @pytest.mark.soak
 def test_many_clients_for_a_long_time(alone):
     from buddy.serve.app import Limits

@@ -82,7 +82,9 @@ def soak(job: Job, folder: Path, kills: int, seed: int) -> Tally:
         while not _ends(job, place, draw.uniform(0, seconds) if tally.kills < kills else None):
             tally.kills += 1
             tally.moments[_check(place)] += 1
-        assert _result(place) == expected, f"{place} differs from an undisturbed round"
+        assert not (names := _differing(_result(place), expected)), (
+            f"{place} differs from an undisturbed round: {names}"
+        )
         assert not _leftovers(place), f"{place} has {_leftovers(place)} left over"
         shutil.rmtree(place)
         tally.rounds += 1
@@ -157,6 +159,15 @@ def _result(place: Path) -> dict[str, Any]:
         elif path.suffix == ".json" and path.name != embedded.RECORD:
             found[name] = _timeless(json.loads(path.read_text()), str(place))
     return found
+
+
+def _differing(one: Any, other: Any, name: str = "") -> list[str]:
+    """Names of all values that are not in both, or not equal."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [name]
+    missing = object()
+    keys = sorted(one.keys() | other.keys())
+    return [each for k in keys for each in _differing(one.get(k, missing), other.get(k, missing), f"{name}/{k}")]
 
 
 def _timeless(value: Any, place: str) -> Any:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.soak
 def test_what_is_killed_goes_on_to_the_same_result(tmp_path):
     words = [sys.executable, "-m", "tests.soak", "--kills", "3", "--examples", "0", "--seed", "7"]

@@ -21,6 +21,7 @@ def backbone():
     return testing.tiny_backbone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", [*NAMES, Sound, SoundGates, DropsOut])
 def test_a_sound_router_passes(router, backbone):
     torch.manual_seed(3)

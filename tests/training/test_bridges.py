@@ -22,6 +22,8 @@ from buddy.training.module import RoutingModule
 from tests.small import only_seeds
 from tests.training.stopping import at_step, interrupt
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -38,7 +40,6 @@ def kl(folder, budget: float) -> float:
     return next(each["kl"] for each in results if each["budget"] == budget)
 
 
-@pytest.mark.slow
 def test_every_router_that_skips_has_them_and_they_help(with_bridges, finished):
     for name in ("buddy", "shortgpt", "random", "first"):
         assert load_tensors(with_bridges / name / BRIDGE)["fitted"].any()
@@ -48,7 +49,6 @@ def test_every_router_that_skips_has_them_and_they_help(with_bridges, finished):
         assert kl(with_bridges / name, 0.5) < kl(finished / name, 0.5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("router", "first"), [("skipgpt", [6]), ("buddy", [4, 3])])
 def test_gates_begin_with_bridges_of_all_layers(small, tmp_path, monkeypatch, router, first):
     planned, fit_bridges = [], fit_module.fit_bridges
@@ -63,7 +63,6 @@ def test_gates_begin_with_bridges_of_all_layers(small, tmp_path, monkeypatch, ro
     assert load_tensors(tmp_path / "small" / router / "seed-0" / BRIDGE)["fitted"].any()
 
 
-@pytest.mark.slow
 def test_a_loaded_run_computes_with_them(with_bridges, tmp_path):
     run = read_run(with_bridges / "shortgpt")
     model, executed = load_model(run), torch.tensor([3, 4])
@@ -84,7 +83,6 @@ def test_null_leaves_everything_as_it_was(small, finished, tmp_path):
     assert not (again / BRIDGE).exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [(), ("adapter.steps=3",), ("adapter.steps=3", "adapter.joint=true")])
 def test_steps_train_them_by_gradients(small, tmp_path, adapter):
     overrides = ["bridge.rank=8", "rivals=[]", "trainer.max_steps=4", *adapter]
@@ -100,7 +98,6 @@ def test_steps_train_them_by_gradients(small, tmp_path, adapter):
     assert adapter or kl(run.folder, 1.0) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("router", ["shortgpt", "buddy"])
 def test_their_training_resumes(small, tmp_path, monkeypatch, capsys, router):
     overrides = ["bridge.rank=8", "bridge.steps=6", f"router={router}", "rivals=[]", "checkpoint_every=1"]
@@ -122,7 +119,6 @@ def test_their_training_resumes(small, tmp_path, monkeypatch, capsys, router):
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
 
-@pytest.mark.slow
 def test_the_router_s_steps_may_train_them_too_and_resume(small, tmp_path, monkeypatch, capsys):
     overrides = ["bridge.rank=8", "bridge.joint=true", "objective.estimator=surrogate", "rivals=[]"]
     overrides += ["trainer.max_steps=6", "checkpoint_every=1"]
@@ -142,7 +138,6 @@ def test_the_router_s_steps_may_train_them_too_and_resume(small, tmp_path, monke
         assert 0 < (whole[name] - start[name]).abs().max() < 1.01 * 6 * 1e-3  # a step of Adam is at most its rate
 
 
-@pytest.mark.slow
 def test_bridges_of_a_router_without_steps_are_trained_for_as_many(small, tmp_path, monkeypatch):
     common, steps = ["bridge.rank=8", "rivals=[]", "objective.estimator=surrogate"], []
     joint = [*common, "bridge.joint=true", "bridge.steps=2", "trainer.max_steps=4"]
@@ -179,7 +174,6 @@ def test_training_them_lowers_the_kl(small, tmp_path):
 # Refusals
 
 
-@pytest.mark.slow
 def test_export_refuses_bridges(with_bridges, tmp_path):
     with pytest.raises(RunError, match="bridge=null"):
         export_run(with_bridges / "shortgpt", budget="0.5", out=tmp_path / "out")
@@ -200,7 +194,6 @@ def test_what_contradicts_is_refused_before_work(small, tmp_path):
     assert not any(tmp_path.rglob("metrics.json"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "missing", "foreign", "rank"])
 def test_a_damaged_file_is_refused(with_bridges, tmp_path, damage):
     folder = shutil.copytree(with_bridges / "shortgpt", tmp_path / "run")

@@ -25,6 +25,8 @@ from tests.adapted import IDS
 from tests.small import only_seeds, write_text
 from tests.training.stopping import Killed, at_step, interrupt, kill, same
 
+pytestmark = pytest.mark.slow
+
 STEPS = 7
 HEALED = [f"adapter.steps={STEPS}", "adapter.lr=0.02", "adapter.rank=2"]
 BRIEFLY = ["trainer.max_steps=1", "objective.plans=2", "budgets=[1.0,0.5]"]  # where the router does not matter
@@ -81,7 +83,6 @@ def test_healing_helps_and_full_depth_of_each_run_is_its_own(healed, finished):
     assert metrics(healed / "full")["results"][0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_joint_training_moves_both(small, healed, tmp_path):
     fit(small(tmp_path, "rivals=[shortgpt]", "adapter.joint=true", *HEALED), "small")
     runs = (healed / "buddy", tmp_path / "small" / "buddy" / "seed-0")
@@ -111,7 +112,6 @@ def test_a_run_is_read_as_it_was_measured(healed, name):
     torch.testing.assert_close(merged(IDS, executed=executed).logits, routed(IDS, executed=executed).logits)
 
 
-@pytest.mark.slow
 def test_commands_take_a_healed_run(healed, tmp_path):
     run = ["--run", str(shutil.copytree(healed / "shortgpt", tmp_path / "run"))]
     for words in (
@@ -126,7 +126,6 @@ def test_commands_take_a_healed_run(healed, tmp_path):
     assert (found["layers"], found["perplexity"]) == (saved["layers"], pytest.approx(saved["perplexity"]))
 
 
-@pytest.mark.slow
 def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
     recipe = small(tmp_path, *HEALED)
     routers = [Rival("shortgpt"), Rival("full")]
@@ -147,7 +146,6 @@ def test_compare_heals_by_the_same_code_and_each_seed(small, healed, tmp_path):
 # Stopped
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "act", "raised", "kept"), [("buddy", interrupt, KeyboardInterrupt, 5), ("shortgpt", kill, Killed, 3)]
 )
@@ -168,7 +166,6 @@ def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypat
     assert metrics(tmp_path / "small" / name / "seed-0")["results"] == metrics(healed / name)["results"]
 
 
-@pytest.mark.slow
 def test_a_kill_in_the_evaluation_costs_no_step(small, healed, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("buddy.fit.evaluate", lambda *_, **__: kill())
@@ -197,7 +194,6 @@ def test_a_run_that_cannot_be_completed_is_not_healed_again(small, tmp_path, mon
     assert not (read_run(tmp_path / "small" / "shortgpt").folder / "checkpoints").exists()
 
 
-@pytest.mark.slow
 def test_a_trained_router_is_healed_without_training_it_again(small, finished, healed, tmp_path, capsys):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     fit(small(tmp_path, f"ckpt_path={checkpoint}", *HEALED), "small")
@@ -230,7 +226,6 @@ def test_mistakes_are_found_before_anything_is_written(small, tmp_path, override
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["adapter.rank=3", "adapter.lr=0.01", "data.prompt=9"])
 def test_a_named_checkpoint_keeps_the_router_and_not_the_healing(small, tmp_path, monkeypatch, capsys, changed):
     with monkeypatch.context() as patch:

@@ -126,6 +126,7 @@ def test_gates_alone_decide_how_many_layers_run_where_that_is_asked(layerwise, t
         executed = torch.full((len(ids),), result["layers"])
         weights = routed(ids, executed=executed, prompt=12, gate_weighted=True).weights
         assert result["executed"]["mean"] == pytest.approx(2 + weights[:, 1:].sum(-1).mean().item(), abs=1e-3)
+        assert result["executed"]["scored"] == pytest.approx(2 + weights[:, 11:-1].sum(-1).mean().item(), abs=1e-3)
     routed.settings = replace(routed.settings, mean_over=64)
     assert routed.mean_over == 64, "gates of one plan an input, too"
     evaluate_run(layerwise / "pudding", json_file=tmp_path / "prompt.json", mean_over=64)
