@@ -265,6 +265,19 @@ def installed_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
+def installed_recipe(name: str) -> Path:
+    """The file of an installed recipe.
+
+    Raises:
+        RecipeError: there is none of this name.
+    """
+    installed = installed_recipes()
+    if name not in installed:
+        hint = nearest(name, installed)
+        raise RecipeError(f"There is no installed recipe {name!r} (there are {', '.join(installed)}){hint or '.'}")
+    return installed[name]
+
+
 def recipe_path(source: str | Path) -> Path:
     """The file of an installed recipe's name or of a path.
 

@@ -47,10 +47,17 @@ def torchrun_world_size() -> int:
 
 
 def device_counts(trainer: Mapping[str, Any]) -> tuple[int, int]:
-    """(devices on each node, nodes), from torchrun if it launched this process, else from the recipe's `trainer`."""
+    """(devices on each node, nodes), from torchrun if it launched this process, else from the recipe's `trainer`.
+
+    Raises:
+        TrainingError: more processes than cores would be launched on the CPU, each with a backbone of its own.
+    """
     if torchrun_world_size() > 1:
         return _variable("LOCAL_WORLD_SIZE", 1), torchrun_world_size() // _variable("LOCAL_WORLD_SIZE", 1)
-    return trainer["devices"], trainer["num_nodes"]
+    devices, cores = trainer["devices"], os.cpu_count() or 1
+    if devices > cores and device(trainer["accelerator"]).type == "cpu":
+        raise TrainingError(f"This machine has {cores} cores, too few for {devices} processes; set devices to {cores}.")
+    return devices, trainer["num_nodes"]
 
 
 def error_prefix() -> str | None:

@@ -4,6 +4,8 @@ Each is a `BuddyError`. Its message is one plain sentence with the next step; th
 traceback and exits with 2.
 """
 
+import inspect
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -59,6 +61,18 @@ class TrainingError(BuddyError):
 def reason(error: BaseException) -> str:
     """The message of an error, on one line of at most 200 characters and without a full stop."""
     return shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
+
+
+def raised(error: BaseException, cls: type) -> str:
+    """Type and message of an error, with the line in the router's own file if there is one."""
+    text = f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
+    try:
+        file = inspect.getfile(cls)
+    except (OSError, TypeError):  # defined in a notebook, for example
+        file = ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" (line {frames[-1].lineno} of {file.rpartition('/')[2]})" if frames else ""
+    return f"{cls.__name__} raises {text}{where}"
 
 
 def nearest(word: str, accepted: Iterable[str]) -> str:

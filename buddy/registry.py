@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from buddy.errors import RegistryError, nearest, reason
+from buddy.errors import BuddyError, RegistryError, nearest, raised, reason
 from buddy.values import type_words
 
 if TYPE_CHECKING:
@@ -101,10 +101,13 @@ def make(cls: "type[AnyRouter]", name: str, geometry: "Geometry", options: Mappi
         raise RegistryError(f"The options of router {name!r} do not fit: {' '.join(mistakes)}")
     try:
         return cls(geometry, **options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except BuddyError:
+        raise
+    except Exception as error:  # a router may raise anything
+        why = _reason(error) if isinstance(error, (TypeError, ValueError, RuntimeError)) else raised(error, cls)
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         what = f"router.options ({given})" if given else "this backbone"
-        raise RegistryError(f"The router {name!r} cannot be made with {what}: {_reason(error)}.") from error
+        raise RegistryError(f"The router {name!r} cannot be made with {what}: {why}.") from error
 
 
 def describe() -> list[Description]:
@@ -117,7 +120,7 @@ def describe() -> list[Description]:
             rows.append(Description(entry.name, owner(entry), problem=str(error)))
         else:
             summary = (cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
-            rows.append(Description(entry.name, owner(entry), summary, cls.kind, cls.source))
+            rows.append(Description(entry.name, owner(entry), summary, str(cls.kind), str(cls.source)))
     return rows
 
 

@@ -36,6 +36,8 @@ class Geometry:
     features: int
 
     def __post_init__(self) -> None:
+        if self.layers < 3:
+            raise BudgetError(f"A backbone of {self.layers} layers has none to skip; take one of 3 layers or more.")
         if not 1 <= self.context_layer <= self.layers - 2:
             raise BudgetError(
                 f"context_layer is {self.context_layer}, but a backbone of {self.layers} layers routes only with a "

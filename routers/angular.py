@@ -13,7 +13,7 @@ class Angular(Router):
     / π between the inputs of layer ℓ and of layer ℓ + n, at the last token, averaged over the calibration windows
     (eq. 6 and 7). Ties go to the earlier block. One measurement serves every K.
 
-    Deviation from the paper: the first and the last layer always run, as for every router here, so a block is
+    Deviation from the paper: the context layers and the last always run, as for every router here, so a block is
     between them. The paper heals with QLoRA afterwards; here nothing is healed.
     """
 

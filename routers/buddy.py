@@ -122,8 +122,10 @@ class BuddyRouter(PriorRouter):
         budget_aware: bool = False,
     ) -> None:
         super().__init__(geometry, prior, prior_windows, prior_weight, bound)
-        if not isinstance(context, list | tuple) or not context or len({*context} & {*PARTS}) < len(context):
+        if not isinstance(context, list | tuple) or not context or not all(part in PARTS for part in context):
             raise ValueError(f"context is {context!r}; give a list of one or more of {', '.join(PARTS)}")
+        if len({*context}) < len(context):
+            raise ValueError(f"context is {context!r}; name each part once")
         if hidden < 1:
             raise ValueError(f"hidden is {hidden}; give a width of at least 1")
         sizes = {"pooled": geometry.features, "newest": geometry.features, "hidden": geometry.hidden}

@@ -36,7 +36,7 @@ class DrLLM(Router):
     - Searches minimise the cross-entropy of the whole window, where the paper asks whether an answer is right.
     - One network reads the mean of the values that the context layer cached for the prompt. In the paper each layer has
       a network of this size, which reads the mean states that arrive there in 8 stretches of the prompt; they vote.
-    - Sinks, the first and the last layer always run.
+    - Sinks, the context layers and the last layer always run.
 
     Args:
         geometry: sizes of the backbone.

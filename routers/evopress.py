@@ -31,8 +31,8 @@ class EvoPress(Router):
     keep them, then by Block Influence, which alone decides where nothing was searched.
 
     Deviations from the paper: whole layers, where it drops attention and MLP separately (its code has whole blocks as
-    an option); the first and the last layer always run and the sinks run every layer, as for every router here; a stage
-    measures on the first windows, the same in each generation, where the paper draws new ones, so that no loss is
+    an option); the context layers and the last always run and the sinks run every layer, as for every router here; a
+    stage measures on the first windows, the same in each generation, where the paper draws new ones, so that no loss is
     measured twice; smaller defaults that fit a CPU. With windows of 256 tokens the paper's are
     `generations: null, windows: [8, 128], patience: null`.
 
@@ -45,7 +45,6 @@ class EvoPress(Router):
         windows: calibration windows that each stage measures on; where there are fewer, all.
         swaps: most swaps that make an offspring.
         patience: generations without a better parent after which the search ends; null for never.
-        warm_start: draw the initial sets from those that leave out all that the next larger K leaves out.
         seed: of the search; null for the recipe's.
 
     Raises:
@@ -66,14 +65,13 @@ class EvoPress(Router):
         windows: Sequence[int] = (1, 8),
         swaps: int = 3,
         patience: int | None = 8,
-        warm_start: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__(geometry)
         stages = _numbers("survivors", survivors), _numbers("windows", windows)
         self.search = Search(generations, offspring, initial, *stages, swaps, patience)
         _check(self.search)
-        self.warm_start, self.seed = warm_start, seed
+        self.seed = seed
         self.register_buffer("worth", torch.zeros(geometry.routable + 1, geometry.routable))
 
     def calibrate(self, probe: Probe) -> None:
@@ -84,12 +82,10 @@ class EvoPress(Router):
             return probe.losses(plans, "kl", min(windows, probe.count)).mean(1).tolist()
 
         seed, found = probe.seed if self.seed is None else self.seed, {}
-        larger: Removed = ()
         for executed in probe.asked:
             problem = Problem(fitness, self.geometry.routable, self.geometry.layers - executed, self.geometry.layers)
             draw = random.Random(f"{seed} {executed}")
-            larger = self.search.run(problem, draw, larger if self.warm_start else (), probe.track)
-            found[executed - self.geometry.always_on] = larger
+            found[executed - self.geometry.always_on] = self.search.run(problem, draw, probe.track)
         self._rank(found, probe.block_influence)
 
     def score(self, context: Context) -> Tensor:
@@ -135,9 +131,9 @@ class Search:
     swaps: int
     patience: int | None
 
-    def run(self, problem: Problem, draw: random.Random, base: Removed, track: Track) -> Removed:
-        """The best set found; the initial ones leave out all of `base`."""
-        parent = self.start(problem, draw, base)
+    def run(self, problem: Problem, draw: random.Random, track: Track) -> Removed:
+        """The best set found."""
+        parent = self.start(problem, draw)
         if problem.sets == 1:
             return parent
         best, stale = problem.fitness([parent], self.windows[-1])[0], 0
@@ -156,12 +152,11 @@ class Search:
             return self.generations
         return max(1, int(problem.count * (problem.layers - problem.count) / 1.5))
 
-    def start(self, problem: Problem, draw: random.Random, base: Removed) -> Removed:
+    def start(self, problem: Problem, draw: random.Random) -> Removed:
         """The best of random sets on the windows of the first stage."""
-        rest = [layer for layer in range(problem.routable) if layer not in base]
 
         def make() -> Removed:
-            return tuple(sorted([*base, *draw.sample(rest, problem.count - len(base))]))
+            return tuple(sorted(draw.sample(range(problem.routable), problem.count)))
 
         sets = _different(make, self.initial)
         return _best(sets, problem.fitness(sets, self.windows[0]), 1)[0][1] if len(sets) > 1 else sets[0]
@@ -184,7 +179,7 @@ class Search:
         ranked: list[tuple[float, Removed]] = []
         for stage, (survivors, windows) in enumerate(zip(self.survivors, self.windows, strict=True), start=1):
             if stage == len(self.windows):
-                sets = [*sets, parent]
+                sets = [parent, *sets]
             ranked = _best(sets, problem.fitness(sets, windows), survivors)
             sets = [each for _, each in ranked]
         return ranked[0][1], ranked[0][0]

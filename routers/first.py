@@ -35,7 +35,7 @@ class FiRST(GateRouter):
       a decision for each token, is not in the paper.
     - Gates see the normalised state; its scale differs a hundredfold between layers.
     - The gates alone are trained, to the recipe's objective; the paper tunes LoRA adapters afterwards.
-    - Sinks, the first and the last layer always run.
+    - Sinks, the context layers and the last layer always run.
 
     `gates="soft"` and `budget_aware=False` come nearest to the paper's router; what else is listed above still differs.
 

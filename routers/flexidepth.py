@@ -35,7 +35,7 @@ class FlexiDepth(GateRouter):
     - The paper's network goes back up to the width of the model before its last product. Nothing is between these two
       products, so here they are one.
     - The gates alone are trained, to the recipe's objective.
-    - Sinks, the first and the last layer always run.
+    - Sinks, the context layers and the last layer always run.
 
     Args:
         geometry: sizes of the backbone.

@@ -88,7 +88,7 @@ class BridgedRemoval(GreedyRemoval):
                 self.losses[number] = value - self._kl
                 least = min(least, self.losses[number])
             rest -= {*asked}
-        gone = self.losses.index(least)
+        gone = next(number for number, rise in enumerate(self.losses) if rise == least and number not in rest)
         self._kl += self.losses.pop(gone)
         self.removed.append(self.left.pop(gone))
 

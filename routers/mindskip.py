@@ -28,7 +28,7 @@ class MindSkip(GateRouter):
     - The paper trains one router for each capacity. Here one serves all budgets: k / R shifts each gate by a learned
       amount.
     - Gates see the state normalised without the layer's own weights, and the objective is the recipe's.
-    - Sinks, the first and the last layer always run.
+    - Sinks, the context layers and the last layer always run.
 
     Args:
         geometry: sizes of the backbone.

@@ -28,7 +28,7 @@ class PuDDing(Router):
       paper fine-tunes a BERT on the prompt's text: calibration windows are few. Its ridge has the least leave-one-out
       error, or is infinite: where prompts predict nothing, the set that is best on average serves all. The mean of a
       window's losses is subtracted first; it does not change which is least.
-    - Sinks run every layer. The first and the last layer always run, in the authors' code too.
+    - Sinks run every layer. The context layers and the last always run; in the authors' code the first and last.
 
     A search answers every K. For a K that is not among the recipe's budgets, the regression of the nearest K that is
     (of two, the deeper) chooses.

@@ -18,7 +18,7 @@ class ShortenedLlama(Router):
     over a layer's weight matrices; the plus protects the first four and the last two layers. Protected layers are
     removed last, by their importance.
 
-    Deviations from the paper: the first and the last layer always run, as for every router here; the sinks run every
+    Deviations from the paper: the context layers and the last always run, as for every router here; the sinks run every
     layer while a perplexity is measured; norms, whose share is tiny, are left out of the Taylor sum; the calibration
     text is the recipe's instead of ten samples of 128 tokens of BookCorpus; nothing is retrained afterwards.
 

@@ -9,7 +9,7 @@ from buddy import Context, Geometry, Probe, Router
 class ShortGPT(Router):
     """Static: a layer's score is its Block Influence, 1 − E[cos(h_in, h_out)], measured once.
 
-    Deviation from the paper: the first and the last layer always run, as for every router here, and the attention
+    Deviation from the paper: the context layers and the last always run, as for every router here, and the attention
     sinks, which no plan touches, are left out of the mean.
     """
 

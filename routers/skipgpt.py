@@ -30,7 +30,7 @@ class SkipGPT(GateRouter):
     - Gates see the normalised state. They are linear, of the size that the paper gives (0.01 % of the model's); those
       in the authors' code have a hidden layer.
     - The objective is the recipe's, and the paper's second stage, LoRA after the router, is the recipe's `adapter`.
-    - Sinks, the first and the last layer always run.
+    - Sinks, the context layers and the last layer always run.
 
     Args:
         geometry: sizes of the backbone.

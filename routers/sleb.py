@@ -18,7 +18,8 @@ class SLEB(Router):
     recipe serves all budgets; layers that are left then are ranked by their losses of the last round.
 
     Deviations from the paper: the sinks run every layer while a loss is measured; the calibration text is the recipe's
-    instead of 128 samples of WikiText-2. The first and the last layer always run, in the paper's code too.
+    instead of 128 samples of WikiText-2. The context layers and the last always run; in the
+    paper's code the first and the last do.
 
     Args:
         geometry: sizes of the backbone.

@@ -14,7 +14,7 @@ class UniformRouter(Router):
         routable = geometry.routable
         kept = torch.zeros(routable + 1, routable)
         for k in range(1, routable + 1):
-            # The middles of k equal intervals: distinct, and symmetric about the centre.
+            # The middles of k equal intervals, rounded down: distinct.
             kept[k, ((torch.arange(k) + 0.5) * routable / k).long()] = 1.0
         self.register_buffer("kept", kept)
 

@@ -105,7 +105,7 @@ def check(
     from buddy.testing import CHECKS, Subject
 
     overrides = [f"router.name={json.dumps(name)}", *(f"router.options.{text}" for text in options or [])]
-    given = override(Recipe(), overrides, f"--options of {name}").router.options
+    given = override(Recipe(), overrides, f"Router {name!r}").router.options
     subject = Subject(name, given)  # on the tiny model first, which finds mistakes quickly
     if backbone is not None:
         with status(f"Loading {backbone} …"):
@@ -142,9 +142,9 @@ def list_recipes() -> None:
 @recipes_app.command(epilog="\b\nExample: buddy recipes show quickstart")
 def show(name: RecipeName) -> None:
     """Print a recipe with its comments."""
-    from buddy.config import recipe_path
+    from buddy.config import installed_recipe
 
-    typer.echo(recipe_path(name).read_text("utf-8"), nl=False)
+    typer.echo(installed_recipe(name).read_text("utf-8"), nl=False)
 
 
 @recipes_app.command(epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
@@ -155,11 +155,11 @@ def copy(
     ] = None,
 ) -> None:
     """Copy a recipe to a new file."""
-    from buddy.config import recipe_path
+    from buddy.config import installed_recipe
     from buddy.errors import RecipeError
     from buddy.io import write_text
 
-    path, target = recipe_path(name), destination or Path()
+    path, target = installed_recipe(name), destination or Path()
     target = target / path.name if os.path.isdir(target) else target  # os.path answers for names that are too long
     if os.path.lexists(target):
         raise RecipeError(f"{target} exists and is not overwritten; name another file.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,12 +16,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.benchmark import Timer
 
 from buddy.engine.model import PoolKind, RoutedLM
-from buddy.errors import BuddyError
+from buddy.errors import BuddyError, raised
 from buddy.io import load_tensors, save_tensors
 from buddy.router import AnyRouter, LayerwiseRouter
 from buddy.testing.check import Failed, check, explained
 from buddy.testing.outputs import finite, independent, repeatable
-from buddy.testing.subject import LENGTH, PROMPT, ROWS, Subject, describe, output_of, raw_outputs, tiny_backbone
+from buddy.testing.subject import LENGTH, PROMPT, ROWS, Subject, output_of, raw_outputs, tiny_backbone
 
 SIZES: tuple[tuple[int, int, PoolKind], ...] = ((5, 2, "value"), (7, 1, "both"))  # layers, context layer, pool
 SLOW = 0.1  # seconds for one token, in which a whole model decodes one
@@ -51,6 +52,8 @@ def seed(subject: Subject) -> str:
 def saved(subject: Subject) -> str:
     """Loaded into a new router that was made with another seed and not calibrated."""
     router, again = subject.router(), subject.new_router(seed=1)
+    if router.scope != again.scope:
+        raise Failed(f"calibrate sets scope to {router.scope!r}, which is not saved; set it in __init__.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "router.safetensors"
         save_tensors(path, router.state_dict(), {"format": "pt"})
@@ -114,7 +117,7 @@ def device(subject: Subject) -> str:
             output = output_of(router, inputs)
     except Exception as error:
         if real or isinstance(error, DeviceMismatch):
-            raise Failed(f"{describe(error, subject.cls)}; {MOVING}.") from error
+            raise Failed(f"{raised(error, subject.cls)}; {MOVING}.") from error
         raise SkipTest(f"{subject.method} reads numbers on the host, so only a real device can tell") from error
     if output.device.type != target.type:
         raise Failed(f"The output is on {output.device}, but the context is on another device; {MOVING}.")
@@ -209,9 +212,13 @@ def groups(subject: Subject) -> str:
     router = _trainable(subject)
     parts = router.parameter_groups()
     for part in parts:
-        if not {"params", "scale"} <= {*part} or not part["scale"] > 0:
-            raise Failed('parameter_groups holds a group without "params" or with no "scale" above 0; give both.')
+        if not {"params", "scale"} <= {*part} or not 0 < part["scale"] < math.inf:
+            raise Failed(
+                'parameter_groups has a group without "params" or without a finite "scale" above 0; give both.'
+            )
     listed = [id(parameter) for part in parts for parameter in part["params"]]
+    if {*listed} - {id(parameter) for parameter in router.parameters()}:
+        raise Failed("parameter_groups names a tensor that is no parameter of the router; register it as one.")
     trained = {name: p for name, p in router.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         if (times := listed.count(id(parameter))) != 1:
@@ -231,9 +238,13 @@ def weights(subject: Subject) -> str:
         raise Failed("weigh leaves [0, 1] or the shape of its logits; give each logit one weight, as sigmoid does.")
     generator = torch.Generator().manual_seed(0)
     shares = torch.rand(ROWS, PROMPT, subject.geometry.routable, generator=generator).to(logits.device)
-    penalty = router.penalty(shares, torch.full((ROWS,), subject.middle, device=logits.device))
-    if penalty.shape != (ROWS,) or not penalty.isfinite().all():
-        raise Failed(f"penalty gives {tuple(penalty.shape)} for {ROWS} rows, or is not finite; give one number a row.")
+    for executed in subject.depths[:-1]:
+        penalty = router.penalty(shares, torch.full((ROWS,), executed, device=logits.device))
+        if penalty.shape != (ROWS,) or not penalty.isfinite().all():
+            raise Failed(
+                f"penalty gives {tuple(penalty.shape)} for {ROWS} rows, or is not finite, at K = {executed}; give one "
+                "finite number a row."
+            )
     return "one weight a gate, one penalty a row"
 
 

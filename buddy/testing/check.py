@@ -9,8 +9,9 @@ from typing import Any, Literal
 from unittest import SkipTest
 
 from buddy.backbone.load import Backbone
+from buddy.errors import raised
 from buddy.router import AnyRouter
-from buddy.testing.subject import Subject, describe, seeded
+from buddy.testing.subject import Subject, seeded
 
 State = Literal["passed", "failed", "skipped", "blocked"]
 
@@ -94,7 +95,7 @@ class Check:
         except Failed as error:
             return "failed", str(error), error.__cause__ or error
         except (Exception, SystemExit) as error:  # a router may raise anything
-            return "failed", f"{describe(error, subject.cls)}; fix it there.", error
+            return "failed", f"{raised(error, subject.cls)}; fix it there.", error
 
 
 CHECKS: list[Check] = []  # all, each after those that it needs
@@ -116,7 +117,7 @@ def explained(subject: Subject, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a router may raise anything
-        raise Failed(f"{describe(error, subject.cls)} {advice}") from error
+        raise Failed(f"{raised(error, subject.cls)} {advice}") from error
 
 
 def check_router(

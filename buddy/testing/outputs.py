@@ -42,19 +42,21 @@ def description(subject: Subject) -> str:
 
 
 @check("calibrate works, and leaves the model as it was", description)
+@torch.no_grad()
 def calibration(subject: Subject) -> str:
     model = subject.backbone.model
-    before = _sums(model)
+    before, logits = _sums(model), model(subject.windows).logits
     subject.router()
     after = _sums(model)
     if changed := [name for name in before if after.get(name) != before[name]]:
         raise Failed(f"calibrate changes the model ({changed[0]}); work on copies of its weights and buffers.")
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise Failed("calibrate leaves model parameters that require gradients; freeze them again.")
+    if any(module.training for module in model.modules()) or not torch.equal(model(subject.windows).logits, logits):
+        raise Failed("calibrate leaves a model that answers differently; remove its hooks, and call model.eval().")
     return "the model is unchanged"
 
 
-@torch.no_grad()
 def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
     """Two sums of each parameter and buffer, since a copy of a large model would double its memory."""
     tensors = chain(model.named_parameters(), model.named_buffers())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -27,7 +25,7 @@ from buddy.backbone.load import Backbone, fingerprint
 from buddy.calibration.probe import CalibrationProbe
 from buddy.calibration.store import Measurements
 from buddy.engine.model import PoolKind, RoutedLM, geometry_of
-from buddy.errors import BuddyError, RegistryError, reason
+from buddy.errors import BackboneError, BuddyError, RegistryError, raised
 from buddy.registry import load, make
 from buddy.router import AnyRouter, Context, Router
 
@@ -176,13 +174,17 @@ class Subject:
         self.pool: PoolKind = pool
         self.backbone = tiny_backbone() if backbone is None else backbone
         self.geometry = geometry_of(self.backbone, context_layer, pool)
+        if self.geometry.routable < 2:
+            raise BackboneError(
+                "Routers are checked on a backbone with two or more routable layers; take a deeper one."
+            )
         self._measured: Measurements | None = None
         try:
             self.new_router()
         except BuddyError:
             raise
         except (Exception, SystemExit) as error:  # a router may raise anything
-            raise RegistryError(f"The router {self.name!r} cannot be made: {describe(error, self.cls)}.") from error
+            raise RegistryError(f"The router {self.name!r} cannot be made: {raised(error, self.cls)}.") from error
 
     @property
     def method(self) -> str:
@@ -280,15 +282,3 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             numpy.random.set_state(before[1])
-
-
-def describe(error: BaseException, cls: type) -> str:
-    """Type and message of an error, with the line in the router's own file if there is one."""
-    text = f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
-    try:
-        file = inspect.getfile(cls)
-    except (OSError, TypeError):  # defined in a notebook, for example
-        file = ""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    where = f" (line {frames[-1].lineno} of {file.rpartition('/')[2]})" if frames else ""
-    return f"{cls.__name__} raises {text}{where}"

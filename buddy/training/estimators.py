@@ -114,7 +114,7 @@ def estimator_for(router: AnyRouter, name: str, objective: Objective, options: M
     accepted = inspect.signature(cls).parameters
     try:
         return cls(objective, **{key: value for key, value in options.items() if key in accepted})
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # it may be anybody's
         raise RegistryError(
             f"The estimator {name!r} cannot be made ({type(error).__name__}: {reason(error)}); its class takes an "
             "Objective, and keys of the recipe's section objective by keyword."
@@ -318,7 +318,11 @@ class Weighted:
             output = routed(ids, gate_weighted=True, **options)
         objective = self.objective(dense, output.logits, ids[:, batch.scored + 1]).mean(1)
         value[free] = objective.detach()
-        runs[free] = routed.plan(gate_order(output.weights.detach() > 0.5), executed, batch.prompt)
+        runs[free] = (
+            output.runs
+            if routed.mean_over > 1
+            else routed.plan(gate_order(output.weights.detach() > 0.5), executed, batch.prompt)
+        )
         loss = (objective + router.penalty(output.weights, executed)).mean() * batch.weight(layers)
         return Estimate(loss, value, runs, None)
 

@@ -5,7 +5,7 @@ import pytest
 from buddy import distributed
 from buddy.compare import fit
 from buddy.config import load_recipe
-from buddy.errors import DataError
+from buddy.errors import DataError, TrainingError
 from buddy.training.callbacks import GracefulStop
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import side_by_side
@@ -60,5 +60,11 @@ def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):
     with pytest.raises(DataError, match="6 devices"):
-        fitted(words(small, tmp_path / "out", "trainer.devices=3", "trainer.num_nodes=2"))
+        fitted(words(small, tmp_path / "out", "trainer.devices=2", "trainer.num_nodes=3"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_processes_than_cores_are_refused(small, tmp_path):
+    with pytest.raises(TrainingError, match="cores"):
+        fitted(words(small, tmp_path / "out", "trainer.devices=100000", "data.batch_size=100000"))
     assert not (tmp_path / "out").exists()

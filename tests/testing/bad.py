@@ -151,6 +151,18 @@ class Meddler(Sound):
         probe.routed.backbone.layers[0].mlp.down_proj.weight.data.mul_(2)
 
 
+@fails("calibration")
+class LeavesHook(Sound):
+    def calibrate(self, probe: Probe):
+        probe.routed.backbone.model.lm_head.register_forward_hook(lambda module, args, output: output + 1)
+
+
+@fails("calibration")
+class LeavesTraining(Sound):
+    def calibrate(self, probe: Probe):
+        probe.routed.backbone.model.train()
+
+
 @fails("kind")
 class NotStatic(Sound):
     kind = "static"
@@ -167,6 +179,18 @@ class LeavesOut(Sound):
 class Scaleless(Sound):
     def parameter_groups(self):
         return [{"params": list(self.parameters()), "lr": 1.0}]
+
+
+@fails("groups")
+class ScaledWithoutEnd(Sound):
+    def parameter_groups(self):
+        return [{"params": list(self.parameters()), "scale": float("inf")}]
+
+
+@fails("groups")
+class TrainsAStranger(Sound):
+    def parameter_groups(self):
+        return [{"params": [*self.parameters(), nn.Parameter(torch.zeros(1))], "scale": 1.0}]
 
 
 @fails("repeatable")
@@ -233,6 +257,12 @@ class OnePenalty(SoundGates):
         return weights.mean()
 
 
+@fails("weights")
+class PenaltyDivides(SoundGates):
+    def penalty(self, weights, executed):
+        return weights.mean((1, 2)) / (executed - self.geometry.always_on)
+
+
 # Cannot be made
 
 
@@ -294,6 +324,12 @@ class Forgets(OneOrder):
 
     def score(self, context):
         return super().score(context) + self.measured
+
+
+@fails("saved")
+class ChangesItsScope(OneOrder):
+    def calibrate(self, probe: Probe):
+        self.scope = "prompt"
 
 
 @fails("saved")
