@@ -284,7 +284,7 @@ def _backbone_from(run: Run) -> Backbone:
     sharded = distributed.is_distributed() and is_sharded(trainer)
     with distributed.one_by_one(trainer) if sharded else nullcontext():
         backbone = build_backbone(run.recipe, on_cpu=sharded)
-        check_backbone(run, backbone.fingerprint)
+        check_backbone(run, backbone.fingerprint, backbone.details)
         if sharded:
             shard(backbone, trainer["accelerator"])
     if sharded:

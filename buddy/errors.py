@@ -53,6 +53,10 @@ class DamagedError(RunError):
         super().__init__(f"{path} is damaged ({reason}); repeat the run with `buddy fit`.")
         self.path, self.reason = path, reason
 
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        """From one process to another: `Exception` itself would make it anew from the message alone."""
+        return type(self), (self.path, self.reason)
+
 
 class TrainingError(BuddyError):
     """Training that cannot go on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from buddy import distributed
-from buddy.errors import BuddyError
+from buddy.errors import BuddyError, reason
 
 ATTEMPTS = 3  # of a unit whose worker dies
 PATIENCE = 60.0  # seconds that a unit has to save a checkpoint after an interrupt
@@ -70,8 +71,12 @@ def _call(setup: _Setup, function: Function[U], unit: U) -> Any:
     with unit.log.open("a", encoding="utf-8", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         try:
             return function(unit)
-        except BaseException:
+        except BaseException as error:
             traceback.print_exc()
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:  # otherwise the parent would see a process that died
+                raise BuddyError(f"{type(error).__name__}: {reason(error)}") from None
             raise
 
 

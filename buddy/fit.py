@@ -152,8 +152,9 @@ class Session:
 
     def digests(self, recipe: Recipe) -> dict[str, str]:
         """Digests of the inputs of a run of the recipe."""
-        texts = self.data.fingerprint, self.data.train_fingerprint or ""
-        return input_digests(recipe.router.name, self.backbone.fingerprint, *texts)
+        data, backbone = self.data, self.backbone
+        texts = {"text": data.fingerprint, "training text": data.train_fingerprint, "tokens": data.tokens_digest}
+        return input_digests(recipe.router.name, {"model": backbone.fingerprint, "details": backbone.details, **texts})
 
     def differences(self, spec: RunSpec) -> list[str]:
         """Why the run in the folder, complete or begun, is not this one; empty if it is, or if there is none."""

@@ -183,8 +183,8 @@ def cache_bytes(backbone: Backbone, tokens: int, policy: str, executed: int) -> 
     """Of the keys and values of one row.
 
     Under "fill" and "zero" every layer has every position (a sliding layer its last ones), at every budget. Under
-    "hole" a token is only in the layers that it ran: where no layer slides the number is exact for all plans;
-    elsewhere it is the mean over plans.
+    "hole" a token is only in the layers that it ran: where no layer slides the number is exact for all plans, but for
+    sinks, which every layer has; elsewhere it is the mean over plans.
 
     Args:
         backbone: the model.

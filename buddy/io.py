@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -126,18 +127,20 @@ def locked(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
-def check_output_path(path: Path, *inputs: Path) -> None:
+def check_output_path(path: Path, *inputs: str | Path) -> None:
     """Check, before long work, that its result can be written to `path`; an existing file is replaced.
 
     Args:
         path: the file to write.
-        inputs: files that the work reads, which must not be overwritten.
+        inputs: files that the work reads, or folders of them, which must not be overwritten; other names are ignored.
 
     Raises:
         RunError: no file can be written there.
     """
     path = path.absolute()
-    if any(os.path.exists(each) and os.path.exists(path) and os.path.samefile(each, path) for each in inputs):
+    names = [Path(os.path.expanduser(each)) for each in (inputs if os.path.exists(path) else ())]
+    files = chain.from_iterable(each.rglob("*") if os.path.isdir(each) else [each] for each in names)
+    if any(os.path.exists(each) and os.path.samefile(each, path) for each in files):
         raise RunError(f"{path} is an input of this command; name another file for its output.")
     if os.path.isdir(path):  # unlike Path, os.path accepts any text, such as a name of 300 letters
         raise RunError(f"{path} is a folder; name a file in it.")
@@ -338,7 +341,7 @@ def cache_root() -> Path:
     """The folder of all caches: the environment's BUDDY_CACHE, else the user's cache folder."""
     from platformdirs import user_cache_dir
 
-    return Path(os.environ.get("BUDDY_CACHE") or user_cache_dir("buddy")).expanduser().absolute()
+    return Path(os.path.expanduser(os.environ.get("BUDDY_CACHE") or user_cache_dir("buddy"))).absolute()
 
 
 def cache_folder(name: str) -> Path | None:
@@ -346,4 +349,4 @@ def cache_folder(name: str) -> Path | None:
     folder = os.environ.get(f"BUDDY_{name.upper()}_CACHE")
     if folder is None:
         return cache_root() / name
-    return Path(folder).expanduser().absolute() if folder else None
+    return Path(os.path.expanduser(folder)).absolute() if folder else None

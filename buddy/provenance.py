@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import PurePath
 from typing import Any
 
@@ -15,6 +16,8 @@ from buddy.schema import Recipe, Rival
 from buddy.values import shown
 
 CODE = "router's code"  # the digest whose change only warns
+NEW = ("details", "tokens")  # digests that older runs lack; they are compared where both sides have them
+OTHER = {"details": "another configuration of the model, or other weights", "tokens": "another text to train on"}
 # Keys of a recipe that change nothing in the run.
 FREE_KEYS = (
     "output",
@@ -31,24 +34,22 @@ ESTIMATOR_KEYS = ("objective.estimator", "objective.plans", "objective.sigma", "
 CKPT_KEY = "ckpt_path"  # a resumed run need not repeat it
 
 
-def input_digests(router: str, model: str, text: str, training_text: str = "") -> dict[str, str]:
-    """Digests of all inputs of a run except its recipe, by the name of the input.
-
-    Args:
-        router: name of the router; the digest is that of its code.
-        model: fingerprint of the backbone.
-        text: fingerprint of the recipe's text.
-        training_text: fingerprint of the additional training texts; empty for none.
+def input_digests(router: str, others: Mapping[str, str | None]) -> dict[str, str]:
+    """Digests of all inputs of a run except its recipe, by the name of the input: `others` that there are, and the code
+    of the router of this name.
     """
-    digests = {"model": model, "text": text, CODE: code_digest(load(router))}
-    return digests | ({"training text": training_text} if training_text else {})
+    return {name: digest for name, digest in others.items() if digest} | {CODE: code_digest(load(router))}
 
 
+@cache
 def code_digest(router: type) -> str:
-    """Digest of the module of a class, without comments, docstrings and layout; "unknown" without source code."""
+    """Digest of the module of a class, without comments, docstrings and layout; "unknown" without source code.
+
+    Of the code as it was when it was first asked for, since the file may change while it runs.
+    """
     try:
         tree = ast.parse(inspect.getsource(inspect.getmodule(router)))
-    except (OSError, TypeError):  # defined in a notebook, for example
+    except (OSError, TypeError, SyntaxError):  # defined in a notebook, for example
         return "unknown"
     return hashlib.sha256(ast.unparse(_WithoutDocstrings().visit(tree)).encode()).hexdigest()[:16]
 
@@ -87,7 +88,7 @@ def settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
     for key in ("train_sources", "calibration_sources"):
         settings[f"data.{key}"] = [PurePath(each).name for each in getattr(data, key)]
     overrides = sorted(each.label for each in recipe.rivals if each.overrides)
-    inputs = {name: value for name, value in digests.items() if name != CODE}
+    inputs = {name: value for name, value in digests.items() if name not in (CODE, *NEW)}
     content = json.dumps([settings, overrides, inputs], sort_keys=True)
     return "s" + hashlib.sha256(content.encode()).hexdigest()[:15]
 
@@ -102,19 +103,20 @@ def differences(
     """One phrase for each recipe key or input that differs, such as "optimizer.lr: 0.003 there, 0.006 here".
 
     Keys that start with one of `FREE_KEYS` or `ignore` may differ, and so may the digest of the router's code. Unknown
-    (empty) digests differ from nothing.
+    (empty) digests differ from nothing, and nor do those that an older run lacks.
     """
     there, here = flatten(stored), flatten(recipe)
     free = (*FREE_KEYS, *ignore, *([CKPT_KEY] if here.get(CKPT_KEY) in (None, "null") else []))
     keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith(free)]
     names = {*stored_digests, *digests} if stored_digests and digests else set()
-    names -= {CODE, *(["training text"] if "data.train_sources".startswith(free) else [])}
+    names -= {CODE, *(["training text", "tokens"] if "data.train_sources".startswith(free) else [])}
+    names -= {name for name in NEW if name not in stored_digests or name not in digests}
     return [
         f"{key}: {shown(there[key]) if key in there else 'not set'} there, "
         f"{shown(here[key]) if key in here else 'not set'} here"
         for key in keys
         if there.get(key) != here.get(key)
-    ] + [f"another {name}" for name in sorted(names) if stored_digests.get(name) != digests.get(name)]
+    ] + [OTHER.get(name, f"another {name}") for name in sorted(names) if stored_digests.get(name) != digests.get(name)]
 
 
 class _WithoutDocstrings(ast.NodeTransformer):

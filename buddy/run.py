@@ -159,6 +159,7 @@ class RunFolder:
         work = self.work
         if not RunFolder(work).differences(recipe, digests, ignore):
             warn_of_changed_code(work, digests)
+            digests = {**digests, **{name: value for name, value in stored_digests(work).items() if name == CODE}}
         elif recipe.ckpt_path and Path(recipe.ckpt_path).resolve().is_relative_to(work.resolve()):
             _forget_progress(work / CHECKPOINTS, Path(recipe.ckpt_path))
         else:
@@ -316,6 +317,12 @@ class Run:
     versions: dict[str, str]
     created: str
 
+    @property
+    def inputs(self) -> list[str | Path]:
+        """The folder and the recipe's texts, which a command that reads the run must not overwrite."""
+        data = self.recipe.data
+        return [self.folder, data.source, *data.train_sources, *data.calibration_sources]
+
 
 def read_run(folder: str | Path) -> Run:
     """A complete run without its tensors (`load_router`) and results (`read_metrics`).
@@ -336,8 +343,14 @@ def read_run(folder: str | Path) -> Run:
     return Run(folder=found, recipe=recipe, **facts)
 
 
-def check_backbone(run: Run, fingerprint: str) -> None:
-    """Raises RunError when the run was made with another backbone than the one with this fingerprint."""
+def check_backbone(run: Run, fingerprint: str, details: str = "") -> None:
+    """Raises RunError when the run was made with another backbone than the one with this fingerprint and `details`."""
+    stored = stored_digests(run.folder).get("details")
+    if run.fingerprint == fingerprint and details and stored not in (None, details):
+        raise RunError(
+            f"{run.folder} was made with another configuration of {run.backbone}, or other weights; name the backbone "
+            "that it was made with, or make the run again with `buddy fit`."
+        )
     if run.fingerprint != fingerprint:
         raise RunError(
             f"{run.folder} was made with other weights than {run.backbone} has (fingerprint {run.fingerprint}, not "

@@ -136,7 +136,9 @@ class Worker:
             return str(spec.unexpected(error))
 
     def _run(self, spec: RunSpec) -> None:
-        if not spec.run_folder.is_complete:
+        with spec.run_folder.lock():  # which completes what a kill left half done
+            complete = spec.run_folder.is_complete
+        if not complete:
             self._session.fit(spec)
         weights = _weights(spec)
         texts, tasks = {}, {}  # that are missing: the file of each, and what its result depends on

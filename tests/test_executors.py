@@ -33,8 +33,12 @@ def serial(tmp_path) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_processes_find_what_one_finds(tmp_path, serial):
-    found = outcomes(LokyExecutor(2, threads=1), tmp_path / "loky", "a dies-once", "x dies", *NAMES[1:], "e fails")
+    found = outcomes(
+        LokyExecutor(2, threads=1), tmp_path / "loky", "a dies-once", "x dies", *NAMES[1:], "e fails", "o fails-oddly"
+    )
     assert isinstance(found.pop("e"), ValueError)
+    odd = found.pop("o")
+    assert (type(odd), str(odd)) == (BuddyError, "Unpicklable: o failed")
     assert isinstance(found.pop("x"), WorkerDied)
     assert found == serial, "a unit whose worker dies is submitted again, and no other is hurt"
     deaths = [len((tmp_path / "loky" / f"{name}.died").read_text()) for name in ("a", "x")]

@@ -97,6 +97,14 @@ def test_output_paths_that_cannot_be_written(tmp_path):
             check_output_path(path, tmp_path / "input.json")
 
 
+def test_what_lies_in_a_folder_that_is_read_is_not_overwritten(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    write_json(tmp_path / "run" / "checkpoints" / "last.json", {})
+    check_output_path(tmp_path / "run" / "new.json", tmp_path / "run", "owner/name", "sotu")
+    with pytest.raises(RunError, match="input"):
+        check_output_path(tmp_path / "run" / "checkpoints" / "last.json", "owner/name", str(tmp_path / "run"))
+
+
 def test_only_errors_of_the_disk_are_taken_for_such(tmp_path):
     with pytest.raises(RunError, match=str(tmp_path)), on_disk(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -177,6 +177,24 @@ def test_another_training_text_counts_unless_its_key_may_differ(folder, recipe):
     assert folder.differences(recipe, {}) == []
 
 
+def test_digests_that_a_run_lacks_differ_from_nothing(folder, recipe):
+    more = DIGESTS | {"tokens": "1", "details": "1"}
+    make(folder, recipe)
+    assert folder.differences(recipe, more) == []
+    make(folder, recipe, digests=more)
+    assert folder.differences(recipe, DIGESTS) == []
+    assert len(folder.differences(recipe, more | {"tokens": "2", "details": "2"})) == 2
+    assert len(folder.differences(recipe, more | {"tokens": "2"}, ignore=("data.train_sources",))) == 0
+
+
+def test_changed_code_is_told_at_each_resumption(folder, recipe, capsys):
+    leave_checkpoint(folder, recipe)
+    for _ in range(2):
+        with folder.lock():
+            begin(folder, recipe, DIGESTS | {"router's code": "other"})
+        assert "Warning" in capsys.readouterr().err
+
+
 def test_arguments_of_callbacks_count(folder, recipe):
     make(folder, replace(recipe, callbacks=[ClassSpec("a.B", {"patience": 3})]))
     other = replace(recipe, callbacks=[ClassSpec("a.B", {"patience": 10})])

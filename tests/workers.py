@@ -15,6 +15,13 @@ _state: dict[Path, int] = {}  # calls in this process
 _memory: list[bytearray] = []
 
 
+class Unpicklable(Exception):
+    """An error that no other process can make again from its message."""
+
+    def __init__(self, name: str, what: str) -> None:
+        super().__init__(f"{name} {what}")
+
+
 @dataclass(frozen=True)
 class Step:
     """A unit: "name", or "name WAY", where the way says what becomes of it."""
@@ -60,6 +67,8 @@ class Work:
             time.sleep(1.1)  # loky looks at a worker's memory once a second
         if way == "fails":
             raise ValueError(f"{unit.name} failed")
+        if way == "fails-oddly":
+            raise Unpicklable(unit.name, "failed")
         if way == "imports":
             import plugged
 

@@ -8,6 +8,8 @@ others are refused before any weight is loaded.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,12 +57,14 @@ class Backbone:
         model: the transformers model; no parameter requires a gradient.
         tokenizer: always has a padding token, by default the end token, so padding needs an attention mask.
         fingerprint: 16 hexadecimal digits, equal for the same weights in any dtype; see `fingerprint`.
+        details: likewise of the configuration and of more weights (see `details`); empty where it is not known.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+    details: str = ""
 
     @property
     def base(self) -> PreTrainedModel:
@@ -143,7 +147,7 @@ def load_backbone(
         model = _load_model(name, source, revision=revision, dtype=DTYPES[dtype], attn_implementation=attention)
         tokenizer = _load_tokenizer(name, source, revision=revision, trust_remote_code=trust_remote_code)
     known = embedded.find(name)
-    return Backbone(known.name if known else name, model, tokenizer, fingerprint(model))
+    return Backbone(known.name if known else name, model, tokenizer, fingerprint(model), details(model))
 
 
 def fastest_dtype(accelerator: str = "auto") -> str:
@@ -172,7 +176,8 @@ def check_routable(name: str, config: dict) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = str(config.get("model_type"))
-    architectures = config.get("architectures") or []
+    named = config.get("architectures")
+    architectures = named if isinstance(named, list) else []
     called = " or ".join(map(str, architectures)) or f"of the kind {kind}"
     if kind not in FAMILIES:
         raise BackboneError(f"{name!r} is {called}, which Buddy cannot route; choose one of {', '.join(FAMILIES)}.")
@@ -194,6 +199,20 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256(repr([getattr(model.config, key, None) for key in ("model_type", *SIZES)]).encode())
     for parameter in model.parameters():
+        flat = parameter.detach().flatten()  # the stride is often a multiple of the width; `details` has other weights
+        digest.update(torch.signbit(flat[:: max(1, len(flat) // SAMPLE)]).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def details(model: PreTrainedModel) -> str:
+    """16 hexadecimal digits of a model's configuration, and of the signs of weights from all columns of its matrices.
+
+    The dtype and the implementation of attention are left out.
+    """
+    left_out = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation")
+    described = {key: value for key, value in model.config.to_dict().items() if key not in left_out}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for parameter in model.parameters():
         digest.update(torch.signbit(sampled(parameter)).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -208,9 +227,12 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def sampled(parameter: Tensor) -> Tensor:
-    """About `SAMPLE` values of a parameter, evenly spaced, (N,)."""
+    """About `SAMPLE` values of a parameter, evenly spaced, (N,); of a matrix from as many columns as that allows."""
     flat = parameter.detach().flatten()
-    return flat[:: max(1, len(flat) // SAMPLE)]
+    step = max(1, len(flat) // SAMPLE)
+    while math.gcd(step, parameter.shape[-1] if parameter.dim() else 1) > 1:
+        step += 1
+    return flat[::step]
 
 
 def locate(name: str, revision: str | None = None, *, accept_license: bool = False) -> str:

@@ -13,7 +13,9 @@ A document is
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +56,15 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self._packs)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits of all tokens."""
+        digest = hashlib.sha256()
+        for part in self._rows.with_format("arrow").iter(batch_size=1024):
+            for chunk in part["input_ids"].chunks:
+                digest.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+        return digest.hexdigest()[:16]
 
     def read(self, document: int) -> np.ndarray:
         """(lengths[document],) int64, the tokens of one document."""

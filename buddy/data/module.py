@@ -74,6 +74,7 @@ class TextData(LightningDataModule):
         super().__init__()
         numbers = {"window": (window, 2), "batch_size": (batch_size, 1), "test_windows": (test_windows, 1)}
         numbers |= {"calibration_windows": (calibration_windows, 1), "validation_windows": (validation_windows, 1)}
+        numbers |= {} if steps is None else {"steps": (steps, 1)}
         for name, (value, least) in numbers.items():
             if value < least:
                 raise DataError(f"{name} is {value}; give {least} or more.")
@@ -137,6 +138,11 @@ class TextData(LightningDataModule):
             return None
         lengths = b"".join(pool.documents.lengths.tobytes() + b"|" for pool in self._pools[1:])
         return hashlib.sha256(lengths).hexdigest()[:16]
+
+    @property
+    def tokens_digest(self) -> str:
+        """16 hexadecimal digits of all tokens of `source` and of `train_sources`."""
+        return hashlib.sha256("".join(pool.documents.digest for pool in self._pools).encode()).hexdigest()[:16]
 
     def train_dataloader(self) -> Batches:
         """The remaining batches of the epoch.

@@ -80,10 +80,12 @@ def same_source(one: str, other: str) -> bool:
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether two sources share text: the same source, or a path below the other."""
-    paths = [Path(os.path.realpath(os.path.expanduser(each))) for each in (one, other)]
-    below = all(map(os.path.exists, paths)) and (paths[0] in paths[1].parents or paths[1] in paths[0].parents)
-    return below or same_source(one, other)
+    """Whether two sources share text: the same source, or a file that both have, also by a link.
+
+    Raises:
+        DataError: a folder has no files that can be read.
+    """
+    return same_source(one, other) or not _own_files(one).isdisjoint(_own_files(other))
 
 
 def named_sources(domains: str | None, own: str) -> dict[str, str]:
@@ -141,13 +143,11 @@ def reading(source: str, size: int, advice: str = "correct or replace it") -> It
         advice: what to do, unless the cache of `datasets` is the cause.
     """
     import datasets
-    import pyarrow
-    from datasets.exceptions import DatasetsError
 
     try:
         with quiet(size):
             yield
-    except (DatasetsError, OSError, ValueError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
+    except Exception as error:  # of `datasets`, pyarrow, zipfile and other readers
         cause = error.__cause__ or error  # `datasets` wraps the cause in an error without a reason
         cache = datasets.config.HF_DATASETS_CACHE
         if isinstance(cause, OSError):
@@ -189,6 +189,13 @@ def _files(path: Path) -> list[Path]:
     if len(kinds) > 1:
         raise DataError(f"The folder {path} mixes {' and '.join(kinds)} files; give a folder with files of one kind.")
     return files
+
+
+def _own_files(source: str) -> set[str]:
+    """The files of a source, without links; none for a name on the hub."""
+    path = Path(os.path.expanduser(source))
+    found = _speeches() if source in EMBEDDED else _files(path) if os.path.exists(path) else []
+    return {os.path.realpath(each) for each in found}
 
 
 def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:

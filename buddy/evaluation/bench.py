@@ -96,7 +96,7 @@ def load_for_timing(
     """
     run = read_run(folder)
     if json_file:
-        check_output_path(json_file, *run.folder.rglob("*"))
+        check_output_path(json_file, *run.inputs)
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run, merged=True)
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)

@@ -59,11 +59,12 @@ def evaluate_run(
     run = replace(run, recipe=replace(run.recipe, trainer=trainer))
     section = run.recipe.data
     if json_file and distributed.is_global_zero():
-        check_output_path(json_file, *run.folder.rglob("*"), *([Path(data)] if data else []))
+        check_output_path(json_file, *run.inputs, *filter(None, [data]))
     if data is not None and not data.strip():
         raise DataError("The text to evaluate on has no name; name one, or leave --data out.")
     processes = math.prod(distributed.device_counts(run.recipe.trainer))
-    if latencies := [budget for budget in budgets or () if processes > 1 and latency_of(budget) is not None]:
+    several = budgets if budgets and processes > 1 else ()
+    if latencies := [budget for budget in several if latency_of(auto_cap(budget) or budget) is not None]:
         raise BudgetError(
             f"{latencies[0]} is a time on one device, and {processes} devices slow one another down; leave out "
             "--devices, or ask for a fraction such as 0.75."
@@ -97,7 +98,7 @@ def evaluate_run(
     router = run.router_name if over == 1 else f"{run.router_name}, budgets in the mean over {over} tokens,"
     report_json(json_file, as_json(scores))
     names: dict[float | str, str] = {}
-    for fraction, budget in zip(fractions, wanted, strict=True):  # budgets of equal K share a row
+    for fraction, budget in zip(fractions, wanted, strict=True):  # equal budgets share a row
         names[fraction] = ", ".join(dict.fromkeys([*filter(None, [names.get(fraction)]), format_budget(budget)]))
     show_scores(scores, f"{router} on {data or section.source}, backbone {title_of(routed.backbone.name)}", names)
 
@@ -187,7 +188,7 @@ def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:
     """The choices of a budget predictor, and the perplexity of a random mixture of two fixed budgets."""
     counts = ", ".join(f"{layers} layers for {windows}" for layers, windows in sorted(auto.chosen.items()))
     text = f"{auto.budget} chose, of {sum(auto.chosen.values())} windows, {counts}"
-    fixed: dict[float, float] = {each.layers: math.log(each.perplexity) for each in scores if each.chosen is None}
+    fixed = {each.executed.mean: math.log(each.perplexity) for each in scores if each.chosen is None}
     loss = mixed(fixed, auto.executed.mean)
     if loss is not None:
         text += f"; a random mixture of fixed budgets with as many layers has perplexity {math.exp(loss):.2f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,11 +95,10 @@ def _defined(names: Sequence[str], folder: Path | None) -> dict[str, Task]:
     try:
         return manager.load(names)["tasks"]
     except Exception as error:  # data sets and definitions raise errors of every kind
-        advice = (
-            "connect to the network if its data are on the hub, correct its definition, or give items by --task-data"
-        )
-        if is_offline_mode():
-            advice = "HF_HUB_OFFLINE is set, so the hub is out of reach: unset it, or give items by --task-data"
+        connect = "unset HF_HUB_OFFLINE, so that the hub can be read" if is_offline_mode() else "connect to the network"
+        advice = f"{connect}, or give items by --task-data"
+        if folder is not None:
+            advice = f"correct its definition, or, if its data are on the hub, {connect}"
         raise DataError(f"{' or '.join(names)} cannot be loaded ({reason(error)}); {advice}.") from error
 
 
@@ -126,7 +126,7 @@ def local_tasks(names: Sequence[str], folder: Path) -> dict[str, Task]:
         if name not in FORMS:
             hint = nearest(name, FORMS) or f"; choose from {', '.join(FORMS)}."
             raise DataError(f"No task over local files is named {name!r}{hint}")
-        if not (folder / f"{name}.jsonl").is_file():
+        if not os.path.isfile(folder / f"{name}.jsonl"):
             raise DataError(f"There is no file {folder / name}.jsonl; check --task-data.")
     found: dict[str, Task] = {}
     for name in names:

@@ -55,13 +55,14 @@ def evaluate_tasks(
     """
     run = read_run(folder)
     if json_file:
-        check_output_path(json_file, *run.folder.rglob("*"))
+        check_output_path(json_file, *run.inputs, *filter(None, [task_data, task_path]))
     found = task_scores(folder, tasks, budgets, limit, task_data, task_path)
     report_json(json_file, found)
     show_tasks(
         found["results"],
         f"{run.router_name} on tasks, backbone {title_of(run.backbone)}",
         run.recipe.routing.sink_tokens,
+        run.geometry["layers"],
     )
 
 
@@ -180,13 +181,14 @@ def _metric(values: dict[str, Any]) -> tuple[str, str]:
     return metric, metrics[metric]
 
 
-def show_tasks(entries: Sequence[Mapping[str, Any]], title: str, sinks: int) -> None:
+def show_tasks(entries: Sequence[Mapping[str, Any]], title: str, sinks: int, depth: int) -> None:
     """Print the scores of one router on tasks, a row for each task and a column for each budget.
 
     Args:
         entries: as `task_scores` gives them.
         title: over the table.
         sinks: tokens of each sequence at full depth whatever the budget.
+        depth: layers of the backbone.
     """
     budgets = {entry["budget"]: entry["layers"] for entry in entries}
     tasks = {entry["task"]: entry for entry in entries}
@@ -199,14 +201,15 @@ def show_tasks(entries: Sequence[Mapping[str, Any]], title: str, sinks: int) -> 
     if len(shares) > 1:
         means = (mean(by_key[name, budget]["value"] for name in shares) for budget in budgets)
         rows.append(["average", "", "", *(f"{100 * value:.1f}" for value in means)])
-    known = [name for name in shares if all((name, budget) in by_key for budget in (1.0, *budgets))]
+    full = next((budget for budget, layers in budgets.items() if layers == depth), None)
+    known = [name for name in shares if all((name, budget) in by_key for budget in (full, *budgets))]
     if known and len(budgets) > 1:
 
         def share(budget: float) -> float:
-            pairs = ((by_key[name, 1.0]["correct"], by_key[name, budget]["correct"]) for name in known)
+            pairs = ((by_key[name, full]["correct"], by_key[name, budget]["correct"]) for name in known)
             return mean(mean(flips(*pair).tolist()) for pair in pairs)
 
-        cells = (NONE if budget == 1.0 else f"{100 * share(budget):.1f}" for budget in budgets)
+        cells = (NONE if layers == depth else f"{100 * share(budget):.1f}" for budget, layers in budgets.items())
         rows.append(["flips", "against full depth", "", *cells])
     rows.append(["layers run", "min / mean / max", "", *(_ran(entries, budget) for budget in budgets)])
     head = ["task", "metric", "items", *(f"{budget:g} ({layers})" for budget, layers in budgets.items())]

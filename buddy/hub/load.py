@@ -152,7 +152,10 @@ class Model:
                     'of {"role": …, "content": …}, with texts for both.'
                 ) from error
         check_text(str(prompt), "The prompt")
-        return list(tokenizer(prompt, add_special_tokens=not chat).input_ids)
+        ids = list(tokenizer(prompt, add_special_tokens=not chat).input_ids)
+        if not ids and chat:
+            raise DataError(f"The chat template of {backbone.name} makes no text of these messages; give others.")
+        return ids
 
     def executed_layers(self, budget: Budget, tokens: list[int]) -> int:
         """K for a prompt: a latency may be measured for it, and "auto" is chosen.

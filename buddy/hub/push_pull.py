@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
 
+from buddy.backbone import embedded
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
 from buddy.backbone.load import locate, read_config
 from buddy.config import flatten, to_yaml
@@ -101,6 +102,8 @@ def pull(
     """
     if backbone is not None and os.path.isdir(there := locate(backbone)):
         read_config(backbone, there)
+        if embedded.find(backbone) is None:
+            backbone = os.path.abspath(there)  # the run is used from other folders, too
     name = hub_name(source, revision)
     if name is None and not os.path.isdir(folder_of(source)):
         raise RunError(f"There is no folder {source}; check the path, or give owner/name for the hub.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -73,9 +74,10 @@ def inspect_run(
     run = read_run(folder)
     target = out or run.folder / FOLDER
     _check_options(target, text, domains, windows)
-    if json_file:
-        check_output_path(json_file, *run.folder.glob("*"))
     sources = {} if text is not None else named_sources(domains, run.recipe.data.source)
+    if json_file:
+        own = [each for each in run.folder.iterdir() if each.name != FOLDER]  # figures and numbers are replaced
+        check_output_path(json_file, *own, *run.inputs[1:], *sources.values())
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     wanted = available_budgets(routed.router, run.recipe.budgets) if budgets is None else budgets
@@ -127,9 +129,9 @@ def _check_options(target: Path, text: str | None, domains: str | None, windows:
     """Check the options before the model is loaded."""
     if text is not None and (domains is not None or windows is not None):
         raise DataError("--text inspects that text alone; leave out --domains and --windows, or --text.")
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not os.path.isdir(target):
         raise RunError(f"{target} is a file; name a folder for the figures.")
-    if not target.absolute().parent.is_dir():
+    if not os.path.isdir(target.absolute().parent):
         raise RunError(f"There is no folder {target.absolute().parent} for {target.name}; make it first.")
 
 

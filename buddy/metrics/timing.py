@@ -83,7 +83,7 @@ class Contender:
 
     def _cache(self) -> DynamicCache | None:
         """For a stock model an empty cache that grows like the engine's; the engine makes its own."""
-        if self.name not in ("dense", "pruned"):
+        if self.context is not nullcontext:
             return None
         cache = DynamicCache(config=self.model.config)
         cache.layers[:] = [growing_layer(layer) for layer in cache.layers]
@@ -216,7 +216,8 @@ def _count_work(contender: Contender, ids: Tensor, timings: Timings) -> None:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes that a cache holds: keys, values and, once each, the hidden states that wait in a routed one."""
-    held = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+    names = ("keys", "values", "slots", "valid")  # the last two where a layer has only some tokens
+    held = [x for layer in cache.layers for name in names if (x := getattr(layer, name, None)) is not None]
     pending = [hidden for layer in cache.layers for hidden, _ in getattr(layer, "pending", ())]
     waiting = {hidden.data_ptr(): hidden for hidden in pending}
     return sum(x.numel() * x.element_size() for x in (*held, *waiting.values()))

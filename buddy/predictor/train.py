@@ -123,7 +123,7 @@ def _measure(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arm
         arms,
         prompt=recipe.data.prompt,
         store=FileStore(folder / TARGETS),
-        key=(data.fingerprint, data.train_fingerprint, recipe.seed, first, data.batch_size),
+        key=(data.fingerprint, data.tokens_digest, recipe.seed, first, data.batch_size),
         track=tracker(f"Losses of {count * data.batch_size} windows at {len(arms)} budgets"),
     )
 

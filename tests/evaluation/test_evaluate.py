@@ -102,6 +102,10 @@ def test_a_text_that_changed_since_and_one_that_was_trained_on(small, tmp_path):
         file.write(json.dumps({"text": "a later document " * 40}) + "\n")
     with pytest.raises(RunError, match=r"own\.jsonl"):
         evaluate_run(run)
+    before = own.read_bytes()
+    with pytest.raises(RunError, match=r"own\.jsonl is an input"):
+        evaluate_run(run, json_file=own)
+    assert own.read_bytes() == before
     with pytest.raises(RunError, match=r"own\.jsonl"):
         export_run(run, budget="0.75", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

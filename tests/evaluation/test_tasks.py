@@ -73,7 +73,7 @@ def test_a_task_of_one_item_and_one_without_right_answers(capsys):
     entry = {"budget": 0.5, "layers": 3, "executed": {"min": 3, "mean": 3.0, "max": 3}, "items": 1, "stderr": None}
     right = {"task": "piqa", "metric": "acc", "value": 1.0, "correct": [1], **entry}
     text = {"task": "text", "metric": "word_perplexity", "value": 12.3456, "correct": None, **entry}
-    show_tasks([right, text], "buddy", 0)
+    show_tasks([right, text], "buddy", 0, 6)
     out = capsys.readouterr().out
     cells = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert cells["piqa"][-1] == "100.0"

@@ -101,6 +101,19 @@ def test_other_sources_take_turns_and_leave_the_split_alone(make, source, tmp_pa
     assert all(numbers(row) <= trained and len(row.unique()) > 1 for row in rows[::2])
 
 
+def test_the_digest_is_of_every_token(make, source, tmp_path):
+    def digest(word: str) -> tuple[str, str, str]:
+        path = tmp_path / f"{word}.jsonl"
+        path.write_text("".join(json.dumps({"text": " ".join([word] * 40)}) + "\n" for _ in range(3)))
+        data = make(train_sources=[str(path)])
+        return data.tokens_digest, data.fingerprint, data.train_fingerprint
+
+    seven, eight = digest("7"), digest("8")
+    assert seven == digest("7")
+    assert (seven[0] != eight[0], seven[1:] == eight[1:]) == (True, True)
+    assert make().tokens_digest not in (seven[0], eight[0])
+
+
 def test_calibration_takes_windows_of_other_sources_in_turn(make, source, tmp_path):
     path = tmp_path / "more.jsonl"
     path.write_text("".join(json.dumps({"text": " ".join([str(4800 + n)] * 40)}) + "\n" for n in range(30)))
