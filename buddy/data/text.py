@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,11 +80,7 @@ def same_source(one: str, other: str) -> bool:
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether two sources share text: the same source, or a file that both have, also by a link.
-
-    Raises:
-        DataError: a folder has no files that can be read.
-    """
+    """Whether two sources share text: the same source, or a file that both have, also by a link."""
     return same_source(one, other) or not _own_files(one).isdisjoint(_own_files(other))
 
 
@@ -192,10 +188,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def _own_files(source: str) -> set[str]:
-    """The files of a source, without links; none for a name on the hub."""
+    """The files of a source, without links; none for a name on the hub, or for what cannot be read here."""
     path = Path(os.path.expanduser(source))
-    found = _speeches() if source in EMBEDDED else _files(path) if os.path.exists(path) else []
-    return {os.path.realpath(each) for each in found}
+    with suppress(DataError):
+        found = _speeches() if source in EMBEDDED else _files(path) if os.path.exists(path) else []
+        return {os.path.realpath(each) for each in found}
+    return set()
 
 
 def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:

@@ -1,7 +1,9 @@
 """`--budget auto` where it is asked for: in the engine, in generate, in evaluate, through the command."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -11,7 +13,8 @@ from buddy.cli import app
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
-from buddy.evaluation.evaluate import evaluate, evaluate_run
+from buddy.evaluation.evaluate import evaluate, evaluate_run, show_scores
+from buddy.metrics.perplexity import Executed, Scores
 from buddy.run import read_run
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
@@ -124,6 +127,18 @@ def test_evaluate_reports_what_was_chosen(predicting, tmp_path):
     assert sum(entries[2]["chosen"].values()) == 6
     assert max(map(int, entries[3]["chosen"])) <= 4
     assert entries[3]["executed"]["max"] <= 4
+
+
+def test_a_mixture_is_of_the_layers_that_really_ran(capsys):
+    def scored(budget, layers, ran, perplexity, chosen=None) -> Scores:
+        tokens = np.full(5, 10.0)
+        loss = tokens * math.log(perplexity)
+        return Scores(budget, layers, Executed(4, ran, 30, ran), 1, loss, loss, tokens, chosen)
+
+    fixed = [scored(1.0, 30, 30.0, 20.0), scored(0.75, 22, 25.0, 33.12), scored(0.5, 15, 18.0, 60.0)]
+    auto = scored("auto", 25, 25.0, 33.12, {22: 5})
+    show_scores([*fixed, auto], "title", {each.budget: str(each.budget) for each in (*fixed, auto)})
+    assert "perplexity 33.12." in capsys.readouterr().out
 
 
 # The command

