@@ -223,7 +223,6 @@ def build_held_out(recipe: Recipe, backbone: Backbone, *, calibration: bool = Fa
     data = replace(recipe.data, train_sources=[])
     data = data if calibration else replace(data, calibration_sources=[])
     text = build_data(replace(recipe, data=data), backbone)
-    text.prepare_data()
     text.setup()
     return text
 

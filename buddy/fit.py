@@ -123,7 +123,6 @@ class Session:
         data = build_data(recipe, backbone)
         data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
         with status(f"Reading {recipe.data.source} …"):
-            data.prepare_data()
             data.setup()
         return cls(backbone, data, share=not is_sharded(recipe.trainer))
 

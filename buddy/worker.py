@@ -148,7 +148,7 @@ class Worker:
             if not text.own and not _has(path, key):
                 texts[text] = path, key
         for name in self._tasks.names:
-            path, key = task_file(spec.folder, name), self._task_key(name) | weights
+            path, key = task_file(spec.folder, name), _task_content(name, self._tasks) | weights
             if not _has(path, key):
                 tasks[name] = path, key
         if not texts and not tasks:
@@ -165,10 +165,6 @@ class Worker:
         sizes = f"a batch of {data.batch_size} × {data.window} tokens"
         with within_memory(sizes, "free some, or compare anew with data.batch_size smaller and another --out"):
             return self._session.evaluate(spec.recipe, model, self._windows[text], title)
-
-    def _task_key(self, name: str) -> dict[str, Any]:
-        tasks = self._tasks
-        return {"limit": tasks.limit, **_task_content(name, tasks)}
 
     def _task_entries(self, spec: RunSpec, name: str, model: RoutedLM) -> list[dict[str, Any]]:
         """One entry for each budget; full depth is computed once for all runs, unless adapters change it."""
@@ -212,11 +208,12 @@ def _weights(spec: RunSpec) -> dict[str, str]:
 
 
 def _task_content(name: str, tasks: Tasks) -> dict[str, Any]:
-    """Digests of a task's items and definitions."""
+    """Digests of a task's items and definitions, and how many items are scored."""
     items = tasks.data / f"{name}.jsonl" if tasks.data else None
     found = sorted(path for path in tasks.path.rglob("*") if path.is_file()) if tasks.path else []
     own = [path for path in found if "__pycache__" not in path.parts]  # lm-eval writes there
     return {
+        "limit": tasks.limit,
         "lm_eval": version("lm_eval"),
         "lines": checksum(items) if items and items.is_file() else None,
         "definitions": [checksum(path) for path in own],

@@ -23,6 +23,7 @@ from buddy.engine.record import Record
 from buddy.engine.twins import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
+from buddy.evaluation.tables import NONE
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
 from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, machine, routed_contenders, time_in_turn, versions
@@ -31,7 +32,6 @@ from buddy.run import Run, read_run
 from buddy.run_files import BRIDGE, ROUTER
 
 FIGURE = "speed.png"
-NONE = "–"
 FILE, ROUNDS, FULL = "speed.json", 3, "full"  # of a comparison
 LONG, BATCH = 512, 8
 LATE = 1024  # tokens of context before the late decode steps, where the backbone reads as many

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.predictor.features import Predictor, Track
+from buddy.metrics.timing import Track
+from buddy.predictor.features import Predictor
 from buddy.schema import PredictorSection
 
 BATCH = 2  # requests a step, as in the paper
