@@ -105,6 +105,8 @@ def _buddy(words: list[str], place: str) -> None:
     words = [re.sub(r"^(trainer\.(?:devices|num_nodes)=)\d+$", r"\g<1>1", word) for word in words]  # one process
     if words[1] == "evaluate" and "--devices" in words:
         words[words.index("--devices") + 1] = "1"
+    if "--seeds" in words:
+        words[words.index("--seeds") + 1] = "1"
     if "--rounds" in words:
         words[words.index("--rounds") + 1] = "1"
     elif words[1] == "bench":
