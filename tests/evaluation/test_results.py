@@ -194,6 +194,7 @@ def test_the_document_has_every_table_and_the_backbones_full_name(results, capsy
     assert FULL_NAME in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_record_becomes_a_document_with_its_figures(results, tmp_path, capsys):
     write_record(tmp_path / "comparison.json", made.record())
     (tmp_path / "docs").mkdir()
@@ -205,6 +206,7 @@ def test_a_record_becomes_a_document_with_its_figures(results, tmp_path, capsys)
     assert "Perplexity on web" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_curves_overlay_and_the_table_has_a_row_for_each_router(results, drawn, tmp_path):
     (tmp_path / "tensorboard" / "stale").mkdir(parents=True)
     write_tensorboard(results, tmp_path, drawn[1])

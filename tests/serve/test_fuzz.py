@@ -52,6 +52,7 @@ def bodies(draw) -> bytes:
     return text.encode()[: draw(st.sampled_from([None, None, None, len(text) // 2]))]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=bodies(), path=st.sampled_from(["completions", "chat/completions"]))
 def test_no_body_makes_the_server_fail(address, body, path):

@@ -27,6 +27,8 @@ from tests.serve.conftest import serving, tiny
 from tests.small import start_buddy
 from tests.tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 for name in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx")
@@ -180,7 +182,6 @@ def test_plans_on_request(address):
 # Many at the same time
 
 
-@pytest.mark.slow
 def test_many_clients_get_what_each_would_get_alone(alone):
     """Random arrivals, budgets and lengths; some clients leave in the middle."""
     draw = random.Random(0)
@@ -443,7 +444,6 @@ def test_long_names_and_stop_strings_take_no_time(address):
 # The command
 
 
-@pytest.mark.slow
 def test_the_command_serves_finishes_and_exits_0(finished, tmp_path):
     with start_buddy("serve", "--run", str(finished / "buddy"), "--port", "0", folder=tmp_path) as process:
         try:
