@@ -11,6 +11,8 @@ import pytest
 
 import buddy
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(buddy.__file__).parent
 ROUTERS = ROOT.parent / "routers"
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "matplotlib", "omegaconf"}

@@ -16,6 +16,8 @@ from tests.adapted import EXECUTED, IDS, adapted, by_hand, factors, new_adapter,
 from tests.engine.reference import Fickle, FickleGates, reference_logits
 from tests.tiny import tiny_backbone, tiny_model
 
+pytestmark = pytest.mark.slow
+
 POLICIES = ["fill", "hole", "zero"]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 

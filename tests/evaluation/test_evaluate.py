@@ -17,6 +17,8 @@ from tests.evaluation import made
 from tests.small import write_text
 from tests.tiny import tiny_backbone
 
+pytestmark = pytest.mark.slow
+
 
 def numbers(result: dict) -> tuple:
     return result["budget"], result["layers"], result["perplexity"], result["kl"], result["tokens"]
@@ -52,7 +54,6 @@ def test_another_text(finished, tmp_path, capsys):
     assert f"buddy on {text}" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.slow
 def test_texts_that_were_trained_on_are_not_needed(small, tmp_path):
     texts = [write_text(tmp_path / f"{name}.jsonl", 40, seed=7) for name in ("trained", "calibrated")]
     more = [f"data.train_sources=[{texts[0]}]", f"data.calibration_sources=[{texts[1]}]"]

@@ -13,6 +13,8 @@ from buddy.errors import BackboneError
 from buddy.footprint import empty_backbone
 from tests.documents import ROOT
 
+pytestmark = pytest.mark.slow
+
 COMMON = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -50,7 +52,6 @@ def test_a_model_of_8_billion(models, tmp_path):
     assert found["training"]["total"] == sum(found["training"][k] for k in ("weights", "router_and_optimizer", "step"))
 
 
-@pytest.mark.slow
 def test_a_model_of_70_billion_fits_eight_devices_by_fsdp_only(models, tmp_path):
     common = ["--backbone", models / "70b" / "config.json", "--devices", "8", "--batch-size", "8"]
     copied = computed(tmp_path, *common)["training"]
@@ -73,7 +74,6 @@ def test_the_documents_figures(models):
         assert figures <= written | {"1.0", "0.75", "0.5"}
 
 
-@pytest.mark.slow
 def test_a_step_grows_with_rows_and_windows(models, tmp_path):
     def step(*words: str) -> int:
         return computed(tmp_path, "--backbone", models / "8b", *words)["training"]["step"]

@@ -27,6 +27,8 @@ from tests.engine.reference import Fickle, FickleGates, reference_logits
 from tests.small import write_text
 from tests.tiny import FAMILIES, tiny_backbone, tiny_folder, tiny_model
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(0))
 WINDOWS = Windows(IDS, torch.arange(len(IDS)))
 KEPT = (0, 2, 3, 5)
@@ -222,7 +224,6 @@ def test_the_command(finished, tmp_path):
     assert (again.exit_code, again.stdout) == (2, "")
 
 
-@pytest.mark.slow
 def test_adapter_and_predictor_are_exported_and_shared(small, tmp_path):
     adapter = ("adapter.rank=2", "adapter.steps=2", "adapter.lr=0.05")
     predictor = ("predictor.name=regress", "predictor.windows=8")

@@ -13,6 +13,8 @@ from buddy.run_files import read_metrics
 from buddy.testing import check_router
 from tests.plugin.installing import pip_install
 
+pytestmark = pytest.mark.slow
+
 STRANGER = Path(__file__).parent / "buddy-router-every-other"
 NAMES = ["every-other", "prompt-gates", "ebb-and-flow"]
 
@@ -64,7 +66,6 @@ def test_they_keep_what_routers_promise(name):
     assert {check for check in trained if states[check] == "passed"} == expected
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("visible")
 @pytest.mark.parametrize("name", NAMES)
 def test_they_fit_and_evaluate_as_they_stand(name, small, tmp_path):

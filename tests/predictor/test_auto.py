@@ -19,6 +19,8 @@ from buddy.run import read_run
 from tests.engine.reference import Fickle
 from tests.tiny import tiny_backbone
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "budget depth layer router"
 
 

@@ -19,6 +19,8 @@ from tests.engine.reference import Fickle, FickleGates
 from tests.tiny import tiny_backbone
 from tests.training.stopping import same
 
+pytestmark = pytest.mark.slow
+
 GRID, BUDGETS = [6, 4, 3], [1.0, 0.75, 0.5]
 SETTINGS = {"prompt": 8, "lr": 1e-2, "warmup_steps": 2}
 

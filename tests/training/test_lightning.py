@@ -17,6 +17,8 @@ from buddy.run_files import load_router
 from buddy.training.estimators import Perturbed
 from tests.training.stopping import same
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "lightning.md"
 CALLBACKS = "lightning.pytorch.callbacks"
 OFTEN = ("trainer.val_check_interval=2", "trainer.check_val_every_n_epoch=null")
@@ -64,7 +66,6 @@ def test_validation_is_in_tensorboard_while_training_goes_on(plain):
     assert [value for _, value in logged["val/kl"]] == pytest.approx(means)
 
 
-@pytest.mark.slow
 def test_model_checkpoint_keeps_the_best(fitted):
     folder = fitted("optimizer.lr=0.3", *OFTEN, callback("ModelCheckpoint", monitor="val/kl", filename="best"))
     values = dict(curves(folder)["val/kl"])
@@ -74,13 +75,11 @@ def test_model_checkpoint_keeps_the_best(fitted):
     assert kept["best"]["global_step"] - 1 == min(values, key=values.__getitem__)
 
 
-@pytest.mark.slow
 def test_early_stopping_ends_the_training(fitted):
     folder = fitted(*OFTEN, callback("EarlyStopping", monitor="val/kl", patience=1, min_delta=100.0))
     assert checkpoints(folder)["last"]["global_step"] == 4, "the second validation is no better"
 
 
-@pytest.mark.slow
 def test_a_callback_acts_where_what_it_monitors_is_logged(fitted):
     stopping = callback("EarlyStopping", monitor="train/objective", patience=1, min_delta=100.0)
     folder = fitted(stopping, *OFTEN, "bridge.rank=8", "bridge.steps=3", "trainer.log_every_n_steps=1")
@@ -88,7 +87,6 @@ def test_a_callback_acts_where_what_it_monitors_is_logged(fitted):
     assert [step for step, _ in curves(folder)["heal/objective"]] == [0, 1, 2]
 
 
-@pytest.mark.slow
 def test_accumulated_gradients(fitted, plain):
     folder = fitted("trainer.accumulate_grad_batches=2")
     assert checkpoints(folder)["last"]["global_step"] == 8
@@ -106,7 +104,6 @@ class Recorded(Perturbed):
         self.made.append(plans)
 
 
-@pytest.mark.slow
 def test_an_estimator_of_ones_own_is_one_class(fitted):
     fitted(f"objective.estimator={__name__}:Recorded", "objective.plans=2")
     assert {*Recorded.made} == {2}
@@ -114,13 +111,11 @@ def test_an_estimator_of_ones_own_is_one_class(fitted):
         fitted("objective.estimator=purturbed")
 
 
-@pytest.mark.slow
 def test_a_profilers_report_is_shown(fitted, caplog):
     fitted("trainer.profiler=simple")
     assert "run_training_batch" in caplog.text
 
 
-@pytest.mark.slow
 def test_callbacks_and_logger_are_those_of_the_recipe(fitted, tmp_path):
     arguments = {"save_dir": str(tmp_path), "name": "csv"}
     logger = f"logger={json.dumps({'class_path': 'lightning.pytorch.loggers.CSVLogger', 'init_args': arguments})}"

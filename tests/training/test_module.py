@@ -25,6 +25,8 @@ from routers.shortgpt import ShortGPT
 from tests.tiny import tiny_backbone
 from tests.training.stopping import same
 
+pytestmark = pytest.mark.slow
+
 BUDGETS = [1.0, 0.75, 0.5]  # 6, 4 and 3 layers
 
 

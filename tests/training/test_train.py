@@ -20,6 +20,8 @@ from buddy.training.module import RoutingModule
 from tests.training.stopping import Killed, at_step, interrupt, kill, same, terminate
 from tests.training.test_module import Spoilt
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 
 
@@ -66,8 +68,8 @@ def assert_same_training(one: dict, two: dict) -> None:
     ("setting", "act", "raised", "step"),
     [
         ("objective.estimator=perturbed", interrupt, KeyboardInterrupt, 5),
-        pytest.param("objective.estimator=straight-through", terminate, KeyboardInterrupt, 5, marks=pytest.mark.slow),
-        pytest.param("router=skipgpt", kill, Killed, 3, marks=pytest.mark.slow),
+        ("objective.estimator=straight-through", terminate, KeyboardInterrupt, 5),
+        ("router=skipgpt", kill, Killed, 3),
     ],
 )
 def test_a_stopped_training_resumes_bit_for_bit(train, tmp_path, monkeypatch, capsys, setting, act, raised, step):
@@ -84,7 +86,6 @@ def test_a_stopped_training_resumes_bit_for_bit(train, tmp_path, monkeypatch, ca
     assert str(tmp_path / "parts" / "checkpoints" / "last.ckpt") in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_resumed_training_saves_no_checkpoint_amid_a_step(train, tmp_path, monkeypatch):
     micro = ["trainer.accumulate_grad_batches=2", "checkpoint_every=3"]
     expected = train("whole", *micro)
@@ -97,7 +98,6 @@ def test_a_resumed_training_saves_no_checkpoint_amid_a_step(train, tmp_path, mon
     assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_training_that_ended_early_does_not_go_on_after_a_kill(train, tmp_path, monkeypatch):
     stopping = {"monitor": "val/kl", "patience": 1, "min_delta": 1e9, "check_on_train_epoch_end": False}
@@ -119,7 +119,6 @@ def test_a_training_that_ended_early_does_not_go_on_after_a_kill(train, tmp_path
     assert last(tmp_path / "more")["global_step"] == STEPS
 
 
-@pytest.mark.slow
 def test_a_training_that_ended_goes_on_where_its_own_checkpoint_is_named(train, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Session, "_test", lambda *_: kill())

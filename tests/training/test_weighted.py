@@ -21,6 +21,8 @@ from tests.engine.reference import Fickle, clamped
 from tests.small import only_seeds
 from tests.tiny import tiny_backbone
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(0))
 PROMPT = 5
 
@@ -104,7 +106,6 @@ def layerwise(small, tmp_path_factory):
     return only_seeds(output / "small")
 
 
-@pytest.mark.slow
 def test_fit_trains_gates_whatever_the_recipes_estimator(layerwise):
     learned = load_tensors(layerwise / "first" / "router.safetensors")
     assert learned["weight"].abs().sum() > 0
