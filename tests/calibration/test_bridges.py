@@ -45,6 +45,7 @@ def test_the_first_bridge_solves_the_ridge_regression():
     torch.testing.assert_close(bridges(1, before).double(), before + expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", [Fickle, FickleGates])
 @pytest.mark.parametrize("batch", [3, 16])
 def test_they_bring_the_routed_states_nearer_to_the_dense_ones(router, batch):

@@ -100,6 +100,7 @@ def test_nothing_is_measured_twice(measure):
     assert len(shown) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "context_layer", "sinks"),
     [*((family, 1, 1) for family in FAMILIES), ("llama", 3, 0), ("gemma2", 3, 2), ("mistral-sliding", 1, 0)],
@@ -175,6 +176,7 @@ def test_the_next_round_goes_on_from_the_last():
     assert called == [0, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("room", "dense"), [(0, 0), (1, 10_000), (3, 0), (7, 2 << 30)])
 def test_little_room_changes_nothing(room, dense, monkeypatch):
     monkeypatch.setattr(measures, "states_that_fit", lambda *_: room)
@@ -310,6 +312,7 @@ class Fixed(Router):
         return torch.tensor(self.order).argsort().float().expand(*context.executed.shape, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["ce", "kl"])
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_losses_with_bridges_are_those_of_the_model_with_bridges_for_each_plan(criterion, sinks):

@@ -32,6 +32,7 @@ def gradient(routed: RoutedLM, estimator, batch: TrainingBatch) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in routed.router.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2])
 @pytest.mark.parametrize("executed", [[3, 4, 3, 5, 4, 3], [3, 6, 4, 6, 6, 3], [6, 3, 6, 4, 6, 5]])
 @pytest.mark.parametrize("kind", [Perturbed, StraightThrough, Surrogate, Weighted])

@@ -111,6 +111,7 @@ def test_plans_tell_what_the_noise_did_with_less_spread():
     assert told.sum(-1).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [0.0, 1.0])
 def test_perturbed_points_downhill(shared):
     """The averaged estimate finds the layer that is missed least, by brute force over layers and tokens or windows."""
