@@ -16,8 +16,8 @@ from buddy.schema import Recipe, Rival
 from buddy.values import shown
 
 CODE = "router's code"  # the digest whose change only warns
-NEW = ("details", "tokens")  # digests that older runs lack; they are compared where both sides have them
-OTHER = {"details": "another configuration of the model, or other weights", "tokens": "another text to train on"}
+# Digests that older runs lack, with what it means if they differ; they are compared where both sides have them.
+NEW = {"details": "another configuration of the model, or other weights", "tokens": "another text to train on"}
 # Keys of a recipe that change nothing in the run.
 FREE_KEYS = (
     "output",
@@ -116,7 +116,7 @@ def differences(
         f"{shown(here[key]) if key in here else 'not set'} here"
         for key in keys
         if there.get(key) != here.get(key)
-    ] + [OTHER.get(name, f"another {name}") for name in sorted(names) if stored_digests.get(name) != digests.get(name)]
+    ] + [NEW.get(name, f"another {name}") for name in sorted(names) if stored_digests.get(name) != digests.get(name)]
 
 
 class _WithoutDocstrings(ast.NodeTransformer):

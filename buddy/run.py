@@ -345,16 +345,16 @@ def read_run(folder: str | Path) -> Run:
 
 def check_backbone(run: Run, fingerprint: str, details: str = "") -> None:
     """Raises RunError when the run was made with another backbone than the one with this fingerprint and `details`."""
-    stored = stored_digests(run.folder).get("details")
-    if run.fingerprint == fingerprint and details and stored not in (None, details):
-        raise RunError(
-            f"{run.folder} was made with another configuration of {run.backbone}, or other weights; name the backbone "
-            "that it was made with, or make the run again with `buddy fit`."
-        )
     if run.fingerprint != fingerprint:
         raise RunError(
             f"{run.folder} was made with other weights than {run.backbone} has (fingerprint {run.fingerprint}, not "
             f"{fingerprint}); name the backbone that it was made with, or make the run again with `buddy fit`."
+        )
+    stored = stored_digests(run.folder).get("details")
+    if details and stored not in (None, details):
+        raise RunError(
+            f"{run.folder} was made with another configuration of {run.backbone}, or other weights; name the backbone "
+            "that it was made with, or make the run again with `buddy fit`."
         )
 
 

@@ -178,6 +178,7 @@ def test_recipes(tmp_path, monkeypatch, calls):
         ("'seed'", ["fit", "--recipe", "quickstart", "seed"]),
         ("--budgets", ["evaluate", "--run", "r", "--budgets", " , "]),
         ("'zzz'", ["recipes", "show", "zzz"]),
+        ("installed recipe", ["recipes", "show", __file__]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_2(calls, named, words):

@@ -81,6 +81,15 @@ def test_a_task_of_one_item_and_one_without_right_answers(capsys):
     assert "average" not in out
 
 
+def test_flips_are_against_the_budget_that_runs_every_layer(capsys):
+    common = {"task": "piqa", "metric": "acc", "items": 2, "stderr": None, "value": 0.5}
+    full = {"budget": 0.95, "layers": 6, "correct": [1, 0], "executed": {"min": 6, "mean": 6.0, "max": 6}, **common}
+    half = {"budget": 0.5, "layers": 3, "correct": [0, 0], "executed": {"min": 3, "mean": 3.0, "max": 3}, **common}
+    show_tasks([full, half], "buddy", 0, 6)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "flips" in line)
+    assert line.split()[-2:] == ["–", "50.0"]
+
+
 # Definitions of one's own
 
 DEFINITION = """

@@ -31,7 +31,7 @@ def test_a_single_process_exchanges_nothing(environment):
     assert not distributed.is_distributed()
     assert distributed.torchrun_world_size() == 1
     assert distributed.broadcast(3) == 3
-    assert distributed.device_counts({"devices": 1, "num_nodes": 3}) == (1, 3)
+    assert distributed.device_counts({"devices": 2, "num_nodes": 3}) == (2, 3)
 
 
 @pytest.mark.parametrize(
