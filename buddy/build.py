@@ -14,9 +14,10 @@ from buddy import distributed
 from buddy.backbone.adapter import Adapter, check_targets
 from buddy.backbone.load import Backbone, fastest_dtype, load_backbone
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
+from buddy.data.documents import read_documents
 from buddy.data.module import TextData
 from buddy.data.text import overlap
-from buddy.data.windows import Windows, windows_of
+from buddy.data.windows import Windows, sample
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import DataError, RecipeError, RunError, TrainingError, reason
@@ -251,8 +252,8 @@ def build_windows(
         DataError: the text cannot be read, or is too short for one window.
     """
     data = recipe.data
-    length, seed = window or data.window, recipe.data_seed
-    return windows_of(source, tokenizer, window=length, count=count, seed=seed, text_field=data.text_field)
+    length = window or data.window
+    return sample(read_documents(source, tokenizer, length, data.text_field), length, count, recipe.data_seed)
 
 
 def load_model(run: Run, merged: bool = False) -> RoutedLM:

@@ -38,7 +38,7 @@ from buddy.schema import PredictorSection, Recipe, Rival
 from buddy.worker import EvaluationText, Tasks, Worker, read_windows, run_in_worker, texts_of
 
 SEEDS = 3
-PATIENCE = 10.0  # seconds that `fit` waits for another to write its tables
+LOCK_SECONDS = 10.0  # that `fit` waits for another to write its tables
 PREDICTOR = "predictor."  # beginning of the recipe keys that change nothing in a run of a comparison
 ALREADY_COMPLETE = 0.5  # seconds; a run that takes less was complete before
 
@@ -113,7 +113,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
     own_recipe = replace(base, predictor=recipe.predictor, ckpt_path=recipe.ckpt_path)
     recipes = {each.label: with_router(base, each) for each in recipe.rivals if each != own} | {own.label: own_recipe}
     specs = [
-        RunSpec(label, of, recipe_name, RunFolder.of(of, recipe_name, label).path) for label, of in recipes.items()
+        RunSpec(label, of, recipe_name, RunFolder.of(folder, label, of.seed).path) for label, of in recipes.items()
     ]
     session = Session.launch(specs)
     check_fixed(recipe, recipe.rivals, session.digests(recipe))
@@ -141,7 +141,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
             layers=session.backbone.num_layers,
             texts=[text_entry(text.label, text.source, session.data.evaluated, own=True)],
         )
-        with _locked(folder, PATIENCE):
+        with _locked(folder, LOCK_SECONDS):
             write_results(record, folder)
 
 
@@ -233,10 +233,10 @@ def check(config: CompareConfig) -> CompareConfig:
     if config.markdown:
         check_output_path(config.markdown)
     if config.tasks.names:
-        from buddy.evaluation.task_data import hushed, load_tasks, require_lm_eval
+        from buddy.evaluation.task_data import load_tasks, quiet_lm_eval, require_lm_eval
 
         require_lm_eval()
-        with hushed(), status("Reading tasks …"):
+        with quiet_lm_eval(), status("Reading tasks …"):
             names = tuple(load_tasks(config.tasks.names, config.tasks.data, config.tasks.path))
         config = replace(config, tasks=replace(config.tasks, names=names))
     return replace(config, recipe=with_dtype(config.recipe))
@@ -269,14 +269,15 @@ def common_recipe(recipe: Recipe) -> Recipe:
 
 def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) -> list[RunSpec]:
     """The runs of one router: one for each seed if the router, its adapter or its bridges depend on it, else one."""
-    router, folder = build_router(recipe, session.backbone), config.folder / label_folder(label)
+    router, folder = build_router(recipe, session.backbone), config.folder
     many = config.seeds or SEEDS
     if config.finished and config.seeds is None:
-        many = max([seed - recipe.seed + 1 for seed in complete_seeds(folder)] + [1])
+        many = max([seed - recipe.seed + 1 for seed in complete_seeds(folder / label_folder(label))] + [1])
     seeded = healing_steps(recipe, router) > 0 or _depends_on_seed(recipe, router)
     return [
-        RunSpec(label, replace(recipe, seed=seed), config.recipe_name, folder / f"seed-{seed}", free_keys=(PREDICTOR,))
+        RunSpec(label, replace(recipe, seed=seed), config.recipe_name, path, free_keys=(PREDICTOR,))
         for seed in range(recipe.seed, recipe.seed + (many if seeded else 1))
+        for path in [RunFolder.of(folder, label, seed).path]
     ]
 
 

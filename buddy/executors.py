@@ -21,31 +21,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from buddy import distributed
-from buddy.errors import BuddyError, reason
+from buddy.errors import BuddyError, RunError, reason
+from buddy.run import RunSpec
 
 ATTEMPTS = 3  # of a unit whose worker dies
-PATIENCE = 60.0  # seconds that a unit has to save a checkpoint after an interrupt
-
-
-class Unit(Protocol):
-    """Something to do, picklable."""
-
-    @property
-    def log(self) -> Path:
-        """The file that a worker's output is appended to."""
-
-
-U = TypeVar("U", bound=Unit)
-Function = Callable[[U], Any]
-Done = Callable[[U, Any], None]
-
-
-class WorkerDied(BuddyError):
-    """The worker process of a unit died each time."""
+GRACE_SECONDS = 60.0  # that a unit has to save a checkpoint after an interrupt
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,7 @@ class _Setup:
         torch.set_num_threads(self.threads)
 
 
-def _call(setup: _Setup, function: Function[U], unit: U) -> Any:
+def _call(setup: _Setup, function: Callable[[RunSpec], Any], unit: RunSpec) -> Any:
     """In a worker: one unit, its output and traceback in its log."""
     setup.apply()
     unit.log.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +77,9 @@ class LokyExecutor:
     jobs: int
     threads: int = 1
 
-    def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
+    def run(
+        self, function: Callable[[RunSpec], Any], units: Sequence[RunSpec], on_done: Callable[[RunSpec, Any], None]
+    ) -> None:
         """Call `function` with each unit, as every executor does.
 
         Args:
@@ -109,7 +94,7 @@ class LokyExecutor:
 
         setup, waiting = _Setup(self.threads), deque((unit, 1) for unit in units)
         free, pools = list(range(min(self.jobs, len(waiting)))), dict[int, Any]()
-        running: dict[Future[Any], tuple[int, U, int, Future[int]]] = {}
+        running: dict[Future[Any], tuple[int, RunSpec, int, Future[int]]] = {}
         try:
             with _handled(signal.SIGTERM, signal.default_int_handler):  # it ends the work as Ctrl-C does
                 while waiting or running:
@@ -135,7 +120,7 @@ class LokyExecutor:
                             if attempt < ATTEMPTS:
                                 waiting.appendleft((unit, attempt + 1))
                                 continue
-                            error = WorkerDied(
+                            error = RunError(
                                 f"Its process died {ATTEMPTS} times, perhaps because memory ran out; free some or give "
                                 "fewer --jobs."
                             )
@@ -149,7 +134,7 @@ class LokyExecutor:
                     stopping.append(future)
                 else:  # not ready, so nothing to save
                     pools.pop(slot).shutdown(kill_workers=True)
-            wait(stopping, PATIENCE)
+            wait(stopping, GRACE_SECONDS)
             raise
         finally:
             busy = not all(future.done() for future in running)
@@ -197,14 +182,16 @@ class RayExecutor:
     threads: int = 1
     gpus: bool = True
 
-    def run(self, function: Function[U], units: Sequence[U], on_done: Done[U]) -> None:
+    def run(
+        self, function: Callable[[RunSpec], Any], units: Sequence[RunSpec], on_done: Callable[[RunSpec, Any], None]
+    ) -> None:
         import ray
 
         address, setup = os.environ.get("RAY_ADDRESS"), _Setup(self.threads)
         paths = {"PYTHONPATH": os.pathsep.join(setup.path)}  # a worker imports this module before `setup` is applied
         options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": paths}}
         options |= {} if address else {"include_dashboard": False}
-        running: dict[Any, U] = {}
+        running: dict[Any, RunSpec] = {}
         with _handled(signal.SIGTERM, signal.default_int_handler):  # ray.init takes this signal, and keeps it
             try:
                 ray.init(address, **options)
@@ -218,7 +205,7 @@ class RayExecutor:
                         outcome = _outcome(ref)
                         on_done(running.pop(ref), outcome)
             except BaseException:
-                for force, seconds in ((False, PATIENCE), (True, 0.0)) if running else ():
+                for force, seconds in ((False, GRACE_SECONDS), (True, 0.0)) if running else ():
                     for ref in running:
                         ray.cancel(ref, force=force)
                     ray.wait(list(running), num_returns=len(running), timeout=seconds)
@@ -251,7 +238,7 @@ def _outcome(ref: Any) -> Any:
         return error.cause
     except ray.exceptions.RayError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        return WorkerDied(f"Its worker died {ATTEMPTS} times ({reason}); free some memory.")
+        return RunError(f"Its worker died {ATTEMPTS} times ({reason}); free some memory.")
 
 
 @contextmanager

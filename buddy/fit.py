@@ -49,7 +49,7 @@ from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, on_disk, out_of_memory, within_memory, write_bytes
 from buddy.metrics.perplexity import MOST, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor, remove_targets
-from buddy.provenance import input_digests
+from buddy.provenance import CODE, code_digest
 from buddy.registry import load
 from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import RunSpec, read_run
@@ -153,7 +153,10 @@ class Session:
         """Digests of the inputs of a run of the recipe."""
         data, backbone = self.data, self.backbone
         texts = {"text": data.fingerprint, "training text": data.train_fingerprint, "tokens": data.tokens_digest}
-        return input_digests(recipe.router.name, {"model": backbone.fingerprint, "details": backbone.details, **texts})
+        digests = {"model": backbone.fingerprint, "details": backbone.details, **texts}
+        return {name: digest for name, digest in digests.items() if digest} | {
+            CODE: code_digest(load(recipe.router.name))
+        }
 
     def differences(self, spec: RunSpec) -> list[str]:
         """Why the run in the folder, complete or begun, is not this one; empty if it is, or if there is none."""
@@ -182,9 +185,7 @@ class Session:
                     cost = {"seconds": before + stopwatch.seconds, "parameters": weights}
                     fit_predictor(recipe, model, self.data, folder)
                     scores = self._test(recipe, model)
-                save_router(folder, model.router.state_dict())
-                if model.bridges is not None:
-                    model.bridges.save(folder / BRIDGE)
+                self._keep(model, folder)
                 if model.adapter is not None:
                     model.adapter.save(folder / ADAPTER)
                 draw_run(folder, scores)
@@ -260,7 +261,7 @@ class Session:
 
     @staticmethod
     def _keep(model: RoutedLM, folder: Path) -> None:
-        """Write the fitted router and bridges, so that what comes after them can resume; the router last."""
+        """Write bridges and router; the router last, so that what comes after can resume if it is there."""
         if distributed.is_global_zero():
             folder.mkdir(parents=True, exist_ok=True)
             if model.bridges is not None:

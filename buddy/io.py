@@ -83,12 +83,12 @@ def write_with_checksum(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**value, SUM: _checksum_of(value)})
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """`write_bytes` of safetensors; tensors are copied to the CPU, so that views are allowed."""
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(path, save(plain, dict(metadata)))
+    write_bytes(path, save(plain, {"format": "pt"}))  # safetensors does not keep the order of several keys
 
 
 def remove_parts(folder: Path, below: str = "**/") -> None:
@@ -299,7 +299,7 @@ def on_disk(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def within_memory(what: str, advice: str) -> Iterator[None]:
+def within_memory(what: str, advice: str = "free some, or use a machine with more") -> Iterator[None]:
     """Turn a failed allocation, on the CPU or an accelerator, into a RunError.
 
     Args:

@@ -25,7 +25,8 @@ from buddy.console import errors, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
 from buddy.io import FileStore
-from buddy.metrics.timing import Contender, Track, decode_in_turn, machine
+from buddy.metrics.timing import Contender, Track, decode_in_turn
+from buddy.provenance import machine
 
 LOCK = "measuring.lock"
 LAYOUT = 2  # raise it when tokens are timed differently: older tables are then not found

@@ -1,23 +1,32 @@
-"""What a run is made from: digests of its inputs, and how its recipe and inputs differ from those of another run."""
+"""What a run is made from: digests of its inputs, how those and its recipe differ from another run's, the machine."""
 
 import ast
 import hashlib
 import inspect
 import json
+import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
-from pathlib import PurePath
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
 from typing import Any
 
+import buddy
 from buddy.config import MACHINE_KEYS, flatten
 from buddy.errors import RecipeError
-from buddy.registry import load
 from buddy.schema import Recipe, Rival
 from buddy.values import shown
 
+PACKAGES = ("torch", "transformers", "lightning", "datasets", "numpy")  # that results depend on
 CODE = "router's code"  # the digest whose change only warns
 # Digests that older runs lack, with what it means if they differ; they are compared where both sides have them.
-NEW = {"details": "another configuration of the model, or other weights", "tokens": "another text to train on"}
+LATER_DIGESTS = {
+    "details": "another configuration of the model, or other weights",
+    "tokens": "another text to train on",
+}
 # Keys of a recipe that change nothing in the run.
 FREE_KEYS = (
     "output",
@@ -32,13 +41,6 @@ FREE_KEYS = (
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
 ESTIMATOR_KEYS = ("objective.estimator", "objective.plans", "objective.sigma", "objective.shared")
 CKPT_KEY = "ckpt_path"  # a resumed run need not repeat it
-
-
-def input_digests(router: str, others: Mapping[str, str | None]) -> dict[str, str]:
-    """Digests of all inputs of a run except its recipe, by the name of the input: `others` that there are, and the code
-    of the router of this name.
-    """
-    return {name: digest for name, digest in others.items() if digest} | {CODE: code_digest(load(router))}
 
 
 @cache
@@ -88,7 +90,7 @@ def settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
     for key in ("train_sources", "calibration_sources"):
         settings[f"data.{key}"] = [PurePath(each).name for each in getattr(data, key)]
     overrides = sorted(each.label for each in recipe.rivals if each.overrides)
-    inputs = {name: value for name, value in digests.items() if name not in (CODE, *NEW)}
+    inputs = {name: value for name, value in digests.items() if name not in (CODE, *LATER_DIGESTS)}
     content = json.dumps([settings, overrides, inputs], sort_keys=True)
     return "s" + hashlib.sha256(content.encode()).hexdigest()[:15]
 
@@ -110,13 +112,43 @@ def differences(
     keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith(free)]
     names = {*stored_digests, *digests} if stored_digests and digests else set()
     names -= {CODE, *(["training text", "tokens"] if "data.train_sources".startswith(free) else [])}
-    names -= {name for name in NEW if name not in stored_digests or name not in digests}
+    names -= {name for name in LATER_DIGESTS if name not in stored_digests or name not in digests}
     return [
         f"{key}: {shown(there[key]) if key in there else 'not set'} there, "
         f"{shown(here[key]) if key in here else 'not set'} here"
         for key in keys
         if there.get(key) != here.get(key)
-    ] + [NEW.get(name, f"another {name}") for name in sorted(names) if stored_digests.get(name) != digests.get(name)]
+    ] + [
+        LATER_DIGESTS.get(name, f"another {name}")
+        for name in sorted(names)
+        if stored_digests.get(name) != digests.get(name)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of Python, Buddy and `PACKAGES`."""
+    found = {"python": platform.python_version(), "buddy": buddy.__version__}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # installed without metadata
+            found[name] = version(name)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory (None where unknown), accelerator."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator) if accelerator else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory: float | None = None
+    with suppress(AttributeError, OSError, ValueError):  # not every system has these
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+?)\s*$", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
+        processor = found[1] if found else processor
+    return {"processor": processor, "cores": cores, "memory_gib": memory, "accelerator": name}
 
 
 class _WithoutDocstrings(ast.NodeTransformer):

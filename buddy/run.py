@@ -66,14 +66,9 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def of(cls, recipe: Recipe, recipe_name: str, label: str | None = None) -> "RunFolder":
-        """`<output>/<recipe>/<router>/seed-N`; characters that do not belong in a file name become hyphens.
-
-        Args:
-            label: of a rival with overrides, instead of the router's name.
-        """
-        names = folder_name(recipe_name), label_folder(label or recipe.router.name), f"seed-{recipe.seed}"
-        return cls(Path(recipe.output).joinpath(*names))
+    def of(cls, folder: Path, label: str, seed: int) -> "RunFolder":
+        """`<folder>/<router>/seed-N` in the folder of a comparison; `label` is the router with its overrides."""
+        return cls(folder / label_folder(label) / f"seed-{seed}")
 
     @property
     def is_complete(self) -> bool:
@@ -105,7 +100,7 @@ class RunFolder:
 
         Args:
             recipe: the requested one.
-            digests: of its inputs, from `input_digests`.
+            digests: of its inputs, from `Session.digests`.
             ignore: prefixes of recipe keys that may differ, beside those of `buddy.provenance`.
 
         Returns:
@@ -144,7 +139,7 @@ class RunFolder:
         Args:
             recipe: of the run.
             recipe_name: stored in run.json.
-            digests: of its inputs, from `input_digests`.
+            digests: of its inputs, from `Session.digests`.
             geometry: of router and model.
             ignore: as for `differences`.
 
@@ -315,7 +310,6 @@ class Run:
     fingerprint: str
     geometry: dict[str, int]
     versions: dict[str, str]
-    created: str
 
     @property
     def inputs(self) -> list[str | Path]:

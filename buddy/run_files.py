@@ -1,19 +1,17 @@
 """The files of a run folder: their names, and reading and writing metrics.json, run.json, checksums and the router."""
 
 import os
-import platform
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Self
 
-import buddy
 from buddy.errors import DamagedError, RunError
 from buddy.io import checksum, load_tensors, read_json, save_tensors, write_json, write_with_checksum
+from buddy.provenance import versions
 from buddy.schema import Recipe
 from buddy.values import flaw
 
@@ -35,7 +33,7 @@ CHECKPOINTS = "checkpoints"
 LAST, HEALING, FITTED = "last.ckpt", "healing.ckpt", "fitted"  # the folder has router and bridges before healing
 FORMAT = 2  # of a run folder; 1 is that of Buddy 0.1, which stored the checksums in run.json
 SUMS = "checksums"  # the key of the checksums in metrics.json
-_TEXTS = ("recipe_name", "router_name", "backbone", "fingerprint", "created")
+_TEXTS = ("recipe_name", "router_name", "backbone", "fingerprint")
 _MAPPINGS = ("geometry", "versions")
 
 
@@ -93,7 +91,7 @@ def _is_inside(name: str) -> bool:
 
 def save_router(folder: Path, state: Mapping[str, "Tensor"]) -> None:
     """Write router.safetensors from a router's state dict: equal tensors give equal bytes."""
-    save_tensors(folder / ROUTER, state, {"format": "pt"})  # safetensors does not keep the order of several keys
+    save_tensors(folder / ROUTER, state)
 
 
 def load_router(folder: Path) -> dict[str, "Tensor"]:
@@ -105,8 +103,6 @@ def run_facts(
     folder: Path, recipe: Recipe, recipe_name: str, digests: Mapping[str, str], geometry: "Geometry"
 ) -> dict[str, Any]:
     """The content of run.json: what the run needs to be used again, and how it was made."""
-    versions = {"python": platform.python_version(), "buddy": buddy.__version__}
-    versions |= {name: version(name) for name in ("torch", "lightning", "transformers")}
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -116,7 +112,7 @@ def run_facts(
         "backbone": recipe.backbone.name,
         "fingerprint": digests["model"],
         "geometry": asdict(geometry),
-        "versions": versions,
+        "versions": versions(),
         "seconds": _seconds_in(folder),
     }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from buddy.backbone.load import Backbone
 from buddy.build import build_held_out, load_model
 from buddy.calibration.bridges import fit_bridges
 from buddy.data.text import overlap, same_source
@@ -42,14 +43,14 @@ def check_texts(
             parser.error(f"{other} would be measured on documents that were fitted on; give other texts.")
 
 
-def part_of(recipe: Recipe, model: RoutedLM, source: str, part: str, count: int) -> Windows:
+def part_of(recipe: Recipe, backbone: Backbone, source: str, part: str, count: int) -> Windows:
     """Up to `count` calibration or validation windows of a text; of the run's own text those of the run's split."""
     # Another split could measure on documents that the router or the bridges were fitted to.
     if same_source(source, recipe.data.source):
-        return getattr(build_held_out(recipe, model.backbone), part)[:count]
+        return getattr(build_held_out(recipe, backbone), part)[:count]
     sizes = {f"{name}_windows": 1 for name in ("calibration", "validation", "test")} | {f"{part}_windows": count}
     data = replace(recipe.data, source=source, train_sources=[], calibration_sources=[], **sizes)
-    return getattr(build_held_out(replace(recipe, data=data), model.backbone), part)
+    return getattr(build_held_out(replace(recipe, data=data), backbone), part)
 
 
 def main() -> None:
@@ -66,9 +67,9 @@ def main() -> None:
     recipe, model = opened(asked.run)
     check_texts(parser, recipe, asked.calibrate, asked.texts)
     most = -(-max(asked.windows) // len(asked.calibrate))
-    parts = [part_of(recipe, model, text, "calibration", most).input_ids for text in asked.calibrate]
+    parts = [part_of(recipe, model.backbone, text, "calibration", most).input_ids for text in asked.calibrate]
     calibration = torch.stack(parts, 1).flatten(0, 1)
-    texts = {text: part_of(recipe, model, text, "validation", asked.validation) for text in asked.texts}
+    texts = {text: part_of(recipe, model.backbone, text, "validation", asked.validation) for text in asked.texts}
     budgets = [budget for budget in available_budgets(model.router, recipe.budgets) if budget < 1]
     executed = [model.executed_layers(budget) for budget in budgets]
 

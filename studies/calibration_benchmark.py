@@ -21,14 +21,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from buddy.build import build_backbone, build_data, build_model
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
-from buddy.console import errors, results, track
+from buddy.console import errors, print_titled_table, results, track
 from buddy.engine.twins import pruned_model
 from buddy.losses import cross_entropy
 
@@ -91,14 +90,14 @@ def search(
 
 def show(rounds: list[Round], clocks: tuple[Clock, Clock], size: str) -> None:
     """The table, the ratio, and whether both ways agree."""
-    results.print(f"{len(rounds)} rounds on {size}, threads: {torch.get_num_threads()}")
-    table = Table()
-    for heading in ("seconds", "wall", "processor"):
-        table.add_column(heading, justify="right")
-    for name, clock in zip(("naive", "Probe.losses"), clocks, strict=True):
-        table.add_row(name, f"{sum(clock.wall):.1f}", f"{sum(clock.processor):.1f}")
-    table.add_row("ratio", *(f"{sum(a) / sum(b):.2f}" for a, b in zip(*map(_times, clocks), strict=True)))
-    results.print(table)
+    title = f"{len(rounds)} rounds on {size}, threads: {torch.get_num_threads()}"
+    totals = [(sum(clock.wall), sum(clock.processor)) for clock in clocks]
+    rows = [
+        (name, *(f"{seconds:.1f}" for seconds in total))
+        for name, total in zip(("naive", "Probe.losses"), totals, strict=True)
+    ]
+    rows.append(("ratio", *(f"{naive / shared:.2f}" for naive, shared in zip(*totals, strict=True))))
+    print_titled_table(title, ["seconds", "wall", "processor"], rows)
     results.print(
         "ratio by round (wall):", *(f"{a / b:.2f}" for a, b in zip(clocks[0].wall, clocks[1].wall, strict=True))
     )
@@ -106,10 +105,6 @@ def show(rounds: list[Round], clocks: tuple[Clock, Clock], size: str) -> None:
     results.print("removed, shared:", *(each.shared for each in rounds))
     results.print(f"losses of one window apart by at most {max(each.apart for each in rounds):.1e} nats")
     errors.print("Expected: a ratio of at least 1.5, and the same removals.")
-
-
-def _times(clock: Clock) -> tuple[list[float], list[float]]:
-    return clock.wall, clock.processor
 
 
 def main(
@@ -128,7 +123,6 @@ def main(
     recipe = load_recipe("quickstart", overrides)
     model = build_backbone(recipe)
     data = build_data(recipe, model)
-    data.prepare_data()
     data.setup()
     routed, ids = build_model(recipe, model), data.calibration.input_ids
     removals = model.num_layers - max(to, routed.geometry.always_on)

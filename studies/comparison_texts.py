@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 from buddy.build import build_backbone
 from buddy.config import load_recipe
@@ -39,9 +38,9 @@ def without_spaces(text: str) -> str:
 def unseen(path: Path) -> list[str]:
     """The lines of a JSONL file whose articles gave no validation window."""
     recipe = load_recipe("comparison", BEFORE)
-    model = SimpleNamespace(backbone=build_backbone(recipe))
-    windows = part_of(recipe, model, str(path), "validation", SEEN)  # type: ignore[arg-type]  # asks for the backbone alone
-    seen = [without_spaces(model.backbone.tokenizer.decode(ids))[20:120] for ids in windows.input_ids]
+    backbone = build_backbone(recipe)
+    windows = part_of(recipe, backbone, str(path), "validation", SEEN)
+    seen = [without_spaces(backbone.tokenizer.decode(ids))[20:120] for ids in windows.input_ids]
     lines = [line for line in path.read_text("utf-8").split("\n") if line]
     return [line for line in lines if not any(each in without_spaces(json.loads(line)["text"]) for each in seen)]
 

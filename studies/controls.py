@@ -111,12 +111,14 @@ def main() -> None:
     model.settings = replace(model.settings, mean_over=1)  # plans of a mean would depend on later tokens
     check_texts(parser, recipe, asked.calibrate, asked.texts)
     share = asked.windows // len(asked.calibrate)
-    seen = torch.cat([part_of(recipe, model, text, "calibration", share).input_ids for text in asked.calibrate])
+    seen = torch.cat(
+        [part_of(recipe, model.backbone, text, "calibration", share).input_ids for text in asked.calibrate]
+    )
     generator, prompt = torch.Generator().manual_seed(0), recipe.data.prompt
     means = mean_context(model, seen[:64]) if asked.parts else {}
     tables = {}
     for text in asked.texts:
-        ids = part_of(recipe, model, text, "validation", asked.validation).input_ids
+        ids = part_of(recipe, model.backbone, text, "validation", asked.validation).input_ids
         for budget in available_budgets(model.router, recipe.budgets):
             count = model.executed_layers(budget)
             if count == model.geometry.layers:

@@ -13,11 +13,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
 from torch import Tensor
 
 from buddy.build import load_model
-from buddy.console import results, status, tracker
+from buddy.console import print_titled_table, results, status, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
@@ -127,13 +126,12 @@ def _row(count: int, kl: Tensor) -> dict[str, float]:
 
 
 def _show(rows: list[dict[str, float]], title: str, half: int, plans: int) -> None:
-    table = Table(title=f"{title}: KL to the dense model, nats a token")
-    for heading in ("layers", "router", f"best of {half}", f"best of {plans}", "left to win"):
-        table.add_column(heading, justify="right")
+    cells = []
     for row in rows:
         left = f"{row['router'] - row['best']:.3f} ({1 - row['best'] / row['router']:.0%})"
-        table.add_row(str(row["layers"]), *(f"{row[name]:.3f}" for name in ("router", "half", "best")), left)
-    results.print(table)
+        cells.append((str(row["layers"]), *(f"{row[name]:.3f}" for name in ("router", "half", "best")), left))
+    head = ["layers", "router", f"best of {half}", f"best of {plans}", "left to win"]
+    print_titled_table(f"{title}: KL to the dense model, nats a token", head, cells)
 
 
 def main(

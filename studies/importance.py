@@ -49,7 +49,7 @@ def main() -> None:
     keep_freed_memory()
     recipe, model = opened(asked.run)
     bridges, first = model.bridges, model.geometry.context_layer
-    parts = [part_of(recipe, model, text, "validation", asked.windows) for text in asked.texts]
+    parts = [part_of(recipe, model.backbone, text, "validation", asked.windows) for text in asked.texts]
     windows = Windows(torch.cat([part.input_ids for part in parts]), torch.cat([part.documents for part in parts]))
     for name, each in {"without bridges": None, "with bridges": bridges}.items():
         if name == "with bridges" and bridges is None:

@@ -28,7 +28,7 @@ def main() -> None:
     prompt, layers = recipe.data.prompt, model.geometry.layers
     counts = [count for count in map(model.executed_layers, recipe.budgets) if count < layers]
     for text in asked.texts:
-        ids = part_of(recipe, model, text, "validation", asked.windows).input_ids
+        ids = part_of(recipe, model.backbone, text, "validation", asked.windows).input_ids
         scored = torch.arange(prompt - 1, ids.shape[1] - 1)
         batches = ids.split(recipe.data.batch_size)
         dense = [DenseDistribution(model.dense(batch, logits_to_keep=scored)) for batch in batches]

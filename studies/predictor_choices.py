@@ -14,6 +14,14 @@ from buddy.predictor.grpo import BudgetPolicy, train_policy
 from buddy.predictor.regress import CurvePredictor
 from buddy.schema import PredictorSection
 
+FOLDS = 4
+RESAMPLES = 1000
+POLICIES = 5  # costs of a policy that are tried
+POLICY: dict[str, Any] = {"steps": 2000, "lr": 1e-3}
+Chosen = dict[str, list[np.ndarray]]  # method → indices of arms (N,), one array for each setting that is tried
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+Sample = list[tuple[float, float]]  # mean layers and loss of each setting
+
 
 def by_epsilon(increase: np.ndarray, arms: np.ndarray, epsilon: float) -> np.ndarray:
     """(N,) indices of the smallest arm whose increase is at most ε, of the largest arm where there is none.
@@ -57,17 +65,20 @@ def folds(groups: Sequence[object], count: int) -> np.ndarray:
     return np.array([place[group] for group in groups])
 
 
+def layers_at(points: Mapping[float, float], loss: float) -> float | None:
+    """The mean layers of the cheapest mixture of two fixed budgets that reaches a mean loss.
+
+    None where no mixture reaches it, or where the smallest budget is better already.
+    """
+    layers, losses = hull(points)
+    falling = np.minimum.accumulate(losses)
+    if not falling[-1] <= loss <= falling[0]:
+        return None
+    return float(np.interp(-loss, -falling, layers))
+
+
 def _pairs(count: int) -> Iterator[tuple[int, int]]:
     yield from ((high, low) for high in range(count) for low in range(high + 1, count))
-
-
-FOLDS = 4
-RESAMPLES = 1000
-POLICIES = 5  # costs of a policy that are tried
-POLICY: dict[str, Any] = {"steps": 2000, "lr": 1e-3}
-Chosen = dict[str, list[np.ndarray]]  # method → indices of arms (N,), one array for each setting that is tried
-Track = Callable[[Sequence[Any]], Iterable[Any]]
-Sample = list[tuple[float, float]]  # mean layers and loss of each setting
 
 
 @dataclass(frozen=True)
@@ -240,15 +251,3 @@ def _policies(measured: Measured, fold: np.ndarray, cost: float) -> np.ndarray:
         with torch.no_grad():
             places[own] = policy(measured.features[own]).argmax(-1).numpy()
     return places
-
-
-def layers_at(points: Mapping[float, float], loss: float) -> float | None:
-    """The mean layers of the cheapest mixture of two fixed budgets that reaches a mean loss.
-
-    None where no mixture reaches it, or where the smallest budget is better already.
-    """
-    layers, losses = hull(points)
-    falling = np.minimum.accumulate(losses)
-    if not falling[-1] <= loss <= falling[0]:
-        return None
-    return float(np.interp(-loss, -falling, layers))

@@ -8,17 +8,15 @@ loss. "hindsight" chooses from the true losses: the most that there is to win.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from rich.table import Table
 
 from buddy.build import load_model
-from buddy.console import results, status, tracker
+from buddy.console import print_titled_table, results, status, tracker
 from buddy.data.text import named_sources
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
@@ -88,7 +86,7 @@ def _measured(run: Run, routed: RoutedLM, texts: Sequence[TextWindows], arms: tu
     store = FileStore(out / LOSSES)
     for text in texts:
         ids = text.windows.input_ids
-        batches = [partial(_itself, part) for part in ids.split(size)]
+        batches = [lambda part=part: part for part in ids.split(size)]
         track = tracker(f"Losses on {text.label}")
         key = text.windows.fingerprint, size
         found.append(measure_targets(routed, batches, arms, prompt=prompt, store=store, key=key, track=track))
@@ -108,19 +106,15 @@ def _typical(measured: Measured, chosen: list[np.ndarray]) -> np.ndarray:
     return min(chosen, key=lambda places: abs(measured.arms[places].mean() - middle))
 
 
-def _itself(ids: torch.Tensor) -> torch.Tensor:
-    return ids
-
-
 def _show(report: dict[str, Any], router: str) -> None:
     """One row for each fixed budget: what each method needs for the same loss."""
     ways = list(report["fixed"][0]["ways"])
-    table = Table(title=f"{router}: layers a token at the mean loss of a fixed budget (saved; 95 % interval)")
-    for heading in ("fixed", "nats a token", *ways):
-        table.add_column(heading, justify="right")
-    for row in report["fixed"]:
-        table.add_row(f"{row['layers']:g}", f"{row['loss']:.3f}", *(_cell(row["ways"][way]) for way in ways))
-    results.print(table)
+    title = f"{router}: layers a token at the mean loss of a fixed budget (saved; 95 % interval)"
+    rows = [
+        (f"{row['layers']:g}", f"{row['loss']:.3f}", *(_cell(row["ways"][way]) for way in ways))
+        for row in report["fixed"]
+    ]
+    print_titled_table(title, ["fixed", "nats a token", *ways], rows)
     for name, found in report["single"].items():
         text = "no mixture reaches its loss" if found is None else f"{_cell(found)} at {found['loss']:.3f} nats a token"
         results.print(f"{name}: {text}")
@@ -149,10 +143,6 @@ def main(
     except BuddyError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
-
-
-if __name__ == "__main__":
-    typer.run(main)
 
 
 STYLES = {"hindsight": ":", "grpo": "s--"}
@@ -206,3 +196,7 @@ def _shares(axes: Any, arms: np.ndarray, domains: Sequence[str], chosen: np.ndar
         start += share
     axes.invert_yaxis()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=min(5, len(arms)), frameon=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -44,7 +44,7 @@ def main() -> None:
     recipe, model = opened(args.run)
     full = model.geometry.layers
     for text in args.texts:
-        windows = part_of(recipe, model, text, "validation", args.windows).input_ids
+        windows = part_of(recipe, model.backbone, text, "validation", args.windows).input_ids
         for row in windows.split(1):  # not timed: the states of the sink are computed once for each first token
             continuation(model, row, args.counts[0], args.counts[0])
         for count in args.counts:

@@ -152,7 +152,7 @@ def main() -> None:
         parser.error("the run's router has no scores; name a run of another router")
     prompt, context_layer = recipe.data.prompt, model.geometry.context_layer
     share = -(-4 * asked.steps // len(asked.train))
-    windows = torch.cat([part_of(recipe, model, text, "calibration", share).input_ids for text in asked.train])
+    windows = torch.cat([part_of(recipe, model.backbone, text, "calibration", share).input_ids for text in asked.train])
     if len(windows) < 4 * asked.steps:
         print(f"{len(windows)} windows to train on, some of them more than once", flush=True)
     counts = [model.executed_layers(budget) for budget in available_budgets(model.router, recipe.budgets)]
@@ -163,7 +163,7 @@ def main() -> None:
         print(f"{name}: the state at the input of layer {seen}")
         train(model, networks[name], windows, grid, prompt, asked.steps)
     for text in asked.texts:
-        ids = part_of(recipe, model, text, "validation", asked.validation).input_ids
+        ids = part_of(recipe, model.backbone, text, "validation", asked.validation).input_ids
         for count in grid:
             found = perplexities(model, networks, ids, count, prompt)
             print(f"{Path(text).stem:20} {count}  " + "  ".join(f"{name} {value}" for name, value in found.items()))

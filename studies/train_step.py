@@ -17,7 +17,6 @@ import lightning
 import torch
 import typer
 from lightning.pytorch.callbacks import Callback
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -25,7 +24,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from buddy.build import build_backbone, build_data, build_model, build_module
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
-from buddy.console import errors, quiet, results, track
+from buddy.console import errors, print_titled_table, quiet, results, track
 from buddy.engine.model import RoutedLM
 from buddy.losses import draw_budgets
 from buddy.plan import Plan
@@ -90,7 +89,7 @@ class BareLoop:
         mean = values.cumsum(1) / torch.arange(1, values.shape[1] + 1)[None, :, None]
         seen = torch.cat([F.layer_norm(x, x.shape[-1:]) for x in (mean, values, hidden.float())], -1)
         scores = self.router.output(F.silu(self.router.input(seen)))
-        return 2.0 * torch.tanh(scores / 2.0) + 0.3 * self.router.prior
+        return 2.0 * torch.tanh(scores / 2.0) + 0.3 * self.router.prior[-1]  # the same for every K
 
     def _kl(
         self, hidden: Tensor, rotary: Any, scores: Tensor, executed: Tensor, scored: Tensor, probability: Tensor
@@ -169,7 +168,6 @@ def measure(rounds: int, steps: int) -> tuple[list[float], list[float]]:
     recipe = load_recipe("quickstart", [f"trainer.max_steps={steps}", *quick])
     backbone = build_backbone(recipe)
     data = build_data(recipe, backbone)
-    data.prepare_data()
     data.setup()
     routed = build_model(recipe, backbone)
     routed.router.calibrate(CalibrationProbe(routed, data.calibration.input_ids[:4]))
@@ -213,12 +211,12 @@ def main(
 ) -> None:
     """Time a training step of the quickstart against a bare PyTorch loop of the same mathematics."""
     ours, bare = measure(rounds, steps)
-    table = Table(title=f"Seconds per training step, {len(ours)} steps each, {torch.get_num_threads()} threads")
-    for heading in ("", "median", "least", "most"):
-        table.add_column(heading, justify="right")
-    for name, seconds in (("buddy", ours), ("bare loop", bare)):
-        table.add_row(name, *(f"{f(seconds):.2f}" for f in (statistics.median, min, max)))
-    results.print(table)
+    title = f"Seconds per training step, {len(ours)} steps each, {torch.get_num_threads()} threads"
+    rows = [
+        (name, *(f"{f(seconds):.2f}" for f in (statistics.median, min, max)))
+        for name, seconds in (("buddy", ours), ("bare loop", bare))
+    ]
+    print_titled_table(title, ["", "median", "least", "most"], rows)
     results.print(f"ratio of medians: {statistics.median(ours) / statistics.median(bare):.3f}")
     errors.print("Expected: at most 1.25.")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from buddy.errors import BuddyError
-from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, WorkerDied, require_ray
+from buddy.errors import BuddyError, RunError
+from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, require_ray
 from tests.workers import Step, Work
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def test_processes_find_what_one_finds(tmp_path, serial):
     assert isinstance(found.pop("e"), ValueError)
     odd = found.pop("o")
     assert (type(odd), str(odd)) == (BuddyError, "Unpicklable: o failed")
-    assert isinstance(found.pop("x"), WorkerDied)
+    assert isinstance(found.pop("x"), RunError)
     assert found == serial, "a unit whose worker dies is submitted again, and no other is hurt"
     deaths = [len((tmp_path / "loky" / f"{name}.died").read_text()) for name in ("a", "x")]
     assert deaths == [1, ATTEMPTS]
@@ -165,7 +165,7 @@ def test_without_ray_nothing_is_begun():
 def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, serial):
     found = outcomes(RayExecutor(), tmp_path / "ray", "a dies-once", "x dies", "bb", "ccc", "dddd", "e fails")
     assert isinstance(found.pop("e"), ValueError)
-    assert isinstance(found.pop("x"), WorkerDied)
+    assert isinstance(found.pop("x"), RunError)
     assert found == serial
     deaths = [len((tmp_path / "ray" / f"{name}.died").read_text()) for name in ("a", "x")]
     assert deaths == [1, ATTEMPTS]

@@ -42,7 +42,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, mon
 def test_the_same_tensors_are_the_same_bytes(tmp_path):
     base, written = torch.arange(12.0).reshape(3, 4), set()
     for _ in range(9):
-        save_tensors(tmp_path / "file", {"view": base.T, "again": base, "half": base.bfloat16()}, {"format": "pt"})
+        save_tensors(tmp_path / "file", {"view": base.T, "again": base, "half": base.bfloat16()})
         written.add((tmp_path / "file").read_bytes())
     assert len(written) == 1
 

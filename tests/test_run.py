@@ -15,11 +15,11 @@ import torch
 from buddy.config import load_recipe
 from buddy.errors import DamagedError, RunError
 from buddy.io import read_json, write_json
-from buddy.provenance import code_digest
+from buddy.provenance import PACKAGES, code_digest
 from buddy.router import Geometry
-from buddy.run import RunFolder, read_run
+from buddy.run import RunFolder, folder_name, read_run
 from buddy.run_files import Stopwatch, checksums_of, load_router, read_metrics, save_router, update_checksums
-from buddy.schema import ClassSpec, OptimizerSection, Recipe, RouterSection
+from buddy.schema import ClassSpec, OptimizerSection, Recipe
 from tests.recovery.damage import DAMAGES
 
 GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
@@ -34,7 +34,7 @@ def recipe(tmp_path) -> Recipe:
 
 @pytest.fixture
 def folder(recipe) -> RunFolder:
-    return RunFolder.of(recipe, "quick")
+    return RunFolder.of(Path(recipe.output) / "quick", "buddy", recipe.seed)
 
 
 def steps(recipe: Recipe, number: int) -> Recipe:
@@ -81,7 +81,7 @@ def test_a_complete_run_reads_back(folder, recipe, tmp_path):
     assert (run.folder, run.recipe, run.recipe_name, run.router_name) == (path, recipe, "quick", "buddy")
     assert (run.backbone, run.fingerprint) == (recipe.backbone.name, "f00d")
     assert Geometry(**run.geometry) == GEOMETRY
-    assert run.versions.keys() == {"python", "buddy", "torch", "lightning", "transformers"}
+    assert run.versions.keys() == {"python", "buddy", *PACKAGES}
     assert read_metrics(path) == {"results": []}
     assert checksums_of(path).keys() == {"recipe.yaml", "run.json", "inputs.json", "router.safetensors"}
     assert names(path.parent) == {"seed-0"}
@@ -89,16 +89,16 @@ def test_a_complete_run_reads_back(folder, recipe, tmp_path):
     assert read_run(moved).recipe == recipe
 
 
-def test_names_become_folders(recipe):
-    odd = replace(recipe, router=RouterSection("my_module:MyRouter"), seed=7)
-    assert RunFolder.of(odd, "a/../b c").path.parts[-3:] == ("a-..-b-c", "my_module-MyRouter", "seed-7")
-    assert RunFolder.of(recipe, "..").path.parts[-3:] == ("-", "buddy", "seed-0")
+def test_names_become_folders():
+    assert RunFolder.of(Path("runs"), "my_module:MyRouter", 7).path.parts == ("runs", "my_module-MyRouter", "seed-7")
+    assert folder_name("a/../b c") == "a-..-b-c"
+    assert folder_name("..") == "-"
 
 
 def test_a_router_folder_stands_for_its_only_seed(folder, recipe):
     path = make(folder, recipe)
     assert read_run(path.parent).folder == path
-    make(RunFolder.of(replace(recipe, seed=3), "quick"), replace(recipe, seed=3))
+    make(RunFolder(folder.path.with_name("seed-3")), replace(recipe, seed=3))
     with pytest.raises(RunError, match="seed-0, seed-3"):
         read_run(path.parent)
 
@@ -345,7 +345,7 @@ def test_a_second_process_is_refused(folder, recipe):
         assert first.stdout.readline() == "held\n"
         with pytest.raises(RunError, match=str(folder.path)), folder.lock():
             pass
-        with RunFolder.of(replace(recipe, seed=1), "quick").lock():  # another run is free
+        with RunFolder(folder.path.with_name("seed-1")).lock():  # another run is free
             pass
         first.kill()
     with folder.lock():  # a killed holder frees it

@@ -182,7 +182,7 @@ class Adapter:
         config = {**self._peft.peft_config[NAME].to_dict(), "inference_mode": True}
         write_json(folder / CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()})
         write_json(folder / MADE_FOR, {"name": self._backbone.name, "fingerprint": self._backbone.fingerprint})
-        save_tensors(folder / WEIGHTS, self._state(), {"format": "pt"})
+        save_tensors(folder / WEIGHTS, self._state())
 
     def remove(self) -> None:
         """Restore the stock modules."""

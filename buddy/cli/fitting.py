@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 ALL = "all"
 KINDS = ("learned", "static", "random")  # the order of `all`
 TASK_OPTIONS = ("task_limit", "task_data", "task_path")
-DECISIVE = ("routers", "seeds", "domains", "tasks", *TASK_OPTIONS, "trained")  # options of compare that change results
+RESULT_OPTIONS = (
+    "routers",
+    "seeds",
+    "domains",
+    "tasks",
+    *TASK_OPTIONS,
+    "trained",
+)  # options of compare that change results
 Backend = Literal["loky", "ray"]
 RoutersOption = Annotated[
     str | None,
@@ -130,7 +137,7 @@ def _compare_command(given: Mapping[str, Any]) -> str:
     from buddy.evaluation.record import shown_command
 
     seeds = given["seeds"] or (None if given["finished"] else SEEDS)
-    values = {name: given[name] for name in DECISIVE} | {"seeds": seeds}
+    values = {name: given[name] for name in RESULT_OPTIONS} | {"seeds": seeds}
     words = [word for name, value in values.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
     words += [*(["--finished"] if given["finished"] else []), *_decisive(given["overrides"] or [])]
     return shown_command(["buddy", "compare", "--recipe", given["recipe"], *words])

@@ -6,16 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from buddy.data.documents import Documents, read_documents
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from buddy.data.documents import Documents
 
 FEWEST_DOCUMENTS = 4  # one for each split
 SPREAD = 1 / 3  # share of documents outside "train", with one window per document
@@ -57,27 +53,8 @@ class Windows:
         return digest.hexdigest()[:16]
 
 
-def windows_of(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    window: int,
-    count: int,
-    seed: int,
-    text_field: str = "text",
-) -> Windows:
-    """Up to `count` windows of `window` tokens of a text without a training split, from as many documents as possible.
-
-    The same seed gives the same windows.
-
-    Raises:
-        DataError: the text cannot be read, or is too short for one window.
-    """
-    return sample(read_documents(source, tokenizer, window, text_field), window, count, seed)
-
-
 def sample(documents: Documents, window: int, count: int, seed: int) -> Windows:
-    """Up to `count` windows of all documents in random order."""
+    """Up to `count` windows of all documents, from as many of them as possible; equal seeds give equal windows."""
     order = generator(seed, Stream.SPLIT).permutation(len(documents))
     return spread(documents, order, window, count, generator(seed, Stream.WINDOWS))
 

@@ -116,7 +116,7 @@ class Bridges(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write all weights to a safetensors file."""
-        save_tensors(path, self.state_dict(), {"format": "pt"})
+        save_tensors(path, self.state_dict())
 
     @classmethod
     def load(cls, path: Path, geometry: Geometry, rank: int) -> Bridges:

@@ -26,16 +26,16 @@ from buddy.evaluation.figures import figure_at
 from buddy.evaluation.tables import NONE
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
-from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, machine, routed_contenders, time_in_turn, versions
+from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, routed_contenders, time_in_turn
+from buddy.provenance import machine, versions
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, read_run
 from buddy.run_files import BRIDGE, ROUTER
 
 FIGURE = "speed.png"
-FILE, ROUNDS, FULL = "speed.json", 3, "full"  # of a comparison
+FILE, ROUNDS = "speed.json", 3  # of a comparison
 LONG, BATCH = 512, 8
 LATE = 1024  # tokens of context before the late decode steps, where the backbone reads as many
-Field = Mapping[tuple[str, int], Timings]
 
 
 def bench_run(
@@ -109,7 +109,7 @@ def load_for_timing(
     return run, routed, counts, below
 
 
-def as_json(counts: Mapping[str, int], timings: Field, layers: int) -> dict[str, Any]:
+def as_json(counts: Mapping[str, int], timings: Mapping[tuple[str, int], Timings], layers: int) -> dict[str, Any]:
     """{"results": [one entry a budget], "dense": …}; milliseconds are medians over rounds, and so are the ratios.
 
     Ratios are taken within a round, between runs a few seconds apart, so that a drift of the machine's speed cancels.
@@ -300,7 +300,7 @@ def _field(runs: Mapping[str, Run], backbone: Backbone) -> Iterator[list[Contend
     try:
         field = [
             Contender("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext),
-            _contender(FULL, layers, routed, routed.router, None, routed.settings),
+            _contender("full", layers, routed, routed.router, None, routed.settings),
         ]
         for label, (parts, counts) in routers.items():
             field += [_contender(label, count, routed, *parts) for count in counts if count < layers]

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from buddy.backbone.load import MIN_LAYERS, title_of
-from buddy.console import print_titled_table, report_json, results, tracker
+from buddy.console import counted, print_titled_table, report_json, results, tracker
 from buddy.engine.decode import Decoder, Row
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.engine.twins import pruned_model
 from buddy.evaluation.bench import load_for_timing, sample_text
 from buddy.io import within_memory
-from buddy.metrics.timing import PROMPT, STEPS, commonest_layers, machine, versions
+from buddy.metrics.timing import PROMPT, STEPS, commonest_layers
+from buddy.provenance import machine, versions
 from buddy.registry import build
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -108,7 +109,7 @@ def bench_serving(
         cells = (f"{entry['tokens_a_second']:.1f} ({entry['ms']:.1f})" for entry in part)
         rows.append([part[0]["contender"], str(part[0]["layers"]), *cells])
     about = f"{run.router_name}, backbone {title_of(run.backbone)}"
-    head = ["", "layers", *(f"{n} text{'s' * (n > 1)}" for n in BATCHES)]
+    head = ["", "layers", *(counted(n, "text") for n in BATCHES)]
     print_titled_table(f"{about}: tokens a second (ms between tokens)", head, rows)
     spans = f"{SHORTEST} to {PROMPT}"
     mean = " A plan a row runs K layers in the mean over tokens, a plan a batch in each." if over > 1 else ""

@@ -80,7 +80,7 @@ def evaluate_run(
     with status("Reading text …"), distributed.rank_zero_first():
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {section.batch_size} × {windows.input_ids.shape[1]} tokens"
-    memory = within_memory(sizes, "free some, or use a machine with more")
+    memory = within_memory(sizes)
     over = run.recipe.routing.mean_over if mean_over is None else mean_over
     with memory, distributed.lost_peers_reported(), routed.changed(mean_over=over):
         check_mean(routed)

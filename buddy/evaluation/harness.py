@@ -112,9 +112,9 @@ class BuddyLM(HFLM):
             **options,
         )
         self.on_scored: Callable[[int], None] | None = None
-        self.ask(budget)
+        self.set_budget(budget)
 
-    def ask(self, budget: float | int | str) -> None:
+    def set_budget(self, budget: float | int | str) -> None:
         """Set the budget, and count executed layers from zero."""
         self.layers = self.routed.executed_layers(budget)
         self._executed: list[Tensor] = []

@@ -22,8 +22,7 @@ from buddy.evaluation.figures import draw_all, write_tensorboard
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import render, show
 from buddy.io import check_output_path, read_json, write_text
-from buddy.metrics.timing import machine, versions
-from buddy.provenance import CKPT_KEY, CODE, ESTIMATOR_KEYS, FREE_KEYS
+from buddy.provenance import CKPT_KEY, CODE, ESTIMATOR_KEYS, FREE_KEYS, machine, versions
 from buddy.registry import load
 from buddy.run import read_run
 from buddy.run_files import METRICS, read_metrics
@@ -34,7 +33,7 @@ FORMAT = 1
 EVALUATIONS, TASKS = "evaluations", "tasks"  # folders in a run folder: results on further texts, and on tasks
 PROVENANCE = ("command", "created", "versions", "machine")  # how each part of a joined comparison was made
 # Prefixes of recipe keys that may differ between joined comparisons.
-OWN = ("router.", "seed", *FREE_KEYS, CKPT_KEY, *REMOVED)
+MAY_DIFFER = ("router.", "seed", *FREE_KEYS, CKPT_KEY, *REMOVED)
 
 
 def collect(
@@ -315,7 +314,7 @@ def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _check_comparable(path: Path, one: Mapping[str, Any], other_path: Path, other: Mapping[str, Any]) -> None:
     """Raises RunError unless recipes, texts, layers and tasks are the same."""
     here, there = (_with_defaults(each["recipe"]) for each in (one, other))
-    own = OWN if _has_learned(other) else (*OWN, *ESTIMATOR_KEYS)
+    own = MAY_DIFFER if _has_learned(other) else (*MAY_DIFFER, *ESTIMATOR_KEYS)
     differing = [
         f"{key}: {here.get(key, 'not set')} and {there.get(key, 'not set')}"
         for key in dict.fromkeys([*here, *there])

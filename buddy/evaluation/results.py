@@ -20,7 +20,7 @@ from buddy.metrics.statistics import accuracy_difference, difference, flips, los
 
 FEWEST = 5  # documents or items that a mark of significance needs
 
-Test = Callable[[Any, Any], tuple[float, tuple[float, float]]]  # a difference and its interval
+PairedTest = Callable[[Any, Any], tuple[float, tuple[float, float]]]  # a difference and its interval
 COLUMNS = ["router", "seed", "text", "budget", "document", "metric", "value"]
 # Columns of comparison.csv.
 CSV = (
@@ -32,15 +32,6 @@ CSV = (
 WHOLE = ("layers", "executed_min", "executed_max", "documents", "tokens", "parameters")  # columns of whole numbers
 
 
-def frame(record: Mapping[str, Any]) -> pd.DataFrame:
-    """A record in long form, one row for each number: router, seed, text, budget, document, metric, value.
-
-    `text` is a task for the metrics "score" and "correct", and missing for the cost of fitting. `document` numbers
-    the documents of a text, or the items of a task; it is missing for metrics over all of them.
-    """
-    return pd.DataFrame(_rows(record), columns=COLUMNS)
-
-
 class Results:
     """A record and its statistics.
 
@@ -49,7 +40,9 @@ class Results:
 
     Attributes:
         record: as given.
-        frame: all its numbers in long form; see `frame`.
+        frame: all its numbers, one row for each, with the columns router, seed, text, budget, document, metric, value.
+            `text` is a task for the metrics "score" and "correct", and missing for the cost of fitting. `document`
+            numbers the documents of a text, or the items of a task; it is missing for metrics over all of them.
         routers: name, kind, folder and more of each router that has runs, by label in the order of the rows.
         texts: labels of the texts.
         layers: L of the backbone.
@@ -58,7 +51,8 @@ class Results:
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        self.record, self.frame, self.layers = record, frame(record), int(record["layers"])
+        self.record, self.layers = record, int(record["layers"])
+        self.frame = pd.DataFrame(_rows(record), columns=COLUMNS)
         runs = {run["router"] for run in record["runs"]}
         self.routers = pd.DataFrame(each for each in record["routers"] if each["label"] in runs).set_index("label")
         self.texts = [text["label"] for text in record["domains"]]
@@ -89,7 +83,7 @@ class Results:
         Columns: layers, K; executed_mean, what tokens ran; perplexity with its standard deviation perplexity_std over
         seeds; seeds; kl; loss (nats a token) with its interval loss_low, loss_high over documents and seeds;
         best_static, whether it is the static router of least loss; difference to that router with difference_low,
-        difference_high and apart, whether the interval excludes 0, over enough documents; those of `times` where
+        difference_high and significant, whether the interval excludes 0, over enough documents; those of `times` where
         times were measured.
         """
         rows = [row for text in self.texts for budget in self.budgets for row in self._scores_at(text, budget)]
@@ -127,7 +121,7 @@ class Results:
         """Scores on tasks, means over seeds, one row for each (router, budget).
 
         Columns: each task; mean over tasks; flips against full depth (the mean over tasks and seeds, 2407.09141);
-        best_static, difference with difference_low and difference_high, and apart, as in `scores`; and the same of
+        best_static, difference with difference_low and difference_high, and significant, as in `scores`; the same of
         flips, as flips_best_static and so on. Shares, not percent. What needs answers item by item is missing where
         these are not known.
         """
@@ -173,21 +167,21 @@ class Results:
             yield row | {f"flips_{name}": value for name, value in by_flips[router].items()}
 
     def _to_best_static(
-        self, budget: float, losses: Mapping[str, float], values: Mapping[str, Any], test: Test
+        self, budget: float, losses: Mapping[str, float], values: Mapping[str, Any], test: PairedTest
     ) -> dict[str, dict[str, Any]]:
         """For each router whether it is the static one of least loss, and the difference of its values to that one's.
 
-        A difference stands apart where its interval excludes 0, over at least `FEWEST` documents or items.
+        A difference is significant where its interval excludes 0, over at least `FEWEST` documents or items.
         """
         best = self._best_static(losses) if budget in self.below else None
-        none = {"difference": math.nan, "apart": False}
+        none = {"difference": math.nan, "significant": False}
         found: dict[str, dict[str, Any]] = {r: {"best_static": r == best, **none} for r in self.routers.index}
         for router in values if best in values else ():
             if router != best:
                 value, (low, high) = test(values[router], values[best])
                 units = min(array.shape[-1] for array in values[router])  # of each seed, or of each task
                 row = {"difference": value, "difference_low": low, "difference_high": high}
-                found[router] |= row | {"apart": units >= FEWEST and (low > 0 or high < 0)}
+                found[router] |= row | {"significant": units >= FEWEST and (low > 0 or high < 0)}
         return found
 
     @property

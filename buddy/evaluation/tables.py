@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -55,7 +55,7 @@ def perplexities(r: Results, text: str) -> Table:
 
     def cell(row: pd.Series) -> str:
         spread = f" ±{number(row.perplexity_std)}" if row.seeds > 1 and (row.layers < r.layers or healed) else ""
-        mark = "†" if row.best_static else "*" if row.apart and row.difference_high < 0 else ""
+        mark = "†" if row.best_static else "*" if row.significant and row.difference_high < 0 else ""
         return f"{number(row.perplexity)}{spread}{mark}"
 
     marks = MARKED if r.scores.best_static.any() else ""
@@ -212,7 +212,7 @@ def _signed(row: pd.Series, scale: float = 1.0, digits: int = 2, prefix: str = "
     if pd.isna(row[f"{prefix}difference"]):
         return "†" if row[f"{prefix}best_static"] else NONE
     mean, low, high = (f"{scale * row[f'{prefix}difference{end}']:+.{digits}f}" for end in ("", "_low", "_high"))
-    return f"{mean} ({low}, {high}){'*' if row[f'{prefix}apart'] else ' '}"
+    return f"{mean} ({low}, {high}){'*' if row[f'{prefix}significant'] else ' '}"
 
 
 def _by_budget(
@@ -286,11 +286,16 @@ def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
 def _markdown(*found: Table) -> Iterator[str]:
     for table in found:
         if table.rows:
-            lines = [table.head, ["---", *("---:" for _ in table.head[1:])], *table.rows]
-            cells = ([cell.replace("|", "\\|").strip() for cell in line] for line in lines)
-            yield from (f"**{table.title}**", "", "".join(f"| {' | '.join(line)} |\n" for line in cells))
+            yield from (f"**{table.title}**", "", markdown(table.head, table.rows))
             if table.note:
                 yield from (re.sub(r"^\*", r"\\*", table.note), "")  # otherwise Markdown makes it a list
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, a line for each row; the first column labels the rows, the others are aligned right."""
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    cells = ([cell.replace("|", "\\|").strip() for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def _protocol(r: Results) -> Iterator[str]:
@@ -336,20 +341,20 @@ def _at_full_depth(r: Results) -> str:
     """Full depth, which all rows share; how adapters or bridges were trained."""
     recipe = r.record["recipe"]
     others = [label for label in r.routers.index if re.search(r"[\[;](adapter|bridge)[.=]", label)]
-    apart = f" This does not hold for {', '.join(others)}, whose names give their own settings." * bool(others)
+    exceptions = f" This does not hold for {', '.join(others)}, whose names give their own settings." * bool(others)
     batches = f"steps of {recipe['data.batch_size']} windows on {_texts(r, 'data.train_sources')}"
     bridges, rate, joint = (recipe.get(f"bridge.{key}") for key in ("steps", "lr", "joint"))
     if not _healed(r):
         steps = bridges + recipe["trainer.max_steps"] if joint else bridges
         trained = f"Bridges are trained for {steps} {batches}, at rate {rate}"
         trained += f"; {recipe['trainer.max_steps']} of them train a router with parameters too. " if joint else ". "
-        return f"{trained * bool(steps)}At full depth all routers are the dense model.{apart}"
+        return f"{trained * bool(steps)}At full depth all routers are the dense model.{exceptions}"
     beside = f" Bridges are trained in the same steps, at rate {rate}." * bool(bridges)
     rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
     return (
         f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "
         f"weights, {recipe['adapter.steps']} {batches}, at {rate}. It is active at full depth too, so rows differ "
-        f"there.{beside}{apart}"
+        f"there.{beside}{exceptions}"
     )
 
 

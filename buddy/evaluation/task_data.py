@@ -68,7 +68,7 @@ def own_manager() -> TaskManager:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """Within this block lm-eval writes no log lines but errors, and shows no bar while it builds requests."""
     from lm_eval.api import task
 

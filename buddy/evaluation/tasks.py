@@ -15,7 +15,7 @@ from buddy.console import Bar, print_titled_table, report_json, status
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError, reason
 from buddy.evaluation.tables import NONE
-from buddy.evaluation.task_data import FEWSHOT_SEED, hushed, load_tasks, require_lm_eval
+from buddy.evaluation.task_data import FEWSHOT_SEED, load_tasks, quiet_lm_eval, require_lm_eval
 from buddy.io import check_output_path, within_memory
 from buddy.metrics.statistics import flips
 from buddy.router import available_budgets
@@ -95,7 +95,7 @@ def task_scores(
         raise DataError(f"The limit is {limit}; give 1 or more items for each task, or none.")
     if any(map(auto_cap, budgets or ())):
         raise BudgetError("Tasks are scored at fixed budgets, not at auto; give fractions such as 0.75.")
-    with hushed():
+    with quiet_lm_eval():
         with status("Reading tasks …"):
             tasks = load_tasks(names, task_data, task_path)
             for name, task in tasks.items():
@@ -112,7 +112,7 @@ def task_scores(
         data = run.recipe.data
         tokens = data.batch_size * data.window
         model = BuddyLM(routed, wanted[0], batch_tokens=tokens)
-        with within_memory(f"a batch of {tokens} tokens", "free some, or use a machine with more"):
+        with within_memory(f"a batch of {tokens} tokens"):
             return {"results": _over_budgets(model, tasks, fractions, limit)}
 
 
@@ -132,7 +132,7 @@ def _over_budgets(
         for name, task in tasks.items():
             for fraction, budget in budgets.items():
                 end, note = done + len(task.instances), f"{name} at {budget}"
-                model.ask(budget)
+                model.set_budget(budget)
                 found.append(_entry(model, name, task, fraction, limit))
                 on_scored(end - done)  # generated answers are not counted one by one
     return found

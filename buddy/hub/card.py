@@ -12,6 +12,7 @@ from buddy.backbone import embedded
 from buddy.backbone.load import title_of
 from buddy.console import counted
 from buddy.evaluation.record import shown_path
+from buddy.evaluation.tables import markdown
 from buddy.metrics.perplexity import Scores
 from buddy.run import Run
 from buddy.run_files import ADAPTER, BRIDGE, PREDICTOR
@@ -169,7 +170,7 @@ def _comparison(scores: Sequence[Scores]) -> str:
         for name, each in zip(names, scores, strict=True)
     ]
     documents = counted(len(scores[0].tokens), "document")
-    return _table(["", *MEASURES], rows, f"{int(scores[0].tokens.sum())} scored tokens of {documents}.")
+    return f"{markdown(['', *MEASURES], rows)}\n{int(scores[0].tokens.sum())} scored tokens of {documents}.\n"
 
 
 def _results(metrics: Mapping[str, Any]) -> str:
@@ -182,18 +183,12 @@ def _results(metrics: Mapping[str, Any]) -> str:
     note = f"{first['tokens']} scored tokens of {counted(first['documents'], 'document')} of held-out text"
     if first["sink_tokens"]:
         note += f"; first tokens of a window at full depth, counted apart: {first['sink_tokens']}"
-    return _table(["budget", "layers a token", *MEASURES], rows, f"{note}.")
+    return f"{markdown(['budget', 'layers a token', *MEASURES], rows)}\n{note}.\n"
 
 
 def _cells(perplexity: float, interval: Sequence[float], kl: float) -> list[str]:
     low, high = interval
     return [f"{perplexity:.2f}", f"{low:.2f} – {high:.2f}", f"{max(kl, 0.0):.4f}"]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    """A Markdown table and a note below it; the first column labels the rows."""
-    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{note}\n"
 
 
 def _usage(run: Run, name: str) -> str:

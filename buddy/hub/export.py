@@ -66,7 +66,7 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         with status("Reading text …"):
             choosing, measuring = _windows(run, routed, data)
         sizes = f"a batch of {section.batch_size} × {choosing.input_ids.shape[1]} tokens"
-        with within_memory(sizes, "free some, or use a machine with more"):
+        with within_memory(sizes):
             with routed.changed(mean_over=1):  # a plan of K layers, where the run has K in the mean
                 kept, plans = most_frequent(
                     routed,

@@ -17,7 +17,7 @@ from buddy.engine.decode import Decoder, Row, Sampler, TextPieces, end_tokens
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import Record
 from buddy.errors import DataError, check_text, reason
-from buddy.hub.push_pull import check_files, download, folder_of, hub_name, with_backbone
+from buddy.hub.push_pull import check_run, download, folder_of, hub_name, with_backbone
 from buddy.io import within_memory
 from buddy.run import read_run
 
@@ -51,7 +51,7 @@ def load(
     if name is None:
         found = read_run(folder_of(source))
     else:
-        found = check_files(download(name, revision), shown_as=name, trust_remote_code=trust_remote_code)
+        found = check_run(download(name, revision), shown_as=name, trust_remote_code=trust_remote_code)
     found = found if backbone is None else with_backbone(found, backbone)
     if dtype is not None:
         section = replace(found.recipe.backbone, dtype=dtype)

@@ -114,7 +114,7 @@ def pull(
             with status(f"Downloading {name} …"):
                 download(name, revision, made)
             shutil.rmtree(made / ".cache", ignore_errors=True)  # of the hub's client
-        run = check_files(made, shown_as=name or source.rstrip("/"), trust_remote_code=trust_remote_code)
+        run = check_run(made, shown_as=name or source.rstrip("/"), trust_remote_code=trust_remote_code)
         if backbone is not None:
             _rename_backbone(made, run, backbone)
     results.print(f"Pulled {run.router_name} for {backbone or run.backbone} into {out}", soft_wrap=True)
@@ -199,7 +199,7 @@ def download(name: str, revision: str | None = None, folder: Path | None = None)
 # Files
 
 
-def check_files(folder: Path, *, shown_as: str | None = None, trust_remote_code: bool = False) -> Run:
+def check_run(folder: Path, *, shown_as: str, trust_remote_code: bool = False) -> Run:
     """The run in a foreign folder, after a check of every file.
 
     Args:
@@ -226,7 +226,7 @@ def check_files(folder: Path, *, shown_as: str | None = None, trust_remote_code:
                 "code, and give --trust-remote-code (trust_remote_code=True) if you trust it."
             )
     except RunError as error:
-        raise RunError(str(error).replace(str(folder), shown_as or str(folder))) from error
+        raise RunError(str(error).replace(str(folder), shown_as)) from error
     return run
 
 
@@ -263,7 +263,7 @@ def _write_shared(made: Path, run: Run, name: str, licence: str | None) -> list[
     The copy is checked, and not the run, which another process may replace meanwhile.
     """
     _copy_files(run.folder, made)
-    run = check_files(made, shown_as=str(run.folder), trust_remote_code=True)
+    run = check_run(made, shown_as=str(run.folder), trust_remote_code=True)
     _write_config(made, run)
     write_text(made / CARD, run_card(run, read_metrics(made), name, licence))
     return _plain_files(made)

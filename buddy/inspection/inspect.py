@@ -89,7 +89,7 @@ def inspect_run(
         with status("Reading text …"):
             texts = [read_text(run, routed, *source, windows or WINDOWS) for source in sources.items()]
     batch, ids = run.recipe.data.batch_size, texts[0].windows.input_ids
-    with within_memory(f"a batch of {batch} × {ids.shape[1]} tokens", "free some, or use a machine with more"):
+    with within_memory(f"a batch of {batch} × {ids.shape[1]} tokens"):
         track = tracker(f"Routing {run.router_name}")
         runs = observe(routed, texts, executed.values(), batch_size=batch, track=track)
     words = token_labels(routed.backbone.tokenizer, ids[0].tolist())

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +15,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache, PreTrainedModel
 
-import buddy
 from buddy.engine.kv_cache import growing_layer
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import Record
@@ -75,11 +70,7 @@ class Contender:
 
     def step(self, ids: Tensor, cache: Any) -> float:
         """Milliseconds of one step on (B, 1)."""
-        _wait(ids)
-        start = time.perf_counter()
-        self.model(ids, cache=cache, use_cache=True)
-        _wait(ids)
-        return 1e3 * (time.perf_counter() - start)
+        return _milliseconds(partial(self.model, ids, cache=cache, use_cache=True), ids.device)
 
     def _cache(self) -> DynamicCache | None:
         """For a stock model an empty cache that grows like the engine's; the engine makes its own."""
@@ -95,14 +86,13 @@ def routed_contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> l
     model, layers = routed.backbone.model, routed.geometry.layers
     found = [
         Contender("dense", layers, pruned_model(model, range(layers)), nullcontext),
-        Contender("full", layers, model, lambda: routed.at(executed=[layers])),
+        Contender("full", layers, model, partial(routed.at, executed=[layers])),
     ]
     for count in counts:
-        if count < layers:
-            kept = commonest_layers(routed, ids[:1], count)
-            found.append(Contender("routed", count, model, lambda count=count: routed.at(executed=[count])))  # type: ignore[misc]
-            found.append(Contender("shared", count, model, lambda count=count: _shared(routed, count), decodes=False))  # type: ignore[misc]
-            found.append(Contender("pruned", count, pruned_model(model, kept), nullcontext))
+        kept = commonest_layers(routed, ids[:1], count)
+        found.append(Contender("routed", count, model, partial(routed.at, executed=[count])))
+        found.append(Contender("shared", count, model, partial(_shared, routed, count), decodes=False))
+        found.append(Contender("pruned", count, pruned_model(model, kept), nullcontext))
     return found
 
 
@@ -147,7 +137,7 @@ def time_in_turn(
             mine = timings[each.name, each.layers]
             with each.context():
                 for length in prompts:
-                    spent = _prefill_ms(each, ids[:1, :length])
+                    spent = _milliseconds(partial(each.prefill, ids[:1, :length]), ids.device)
                     mine.prefill.setdefault(length, []).extend([spent] if number else [])
         steps = {batch: decode_in_turn(decoding, ids[:batch, : PROMPT + STEPS], PROMPT, draw) for batch in batches}
         after = [] if late is None else decode_in_turn(decoding, late, late.shape[1] - STEPS, draw)
@@ -192,11 +182,12 @@ def decode_in_turn(contenders: Sequence[Contender], ids: Tensor, prompt: int, dr
     return [StepMeans(total / steps, layers / steps) for total, layers in zip(spent, ran, strict=True)]
 
 
-def _prefill_ms(contender: Contender, ids: Tensor) -> float:
-    _wait(ids)
+def _milliseconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Of one call, with all that it started on the device."""
+    _wait(device)
     start = time.perf_counter()
-    contender.prefill(ids)
-    _wait(ids)
+    work()
+    _wait(device)
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -223,33 +214,6 @@ def cache_bytes(cache: Any) -> int:
     return sum(x.numel() * x.element_size() for x in (*held, *waiting.values()))
 
 
-def _wait(ids: Tensor) -> None:
-    if ids.device.type != "cpu":
-        torch.accelerator.synchronize(ids.device)
-
-
-PACKAGES = ("torch", "transformers", "lightning", "datasets", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Python, Buddy and the libraries that results depend on."""
-    found = {"python": platform.python_version(), "buddy": buddy.__version__}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):  # installed without metadata
-            found[name] = version(name)
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory (None where unknown), accelerator."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator) if accelerator else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory: float | None = None
-    with suppress(AttributeError, OSError, ValueError):  # not every system has these
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    processor = platform.processor() or platform.machine()
-    with suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+?)\s*$", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
-        processor = found[1] if found else processor
-    return {"processor": processor, "cores": cores, "memory_gib": memory, "accelerator": name}
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -61,7 +61,7 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
         facts, curves = _train(recipe, predictor, targets, routed.geometry.layers)
     _write_curves(folder, curves)
     described = {"name": predictor.name, "layers": list(arms), "options": options, "windows": len(targets.losses)}
-    save_tensors(folder / PREDICTOR, predictor.requires_grad_(False).state_dict(), {"format": "pt"})
+    save_tensors(folder / PREDICTOR, predictor.requires_grad_(False).state_dict())
     write_json(folder / PREDICTOR_FACTS, described | facts)
 
 

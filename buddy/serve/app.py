@@ -165,7 +165,7 @@ class Server:
                 loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
 
             sampling = asked.sampling(index, self._model.routed.backbone.model)
-            options = {**sampling, "stops": asked.stops, "top_logprobs": asked.likeliest, "plans": asked.plans}
+            options = {**sampling, "stops": asked.stops, "top_logprobs": asked.top_count, "plans": asked.plans}
             options |= {"prompt_budget": deeper, "chat": field == "messages"}
             texts.append(GenerationRequest(prompt, budget, limit, emit, self._limits.seconds, **options))
         answer = Answer(field == "messages", asked, texts, sum(map(len, prompts)) // (asked.n or 1))

@@ -75,7 +75,7 @@ class TextRequest(_Plain):
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
     @property
-    def likeliest(self) -> int | None:
+    def top_count(self) -> int | None:
         """How many likeliest tokens are shown with each; None for no logarithms."""
         raise NotImplementedError
 
@@ -104,7 +104,7 @@ class CompletionRequest(TextRequest):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
     @property
-    def likeliest(self) -> int | None:
+    def top_count(self) -> int | None:
         return self.logprobs
 
 
@@ -145,7 +145,7 @@ class ChatRequest(TextRequest):
         return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     @property
-    def likeliest(self) -> int | None:
+    def top_count(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

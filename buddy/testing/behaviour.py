@@ -17,8 +17,8 @@ from torch.utils.benchmark import Timer
 
 from buddy.engine.model import PoolKind, RoutedLM
 from buddy.errors import BuddyError, raised
-from buddy.io import load_tensors, save_tensors
 from buddy.router import AnyRouter, LayerwiseRouter
+from buddy.run_files import load_router, save_router
 from buddy.testing.check import Failed, check, explained
 from buddy.testing.outputs import finite, independent, repeatable
 from buddy.testing.subject import LENGTH, PROMPT, ROWS, Subject, output_of, raw_outputs, tiny_backbone
@@ -55,10 +55,9 @@ def saved(subject: Subject) -> str:
     if router.scope != again.scope:
         raise Failed(f"calibrate sets scope to {router.scope!r}, which is not saved; set it in __init__.")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "router.safetensors"
-        save_tensors(path, router.state_dict(), {"format": "pt"})
+        save_router(Path(folder), router.state_dict())
         try:
-            again.load_state_dict(load_tensors(path))
+            again.load_state_dict(load_router(Path(folder)))
         except (RuntimeError, BuddyError) as error:
             mismatch = str(error).strip().splitlines()[-1].strip().rstrip(".")
             raise Failed(

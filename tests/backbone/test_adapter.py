@@ -255,7 +255,7 @@ def test_an_adapter_of_another_backbone_or_without_a_factor_is_refused(saved):
         Adapter.load(tiny_backbone("llama", seed=1), saved[1])
     tensors = load_tensors(saved[1] / WEIGHTS)
     gone = sorted(tensors)[3]
-    save_tensors(saved[1] / WEIGHTS, {name: value for name, value in tensors.items() if name != gone}, {})
+    save_tensors(saved[1] / WEIGHTS, {name: value for name, value in tensors.items() if name != gone})
     refused(saved[1], re.escape(gone))
 
 

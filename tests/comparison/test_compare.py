@@ -290,7 +290,7 @@ def test_changed_inputs_are_refused_and_changed_code_warns(ask, again, tmp_path,
     tiny_folder(model, seed=2)
     with pytest.raises(RunError, match=r"shortgpt/seed-0.*model"):
         compare(ask(tmp_path / "out", *inputs, **options))
-    monkeypatch.setattr("buddy.provenance.code_digest", lambda router: "other")
+    monkeypatch.setattr("buddy.fit.code_digest", lambda router: "other")
     assert compare(ask(again, **options)) == 0
     assert f"{again}/shortgpt/seed-0" in capsys.readouterr().err
 

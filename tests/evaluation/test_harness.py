@@ -160,7 +160,7 @@ def test_layers_that_ran_are_counted_on_real_tokens(sinks):
     assert set(lm.executed.tolist()) == {4}
     rows = {len("Question: a") - 1, len("A much longer question: answer") - 1}  # the first two are one row
     assert len(lm.executed) == sum(length - sinks for length in rows)
-    lm.ask(0.5)
+    lm.set_budget(0.5)
     assert len(lm.executed) == 0
 
 

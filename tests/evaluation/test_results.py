@@ -120,7 +120,7 @@ def test_differences_are_to_the_best_static_router_of_each_budget(results):
     found = scores.loc["ours", 0.75]
     assert (found.difference, found.difference_low, found.difference_high) == pytest.approx((mean, low, high))
     assert found.difference == pytest.approx(3.05 - 3.2)
-    assert scores.loc["dice", 0.75].apart, "losing is marked too"
+    assert scores.loc["dice", 0.75].significant, "losing is marked too"
     assert math.isnan(scores.loc["best", 0.75].difference)
     assert scores.xs(1.0, level="budget").difference.isna().all()
 
@@ -145,7 +145,7 @@ def test_costs_speed_and_tasks(results):
     assert row(second, "best")[1:] == ["60.0", "70.0", "65.0", "†"]
     ours = results.task_scores.loc["ours", 0.75]
     assert ours.difference == pytest.approx(0.25)
-    assert ours.apart
+    assert ours.significant
     assert results.task_scores.loc["worse[a=1;b=2]", 0.75].difference == pytest.approx(-0.1)
 
 

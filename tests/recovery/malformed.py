@@ -20,7 +20,7 @@ from buddy.backbone.load import load_backbone
 from buddy.config import flatten, load_recipe
 from buddy.errors import BackboneError, BuddyError
 from buddy.router import Geometry
-from buddy.run import RunFolder
+from buddy.run import RunFolder, folder_name
 from buddy.schema import Recipe, section_of
 from tests.recovery.asking import ask
 from tests.small import Small
@@ -112,7 +112,7 @@ def _begun(bench: Bench, recipe: Recipe, name: str) -> None:
     """What a fit makes of a recipe that was accepted; deep enough in a folder that `..` does not lead out of it."""
     deep = bench.work.joinpath(*"abcdefgh")
     held = replace(recipe, output=f"{deep}/{recipe.output.lstrip('/')}")
-    folder = RunFolder.of(held, name)
+    folder = RunFolder.of(Path(held.output) / folder_name(name), held.router.name, held.seed)
     assert folder.path.parent.parent.parent == Path(held.output)
     with folder.lock():
         work = folder.begin(held, name, {"model": ""}, GEOMETRY)

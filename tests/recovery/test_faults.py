@@ -156,7 +156,7 @@ def test_a_fit_that_is_killed_at_any_file_resumes(small, run, tmp_path, refit):
         output = tmp_path / str(write)
         if refit:
             fit(small(output, *STATIC, "router=buddy", "router.options.prior=none", "trainer.max_steps=1"), "small")
-        folder = RunFolder.of(small(output, *TRAINED), "small")
+        folder = RunFolder(output / "small" / "buddy" / "seed-0")
         killed = fit_killed(small(output, *TRAINED), write)
         assert folder.is_complete or not refit
         if folder.is_complete:

@@ -250,7 +250,7 @@ def test_a_step_that_is_not_finite_says_what_to_do(small, tmp_path, monkeypatch)
 
 def double(adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
-    save_tensors(path, {name: 2 * value for name, value in load_tensors(path).items()}, {})
+    save_tensors(path, {name: 2 * value for name, value in load_tensors(path).items()})
 
 
 def change_backbone(adapter: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buddy.data.windows import Stream, generator, split, spread, windows_of
+from buddy.data.documents import read_documents
+from buddy.data.windows import Stream, generator, sample, split, spread
 from buddy.errors import DataError
 
 WINDOW = 10
@@ -76,7 +77,7 @@ def test_windows_of_another_text(tmp_path, words):
     path.write_text("".join(json.dumps({"body": f"{number} " * 25}) + "\n" for number in range(40)))
 
     def take(count, seed=0):
-        return windows_of(str(path), words, window=WINDOW, count=count, seed=seed, text_field="body")
+        return sample(read_documents(str(path), words, WINDOW, "body"), WINDOW, count, seed)
 
     windows = take(30)
     assert windows.input_ids.shape == (30, WINDOW)
@@ -90,4 +91,4 @@ def test_windows_of_another_text(tmp_path, words):
 def test_a_text_shorter_than_a_window(tmp_path, words):
     (tmp_path / "short.txt").write_text("1 2 3")
     with pytest.raises(DataError, match=r"short\.txt.*10 tokens"):
-        windows_of(str(tmp_path / "short.txt"), words, window=WINDOW, count=1, seed=0)
+        read_documents(str(tmp_path / "short.txt"), words, WINDOW, "text")
