@@ -313,7 +313,6 @@ def make_app(
 
     # FastAPI's own pages load scripts from other hosts.
     app = FastAPI(title="Buddy", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.scheduler = scheduler
     app.add_middleware(Guard, metrics=metrics, keys=keys)
     answer_errors(app)
 

@@ -179,11 +179,6 @@ class Scheduler:
         """Whether texts are taken."""
         return self._thread.is_alive() and not self._closing
 
-    @property
-    def running(self) -> int:
-        """Rows that are being written."""
-        return len(self._running)
-
     def submit(self, texts: Sequence[GenerationRequest]) -> None:
         """Queue the texts of a request.
 

@@ -10,7 +10,7 @@ for name in ("fastapi", "uvicorn", "prometheus_client"):
 httpx = pytest.importorskip("httpx")
 
 from tests.serve.conftest import serving, tiny  # noqa: E402
-from tests.serve.test_serve import wait_until  # noqa: E402
+from tests.serve.test_serve import rows, wait_until  # noqa: E402
 
 CLIENTS, REQUESTS = 64, 2000
 BAD = [
@@ -59,12 +59,12 @@ def test_many_clients_for_a_long_time(alone):
         return 200, found["choices"][0]["text"], found["usage"]["executed_layers"]
 
     sizes, answers = [], []
-    with serving(tiny(), limits=Limits(batch=16, queue=CLIENTS)) as (url, app), ThreadPoolExecutor(CLIENTS) as pool:
+    with serving(tiny(), limits=Limits(batch=16, queue=CLIENTS)) as (url, _), ThreadPoolExecutor(CLIENTS) as pool:
         for first in range(0, REQUESTS, REQUESTS // 8):
             part = slice(first, first + REQUESTS // 8)
             each = [f"{url}/v1/completions"] * (REQUESTS // 8)
             answers += pool.map(ask, kinds[part], asked[part], each)
-            wait_until(lambda: app.state.scheduler.running == 0)
+            wait_until(lambda: rows(url) == 0)
             sizes.append(resident())
         assert httpx.get(f"{url}/health").status_code == 200
     expected = {
