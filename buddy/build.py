@@ -20,7 +20,7 @@ from buddy.data.text import overlap
 from buddy.data.windows import Windows, sample
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import DataError, RecipeError, RunError, TrainingError, reason
+from buddy.errors import DataError, RecipeError, RunError, TrainingError, described, reason
 from buddy.io import cache_folder, keep_freed_memory
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
@@ -415,6 +415,4 @@ def instantiate(spec: ClassSpec) -> Any:
     try:
         return instantiate_class((), asdict(spec))
     except Exception as error:  # foreign code
-        raise RecipeError(
-            f"{spec.class_path} cannot be created ({type(error).__name__}: {reason(error)}); change it."
-        ) from error
+        raise RecipeError(f"{spec.class_path} cannot be created ({described(error)}); change it.") from error

@@ -67,16 +67,20 @@ def reason(error: BaseException) -> str:
     return shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
 
 
+def described(error: BaseException) -> str:
+    """The type of an error and its message, if it has one, as `reason` gives it."""
+    return f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
+
+
 def raised(error: BaseException, cls: type) -> str:
     """Type and message of an error, with the line in the router's own file if there is one."""
-    text = f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
     try:
         file = inspect.getfile(cls)
     except (OSError, TypeError):  # defined in a notebook, for example
         file = ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f" (line {frames[-1].lineno} of {file.rpartition('/')[2]})" if frames else ""
-    return f"{cls.__name__} raises {text}{where}"
+    return f"{cls.__name__} raises {described(error)}{where}"
 
 
 def nearest(word: str, accepted: Iterable[str]) -> str:

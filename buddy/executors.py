@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from buddy import distributed
-from buddy.errors import BuddyError, RunError, reason
+from buddy.errors import BuddyError, RunError, described
 from buddy.run import RunSpec
 
 ATTEMPTS = 3  # of a unit whose worker dies
@@ -59,7 +59,7 @@ def _call(setup: _Setup, function: Callable[[RunSpec], Any], unit: RunSpec) -> A
             try:
                 pickle.loads(pickle.dumps(error))
             except Exception:  # otherwise the parent would see a process that died
-                raise BuddyError(f"{type(error).__name__}: {reason(error)}") from None
+                raise BuddyError(f"{described(error)}") from None
             raise
 
 

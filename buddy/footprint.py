@@ -40,14 +40,14 @@ NOTE = (
 def print_memory(
     backbone: str,
     *,
-    devices: int = 1,
-    budgets: Sequence[str] | None = None,
-    window: int = 256,
-    batch_size: int = 4,
-    dtype: str = "bfloat16",
-    strategy: str = "auto",
-    router: str = "buddy",
-    json_file: Path | None = None,
+    devices: int,
+    budgets: Sequence[str] | None,
+    window: int,
+    batch_size: int,
+    dtype: str,
+    strategy: str,
+    router: str,
+    json_file: Path | None,
 ) -> None:
     """Print what training and serving take; no weight is loaded.
 
@@ -200,7 +200,7 @@ def cache_bytes(backbone: Backbone, tokens: int, policy: str, executed: int) -> 
     return round(positions * executed / backbone.num_layers * (each + SLOT + VALID))
 
 
-def step_bytes(backbone: Backbone, geometry: Geometry, rows: int, window: int, plans: int, chunk: int = CHUNK) -> int:
+def step_bytes(backbone: Backbone, geometry: Geometry, rows: int, window: int, plans: int) -> int:
     """An estimate of the most that a training step takes beside weights and router: perturbed plans, KL to the dense.
 
     The backbone has no gradients, so its layers keep nothing: the states of one layer at a time, the dense model's
@@ -212,7 +212,6 @@ def step_bytes(backbone: Backbone, geometry: Geometry, rows: int, window: int, p
         rows: windows of this device.
         window: tokens in each.
         plans: tried for each window.
-        chunk: tokens whose logits are evaluated together.
     """
     config, element = backbone.model.config, backbone.dtype.itemsize
     capped = bool(getattr(config, "final_logit_softcapping", None))  # capping copies the logits
@@ -223,7 +222,7 @@ def step_bytes(backbone: Backbone, geometry: Geometry, rows: int, window: int, p
     logits = element * scored * config.vocab_size
     dense = logits + distribution * (1 if element == FLOAT32 else 2)
     plan_logits = logits * plans * (3 if capped else 1)
-    evaluated = 0 if capped else 3 * FLOAT32 * min(chunk, scored) * config.vocab_size
+    evaluated = 0 if capped else 3 * FLOAT32 * min(CHUNK, scored) * config.vocab_size
     mlp = 3 * config.intermediate_size + 8 * config.hidden_size
     attention = 4 * (query + backbone.kv_size + config.hidden_size)
     layer = tokens * plans * (element * max(mlp, attention) + window)

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from buddy.errors import BuddyError, RegistryError, nearest, raised, reason
+from buddy.errors import BuddyError, RegistryError, described, nearest, raised
 from buddy.values import type_words
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def make(cls: "type[AnyRouter]", name: str, geometry: "Geometry", options: Mappi
     except BuddyError:
         raise
     except Exception as error:  # a router may raise anything
-        why = _reason(error) if isinstance(error, (TypeError, ValueError, RuntimeError)) else raised(error, cls)
+        why = described(error) if isinstance(error, (TypeError, ValueError, RuntimeError)) else raised(error, cls)
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         what = f"router.options ({given})" if given else "this backbone"
         raise RegistryError(f"The router {name!r} cannot be made with {what}: {why}.") from error
@@ -135,7 +135,7 @@ def _import(entry: EntryPoint) -> Any:
         cls = entry.load()
     except (Exception, SystemExit) as error:  # plug-ins may raise anything
         advice = "fix or uninstall it" if distribution else "check its spelling and fix the module"
-        raise RegistryError(f"{subject} cannot be imported ({_reason(error)}); {advice}.") from error
+        raise RegistryError(f"{subject} cannot be imported ({described(error)}); {advice}.") from error
     return _checked(cls, subject, entry.group)
 
 
@@ -181,7 +181,3 @@ def _fits(value: Any, hint: Any) -> bool:
     """False only where a plain annotation (int, float, bool, str, None and unions of them) rules the value out."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return not _PLAIN.issuperset(members) or type(value) in members or (type(value) is int and float in members)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from buddy.config import load_recipe, to_yaml
 from buddy.console import errors
-from buddy.errors import BuddyError, DamagedError, RunError, nearest, reason
+from buddy.errors import BuddyError, DamagedError, RunError, described, nearest
 from buddy.io import locked, read_json, remove_parts, write_json, write_text, writing
 from buddy.provenance import CODE, differences
 from buddy.run_files import (
@@ -259,7 +259,7 @@ class RunSpec:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as log:  # a worker writes to it, too
                 log.write(traceback.format_exc())
-        return RunError(f"{type(error).__name__}: {reason(error)}; the traceback is in {self.log}.")
+        return RunError(f"{described(error)}; the traceback is in {self.log}.")
 
 
 def _forget_progress(checkpoints: Path, kept: Path) -> None:

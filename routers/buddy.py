@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy import Context, Geometry, Probe, Router
-from routers.gates import normalised
+from routers.gates import check_least, normalised
 from routers.greedy import BridgedRemoval
 
 PRIORS = ("greedy", "block-influence", "taylor", "loss", "none")
@@ -33,10 +33,8 @@ class PriorRouter(Router):
         super().__init__(geometry)
         if prior not in PRIORS:
             raise ValueError(f"prior is {prior!r}; choose one of {', '.join(PRIORS)}")
-        if prior_windows < 1:
-            raise ValueError(f"prior_windows is {prior_windows}; give 1 or more")
-        if prior_weight < 0:
-            raise ValueError(f"prior_weight is {prior_weight}; give 0 or more")
+        check_least(1, prior_windows=prior_windows)
+        check_least(0, prior_weight=prior_weight)
         if bound is not None and bound <= 0:
             raise ValueError(f"bound is {bound}; give a number above 0, or null for none")
         self.prior_name, self.prior_windows = prior, prior_windows
@@ -126,8 +124,7 @@ class BuddyRouter(PriorRouter):
             raise ValueError(f"context is {context!r}; give a list of one or more of {', '.join(PARTS)}")
         if len({*context}) < len(context):
             raise ValueError(f"context is {context!r}; name each part once")
-        if hidden < 1:
-            raise ValueError(f"hidden is {hidden}; give a width of at least 1")
+        check_least(1, hidden=hidden)
         sizes = {"pooled": geometry.features, "newest": geometry.features, "hidden": geometry.hidden}
         self.parts, self.budget_aware = tuple(context), budget_aware
         self.input = nn.Linear(sum(sizes[part] for part in self.parts) + int(budget_aware), hidden)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy import Context, Geometry, Probe, Router
-from routers.gates import normalised
+from routers.gates import check_least, normalised
 from routers.greedy import GreedyRemoval
 
 ROUNDS = 4  # of a search, in which as many exchanges can add up
@@ -56,12 +56,8 @@ class DrLLM(Router):
         self, geometry: Geometry, *, simulations: int = 48, windows: int | None = None, hidden: int = 128
     ) -> None:
         super().__init__(geometry)
-        if simulations < ROUNDS:
-            raise ValueError(f"simulations is {simulations}; give {ROUNDS} or more")
-        if windows is not None and windows < 1:
-            raise ValueError(f"windows is {windows}; give 1 or more, or null for all")
-        if hidden < 1:
-            raise ValueError(f"hidden is {hidden}; give a width of at least 1")
+        check_least(ROUNDS, simulations=simulations)
+        check_least(1, windows=windows, hidden=hidden)
         self.simulations, self.windows = simulations, windows
         self.register_buffer("mean", torch.zeros(geometry.features))
         self.register_buffer("scale", torch.ones(geometry.features))
@@ -83,7 +79,7 @@ class DrLLM(Router):
 
     def search(self, probe: Probe, windows: int) -> dict[int, Tensor]:
         """For each K the sets that were found for the first so many windows, (windows, R) bool."""
-        greedy = GreedyRemoval(probe, "ce", windows)
+        greedy = GreedyRemoval(probe, windows)
         for _ in probe.track(range(greedy.rounds), "removing layers"):
             greedy.remove_one()
         kept = {k: torch.ones(windows, self.geometry.routable, dtype=torch.bool) for k in probe.asked}

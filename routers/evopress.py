@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from buddy import Context, Geometry, Probe, Router
+from routers.gates import check_least
 
 Removed = tuple[int, ...]  # routable layers that are left out, in rising order
 Fitness = Callable[[Sequence[Removed], int], list[float]]  # KL of each set on so many windows; less is better
@@ -206,10 +207,8 @@ def _numbers(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _check(search: Search) -> None:
-    for name in ("generations", "offspring", "initial", "swaps", "patience"):
-        value = getattr(search, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; give 1 or more")
+    names = ("generations", "offspring", "initial", "swaps", "patience")
+    check_least(1, **{name: getattr(search, name) for name in names})
     survivors, windows = list(search.survivors), list(search.windows)
     if not survivors or len(survivors) != len(windows):
         raise ValueError(f"survivors is {survivors} and windows {windows}; give both a number for each stage")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from buddy import Geometry
-from routers.gates import GateRouter, check_not_negative, normalised
+from routers.gates import LinearGates, check_least
 
 SCOPES = ("prompt", "token")
 GATES = ("hard", "soft")
 
 
-class FiRST(GateRouter):
+class FiRST(LinearGates):
     """Learned: one linear gate for each layer sees the state arriving there; the prompt's decisions hold for the input.
 
     A gate is open, and its layer runs, where σ(w_i · h + b_i) is above a half. One decision serves an input: gates are
@@ -68,14 +67,9 @@ class FiRST(GateRouter):
             raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
         if gates not in GATES:
             raise ValueError(f"gates is {gates!r}; choose one of {', '.join(GATES)}")
-        check_not_negative(penalty_weight=penalty_weight)
+        check_least(0, penalty_weight=penalty_weight)
         self.scope = scope  # type: ignore[assignment]  # one of SCOPES
         self.hard, self.penalty_weight = gates == "hard", float(penalty_weight)
-        self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
-
-    def logits(self, index: int, hidden: Tensor) -> Tensor:
-        """(...): w_i · N(h)."""
-        return normalised(hidden) @ self.weight[index]
 
     def weigh(self, logits: Tensor) -> Tensor:
         """(...): the probability that a gate is open; of hard gates 0 or 1, with its gradient."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from buddy import Geometry
-from routers.gates import GateRouter, check_not_negative, normalised
+from routers.gates import GateRouter, check_least, normalised
 
 
 class FlexiDepth(GateRouter):
@@ -60,7 +60,7 @@ class FlexiDepth(GateRouter):
         start: float = 3.0,
     ) -> None:
         super().__init__(geometry, start)
-        check_not_negative(penalty_weight=penalty_weight, slack=slack)
+        check_least(0, penalty_weight=penalty_weight, slack=slack)
         if bottleneck is not None and bottleneck < 2:  # the norm of a single number is always 0
             raise ValueError(f"bottleneck is {bottleneck}; give 2 or more, or null for a sixteenth of the width")
         width = bottleneck or max(geometry.hidden // 16, 2)

@@ -54,17 +54,29 @@ class GateRouter(LayerwiseRouter):
         return [{"params": weights, "scale": 0.2}, {"params": alone, "scale": 20.0}]
 
 
+class LinearGates(GateRouter):
+    """A linear gate for each layer, which sees the normalised state: `logits` are w_i · N(h)."""
+
+    def __init__(self, geometry: Geometry, start: float, budget_aware: bool = True) -> None:
+        super().__init__(geometry, start, budget_aware)
+        self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
+
+    def logits(self, index: int, hidden: Tensor) -> Tensor:
+        """(...): w_i · N(h)."""
+        return normalised(hidden) @ self.weight[index]
+
+
 def normalised(hidden: Tensor) -> Tensor:
     """(..., D): layer norm without weights, since the scale of states differs a hundredfold between layers."""
     return F.layer_norm(hidden, hidden.shape[-1:])
 
 
-def check_not_negative(**options: float) -> None:
-    """Refuse an option below 0.
+def check_least(least: int, **options: float | None) -> None:
+    """Refuse an option below `least`; None passes.
 
     Raises:
         ValueError: there is one.
     """
     for name, value in options.items():
-        if value < 0:
-            raise ValueError(f"{name} is {value}; give 0 or more")
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; give {least} or more")

@@ -12,24 +12,18 @@ from buddy import Probe
 
 
 class GreedyRemoval:
-    """Removes one routable layer after the other, each time the one without which the loss is least.
+    """Removes one routable layer after the other, each time the one without which the cross-entropy is least.
 
     In each round every layer that is left is removed in turn, together with those removed before. Ties go to the
     earlier layer. Plans nest, so one search answers every K.
 
     Args:
         probe: measures the losses.
-        criterion: "ce", next-token cross-entropy, or "kl", KL to the dense model.
-        windows: how many calibration windows from the first one, or the numbers of some windows; None for all.
+        windows: how many calibration windows from the first one, or the numbers of some windows.
     """
 
-    def __init__(
-        self,
-        probe: Probe,
-        criterion: str = "ce",
-        windows: int | Sequence[int] | None = None,
-    ) -> None:
-        self.probe, self.criterion, self.windows = probe, criterion, windows
+    def __init__(self, probe: Probe, windows: int | Sequence[int]) -> None:
+        self.probe, self.windows = probe, windows
         self.removed: list[int] = []
         self.left = list(range(probe.geometry.routable))
         self.losses = [0.0] * len(self.left)  # without each layer that is left, in the last round
@@ -40,10 +34,10 @@ class GreedyRemoval:
         geometry = self.probe.geometry
         return geometry.layers - min(self.probe.asked, default=geometry.always_on)
 
-    def measure(self, windows: int | Sequence[int] | None) -> list[float]:
+    def measure(self, windows: int | Sequence[int]) -> list[float]:
         """Mean loss without each layer that is left; what was measured before is not measured again."""
         plans = torch.stack([self.probe.plan_without([*self.removed, layer]) for layer in self.left])
-        return self.probe.losses(plans, self.criterion, windows).mean(1).tolist()  # type: ignore[arg-type]
+        return self.probe.losses(plans, "ce", windows).mean(1).tolist()
 
     def remove_one(self) -> None:
         """One round."""
@@ -70,7 +64,7 @@ class BridgedRemoval(GreedyRemoval):
     """
 
     def __init__(self, probe: Probe, windows: int) -> None:
-        super().__init__(probe, "kl", max(1, min(windows, probe.count - probe.bridge_windows)))
+        super().__init__(probe, max(1, min(windows, probe.count - probe.bridge_windows)))
         self._kl = 0.0  # of what is removed
         self.losses = [-inf] * len(self.left)  # here the rise of the KL, as last measured; -inf: measure in any case
 

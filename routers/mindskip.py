@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from buddy import Geometry
-from routers.gates import GateRouter, check_not_negative, normalised
+from routers.gates import LinearGates, check_least
 
 
-class MindSkip(GateRouter):
+class MindSkip(LinearGates):
     """Learned: a linear gate for each layer decides for each token, and each layer has a capacity of tokens.
 
     Router-Tuning trains the gates alone, hard forward and with the gradient of their probability backward, and adds
@@ -46,13 +45,8 @@ class MindSkip(GateRouter):
         self, geometry: Geometry, *, penalty_weight: float = 0.2, slack: float = 1.0, start: float = 3.0
     ) -> None:
         super().__init__(geometry, start)
-        check_not_negative(penalty_weight=penalty_weight, slack=slack)
+        check_least(0, penalty_weight=penalty_weight, slack=slack)
         self.penalty_weight, self.slack = penalty_weight, slack
-        self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
-
-    def logits(self, index: int, hidden: Tensor) -> Tensor:
-        """(...): w_i · N(h)."""
-        return normalised(hidden) @ self.weight[index]
 
     def penalty(self, weights: Tensor, executed: Tensor) -> Tensor:
         """(B,): λ · the sum over the layers of what the share of tokens has above the capacity."""

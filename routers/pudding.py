@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from buddy import Context, Geometry, Probe, Router
-from routers.gates import normalised
+from routers.gates import check_least, normalised
 from routers.greedy import GreedyRemoval
 
 STRENGTHS = 10.0 ** torch.arange(-3, 4, dtype=torch.float64)  # of the ridge, in units of the features' variance
@@ -49,10 +49,7 @@ class PuDDing(Router):
 
     def __init__(self, geometry: Geometry, *, pool: int = 4, windows: int | None = 8) -> None:
         super().__init__(geometry)
-        if pool < 1:
-            raise ValueError(f"pool is {pool}; give 1 set or more")
-        if windows is not None and windows < 1:
-            raise ValueError(f"windows is {windows}; give 1 or more, or null for all")
+        check_least(1, pool=pool, windows=windows)
         self.pool, self.windows = pool, windows
         routable, features = geometry.routable, geometry.features
         self.register_buffer("rank", torch.zeros(pool, routable))
@@ -68,7 +65,7 @@ class PuDDing(Router):
         self.scale.copy_(pooled.std(0, correction=0).clamp(min=1e-6))
         features = ((pooled - self.mean.cpu()) / self.scale.cpu()).double()
         groups = clusters(features, self.pool, probe.seed)
-        searches = [GreedyRemoval(probe, "ce", sorted(group[: self.windows])) for group in groups]
+        searches = [GreedyRemoval(probe, sorted(group[: self.windows])) for group in groups]
         rounds = [search for search in searches for _ in range(search.rounds)]
         for search in probe.track(rounds, "searching the pool"):
             search.remove_one()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from buddy import Context, Geometry, Probe, Router
-from routers.gates import normalised
+from routers.gates import check_least, normalised
 
 PER = ("run", "input")
 
@@ -33,8 +33,7 @@ class RandomRouter(Router):
         super().__init__(geometry)
         if per not in PER:
             raise ValueError(f"per is {per!r}; choose one of {', '.join(PER)}")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed is {seed}; give 0 or more, or null for the recipe's")
+        check_least(0, seed=seed)
         self.per, self.seed = per, seed
         if per == "input":
             self.scope = "prompt"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from buddy import Geometry
-from routers.gates import GateRouter, check_not_negative, normalised
+from routers.gates import LinearGates, check_least
 
 
-class SkipGPT(GateRouter):
+class SkipGPT(LinearGates):
     """Learned: a linear gate before each layer decides for each token, trained with Gumbel noise.
 
     A gate has two logits, to run and to skip. Training draws from their Gumbel-softmax, hard forward and soft backward,
@@ -55,15 +55,10 @@ class SkipGPT(GateRouter):
         start: float = 3.0,
     ) -> None:
         super().__init__(geometry, start)
-        check_not_negative(penalty_weight=penalty_weight, slack=slack)
+        check_least(0, penalty_weight=penalty_weight, slack=slack)
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; give a number above 0")
         self.penalty_weight, self.temperature, self.slack = penalty_weight, temperature, slack
-        self.weight = nn.Parameter(torch.zeros(geometry.routable, geometry.hidden))
-
-    def logits(self, index: int, hidden: Tensor) -> Tensor:
-        """(...): w_i · N(h), of the logit to run a layer less the logit to skip it."""
-        return normalised(hidden) @ self.weight[index]
 
     def weigh(self, logits: Tensor) -> Tensor:
         """(...) 0 or 1: in training a draw of the Gumbel-softmax, with its gradient."""

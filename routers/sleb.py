@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from buddy import Context, Geometry, Probe, Router
+from routers.gates import check_least
 from routers.greedy import GreedyRemoval
 
 PARTS = 8  # a round measures its windows in so many steps, so that the progress bar moves
@@ -33,8 +34,7 @@ class SLEB(Router):
 
     def __init__(self, geometry: Geometry, *, windows: int | None = None) -> None:
         super().__init__(geometry)
-        if windows is not None and windows < 1:
-            raise ValueError(f"windows is {windows}; give 1 or more, or null for all")
+        check_least(1, windows=windows)
         self.windows = windows
         self.register_buffer("rank", torch.zeros(geometry.routable))
 
@@ -42,7 +42,7 @@ class SLEB(Router):
         """Search on the calibration windows, down to the smallest K of the recipe's budgets."""
         total = probe.count if self.windows is None else min(self.windows, probe.count)
         parts = sorted({-(-total * part // PARTS) for part in range(1, PARTS + 1)})
-        search = GreedyRemoval(probe, "ce", total)
+        search = GreedyRemoval(probe, total)
         for windows in probe.track(parts * search.rounds, "removing layers"):
             if windows < total:
                 search.measure(windows)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from buddy import Context, Geometry
 from routers.buddy import PriorRouter
+from routers.gates import check_least
 
 
 class TokenTable(PriorRouter):
@@ -32,8 +33,7 @@ class TokenTable(PriorRouter):
         prior_weight: float = 0.3,
         bound: float | None = 2.0,
     ) -> None:
-        if rows < 1:
-            raise ValueError(f"rows is {rows}; give at least 1")
+        check_least(1, rows=rows)
         super().__init__(geometry, prior, prior_windows, prior_weight, bound)
         self.shared = nn.Parameter(torch.zeros(geometry.routable))
         self.table = nn.Embedding(rows, geometry.routable)

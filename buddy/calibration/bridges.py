@@ -13,7 +13,9 @@ from buddy.engine.bridges import Bridges, bridge_input
 from buddy.engine.model import RoutedLM
 from buddy.engine.twins import LayerlessModel
 
-FREE = 1e-6  # the penalty of the bias, which is not shrunk
+BATCH = 4  # windows of `PlanBridges` that pass a layer together
+BIAS_PENALTY = 1e-6  # so small that the bias is not shrunk
+TINY = 1e-6  # against a division by 0
 
 
 @torch.no_grad()
@@ -93,14 +95,14 @@ class PlanBridges:
     Args:
         model: without an adapter; its router and its bridges are not used.
         windows: (N, T) long; sinks run every layer.
-        rank, ridge, batch_size: as for `fit_bridges`.
+        rank, ridge: as for `fit_bridges`.
     """
 
-    def __init__(self, model: RoutedLM, windows: Tensor, *, rank: int, ridge: float, batch_size: int = 4) -> None:
+    def __init__(self, model: RoutedLM, windows: Tensor, *, rank: int, ridge: float) -> None:
         backbone, sinks = model.backbone, model.sink_tokens
         self._rank, self._ridge = rank, ridge
         self._fitted: dict[str, Bridge] = {}
-        batches = [batch.to(backbone.device) for batch in windows.split(batch_size)]
+        batches = [batch.to(backbone.device) for batch in windows.split(BATCH)]
         outside = LayerlessModel(backbone.model)
         self._walks = [PrefixWalk(outside, backbone.layers, ids, sinks, {}, (), self._fitted) for ids in batches]
         self._chosen = _without_sinks(batches, sinks)
@@ -143,13 +145,13 @@ def _regression(
     cross: Any = 0.0
     for state, target, which in zip(states, targets, chosen, strict=True):
         before, wanted = state[which].float(), (target[which].float() - state[which].float())
-        importance = target[which].float().square().mean(1, keepdim=True).clamp_min(FREE).rsqrt()
+        importance = target[which].float().square().mean(1, keepdim=True).clamp_min(TINY).rsqrt()
         x = torch.cat([bridge_input(before), before.new_ones(len(before), 1)], 1)
         weighted = (importance * x).T
         gram, cross = gram + (weighted @ x).cpu().double(), cross + (weighted @ wanted).cpu().double()
     total, width = gram[-1, -1], len(gram) - 1
     penalty = (ridge * total).repeat(width + 1)
-    penalty[-1] = FREE * total
+    penalty[-1] = BIAS_PENALTY * total
     solution = torch.linalg.solve(gram + penalty.diag(), cross)
     weight, bias, mean = solution[:-1], solution[-1], gram[-1, :-1] / total
     spread = weight.T @ (gram[:-1, :-1] - total * mean.outer(mean)) @ weight  # of what the bridge adds

@@ -114,6 +114,12 @@ class Bridges(nn.Module):
         super()._apply(*args, **kwargs)
         return self if self._frozen is None else self.freeze(self._dtype)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Called by torch to load the module; what is frozen follows."""
+        super()._load_from_state_dict(*args)
+        if self._frozen is not None:
+            self.freeze(self._dtype)
+
     def save(self, path: Path) -> None:
         """Write all weights to a safetensors file."""
         save_tensors(path, self.state_dict())

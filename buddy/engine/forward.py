@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, groupby
 from typing import Any, Literal, get_args
 
@@ -90,7 +91,6 @@ class Request:
         runs: (B, T, L) bool, a plan to run instead of the router's.
         gates: (B, T, L) with gradients, for straight-through training.
         prompt: length of the prompt in these tokens; None in generation, where the first forward is the prompt.
-        compute_all_layers: compute each layer on every token and choose afterwards.
         gate_weighted: multiply what each layer adds by a layerwise router's weight, with gradients.
         choose: K (B,) for the contexts (B,) of prompts, where a budget predictor chooses it.
     """
@@ -99,7 +99,6 @@ class Request:
     runs: Tensor | None = None
     gates: Tensor | None = None
     prompt: int | None = None
-    compute_all_layers: bool = False
     gate_weighted: bool = False
     choose: Callable[[Context], Tensor] | None = None
 
@@ -155,7 +154,6 @@ class RoutedForward:
         self.policy, self.context_layer = settings.policy, settings.context_layer
         self.active_rows: list[ActiveRows | None] = [True] * settings.layers
         self.active_rows[settings.context_layer - 1] = None
-        self.compute_all_layers = request.compute_all_layers or request.gates is not None
         self.valid: Tensor | None = None
         self.positions: Tensor | None = None
         if mask is not None:
@@ -190,8 +188,6 @@ class RoutedForward:
         self.context = context
         if request.runs is not None:
             self._run_plan(request.runs)
-        elif self.compute_all_layers and full_depth:
-            self._run_plan(self.runs)
         elif not full_depth:
             self._decide(prompt, only_last)
         elif self.settings.competing > 1 and self.cache is not None and self.cache.scores is not None:
@@ -202,24 +198,20 @@ class RoutedForward:
         """The state (B, T, D) of tokens that skip `layer`, from the state before it."""
         return hidden if self.bridges is None else self.bridges.forward(layer, hidden)
 
-    @property
-    def runs(self) -> Tensor:
-        """(B, T, L) bool, the plan with sinks at full depth."""
-        return self.record().runs
-
     def chosen(self, layer: int) -> Tensor:
         """(B, T) bool, the tokens that run `layer`."""
         if self._runs is None:
-            self._runs = self.runs
+            self._runs = self.record().runs
         return self._runs[..., layer]
 
     def record(self) -> ForwardRecord:
         """The plan, and what the layers counted so far."""
         device, layers = self.context.executed.device, self.settings.layers
         plan = self._runs_on_host if self._runs is None else self._runs
-        sinks = self.sinks() if self.past < self.settings.sink_tokens or self.valid is not None else None
+        sinks = self.sinks if self.past < self.settings.sink_tokens or self.valid is not None else None
         return ForwardRecord(self.shape, layers, device, plan, sinks, self.full_layers, self.partial_layers)
 
+    @cached_property
     def sinks(self) -> Tensor:
         """(B, T) bool, the positions that run at full depth whatever the budget."""
         if self.positions is not None:
@@ -314,7 +306,7 @@ class RoutedForward:
         always = self.settings.context_layer + 1
         check_counts(self.request.executed, always, self.settings.layers)
         full = executed == self.settings.layers  # takes part in no competition, whatever the other rows do
-        absent = full | self.sinks() if self.valid is None else full | self.sinks() | ~self.valid
+        absent = full | self.sinks if self.valid is None else full | self.sinks | ~self.valid
         competing = scores.masked_fill(absent[..., None], -math.inf)
         cache = self.cache
         before, excess = (None, None) if cache is None else (cache.scores, cache.excess)
@@ -343,15 +335,19 @@ class RoutedForward:
     def _with_sinks(self, runs: Tensor) -> Tensor:
         """A plan (B, T, …) with full depth for sinks; padding runs a layer where all other tokens of its row do."""
         if self.settings.sink_tokens:
-            runs = runs | self.sinks()[..., None]
-        if self.valid is not None and not to_host(self.valid.all()):
-            padding = ~self.valid[..., None]
-            runs = torch.where(padding, (runs | padding).all(1, keepdim=True), runs)
+            runs = runs | self.sinks[..., None]
+        if self.padding is not None:
+            runs = torch.where(self.padding, (runs | self.padding).all(1, keepdim=True), runs)
         return runs
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """(B, T, 1) bool; None where none of these positions is padding."""
+        return None if self.valid is None or to_host(self.valid.all()) else ~self.valid[..., None]
 
     def _set_active_rows(self, rows: list[ActiveRows]) -> None:
         first = self.context_layer
-        self.active_rows[first:] = [None] * (len(rows) - first) if self.compute_all_layers else rows[first:]
+        self.active_rows[first:] = rows[first:] if self.request.gates is None else [None] * (len(rows) - first)
 
     def _mean_over_batch(self, scores: Tensor, tokens: Any = slice(None)) -> Tensor:
         """Scores (B, T, …); where the batch shares one plan, their mean over the rows that have a token there.

@@ -36,7 +36,9 @@ class Routed(Protocol):
     def backbone(self) -> Backbone:
         """The frozen model."""
 
-    def context(self, input_ids: Tensor, attention_mask: Tensor | None = None, **positions: Tensor) -> Context:
+    def context(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Context:
         """What a router sees at the last token of each row."""
 
 
@@ -126,10 +128,8 @@ class ForwardHooks:
             raise BudgetError("The budget auto is chosen for a whole prompt; start with an empty cache.")
         if kwargs.get("input_ids") is None:
             raise BudgetError("The budget auto needs tokens, not embeddings; ask for a fraction such as 0.75.")
-        names = "attention_mask", "position_ids"
-        context = self._routed.context(
-            kwargs["input_ids"], **{n: kwargs[n] for n in names if kwargs.get(n) is not None}
-        )
+        names = "input_ids", "attention_mask", "position_ids"
+        context = self._routed.context(*map(kwargs.get, names))
         executed = tuple(to_host(request.choose(context)))
         self._request = replace(request, executed=executed)
         return self._request

@@ -7,13 +7,14 @@ and the scores of the last decision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from buddy.engine.selection import map_tensors
 from buddy.errors import BuddyError
 
 ROOM = 64  # positions by which a buffer grows
@@ -126,7 +127,7 @@ class PendingLayer:
             keep = max(hidden.shape[1] - remove, 0)
             remove -= hidden.shape[1] - keep
             if keep:
-                self.pending.append((hidden[:, :keep], map_embeddings(embeddings, lambda x: x[:, :keep])))  # noqa: B023
+                self.pending.append((hidden[:, :keep], map_tensors(embeddings, lambda x: x[:, :keep])))  # noqa: B023
         super().crop(-remove if tokens_to_remove <= 0 else tokens_to_remove)
 
 
@@ -270,9 +271,9 @@ class RoutedCache:
 
     filled_by: tuple[str, str, int, str]
     pool: ContextPool
-    scores: Tensor | None
-    excess: Tensor | None
-    decided: int | None
+    scores: Tensor | None = None
+    excess: Tensor | None = None
+    decided: int | None = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep, move or repeat rows, as beams do; the transformers methods below do no more than that."""
@@ -288,7 +289,7 @@ class RoutedCache:
             return _rows(x, beam_idx, moved) if x.shape[0] > 1 else x
 
         for layer in self.layers:
-            layer.pending = [(_rows(x, beam_idx, moved), map_embeddings(e, rows)) for x, e in layer.pending]
+            layer.pending = [(_rows(x, beam_idx, moved), map_tensors(e, rows)) for x, e in layer.pending]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
@@ -321,7 +322,6 @@ class RoutedCache:
             self.pool.crop(-tokens_to_remove, *gone)
 
 
-_ROUTED: dict[type, type] = {}
 _LAYERS: dict[type, type] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: SlidingLayer}
 
 
@@ -363,18 +363,19 @@ def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, mode
         raise BuddyError(
             "This cache was filled by the stock model; start with an empty cache, or fill it under a budget."
         )
-    stock = type(cache)
-    if stock not in _ROUTED:
-        _ROUTED[stock] = type(f"Routed{stock.__name__}", (RoutedCache, stock), {"__module__": __name__})
     for index, layer in enumerate(cache.layers):
         cache.layers[index] = _swapped(layer, HoleLayer if policy == "hole" else _LAYERS[type(layer)])
         if policy == "hole":
             cache.layers[index].is_sliding = layer.is_sliding
             cache.layers[index].window = getattr(layer, "sliding_window", None)
-    cache.__class__ = _ROUTED[stock]
-    cache.filled_by, cache.pool, cache.scores, cache.decided = filled_by, ContextPool(kind), None, None
-    cache.excess = None
+    cache.__class__ = _routed_class(type(cache))  # type: ignore[arg-type]  # a class can be hashed
+    cache.filled_by, cache.pool = filled_by, ContextPool(kind)
     return 0
+
+
+@functools.cache
+def _routed_class(stock: type) -> type:
+    return type(f"Routed{stock.__name__}", (RoutedCache, stock), {"__module__": __name__})
 
 
 class WrittenKV:
@@ -388,11 +389,6 @@ class WrittenKV:
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = keys, values
         return (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *args, **kwargs)
-
-
-def map_embeddings(embeddings: Embeddings, function: Callable[[Tensor], Tensor]) -> Embeddings:
-    """`function` of each part of position embeddings."""
-    return tuple(function(part) for part in embeddings) if isinstance(embeddings, tuple) else embeddings
 
 
 def _rows(tensor: Tensor, rows: Tensor, moved: dict[Any, tuple[Tensor, Tensor]]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from buddy.engine.kv_cache import Embeddings
-from buddy.engine.selection import Group, take, take_nested
+from buddy.engine.selection import Group, map_tensors, take
 from buddy.errors import BuddyError
 
 MAX_PENDING = 64  # states that may be pending in a layer: a prompt's is one, then one for each token
@@ -182,8 +182,10 @@ class RectangularKVWriter:
         self.cache.update(*self.new, self.layer._index)
 
     def _write(self, rows: Tensor, positions: Tensor | None) -> KV:
-        embeddings = take_nested(self.embeddings, rows, positions, len(self.hidden))
-        return self.write(self.layer, take(self.hidden, rows, positions, len(self.hidden)), embeddings)
+        hidden, embeddings = (
+            map_tensors(x, lambda x: take(x, rows, positions, len(self.hidden))) for x in (self.hidden, self.embeddings)
+        )
+        return self.write(self.layer, hidden, embeddings)
 
     def _past(self, rows: Tensor) -> KV | None:
         if self.cache is None or not self.cache.layers[self.layer._index].is_initialized:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from buddy.backbone.load import Backbone
 from buddy.engine.forward import RoutedForward
-from buddy.engine.kv_cache import Embeddings, WrittenKV, map_embeddings
+from buddy.engine.kv_cache import Embeddings, WrittenKV
 from buddy.engine.kv_policies import KV, RaggedView, RectangularView, WriteKV
 from buddy.engine.layerwise import LayerwiseForward
-from buddy.engine.selection import Group, groups, take, take_nested, worth_selecting
+from buddy.engine.selection import Group, groups, map_tensors, take, worth_selecting
 from buddy.errors import BackboneError
 
 CurrentForward = list[RoutedForward | LayerwiseForward | None]  # one entry, shared by all layers of a routed model
@@ -66,8 +67,7 @@ class RoutedLayer:
             if forward.request.gate_weighted:
                 return self._run_weighted(forward, hidden, args, kwargs)
             forward.decide(self._index, hidden)
-            if not forward.compute_all_layers:
-                return self.forward(hidden, *args, **kwargs)
+            return self.forward(hidden, *args, **kwargs)
         return self._run_and_choose(forward, hidden, args, kwargs)
 
     def _run_all(self, forward: RoutedForward, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -99,8 +99,8 @@ class RoutedLayer:
         inputs = {
             **kwargs,
             "attention_mask": None if mask is None else mask[:, :, :count, : mask.shape[-1] - length + count],
-            "position_embeddings": map_embeddings(embeddings, lambda x: x[:, :count]),
-            "position_ids": None if ids is None else ids[:, :count],
+            "position_embeddings": map_tensors(embeddings, lambda x: x[:, :count]),
+            "position_ids": map_tensors(ids, lambda x: x[:, :count]),
         }
         if forward.sink is None:
             out = self.stock.forward(self, hidden[:, :count], *args, **inputs)
@@ -111,7 +111,7 @@ class RoutedLayer:
         ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         ran[:, :count] = True
         forward.partial_layers.append(ran)
-        rest = map_embeddings(embeddings, lambda x: x[:, count:])
+        rest = map_tensors(embeddings, lambda x: x[:, count:])
         policy.skip(self, forward, hidden[:, count:], cache, rest)
         if not in_place:
             return torch.cat([out, forward.skip(self._index, hidden[:, count:])], 1)
@@ -180,14 +180,13 @@ class RoutedLayer:
     ) -> Tensor:
         """One call of the stock layer: `out` (B, T, D) with its result; its tokens are marked in `ran` (B, T)."""
         (batch, length, width), rows, positions = hidden.shape, group.rows, group.positions
-        inputs = {
-            **kwargs,
-            "cache": view,
-            "attention_mask": view.mask(kwargs.get("attention_mask")),
-            "position_ids": take_nested(kwargs.get("position_ids"), rows, positions, batch),
-            "position_embeddings": take_nested(kwargs.get("position_embeddings"), rows, positions, batch),
-        }
-        result = self.stock.forward(self, take(hidden, rows, positions, batch), *args, **inputs)
+
+        def chosen(name: str) -> Any:
+            return map_tensors(kwargs.get(name), lambda x: take(x, rows, positions, batch))
+
+        inputs = {name: chosen(name) for name in ("position_ids", "position_embeddings")}
+        inputs |= {"cache": view, "attention_mask": view.mask(kwargs.get("attention_mask"))}
+        result = self.stock.forward(self, take(hidden, rows, positions, batch), *args, **{**kwargs, **inputs})
         if positions is None:
             ran[rows] = True
             return out.index_copy(0, rows, result)
@@ -196,19 +195,15 @@ class RoutedLayer:
         return out.reshape(-1, width).index_copy(0, flat, result.reshape(-1, width)[real]).view(hidden.shape)
 
 
-_ROUTED: dict[type, type] = {}
-
-
 def stock_class(layer: nn.Module) -> type[nn.Module]:
     """The transformers class of a decoder layer, whether or not routing is attached to it."""
     return getattr(type(layer), "stock", type(layer))
 
 
+@cache
 def routed_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The routed subclass of a stock decoder layer class."""
-    if stock not in _ROUTED:
-        _ROUTED[stock] = type(f"Routed{stock.__name__}", (RoutedLayer, stock), {"stock": stock, "__module__": __name__})
-    return _ROUTED[stock]
+    return type(f"Routed{stock.__name__}", (RoutedLayer, stock), {"stock": stock, "__module__": __name__})
 
 
 def attach(backbone: Backbone, current: CurrentForward) -> None:
@@ -229,7 +224,7 @@ def attach(backbone: Backbone, current: CurrentForward) -> None:
     with gathered(layers[0]) as first:
         keys, _ = captured_kv(first, *probes[0])
     for index, (layer, write) in enumerate(zip(layers, ways, strict=True)):
-        layer.__class__ = routed_class(stock_class(layer))
+        layer.__class__ = routed_class(stock_class(layer))  # type: ignore[arg-type]  # a class can be hashed
         layer._index, layer._write_kv, layer._current_forward = index, write, current
         layer._kv_shape = (keys.shape[1], keys.shape[3])
 

@@ -50,12 +50,9 @@ class LayerwiseForward(RoutedForward):
             runs = clamp_gate(is_open, self._remaining, self.routable - index)
         self._remaining = self._remaining - runs.long()
         self._open.append(is_open)
-        runs = runs | self._sinks
-        if self._padding is not None:
-            runs = torch.where(self._padding, (runs | self._padding).all(1, keepdim=True), runs)
+        runs = self._with_sinks(runs[..., None])[..., 0]
         self._layer_runs[layer] = runs
-        if not self.compute_all_layers:
-            self.active_rows[layer] = active(to_host(runs.sum(1)), self.shape[1])
+        self.active_rows[layer] = active(to_host(runs.sum(1)), self.shape[1])
         if index == self.routable - 1:
             self._finish()
 
@@ -66,7 +63,7 @@ class LayerwiseForward(RoutedForward):
         weight = weight if self._follows is None else weight[:, self._asked_of]
         self.weights.append(weight)
         self.undecided = index < self.routable - 1
-        return weight.masked_fill(self._sinks, 1.0)
+        return weight.masked_fill(self.sinks, 1.0)
 
     def chosen(self, layer: int) -> Tensor:
         """(B, T) bool, the tokens that run `layer`."""
@@ -96,8 +93,6 @@ class LayerwiseForward(RoutedForward):
         device = self.context.executed.device
         self._asks_gates = self.undecided = True
         self._open_before = None if held is None else held >= self.routable
-        self._sinks = self.sinks()
-        self._padding = None if self.valid is None or to_host(self.valid.all()) else ~self.valid
         executed = self.context.executed.expand(self.shape)
         self._remaining = executed - self.context_layer - 1
         self._asking: Any = slice(None)
@@ -107,7 +102,7 @@ class LayerwiseForward(RoutedForward):
             self._follows_before = (self._follows < 0).to(device)
         self._asked_executed = executed[:, self._asking]
         self.active_rows[self.context_layer : -1] = [None] * self.routable
-        self.active_rows[-1] = None if self.compute_all_layers else True
+        self.active_rows[-1] = True
 
     def _deciding_tokens(self, prompt: int) -> Tensor | None:
         """(T,) long on the host: the token whose decision each follows, negative for one before these tokens."""
@@ -138,7 +133,7 @@ class LayerwiseForward(RoutedForward):
     def _finish(self) -> None:
         """All layers are decided: the plan is complete, and the last decision is kept for tokens that follow it."""
         self.undecided = False
-        always = torch.ones_like(self._sinks)
+        always = torch.ones_like(self.sinks)
         self._runs = torch.stack([self._layer_runs.get(layer, always) for layer in range(self.settings.layers)], -1)
         if self.cache is not None and self.settings.reroute_every != 1:
             self.cache.scores = gate_order(torch.stack([gates[:, -1:] for gates in self._open], -1))

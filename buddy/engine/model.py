@@ -276,18 +276,20 @@ class RoutedLM(nn.Module):
         return self.chooser(self.executed_layers(auto_cap(budget)))
 
     @torch.no_grad()
-    def context(self, input_ids: Tensor, attention_mask: Tensor | None = None, **positions: Tensor) -> Context:
+    def context(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Context:
         """What a router sees at the last token of each row, (B,); the layers after the context layer are not computed.
 
         Args:
             input_ids: (B, T) long, padded on the left where rows differ.
             attention_mask: (B, T), 0 for padding.
-            positions: `position_ids`, as the backbone takes them.
+            position_ids: (B, T) long, as the backbone takes them.
         """
         runs = torch.ones(*input_ids.shape, self.geometry.layers, dtype=torch.bool, device=input_ids.device)
         runs[..., self.geometry.context_layer :] = False
         with self.changed(sink_tokens=0), self._hooks.requested(Request(runs=runs, prompt=0)):
-            positions = positions or self._positions(attention_mask)
+            positions = self._positions(attention_mask) if position_ids is None else {"position_ids": position_ids}
             self.backbone.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
             context = self._hooks.take_last().context
         return context[:, -1]
@@ -302,7 +304,6 @@ class RoutedLM(nn.Module):
         gates: Tensor | None = None,
         prompt: int = 0,
         logits_to_keep: Tensor | int = 0,
-        compute_all_layers: bool = False,
         gate_weighted: bool = False,
     ) -> Output:
         """The parallel form: every token routed on its own prefix, as step-by-step decoding would.
@@ -315,19 +316,17 @@ class RoutedLM(nn.Module):
             gates: (B, T, L) with gradients for straight-through training, beside `runs`.
             prompt: tokens at the start that share one plan where `prompt_plan` is "shared".
             logits_to_keep: positions whose logits are wanted, as transformers' argument of that name; 0 for all.
-            compute_all_layers: compute each layer on every token and choose afterwards. Slower, but no shape, and so no
-                rounding, depends on the plan; gates imply it.
             gate_weighted: multiply what each layer adds by the weight of a layerwise router's gate, with gradients.
                 Every layer is computed on every token, so the cache policy does not matter.
 
         Raises:
-            BuddyError: `compute_all_layers` or `gates` under a policy other than "fill"; `gate_weighted` without a
+            BuddyError: `gates` under a policy other than "fill"; `gate_weighted` without a
                 layerwise router.
         """
-        self._check_forward(compute_all_layers or gates is not None, gates is not None, gate_weighted)
+        self._check_forward(gates is not None, gate_weighted)
         counts = None if executed is None else tuple(executed.tolist())
         adapted = nullcontext() if executed is not None or runs is not None else self._unadapted()
-        with adapted, self._hooks.requested(Request(counts, runs, gates, prompt, compute_all_layers, gate_weighted)):
+        with adapted, self._hooks.requested(Request(counts, runs, gates, prompt, gate_weighted)):
             options = {
                 "attention_mask": attention_mask,
                 **self._positions(attention_mask),
@@ -369,15 +368,14 @@ class RoutedLM(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep
             ).logits
 
-    def _check_forward(self, all_layers: bool, gated: bool, weighted: bool) -> None:
+    def _check_forward(self, gated: bool, weighted: bool) -> None:
         """Refuse what a parallel forward cannot do with this policy, router or model.
 
         Args:
-            all_layers: each layer is computed on every token.
             gated: gates are given, for straight-through training.
             weighted: layers are weighted by a layerwise router's gates.
         """
-        if all_layers and self.policy.name != "fill":
+        if gated and self.policy.name != "fill":
             raise BuddyError(
                 f"Computing every layer, as back-propagating estimators do, needs the policy 'fill', not "
                 f"{self.policy.name!r}; choose that, or the perturbed estimator."

@@ -7,7 +7,7 @@ dropped; rows with very different numbers get calls of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,8 +125,6 @@ def take(x: Tensor, rows: Tensor, positions: Tensor | None, batch: int) -> Tenso
     return x.reshape(-1, *x.shape[2:]).index_select(0, flat.flatten()).view(*positions.shape, *x.shape[2:])
 
 
-def take_nested(value: Any, rows: Tensor, positions: Tensor | None, batch: int) -> Any:
-    """`take` of a tensor or of each tensor in a tuple; anything else as it is."""
-    if isinstance(value, tuple):
-        return tuple(take_nested(part, rows, positions, batch) for part in value)
-    return take(value, rows, positions, batch) if isinstance(value, Tensor) else value
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`function` of a tensor, or of each tensor in a tuple; None as it is."""
+    return tuple(map(function, value)) if isinstance(value, tuple) else None if value is None else function(value)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from buddy.engine.kv_cache import WrittenKV, map_embeddings
+from buddy.engine.kv_cache import WrittenKV
+from buddy.engine.selection import map_tensors
 
 MAX_TOKENS = 64  # token ids whose states are kept
 
@@ -31,13 +32,9 @@ class SinkStates:
 
     def run(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Run the next layer on the token by itself, so that no result depends on which prompt came first."""
-        written, ids = WrittenKV(None), kwargs.get("position_ids")
-        first = {
-            "cache": written,
-            "attention_mask": None,
-            "position_embeddings": map_embeddings(kwargs.get("position_embeddings"), lambda x: x[:1, :1]),
-            "position_ids": None if ids is None else ids[:1, :1],
-        }
+        written, names = WrittenKV(None), ("position_embeddings", "position_ids")
+        first = {name: map_tensors(kwargs.get(name), lambda x: x[:1, :1]) for name in names}
+        first |= {"cache": written, "attention_mask": None}
         state = self.outputs[-1] if self.outputs else hidden[:1, :1].clone()
         self.outputs.append(layer.stock.forward(layer, state, **{**kwargs, **first}))
         self.keys.append(written.keys)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from buddy.engine.model import RoutedLM
-from buddy.errors import RegistryError, TrainingError, reason
+from buddy.errors import RegistryError, TrainingError, described
 from buddy.losses import DenseDistribution, Objective
 from buddy.plan import gate_order
 from buddy.registry import ESTIMATORS, load
@@ -116,7 +116,7 @@ def estimator_for(router: AnyRouter, name: str, objective: Objective, options: M
         return cls(objective, **{key: value for key, value in options.items() if key in accepted})
     except Exception as error:  # it may be anybody's
         raise RegistryError(
-            f"The estimator {name!r} cannot be made ({type(error).__name__}: {reason(error)}); its class takes an "
+            f"The estimator {name!r} cannot be made ({described(error)}); its class takes an "
             "Objective, and keys of the recipe's section objective by keyword."
         ) from error
 

@@ -1,5 +1,9 @@
 """The mathematics of routing, recomputed by brute force: no cache, every layer on every token, chosen afterwards."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -142,3 +146,11 @@ class Fickle(Router):
             torch.nn.functional.layer_norm(x, x.shape[-1:]) for x in (context.pooled, context.newest, context.hidden)
         ]
         return torch.cat(seen, -1) @ self.weight
+
+
+@contextmanager
+def whole_layers() -> Iterator[None]:
+    """Layers compute every token and choose afterwards, so that no shape depends on the plan."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("buddy.engine.selection.FEW", 10**6)
+        yield

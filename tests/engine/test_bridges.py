@@ -1,6 +1,7 @@
 """Bridges in the engine: brute force, the parallel form against decode, causality, gradients, files."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import DamagedError
-from tests.engine.reference import Fickle, FickleGates, random_bridges, reference_logits
+from tests.engine.reference import Fickle, FickleGates, random_bridges, reference_logits, whole_layers
 from tests.tiny import FAMILIES, tiny_backbone
 
 IDS = torch.randint(3, 259, (3, 14), generator=torch.Generator().manual_seed(1))
@@ -55,7 +56,8 @@ def test_full_depth_and_dense_are_the_stock_model():
 def test_later_tokens_change_nothing_before():
     routed, other = bridged(), IDS.clone()
     other[:, 9:] = 5
-    first, second = (routed(ids, executed=EXECUTED, compute_all_layers=True) for ids in (IDS, other))
+    with whole_layers():
+        first, second = (routed(ids, executed=EXECUTED) for ids in (IDS, other))
     assert torch.equal(first.logits[:, :9], second.logits[:, :9])
     assert torch.equal(first.runs[:, :9], second.runs[:, :9])
 
@@ -77,7 +79,8 @@ def test_gradients_reach_them_and_equal_a_difference_quotient(everywhere):
     bridges = routed.bridges.trainable()
 
     def loss() -> torch.Tensor:
-        return routed(IDS, runs=runs, compute_all_layers=everywhere).logits.square().mean()
+        with whole_layers() if everywhere else nullcontext():
+            return routed(IDS, runs=runs).logits.square().mean()
 
     loss().backward()
     layer, step = int(bridges.fitted.nonzero()[0]), 1e-2
@@ -96,7 +99,8 @@ def test_straight_through_gates_weigh_the_layer_against_its_bridge():
     routed = bridged()
     runs = routed(IDS, executed=EXECUTED).runs
     gates = runs.float().requires_grad_()
-    hard = routed(IDS, runs=runs, compute_all_layers=True).logits
+    with whole_layers():
+        hard = routed(IDS, runs=runs).logits
     soft = routed(IDS, runs=runs, gates=gates).logits
     torch.testing.assert_close(soft, hard)
     soft.square().mean().backward()
@@ -124,3 +128,13 @@ def test_file(tmp_path):
 def test_a_copy_keeps_them():
     routed = bridged()
     assert torch.equal(copy.deepcopy(routed.bridges)(2, torch.ones(1, 1, 64)), routed.bridges(2, torch.ones(1, 1, 64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_ones_take_over_what_is_loaded(dtype):
+    geometry = geometry_of(tiny_backbone())
+    first, second = (random_bridges(geometry, seed).freeze(dtype) for seed in (0, 1))
+    first.load_state_dict(second.state_dict())
+    hidden = torch.randn(2, 5, geometry.hidden, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for states in (hidden, hidden[:, :1]):  # a prompt, and a decoded token
+        assert torch.equal(first(2, states), second(2, states))

@@ -12,7 +12,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, BudgetError, DataError
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
-from tests.engine.reference import Fickle, reference_logits
+from tests.engine.reference import Fickle, reference_logits, whole_layers
 from tests.tiny import FAMILIES, tiny_backbone
 
 BATCH, LENGTH = 3, 14
@@ -86,11 +86,14 @@ def test_full_depth_equals_stock_exactly(family):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_later_tokens_change_nothing_before_them(family):
     routed, ids = routed_tiny(family), tokens()
-    whole, chosen = (routed(ids, executed=EXECUTED, compute_all_layers=everything) for everything in (True, False))
+    chosen = routed(ids, executed=EXECUTED)
+    with whole_layers():
+        whole = routed(ids, executed=EXECUTED)
     for cut in range(1, LENGTH):
         changed = ids.clone()
         changed[:, cut:] = tokens(seed=cut)[:, cut:]
-        after = routed(changed, executed=EXECUTED, compute_all_layers=True)
+        with whole_layers():
+            after = routed(changed, executed=EXECUTED)
         assert torch.equal(whole.runs[:, :cut], after.runs[:, :cut])
         assert torch.equal(whole.logits[:, :cut], after.logits[:, :cut])
         # Running only the chosen tokens changes the shapes of the products, and so their last bit.
@@ -312,9 +315,11 @@ def test_parallel_form_decides_as_seldom_as_decode(reroute_every, prompt_plan):
 
 
 @pytest.mark.parametrize("policy", ["hole", "zero"])
-def test_computing_everything_needs_fill(policy):
+def test_gates_need_fill(policy):
+    routed = routed_tiny(policy=policy)
+    runs = routed(tokens(), executed=EXECUTED).runs
     with pytest.raises(BuddyError, match="'fill'"):
-        routed_tiny(policy=policy)(tokens(), executed=EXECUTED, compute_all_layers=True)
+        routed(tokens(), runs=runs, gates=runs.float())
 
 
 def test_a_routed_model_can_be_saved_copied_and_checkpointed(tmp_path):

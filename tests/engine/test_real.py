@@ -6,7 +6,7 @@ import torch
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.router import Router
 from routers.buddy import BuddyRouter
-from tests.engine.reference import Fickle
+from tests.engine.reference import Fickle, whole_layers
 
 pytestmark = pytest.mark.real
 TEXT = "The people of the United States have, in every hour of trial, found in their own good sense a way through."
@@ -35,12 +35,14 @@ def routed(smollm2):
 @torch.no_grad()
 def test_later_tokens_change_nothing_before_them(routed, tokens):
     model, executed = routed(Fickle), torch.tensor([20])
-    whole = model(tokens, executed=executed, compute_all_layers=True)
+    with whole_layers():
+        whole = model(tokens, executed=executed)
     assert len(whole.runs[0].unique(dim=0)) > 10, "plans should change from token to token"
     for cut in (1, 7, tokens.shape[1] - 1):
         changed = tokens.clone()
         changed[:, cut:] = (changed[:, cut:] + 1234) % 49152
-        after = model(changed, executed=executed, compute_all_layers=True)
+        with whole_layers():
+            after = model(changed, executed=executed)
         assert torch.equal(whole.runs[:, :cut], after.runs[:, :cut])
         assert torch.equal(whole.logits[:, :cut], after.logits[:, :cut])
         assert not torch.equal(whole.logits[:, cut], after.logits[:, cut])
