@@ -152,15 +152,15 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     assert_gone(workers)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves its daemons unwaited for
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_without_ray_nothing_is_begun():
     with pytest.raises(BuddyError, match="extra `ray`"):
         require_ray()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves its daemons unwaited for
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, serial):
     found = outcomes(RayExecutor(), tmp_path / "ray", "a dies-once", "x dies", "bb", "ccc", "dddd", "e fails")
@@ -171,6 +171,9 @@ def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, serial):
     assert deaths == [1, ATTEMPTS]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves its daemons unwaited for
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 def test_a_cluster_that_is_not_there(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

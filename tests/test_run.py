@@ -1,6 +1,7 @@
 """Run folders: whole or not at all, one writer at a time, resumed in place, and plain errors for what is wrong."""
 
 import importlib
+import os
 import shutil
 import signal
 import subprocess
@@ -266,22 +267,29 @@ def test_a_refit_resumes_and_leaves_the_complete_run_until_it_is_complete_itself
     assert names(path.parent) == {"seed-0"}
 
 
-KILLED = """
-import os, pathlib, shutil, sys
-from buddy import run
-folder, left = run.RunFolder(pathlib.Path(sys.argv[1])), [int(sys.argv[2])]
-def counted(work):
-    def step(*given, **options):
-        if left[0] == 0:
-            os.kill(os.getpid(), 9)
-        left[0] -= 1
-        return work(*given, **options)
-    return step
-os.replace, pathlib.Path.rename, shutil.rmtree = map(counted, (os.replace, pathlib.Path.rename, shutil.rmtree))
-with folder.lock():
-    folder.complete({"results": []})
-print(left[0])
-"""
+def completion_killed(folder: RunFolder, step: int) -> int:
+    """Complete a run in a fork, killed before so many renames and removals; its exit code."""
+    pid = os.fork()
+    if not pid:
+        left = [step]
+
+        def counted(work):
+            def step(*given, **options):
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return work(*given, **options)
+
+            return step
+
+        try:
+            os.replace, Path.rename, shutil.rmtree = map(counted, (os.replace, Path.rename, shutil.rmtree))
+            with folder.lock():
+                folder.complete({"results": []})
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_a_kill_at_any_step_of_completion_leaves_the_old_run_or_the_new(folder, recipe):
@@ -292,16 +300,16 @@ def test_a_kill_at_any_step_of_completion_leaves_the_old_run_or_the_new(folder, 
         make(folder, recipe, 1.0)
         with folder.lock():
             save_router(begin(folder, other), {"weight": torch.full((2, 3), 2.0)})
-        done = subprocess.run([sys.executable, "-c", KILLED, folder.path, str(step)], cwd=ROOT, check=False)
+        code = completion_killed(folder, step)
         with folder.lock():
             found = read_run(folder.path)
         assert mark_of(folder.path) == {200: 1.0, 7: 2.0}[found.recipe.trainer["max_steps"]]
-        seen.add((done.returncode, found.recipe.trainer["max_steps"]))
+        seen.add((code, found.recipe.trainer["max_steps"]))
         assert mark_of(make(folder, recipe, 3.0)) == 3.0
         assert names(folder.path.parent) <= {"seed-0"}
-        if done.returncode == 0:
+        if code == 0:
             break
-        assert done.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         step += 1
     assert step >= 4
     assert seen == {(-signal.SIGKILL, 200), (-signal.SIGKILL, 7), (0, 7)}

@@ -28,15 +28,6 @@ def test_generated_pages_are_up_to_date(path):
     assert path.read_text("utf-8") == GENERATED[path](), f"{path.name} is behind the code; run: make reference"
 
 
-def test_every_command_has_an_example():
-    text = (DOCS / "reference" / "commands.md").read_text("utf-8")
-    sections = re.findall(r"^##+ (buddy \S+(?: \S+)?)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
-    groups = {words.rpartition(" ")[0] for words, _ in sections}
-    assert len(sections) > 12
-    for words, section in sections:
-        assert words in groups or re.search(rf"^```bash\n{words}\b", section, re.MULTILINE), words
-
-
 def test_every_name_in_the_reference_exists():
     for name in re.findall(r"^::: (\S+)", (DOCS / "reference" / "python.md").read_text("utf-8"), re.MULTILINE):
         assert pkgutil.resolve_name(name).__doc__, name

@@ -1,5 +1,7 @@
 """Tiny random models of every routable family, with a real byte-level tokenizer, all made in code."""
 
+import copy
+from functools import cache
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -28,15 +30,22 @@ def tiny_model(family: str = "llama", seed: int = 0, **config) -> PreTrainedMode
 
     Weights are larger than a fresh model's and norms differ from one, so that a skipped layer shows in the logits.
     """
-    model_type, extra = FAMILIES[family]
-    settings = tiny_config(model_type, **{"num_hidden_layers": 6, **extra, **config})
-    return random_model(settings, seed, ROUTABLE[model_type])
+    return tiny_backbone(family, seed, **config).model
 
 
 def tiny_backbone(family: str = "llama", seed: int = 0, **config) -> Backbone:
     """`tiny_model` and `tiny_tokenizer` as the backbone that `load_backbone` would give."""
-    model = tiny_model(family, seed, **config)
-    return Backbone(f"tiny-{family}", model, tiny_tokenizer(), fingerprint(model))
+    model, digest = _made(family, seed, tuple(sorted(config.items())))
+    return Backbone(f"tiny-{family}", copy.deepcopy(model), tiny_tokenizer(), digest)
+
+
+@cache
+def _made(family: str, seed: int, config: tuple[tuple[str, object], ...]) -> tuple[PreTrainedModel, str]:
+    """A model, of which tests get copies, and its fingerprint."""
+    model_type, extra = FAMILIES[family]
+    settings = tiny_config(model_type, **{"num_hidden_layers": 6, **extra, **dict(config)})
+    model = random_model(settings, seed, ROUTABLE[model_type])
+    return model, fingerprint(model)
 
 
 def tiny_folder(path: Path, family: str = "llama", seed: int = 0, **config) -> Path:

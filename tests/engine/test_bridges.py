@@ -24,8 +24,13 @@ def bridged(family: str = "llama", router: type = Fickle, **options) -> RoutedLM
     return routed
 
 
-@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        *((family, "fill") for family in FAMILIES),
+        *(pytest.param(family, policy, marks=pytest.mark.slow) for family in FAMILIES for policy in ("hole", "zero")),
+    ],
+)
 def test_parallel_form_equals_brute_force(family, policy):
     routed, stock = bridged(family, policy=policy), tiny_backbone(family).model
     output = routed(IDS, executed=EXECUTED)

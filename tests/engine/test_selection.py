@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 from buddy.engine.selection import WASTE, groups, partition, take
 
-CHOICES = st.integers(1, 5).flatmap(
-    lambda rows: st.integers(1, 200).flatmap(
-        lambda length: st.lists(
-            st.lists(st.booleans(), min_size=length, max_size=length), min_size=rows, max_size=rows
-        ).map(torch.tensor)
-    )
-)
+
+@st.composite
+def choices(draw) -> torch.Tensor:
+    """(B, T) bool, with any share of chosen tokens."""
+    rows, length, share = draw(st.integers(1, 5)), draw(st.integers(1, 200)), draw(st.floats(0, 1))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    return torch.rand(rows, length, generator=generator) < share
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=9))
@@ -24,7 +24,7 @@ def test_rows_that_run_are_parted_once_with_little_waste(counts):
         assert max(ours) * len(ours) <= (1 + WASTE) * sum(ours)
 
 
-@given(CHOICES)
+@given(choices())
 def test_groups_run_exactly_the_chosen_tokens(chosen):
     ran = torch.zeros_like(chosen)
     for group in groups(chosen, chosen.sum(1).tolist()):

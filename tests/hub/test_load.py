@@ -77,10 +77,13 @@ def test_streaming_gives_the_same_in_pieces(model):
 
 
 def test_leaving_a_stream_stops_the_model(model):
+    forwards = []
+    hook = model.routed.backbone.base.register_forward_pre_hook(lambda *_: forwards.append(1))
     stream = model.stream(PROMPT, 0.5, max_new_tokens=400)
     next(stream)
     stream.close()
-    assert "399 decode steps" not in model.ran
+    hook.remove()
+    assert 1 <= len(forwards) < 10
 
 
 def test_chat_and_messages(chatting):
@@ -177,11 +180,6 @@ def test_a_backbone_that_is_elsewhere(finished, small, tmp_path):
 def test_another_dtype_than_the_runs(finished, monkeypatch, dtype, computed):
     monkeypatch.setattr("buddy.build.fastest_dtype", lambda accelerator: "bfloat16")
     assert buddy.load(finished / "shortgpt", dtype=dtype).routed.backbone.dtype == computed
-
-
-def test_an_unknown_dtype(finished):
-    with pytest.raises(BackboneError, match="float32"):
-        buddy.load(finished / "shortgpt", dtype="float31")
 
 
 def test_what_is_no_run(finished):

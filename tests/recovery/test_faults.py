@@ -117,7 +117,7 @@ def test_complete_runs_are_reused_and_damaged_ones_made_again(small, run, tmp_pa
     before = {name: contents(folder) for name, folder in folders.items()}
     fit(recipe, "small")
     for name, folder in folders.items():
-        assert {**contents(folder), "comparison.png": b""} == {**before[name], "comparison.png": b""}
+        assert contents(folder) == before[name]
     DAMAGES["flipped"](folders["buddy"] / "router.safetensors")
     fit(recipe, "small")
     same_router(run, read_run(folders["buddy"]).folder)

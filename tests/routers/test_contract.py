@@ -29,12 +29,6 @@ def made(name: str) -> Router:
     return router
 
 
-def test_all_are_here():
-    static = {"angular", "evopress", "reverse-order", "shortened-llama", "shortgpt", "sleb", "uniform"}
-    gates = {"first", "flexidepth", "mindskip", "skipgpt"}
-    assert {"buddy", "dr-llm", "full", "pudding", "random", *static, *gates} <= {*NAMES}
-
-
 @pytest.mark.parametrize(
     "name", ["buddy", "full", "random", "reverse-order", "shortened-llama", "shortgpt", "sleb", "uniform"]
 )
