@@ -130,7 +130,7 @@ def _changes(overrides: Sequence[str], mistakes: list[str]) -> Iterator[Nested]:
             mistakes.append(f"{key} contains ${{…}}, which only a recipe file may; write the value itself.")
         else:
             try:
-                _refuse_bombs(yaml.compose(value, yaml.SafeLoader))
+                _check_aliases(yaml.compose(value, yaml.SafeLoader))
                 yield _current(_plain(OmegaConf.from_dotlist([text])))
             except UNREADABLE as error:
                 mistakes.append(f"The value of {key} cannot be read ({_reason(error)}); check quotes and brackets.")
@@ -225,7 +225,7 @@ def _read(path: Path) -> Nested:
             raise RecipeError(f"The recipe {path} is empty; start from `buddy recipes copy quickstart`.")
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"The recipe {path} is not a mapping; write one `key: value` a line.")
-        _refuse_bombs(root)
+        _check_aliases(root)
         if re.search(r"\$\{[^}]*:", text):
             raise ValueError("${…} may only name a key of the recipe")
         return _plain(OmegaConf.create(text))
@@ -239,7 +239,7 @@ def _plain(config: Any) -> Nested:
     return found
 
 
-def _refuse_bombs(root: yaml.Node | None) -> None:
+def _check_aliases(root: yaml.Node | None) -> None:
     """Raises ValueError where aliases (`&a`, `*a`) expand to very many or endlessly many values."""
     nodes, count = [root] if root else [], 0
     while nodes:

@@ -70,12 +70,12 @@ class LatencyTable:
         return points
 
     def _stored(self, routed: RoutedLM, texts: int) -> dict[int, float] | None:
-        stored = self._store.get(_key(setting_of(routed, texts))) if self._store else None
+        stored = self._store.get(_key(timing_setting(routed, texts))) if self._store else None
         return {int(count): float(x) for count, x in stored["milliseconds"].items()} if stored else None
 
     def _measured(self, routed: RoutedLM, rounds: int, texts: int = 1) -> dict[int, float]:
         """Milliseconds at `points_of`, measured and stored."""
-        counts, setting = points_of(routed), setting_of(routed, texts)
+        counts, setting = points_of(routed), timing_setting(routed, texts)
         span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         what = "tokens" if texts == 1 else f"{texts} texts"
         points = measure_latencies(routed, rounds, tracker(f"Timing {what} at {span} layers"), texts)
@@ -140,7 +140,7 @@ def points_of(routed: RoutedLM) -> list[int]:
     return sorted({round(least + (layers - least) * place / (POINTS - 1)) for place in range(POINTS)})
 
 
-def setting_of(routed: RoutedLM, texts: int = 1) -> dict[str, Any]:
+def timing_setting(routed: RoutedLM, texts: int = 1) -> dict[str, Any]:
     """All that the time of a token depends on, except other load on the machine."""
     backbone, here = routed.backbone, machine()
     routing = asdict(routed.settings) | {"policy": routed.policy.name}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from buddy import latency
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
-from buddy.latency import LatencyTable, interpolated, measure_latencies, points_of, setting_of
+from buddy.latency import LatencyTable, interpolated, measure_latencies, points_of, timing_setting
 from buddy.metrics.timing import StepMeans
 from tests.adapted import adapted
 from tests.engine.reference import Fickle
@@ -127,12 +127,12 @@ def test_a_batch_has_a_table_of_its_own(routed, tmp_path, monkeypatch):
 
 
 def test_another_setting_has_another_table(routed, monkeypatch):
-    settings = [setting_of(routed)]
+    settings = [timing_setting(routed)]
     with routed.changed(reroute_every=4):
-        settings.append(setting_of(routed))
+        settings.append(timing_setting(routed))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 7)
-        settings.append(setting_of(routed))
+        settings.append(timing_setting(routed))
     for change in ("dtype", "router", "backbone"):
         backbone = tiny_backbone("llama", seed=int(change == "backbone"))
         other = RoutedLM(backbone, Fickle(geometry_of(backbone)))
@@ -140,20 +140,20 @@ def test_another_setting_has_another_table(routed, monkeypatch):
             backbone.model.bfloat16()
         if change == "router":
             other.router.weight = torch.nn.Parameter(torch.zeros(3))
-        settings.append(setting_of(other))
+        settings.append(timing_setting(other))
     assert all(one != other for one, other in combinations(settings, 2))
 
 
 def test_an_adapter_beside_the_weights_has_the_table_of_the_merged_model(monkeypatch):
     routed = adapted()
-    beside, seen = setting_of(routed), []
+    beside, seen = timing_setting(routed), []
     monkeypatch.setattr(
         latency, "decode_in_turn", lambda field, *_: seen.append(routed.adapter._is_off) or [StepMeans(1.0, 4)] * 5
     )
     measure_latencies(routed, rounds=1)
     assert seen == [True, True]
     routed.merge()
-    assert setting_of(routed) == beside
+    assert timing_setting(routed) == beside
 
 
 def test_a_model_resolves_latencies_by_its_table(routed, timed):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from buddy.calibration.bridges import PlanBridges
 from buddy.calibration.measures import Pair, PlanLosses, similarities, taylor_importance
-from buddy.calibration.store import Measurements, setting_of
+from buddy.calibration.store import Measurements, measurement_setting
 from buddy.engine.model import RoutedLM
 from buddy.errors import BackboneError
 from buddy.router import Context, Criterion
@@ -65,7 +65,7 @@ class CalibrationProbe:
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt
         self._windows, self._size = windows, batch_size
         self._batches = windows.split(batch_size)
-        setting = None if store is None else setting_of(routed, windows, batch_size)
+        setting = None if store is None else measurement_setting(routed, windows, batch_size)
         self.measured = Measurements(store, setting) if measured is None else measured
         self._losses: dict[bool, PlanLosses] = {}  # without and with bridges
         self._bridge = bridge

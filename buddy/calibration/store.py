@@ -135,7 +135,7 @@ class Measurements:
             )
 
 
-def setting_of(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, Any]:
+def measurement_setting(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, Any]:
     """All that measured values depend on to the last bit; equal in every process.
 
     The rounding of a sum depends on the size of a batch, the number of threads and the processor's instructions too.

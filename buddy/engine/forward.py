@@ -160,7 +160,7 @@ class RoutedForward:
             self.valid = mask[:, -shape[1] :].bool()
             self.positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -shape[1] :]
         self.sink: SinkStates | None = None
-        self.owned: Tensor | None = None  # a hidden state of the engine's own, which layers may change in place
+        self.writable: Tensor | None = None  # a hidden state of the engine's own, which layers may change in place
         self.context: Context | None = None
         self.scores: Tensor | None = None
         self.full_layers = 0

@@ -52,14 +52,14 @@ class RoutedLayer:
         if rows is False:
             return self._run_none(forward, hidden_states, kwargs)
         if rows is None:
-            return self._plan_and_run(forward, hidden_states, args, kwargs)
+            return self._run_planned(forward, hidden_states, args, kwargs)
         if kwargs.get("cache") is not None and forward.policy.name != "hole" and forward.only_sinks(rows):
             return self._run_sinks(forward, hidden_states, args, kwargs, rows[0])
         if forward.policy.name == "fill" and (forward.shape[1] == 1 or not worth_selecting(rows, prod(forward.shape))):
             return self._run_and_choose(forward, hidden_states, args, kwargs)
         return self._run_some(forward, hidden_states, args, kwargs, rows)
 
-    def _plan_and_run(self, forward: Any, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _run_planned(self, forward: Any, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """The context layer; a layer whose gate is asked now; or one that is computed for all tokens."""
         if self._index < forward.context_layer:
             return self._run_context_layer(forward, hidden, args, kwargs)
@@ -93,8 +93,8 @@ class RoutedLayer:
         cache, policy, length = kwargs["cache"], forward.policy, hidden.shape[1]
         policy.flush(self, cache)
         in_place = not (self._forward_hooks or torch.is_grad_enabled() or forward.bridges is not None)
-        if in_place and forward.owned is not hidden:  # a hook may hold what an earlier layer gave
-            hidden = forward.owned = hidden.clone()
+        if in_place and forward.writable is not hidden:  # a hook may hold what an earlier layer gave
+            hidden = forward.writable = hidden.clone()
         mask, embeddings, ids = (kwargs.get(key) for key in ("attention_mask", "position_embeddings", "position_ids"))
         inputs = {
             **kwargs,

@@ -39,7 +39,7 @@ class TrainingBatch:
         executed: (B,) long, K per row.
         scored: (S,) long, positions whose next-token prediction counts.
         prompt: tokens at the start that share a plan where the model's `prompt_plan` is "shared".
-        everyone: (B · n,) long, K of the whole batch, which n processes share; None where these rows are all of it.
+        all_executed: (B · n,) long, K of the whole batch, which n processes share; None where these rows are all of it.
         rank: which of the n: these rows are numbers rank, rank + n, rank + 2n, … of the batch.
     """
 
@@ -47,12 +47,12 @@ class TrainingBatch:
     executed: Tensor
     scored: Tensor
     prompt: int = 0
-    everyone: Tensor | None = None
+    all_executed: Tensor | None = None
     rank: int = 0
 
     def rows_below(self, layers: int) -> tuple[Tensor, int]:
         """Of the whole batch's rows below full depth L, the numbers of those that are here; and how many there are."""
-        free = (self.executed if self.everyone is None else self.everyone).cpu() < layers
+        free = (self.executed if self.all_executed is None else self.all_executed).cpu() < layers
         here = slice(self.rank, None, len(free) // len(self.executed))
         return (free.cumsum(0) - 1)[here][free[here]], int(free.sum())
 
@@ -61,10 +61,10 @@ class TrainingBatch:
 
         With it, the mean over processes is the mean over all such rows of the whole batch.
         """
-        here, all_of_them = self.rows_below(layers)
-        if self.everyone is None or not all_of_them:
+        here, total = self.rows_below(layers)
+        if self.all_executed is None or not total:
             return 1.0
-        return len(here) * len(self.everyone) / (len(self.executed) * all_of_them)
+        return len(here) * len(self.all_executed) / (len(self.executed) * total)
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class Surrogate(StraightThrough):
         self.sigma = sigma
 
     def _perturbed(self, scores: Tensor, batch: TrainingBatch, generator: torch.Generator) -> Tensor:
-        rows = len(batch.executed if batch.everyone is None else batch.everyone)
+        rows = len(batch.executed if batch.all_executed is None else batch.all_executed)
         noise = torch.randn(rows, *scores.shape[1:], generator=generator)[batch.rank :: rows // len(scores)]
         return scores + self.sigma * noise.to(scores)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SHORTEST_PREFIX = 16  # positions of a window with a shorter prefix are not trained on
 VALIDATION_STATES = 2**28  # bytes of the dense model's hidden states that are kept from one validation to the next
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+LIGHTNING_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 class BudgetModule(LightningModule):
@@ -105,10 +105,10 @@ class BudgetModule(LightningModule):
         """
         if stage == "fit" and not self.grid:
             raise BudgetError("The budget auto is for test alone; add one to train on, such as 0.75.")
-        if self.trainer.precision not in PRECISIONS:
+        if self.trainer.precision not in LIGHTNING_PRECISIONS:
             raise TrainingError(
                 f"trainer.precision={self.trainer.precision} would cast the router, which stays in float32; choose one "
-                f"of {', '.join(PRECISIONS)}, and backbone.dtype for the backbone."
+                f"of {', '.join(LIGHTNING_PRECISIONS)}, and backbone.dtype for the backbone."
             )
         self._val_reference = Reference(VALIDATION_STATES)
         self.model.backbone.model.to(self.trainer.strategy.root_device)
@@ -194,12 +194,12 @@ class BudgetModule(LightningModule):
         self._draw_seed = self.seed * 1_000_003 + number * 1_009
         generator = torch.Generator().manual_seed(self._draw_seed)
         rank, processes = self.global_rank, self.trainer.world_size
-        everyone = draw_budgets(grid, len(ids) * processes, generator)
-        executed = everyone[rank::processes].to(ids.device)
+        all_executed = draw_budgets(grid, len(ids) * processes, generator)
+        executed = all_executed[rank::processes].to(ids.device)
         prompt = self._prompt(ids)
         first = prompt - 1 if self.model.settings.prompt_plan == "shared" else min(prompt - 1, SHORTEST_PREFIX)
         scored = torch.arange(first, ids.shape[1] - 1, device=ids.device)
-        return TrainingBatch(ids, executed, scored, prompt, everyone, rank), generator
+        return TrainingBatch(ids, executed, scored, prompt, all_executed, rank), generator
 
     def _prompt(self, ids: Tensor) -> int:
         prompt = max(1, ids.shape[1] // 4) if self.prompt is None else self.prompt

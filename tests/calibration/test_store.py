@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buddy.calibration import store
-from buddy.calibration.store import Measurements, setting_of
+from buddy.calibration.store import Measurements, measurement_setting
 from buddy.io import cache_folder
 from tests.calibration.small import WINDOWS, routed
 
@@ -150,10 +150,10 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 
 
 def test_what_changes_the_values_changes_the_setting(monkeypatch):
-    before = setting_of(routed(), WINDOWS, 2)
+    before = measurement_setting(routed(), WINDOWS, 2)
 
     def differing(model=None, windows=WINDOWS, batch_size=2) -> set[str]:
-        after = setting_of(model or routed(), windows, batch_size)
+        after = measurement_setting(model or routed(), windows, batch_size)
         return {name for name in before if after[name] != before[name]}
 
     assert differing(windows=WINDOWS.clone()) == set()

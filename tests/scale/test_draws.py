@@ -21,7 +21,9 @@ def shares(whole: TrainingBatch, processes: int) -> list[TrainingBatch]:
     """What each of so many processes gets of a batch."""
     places = [slice(rank, None, processes) for rank in range(processes)]
     return [
-        replace(whole, input_ids=whole.input_ids[at], executed=whole.executed[at], everyone=whole.executed, rank=rank)
+        replace(
+            whole, input_ids=whole.input_ids[at], executed=whole.executed[at], all_executed=whole.executed, rank=rank
+        )
         for rank, at in enumerate(places)
     ]
 
@@ -49,21 +51,23 @@ def test_the_mean_gradient_of_the_shares_is_that_of_the_batch(kind, executed, pr
     found = torch.stack([gradient(routed, estimator, share) for share in shares(whole, processes)]).mean(0)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    apart = [gradient(routed, estimator, replace(share, everyone=None, rank=0)) for share in shares(whole, processes)]
+    apart = [
+        gradient(routed, estimator, replace(share, all_executed=None, rank=0)) for share in shares(whole, processes)
+    ]
     if kind in (Perturbed, Surrogate):  # each by itself would draw other noise
         assert (torch.stack(apart).mean(0) - expected).abs().max() > 1e-3
 
 
 @given(st.lists(st.integers(3, 6), min_size=1, max_size=12), st.integers(1, 6))
 def test_every_row_is_in_one_place(executed, processes):
-    everyone = torch.tensor(executed * processes)
-    rows = torch.arange(len(everyone))[:, None]
-    parts = shares(TrainingBatch(rows, everyone, torch.arange(0)), processes)
-    free = rows[everyone < 6, 0]
+    all_executed = torch.tensor(executed * processes)
+    rows = torch.arange(len(all_executed))[:, None]
+    parts = shares(TrainingBatch(rows, all_executed, torch.arange(0)), processes)
+    free = rows[all_executed < 6, 0]
     seen = {}
     for part in parts:
-        here, all_of_them = part.rows_below(6)
-        assert all_of_them == len(free)
+        here, total = part.rows_below(6)
+        assert total == len(free)
         mine = part.input_ids[part.executed < 6, 0]
         assert free[here].tolist() == mine.tolist()
         seen |= dict(zip(here.tolist(), mine.tolist(), strict=True))
