@@ -15,14 +15,13 @@ from buddy.errors import BudgetError
 from buddy.latency import LatencyTable, interpolated, measure_latencies, points_of, timing_setting
 from buddy.metrics.timing import StepMeans
 from tests.adapted import adapted
-from tests.engine.reference import Fickle
+from tests.engine.reference import Fickle, routed_tiny
 from tests.tiny import tiny_backbone
 
 
 @pytest.fixture(scope="module")
 def routed():
-    backbone = tiny_backbone("llama")
-    return RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    return routed_tiny()
 
 
 @pytest.fixture

@@ -6,16 +6,10 @@ from torch.nn import functional as F
 
 from buddy import Context
 from buddy.calibration.bridges import fit_bridges
-from buddy.engine.model import RoutedLM, geometry_of
-from tests.engine.reference import Fickle, FickleGates
-from tests.tiny import tiny_backbone
+from buddy.engine.model import RoutedLM
+from tests.engine.reference import Fickle, FickleGates, routed_tiny
 
 WINDOWS = torch.randint(3, 259, (16, 40), generator=torch.Generator().manual_seed(2))
-
-
-def routed_tiny(router: type = Fickle, **options) -> RoutedLM:
-    backbone = tiny_backbone()
-    return RoutedLM(backbone, router(geometry_of(backbone)), **options)
 
 
 def states(routed: RoutedLM, layer: int, **request) -> torch.Tensor:
@@ -49,7 +43,7 @@ def test_the_first_bridge_solves_the_ridge_regression():
 @pytest.mark.parametrize("router", [Fickle, FickleGates])
 @pytest.mark.parametrize("batch", [3, 16])
 def test_they_bring_the_routed_states_nearer_to_the_dense_ones(router, batch):
-    routed = routed_tiny(router)
+    routed = routed_tiny(router=router)
     executed = torch.tensor([3, 4, 5, 4] * 4)
     target = states(routed, 5)
     far = (states(routed, 5, executed=executed) - target).square().mean()
@@ -86,7 +80,7 @@ class SkipsThird(Fickle):
 
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_a_layer_that_no_token_skips_has_a_bridge_from_all_of_them(layer):
-    routed = routed_tiny(SkipsThird)
+    routed = routed_tiny(router=SkipsThird)
     bridges = fit_bridges(routed, WINDOWS, [5], rank=16, ridge=0.1)
     target = states(routed, layer + 1)[:, 1:]
     routed.bridge(bridges)
@@ -110,7 +104,7 @@ class Noisy(Fickle):
 
 
 def test_plans_are_those_of_evaluation():
-    routed = routed_tiny(Noisy)
+    routed = routed_tiny(router=Noisy)
     routed.router.train()
     one, two = (fit_bridges(routed, WINDOWS, [3], rank=4, ridge=0.3) for _ in range(2))
     assert torch.equal(one.bias, two.bias)

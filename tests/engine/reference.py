@@ -10,6 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from buddy import Context, Geometry, LayerwiseRouter, Router
 from buddy.engine.bridges import Bridges
+from buddy.engine.model import RoutedLM, geometry_of
+from tests.tiny import tiny_backbone
 
 
 class _Zeroing(DynamicCache):
@@ -146,6 +148,22 @@ class Fickle(Router):
             torch.nn.functional.layer_norm(x, x.shape[-1:]) for x in (context.pooled, context.newest, context.hidden)
         ]
         return torch.cat(seen, -1) @ self.weight
+
+
+def routed_tiny(
+    family: str = "llama",
+    router: type[Router | LayerwiseRouter] = Fickle,
+    *,
+    context_layer: int = 1,
+    pool: str = "value",
+    bridges: bool = False,
+    **settings,
+) -> RoutedLM:
+    """A tiny model with a router, with random bridges on request."""
+    backbone = tiny_backbone(family)
+    model = RoutedLM(backbone, router(geometry_of(backbone, context_layer, pool)), pool=pool, **settings)
+    model.bridge(random_bridges(model.geometry, 0) if bridges else None)
+    return model
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -9,19 +10,14 @@ import torch
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import DamagedError
-from tests.engine.reference import Fickle, FickleGates, random_bridges, reference_logits, whole_layers
+from tests.engine.reference import Fickle, FickleGates, random_bridges, reference_logits, routed_tiny, whole_layers
 from tests.tiny import FAMILIES, tiny_backbone
 
 IDS = torch.randint(3, 259, (3, 14), generator=torch.Generator().manual_seed(1))
 EXECUTED = torch.tensor([3, 4, 6])
 
 
-def bridged(family: str = "llama", router: type = Fickle, **options) -> RoutedLM:
-    backbone = tiny_backbone(family)
-    geometry = geometry_of(backbone)
-    routed = RoutedLM(backbone, router(geometry), **options)
-    routed.bridge(random_bridges(geometry, 0))
-    return routed
+bridged = partial(routed_tiny, bridges=True)
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,12 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from buddy.engine.kv_cache import ROOM, SHORT, GrowingLayer
-from buddy.engine.model import RoutedLM, geometry_of
+from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError
-from tests.engine.reference import Fickle
+from tests.engine.reference import routed_tiny
 from tests.tiny import tiny_backbone
 
 IDS = torch.randint(3, 259, (2, 40), generator=torch.Generator().manual_seed(0))
-
-
-def routed_tiny(**options) -> RoutedLM:
-    backbone = tiny_backbone("llama")
-    return RoutedLM(backbone, Fickle(geometry_of(backbone)), **options)
 
 
 def decoded(routed: RoutedLM, upto: int, cache=None, start: int = 0):

@@ -11,18 +11,10 @@ from transformers import DynamicCache
 from buddy.engine.batches import join
 from buddy.engine.decode import Decoder, Row, Sampler, TextPieces
 from buddy.engine.forward import to_host
-from buddy.engine.model import RoutedLM, geometry_of
-from tests.engine.reference import Fickle, FickleGates, random_bridges
-from tests.tiny import tiny_backbone
+from buddy.engine.model import RoutedLM
+from tests.engine.reference import Fickle, FickleGates, routed_tiny
 
 LAYERS = 6
-
-
-def routed(family="llama", router=Fickle, bridges=False, context_layer=1, **settings) -> RoutedLM:
-    backbone = tiny_backbone(family)
-    model = RoutedLM(backbone, router(geometry_of(backbone, context_layer)), **settings)
-    model.bridge(random_bridges(model.geometry, 0) if bridges else None)
-    return model
 
 
 def alone(model: RoutedLM, row: Row, **options) -> list[int]:
@@ -103,7 +95,7 @@ SETTINGS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "default")
 def test_rows_that_come_and_go_write_what_they_write_alone(settings):
-    model = routed(**settings)
+    model = routed_tiny(**settings)
     for seed in range(3):
         draw = random.Random(seed)
         play(model, draw, 7, draw.choice((4, 16, 256)))
@@ -113,7 +105,7 @@ def test_rows_that_come_and_go_write_what_they_write_alone(settings):
 @pytest.mark.parametrize("router", [Fickle, FickleGates])
 def test_a_row_that_ran_every_layer_decides_when_it_gets_fewer(router, every):
     """As the scheduler does for latencies: other rows around it change nothing."""
-    model, draw = routed(router=router, reroute_every=every), random.Random(11)
+    model, draw = routed_tiny(router=router, reroute_every=every), random.Random(11)
     for _ in range(3):
         prompt = [draw.randrange(3, 259) for _ in range(draw.randint(2, 20))]
         plans = []
@@ -133,7 +125,7 @@ def test_a_row_that_ran_every_layer_decides_when_it_gets_fewer(router, every):
 
 
 def test_sampling_draws_what_transformers_draws():
-    model, prompt = routed(), list(range(3, 12))
+    model, prompt = routed_tiny(), list(range(3, 12))
     for options in ({"temperature": 0.7, "top_p": 0.8, "top_k": 0}, {"temperature": 1.3}):
         row = Row(prompt, 4, Sampler(model.backbone.model, len(prompt), seed=5, **options), 9)
         torch.manual_seed(5)
@@ -146,7 +138,7 @@ def test_sampling_draws_what_transformers_draws():
 
 
 def test_a_row_of_one_token_joins_no_batch(monkeypatch):
-    model, joins = routed(), []
+    model, joins = routed_tiny(), []
     monkeypatch.setattr("buddy.engine.decode.join", lambda *given: joins.append(given) or join(*given))
     decoder = Decoder(model)
     long, short = (Row([5, 6, 7], 4, Sampler(model.backbone.model, 3), limit) for limit in (3, 1))
@@ -178,7 +170,7 @@ def test_the_space_between_a_prompt_and_what_continues_it(before, expected):
 
 
 def test_a_row_ends_at_the_tokens_that_end_it():
-    model = routed()
+    model = routed_tiny()
     row = Row([5, 6, 7], 4, Sampler(model.backbone.model, 3), 12)
     row.ends = frozenset({alone(model, row)[4]})
     decoder = Decoder(model)
@@ -200,7 +192,7 @@ class Faulty(Fickle):
 
 @pytest.mark.filterwarnings("ignore:A step of")
 def test_a_row_that_fails_ends_no_other():
-    model = routed(router=Faulty)
+    model = routed_tiny(router=Faulty)
     draw, decoder = random.Random(3), Decoder(model)
     rows = [a_row(model, draw) for _ in range(5)]
     for row in rows:
@@ -232,7 +224,7 @@ def test_a_row_that_fails_ends_no_other():
 
 @pytest.mark.filterwarnings("ignore:.*rows are read again")
 def test_rows_that_cannot_join_are_read_again(monkeypatch):
-    model, draw = routed(), random.Random(5)
+    model, draw = routed_tiny(), random.Random(5)
     rows, decoder, calls = [a_row(model, draw) for _ in range(4)], Decoder(model), []
 
     def failing(*args):
@@ -257,7 +249,7 @@ def test_rows_that_cannot_join_are_read_again(monkeypatch):
 @pytest.mark.parametrize("executed", [4, LAYERS])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_step_waits_for_the_device_twice_however_many_rows_decode(count, executed, temperature, monkeypatch):
-    model, seen = routed(policy="fill"), []
+    model, seen = routed_tiny(policy="fill"), []
     decoder = Decoder(model)
     for seed in range(count):
         decoder.add(Row([5, 6, 7, seed], executed, Sampler(model.backbone.model, 4, temperature, seed), 99))

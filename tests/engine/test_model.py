@@ -12,19 +12,11 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, BudgetError, DataError
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
-from tests.engine.reference import Fickle, reference_logits, whole_layers
+from tests.engine.reference import Fickle, reference_logits, routed_tiny, whole_layers
 from tests.tiny import FAMILIES, tiny_backbone
 
 BATCH, LENGTH = 3, 14
 EXECUTED = torch.tensor([3, 4, 6])
-
-
-def routed_tiny(family: str = "llama", **options) -> RoutedLM:
-    backbone = tiny_backbone(family)
-    settings = {name: options.pop(name) for name in ("context_layer", "pool") if name in options}
-    router = Fickle(geometry_of(backbone, **settings))
-    options |= {"pool": settings["pool"]} if "pool" in settings else {}
-    return RoutedLM(backbone, router, **options)
 
 
 def tokens(seed: int = 0) -> torch.Tensor:

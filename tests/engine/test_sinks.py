@@ -4,16 +4,12 @@ import pytest
 import torch
 
 from buddy.engine.model import RoutedLM, geometry_of
-from tests.engine.reference import Fickle, random_bridges
+from tests.engine.reference import Fickle, random_bridges, routed_tiny
 from tests.tiny import FAMILIES, tiny_backbone
 
 IDS = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(1))
 IDS[:, 0] = 7
-
-
-def routed_tiny(family: str = "llama") -> RoutedLM:
-    backbone = tiny_backbone(family)
-    return RoutedLM(backbone, Fickle(geometry_of(backbone)), prompt_plan="shared", batch_plan="shared")
+SHARED = {"prompt_plan": "shared", "batch_plan": "shared"}
 
 
 @torch.no_grad()
@@ -39,7 +35,7 @@ def layer_calls(routed: RoutedLM, ids: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_sinks_change_nothing(family):
-    routed, forgetful = routed_tiny(family), routed_tiny(family)
+    routed, forgetful = routed_tiny(family, **SHARED), routed_tiny(family, **SHARED)
     forgetful.backbone.layers[0].mlp.register_forward_hook(lambda *_: None)  # with a hook nothing is kept
     expected = prompt_and_step(forgetful, IDS)
     first = prompt_and_step(routed, IDS)
@@ -48,7 +44,7 @@ def test_kept_sinks_change_nothing(family):
 
 
 def test_kept_sinks_change_nothing_beside_bridges():
-    routed, forgetful = routed_tiny(), routed_tiny()
+    routed, forgetful = routed_tiny(**SHARED), routed_tiny(**SHARED)
     for model in (routed, forgetful):
         model.bridge(random_bridges(model.geometry, 0))
     forgetful.backbone.layers[0].mlp.register_forward_hook(lambda *_: None)
@@ -56,21 +52,21 @@ def test_kept_sinks_change_nothing_beside_bridges():
 
 
 def test_a_result_does_not_depend_on_earlier_prompts():
-    fresh, used = routed_tiny(), routed_tiny()
+    fresh, used = routed_tiny(**SHARED), routed_tiny(**SHARED)
     prompt_and_step(used, torch.cat([IDS[1:, :9], IDS[1:, 12:]], 1))
     assert torch.equal(prompt_and_step(fresh, IDS[:1]), prompt_and_step(used, IDS[:1]))
 
 
 def test_the_sink_is_not_run_again():
-    routed = routed_tiny()
+    routed = routed_tiny(**SHARED)
     assert layer_calls(routed, IDS) - layer_calls(routed, IDS.flip(0)) == 1
 
 
 @torch.no_grad()
 def test_changed_weights_are_seen():
-    routed = routed_tiny()
+    routed = routed_tiny(**SHARED)
     before = prompt_and_step(routed, IDS)
-    fresh = routed_tiny()
+    fresh = routed_tiny(**SHARED)
     for model in (routed, fresh):
         model.backbone.layers[2].mlp.down_proj.weight.mul_(1.5)
     after = prompt_and_step(routed, IDS)
@@ -80,13 +76,13 @@ def test_changed_weights_are_seen():
 
 @torch.no_grad()
 def test_other_positions_and_other_precisions_are_not_mixed_up():
-    routed = routed_tiny()
+    routed = routed_tiny(**SHARED)
     prompt_and_step(routed, IDS)
     positions = torch.arange(5, 5 + IDS.shape[1] - 1)[None]
-    expected = prompt_and_step(routed_tiny(), IDS, position_ids=positions)
+    expected = prompt_and_step(routed_tiny(**SHARED), IDS, position_ids=positions)
     assert torch.equal(prompt_and_step(routed, IDS, position_ids=positions), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(prompt_and_step(routed, IDS), prompt_and_step(routed_tiny(), IDS))
+        assert torch.equal(prompt_and_step(routed, IDS), prompt_and_step(routed_tiny(**SHARED), IDS))
 
 
 def test_nothing_is_kept_where_each_token_has_a_plan():

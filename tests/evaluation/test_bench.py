@@ -10,23 +10,17 @@ from PIL import Image
 
 from buddy.build import build_backbone
 from buddy.compare import fit
-from buddy.engine.model import RoutedLM, geometry_of
 from buddy.evaluation import bench as bench_module
 from buddy.evaluation.bench import bench_run, measured
 from buddy.metrics.timing import PROMPT, STEPS, Contender, cache_bytes, routed_contenders, time_in_turn
 from buddy.run import read_run
 from buddy.run_files import load_router, save_router, update_checksums
-from tests.engine.reference import Fickle
+from tests.engine.reference import routed_tiny
 from tests.tiny import tiny_backbone
 
 pytestmark = pytest.mark.slow
 
 IDS = torch.randint(3, 259, (2, 100), generator=torch.Generator().manual_seed(0))
-
-
-def routed_tiny(**options) -> RoutedLM:
-    backbone = tiny_backbone("llama")
-    return RoutedLM(backbone, Fickle(geometry_of(backbone)), **options)
 
 
 def test_every_contender_runs_in_every_round():

@@ -13,14 +13,14 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from buddy.engine.model import RoutedLM, geometry_of
+from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.lm_eval import main
 from buddy.evaluation.tasks import task_scores
 from buddy.testing.subject import CONTEXT
 from tests.documents import setup_cfg
-from tests.engine.reference import Fickle, FickleGates
+from tests.engine.reference import Fickle, FickleGates, routed_tiny
 from tests.tiny import tiny_backbone
 
 pytestmark = pytest.mark.slow
@@ -41,11 +41,6 @@ PAIRS = [
 
 def likelihoods(pairs):
     return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-
-
-def routed_tiny(router=Fickle, **options) -> RoutedLM:
-    backbone = tiny_backbone("llama")
-    return RoutedLM(backbone, router(geometry_of(backbone)), **options)
 
 
 @torch.no_grad()
@@ -109,7 +104,7 @@ def test_at_full_depth_whole_texts_and_generated_ones_are_hflms():
     ids=["hole", "every third", "shared prompt", "one plan", "no sinks", "layer by layer"],
 )
 def test_below_full_depth_scores_are_those_of_decoding(router, options):
-    routed = routed_tiny(router, **options)
+    routed = routed_tiny(router=router, **options)
     pairs = [pair for pair in PAIRS if len(pair[0]) < 100]
     lm = BuddyLM(routed, 0.5, batch_size=4)
     found = lm.loglikelihood(likelihoods(pairs), disable_tqdm=True)

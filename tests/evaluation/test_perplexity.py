@@ -9,7 +9,7 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.evaluation.evaluate import evaluate
 from buddy.metrics.perplexity import Executed, Reference, Scores, with_documents
-from tests.engine.reference import Fickle, reference_logits
+from tests.engine.reference import Fickle, reference_logits, routed_tiny
 from tests.tiny import FAMILIES, tiny_backbone, tiny_model
 
 PROMPT = 5
@@ -20,14 +20,9 @@ KEEP = torch.arange(4, 17)
 BUDGETS = [1.0, 0.75, 0.5]
 
 
-def routed(**options) -> RoutedLM:
-    backbone = tiny_backbone("llama")
-    return RoutedLM(backbone, Fickle(geometry_of(backbone)), **options)
-
-
 @pytest.fixture(scope="module")
 def scores() -> list[Scores]:
-    return evaluate(routed(), WINDOWS, BUDGETS, prompt=PROMPT, batch_size=3)
+    return evaluate(routed_tiny(), WINDOWS, BUDGETS, prompt=PROMPT, batch_size=3)
 
 
 def plain(logits: torch.Tensor) -> torch.Tensor:
@@ -45,7 +40,7 @@ def test_full_depth_is_the_dense_model(scores):
 
 def test_below_full_depth_it_is_brute_force(scores):
     model = tiny_model("llama")
-    runs = routed()(IDS, executed=torch.full((7,), 4)).runs
+    runs = routed_tiny()(IDS, executed=torch.full((7,), 4)).runs
     logits = reference_logits(model, IDS, runs)
     dense, less = (x[:, PROMPT - 1 : -1].log_softmax(-1) for x in (model(IDS).logits, logits))
     assert scores[1].layers == 4
@@ -63,13 +58,13 @@ def test_sums_are_kept_by_document(scores):
 
 
 def test_the_batch_size_changes_nothing_but_rounding(scores):
-    one = evaluate(routed(), WINDOWS, BUDGETS, prompt=PROMPT, batch_size=1)
+    one = evaluate(routed_tiny(), WINDOWS, BUDGETS, prompt=PROMPT, batch_size=1)
     for left, right in zip(one, scores, strict=True):
         assert left.loss.tolist() == pytest.approx(right.loss.tolist(), rel=1e-4)
 
 
 def test_a_shared_prompt_gets_one_plan(scores):
-    model, seen = routed(prompt_plan="shared"), []
+    model, seen = routed_tiny(prompt_plan="shared"), []
     model.register_forward_hook(lambda _module, _args, output: seen.append(output.runs))
     shared = evaluate(model, WINDOWS, [0.5], prompt=PROMPT, batch_size=7)
     (runs,) = seen
