@@ -6,6 +6,8 @@ import random
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from buddy.config import load_recipe
@@ -55,3 +57,17 @@ def start_buddy(*words: str, folder: Path) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([COMMAND, *words], cwd=folder, env=environment, **pipes)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60.0, process: subprocess.Popen | None = None) -> None:
+    """Wait for something that a thread, or a process that must not end before, brings about."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert process is None or process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -12,6 +12,7 @@ import pytest
 
 from buddy.errors import BuddyError, RunError
 from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, require_ray
+from tests.small import wait_until
 from tests.workers import Step, Work
 
 ROOT = Path(__file__).parents[1]
@@ -92,20 +93,12 @@ def begin(folder: Path) -> tuple[subprocess.Popen, list[int]]:
     words = [sys.executable, "-m", "tests.workers", str(folder), "a sleeps", "b sleeps", "c"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(words, cwd=ROOT, **pipes)
-    deadline = time.monotonic() + 60
-    while not all((folder / name).exists() and (folder / name).read_text() for name in "ab"):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: all((folder / x).exists() and (folder / x).read_text() for x in "ab"), process=process)
     return process, [int((folder / name).read_text()) for name in "ab"]
 
 
 def assert_gone(processes: list[int]) -> None:
-    deadline = time.monotonic() + 50
-    for process in processes:
-        while Path(f"/proc/{process}").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    wait_until(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes there")

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from buddy.evaluation.results import Results
 from buddy.fit import Session
 from buddy.io import load_tensors, read_json
 from buddy.run import read_run
-from tests.small import start_buddy, write_text
+from tests.small import start_buddy, wait_until, write_text
 from tests.training.stopping import same
 
 pytestmark = pytest.mark.slow
@@ -463,11 +462,7 @@ def test_ctrl_c_leaves_a_checkpoint(small, tmp_path):
     words += ["--jobs", "2", "trainer.max_steps=9000", "checkpoint_every=5"]
     process = start_buddy(*words, folder=tmp_path)
     folders = [tmp_path / "out" / "buddy" / f"seed-{seed}" for seed in range(2)]
-    deadline = time.monotonic() + 90
-    while not all((folder / "checkpoints" / "last.ckpt").exists() for folder in folders):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: all((folder / "checkpoints" / "last.ckpt").exists() for folder in folders), 90, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -3,10 +3,7 @@
 import shutil
 from pathlib import Path
 
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its relative name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from tests.small import contents
 
 
 class FakeHub:

@@ -17,7 +17,8 @@ from buddy.errors import BackboneError, RunError
 from buddy.hub.push_pull import hub_name, pull, push
 from buddy.run import read_run
 from buddy.run_files import update_checksums
-from tests.hub.fake import FakeHub, contents
+from tests.hub.fake import FakeHub
+from tests.small import contents
 
 RUN = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "inputs.json"}
 SHARED = RUN | {"README.md", "config.json"}

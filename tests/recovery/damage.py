@@ -40,11 +40,6 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, and what is in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def copied(folder: Path, place: Path) -> Path:
     """A copy of a folder at a place, in the stead of what was there."""
     shutil.rmtree(place, ignore_errors=True)

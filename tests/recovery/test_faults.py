@@ -13,9 +13,9 @@ from buddy.io import load_tensors
 from buddy.run import RunFolder, read_run
 from buddy.schema import Recipe
 from tests.recovery.asking import ask, refused
-from tests.recovery.damage import DAMAGES, contents, copied
+from tests.recovery.damage import DAMAGES, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
-from tests.small import write_text
+from tests.small import contents, write_text
 
 pytestmark = pytest.mark.slow
 

@@ -18,6 +18,7 @@ serve = pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
 httpx = pytest.importorskip("httpx")
 
 from tests.serve.conftest import tiny  # noqa: E402
+from tests.small import wait_until  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,13 +81,6 @@ def replicas(address: str) -> set[int]:
     return {httpx.get(f"{address}/pid", timeout=PATIENCE).json() for _ in range(20)}
 
 
-def wait_until(happened) -> None:
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.2)
-
-
 def test_streams_come_in_pieces_and_equal_generate(address, alone):
     expected = alone.generate(PROMPT, "4layers", max_new_tokens=9)
     for stream in (False, True):
@@ -117,18 +111,18 @@ def test_a_killed_replica_loses_only_what_it_was_answering(address):
                     failed.append((began, time.monotonic(), error))
             done.append((layers, usage["executed_layers"], usage["completion_tokens"] == body["max_tokens"]))
 
-    wait_until(lambda: len(replicas(address)) == REPLICAS)
+    wait_until(lambda: len(replicas(address)) == REPLICAS, PATIENCE)
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(client, seed) for seed in range(CLIENTS)]
         try:
-            wait_until(lambda: len(done) > 3 * CLIENTS)
+            wait_until(lambda: len(done) > 3 * CLIENTS, PATIENCE)
             first = replicas(address)
             killed = min(first)
             before = time.monotonic()
             os.kill(killed, signal.SIGKILL)
             after, answered = time.monotonic() + 0.5, len(done)  # the process may take a moment to end
-            wait_until(lambda: len(done) > answered + 3 * CLIENTS)
-            wait_until(lambda: len(replicas(address) - {killed}) == REPLICAS)
+            wait_until(lambda: len(done) > answered + 3 * CLIENTS, PATIENCE)
+            wait_until(lambda: len(replicas(address) - {killed}) == REPLICAS, PATIENCE)
         finally:
             stop.set()
         for each in clients:

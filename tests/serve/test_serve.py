@@ -24,7 +24,7 @@ from buddy.run import read_run
 from buddy.run_files import update_checksums
 from tests.engine.reference import Fickle
 from tests.serve.conftest import serving, tiny
-from tests.small import start_buddy
+from tests.small import start_buddy, wait_until
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -219,13 +219,6 @@ def test_many_clients_get_what_each_would_get_alone(alone):
 def rows(address: str) -> float:
     """Rows of the running batch, as the metrics say."""
     return float(re.search(r"^buddy_rows (.+)$", httpx.get(f"{address}/metrics").text, re.M)[1])
-
-
-def wait_until(holds, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 class Slow(Fickle):

@@ -10,7 +10,8 @@ for name in ("fastapi", "uvicorn", "prometheus_client"):
 httpx = pytest.importorskip("httpx")
 
 from tests.serve.conftest import serving, tiny  # noqa: E402
-from tests.serve.test_serve import rows, wait_until  # noqa: E402
+from tests.serve.test_serve import rows  # noqa: E402
+from tests.small import wait_until  # noqa: E402
 
 CLIENTS, REQUESTS = 64, 2000
 BAD = [

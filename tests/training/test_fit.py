@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,12 @@ from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.run import read_run
 from buddy.run_files import load_router, read_metrics
-from tests.small import start_buddy
+from tests.small import contents, start_buddy, wait_until
 from tests.training.stopping import same
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
 BESIDE = {"comparison.json", "comparison.csv", "results.md", "quality-layers.png", "tensorboard"}  # the runs
 FILES = {"recipe.yaml", "inputs.json", "run.json", "router.safetensors", "metrics.json", "loss.png"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def names(folder: Path) -> set[str]:
@@ -142,11 +137,7 @@ LONG = ["trainer.max_steps=60", "checkpoint_every=5"]
 def begin(small, output: Path, work: str = "seed-0") -> subprocess.Popen:
     """`buddy fit` in a process of its own, given back when it has saved a checkpoint."""
     process = start_buddy("fit", "--recipe", str(small.file), f"output={output}", *LONG, folder=output.parent)
-    checkpoint, patience = output / "small" / "buddy" / work / "checkpoints" / "last.ckpt", time.monotonic() + 60
-    while not checkpoint.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < patience
-        time.sleep(0.01)
+    wait_until((output / "small" / "buddy" / work / "checkpoints" / "last.ckpt").exists, process=process)
     return process
 
 
