@@ -24,7 +24,7 @@ from buddy.build import build_router, free_keys, healing_steps, with_dtype
 from buddy.config import with_router
 from buddy.console import Bar, clock, errors, status
 from buddy.data.windows import Windows
-from buddy.errors import BuddyError, RecipeError, RunError, described, reason
+from buddy.errors import BuddyError, RecipeError, RunError, described
 from buddy.evaluation.bench import measured
 from buddy.evaluation.record import collect, text_entry, write_results
 from buddy.executors import LokyExecutor, RayExecutor, require_ray
@@ -381,7 +381,7 @@ def _work(
 
     def on_done(spec: RunSpec, outcome: Any) -> None:
         if isinstance(outcome, Exception) and not isinstance(outcome, BuddyError):
-            outcome = f"{type(outcome).__name__}: {reason(outcome)}"
+            outcome = described(outcome)
         failures.extend([] if outcome is None else [(spec, str(outcome))])
 
     if config.backend == "loky" and config.jobs == 1:
@@ -427,4 +427,4 @@ def _times(
     except BuddyError as error:
         return None, str(error)
     except Exception as error:  # a router may be third-party code
-        return None, f"{described(error)}"
+        return None, described(error)

@@ -69,7 +69,8 @@ def reason(error: BaseException) -> str:
 
 def described(error: BaseException) -> str:
     """The type of an error and its message, if it has one, as `reason` gives it."""
-    return f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
+    name, text = type(error).__name__, reason(error)
+    return name if text == name else f"{name}: {text}"
 
 
 def raised(error: BaseException, cls: type) -> str:

@@ -21,11 +21,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from buddy import distributed
 from buddy.errors import BuddyError, RunError, described
-from buddy.run import RunSpec
+
+if TYPE_CHECKING:
+    from buddy.run import RunSpec
 
 ATTEMPTS = 3  # of a unit whose worker dies
 GRACE_SECONDS = 60.0  # that a unit has to save a checkpoint after an interrupt
@@ -59,7 +61,7 @@ def _call(setup: _Setup, function: Callable[[RunSpec], Any], unit: RunSpec) -> A
             try:
                 pickle.loads(pickle.dumps(error))
             except Exception:  # otherwise the parent would see a process that died
-                raise BuddyError(f"{described(error)}") from None
+                raise BuddyError(described(error)) from None
             raise
 
 

@@ -17,14 +17,8 @@ if TYPE_CHECKING:
 ALL = "all"
 KINDS = ("learned", "static", "random")  # the order of `all`
 TASK_OPTIONS = ("task_limit", "task_data", "task_path")
-RESULT_OPTIONS = (
-    "routers",
-    "seeds",
-    "domains",
-    "tasks",
-    *TASK_OPTIONS,
-    "trained",
-)  # options of compare that change results
+# Options of compare that change results.
+RESULT_OPTIONS = ("routers", "seeds", "domains", "tasks", *TASK_OPTIONS, "trained")
 Backend = Literal["loky", "ray"]
 RoutersOption = Annotated[
     str | None,
@@ -52,7 +46,7 @@ def fit(recipe: Annotated[str, RecipeOption], overrides: Overrides = None) -> No
     from buddy.compare import fit as run_fit
     from buddy.evaluation.record import shown_command
 
-    words = ["buddy", "fit", "--recipe", recipe, *_decisive(overrides or [])]
+    words = ["buddy", "fit", "--recipe", recipe, *_result_overrides(overrides or [])]
     run_fit(resolved, recipe_name(recipe), shown_command(words))
 
 
@@ -139,7 +133,7 @@ def _compare_command(given: Mapping[str, Any]) -> str:
     seeds = given["seeds"] or (None if given["finished"] else SEEDS)
     values = {name: given[name] for name in RESULT_OPTIONS} | {"seeds": seeds}
     words = [word for name, value in values.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += [*(["--finished"] if given["finished"] else []), *_decisive(given["overrides"] or [])]
+    words += [*(["--finished"] if given["finished"] else []), *_result_overrides(given["overrides"] or [])]
     return shown_command(["buddy", "compare", "--recipe", given["recipe"], *words])
 
 
@@ -157,7 +151,7 @@ def _show(ctx: typer.Context, made: str, markdown: Path | None, overrides: list[
     show_files([Path(each) for each in files], markdown)
 
 
-def _decisive(overrides: list[str]) -> list[str]:
+def _result_overrides(overrides: list[str]) -> list[str]:
     """The overrides without the output folder, which changes no result."""
     return [each for each in overrides if not each.startswith("output=")]
 

@@ -128,8 +128,8 @@ class RoutedForward:
 
     Attributes:
         active_rows: for each layer which tokens run it, or None where the layer has more to do than run: the context
-            layer, layers that a layerwise router has not decided yet, and, where all layers are computed, those after
-            the context layer.
+            layer, layers that a layerwise router has not decided yet, and, where gates are given, all after the
+            context layer.
         sink: the states of the sink of a prompt, where they depend on its token alone.
         undecided: whether layers ask for their decision when their input arrives, as a layerwise router's do.
         full_layers, partial_layers: what the layers counted so far; see `ForwardRecord`.

@@ -313,16 +313,18 @@ class RoutedLM(nn.Module):
             attention_mask: (B, T), 0 for padding.
             executed: (B,) long, K per row; None with `runs` None means the stock model: full depth, an adapter off.
             runs: (B, T, L) bool, a plan to run instead of the router's.
-            gates: (B, T, L) with gradients for straight-through training, beside `runs`.
+            gates: (B, T, L) with gradients for straight-through training, of the plan `runs`.
             prompt: tokens at the start that share one plan where `prompt_plan` is "shared".
             logits_to_keep: positions whose logits are wanted, as transformers' argument of that name; 0 for all.
             gate_weighted: multiply what each layer adds by the weight of a layerwise router's gate, with gradients.
                 Every layer is computed on every token, so the cache policy does not matter.
 
         Raises:
-            BuddyError: `gates` under a policy other than "fill"; `gate_weighted` without a
-                layerwise router.
+            BuddyError: `gates` without `runs`, or under a policy other than "fill"; `gate_weighted` without a layerwise
+                router.
         """
+        if gates is not None and runs is None:
+            raise BuddyError("Gates need the plan that they belong to; give runs, too.")
         self._check_forward(gates is not None, gate_weighted)
         counts = None if executed is None else tuple(executed.tolist())
         adapted = nullcontext() if executed is not None or runs is not None else self._unadapted()

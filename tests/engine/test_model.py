@@ -12,7 +12,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, BudgetError, DataError
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
-from tests.engine.reference import Fickle, reference_logits, routed_tiny, whole_layers
+from tests.engine.reference import Fickle, FickleGates, reference_logits, routed_tiny, whole_layers
 from tests.tiny import FAMILIES, tiny_backbone
 
 BATCH, LENGTH = 3, 14
@@ -304,6 +304,14 @@ def test_parallel_form_decides_as_seldom_as_decode(reroute_every, prompt_plan):
     allowed = {t - 1 for t in range(1, LENGTH - cut + 1) if reroute_every and t % reroute_every == 0}
     assert set(changed.nonzero()[:, 0].tolist()) <= allowed
     assert changed.any() == bool(allowed)
+
+
+@pytest.mark.parametrize("router", [Fickle, FickleGates])
+def test_gates_need_the_plan_that_they_belong_to(router):
+    routed = routed_tiny(router=router)
+    gates = routed(tokens(), executed=EXECUTED).runs.float()
+    with pytest.raises(BuddyError, match="runs"):
+        routed(tokens(), executed=EXECUTED, gates=gates)
 
 
 @pytest.mark.parametrize("policy", ["hole", "zero"])

@@ -9,10 +9,10 @@ from buddy.engine.selection import WASTE, groups, partition, take
 
 @st.composite
 def choices(draw) -> torch.Tensor:
-    """(B, T) bool, with any share of chosen tokens."""
-    rows, length, share = draw(st.integers(1, 5)), draw(st.integers(1, 200)), draw(st.floats(0, 1))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    return torch.rand(rows, length, generator=generator) < share
+    """(B, T) bool, with any share of chosen tokens in each row."""
+    length, shares = draw(st.integers(1, 200)), st.sampled_from([0.0, 1.0]) | st.floats(0, 1)
+    rows = torch.tensor(draw(st.lists(shares, min_size=1, max_size=5)))[:, None]
+    return torch.rand(len(rows), length, generator=torch.Generator().manual_seed(draw(st.integers(0, 999)))) < rows
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=9))

@@ -9,10 +9,11 @@ import pytest
 from buddy.build import build_held_out, load_model
 from buddy.compare import fit
 from buddy.errors import BudgetError, DataError, RecipeError, RunError
-from buddy.evaluation.evaluate import evaluate_run
+from buddy.evaluation.evaluate import evaluate_run, show_scores
 from buddy.hub.export import export_run
 from buddy.run import read_run
 from buddy.run_files import update_checksums
+from tests.evaluation import made
 from tests.small import write_text
 from tests.tiny import tiny_backbone
 
@@ -119,3 +120,14 @@ def test_a_router_that_changed_its_shape_since(finished, tmp_path):
     update_checksums(folder)
     with pytest.raises(RunError, match=str(folder)):
         evaluate_run(folder)
+
+
+def test_the_table_has_a_row_for_each_budget(capsys):
+    scores = [made.scores(0.5, 4.0), made.scores(1.0, 3.0)]
+    show_scores(scores, "buddy on /data/[/odd].txt", {0.5: "4layers", 1.0: "1"})
+    out = capsys.readouterr().out
+    low, high = scores[0].interval()
+    assert "buddy on /data/[/odd].txt" in out
+    (row,) = [line.split() for line in out.splitlines() if line.split()[:1] == ["4layers"]]
+    assert row == ["4layers", "4", "4", "/", "4.00", "/", "4", "54.60", f"{low:.2f}", "–", f"{high:.2f}", "0.0800"]
+    assert f"{10 * made.DOCUMENTS} scored tokens in {made.DOCUMENTS} documents" in out

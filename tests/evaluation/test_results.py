@@ -3,13 +3,15 @@
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from buddy.evaluation import tables
+from buddy.evaluation import figures, tables
 from buddy.evaluation.figures import LAYERS, MEASURED, TIME, draw_all, draw_run, write_tensorboard
 from buddy.evaluation.record import show_files, write_record
 from buddy.evaluation.results import Results
@@ -58,6 +60,17 @@ def test_numbers_have_about_four_digits(value, shown):
     assert tables.number(value) == shown
 
 
+def test_rows_with_bridges_of_their_own_are_excepted_from_what_is_said_of_all():
+    assert "worse" not in sentence_of_bridges(fresh(), "worse[a=1;b=2]")
+    assert "worse[bridge.steps=9]" in sentence_of_bridges(fresh(), "worse[bridge.steps=9]")
+
+
+def sentence_of_bridges(record: dict, label: str) -> str:
+    """What the document says of full depth, where a router has this label."""
+    named = json.loads(json.dumps(record).replace("worse[a=1;b=2]", label))
+    return render(Results(named), {}).partition("At full depth")[2].partition("\n")[0]
+
+
 def test_the_frame_holds_every_number_once(results):
     record, frame = results.record, results.frame
     assert not frame.duplicated(["router", "seed", "text", "budget", "document", "metric"]).any()
@@ -92,6 +105,11 @@ def test_full_depth_has_a_spread_where_an_adapter_changes_it():
     assert "±" not in row(tables.perplexities(Results(record), "speeches"), "ours")[1]
     record["recipe"] |= {"adapter.steps": 100, "adapter.rank": 8, "adapter.lr": 1e-3}
     assert "±" in row(tables.perplexities(Results(record), "speeches"), "ours")[1]
+
+
+def test_lines_of_many_routers_all_look_different():
+    many = SimpleNamespace(routers=pd.DataFrame({"kind": ["learned"] * 40}))
+    assert len({str(style) for style in figures._styles(many)}) == 40
 
 
 def test_differences_are_to_the_best_static_router_of_each_budget(results):
@@ -137,7 +155,7 @@ def test_the_layers_of_timed_tokens_are_noted_where_they_are_not_k():
     for entry in record["speed"]["results"]:
         entry["decode_layers"] += 0.5 * (entry["router"] == "ours")
     decode, *others = tables.speeds(Results(record))
-    assert "6.5, 4.5" in decode.note
+    assert decode.note.endswith("of ours ran 6.5, 4.5 layers.")
     assert not any("timed tokens" in table.note for table in others)
 
 

@@ -11,7 +11,7 @@ from buddy.data.windows import Windows
 from buddy.evaluation.figures import figure_at
 from buddy.inspection import figures
 from buddy.inspection.figures import LABELLED, draw_shares, draw_tokens
-from buddy.inspection.inspect import token_labels
+from buddy.inspection.inspect import token_labels, token_lines
 from buddy.inspection.routing import ALWAYS, CHOSEN, SINK, SKIPPED, Inspection, TextWindows
 from tests.tiny import tiny_tokenizer
 
@@ -65,6 +65,13 @@ def test_shares_are_drawn_with_their_numbers(tmp_path, seen, layers):
     written = {text.get_position(): text.get_text() for text in seen[0].texts}
     expected = {(i, j): f"{100 * shares[i, j]:.0f}" for i, j in np.ndindex(shares.shape)}
     assert written == (expected if layers == 12 else {})
+
+
+def test_a_line_for_each_token():
+    runs = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 1]], dtype=bool)
+    lines = [line.plain for line in token_lines(inspection(runs, ["The", "中", "of", "$x$"], context_layer=2), 4)]
+    signs = ["0    5", "██████  sink", "▒▒█·█▒", "▒▒█·█▒", "▒▒···▒  2 changed"]
+    assert lines == [f"{label}  {line}" for label, line in zip(["   ", "The", "中 ", "of ", "$x$"], signs, strict=True)]
 
 
 def test_every_token_has_a_visible_label():
