@@ -299,10 +299,15 @@ class RoutingModule(BudgetModule):
         estimator: str | Estimator = "perturbed",
         objective: Objective | None = None,
         bridge_lr: float = 0.0,
+        prompt: int | None = None,
         lr: float = 6e-3,
-        **options: Any,
+        warmup_steps: int = 20,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        reference: Reference | None = None,
     ) -> None:
-        super().__init__(model, budgets=budgets, lr=lr, **options)
+        optimizer: dict[str, Any] = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
+        super().__init__(model, budgets=budgets, prompt=prompt, seed=seed, reference=reference, **optimizer)
         self.router = model.router
         self.start = copy.deepcopy(model.router).requires_grad_(False)
         self.objective = objective or Objective()
