@@ -299,6 +299,23 @@ def on_disk(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def tensorboard_writer(folder: Path, suffix: str = "") -> Iterator[Any]:
+    """A SummaryWriter; with a suffix its event file replaces those of earlier calls, once it is whole.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with on_disk(folder):
+        older = list(folder.glob(f"events.out.tfevents.*{suffix}")) if suffix else []
+        with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
+            yield writer
+        for path in older:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
 def within_memory(what: str, advice: str = "free some, or use a machine with more") -> Iterator[None]:
     """Turn a failed allocation, on the CPU or an accelerator, into a RunError.
 

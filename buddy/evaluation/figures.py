@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from buddy.evaluation.results import Results
-from buddy.io import on_disk, write_bytes, writing
+from buddy.io import tensorboard_writer, write_bytes, writing
 from buddy.metrics.perplexity import Scores
 from buddy.values import shown
 
@@ -146,7 +146,7 @@ def draw_run(folder: Path, scores: Sequence[Scores]) -> None:
         "test/loss_by_layers": [(each.layers, each.mean_loss) for each in ordered],
         "test/kl_by_layers": [(each.layers, each.mean_kl) for each in ordered],
     }
-    with _writer(folder) as writer:
+    with tensorboard_writer(folder) as writer:
         _add_curves(writer, curves)
 
 
@@ -172,26 +172,17 @@ def write_tensorboard(r: Results, folder: Path, pictures: Mapping[str, Path]) ->
         scores = r.scores.xs(router, level="router")
         row = {name: [(0, float(value))] for name, value in fits.loc[router].items()}
         row |= {columns[key]: [(0, float(loss))] for key, loss in scores.loss.items()}
-        with _writer(partial / about.folder) as writer:
+        with tensorboard_writer(partial / about.folder) as writer:
             _add_curves(writer, _curves(r, scores) | row)
             # `add_hparams` would write the same into another run, below this one.
             for summary in hparams(_settings(r, router), names):
                 writer.file_writer.add_summary(summary)
-    with _writer(partial / PICTURES) as writer:
+    with tensorboard_writer(partial / PICTURES) as writer:
         for tag, path in pictures.items():
             writer.add_image(tag, imread(path)[..., :3], dataformats="HWC")
     with writing(final):
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-
-
-@contextmanager
-def _writer(folder: Path) -> Iterator[Any]:
-    """A SummaryWriter; a disk that is full is a RunError."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with on_disk(folder), SummaryWriter(str(folder)) as writer:
-        yield writer
 
 
 def _add_curves(writer: Any, curves: Mapping[str, Iterable[tuple[int, float]]]) -> None:

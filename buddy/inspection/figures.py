@@ -10,7 +10,7 @@ import numpy as np
 
 from buddy.evaluation.figures import figure_at
 from buddy.inspection.routing import ALWAYS, CHOSEN, SINK, SKIPPED, Inspection
-from buddy.io import writing
+from buddy.io import tensorboard_writer
 
 SUFFIX = ".inspect"  # ends the names of the event files written here, so that a later call can replace them
 LABELLED = 60  # tokens of a text that are drawn with their labels
@@ -145,17 +145,12 @@ def _heading(inspection: Inspection, budget: str) -> str:
 def write_tensorboard(inspection: Inspection, drawn: Mapping[tuple[str, int], Path], folder: Path) -> None:
     """Figures as images and measures as curves by K; the event files of an earlier call are removed."""
     from matplotlib.image import imread
-    from torch.utils.tensorboard import SummaryWriter
 
-    with writing(folder):
-        older = list(folder.glob(f"events.out.tfevents.*{SUFFIX}"))
-        with SummaryWriter(str(folder), filename_suffix=SUFFIX) as writer:
-            for (kind, step), path in sorted(drawn.items()):
-                writer.add_image(f"routing/{kind}", imread(path)[..., :3], step, dataformats="HWC")
-            for count, texts in sorted(inspection.measures.items()):
-                for label, found in texts.items():
-                    for field, name in CURVES.items():
-                        if (value := getattr(found, field)) is not None:
-                            writer.add_scalar(f"routing/{name}/{label}", value, count)
-        for path in older:
-            path.unlink(missing_ok=True)
+    with tensorboard_writer(folder, SUFFIX) as writer:
+        for (kind, step), path in sorted(drawn.items()):
+            writer.add_image(f"routing/{kind}", imread(path)[..., :3], step, dataformats="HWC")
+        for count, texts in sorted(inspection.measures.items()):
+            for label, found in texts.items():
+                for field, name in CURVES.items():
+                    if (value := getattr(found, field)) is not None:
+                        writer.add_scalar(f"routing/{name}/{label}", value, count)

@@ -14,7 +14,7 @@ from buddy.console import errors, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DamagedError, RunError
-from buddy.io import FileStore, load_tensors, read_json, save_tensors, write_json
+from buddy.io import FileStore, load_tensors, read_json, save_tensors, tensorboard_writer, write_json
 from buddy.predictor.features import Predictor, Targets, feature_size, measure_targets, sorted_arms
 from buddy.predictor.grpo import BudgetPolicy, train_policy
 from buddy.predictor.regress import CurvePredictor
@@ -59,7 +59,10 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
         facts, curves = _regress(predictor, targets)
     else:
         facts, curves = _train(recipe, predictor, targets, routed.geometry.layers)
-    _write_curves(folder, curves)
+    with tensorboard_writer(folder, ".predictor") as writer:  # in place of the curves of a session that was killed
+        for tag, points in curves.items():
+            for x, y in points:
+                writer.add_scalar(tag, y, x)
     described = {"name": predictor.name, "layers": list(arms), "options": options, "windows": len(targets.losses)}
     save_tensors(folder / PREDICTOR, predictor.requires_grad_(False).state_dict())
     write_json(folder / PREDICTOR_FACTS, described | facts)
@@ -154,12 +157,3 @@ def _train(recipe: Recipe, policy: BudgetPolicy, targets: Targets, layers: int) 
     curves = {f"predictor/{name}": points for name, points in progress.items()}
     curves["predictor/entropy_at_random"] = [(step, most) for step, _ in progress["entropy"]]
     return {"entropy": entropy, "entropy_at_random": most, "expected_layers": count}, curves
-
-
-def _write_curves(folder: Path, curves: Curves) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for tag, points in curves.items():
-            for x, y in points:
-                writer.add_scalar(tag, y, x)

@@ -127,6 +127,8 @@ def test_an_interrupted_fit_resumes(small, predicting, tmp_path, monkeypatch):
     whole = load_tensors(predicting["regress"] / "predictor.safetensors")
     assert all(torch.equal(load_tensors(ours)[name], tensor) for name, tensor in whole.items())
     assert not list(tmp_path.rglob("predictor-targets*"))
+    events = EventAccumulator(str(ours.parent)).Reload()
+    assert [event.step for event in events.Scalars("predictor/error")] == [3, 4, 6]  # once, though fitted twice
 
 
 @pytest.mark.slow
