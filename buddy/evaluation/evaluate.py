@@ -95,12 +95,17 @@ def evaluate_run(
         )
     if not distributed.is_global_zero():
         return
-    router = run.router_name if over == 1 else f"{run.router_name}, budgets in the mean over {over} tokens,"
     report_json(json_file, as_json(scores))
     names: dict[float | str, str] = {}
     for fraction, budget in zip(fractions, wanted, strict=True):  # equal budgets share a row
         names[fraction] = ", ".join(dict.fromkeys([*filter(None, [names.get(fraction)]), format_budget(budget)]))
-    show_scores(scores, f"{router} on {data or section.source}, backbone {title_of(routed.backbone.name)}", names)
+    on = f"on {data or section.source}, backbone {title_of(routed.backbone.name)}"
+    show_scores(scores, f"{router_title(run, over)} {on}", names)
+
+
+def router_title(run: Run, mean_over: int) -> str:
+    """The router as titles of tables name it."""
+    return run.router_name if mean_over == 1 else f"{run.router_name}, budgets in the mean over {mean_over} tokens,"
 
 
 def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Windows:

@@ -14,6 +14,7 @@ from buddy.build import load_model
 from buddy.console import Bar, print_titled_table, report_json, status
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError, reason
+from buddy.evaluation.evaluate import router_title
 from buddy.evaluation.tables import NONE
 from buddy.evaluation.task_data import FEWSHOT_SEED, load_tasks, quiet_lm_eval, require_lm_eval
 from buddy.io import check_output_path, within_memory
@@ -60,7 +61,7 @@ def evaluate_tasks(
     report_json(json_file, found)
     show_tasks(
         found["results"],
-        f"{run.router_name} on tasks, backbone {title_of(run.backbone)}",
+        f"{router_title(run, run.recipe.routing.mean_over)} on tasks, backbone {title_of(run.backbone)}",
         run.recipe.routing.sink_tokens,
         run.geometry["layers"],
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from lm_eval.tasks import TaskManager
@@ -11,6 +12,7 @@ from buddy.cli import app
 from buddy.errors import DataError
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.tasks import show_tasks, task_scores
+from buddy.run_files import update_checksums
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +159,16 @@ def test_the_command(finished, items, tmp_path):
     (line,) = [line for line in result.stdout.splitlines() if line.strip().startswith("arc_easy")]
     assert all(cell in line for cell in cells[:2])
     assert "Scoring tasks: 24 of 24" in result.stderr
+
+
+def test_budgets_in_the_mean_are_named(finished, items, tmp_path):
+    run = shutil.copytree(finished / "buddy", tmp_path / "buddy")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("mean_over: 1\n", "mean_over: 8\n"))
+    update_checksums(run)
+    result = call("--run", run, "--tasks", "arc_easy", "--task-data", items, "--budgets", "0.5", "--limit", "2")
+    assert result.exit_code == 0, result.output
+    assert "8 tokens" in result.stdout
 
 
 @pytest.mark.parametrize(
