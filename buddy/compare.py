@@ -275,9 +275,14 @@ def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) 
         many = max([seed - recipe.seed + 1 for seed in complete_seeds(folder / label_folder(label))] + [1])
     seeded = healing_steps(recipe, router) > 0 or _depends_on_seed(recipe, router)
     return [
-        RunSpec(label, replace(recipe, seed=seed), config.recipe_name, path, free_keys=(PREDICTOR,))
+        RunSpec(
+            label,
+            replace(recipe, seed=seed),
+            config.recipe_name,
+            RunFolder.of(folder, label, seed).path,
+            free_keys=(PREDICTOR,),
+        )
         for seed in range(recipe.seed, recipe.seed + (many if seeded else 1))
-        for path in [RunFolder.of(folder, label, seed).path]
     ]
 
 

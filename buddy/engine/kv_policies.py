@@ -182,10 +182,10 @@ class RectangularKVWriter:
         self.cache.update(*self.new, self.layer._index)
 
     def _write(self, rows: Tensor, positions: Tensor | None) -> KV:
-        hidden, embeddings = (
-            map_tensors(x, lambda x: take(x, rows, positions, len(self.hidden))) for x in (self.hidden, self.embeddings)
-        )
-        return self.write(self.layer, hidden, embeddings)
+        def chosen(value: Any) -> Any:
+            return map_tensors(value, lambda part: take(part, rows, positions, len(self.hidden)))
+
+        return self.write(self.layer, chosen(self.hidden), chosen(self.embeddings))
 
     def _past(self, rows: Tensor) -> KV | None:
         if self.cache is None or not self.cache.layers[self.layer._index].is_initialized:
