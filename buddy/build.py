@@ -172,7 +172,7 @@ def healing_steps(recipe: Recipe, router: AnyRouter) -> int:
     return bridge.steps + (recipe.trainer["max_steps"] if bridge.joint and not router.trainable else 0)
 
 
-def free_keys(recipe: Recipe, router: AnyRouter) -> tuple[str, ...]:
+def ignored_keys(recipe: Recipe, router: AnyRouter) -> tuple[str, ...]:
     """Beginnings of a recipe's keys that change nothing in a run of a router, given before its training."""
     estimated = router.trainable and not isinstance(router, LayerwiseRouter)  # its gates have their own estimator
     # A predictor measures losses on windows of the training text.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from buddy import console, distributed
-from buddy.build import build_router, free_keys, healing_steps, with_dtype
+from buddy.build import build_router, healing_steps, ignored_keys, with_dtype
 from buddy.config import with_router
 from buddy.console import Bar, clock, errors, status
 from buddy.data.windows import Windows
@@ -280,7 +280,7 @@ def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) 
             replace(recipe, seed=seed),
             config.recipe_name,
             RunFolder.of(folder, label, seed).path,
-            free_keys=(PREDICTOR,),
+            ignored_keys=(PREDICTOR,),
         )
         for seed in range(recipe.seed, recipe.seed + (many if seeded else 1))
     ]
@@ -353,7 +353,7 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
     if read_run(other.path).recipe.adapter is not None:
         raise RunError(f"{other.path} was healed itself; name the comparison that it came from as --trained.")
     recipe = replace(spec.recipe, seed=seeds[0])
-    free = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR, *free_keys(recipe, router))
+    free = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR, *ignored_keys(recipe, router))
     free += () if router.trainable else TRAINING_KEYS
     if reasons := other.differences(recipe, session.digests(recipe), ignore=free):
         raise RunError(

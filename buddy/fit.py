@@ -28,8 +28,8 @@ from buddy.build import (
     build_trainer,
     check_model,
     counts_of,
-    free_keys,
     healing_steps,
+    ignored_keys,
     instantiate,
     restore_router,
     trains_both,
@@ -47,7 +47,7 @@ from buddy.errors import BuddyError, RecipeError, TrainingError, nearest
 from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, on_disk, out_of_memory, within_memory, write_bytes
-from buddy.metrics.perplexity import MOST, Reference, Scores, with_documents
+from buddy.metrics.perplexity import MAX_STATE_BYTES, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor, remove_targets
 from buddy.provenance import CODE, code_digest
 from buddy.registry import load
@@ -94,7 +94,9 @@ class Session:
     def __init__(self, backbone: Backbone, data: TextData, share: bool = True) -> None:
         self.backbone, self.data = backbone, data
         self._measured: dict[tuple[Any, ...], Measurements] = {}
-        self._reference, self._trained_reference = (Reference(most if share else 0) for most in (MOST, TRAINED_STATES))
+        self._reference, self._trained_reference = (
+            Reference(most if share else 0) for most in (MAX_STATE_BYTES, TRAINED_STATES)
+        )
 
     @classmethod
     def prepare(cls, recipes: Sequence[Recipe]) -> Session:
@@ -160,7 +162,7 @@ class Session:
 
     def differences(self, spec: RunSpec) -> list[str]:
         """Why the run in the folder, complete or begun, is not this one; empty if it is, or if there is none."""
-        free = (*spec.free_keys, *free_keys(spec.recipe, build_router(spec.recipe, self.backbone)))
+        free = (*spec.ignored_keys, *ignored_keys(spec.recipe, build_router(spec.recipe, self.backbone)))
         return spec.run_folder.differences(spec.recipe, self.digests(spec.recipe), ignore=free)
 
     def fit(self, spec: RunSpec) -> None:
@@ -172,7 +174,7 @@ class Session:
         """
         recipe, run_folder = spec.recipe, spec.run_folder
         with on_disk(spec.folder), run_folder.lock(), self.model(recipe) as model:
-            free = (*spec.free_keys, *free_keys(recipe, model.router))
+            free = (*spec.ignored_keys, *ignored_keys(recipe, model.router))
             folder = run_folder.begin(recipe, spec.recipe_name, self.digests(recipe), model.geometry, ignore=free)
             try:
                 distributed.barrier()  # the other processes read the folder from here on
@@ -318,7 +320,7 @@ class Session:
             self.data.calibration.input_ids,
             size,
             track,
-            asked=counts_of(recipe, model).values(),
+            layer_counts=counts_of(recipe, model).values(),
             seed=recipe.seed,
             prompt=recipe.data.prompt,
             store=store,

@@ -25,7 +25,7 @@ from buddy.console import errors, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import RunError
 from buddy.io import FileStore
-from buddy.metrics.timing import Contender, Track, decode_in_turn
+from buddy.metrics.timing import BenchmarkCase, Track, decode_interleaved
 from buddy.provenance import machine
 
 LOCK = "measuring.lock"
@@ -112,10 +112,10 @@ def measure_latencies(routed: RoutedLM, rounds: int = ROUNDS, track: Track = ite
     counts, ids, model = points_of(routed), _texts(routed, texts), routed.backbone.model
     unadapted = nullcontext() if routed.adapter is None else routed.adapter.off()
     contexts = [lambda count=count: routed.at(executed=[count]) for count in counts]
-    contenders = [Contender("routed", count, model, each) for count, each in zip(counts, contexts, strict=True)]
+    cases = [BenchmarkCase("routed", count, model, each) for count, each in zip(counts, contexts, strict=True)]
     draw, start = random.Random(0), ids.shape[1] - STEPS
     with unadapted, routed.changed(mean_over=1):  # K is then what each token runs, not a mean over tokens
-        times = [decode_in_turn(contenders, ids, start, draw) for _ in track(range(rounds + 1))]
+        times = [decode_interleaved(cases, ids, start, draw) for _ in track(range(rounds + 1))]
     rounds_of_each = zip(*times[1:], strict=True)
     medians = (statistics.median(each.milliseconds for each in means) for means in rounds_of_each)
     return dict(zip(counts, medians, strict=True))

@@ -28,7 +28,7 @@ LATER_DIGESTS = {
     "tokens": "another text to train on",
 }
 # Keys of a recipe that change nothing in the run.
-FREE_KEYS = (
+IGNORED_KEYS = (
     "output",
     "rivals",
     "checkpoint_every",
@@ -84,7 +84,7 @@ def settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
     are texts beside the recipe's own, whose windows depend on the settings.
     """
     data, none = recipe.data, () if recipe.callbacks else ("callbacks",)
-    free = (*FREE_KEYS, *MACHINE_KEYS, CKPT_KEY, "seed", "data.evaluate_on", *none)
+    free = (*IGNORED_KEYS, *MACHINE_KEYS, CKPT_KEY, "seed", "data.evaluate_on", *none)
     settings: dict[str, Any] = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
     settings |= {"data.source": PurePath(data.source).name, "data.seed": recipe.data_seed}
     for key in ("train_sources", "calibration_sources"):
@@ -104,11 +104,11 @@ def differences(
 ) -> list[str]:
     """One phrase for each recipe key or input that differs, such as "optimizer.lr: 0.003 there, 0.006 here".
 
-    Keys that start with one of `FREE_KEYS` or `ignore` may differ, and so may the digest of the router's code. Unknown
-    (empty) digests differ from nothing, and nor do those that an older run lacks.
+    Keys that start with one of `IGNORED_KEYS` or `ignore` may differ, and so may the digest of the router's code.
+    Unknown (empty) digests differ from nothing, and nor do those that an older run lacks.
     """
     there, here = flatten(stored), flatten(recipe)
-    free = (*FREE_KEYS, *ignore, *([CKPT_KEY] if here.get(CKPT_KEY) in (None, "null") else []))
+    free = (*IGNORED_KEYS, *ignore, *([CKPT_KEY] if here.get(CKPT_KEY) in (None, "null") else []))
     keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith(free)]
     names = {*stored_digests, *digests} if stored_digests and digests else set()
     names -= {CODE, *(["training text", "tokens"] if "data.train_sources".startswith(free) else [])}

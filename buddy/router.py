@@ -89,7 +89,7 @@ class Probe(Protocol):
 
     Attributes:
         geometry: sizes of the model.
-        asked: each K below full depth of the recipe's budgets, deepest first.
+        layer_counts: each K below full depth of the recipe's budgets, deepest first.
         seed: the recipe's seed, for searches with randomness.
         count: N, the number of windows.
         bridge_windows: how many of them, from the last one, `losses(…, bridged=True)` fits bridges on: 24, or three
@@ -98,7 +98,7 @@ class Probe(Protocol):
     """
 
     geometry: Geometry
-    asked: tuple[int, ...]
+    layer_counts: tuple[int, ...]
     seed: int
     count: int
     bridge_windows: int

@@ -225,7 +225,7 @@ class RunSpec:
         recipe_name: kept in run.json.
         folder: of the run.
         reuse_from: a complete run whose router is taken, so that only adapter and bridges are trained.
-        free_keys: beginnings of recipe keys that may differ in a run that is reused, whatever its router.
+        ignored_keys: beginnings of recipe keys that may differ in a run that is reused, whatever its router.
     """
 
     label: str
@@ -233,7 +233,7 @@ class RunSpec:
     recipe_name: str
     folder: Path
     reuse_from: Path | None = None
-    free_keys: tuple[str, ...] = ()
+    ignored_keys: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:

@@ -67,7 +67,7 @@ class DrLLM(Router):
 
     def calibrate(self, probe: Probe) -> None:
         """Search a set for each window and each K, and train the network on them."""
-        if not probe.asked:
+        if not probe.layer_counts:
             return
         windows, context = min(self.windows or probe.count, probe.count), probe.contexts()
         found = self.search(probe, windows)
@@ -82,7 +82,7 @@ class DrLLM(Router):
         greedy = GreedyRemoval(probe, windows)
         for _ in probe.track(range(greedy.rounds), "removing layers"):
             greedy.remove_one()
-        kept = {k: torch.ones(windows, self.geometry.routable, dtype=torch.bool) for k in probe.asked}
+        kept = {k: torch.ones(windows, self.geometry.routable, dtype=torch.bool) for k in probe.layer_counts}
         for window in probe.track(range(windows), "searching plans for each window"):
             for executed, sets in kept.items():
                 removed = greedy.removed[: self.geometry.layers - executed]

@@ -83,7 +83,7 @@ class EvoPress(Router):
             return probe.losses(plans, "kl", min(windows, probe.count)).mean(1).tolist()
 
         seed, found = probe.seed if self.seed is None else self.seed, {}
-        for executed in probe.asked:
+        for executed in probe.layer_counts:
             problem = Problem(fitness, self.geometry.routable, self.geometry.layers - executed, self.geometry.layers)
             draw = random.Random(f"{seed} {executed}")
             found[executed - self.geometry.always_on] = self.search.run(problem, draw, probe.track)

@@ -32,7 +32,7 @@ class GreedyRemoval:
     def rounds(self) -> int:
         """How many layers must go for the smallest K of the recipe's budgets, or all where there is no budget."""
         geometry = self.probe.geometry
-        return geometry.layers - min(self.probe.asked, default=geometry.always_on)
+        return geometry.layers - min(self.probe.layer_counts, default=geometry.always_on)
 
     def measure(self, windows: int | Sequence[int]) -> list[float]:
         """Mean loss without each layer that is left; what was measured before is not measured again."""

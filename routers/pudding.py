@@ -88,7 +88,7 @@ class PuDDing(Router):
     def _regressions(self, probe: Probe, features: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """For each number k of routable layers: slope (pool, F) and level (pool,) of the nearest measured k."""
         fitted = {}
-        for executed in probe.track(probe.asked, "losses of the pool"):
+        for executed in probe.track(probe.layer_counts, "losses of the pool"):
             k = executed - self.geometry.always_on
             removed = [row.argsort()[: self.geometry.routable - k].tolist() for row in self.rank]
             losses = probe.losses(torch.stack([probe.plan_without(layers) for layers in removed])).T

@@ -28,7 +28,7 @@ from buddy.build import build_backbone, build_data, build_model
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
 from buddy.console import errors, print_titled_table, results, track
-from buddy.engine.twins import pruned_model
+from buddy.engine.shared_weights import pruned_model
 from buddy.losses import cross_entropy
 
 

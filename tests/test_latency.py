@@ -44,7 +44,7 @@ def timed(monkeypatch):
 def test_every_count_is_timed_in_every_round(routed, monkeypatch):
     asked = []
 
-    class Timed(latency.Contender):
+    class Timed(latency.BenchmarkCase):
         def step(self, ids, cache):
             assert ids.shape == (1, 1)
             assert routed.settings.mean_over == 1
@@ -52,7 +52,7 @@ def test_every_count_is_timed_in_every_round(routed, monkeypatch):
             super().step(ids, cache)
             return float(self.layers + (len(asked) - 1) // 20)
 
-    monkeypatch.setattr(latency, "Contender", Timed)
+    monkeypatch.setattr(latency, "BenchmarkCase", Timed)
     monkeypatch.setattr(latency, "STEPS", 4)
     with routed.changed(mean_over=8):  # exactly K layers are timed all the same
         found = measure_latencies(routed, rounds=2)
@@ -117,7 +117,7 @@ def test_a_batch_has_a_table_of_its_own(routed, tmp_path, monkeypatch):
         rows.append(ids)
         return [StepMeans(len(ids) * each.layers, each.layers) for each in field]
 
-    monkeypatch.setattr(latency, "decode_in_turn", stand_in)
+    monkeypatch.setattr(latency, "decode_interleaved", stand_in)
     table = LatencyTable(tmp_path)
     assert table(routed)[4] == 4.0
     assert table(routed, 3)[4] == LatencyTable(tmp_path)(routed, 3)[4] == 12.0
@@ -147,7 +147,7 @@ def test_an_adapter_beside_the_weights_has_the_table_of_the_merged_model(monkeyp
     routed = adapted()
     beside, seen = timing_setting(routed), []
     monkeypatch.setattr(
-        latency, "decode_in_turn", lambda field, *_: seen.append(routed.adapter._is_off) or [StepMeans(1.0, 4)] * 5
+        latency, "decode_interleaved", lambda field, *_: seen.append(routed.adapter._is_off) or [StepMeans(1.0, 4)] * 5
     )
     measure_latencies(routed, rounds=1)
     assert seen == [True, True]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.calibration.measures import Bridge, PrefixWalk
+from buddy.calibration.measures import Bridge, PrefixStates
 from buddy.engine.bridges import Bridges, bridge_input
 from buddy.engine.model import RoutedLM
-from buddy.engine.twins import LayerlessModel
+from buddy.engine.shared_weights import EmbeddingAndHead
 
 BATCH = 4  # windows of `PlanBridges` that pass a layer together
 BIAS_PENALTY = 1e-6  # so small that the bias is not shrunk
@@ -59,7 +59,7 @@ def fit_bridges(
         ]
     model.router.train(training)
     backbone, geometry = model.backbone, model.geometry
-    bridges, outside = Bridges(geometry, rank).to(backbone.device), LayerlessModel(backbone.model)
+    bridges, outside = Bridges(geometry, rank).to(backbone.device), EmbeddingAndHead(backbone.model)
     embedded = [outside.embed(ids) for ids in batches]
     dense = [hidden for hidden, _ in embedded]
     routed = [(number, plan, dense[number]) for number, group in enumerate(plans) for plan in group]
@@ -103,12 +103,12 @@ class PlanBridges:
         self._rank, self._ridge = rank, ridge
         self._fitted: dict[str, Bridge] = {}
         batches = [batch.to(backbone.device) for batch in windows.split(BATCH)]
-        outside = LayerlessModel(backbone.model)
-        self._walks = [PrefixWalk(outside, backbone.layers, ids, sinks, {}, (), self._fitted) for ids in batches]
+        outside = EmbeddingAndHead(backbone.model)
+        self._states = [PrefixStates(outside, backbone.layers, ids, sinks, {}, (), self._fitted) for ids in batches]
         self._chosen = _without_sinks(batches, sinks)
         self._enough = sum(int(each.sum()) for each in self._chosen) >= model.geometry.hidden
         # After each layer of the dense model, one state a batch.
-        self._dense = [[walk.after("1" * count) for walk in self._walks] for count in range(1, backbone.num_layers)]
+        self._dense = [[each.after("1" * count) for each in self._states] for count in range(1, backbone.num_layers)]
 
     @torch.no_grad()
     def fit(self, plans: Iterable[str]) -> dict[str, Bridge]:
@@ -122,7 +122,7 @@ class PlanBridges:
         for prefix in self._fitted.keys() - ends:
             del self._fitted[prefix]
         for prefix in sorted(ends - self._fitted.keys()) if self._enough else ():
-            before = [walk.after(prefix[:-1]) for walk in self._walks]
+            before = [each.after(prefix[:-1]) for each in self._states]
             parts = _regression(before, self._dense[len(prefix) - 1], self._chosen, self._rank, self._ridge)
             self._fitted[prefix] = tuple(part.to(before[0].dtype) for part in parts)
         return dict(self._fitted)

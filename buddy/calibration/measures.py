@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
 from buddy.engine.bridges import bridged
-from buddy.engine.twins import LayerlessModel
+from buddy.engine.shared_weights import EmbeddingAndHead
 from buddy.losses import DenseDistribution, cross_entropy, kl_to_dense
 from buddy.router import Criterion
 
@@ -119,7 +119,7 @@ class State(NamedTuple):
     complete: bool
 
 
-class PrefixWalk:
+class PrefixStates:
     """Hidden states of one batch along plans that all its tokens share; common prefixes of plans run once.
 
     The states along the last plan are kept, so a plan costs only the layers from the first difference from the plan
@@ -129,18 +129,18 @@ class PrefixWalk:
     plan: they are computed once, and inserted before a layer that runs after a skipped one.
 
     Args:
-        layerless: the model around its layers.
+        outside: the model around its layers.
         layers: the decoder layers, without an active plan.
         input_ids: (B, T) long.
         sinks: positions at full depth.
-        known: states after prefixes of plans, from an earlier walk over the same tokens.
+        known: states after prefixes of plans, from earlier plans over the same tokens.
         wanted: prefixes of plans whose states are kept.
         bridges: of skipped layers, each by the prefix of the plan that ends with its layer.
     """
 
     def __init__(
         self,
-        layerless: LayerlessModel,
+        outside: EmbeddingAndHead,
         layers: Sequence[Layer],
         input_ids: Tensor,
         sinks: int,
@@ -149,8 +149,8 @@ class PrefixWalk:
         bridges: Mapping[str, Bridge],
     ) -> None:
         self._layers, self._wanted, self._known, self._bridges = layers, wanted, dict(known), bridges
-        hidden, self._inputs = layerless.embed(input_ids)
-        self._sinks = _dense_states(layerless, layers, input_ids[:, :sinks]) if sinks else []
+        hidden, self._inputs = outside.embed(input_ids)
+        self._sinks = _dense_states(outside, layers, input_ids[:, :sinks]) if sinks else []
         self._path = {"": State(hidden, True)}  # states after the prefixes of the last plan
 
     @property
@@ -184,9 +184,9 @@ class PrefixWalk:
 
 
 @torch.no_grad()
-def _dense_states(layerless: LayerlessModel, layers: Sequence[Layer], input_ids: Tensor) -> list[Tensor]:
+def _dense_states(outside: EmbeddingAndHead, layers: Sequence[Layer], input_ids: Tensor) -> list[Tensor]:
     """The input of each layer, (B, S, D), of tokens (B, S) at full depth."""
-    hidden, inputs = layerless.embed(input_ids)
+    hidden, inputs = outside.embed(input_ids)
     states = []
     for layer, named in zip(layers, inputs, strict=True):
         states.append(hidden)
@@ -215,7 +215,7 @@ class PlanLosses:
     ) -> None:
         self._backbone, self._windows, self._sinks = backbone, windows, sinks
         self._number = -(-len(windows) // batch_size)  # of batches with all windows
-        self._layerless = LayerlessModel(backbone.model)
+        self._outside = EmbeddingAndHead(backbone.model)
         self._cache: dict[Batch, dict[str, State]] = {}
         self._dense: dict[Batch, list[DenseDistribution]] = {}
         self._dense_room = room_for(MAX_DENSE, backbone.device)
@@ -237,41 +237,41 @@ class PlanLosses:
         bridges = {} if self._fit is None else self._fit({plan for _, plan in pairs})
         for batch, group in groupby(track(pairs), key=itemgetter(0)):
             input_ids = self._windows[list(batch)].to(self._backbone.device)
-            walk = self._walk(batch, input_ids, plans[batch], criterion, bridges)
+            states = self._states_of(batch, input_ids, plans[batch], criterion, bridges)
             ce = criterion == "ce"
-            references = _parts(input_ids[:, 1:]) if ce else self._dense_of(batch, walk)
+            references = _parts(input_ids[:, 1:]) if ce else self._dense_of(batch, states)
             for _, plan in group:
-                yield batch, plan, self._losses(walk.after(plan), references, cross_entropy if ce else _kl)
-            self._keep(batch, walk.kept)
+                yield batch, plan, self._losses(states.after(plan), references, cross_entropy if ce else _kl)
+            self._keep(batch, states.kept)
 
-    def _walk(
+    def _states_of(
         self, batch: Batch, input_ids: Tensor, plans: list[str], criterion: Criterion, bridges: Mapping[str, Bridge]
-    ) -> PrefixWalk:
+    ) -> PrefixStates:
         backbone, layers = self._backbone, self._backbone.num_layers
         size = input_ids.numel() * backbone.hidden_size * backbone.dtype.itemsize
         wanted = prefixes_to_keep(plans, layers, states_that_fit(size, backbone.device, self._number))
         if criterion == "kl":
             wanted.add("1" * layers)  # every call needs the dense model's output
         known = self._cache.get(batch, {})
-        return PrefixWalk(self._layerless, backbone.layers, input_ids, self._sinks, known, wanted, bridges)
+        return PrefixStates(self._outside, backbone.layers, input_ids, self._sinks, known, wanted, bridges)
 
     def _keep(self, batch: Batch, states: dict[str, State]) -> None:
-        """Keep states for a later walk over the batch; drop the oldest batch where there are too many."""
+        """Keep states for later plans over the batch; drop the oldest batch where there are too many."""
         self._cache.pop(batch, None)
         self._cache[batch] = states
         if len(self._cache) > self._number:
             del self._cache[next(iter(self._cache))]
 
     @torch.no_grad()
-    def _dense_of(self, batch: Batch, walk: PrefixWalk) -> list[DenseDistribution]:
+    def _dense_of(self, batch: Batch, states: PrefixStates) -> list[DenseDistribution]:
         """The dense model's distributions for each group of tokens, kept for later calls while there is room.
 
         A search has many calls for few plans each, and one distribution takes as long as the loss of a plan.
         """
         if batch in self._dense:
             return self._dense[batch]
-        dense = walk.after("1" * self._backbone.num_layers)
-        found = [DenseDistribution(self._layerless.logits(part)) for part in _parts(dense[:, :-1])]
+        dense = states.after("1" * self._backbone.num_layers)
+        found = [DenseDistribution(self._outside.logits(part)) for part in _parts(dense[:, :-1])]
         size = sum(each.probability.nbytes for each in found)
         if size <= self._dense_room:
             self._dense_room -= size
@@ -285,7 +285,7 @@ class PlanLosses:
         Logits are computed for a few tokens at a time: all of them would be large, and on a CPU a few are faster.
         """
         parts = zip(_parts(states[:, :-1]), references, strict=True)
-        tokens = torch.cat([measure(self._layerless.logits(part), reference) for part, reference in parts])
+        tokens = torch.cat([measure(self._outside.logits(part), reference) for part, reference in parts])
         return tokens.view(len(states), -1).cpu().double().mean(1)
 
 

@@ -31,7 +31,7 @@ class CalibrationProbe:
         windows: (N, W) long, calibration tokens.
         batch_size: windows per forward.
         track: wraps a loop to show progress, given its items and a description; None shows nothing.
-        asked: executed layers K of the budgets.
+        layer_counts: executed layers K of the budgets.
         seed: for routers whose search draws random numbers.
         prompt: first tokens of a window, its prompt; half of the window by default.
         store: folder of the measured values, so that an interrupted search resumes; None keeps them in memory only.
@@ -41,7 +41,7 @@ class CalibrationProbe:
     Attributes:
         routed: the model.
         measured: the values so far.
-        geometry, asked, seed, count, bridge_windows, prompt: see `buddy.router.Probe`.
+        geometry, layer_counts, seed, count, bridge_windows, prompt: see `buddy.router.Probe`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CalibrationProbe:
         batch_size: int = 4,
         track: Track | None = None,
         *,
-        asked: Iterable[int] = (),
+        layer_counts: Iterable[int] = (),
         seed: int = 0,
         prompt: int | None = None,
         store: Path | None = None,
@@ -59,7 +59,7 @@ class CalibrationProbe:
         measured: Measurements | None = None,
     ) -> None:
         self.routed, self.geometry = routed, routed.geometry
-        self.asked = tuple(sorted({k for k in asked if k < self.geometry.layers}, reverse=True))
+        self.layer_counts = tuple(sorted({k for k in layer_counts if k < self.geometry.layers}, reverse=True))
         self.seed, self.count = seed, len(windows)
         self.bridge_windows = 0 if bridge is None else max(1, min(BRIDGE_WINDOWS, self.count * 3 // 4))
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt

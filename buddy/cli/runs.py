@@ -88,7 +88,7 @@ def bench(
     run: RunOption,
     json: JsonOption = None,
     budgets: BudgetsOption = None,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measurements of each contender.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measurements of each model.")] = 7,
     serve: Annotated[bool, typer.Option("--serve", help="Time batches of 1 to 32 texts instead.")] = False,
 ) -> None:
     """Time a run against the dense and the physically pruned model."""

@@ -15,7 +15,7 @@ from buddy.data.documents import Documents
 
 FEWEST_DOCUMENTS = 4  # one for each split
 SPREAD = 1 / 3  # share of documents outside "train", with one window per document
-MOST = 1 / 2  # largest share of documents outside "train", to reach the wanted number of windows
+MAX_HELD_OUT = 1 / 2  # largest share of documents outside "train", to reach the wanted number of windows
 
 
 class Stream(IntEnum):
@@ -76,7 +76,7 @@ def split(documents: Documents, wanted: Mapping[str, int], window: int, seed: in
     parts, start = {}, 0
     for name, count in wanted.items():
         share = len(documents) * count / total
-        least, most = int(min(count, max(1, share * SPREAD))), int(min(count, max(1, share * MOST)))
+        least, most = int(min(count, max(1, share * SPREAD))), int(min(count, max(1, share * MAX_HELD_OUT)))
         reached = start + 1 + np.searchsorted(windows[start:].cumsum(), count)  # the end if windows alone decided
         end = int(np.clip(reached, start + least, start + most))
         parts[name], start = order[start:end], end

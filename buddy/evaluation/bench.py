@@ -20,13 +20,13 @@ from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Settings
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import Record
-from buddy.engine.twins import pruned_model
+from buddy.engine.shared_weights import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
 from buddy.evaluation.tables import NONE
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
-from buddy.metrics.timing import PROMPT, STEPS, Contender, Timings, routed_contenders, time_in_turn
+from buddy.metrics.timing import PROMPT, STEPS, BenchmarkCase, Timings, benchmark_cases, time_interleaved
 from buddy.provenance import machine, versions
 from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, read_run
@@ -47,7 +47,7 @@ def bench_run(
         folder: the run.
         json_file: where the results go as JSON, if anywhere.
         budgets: instead of the recipe's.
-        rounds: how often each contender runs.
+        rounds: how often each case runs.
 
     Raises:
         BuddyError: the run or a budget cannot be used, or memory does not suffice.
@@ -57,8 +57,8 @@ def bench_run(
     late = ids.flatten()[None, : min(LATE + STEPS, routed.backbone.context_length)]
     sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
     with within_memory(sizes, "free some, or bench a smaller backbone"):
-        timings = time_in_turn(
-            routed_contenders(routed, below, ids),
+        timings = time_interleaved(
+            benchmark_cases(routed, below, ids),
             ids,
             prompts=(PROMPT, LONG),
             batches=(1, BATCH),
@@ -147,7 +147,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _series(timings: Timings) -> dict[str, list[float]]:
-    """Milliseconds of one contender, one entry a round."""
+    """Milliseconds of one case, one entry a round."""
     return {
         "decode": timings.decode[1],
         "decode_late": timings.decode_late,
@@ -164,7 +164,7 @@ def _executed(timings: Timings) -> dict[str, float]:
 
 
 def _entry(timings: Timings) -> dict[str, Any]:
-    """Figures of one contender."""
+    """Figures of one case."""
     return _summary(_series(timings)) | {"cache_bytes": timings.cache_bytes, "prefill_flops": timings.flops}
 
 
@@ -266,7 +266,7 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     needed = max(tokens, PROMPT + STEPS)
     ids = windows.flatten().repeat(-(-needed // windows.numel()))[None, :needed].to(backbone.device)
     with within_memory(f"a prompt of {tokens} tokens", "give --no-speed"), _field(runs, backbone) as field:
-        timings = time_in_turn(
+        timings = time_interleaved(
             field,
             ids,
             prompts=(tokens,),
@@ -290,7 +290,7 @@ def _identity(run: Run) -> dict[str, str]:
 
 
 @contextmanager
-def _field(runs: Mapping[str, Run], backbone: Backbone) -> Iterator[list[Contender]]:
+def _field(runs: Mapping[str, Run], backbone: Backbone) -> Iterator[list[BenchmarkCase]]:
     """The stock model; the engine at full depth, which is the same for all; each router at each K below.
 
     One routed model takes the routers in turn, so that a turn can be as short as a token.
@@ -299,7 +299,7 @@ def _field(runs: Mapping[str, Run], backbone: Backbone) -> Iterator[list[Contend
     layers, routed = backbone.num_layers, build_model(next(iter(runs.values())).recipe, backbone)
     try:
         field = [
-            Contender("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext),
+            BenchmarkCase("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext),
             _contender("full", layers, routed, routed.router, None, routed.settings),
         ]
         for label, (parts, counts) in routers.items():
@@ -322,14 +322,14 @@ def _loaded_router(run: Run, backbone: Backbone) -> tuple[tuple[AnyRouter, Bridg
 
 def _contender(
     name: str, count: int, routed: RoutedLM, router: AnyRouter, bridges: Bridges | None, settings: Settings
-) -> Contender:
+) -> BenchmarkCase:
     @contextmanager
     def context() -> Iterator[Record]:
         routed.bridges = bridges
         with routed.changed(router, **vars(settings)), routed.at(executed=[count]) as record:
             yield record
 
-    return Contender(name, count, routed.backbone.model, context)
+    return BenchmarkCase(name, count, routed.backbone.model, context)
 
 
 def _times_entry(timings: Timings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from buddy.backbone.load import MIN_LAYERS, title_of
 from buddy.console import counted, print_titled_table, report_json, results, tracker
 from buddy.engine.decode import Decoder, Row
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.engine.twins import pruned_model
+from buddy.engine.shared_weights import pruned_model
 from buddy.evaluation.bench import load_for_timing, sample_text
 from buddy.io import within_memory
 from buddy.metrics.timing import PROMPT, STEPS, commonest_layers
@@ -98,7 +98,7 @@ def bench_serving(
     for way, times in zip(ways, spent, strict=True):
         for texts, each in times.items():
             middle = statistics.median(each)
-            entry = {"contender": way.name, "layers": way.layers, "texts": texts, "ms": middle}
+            entry = {"case": way.name, "layers": way.layers, "texts": texts, "ms": middle}
             entries.append(entry | {"spread": [min(each), max(each)], "tokens_a_second": 1e3 * texts / middle})
     threads, over = torch.get_num_threads(), routed.settings.competing
     made = {"rounds": rounds, "threads": threads, "machine": machine(), "versions": versions()}
@@ -107,7 +107,7 @@ def bench_serving(
     for first in range(0, len(entries), len(BATCHES)):
         part = entries[first : first + len(BATCHES)]
         cells = (f"{entry['tokens_a_second']:.1f} ({entry['ms']:.1f})" for entry in part)
-        rows.append([part[0]["contender"], str(part[0]["layers"]), *cells])
+        rows.append([part[0]["case"], str(part[0]["layers"]), *cells])
     about = f"{run.router_name}, backbone {title_of(run.backbone)}"
     head = ["", "layers", *(counted(n, "text") for n in BATCHES)]
     print_titled_table(f"{about}: tokens a second (ms between tokens)", head, rows)

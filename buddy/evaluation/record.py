@@ -22,7 +22,7 @@ from buddy.evaluation.figures import draw_all, write_tensorboard
 from buddy.evaluation.results import Results
 from buddy.evaluation.tables import render, show
 from buddy.io import check_output_path, read_json, write_text
-from buddy.provenance import CKPT_KEY, CODE, ESTIMATOR_KEYS, FREE_KEYS, machine, versions
+from buddy.provenance import CKPT_KEY, CODE, ESTIMATOR_KEYS, IGNORED_KEYS, machine, versions
 from buddy.registry import load
 from buddy.run import read_run
 from buddy.run_files import METRICS, read_metrics
@@ -33,7 +33,7 @@ FORMAT = 1
 EVALUATIONS, TASKS = "evaluations", "tasks"  # folders in a run folder: results on further texts, and on tasks
 PROVENANCE = ("command", "created", "versions", "machine")  # how each part of a joined comparison was made
 # Prefixes of recipe keys that may differ between joined comparisons.
-MAY_DIFFER = ("router.", "seed", *FREE_KEYS, CKPT_KEY, *REMOVED)
+MAY_DIFFER = ("router.", "seed", *IGNORED_KEYS, CKPT_KEY, *REMOVED)
 
 
 def collect(

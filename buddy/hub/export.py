@@ -19,7 +19,7 @@ from buddy.console import results, status, tracker
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
-from buddy.engine.twins import PER_LAYER, pruned_model
+from buddy.engine.shared_weights import PER_LAYER, pruned_model
 from buddy.errors import DataError, RunError
 from buddy.evaluation.evaluate import evaluate
 from buddy.hub.card import export_card

@@ -21,11 +21,11 @@ from torch import Tensor
 from buddy.backbone.load import Backbone
 from buddy.budget import auto_cap
 from buddy.engine.model import RoutedLM
-from buddy.engine.twins import head_logits
+from buddy.engine.shared_weights import head_logits
 from buddy.losses import DenseDistribution, kl_and_cross_entropy
 from buddy.metrics.statistics import quantiles, resamples
 
-MOST = 2**30  # bytes of the dense model's hidden states
+MAX_STATE_BYTES = 2**30  # bytes of the dense model's hidden states
 
 
 class Executed(NamedTuple):
@@ -127,13 +127,13 @@ class Reference:
             and documents, and the number of sinks.
 
     Args:
-        most: bytes of hidden states to store; further ones are computed again for each router.
+        max_bytes: of hidden states to store; further ones are computed again for each router.
     """
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, max_bytes: int = MAX_STATE_BYTES) -> None:
         self._states: dict[bytes, Tensor] = {}
         self.full_depth: dict[tuple[bytes, tuple[int, ...], int], list[WindowResult]] = {}
-        self._room = most
+        self._room = max_bytes
 
     @torch.no_grad()
     def dense(self, backbone: Backbone, ids: Tensor, keep: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from buddy.engine.kv_cache import growing_layer
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import Record
-from buddy.engine.twins import pruned_model
+from buddy.engine.shared_weights import pruned_model
 
 PROMPT, STEPS = 64, 32  # tokens before the decode steps that are timed, and their number
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -26,7 +26,7 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 @dataclass
 class Timings:
-    """Milliseconds of one contender, one entry a round; decode is the mean of a round's steps.
+    """Milliseconds of one case, one entry a round; decode is the mean of a round's steps.
 
     Attributes:
         prefill: times of a prompt in a batch of one, by its length in tokens.
@@ -46,7 +46,7 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class Contender:
+class BenchmarkCase:
     """A model and the context in which it runs.
 
     Attributes:
@@ -81,18 +81,18 @@ class Contender:
         return cache
 
 
-def routed_contenders(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[Contender]:
+def benchmark_cases(routed: RoutedLM, counts: Sequence[int], ids: Tensor) -> list[BenchmarkCase]:
     """Dense and full once; routed, shared and pruned for each K below L, pruned to the router's commonest layers."""
     model, layers = routed.backbone.model, routed.geometry.layers
     found = [
-        Contender("dense", layers, pruned_model(model, range(layers)), nullcontext),
-        Contender("full", layers, model, partial(routed.at, executed=[layers])),
+        BenchmarkCase("dense", layers, pruned_model(model, range(layers)), nullcontext),
+        BenchmarkCase("full", layers, model, partial(routed.at, executed=[layers])),
     ]
     for count in counts:
         kept = commonest_layers(routed, ids[:1], count)
-        found.append(Contender("routed", count, model, partial(routed.at, executed=[count])))
-        found.append(Contender("shared", count, model, partial(_shared, routed, count), decodes=False))
-        found.append(Contender("pruned", count, pruned_model(model, kept), nullcontext))
+        found.append(BenchmarkCase("routed", count, model, partial(routed.at, executed=[count])))
+        found.append(BenchmarkCase("shared", count, model, partial(_shared, routed, count), decodes=False))
+        found.append(BenchmarkCase("pruned", count, pruned_model(model, kept), nullcontext))
     return found
 
 
@@ -109,8 +109,8 @@ def _shared(routed: RoutedLM, count: int) -> Iterator[Record]:
 
 
 @torch.inference_mode()
-def time_in_turn(
-    contenders: Sequence[Contender],
+def time_interleaved(
+    cases: Sequence[BenchmarkCase],
     ids: Tensor,
     *,
     prompts: Sequence[int] = (64, 512),
@@ -122,25 +122,25 @@ def time_in_turn(
     """Timings by (name, layers).
 
     Args:
-        contenders: the contenders.
+        cases: what to time; each runs once a round, in random order.
         ids: (B, T) long, text to read; T is at least the longest prompt, B the largest batch.
         prompts: lengths of the prompts whose prefill is timed, in a batch of one.
         batches: batch sizes whose decoding is timed.
         late: (1, T) long, a text whose last `STEPS` tokens are decoded after all before them; None for none.
-        rounds: each contender runs once in each, after one round that is not counted.
+        rounds: how many, after one that is not counted.
         track: wraps the rounds to show progress.
     """
-    timings = {(each.name, each.layers): Timings() for each in contenders}
-    decoding, draw = [each for each in contenders if each.decodes], random.Random(0)
+    timings = {(each.name, each.layers): Timings() for each in cases}
+    decoding, draw = [each for each in cases if each.decodes], random.Random(0)
     for number in track(range(rounds + 1)):
-        for each in draw.sample(contenders, len(contenders)):
+        for each in draw.sample(cases, len(cases)):
             mine = timings[each.name, each.layers]
             with each.context():
                 for length in prompts:
                     spent = _milliseconds(partial(each.prefill, ids[:1, :length]), ids.device)
                     mine.prefill.setdefault(length, []).extend([spent] if number else [])
-        steps = {batch: decode_in_turn(decoding, ids[:batch, : PROMPT + STEPS], PROMPT, draw) for batch in batches}
-        after = [] if late is None else decode_in_turn(decoding, late, late.shape[1] - STEPS, draw)
+        steps = {batch: decode_interleaved(decoding, ids[:batch, : PROMPT + STEPS], PROMPT, draw) for batch in batches}
+        after = [] if late is None else decode_interleaved(decoding, late, late.shape[1] - STEPS, draw)
         for place, each in enumerate(decoding if number else ()):
             mine = timings[each.name, each.layers]
             for batch, means in steps.items():
@@ -149,32 +149,34 @@ def time_in_turn(
             for mean in after[place : place + 1]:
                 mine.decode_late.append(mean.milliseconds)
                 mine.executed["late"] = mean.executed
-    for each in contenders:
+    for each in cases:
         _count_work(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
     return timings
 
 
 class StepMeans(NamedTuple):
-    """Means over the decode steps of one contender: milliseconds a step, and layers that a token ran."""
+    """Means over the decode steps of one case: milliseconds a step, and layers that a token ran."""
 
     milliseconds: float
     executed: float
 
 
-def decode_in_turn(contenders: Sequence[Contender], ids: Tensor, prompt: int, draw: random.Random) -> list[StepMeans]:
-    """What a step of each contender takes, over the tokens after the first `prompt` of (B, T).
+def decode_interleaved(
+    cases: Sequence[BenchmarkCase], ids: Tensor, prompt: int, draw: random.Random
+) -> list[StepMeans]:
+    """What a step of each case takes, over the tokens after the first `prompt` of (B, T).
 
     All take one token before any takes the next, so that a short disturbance of the machine affects all of them; the
     order is drawn for each token.
     """
     caches = []
-    for each in contenders:
+    for each in cases:
         with each.context():
             caches.append(each.prefill(ids[:, :prompt]))
     spent, ran = [0.0] * len(caches), [0.0] * len(caches)
     for at in range(prompt, ids.shape[1]):
-        for place in draw.sample(range(len(contenders)), len(contenders)):
-            each = contenders[place]
+        for place in draw.sample(range(len(cases)), len(cases)):
+            each = cases[place]
             with each.context() as record:
                 spent[place] += each.step(ids[:, at : at + 1], caches[place])
             ran[place] += each.layers if record is None else record.executed[-1].float().mean().item()
@@ -191,16 +193,16 @@ def _milliseconds(work: Callable[[], Any], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _count_work(contender: Contender, ids: Tensor, timings: Timings) -> None:
+def _count_work(case: BenchmarkCase, ids: Tensor, timings: Timings) -> None:
     """Floating-point operations of a prefill, with and without the head, and bytes of the cache it leaves."""
 
     def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
     flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    with contender.context(), FlopCounterMode(display=False, custom_mapping={flash: attention_flops}) as counter:
-        cache = contender.prefill(ids)
-    head = 2 * contender.model.lm_head.weight.numel()
+    with case.context(), FlopCounterMode(display=False, custom_mapping={flash: attention_flops}) as counter:
+        cache = case.prefill(ids)
+    head = 2 * case.model.lm_head.weight.numel()
     timings.flops = {"total": counter.get_total_flops(), "without_head": counter.get_total_flops() - head}
     timings.cache_bytes = cache_bytes(cache)
 

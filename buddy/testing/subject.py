@@ -218,7 +218,7 @@ class Subject:
             router = self.new_router(seed)
             with self.attached(router) as routed:
                 windows, asked = self._tokens(WINDOWS, WIDTH, seed=2), [self.middle, self.depths[0]]
-                probe = CalibrationProbe(routed, windows, 4, asked=asked, seed=seed, measured=self._measured)
+                probe = CalibrationProbe(routed, windows, 4, layer_counts=asked, seed=seed, measured=self._measured)
                 router.calibrate(probe)
                 self._measured = probe.measured  # nothing is measured twice
         router.eval()

@@ -83,7 +83,7 @@ class BudgetModule(LightningModule):
         self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
         self.grid = [key for key in self.keys.values() if isinstance(key, int)]
         self.train_means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
-        self._reference = reference or Reference(most=0)
+        self._reference = reference or Reference(max_bytes=0)
         self._rows: list[WindowResult] = []  # of the windows that this process has measured in a validation or test
         self.scores: list[Scores] = []
 
@@ -332,7 +332,9 @@ class RoutingModule(BudgetModule):
         # One window at a time is quickest on a CPU, and searches that look at few windows pay for no others.
         size = 1 if self.model.backbone.device.type == "cpu" else data.batch_size
         prompt, store = self._prompt(windows), cache_folder("calibration")
-        probe = CalibrationProbe(self.model, windows, size, asked=self.grid, seed=self.seed, prompt=prompt, store=store)
+        probe = CalibrationProbe(
+            self.model, windows, size, layer_counts=self.grid, seed=self.seed, prompt=prompt, store=store
+        )
         self.router.calibrate(probe)
         self.mark_calibrated()
 

@@ -273,8 +273,8 @@ def test_contexts_are_those_of_the_prompts_last_tokens():
 
 def test_probes_share_what_they_measured():
     first, runs = routed(), plans(3)
-    measured = probe(first, asked=[3, 6, 5, 3], seed=4, prompt=8)
-    assert (measured.asked, measured.seed, measured.prompt, measured.count) == ((5, 3), 4, 8, 5)
+    measured = probe(first, layer_counts=[3, 6, 5, 3], seed=4, prompt=8)
+    assert (measured.layer_counts, measured.seed, measured.prompt, measured.count) == ((5, 3), 4, 8, 5)
     before = measured.losses(runs)
     first.detach()
     second = type(first)(first.backbone, first.router, sink_tokens=SINKS)

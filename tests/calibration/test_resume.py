@@ -129,6 +129,6 @@ def test_the_probe_knows_the_recipe_and_the_next_fit_finds_what_one_measured(sma
     for name in ("first", "second"):
         fit(small(tmp_path / name, "router=shortgpt", "rivals=[]", "seed=3", "budgets=[0.5,1.0,0.84]"), "small")
     assert measured == [1]
-    assert {(each.asked, each.seed, each.prompt, each.count) for each in probes} == {((5, 3), 3, 12, 6)}
+    assert {(each.layer_counts, each.seed, each.prompt, each.count) for each in probes} == {((5, 3), 3, 12, 6)}
     first, second = (load_tensors(path)["influence"] for path in tmp_path.rglob("router.safetensors"))
     assert torch.equal(first, second)

@@ -7,5 +7,5 @@ import pytest
 def small_selections():
     """Tests have few tokens, where the engine would select none: it computes a layer whole if few skip it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.engine.selection.FEW", 2)
+        patch.setattr("buddy.engine.selection.MIN_SKIPPED", 2)
         yield

@@ -170,5 +170,5 @@ def routed_tiny(
 def whole_layers() -> Iterator[None]:
     """Layers compute every token and choose afterwards, so that no shape depends on the plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("buddy.engine.selection.FEW", 10**6)
+        patch.setattr("buddy.engine.selection.MIN_SKIPPED", 10**6)
         yield

@@ -99,7 +99,7 @@ def test_computing_whole_layers_changes_nothing(family, monkeypatch):
     routed = routed_tiny(family)
     outputs = []
     for few in (0, 10**6):
-        monkeypatch.setattr(selection, "FEW", few)
+        monkeypatch.setattr(selection, "MIN_SKIPPED", few)
         with torch.no_grad(), routed.at(executed=EXECUTED.tolist()) as record:
             done = routed.backbone.model(tokens(), use_cache=True)
             after = routed.backbone.model(tokens(seed=9)[:, :4], cache=done.cache)

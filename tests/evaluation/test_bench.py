@@ -12,7 +12,7 @@ from buddy.build import build_backbone
 from buddy.compare import fit
 from buddy.evaluation import bench as bench_module
 from buddy.evaluation.bench import bench_run, measured
-from buddy.metrics.timing import PROMPT, STEPS, Contender, cache_bytes, routed_contenders, time_in_turn
+from buddy.metrics.timing import PROMPT, STEPS, BenchmarkCase, benchmark_cases, cache_bytes, time_interleaved
 from buddy.run import read_run
 from buddy.run_files import load_router, save_router, update_checksums
 from tests.engine.reference import routed_tiny
@@ -25,7 +25,7 @@ IDS = torch.randint(3, 259, (2, 100), generator=torch.Generator().manual_seed(0)
 
 def test_every_contender_runs_in_every_round():
     routed = routed_tiny()
-    field = routed_contenders(routed, [4, 3], IDS)
+    field = benchmark_cases(routed, [4, 3], IDS)
     assert [(each.name, each.layers) for each in field] == [
         ("dense", 6),
         ("full", 6),
@@ -36,7 +36,7 @@ def test_every_contender_runs_in_every_round():
         ("shared", 3),
         ("pruned", 3),
     ]
-    timings = time_in_turn(field, IDS, prompts=(8, 40), batches=(1, 2), late=IDS[:1], rounds=2)
+    timings = time_interleaved(field, IDS, prompts=(8, 40), batches=(1, 2), late=IDS[:1], rounds=2)
     for timing in timings.values():
         assert all(len(values) == 2 for values in (*timing.prefill.values(), *timing.decode.values()))
         assert len(timing.prefill) == 2
@@ -50,14 +50,14 @@ def test_every_contender_runs_in_every_round():
 
 
 def test_contenders_take_turns_token_by_token(monkeypatch):
-    field, order, step = routed_contenders(routed_tiny(), [3], IDS), [], Contender.step
+    field, order, step = benchmark_cases(routed_tiny(), [3], IDS), [], BenchmarkCase.step
 
     def noted(self, ids, cache):
         order.append((self.name, cache.get_seq_length()))
         return step(self, ids, cache)
 
-    monkeypatch.setattr(Contender, "step", noted)
-    time_in_turn(field, IDS, prompts=(8,), batches=(1,), rounds=1)
+    monkeypatch.setattr(BenchmarkCase, "step", noted)
+    time_interleaved(field, IDS, prompts=(8,), batches=(1,), rounds=1)
     turns = [order[first : first + 4] for first in range(0, len(order), 4)]
     assert [sorted(turn) for turn in turns] == 2 * [
         [(name, at) for name in ("dense", "full", "pruned", "routed")] for at in range(PROMPT, PROMPT + STEPS)
@@ -67,7 +67,7 @@ def test_contenders_take_turns_token_by_token(monkeypatch):
 
 def test_stock_models_get_the_cache_that_the_engine_has():
     """Long caches are views of buffers for all, and say what stock's own cache says."""
-    dense = routed_contenders(routed_tiny(), [3], IDS)[0]
+    dense = benchmark_cases(routed_tiny(), [3], IDS)[0]
     ids = IDS[:1].repeat(1, 4)
     with torch.no_grad():
         cache = dense.prefill(ids)
@@ -79,9 +79,9 @@ def test_stock_models_get_the_cache_that_the_engine_has():
 
 def test_counted_work_is_that_of_the_layers_that_ran(monkeypatch):
     """All but the K/V of skipped tokens, and attention over keys that a mask hides, is what pruning leaves."""
-    monkeypatch.setattr("buddy.engine.selection.FEW", 2)  # few tokens, of which the engine would select none
-    field = routed_contenders(routed_tiny(sink_tokens=0), [3], IDS)
-    timings = time_in_turn(field, IDS, prompts=(90,), batches=(1,), rounds=1)
+    monkeypatch.setattr("buddy.engine.selection.MIN_SKIPPED", 2)  # few tokens, of which the engine would select none
+    field = benchmark_cases(routed_tiny(sink_tokens=0), [3], IDS)
+    timings = time_interleaved(field, IDS, prompts=(90,), batches=(1,), rounds=1)
     assert timings["routed", 3].flops["without_head"] < 1.35 * timings["pruned", 3].flops["without_head"]
     assert timings["routed", 3].flops["without_head"] < 0.8 * timings["dense", 6].flops["without_head"]
 
@@ -162,7 +162,7 @@ def test_a_changed_router_is_timed_again(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(read_run(finished / "buddy").folder, tmp_path / "run")
     backbone = build_backbone(read_run(folder).recipe)
     timed = measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path)
-    monkeypatch.setattr("buddy.evaluation.bench.time_in_turn", lambda *_, **__: pytest.fail("it measured again"))
+    monkeypatch.setattr("buddy.evaluation.bench.time_interleaved", lambda *_, **__: pytest.fail("it measured again"))
     assert measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path) == timed
     state = load_router(folder)
     save_router(folder, state | {"output.bias": state["output.bias"] + 1})
@@ -179,7 +179,7 @@ def test_batches_as_a_server_decodes_them(finished, tmp_path, monkeypatch, capsy
         finished / "buddy", json_file=tmp_path / "serve.json", budgets=["0.5", "2layers"], rounds=2
     )
     found = json.loads((tmp_path / "serve.json").read_text())["results"]
-    assert [(each["contender"], each["layers"], each["texts"]) for each in found] == [
+    assert [(each["case"], each["layers"], each["texts"]) for each in found] == [
         *(("full depth", 6, 1), ("full depth", 6, 3), ("a plan a row", 3, 1), ("a plan a row", 3, 3)),
         *(("a plan a batch", 3, 1), ("a plan a batch", 3, 3), ("pruned", 3, 1), ("pruned", 3, 3)),
         *(("a plan a row", 2, 1), ("a plan a row", 2, 3), ("a plan a batch", 2, 1), ("a plan a batch", 2, 3)),

@@ -21,7 +21,7 @@ class Landscape:
     Args:
         geometry: sizes of the backbone that is not there.
         loss: the loss of a set of routable layers left out, the mean over all windows.
-        asked: K's of the budgets, deepest first.
+        layer_counts: K's of the budgets, deepest first.
         seed: the recipe's.
         count: calibration windows, of which each has the same loss.
     """
@@ -30,12 +30,18 @@ class Landscape:
         self,
         geometry: Geometry,
         loss: Callable[[Removed], float] = lambda removed: 0.0,
-        asked: Sequence[int] = (),
+        layer_counts: Sequence[int] = (),
         *,
         seed: int = 0,
         count: int = 8,
     ) -> None:
-        self.geometry, self.loss, self.asked, self.seed, self.count = geometry, loss, tuple(asked), seed, count
+        self.geometry, self.loss, self.layer_counts, self.seed, self.count = (
+            geometry,
+            loss,
+            tuple(layer_counts),
+            seed,
+            count,
+        )
         self.bridge_windows = 0
         self.block_influence = torch.linspace(1, 2, geometry.routable)
         self.calls: list[tuple[list[Removed], str, int]] = []  # sets, criterion, windows

@@ -21,7 +21,9 @@ def made(name: str) -> Router:
     """A calibrated router whose learned part is not at its start."""
     backbone = tiny_backbone()
     router = build(name, geometry_of(backbone), {})
-    router.calibrate(CalibrationProbe(RoutedLM(backbone, router), torch.arange(3, 67).reshape(4, 16), asked=[5, 3]))
+    router.calibrate(
+        CalibrationProbe(RoutedLM(backbone, router), torch.arange(3, 67).reshape(4, 16), layer_counts=[5, 3])
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in router.parameters():

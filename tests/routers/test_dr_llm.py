@@ -23,7 +23,7 @@ class ByDistance(CalibrationProbe):
 
 def calibrated(backbone, windows, asked, probe=CalibrationProbe, **options) -> tuple[RoutedLM, CalibrationProbe]:
     model = RoutedLM(backbone, DrLLM(geometry_of(backbone), **options))
-    probe = probe(model, windows, asked=asked, seed=0, prompt=8)
+    probe = probe(model, windows, layer_counts=asked, seed=0, prompt=8)
     model.router.calibrate(probe)
     return model, probe
 
@@ -49,7 +49,7 @@ def test_simulations_bound_what_is_measured():
                 asked.append(len(runs))
             return super().losses(runs, criterion, windows, **options)
 
-    probe = Counts(RoutedLM(backbone, router), WINDOWS, asked=(8, 6), prompt=8)
+    probe = Counts(RoutedLM(backbone, router), WINDOWS, layer_counts=(8, 6), prompt=8)
     router.search(probe, 4)
     assert 0 < sum(asked) <= 4 * 2 * (1 + 8)
 

@@ -29,7 +29,7 @@ def test_it_passes_the_greedy_search_where_layers_hang_together():
 def test_the_loss_never_rises_from_the_start(seed, asked):
     probe = Landscape(SIZES, rugged(10, seed), sorted(asked, reverse=True), seed=seed)
     router = searched(EvoPress, probe, generations=3, offspring=4, initial=5)
-    for executed in probe.asked:
+    for executed in probe.layer_counts:
         starts = [sets for sets, _, windows in probe.calls if windows == 1 and len(sets[0]) == 12 - executed]
         found = left_out(router, executed)
         assert len(found) == 12 - executed

@@ -22,7 +22,7 @@ def routed(router: PuDDing | None = None, **options) -> RoutedLM:
 
 def calibrated(windows=WINDOWS, seed: int = 0, asked=(6, 4), **options) -> tuple[RoutedLM, CalibrationProbe]:
     model = routed(**options)
-    probe = CalibrationProbe(model, windows, asked=asked, seed=seed, prompt=8)
+    probe = CalibrationProbe(model, windows, layer_counts=asked, seed=seed, prompt=8)
     model.router.calibrate(probe)
     return model, probe
 
@@ -75,7 +75,7 @@ def test_searches_are_greedy_on_their_windows_alone():
 def test_losses_are_regressed_for_the_sets_of_each_k():
     model, probe = calibrated(pool=2)
     router, context = model.router, probe.contexts()
-    for executed in probe.asked:
+    for executed in probe.layer_counts:
         removed = [rank.argsort()[: 8 - executed].tolist() for rank in router.rank]
         losses = probe.losses(torch.stack([probe.plan_without(layers) for layers in removed])).T
         predicted = router.predicted(at(context, executed))

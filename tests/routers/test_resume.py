@@ -33,7 +33,7 @@ def search(name: str, store, stop_after: int | None = None) -> tuple[dict[str, t
 
     torch.manual_seed(0)
     router = build(name, geometry_of(backbone), OPTIONS[name])
-    probe = CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 1, track, asked=[9, 7], seed=1, store=store)
+    probe = CalibrationProbe(RoutedLM(backbone, router), WINDOWS, 1, track, layer_counts=[9, 7], seed=1, store=store)
     measure = probe._measure
     probe._measure = lambda missing, *rest: (measured.append(len(missing)), measure(missing, *rest))
     with suppress(KeyboardInterrupt):

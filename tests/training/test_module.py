@@ -187,7 +187,7 @@ def test_a_router_is_calibrated_once_before_the_first_step(run, tmp_path, monkey
     module = make(calibrated=False)
     run(module, 1).save_checkpoint(tmp_path / "one.ckpt")
     (probe,) = calls
-    assert (probe.count, probe.prompt, probe.asked) == (len(module.trainer.datamodule.calibration), 8, (4, 3))
+    assert (probe.count, probe.prompt, probe.layer_counts) == (len(module.trainer.datamodule.calibration), 8, (4, 3))
     assert module.start.prior.any()
     resumed = make(calibrated=False)
     run(resumed, 2, ckpt_path=tmp_path / "one.ckpt")

@@ -1,6 +1,6 @@
 """Stock models that share the weights of a model: cut to some of its layers, without its layers, or its head alone.
 
-Each twin runs the model's own code, so nothing here depends on the family. Routing hooks of the model are left out.
+Each of them runs the model's own code, so nothing here depends on the family. Routing hooks of the model are left out.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def pruned_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
     for name in PER_LAYER:
         if getattr(config, name, None):
             setattr(config, name, [getattr(config, name)[index] for index in kept])
-    return _twin(model, [_renumbered(model.model.layers[old], new) for new, old in enumerate(kept)], config)
+    return _with_layers(model, [_renumbered(model.model.layers[old], new) for new, old in enumerate(kept)], config)
 
 
 def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     """Logits (B, T, V) of hidden states (B, T, D) after the last norm; some families do more than one product."""
-    twin = _copied(model)
-    twin._modules["model"] = _Decoded(states)
-    return twin(input_ids=states.new_zeros(states.shape[:2], dtype=torch.long), use_cache=False).logits
+    copied = _sharing_copy(model)
+    copied._modules["model"] = _Decoded(states)
+    return copied(input_ids=states.new_zeros(states.shape[:2], dtype=torch.long), use_cache=False).logits
 
 
-class LayerlessModel:
+class EmbeddingAndHead:
     """What comes before a model's layers and what comes after them.
 
-    The layers of a twin are stand-ins that note how each layer is called.
+    Its layers are stand-ins that note how each layer is called.
 
     Args:
         model: the whole model, routed or not.
@@ -54,7 +54,7 @@ class LayerlessModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._layers = [_StandIn() for _ in model.model.layers]
-        self._twin = _twin(model, self._layers, model.config)
+        self._around = _with_layers(model, self._layers, model.config)
 
     def embed(self, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """The hidden state (B, T, D) that enters the first layer, and each layer's keyword arguments.
@@ -62,7 +62,7 @@ class LayerlessModel:
         Args:
             input_ids: (B, T) long, without padding.
         """
-        self._twin.model(input_ids, use_cache=False)
+        self._around.model(input_ids, use_cache=False)
         inputs = [layer.inputs for layer in self._layers]
         hidden = self._layers[0].hidden
         for layer in self._layers:
@@ -98,20 +98,20 @@ class _Decoded(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.states)
 
 
-def _twin(model: PreTrainedModel, layers: Iterable[nn.Module], config: PreTrainedConfig) -> PreTrainedModel:
+def _with_layers(model: PreTrainedModel, layers: Iterable[nn.Module], config: PreTrainedConfig) -> PreTrainedModel:
     """A model in evaluation mode that shares all modules of `model` but its layers."""
-    twin, base = _copied(model), _copied(model.model)
-    base._modules["layers"], twin._modules["model"] = nn.ModuleList(layers), base
-    twin.config = base.config = config
-    return twin.eval()
+    copied, base = _sharing_copy(model), _sharing_copy(model.model)
+    base._modules["layers"], copied._modules["model"] = nn.ModuleList(layers), base
+    copied.config = base.config = config
+    return copied.eval()
 
 
-def _copied(module: PreTrainedModel) -> PreTrainedModel:
+def _sharing_copy(module: PreTrainedModel) -> PreTrainedModel:
     """The same parameters and submodules in a module of its own, without hooks."""
-    twin = object.__new__(type(module))  # `copy.copy` would call the constructor of a module that FSDP shards
-    twin.__dict__.update(module.__dict__, _modules=dict(module._modules))
-    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
-    return twin
+    copied = object.__new__(type(module))  # `copy.copy` would call the constructor of a module that FSDP shards
+    copied.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    copied._forward_hooks, copied._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return copied
 
 
 def _renumbered(layer: nn.Module, index: int) -> nn.Module:
@@ -121,8 +121,8 @@ def _renumbered(layer: nn.Module, index: int) -> nn.Module:
     routed = layer.__class__
     layer.__class__ = stock_class(layer)  # a routed layer's copy must not look for a forward
     try:
-        twin = copy.deepcopy(layer, shared | configs)
+        copied = copy.deepcopy(layer, shared | configs)
     finally:
         layer.__class__ = routed
-    twin.self_attn.layer_idx = index
-    return twin
+    copied.self_attn.layer_idx = index
+    return copied

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.engine.twins import LayerlessModel, head_logits, pruned_model
+from buddy.engine.shared_weights import EmbeddingAndHead, head_logits, pruned_model
 from tests.engine.reference import Fickle, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone, tiny_model
 
@@ -13,7 +13,7 @@ KEPT = [0, 2, 3, 5]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_twin_equals_its_model(family):
+def test_embedding_layers_and_head_equal_the_model(family):
     model = tiny_model(family)
     runs = torch.zeros(2, 14, 6, dtype=torch.bool)
     runs[..., KEPT] = True
@@ -23,7 +23,7 @@ def test_each_twin_equals_its_model(family):
     cache = pruned(IDS[:, :9], use_cache=True).cache
     step = pruned(IDS[:, 9:10], cache=cache, use_cache=True).logits
     torch.testing.assert_close(step[:, 0], pruned(IDS[:, :10]).logits[:, -1], atol=1e-5, rtol=1e-5)
-    shell = LayerlessModel(model)
+    shell = EmbeddingAndHead(model)
     hidden, inputs = shell.embed(IDS)
     for layer, named in zip(model.model.layers, inputs, strict=True):
         hidden = layer(hidden, **named)
@@ -40,7 +40,7 @@ def test_weights_are_shared_and_the_model_is_left_as_it_was():
         {name: id(p) for name, p in model.named_parameters()},
     )
     pruned = pruned_model(model, KEPT)
-    LayerlessModel(model).logits(torch.zeros(3, 64))
+    EmbeddingAndHead(model).logits(torch.zeros(3, 64))
     assert {id(p) for p in pruned.parameters()} <= set(parts.values())
     assert [layer.self_attn.layer_idx for layer in pruned.model.layers] == [0, 1, 2, 3]
     assert model.model.layers is layers
