@@ -67,10 +67,10 @@ def texts_of(text: str | None, recipe: Recipe) -> list[EvaluationText]:
     for each in found:
         if not each.own:
             check_unseen(recipe, each.source)
-        if not re.fullmatch(r"[\w.-]+", each.label):
+        if not re.fullmatch(r"[\w.-]{1,60}", each.label):
             raise DataError(
-                f"The label {each.label!r} cannot be a file name; give one of letters, digits, dots and hyphens, as in "
-                f"--domains other={each.source}."
+                f"The label {each.label!r} cannot be a file name; give at most 60 letters, digits, dots and hyphens, "
+                f"as in --domains other={each.source}."
             )
     return found
 

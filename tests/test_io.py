@@ -92,7 +92,8 @@ class TestFileStore:
 def test_output_paths_that_cannot_be_written(tmp_path):
     write_json(tmp_path / "input.json", {})
     check_output_path(tmp_path / "new.json", tmp_path / "input.json")
-    for path in (tmp_path, tmp_path / "none" / "x.json", tmp_path / "input.json"):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "none" / "x.json", tmp_path / "input.json", tmp_path / "pipe"):
         with pytest.raises(RunError):
             check_output_path(path, tmp_path / "input.json")
 

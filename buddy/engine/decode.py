@@ -41,7 +41,7 @@ class Sampler:
     def __init__(self, model: Any, prompt: int, temperature: float = 0.0, seed: int = 0, **options: Any) -> None:
         self._draws = temperature > 0
         config, _ = model._prepare_generation_config(
-            None, do_sample=self._draws, **({"temperature": temperature, **options} if self._draws else {})
+            None, do_sample=self._draws, **({"temperature": float(temperature), **options} if self._draws else {})
         )
         model._prepare_special_tokens(config, device=model.device)
         self._processors = model._get_logits_processor(config, input_ids_seq_length=prompt, device=str(model.device))

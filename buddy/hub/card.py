@@ -117,6 +117,12 @@ def _differences(run: Run, record: Mapping[str, Any], mixed: bool) -> list[str]:
             f"{record['tokens']} routed tokens have this plan, out of {record['plans']} distinct ones; it contains "
             f"{record['overlap']:.1%} of the layers that tokens choose."
         ]
+    if record["mean_over"] > 1:
+        found.append(
+            f"The run holds the budget in the mean over {record['mean_over']} tokens. The plan, and its share, are of "
+            f"exactly {len(record['kept'])} layers for each token; the run's tokens ran {record['executed_mean']:.2f} "
+            "in the mean on the text of the results."
+        )
     sinks = run.recipe.routing.sink_tokens
     if sinks and len(record["kept"]) < record["layers"]:
         first = "token (an attention sink)" if sinks == 1 else f"{sinks} tokens (attention sinks)"

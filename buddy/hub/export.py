@@ -100,6 +100,8 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
             "share": plans.commonest,
             "overlap": 1 - plans.off_commonest,
             "sink_tokens": run.recipe.routing.sink_tokens,
+            "mean_over": routed.mean_over,
+            "executed_mean": scores[0].executed.mean,
             "perplexity": {"run": scores[0].perplexity, "checkpoint": scores[1].perplexity},
             "largest_logit_difference": difference,
         }

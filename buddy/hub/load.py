@@ -32,6 +32,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    accept_license: bool = False,
 ) -> Model:
     """The model of a run, ready to generate: `buddy.load("runs/quickstart/buddy").generate("Once", budget=0.75)`.
 
@@ -42,6 +43,7 @@ def load(
         revision: branch, tag or commit, on the hub only.
         trust_remote_code: allow a run from the hub that runs the Python of its backbone's repository. In a folder its
             recipe alone decides; `pull` checks a folder of somebody else.
+        accept_license: accept the licence of an embedded backbone that asks for it; needed once.
 
     Raises:
         BuddyError: the run or its backbone cannot be used.
@@ -53,9 +55,10 @@ def load(
     else:
         found = check_run(download(name, revision), shown_as=name, trust_remote_code=trust_remote_code)
     found = found if backbone is None else with_backbone(found, backbone)
+    section = replace(found.recipe.backbone, accept_license=accept_license)
     if dtype is not None:
-        section = replace(found.recipe.backbone, dtype=dtype)
-        found = replace(found, recipe=replace(found.recipe, backbone=section))
+        section = replace(section, dtype=dtype)
+    found = replace(found, recipe=replace(found.recipe, backbone=section))
     return Model(load_model(found, merged=True))
 
 

@@ -139,7 +139,7 @@ def draw_all(inspection: Inspection, folder: Path) -> dict[tuple[str, int], Path
 
 
 def _heading(inspection: Inspection, budget: str) -> str:
-    return f"budget {budget} ({inspection.executed[budget]} of {inspection.geometry.layers} layers)"
+    return f"budget {budget} ({inspection.executed[budget]} of {inspection.geometry.layers} layers{inspection.mean})"
 
 
 def write_tensorboard(inspection: Inspection, drawn: Mapping[tuple[str, int], Path], folder: Path) -> None:

@@ -75,7 +75,7 @@ def inspect_run(
     target = out or run.folder / FOLDER
     _check_options(target, text, domains, windows)
     sources = {} if text is not None else named_sources(domains, run.recipe.data.source)
-    if json_file:
+    if json_file and (os.path.isdir(target) or json_file.absolute().parent != target.absolute()):  # it is made
         own = [each for each in run.folder.iterdir() if each.name != FOLDER]  # figures and numbers are replaced
         check_output_path(json_file, *own, *run.inputs[1:], *sources.values())
     with status(f"Loading {run.backbone} …"):
@@ -93,7 +93,9 @@ def inspect_run(
         track = tracker(f"Routing {run.router_name}")
         runs = observe(routed, texts, executed.values(), batch_size=batch, track=track)
     words = token_labels(routed.backbone.tokenizer, ids[0].tolist())
-    inspection = Inspection(run.router_name, routed.geometry, routed.sink_tokens, executed, texts, runs, words)
+    inspection = Inspection(
+        run.router_name, routed.geometry, routed.sink_tokens, routed.mean_over, executed, texts, runs, words
+    )
     _print_tables(inspection)
     if text is not None:
         layers = inspection.geometry.layers
@@ -159,11 +161,12 @@ def _print_tables(inspection: Inspection) -> None:
         for text in inspection.texts
     )
     sinks = f"; sink tokens, run at full depth and left out: {inspection.sinks} a window" if inspection.sinks else ""
+    mean = f"Layers are those of the budget{inspection.mean}. " if inspection.mean else ""
     note = (
-        "Plan changes: tokens whose plan is not that of the token before; layers apart: in how many layers these two "
-        f"differ, on average. Plans: distinct ones, in all and in {span} tokens. Most frequent: tokens with the text's "
-        "most frequent plan; off it: chosen layers that the most frequent plan of all texts does not run. Share of "
-        f"tokens that ran each layer: {HEIGHTS[0]} few … {HEIGHTS[-1]} all, · none.\n{sizes}{sinks}."
+        f"{mean}Plan changes: tokens whose plan is not that of the token before; layers apart: in how many layers "
+        f"these two differ, on average. Plans: distinct ones, in all and in {span} tokens. Most frequent: tokens with "
+        "the text's most frequent plan; off it: chosen layers that the most frequent plan of all texts does not run. "
+        f"Share of tokens that ran each layer: {HEIGHTS[0]} few … {HEIGHTS[-1]} all, · none.\n{sizes}{sinks}."
     )
     print_titled_table(f"Plans of {inspection.router}", head, rows, note)
 
@@ -184,7 +187,7 @@ def _print_tokens(inspection: Inspection, budget: str) -> None:
     """The first text token by token at one budget."""
     count, layers = inspection.executed[budget], inspection.geometry.layers
     legend = f"Layers 0 to {layers - 1} from left to right: █ ran, chosen  ▒ always runs  · skipped"
-    results.print(f"\nBudget {budget}: {count} of {layers} layers. {legend}", soft_wrap=True)
+    results.print(f"\nBudget {budget}: {count} of {layers} layers{inspection.mean}. {legend}", soft_wrap=True)
     for line in token_lines(inspection, count):
         results.print(line, soft_wrap=True)
 

@@ -179,6 +179,7 @@ class Inspection:
         router: its name.
         geometry: sizes of the backbone.
         sinks: first tokens of each window, at full depth at every budget; they are left out of all measures.
+        mean_over: tokens that run K layers in the mean; 1 where each runs exactly K.
         executed: K by budget, deepest first.
         texts: what ran, in windows of one length.
         runs: (N, T, L) bool, what ran, by label of the text and K.
@@ -188,10 +189,16 @@ class Inspection:
     router: str
     geometry: Geometry
     sinks: int
+    mean_over: int
     executed: Mapping[str, int]
     texts: Sequence[TextWindows]
     runs: Mapping[tuple[str, int], np.ndarray]
     words: Sequence[str]
+
+    @property
+    def mean(self) -> str:
+        """What to write after a number of layers."""
+        return f" in the mean over {self.mean_over} tokens" if self.mean_over > 1 else ""
 
     def plans(self, count: int) -> np.ndarray:
         """(N, T − sinks, L) bool, the plans of the routed tokens of all texts at K."""
@@ -222,6 +229,11 @@ class Inspection:
             found[count][label] = Measures.of(runs[:, self.sinks :], reference, self.geometry.always_on)
         return found
 
+    def _executed(self, count: int) -> dict[str, float]:
+        """Layers that routed tokens ran at K, least, mean and most."""
+        ran = self.plans(count).sum(-1)
+        return {"min": int(ran.min()), "mean": float(ran.mean()), "max": int(ran.max())}
+
     def as_json(self) -> dict[str, Any]:
         """All numbers; a token's plan is a string of L characters, "1" for a layer that ran."""
         first = self.texts[0]
@@ -238,6 +250,7 @@ class Inspection:
             {
                 "budget": budget,
                 "layers": count,
+                "executed": self._executed(count),
                 "share": self.plans(count).mean((0, 1)).tolist(),
                 "commonest_plan": commonest_plan(self.plans(count)).nonzero()[0].tolist(),
                 "domains": {label: asdict(found) for label, found in self.measures[count].items()},
@@ -250,6 +263,7 @@ class Inspection:
             "layers": self.geometry.layers,
             "always_on": [*range(self.geometry.context_layer), self.geometry.layers - 1],
             "sink_tokens": self.sinks,
+            "mean_over": self.mean_over,
             "domains": domains,
             "text": {"domain": first.label, "tokens": first.windows.input_ids[0].tolist(), "words": [*self.words]},
             "budgets": budgets,

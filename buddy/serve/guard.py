@@ -40,7 +40,8 @@ class ApiError(Exception):
         """{"error": …}."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
+        message = str(self).encode(errors="backslashreplace").decode()  # JSON's "\\ud800" alone is no text in UTF-8
+        return {"error": {"message": message, "type": kind, "param": self.field, "code": self.code}}
 
     def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
         """The answer."""

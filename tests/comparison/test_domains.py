@@ -62,6 +62,7 @@ def test_the_same_file_by_another_path_is_the_recipes_own(tmp_path, monkeypatch)
         ("a/x.txt,b/x.txt", "'x'"),
         ("a/sotu.txt", "'sotu'"),
         ("a b.txt", "'a b'"),
+        (f"{'a' * 61}=x.txt", "60"),
     ],
 )
 def test_what_cannot_be_told_apart_is_refused(text, message):

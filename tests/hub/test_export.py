@@ -139,10 +139,12 @@ def test_the_plan_of_a_run_in_the_mean_has_k_layers(finished, tmp_path, monkeypa
 
     monkeypatch.setattr("buddy.hub.export.load_model", in_the_mean)
     record, run = exported(finished / "buddy", tmp_path / "out", budget="0.5"), read_run(finished / "buddy")
-    assert len(record["kept"]) == 3
+    assert (len(record["kept"]), record["mean_over"]) == (3, 8)
     routed = in_the_mean(run)
     data = build_data(run.recipe, routed.backbone)
     data.setup()
+    (ours,) = evaluate(routed, data.validation, [0.5], prompt=run.recipe.data.prompt)
+    assert record["executed_mean"] == ours.executed.mean
     routed.router = OnePlan(routed.geometry, record["kept"])
     with routed.changed(sink_tokens=0, mean_over=1):
         (theirs,) = evaluate(routed, data.validation, [0.5], prompt=run.recipe.data.prompt)

@@ -65,6 +65,8 @@ def test_sampling_follows_the_seed_and_keeps_the_callers_generator(model, tiny_l
     torch.manual_seed(3)
     assert texts[0] == texts[1] == stock(tiny_llama_folder, PROMPT, do_sample=True, temperature=0.8)
     assert texts[0] != texts[2]
+    hot = [model.generate(PROMPT, 1.0, max_new_tokens=NEW, temperature=two) for two in (2, 2.0)]
+    assert hot[0] == hot[1]
 
 
 def test_streaming_gives_the_same_in_pieces(model):

@@ -36,7 +36,9 @@ def inspection(runs, words, context_layer=1) -> Inspection:
     tokens, layers = runs.shape
     ids = Windows(torch.zeros(1, tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     sizes = Geometry(layers=layers, context_layer=context_layer, hidden=8, features=4)
-    return Inspection("$x^$", sizes, 1, {"0.5": 4}, [TextWindows("5_%", None, ids, 1)], {("5_%", 4): runs[None]}, words)
+    return Inspection(
+        "$x^$", sizes, 1, 1, {"0.5": 4}, [TextWindows("5_%", None, ids, 1)], {("5_%", 4): runs[None]}, words
+    )
 
 
 @pytest.mark.parametrize(("tokens", "layers"), [(2, 6), (70, 15)])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_numbers_are_those_of_a_forward(finished, out):
         with torch.no_grad():
             output = routed(ids, executed=torch.full((3,), entry["layers"]), prompt=run.recipe.data.prompt)
         assert entry["text"] == ["".join(str(int(ran)) for ran in plan) for plan in output.runs[0]]
-        plans = output.runs[:, 1:]
+        plans, ran = output.runs[:, 1:], output.executed[:, 1:].double()
+        assert entry["executed"] == {"min": ran.min(), "mean": ran.mean(), "max": ran.max()}
         assert entry["share"] == pytest.approx(plans.double().mean((0, 1)).tolist())
         assert entry["domains"]["text"]["share"] == entry["share"]
         distinct, counts = plans.reshape(-1, 6).unique(dim=0, return_counts=True)
@@ -55,7 +57,7 @@ def test_numbers_are_those_of_a_forward(finished, out):
         assert entry["commonest_plan"] in [row.nonzero()[:, 0].tolist() for row in distinct[counts == counts.max()]]
     assert found["text"]["tokens"] == ids[0].tolist()
     assert len(found["text"]["words"]) == 48
-    assert (found["layers"], found["always_on"], found["sink_tokens"]) == (6, [0, 5], 1)
+    assert (found["layers"], found["always_on"], found["sink_tokens"], found["mean_over"]) == (6, [0, 5], 1, 1)
     assert names(out) == FILES
 
 
@@ -92,12 +94,12 @@ def test_domains(finished, out, tmp_path, small):
     assert names(out) == {*figures, "routing.json", "notes.json", "tokens-of-mine.png"}
 
 
-def test_one_text_is_shown_token_by_token(finished, out, tmp_path):
-    words = ["--text", "Four $cores$\n", "--out", out, "--json", tmp_path / "n.json"]
+def test_one_text_is_shown_token_by_token(finished, out):
+    words = ["--text", "Four $cores$\n", "--out", out, "--json", out / "n.json"]
     result = CliRunner().invoke(app, ["inspect", "--run", *map(str, [finished / "buddy", *words])])
     assert result.exit_code == 0, result.output
-    assert names(out) == FILES - {"routing.json"}
-    found = json.loads((tmp_path / "n.json").read_text())
+    assert names(out) == FILES - {"routing.json"} | {"n.json"}
+    found = json.loads((out / "n.json").read_text())
     assert found["text"]["words"] == [*"Four", "␣", *"$cores$", "↵"]
     plans = next(entry["text"] for entry in found["budgets"] if entry["budget"] == "0.75")
     lines = result.output.splitlines()
@@ -105,6 +107,18 @@ def test_one_text_is_shown_token_by_token(finished, out, tmp_path):
     for number, (word, plan) in enumerate(zip(found["text"]["words"], plans, strict=True)):
         signs = "".join("·█"[int(ran)] for ran in plan)
         assert lines[start + number].startswith(f"{word}  {signs if number == 0 else f'▒{signs[1:-1]}▒'}")
+
+
+def test_budgets_in_the_mean_are_named(finished, out, monkeypatch, capsys):
+    def in_the_mean(run):
+        routed = load_model(run)
+        routed.settings = replace(routed.settings, mean_over=8)
+        return routed
+
+    monkeypatch.setattr("buddy.inspection.inspect.load_model", in_the_mean)
+    inspect_run(finished / "buddy", out=out, text="a layer and a budget and a plan", budgets=["0.5"])
+    assert "3 of 6 layers in the mean over 8 tokens" in capsys.readouterr().out
+    assert numbers(out)["mean_over"] == 8
 
 
 @pytest.mark.slow

@@ -23,7 +23,9 @@ GOOD = {
     "messages": st.lists(
         st.fixed_dictionaries({"role": st.text(max_size=9), "content": st.text(max_size=20) | ANY}), max_size=3
     ),
-    "budget": st.sampled_from(["0.5", 1, 0.75, "4layers", "9layers", "-3ms", "auto:", "auto", "", "nan", 1e309, -1]),
+    "budget": st.sampled_from(
+        ["0.5", 1, 0.75, "4layers", "9layers", "-3ms", "auto:", "auto:auto\ud800", "auto", "", "nan", 1e309, -1]
+    ),
     "prompt_budget": st.sampled_from(["0.5", 1, "9layers"]),
     "max_tokens": st.integers(-1, 4) | st.just(10**6),
     "max_completion_tokens": st.integers(0, 4),
