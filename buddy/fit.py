@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -48,7 +47,7 @@ from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, on_disk, out_of_memory, within_memory, write_bytes
 from buddy.metrics.perplexity import MAX_STATE_BYTES, Reference, Scores, with_documents
-from buddy.predictor.train import fit_predictor, remove_targets
+from buddy.predictor.train import fit_predictor
 from buddy.provenance import CODE, code_digest
 from buddy.registry import load
 from buddy.router import LayerwiseRouter, available_budgets
@@ -192,7 +191,7 @@ class Session:
                     model.adapter.save(folder / ADAPTER)
                 draw_run(folder, scores)
                 about = {"fit": cost, "windows": self.data.evaluated.fingerprint}
-                _remove_intermediate(run_folder.complete(with_documents(scores) | about))
+                run_folder.complete(with_documents(scores) | about)
             except Exception as error:
                 with suppress(BuddyError):  # the disk may be full
                     run_folder.abandon()
@@ -357,15 +356,6 @@ def _check_monitor(recipe: Recipe, spec: ClassSpec, callback: Any) -> None:
         raise RecipeError(f"{spec.class_path} monitors {monitor}, which no validation measures{advice}")
 
 
-def _remove_intermediate(folder: Path) -> None:
-    """Remove what only an incomplete run needs; the checkpoint of healing is several times the adapter's size."""
-    (folder / CHECKPOINTS / HEALING).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS / FITTED, ignore_errors=True)
-    with suppress(OSError):  # the router's own checkpoint stays
-        (folder / CHECKPOINTS).rmdir()
-    remove_targets(folder)
-
-
 def _train(recipe: Recipe, model: RoutedLM, data: TextData, checkpoint: Path) -> None:
     """Train the calibrated router in place, from the run's own checkpoint or else from `ckpt_path`."""
     start = checkpoint if checkpoint.exists() else recipe.ckpt_path
@@ -428,7 +418,7 @@ def _run_trainer(
     with quiet():
         trainer = build_trainer(
             trained,
-            callbacks=[stop, *own, LastCheckpoint(checkpoint, recipe.checkpoint_every, stop)],
+            callbacks=[*own, stop, LastCheckpoint(checkpoint, recipe.checkpoint_every, stop)],
             logger=instantiate(recipe.logger) if recipe.logger else tensorboard,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=checkpoint.parent.parent,

@@ -20,7 +20,7 @@ import re
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from buddy.run_files import (
     RECIPE,
     ROUTER,
     SUMS,
+    TARGETS,
     check_files,
     read_facts,
     read_metrics,
@@ -82,7 +83,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """The lock to hold while the run is made; it completes a swap that was killed.
+        """The lock to hold while the run is made; it completes what a kill left half done.
 
         Raises:
             RunError: another process holds it, or the folder cannot be written.
@@ -205,13 +206,23 @@ class RunFolder:
             shutil.rmtree(folder.rename(self._beside("old")))
 
     def _swap(self) -> None:
-        """Move a complete refit to the final folder, and remove what it replaces."""
+        """Move a complete refit to the final folder; remove what it replaces, and what only an incomplete run needs.
+
+        The checkpoint of healing is several times the adapter's size.
+        """
         new, old = self._beside("new"), self._beside("old")
         with writing(self.path):
             if (new / METRICS).exists():
                 if self.path.exists():
                     self.path.rename(old)
                 new.rename(self.path)
+            if self.is_complete:
+                checkpoints = self.path / CHECKPOINTS
+                (checkpoints / HEALING).unlink(missing_ok=True)
+                for folder in (checkpoints / FITTED, self.path / TARGETS):
+                    shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # the router's checkpoint stays
+                    checkpoints.rmdir()
         shutil.rmtree(old, ignore_errors=True)
 
 

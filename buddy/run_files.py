@@ -30,6 +30,7 @@ ADAPTER = "adapter"  # the folder of a healed run's adapter
 PREDICTOR = "predictor.safetensors"
 PREDICTOR_FACTS = "predictor.json"
 CHECKPOINTS = "checkpoints"
+TARGETS = "predictor-targets"  # the folder of a budget predictor's measurements
 LAST, HEALING, FITTED = "last.ckpt", "healing.ckpt", "fitted"  # the folder has router and bridges before healing
 FORMAT = 2  # of a run folder; 1 is that of Buddy 0.1, which stored the checksums in run.json
 SUMS = "checksums"  # the key of the checksums in metrics.json

@@ -301,10 +301,15 @@ def test_a_kill_at_any_step_of_completion_leaves_the_old_run_or_the_new(folder, 
         shutil.rmtree(folder.path.parent, ignore_errors=True)
         make(folder, recipe, 1.0)
         with folder.lock():
-            save_router(begin(folder, other), {"weight": torch.full((2, 3), 2.0)})
+            work = begin(folder, other)
+            save_router(work, {"weight": torch.full((2, 3), 2.0)})
+            for needed in ("checkpoints/fitted/router.safetensors", "predictor-targets/1.json"):
+                (work / needed).parent.mkdir(parents=True)
+                (work / needed).write_text("of an incomplete run")
         code = completion_killed(folder, step)
         with folder.lock():
             found = read_run(folder.path)
+        assert {*found.folder.glob("*/")} == set(), "what only an incomplete run needs is gone"
         assert mark_of(folder.path) == {200: 1.0, 7: 2.0}[found.recipe.trainer["max_steps"]]
         seen.add((code, found.recipe.trainer["max_steps"]))
         assert mark_of(make(folder, recipe, 3.0)) == 3.0

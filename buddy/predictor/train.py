@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from buddy.predictor.features import Predictor, Targets, feature_size, measure_t
 from buddy.predictor.grpo import BudgetPolicy, train_policy
 from buddy.predictor.regress import CurvePredictor
 from buddy.router import Geometry, available_budgets
-from buddy.run_files import PREDICTOR, PREDICTOR_FACTS
+from buddy.run_files import PREDICTOR, PREDICTOR_FACTS, TARGETS
 from buddy.schema import Recipe
 
-TARGETS = "predictor-targets"  # in the folder of an unfinished run
 KINDS: dict[str, type[CurvePredictor] | type[BudgetPolicy]] = {
     kind.name: kind for kind in (CurvePredictor, BudgetPolicy)
 }
@@ -39,8 +37,8 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
         recipe: the whole run.
         routed: the model with its trained router.
         data: the text, set up.
-        folder: the incomplete run. It holds the measurements until `remove_targets`, so that the same call resumes
-            after an interruption.
+        folder: the incomplete run. It holds the measurements until it is complete, so that the same call resumes after
+            an interruption.
     """
     section = recipe.predictor
     for name in (PREDICTOR, PREDICTOR_FACTS):  # of an earlier attempt
@@ -66,11 +64,6 @@ def fit_predictor(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path
     described = {"name": predictor.name, "layers": list(arms), "options": options, "windows": len(targets.losses)}
     save_tensors(folder / PREDICTOR, predictor.requires_grad_(False).state_dict())
     write_json(folder / PREDICTOR_FACTS, described | facts)
-
-
-def remove_targets(folder: Path) -> None:
-    """Remove the measurements of `fit_predictor`, once the run is complete."""
-    shutil.rmtree(folder / TARGETS, ignore_errors=True)
 
 
 def load_predictor(folder: Path, geometry: Geometry) -> Predictor | None:

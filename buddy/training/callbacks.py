@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from buddy.console import Bar, errors
@@ -31,13 +32,17 @@ NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedule
 class GracefulStop(Callback):
     """Ctrl-C and SIGTERM stop the training after the step, in all processes; a second signal stops at once.
 
+    A validation that is due at this step runs first, since a resumed training would leave it out. Callbacks that may
+    end the training, too, stand before this one.
+
     Attributes:
         requested: whether a signal came, to this process or to another of the run.
+        stopped: whether it was a signal that ended the training.
         began: whether training was reached.
     """
 
     def __init__(self) -> None:
-        self.requested = self.began = False
+        self.requested = self.stopped = self.began = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = True
@@ -49,17 +54,30 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:  # amid a step
-            return
+        if not (batch_idx + 1) % trainer.accumulate_grad_batches and not validates_now(trainer):  # not amid a step
+            self._stop(trainer)
+            trainer.limit_val_batches = 0 if self.stopped else trainer.limit_val_batches  # or Lightning would validate
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.began and trainer.state.fn == TrainerFn.FITTING and not trainer.should_stop:
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
         self.requested = trainer.strategy.reduce_boolean_decision(self.requested, all=False)  # every process or none
         if self.requested:
-            trainer.should_stop, trainer.limit_val_batches = True, 0  # Lightning would validate once more
+            trainer.should_stop = self.stopped = True
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         errors.print("Stopping after this step …")
+
+
+def validates_now(trainer: Trainer) -> bool:
+    """At the end of a training batch, whether a validation follows before the next one."""
+    loop = trainer.fit_loop
+    return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 @contextmanager
@@ -77,6 +95,9 @@ def interrupts(trainer: Trainer) -> Iterator[None]:
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint up to date: every so many steps, and when the training ends or is stopped.
+
+    Where a validation follows a step, its checkpoint is written after it: a resumed training does not repeat it, and
+    callbacks that monitor it would miss it.
 
     Args:
         path: the checkpoint's file.
@@ -99,9 +120,16 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step  # or a resumed training would save amid its first step
 
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if not validates_now(trainer):
+            super().on_train_batch_end(trainer, *args)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._should_skip_saving_checkpoint(trainer) and trainer.global_step % self._every_n_train_steps == 0:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stopped = trainer.strategy.reduce_boolean_decision(self._stop.requested, all=False)  # as one, see GracefulStop
-        self._ended = not stopped
+        self._ended = not self._stop.stopped
         if self._ended or self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 

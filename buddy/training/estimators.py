@@ -318,11 +318,11 @@ class Weighted:
             output = routed(ids, gate_weighted=True, **options)
         objective = self.objective(dense, output.logits, ids[:, batch.scored + 1]).mean(1)
         value[free] = objective.detach()
-        runs[free] = (
-            output.runs
-            if routed.mean_over > 1
-            else routed.plan(gate_order(output.weights.detach() > 0.5), executed, batch.prompt)
-        )
+        is_open = output.weights.detach() > 0.5
+        if routed.mean_over > 1:  # the gates alone decide
+            runs[free] = F.pad(is_open, (routed.geometry.context_layer, 1), value=True)
+        else:
+            runs[free] = routed.plan(gate_order(is_open), executed, batch.prompt)
         loss = (objective + router.penalty(output.weights, executed)).mean() * batch.weight(layers)
         return Estimate(loss, value, runs, None)
 

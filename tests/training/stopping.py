@@ -22,17 +22,17 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def at_step(monkeypatch, module: type, step: int, act) -> None:
-    """`act` is called in a training step of the modules of a class, once."""
-    calls, training_step = [], module.training_step
+def at_step(monkeypatch, module: type, step: int, act, method: str = "training_step") -> None:
+    """`act` is called in a training step of the modules of a class, or in a call of another method, once."""
+    calls, inner = [], getattr(module, method)
 
     def counted(self, *args):
         calls.append(None)
         if len(calls) == step:
             act()
-        return training_step(self, *args)
+        return inner(self, *args)
 
-    monkeypatch.setattr(module, "training_step", counted)
+    monkeypatch.setattr(module, method, counted)
 
 
 def same(one: dict, other: dict) -> bool:

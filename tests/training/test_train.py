@@ -98,13 +98,44 @@ def test_a_resumed_training_saves_no_checkpoint_amid_a_step(train, tmp_path, mon
     assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
+def stopping_early(patience: int) -> list[str]:
+    """Validations every two steps, and an end after the first and `patience` more."""
+    options = {"monitor": "val/kl", "patience": patience, "min_delta": 1e9, "check_on_train_epoch_end": False}
+    path = "lightning.pytorch.callbacks.EarlyStopping"
+    return [f"callbacks=[{{class_path: {path}, init_args: {json.dumps(options)}}}]", "trainer.val_check_interval=2"]
+
+
+@pytest.mark.parametrize("every", [2, 50])
+@pytest.mark.parametrize(
+    ("patience", "act", "raised", "step", "validation"),
+    [
+        (2, kill, Killed, 5, None),
+        (2, interrupt, KeyboardInterrupt, 4, None),
+        (1, interrupt, KeyboardInterrupt, 4, None),
+        (1, kill, Killed, None, 2),
+        (1, interrupt, KeyboardInterrupt, None, 2),
+        (2, interrupt, KeyboardInterrupt, None, 2),
+    ],
+)
+def test_a_resumed_training_stops_as_early(
+    train, tmp_path, monkeypatch, every, patience, act, raised, step, validation
+):
+    early = [*stopping_early(patience), f"checkpoint_every={every}"]
+    expected = train("whole", *early)
+    with monkeypatch.context() as patch:
+        if step:
+            at_step(patch, RoutingModule, step, act)
+        else:
+            at_step(patch, RoutingModule, validation, act, "on_validation_epoch_end")
+        with pytest.raises(raised):
+            train("parts", *early)
+    assert same(train("parts", *early), expected)
+    assert last(tmp_path / "parts")["global_step"] == last(tmp_path / "whole")["global_step"] == 2 + 2 * patience
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_training_that_ended_early_does_not_go_on_after_a_kill(train, tmp_path, monkeypatch):
-    stopping = {"monitor": "val/kl", "patience": 1, "min_delta": 1e9, "check_on_train_epoch_end": False}
-    early = [
-        f"callbacks=[{{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {json.dumps(stopping)}}}]"
-    ]
-    early += ["trainer.val_check_interval=2"]
+    early = stopping_early(1)
     expected = train("whole", *early)
     steps = last(tmp_path / "whole")["global_step"]
     assert steps < STEPS

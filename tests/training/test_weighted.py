@@ -68,8 +68,10 @@ def test_the_loss_is_the_objective_and_the_penalty():
     torch.testing.assert_close(result.loss, (expected + penalty).mean())
 
 
-def test_the_plans_are_those_of_the_open_gates():
+@pytest.mark.parametrize("over", [1, 8])
+def test_the_plans_are_those_of_the_open_gates(over):
     routed = tiny(scope="token")
+    routed.settings = replace(routed.settings, mean_over=over)
     with torch.no_grad():
         routed.router.weight.normal_(generator=torch.Generator().manual_seed(0))
         routed.router.bias.zero_()
@@ -80,7 +82,9 @@ def test_the_plans_are_those_of_the_open_gates():
     for row in (0, 2):
         for t in range(24):
             count = int(executed[row]) - 2
-            assert result.runs[row, t, 1:-1].tolist() == clamped((weights[row, t] > 0.5).tolist(), count)
+            is_open = (weights[row, t] > 0.5).tolist()
+            assert result.runs[row, t, 1:-1].tolist() == (clamped(is_open, count) if over == 1 else is_open)
+            assert result.runs[row, t, [0, -1]].all()
 
 
 @pytest.mark.parametrize(("router", "estimator"), [(FiRST, Perturbed), (FiRST, StraightThrough), (Fickle, Weighted)])
