@@ -294,5 +294,5 @@ def _rename_backbone(made: Path, run: Run, backbone: str) -> None:
 
 def _local_paths(run: Run) -> str:
     """The recipe's keys and values that are local paths."""
-    values = flatten(run.recipe).items()
-    return ", ".join(f"{key} {value}" for key, value in values if re.search(r"(^|[\[, '])[/~.]", str(value)))
+    values, path = flatten(run.recipe).items(), r"(^|[\[, '])[/~.]|\.(txt|jsonl?|csv|parquet|ckpt)\b"
+    return ", ".join(f"{key} {value}" for key, value in values if re.search(path, str(value)))

@@ -82,6 +82,14 @@ def test_a_licence_and_the_embedded_backbone_are_named(original, tmp_path):
     assert "provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms" in card.text
 
 
+def test_local_paths_of_the_recipe_are_named(pushed, tmp_path, capsys):
+    recipe = pushed / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("train_sources: []", "train_sources: [mine.jsonl, owner/name]"))
+    update_checksums(pushed)
+    push(pushed, to=str(tmp_path / "again"))
+    assert "data.train_sources [mine.jsonl, owner/name]" in (said := capsys.readouterr().out), said
+
+
 def test_a_round_trip_through_a_folder(finished, pushed, tmp_path):
     pull(str(pushed), out=tmp_path / "pulled")
     assert contents(tmp_path / "pulled") == contents(pushed)
