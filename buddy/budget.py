@@ -1,6 +1,6 @@
 """A budget → the number of executed layers K.
 
-A fraction or a count determines K by itself. A latency needs a table of milliseconds a token, which the caller gives.
+A fraction or a count determines K by itself. A latency needs a table of milliseconds per token, which the caller gives.
 "auto" needs a budget predictor, which chooses K for each request.
 """
 
@@ -69,7 +69,7 @@ def check_budget(budget: Budget) -> None:
 
 
 def latency_of(budget: Budget) -> float | None:
-    """15.0 for "15ms" or "15 ms", milliseconds a token; None for another kind of budget.
+    """15.0 for "15ms" or "15 ms", milliseconds per token; None for another kind of budget.
 
     Raises:
         BudgetError: not above 0.
@@ -125,8 +125,8 @@ def _within(latency: float, table: Table) -> int:
     least = min(table, key=lambda count: (table[count], count))
     taken = _rounded_up(table[least])
     raise BudgetError(
-        f"No plan is as fast as {latency:g} ms a token: {least} layers take {taken} ms a token here; ask for at least "
-        f"{taken}ms."
+        f"No plan is as fast as {latency:g} ms per token: {least} layers take {taken} ms per token here; ask for at "
+        f"least {taken}ms."
     )
 
 

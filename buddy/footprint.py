@@ -56,7 +56,7 @@ def print_memory(
         devices: to train on.
         budgets: of the caches, instead of the default recipe's.
         window: tokens in a training window.
-        batch_size: windows a step over all devices.
+        batch_size: windows per step over all devices.
         dtype: of weights and cache.
         strategy: "auto", each device with all weights, or "fsdp", each with its shard.
         router: an installed name.
@@ -89,7 +89,7 @@ def print_memory(
     training, serving = found["training"], found["serving"]
     millions = f"{found['parameters'] / 1e6:,.1f} million parameters"
     results.print(f"{backbone}: {model.num_layers} layers, {millions}, {dtype}")
-    batch = f"{counted(devices, 'device')}, {strategy}, {counted(batch_size, 'window')} of {window} tokens a step"
+    batch = f"{counted(devices, 'device')}, {strategy}, {counted(batch_size, 'window')} of {window} tokens per step"
     sizes = [(label, _gib(size)) for label, size in zip(LABELS, training.values(), strict=True)]
     print_titled_table(f"Training a router, each device ({batch})", ("", "GiB"), sizes)
     print_titled_table(

@@ -133,7 +133,7 @@ class Probe(Protocol):
         bridged: bool = False,
         what: str | None = None,
     ) -> Tensor:
-        """Mean nats a token of each window under each plan, (P, N') float64.
+        """Mean nats per token of each window under each plan, (P, N') float64.
 
         Plans share the work up to the first layer where they differ, so one call with many plans is cheaper than many
         calls.

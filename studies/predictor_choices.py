@@ -27,7 +27,7 @@ def by_epsilon(increase: np.ndarray, arms: np.ndarray, epsilon: float) -> np.nda
     """(N,) indices of the smallest arm whose increase is at most ε, of the largest arm where there is none.
 
     Args:
-        increase: (N, A) nats a token above full depth.
+        increase: (N, A) nats per token above full depth.
         arms: (A,) executed layers, deepest first.
     """
     near = np.where(increase <= epsilon, arms, arms.max() + 1)
@@ -45,7 +45,7 @@ def thresholds(increase: np.ndarray, count: int = 60) -> np.ndarray:
 
 
 def prices(increase: np.ndarray, arms: np.ndarray, count: int = 60) -> np.ndarray:
-    """Prices to try, nats a layer: quantiles of the slopes between any two arms."""
+    """Prices to try, nats per layer: quantiles of the slopes between any two arms."""
     slopes = [(increase[:, low] - increase[:, high]) / (arms[high] - arms[low]) for high, low in _pairs(len(arms))]
     return np.unique(np.quantile(np.concatenate(slopes), np.linspace(0, 1, count)).clip(min=0))
 
@@ -54,7 +54,7 @@ def spent(places: np.ndarray, losses: np.ndarray, arms: np.ndarray) -> tuple[np.
     """(N,) layers and (N,) losses of requests that run the arms at these indices.
 
     Args:
-        losses: (N, A) nats a token.
+        losses: (N, A) nats per token.
     """
     return arms[places].astype(np.float64), losses[np.arange(len(losses)), places]
 
@@ -87,7 +87,7 @@ class Measured:
 
     Attributes:
         arms: (A,) executed layers, deepest first; the first is full depth.
-        losses: (N, A) nats a token.
+        losses: (N, A) nats per token.
         features: (N, size).
         pooled: how many features at the start are the pooled states.
         domains: label of each window's text.
@@ -103,7 +103,7 @@ class Measured:
 
     @property
     def increase(self) -> np.ndarray:
-        """(N, A) nats a token above full depth."""
+        """(N, A) nats per token above full depth."""
         return self.losses - self.losses[:, :1]
 
 

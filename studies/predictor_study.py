@@ -109,14 +109,16 @@ def _typical(measured: Measured, chosen: list[np.ndarray]) -> np.ndarray:
 def _show(report: dict[str, Any], router: str) -> None:
     """One row for each fixed budget: what each method needs for the same loss."""
     ways = list(report["fixed"][0]["ways"])
-    title = f"{router}: layers a token at the mean loss of a fixed budget (saved; 95 % interval)"
+    title = f"{router}: layers per token at the mean loss of a fixed budget (saved; 95 % interval)"
     rows = [
         (f"{row['layers']:g}", f"{row['loss']:.3f}", *(_cell(row["ways"][way]) for way in ways))
         for row in report["fixed"]
     ]
-    print_titled_table(title, ["fixed", "nats a token", *ways], rows)
+    print_titled_table(title, ["fixed", "nats per token", *ways], rows)
     for name, found in report["single"].items():
-        text = "no mixture reaches its loss" if found is None else f"{_cell(found)} at {found['loss']:.3f} nats a token"
+        text = (
+            "no mixture reaches its loss" if found is None else f"{_cell(found)} at {found['loss']:.3f} nats per token"
+        )
         results.print(f"{name}: {text}")
     results.print(f"{report['windows']} windows. regress, priced and grpo were fitted on other documents.")
 
@@ -178,7 +180,7 @@ def _curves(axes: Any, points: Mapping[str, Sequence[Mapping[str, float]]]) -> N
             axes.plot(layers, above, "o", color="black", label="fixed budgets")
         else:
             axes.plot(layers, above, STYLES.get(name, "-" if len(layers) > 1 else "*"), label=name)
-    axes.set(xlabel="mean executed layers", ylabel="mean loss above the mixture's (nats a token)")
+    axes.set(xlabel="mean executed layers", ylabel="mean loss above the mixture's (nats per token)")
     axes.set_title("lower is better")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)

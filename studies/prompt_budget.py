@@ -2,8 +2,8 @@
 
 `python -m studies.prompt_budget RUN --texts sotu wikipedia.jsonl --counts 15 19 22`
 
-For each text and K: the mean KL to the dense model, in nats a token, over the last 64 tokens of each validation window,
-with the tokens before them at K and at full depth; and the time of that prompt in both cases.
+For each text and K: the mean KL to the dense model, in nats per token, over the last 64 tokens of each validation
+window, with the tokens before them at K and at full depth; and the time of that prompt in both cases.
 """
 
 import argparse

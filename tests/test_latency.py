@@ -26,7 +26,7 @@ def routed():
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Stands in for the clock: 1 ms a layer and 2 ms besides; the rounds of each measurement."""
+    """Stands in for the clock: 1 ms per layer and 2 ms besides; the rounds of each measurement."""
 
     class Calls(list):
         offset = 2.0

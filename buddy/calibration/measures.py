@@ -195,7 +195,7 @@ def _dense_states(outside: EmbeddingAndHead, layers: Sequence[Layer], input_ids:
 
 
 class PlanLosses:
-    """Mean losses of windows under plans, in nats a token; fixed batches give a loss the same bits in every call.
+    """Mean losses of windows under plans, in nats per token; fixed batches give a loss the same bits in every call.
 
     Args:
         backbone: the frozen model, outside of any budget.
@@ -224,7 +224,7 @@ class PlanLosses:
     def measure(
         self, pairs: Sequence[Pair], criterion: Criterion, track: Callable[[Sequence[Pair]], Iterable[Pair]]
     ) -> Iterator[tuple[Batch, str, Tensor]]:
-        """Yields for each pair its batch, its plan, and the mean loss (B,) float64 of each window, in nats a token.
+        """Yields for each pair its batch, its plan, and the mean loss (B,) float64 of each window, in nats per token.
 
         Args:
             pairs: batch by batch, the plans of each in lexicographic order, ascending or descending.

@@ -78,7 +78,7 @@ def compare(
     task_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder of your own task definitions (YAML).")
     ] = None,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens a second.")] = True,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second.")] = True,
     finished: Annotated[
         bool, typer.Option("--finished", help="Fit nothing: compare the complete runs, each with its seeds.")
     ] = False,

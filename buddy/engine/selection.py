@@ -16,8 +16,8 @@ from torch import Tensor
 
 MIN_SKIPPED, MAX_RUN_SHARE = 128, 0.7  # see `worth_selecting`
 WASTE = 0.15  # the share of a call that may be padding
-# Long calls have a multiple of so many tokens a row: oneDNN prepares a product for each new shape, which takes as long
-# as the product itself, and remembers 1,024 shapes.
+# Long calls have a multiple of so many tokens per row: oneDNN prepares a product for each new shape, which takes as
+# long as the product itself, and remembers 1,024 shapes.
 STEP, LONG = 16, 64
 
 

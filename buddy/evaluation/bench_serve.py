@@ -1,4 +1,4 @@
-"""`buddy bench --serve`: tokens a second of many clients, by the decoder of `buddy serve`."""
+"""`buddy bench --serve`: tokens per second of many clients, by the decoder of `buddy serve`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Given:
 def bench_serving(
     folder: Path, *, json_file: Path | None = None, budgets: Sequence[str] | None = None, rounds: int = 7
 ) -> None:
-    """Time decode steps of 1 to 32 texts and print a table: full depth, a plan a row, a plan a batch, and pruned.
+    """Time decode steps of 1 to 32 texts and print a table: full depth, a plan per row, a plan per batch, and pruned.
 
     Args:
         folder: the run.
@@ -89,7 +89,7 @@ def bench_serving(
     ids = sample_text(run, routed, BATCHES[-1], PROMPT + STEPS + 2)
     ways = [Served("full depth", routed.geometry.layers, routed, "row")]
     for count in below:
-        ways += [Served("a plan a row", count, routed, "row"), Served("a plan a batch", count, routed, "shared")]
+        ways += [Served("a plan per row", count, routed, "row"), Served("a plan per batch", count, routed, "shared")]
         if count >= MIN_LAYERS:  # of a model that can be decoded
             ways.append(Served("pruned", count, _pruned(routed, commonest_layers(routed, ids[:1], count)), "row"))
     with within_memory(f"a batch of {BATCHES[-1]} texts", "free some, or bench a smaller backbone"):
@@ -110,9 +110,9 @@ def bench_serving(
         rows.append([part[0]["case"], str(part[0]["layers"]), *cells])
     about = f"{run.router_name}, backbone {title_of(run.backbone)}"
     head = ["", "layers", *(counted(n, "text") for n in BATCHES)]
-    print_titled_table(f"{about}: tokens a second (ms between tokens)", head, rows)
+    print_titled_table(f"{about}: tokens per second (ms between tokens)", head, rows)
     spans = f"{SHORTEST} to {PROMPT}"
-    mean = " A plan a row runs K layers in the mean over tokens, a plan a batch in each." if over > 1 else ""
+    mean = " A plan per row runs K layers in the mean over tokens, a plan per batch in each." if over > 1 else ""
     results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.{mean}")
 
 

@@ -24,12 +24,12 @@ CAPTIONS = {
     "worse than the others leaves its panel at the top; the tables contain it.",
     TIME: "Cross-entropy over the measured time of a decoded token, one point for each budget.",
     PREFILL: "Cross-entropy over the measured time of a prompt, one point for each budget.",
-    WORK: "Cross-entropy over multiply-adds a token, one point for each budget.",
+    WORK: "Cross-entropy over multiply-adds per token, one point for each budget.",
 }
 MEASURED = {  # figures over measured columns of `Results.scores`, with the label of the horizontal axis
-    TIME: ("decode_ms", "milliseconds a token, decoding one text"),
+    TIME: ("decode_ms", "milliseconds per token, decoding one text"),
     PREFILL: ("prefill_ms", "milliseconds, reading one text"),
-    WORK: ("multiply_adds", "multiply-adds a token (millions), without the head"),
+    WORK: ("multiply_adds", "multiply-adds per token (millions), without the head"),
 }
 # For readers with colour blindness (Paul Tol's "muted" and "bright"); lines of one colour differ in their marks.
 COLOURS: tuple[str, ...] = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee", "#882255")
@@ -112,7 +112,7 @@ def draw_panels(r: Results, path: Path, x: str, label: str, *, shade: float = 0.
                 axis.axvline(stock, color="#888888", linewidth=1, linestyle="-.", label="stock dense model")
             _limit(axis, points, shade)
             axis.set_title(text, fontsize=10, parse_math=False)
-            axis.set(xlabel=label, ylabel="cross-entropy (nats a token)")
+            axis.set(xlabel=label, ylabel="cross-entropy (nats per token)")
             axis.xaxis.set_major_locator(MaxNLocator(integer=x == "executed_mean"))
             axis.grid(alpha=0.3)
         for axis in panels[len(r.texts) :]:

@@ -60,14 +60,14 @@ class BuddyLM(HFLM):
     A request is a context and a continuation. The plans of the continuation's tokens come from the context and from
     what precedes them, never from what follows: all tokens run at once in the engine's parallel form, which is what
     step-by-step decoding gives. Where plans depend on where the prompt ends (`routing.prompt_plan=shared`,
-    `routing.reroute_every`, routers of one plan an input), only sequences whose contexts are equally long share a
+    `routing.reroute_every`, routers of one plan per input), only sequences whose contexts are equally long share a
     batch. At full depth batches and scores are those of `HFLM`, bit for bit.
 
     Args:
         run: a run folder, or a model that is loaded already.
         budget: a fraction such as 0.75, or "22layers".
         batch_size: sequences a batch, as in HFLM; "auto" for as many as hold `batch_tokens` tokens.
-        batch_tokens: tokens a batch, padding included; the run's `data.batch_size` × `data.window` by default.
+        batch_tokens: tokens per batch, padding included; the run's `data.batch_size` × `data.window` by default.
         device: "cpu" moves the model there; anything else leaves it where the run's recipe puts it, since `lm_eval`
             requests a GPU even where there is none.
         max_batch_size, trust_remote_code: `lm_eval` may give them; they change nothing here.
@@ -264,7 +264,7 @@ def _check(run: Any, budget: Any, options: dict[str, Any]) -> None:
 
 
 def _loaded(run: str | Path | RoutedLM) -> tuple[RoutedLM, int, int]:
-    """The model, tokens a batch and rows a batch of generation."""
+    """The model, tokens per batch and rows per batch of generation."""
     if isinstance(run, RoutedLM):
         return run, BATCH_TOKENS, 1
     found = read_run(run)

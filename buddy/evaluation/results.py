@@ -81,7 +81,7 @@ class Results:
         """Means over seeds, one row for each (text, router, budget).
 
         Columns: layers, K; executed_mean, what tokens ran; perplexity with its standard deviation perplexity_std over
-        seeds; seeds; kl; loss (nats a token) with its interval loss_low, loss_high over documents and seeds;
+        seeds; seeds; kl; loss (nats per token) with its interval loss_low, loss_high over documents and seeds;
         best_static, whether it is the static router of least loss; difference to that router with difference_low,
         difference_high and significant, whether the interval excludes 0, over enough documents; those of `times` where
         times were measured.
@@ -97,7 +97,7 @@ class Results:
     @cached_property
     def times(self) -> pd.DataFrame:
         """Milliseconds of a decoded token, decode_ms, which ran decode_layers on average, and of a prompt, prefill_ms;
-        millions of multiply-adds a token, multiply_adds. By (router, budget); the counts are missing in older records.
+        millions of multiply-adds per token, multiply_adds. By (router, budget); older records lack the counts.
         """
         speed, names = self.record.get("speed"), ["decode_ms", "decode_layers", "prefill_ms", "multiply_adds"]
         entries = [] if not speed else [(each["router"], each["layers"], each) for each in speed["results"]]

@@ -71,7 +71,7 @@ def differences(r: Results, text: str) -> Table:
     best = best.assign(budget=best.budget.map("{:g}".format)).sort_values("layers", ascending=False)
     where = best.groupby("router", sort=False).budget.agg(", ".join)
     names = "; ".join(f"{router} at {budgets}" for router, budgets in where.items())
-    title = f"Difference to the best static router on {text}, nats a token"
+    title = f"Difference to the best static router on {text}, nats per token"
     note = f"95 % intervals, paired over documents and seeds; * {APART}. † best static router: {names}.{_uneven(r)}"
     table = _by_budget(r, title, r.scores.loc[text], _signed, r.below, note)
     return table if table.has_numbers else replace(table, rows=[])
@@ -97,7 +97,7 @@ def kl(r: Results, text: str | None = None) -> Table:
     names = scores.index.unique("text")
     means = scores.groupby(["router", "budget"])[["kl"]].mean()
     where = f" on {names[0]}" if len(names) == 1 else ", mean of all texts"
-    title = f"KL to the dense model{where}, nats a token"
+    title = f"KL to the dense model{where}, nats per token"
     return _by_budget(r, title, means, lambda row: f"{max(row.kl, 0.0):.3f}", r.below)
 
 
@@ -141,7 +141,7 @@ def speeds(r: Results) -> list[Table]:
             f"of {speed['rounds']} rounds, {threads}, one run of each router; full depth is one measurement for all."
         )
         note += _timed_layers(r) * (tokens == 1)
-        found.append(_by_budget(r, f"{title}, tokens a second", r.scores.loc[r.texts[0]], cell, r.budgets, note))
+        found.append(_by_budget(r, f"{title}, tokens per second", r.scores.loc[r.texts[0]], cell, r.budgets, note))
     if speed and "multiply_adds" in speed["dense"]:
 
         def work(row: pd.Series) -> str:

@@ -44,7 +44,7 @@ def run_card(run: Run, metrics: Mapping[str, Any], name: str, licence: str | Non
 # {run.router_name} for {backbone}
 
 A router that decides for every token which of {layers} layers of {backbone} run: one router, every compute budget. \
-A budget of 0.75 means {count} round(0.75 · {layers}) layers a token. Made by Buddy {run.versions.get("buddy", "")} \
+A budget of 0.75 means {count} round(0.75 · {layers}) layers per token. Made by Buddy {run.versions.get("buddy", "")} \
 from the recipe `{run.recipe_name}` on the text `{title(run.recipe.data.source)}`. It holds no weights of the backbone \
 (fingerprint `{run.fingerprint}`).{extras}
 
@@ -189,7 +189,7 @@ def _results(metrics: Mapping[str, Any]) -> str:
     note = f"{first['tokens']} scored tokens of {counted(first['documents'], 'document')} of held-out text"
     if first["sink_tokens"]:
         note += f"; first tokens of a window at full depth, counted apart: {first['sink_tokens']}"
-    return f"{markdown(['budget', 'layers a token', *MEASURES], rows)}\n{note}.\n"
+    return f"{markdown(['budget', 'layers per token', *MEASURES], rows)}\n{note}.\n"
 
 
 def _cells(perplexity: float, interval: Sequence[float], kl: float) -> list[str]:

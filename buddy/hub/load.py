@@ -240,7 +240,7 @@ def summary(record: Record, executed: int, layers: int, budget: Budget = 1.0, ov
     if latency is not None:
         text = f"Asked for {latency:g} ms, which allow"
     mean = f" in the mean over {over} tokens" if over > 1 else ""
-    text += f" {executed} of {layers} layers a token{mean}. Prompt: "
+    text += f" {executed} of {layers} layers per token{mean}. Prompt: "
     text += _range(record.executed[0], record.sinks[0], layers)
     if len(record.executed) > 1:
         steps, sinks, runs = (torch.cat(each[1:], 1) for each in (record.executed, record.sinks, record.runs))

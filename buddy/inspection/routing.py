@@ -152,7 +152,7 @@ def observe(
         routed: model and router.
         texts: to run.
         counts: each K to run at.
-        batch_size: windows a forward.
+        batch_size: windows per forward.
         track: wraps the list of forwards to show progress.
     """
     forwards = [
@@ -280,7 +280,7 @@ def most_frequent(
         windows: of the text.
         executed: K.
         prompt: tokens at the start of each window that share a plan where prompts do.
-        batch_size: windows a forward.
+        batch_size: windows per forward.
         track: wraps the list of forwards to show progress.
     """
     text = TextWindows("text", None, windows, prompt)

@@ -1,7 +1,7 @@
 """Perplexity and KL to the dense model per budget, by the causal protocol.
 
 Each window has a prompt, which is read and not scored, and a continuation in which every token is routed on its own
-prefix. `measure` gives one row a window and budget; `scores_from` adds rows up in the order of windows, so that the
+prefix. `measure` gives one row per window and budget; `scores_from` adds rows up in the order of windows, so that the
 result is the same to the bit whichever process measured which window. Sums are kept per document, so that intervals and
 paired differences resample documents, not tokens.
 """
@@ -66,7 +66,7 @@ class Scores:
 
     @property
     def mean_loss(self) -> float:
-        """Mean cross-entropy in nats a token."""
+        """Mean cross-entropy in nats per token."""
         return float(self.loss.sum() / self.tokens.sum())
 
     @property
@@ -76,7 +76,7 @@ class Scores:
 
     @property
     def mean_kl(self) -> float:
-        """Mean KL to the dense model in nats a token."""
+        """Mean KL to the dense model in nats per token."""
         return float(self.kl.sum() / self.tokens.sum())
 
     def interval(self) -> tuple[float, float]:

@@ -29,7 +29,7 @@ def quantiles(values: np.ndarray) -> Interval:
 
 
 def mean_loss(loss: np.ndarray, tokens: np.ndarray) -> float:
-    """Mean cross-entropy over tokens and seeds, in nats a token.
+    """Mean cross-entropy over tokens and seeds, in nats per token.
 
     Args:
         loss: (seeds, documents) summed cross-entropy in nats.
@@ -44,7 +44,7 @@ def loss_interval(loss: np.ndarray, tokens: np.ndarray) -> Interval:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray) -> tuple[float, Interval]:
-    """Difference of mean cross-entropy (ours − theirs, nats a token) and its paired bootstrap interval.
+    """Difference of mean cross-entropy (ours − theirs, nats per token) and its paired bootstrap interval.
 
     Args:
         ours: (seeds, documents) summed cross-entropy in nats.

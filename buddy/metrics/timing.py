@@ -155,7 +155,7 @@ def time_interleaved(
 
 
 class StepMeans(NamedTuple):
-    """Means over the decode steps of one case: milliseconds a step, and layers that a token ran."""
+    """Means over the decode steps of one case: milliseconds per step, and layers that a token ran."""
 
     milliseconds: float
     executed: float

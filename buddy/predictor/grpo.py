@@ -63,7 +63,7 @@ def train_policy(
     Args:
         policy: the one to train.
         features: (N, size) of the requests' prompts.
-        losses: (N, arms) nats a token, of each request under each arm.
+        losses: (N, arms) nats per token, of each request under each arm.
         layers: L.
         section: factors of the cross-entropy in nats (λ_perf) and of K/L (λ_cost) in the reward, and of the policy's
             entropy (β) and its KL to the start in the loss; optimizer steps on `BATCH` requests each, the rate of Adam,

@@ -23,7 +23,7 @@ class CurvePredictor(Predictor):
         size: length of the feature vector.
         arms: executed layers K to choose from.
         pooled: length of the pooled states, the first features.
-        epsilon: ε, nats a token.
+        epsilon: ε, nats per token.
     """
 
     name = "regress"

@@ -35,7 +35,7 @@ MOVING = (
 # State
 
 
-@check("two fits with one seed are one router; `seeded` says whether another seed matters", repeatable)
+@check("two fits with the same seed give the same router; `seeded` says whether another seed matters", repeatable)
 def seed(subject: Subject) -> str:
     one, two, other = (output_of(subject.router(seed), subject.inputs) for seed in (0, 0, 1))
     if not torch.equal(one, two):
@@ -48,7 +48,7 @@ def seed(subject: Subject) -> str:
     return "comparisons repeat it over seeds" if subject.cls.seeded else "the seed changes nothing"
 
 
-@check("all of it comes back from safetensors", seed)
+@check("saving and loading restores the router exactly", seed)
 def saved(subject: Subject) -> str:
     """Loaded into a new router that was made with another seed and not calibrated."""
     router, again = subject.router(), subject.new_router(seed=1)
@@ -200,7 +200,7 @@ def speed(subject: Subject) -> str:
         raise Failed(
             f"One answer for one token takes {seconds:.2g} s; compute in __init__ or calibrate what does not change."
         )
-    return f"{1e6 * seconds:.0f} µs a token"
+    return f"{1e6 * seconds:.0f} µs per token"
 
 
 # Training
@@ -242,7 +242,7 @@ def weights(subject: Subject) -> str:
         if penalty.shape != (ROWS,) or not penalty.isfinite().all():
             raise Failed(
                 f"penalty gives {tuple(penalty.shape)} for {ROWS} rows, or is not finite, at K = {executed}; give one "
-                "finite number a row."
+                "finite number per row."
             )
     return "one weight a gate, one penalty a row"
 

@@ -40,7 +40,7 @@ class BudgetModule(LightningModule):
     The backbone is frozen and never saved. Batches are token tensors (B, T), or mappings with "input_ids" and, for
     validation and test, the numbers "window" and "document" (B,).
 
-    Validation logs `val/kl/0.75`, `val/loss/0.75` (cross-entropy, nats a token) and `val/perplexity/0.75` for each
+    Validation logs `val/kl/0.75`, `val/loss/0.75` (cross-entropy, nats per token) and `val/perplexity/0.75` for each
     budget, and `val/kl` and `val/loss`, the means over the budgets below full depth. Test logs the same under `test/`.
 
     Args:

@@ -180,11 +180,11 @@ def test_batches_as_a_server_decodes_them(finished, tmp_path, monkeypatch, capsy
     )
     found = json.loads((tmp_path / "serve.json").read_text())["results"]
     assert [(each["case"], each["layers"], each["texts"]) for each in found] == [
-        *(("full depth", 6, 1), ("full depth", 6, 3), ("a plan a row", 3, 1), ("a plan a row", 3, 3)),
-        *(("a plan a batch", 3, 1), ("a plan a batch", 3, 3), ("pruned", 3, 1), ("pruned", 3, 3)),
-        *(("a plan a row", 2, 1), ("a plan a row", 2, 3), ("a plan a batch", 2, 1), ("a plan a batch", 2, 3)),
+        *(("full depth", 6, 1), ("full depth", 6, 3), ("a plan per row", 3, 1), ("a plan per row", 3, 3)),
+        *(("a plan per batch", 3, 1), ("a plan per batch", 3, 3), ("pruned", 3, 1), ("pruned", 3, 3)),
+        *(("a plan per row", 2, 1), ("a plan per row", 2, 3), ("a plan per batch", 2, 1), ("a plan per batch", 2, 3)),
     ]
     for each in found:
         assert each["spread"][0] <= each["ms"] <= each["spread"][1]
         assert each["tokens_a_second"] == pytest.approx(1e3 * each["texts"] / each["ms"])
-    assert "a plan a batch" in capsys.readouterr().out
+    assert "a plan per batch" in capsys.readouterr().out

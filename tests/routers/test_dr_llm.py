@@ -66,7 +66,7 @@ def test_unseen_prompts_get_the_layers_that_their_text_needs():
     even, odd = torch.tensor([True, False, True, False]), torch.tensor([False, True, False, True])
     assert (runs[0::2] == even).all()
     assert (runs[1::2] == odd).all()
-    assert (runs == runs[:, :1]).all(), "one plan an input"
+    assert (runs == runs[:, :1]).all(), "one plan per input"
 
 
 def test_without_budgets_below_one_nothing_is_searched():

@@ -1,4 +1,4 @@
-"""PuDDing: its searches, its regression, its choice, and one plan an input."""
+"""PuDDing: its searches, its regression, its choice, and one plan per input."""
 
 import pytest
 import torch

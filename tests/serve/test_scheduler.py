@@ -135,8 +135,8 @@ def test_a_latency_buys_fewer_layers_beside_other_texts(clock):
     with scheduling(with_table(), batch=4) as scheduler:
         plans, *_ = written(scheduler, (first, "6ms", 40), *((prompt, "3layers", 5) for prompt in others))
         counts = [sum(plan) for plan in plans]
-        assert counts[1:4] == [3, 3, 3]  # four rows: 2 ms a layer
-        assert counts[-1] == 6  # alone: 1 ms a layer
+        assert counts[1:4] == [3, 3, 3]  # four rows: 2 ms per layer
+        assert counts[-1] == 6  # alone: 1 ms per layer
         assert counts[1:] == sorted(counts[1:])
         hurried, *_ = written(scheduler, (first, "3ms", 5), *((prompt, "3layers", 9) for prompt in others))
         assert [sum(plan) for plan in hurried[1:]] == [2] * 4  # the fewest where none fits
@@ -148,7 +148,7 @@ def test_a_latency_holds_on_a_machine_that_has_become_slower(clock):
         (plans,) = written(scheduler, (prompts(1)[0], "6ms", 60))
         counts = [sum(plan) for plan in plans]
         assert counts[1] == 6
-        assert counts[-1] == 3  # 1.9 ms a layer
+        assert counts[-1] == 3  # 1.9 ms per layer
         clock.speed = 1.0
         (plans,) = written(scheduler, (prompts(1)[0], "6ms", 60))
         assert sum(plans[-1]) > 4

@@ -28,7 +28,7 @@ def source(tmp_path_factory) -> str:
 
 @pytest.fixture
 def make(source, words):
-    """A new `TextData` of 4 windows a batch and 6 steps, set up; options override."""
+    """A new `TextData` of 4 windows per batch and 6 steps, set up; options override."""
 
     def make(setup=True, **options):
         sizes = {"window": WINDOW, "batch_size": 4, "steps": STEPS, "test_windows": 20, "calibration_windows": 12}

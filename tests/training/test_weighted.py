@@ -133,10 +133,10 @@ def test_gates_alone_decide_how_many_layers_run_where_that_is_asked(layerwise, t
         assert result["executed"]["mean"] == pytest.approx(2 + weights[:, 1:].sum(-1).mean().item(), abs=1e-3)
         assert result["executed"]["scored"] == pytest.approx(2 + weights[:, 11:-1].sum(-1).mean().item(), abs=1e-3)
     routed.settings = replace(routed.settings, mean_over=64)
-    assert routed.mean_over == 64, "gates of one plan an input, too"
+    assert routed.mean_over == 64, "gates of one plan per input, too"
     evaluate_run(layerwise / "pudding", json_file=tmp_path / "prompt.json", mean_over=64)
     for result in json.loads((tmp_path / "prompt.json").read_text())["results"]:
-        assert set(result["executed"].values()) == {result["layers"]}, "one plan an input"
+        assert set(result["executed"].values()) == {result["layers"]}, "one plan per input"
 
 
 @pytest.mark.parametrize("name", ["first", "pudding"])
@@ -147,5 +147,5 @@ def test_a_saved_run_generates_as_it_was_measured(layerwise, name):
         sequences = routed.backbone.model.generate(IDS[:2, :12], **options)
     assert [executed[:, -1].tolist() for executed in record.executed] == [[4, 4]] * 6
     runs = torch.cat(record.runs, 1)
-    assert torch.equal(runs[:, 1:], runs[:, 1:2].expand(-1, runs.shape[1] - 1, -1)), "one plan an input"
+    assert torch.equal(runs[:, 1:], runs[:, 1:2].expand(-1, runs.shape[1] - 1, -1)), "one plan per input"
     assert torch.equal(routed(sequences[:, :-1], executed=torch.tensor([4, 4]), prompt=12).runs, runs)
