@@ -23,10 +23,11 @@ from buddy import console, distributed
 from buddy.build import build_router, healing_steps, ignored_keys, with_dtype
 from buddy.config import with_router
 from buddy.console import Bar, clock, errors, status
+from buddy.data.text import named_sources
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RecipeError, RunError, described
 from buddy.evaluation.bench import measured
-from buddy.evaluation.record import collect, text_entry, write_results
+from buddy.evaluation.record import JSON, MARKDOWN, collect, text_entry, write_results
 from buddy.executors import LokyExecutor, RayExecutor, require_ray
 from buddy.fit import Session
 from buddy.io import check_output_path, locked, remove_parts
@@ -230,15 +231,24 @@ def check(config: CompareConfig) -> CompareConfig:
         _check_trained(config)
     if os.path.isfile(config.folder) or os.path.exists(config.folder / FACTS):
         raise RunError(f"{config.folder} is a file or a run folder; name another folder as --out.")
+    data = config.recipe.data
     if config.markdown:
-        check_output_path(config.markdown)
+        given = [config.recipe.backbone.name, data.source, *data.train_sources, *data.calibration_sources]
+        given += (named_sources(config.texts, data.source) if config.texts else {}).values()
+        check_output_path(
+            config.markdown, *given, *filter(None, [config.tasks.data, config.tasks.path, config.trained])
+        )
+    foreign = [name for name in (MARKDOWN, "tensorboard") if os.path.exists(config.folder / name)]
+    if foreign and not os.path.exists(config.folder / JSON) and not any(config.folder.glob("*/seed-*")):
+        raise RunError(f"{config.folder} has a {foreign[0]} that no comparison wrote; name another folder as --out.")
     if config.tasks.names:
-        from buddy.evaluation.task_data import load_tasks, quiet_lm_eval, require_lm_eval
+        from buddy.evaluation.task_data import items_digest, load_tasks, quiet_lm_eval, require_lm_eval
 
         require_lm_eval()
         with quiet_lm_eval(), status("Reading tasks …"):
-            names = tuple(load_tasks(config.tasks.names, config.tasks.data, config.tasks.path))
-        config = replace(config, tasks=replace(config.tasks, names=names))
+            loaded = load_tasks(config.tasks.names, config.tasks.data, config.tasks.path)
+            items = {name: items_digest(task) for name, task in loaded.items()}
+        config = replace(config, tasks=replace(config.tasks, names=tuple(loaded), items=items))
     return replace(config, recipe=with_dtype(config.recipe))
 
 

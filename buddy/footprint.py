@@ -66,7 +66,7 @@ def print_memory(
         BuddyError: the configuration, the router, a budget or the batch cannot be used.
     """
     if json_file:
-        check_output_path(json_file)
+        check_output_path(json_file, backbone)
     if batch_size % devices:
         raise DataError(
             f"A batch of {batch_size} windows cannot be shared by {devices} devices; set --batch-size to a multiple of "
@@ -86,6 +86,7 @@ def print_memory(
     default = [f"{budget:g}" for budget in available_budgets(routed.router, Recipe().budgets)]
     executed = {budget: routed.executed_layers(budget) for budget in budgets or default}
     found = _estimate(routed, executed, devices, batch_size // devices, window, strategy)
+    report_json(json_file, found)
     training, serving = found["training"], found["serving"]
     millions = f"{found['parameters'] / 1e6:,.1f} million parameters"
     results.print(f"{backbone}: {model.num_layers} layers, {millions}, {dtype}")
@@ -99,7 +100,6 @@ def print_memory(
         [(budget, str(executed[budget]), *map(_gib, of.values())) for budget, of in serving["cache"].items()],
         NOTE,
     )
-    report_json(json_file, found)
 
 
 def _estimate(

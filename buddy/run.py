@@ -324,9 +324,9 @@ class Run:
 
     @property
     def inputs(self) -> list[str | Path]:
-        """The folder and the recipe's texts, which a command that reads the run must not overwrite."""
+        """The folder, the model and the recipe's texts, which a command that reads the run must not overwrite."""
         data = self.recipe.data
-        return [self.folder, data.source, *data.train_sources, *data.calibration_sources]
+        return [self.folder, self.recipe.backbone.name, data.source, *data.train_sources, *data.calibration_sources]
 
 
 def read_run(folder: str | Path) -> Run:

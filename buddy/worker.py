@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Tasks:
     limit: int | None = None
     data: Path | None = None
     path: Path | None = None
+    items: Mapping[str, str] = field(default_factory=dict)  # their digests by task, once they are read
 
 
 def texts_of(text: str | None, recipe: Recipe) -> list[EvaluationText]:
@@ -209,13 +210,12 @@ def _weights(spec: RunSpec) -> dict[str, str]:
 
 def _task_content(name: str, tasks: Tasks) -> dict[str, Any]:
     """Digests of a task's items and definitions, and how many items are scored."""
-    items = tasks.data / f"{name}.jsonl" if tasks.data else None
     found = sorted(path for path in tasks.path.rglob("*") if path.is_file()) if tasks.path else []
     own = [path for path in found if "__pycache__" not in path.parts]  # lm-eval writes there
     return {
         "limit": tasks.limit,
         "lm_eval": version("lm_eval"),
-        "lines": checksum(items) if items and items.is_file() else None,
+        "items": tasks.items[name],
         "definitions": [checksum(path) for path in own],
     }
 

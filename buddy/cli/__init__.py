@@ -1,5 +1,7 @@
 """The command line: parse, call, print. Verbs import heavy modules inside their functions."""
 
+import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -13,6 +15,9 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """The `buddy` command."""
+    for stream in (sys.stdout, sys.stderr):  # tables have signs that not every terminal's encoding has
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()
 
 

@@ -103,8 +103,11 @@ def compare(
     resolved = load_recipe(recipe, overrides or [])
     from buddy.compare import CompareConfig
     from buddy.compare import compare as run_compare
+    from buddy.io import check_output_path
     from buddy.worker import Tasks
 
+    if markdown:
+        check_output_path(markdown, recipe)
     config = CompareConfig(
         resolved,
         recipe_name(recipe),

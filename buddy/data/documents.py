@@ -8,7 +8,7 @@ A document is
   parts of about eight windows, fewer if the text is short, at the ends of paragraphs if possible. Neighbouring parts
   may belong to different splits;
 - a pack of neighbouring rows that are shorter than a window, such as lines of JSON, with the tokenizer's
-  end-of-sequence token between them, until a window is full.
+  end-of-sequence token (an empty line if it has none) between them, until a window is full.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def read_documents(
     texts = load_texts(source, text_field)
     with reading(source, texts.data.nbytes):
         tokens = tokenise(cut_long(without_marks(texts), tokenizer, window), tokenizer)
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    separator = _separator(tokenizer, tokens[0]["input_ids"][-1:] if len(tokens) else [])
     packs = pack(list_lengths(tokens), window, len(separator))  # type: ignore[arg-type]
     begin = tokens[0]["input_ids"][:1] if len(tokens) else []
     documents = Documents(tokens, packs, separator, begin if begin == [tokenizer.bos_token_id] else [])
@@ -111,6 +111,13 @@ def read_documents(
             f"{fewest} are needed; give more text{advice}."
         )
     return documents
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase, end: list[int]) -> list[int]:
+    """What stands between two rows of a pack, of which the first ends with the tokens `end`."""
+    if tokenizer.eos_token_id is None:
+        return list(tokenizer("\n\n", add_special_tokens=False).input_ids)
+    return [] if end == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
 
 
 def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:

@@ -10,6 +10,7 @@ published results use it.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import os
@@ -58,7 +59,8 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
         builder = BUILDERS[files[0].suffix.lower()]
         return _text_column(_read(files, builder, source), "text" if builder == "text" else text_field, source)
     if name and path.suffix.lower() not in BUILDERS:
-        with reading(source, LONG, "there is no such file or folder, so check the name on the hub and the connection"):
+        advice = "there is no such file or folder, so check the name on the hub (owner/name:config) and the connection"
+        with reading(source, LONG, advice):
             rows = load_dataset(name["name"], name["config"], split="train")
         return _text_column(rows, text_field, source)
     raise DataError(
@@ -69,6 +71,8 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
 
 def same_source(one: str, other: str) -> bool:
     """Whether two sources are the same name, with or without a config, or paths of the same file or folder."""
+    if one in EMBEDDED or other in EMBEDDED:  # a folder may have that name, too
+        return one == other
     paths = [os.path.expanduser(each) for each in (one, other)]
     if any(map(os.path.exists, paths)):
         return one == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
@@ -146,7 +150,7 @@ def reading(source: str, size: int, advice: str = "correct or replace it") -> It
     except Exception as error:  # of `datasets`, pyarrow, zipfile and other readers
         cause = error.__cause__ or error  # `datasets` wraps the cause in an error without a reason
         cache = datasets.config.HF_DATASETS_CACHE
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError) and not isinstance(cause, ConnectionError):
             advice += (
                 f", or, if it is sound, free space in the cache {cache}, delete its files there, or set "
                 "HF_DATASETS_CACHE to another folder"
@@ -173,6 +177,8 @@ def _files(path: Path) -> list[Path]:
         if path.suffix.lower() not in BUILDERS:
             raise DataError(f"{path} is not a text file that can be read; give one of {accepted}.")
         found = [path]
+    elif not path.is_dir():
+        raise DataError(f"{path} is a device or a pipe; give a file or a folder.")
     else:
         visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
         found = sorted(file for file in visible if file.suffix.lower() in BUILDERS and os.path.isfile(file))
@@ -215,7 +221,10 @@ def _refuse_null(files: Sequence[Path]) -> None:
     """Arrow's JSON reader ends the whole process if a file begins with null."""
     for file in files:
         with file.open("rb") as stream:
-            if stream.read(4096).lstrip().startswith(b"null"):
+            start = stream.read(3).removeprefix(codecs.BOM_UTF8).lstrip()
+            while len(start) < 4 and (block := stream.read(4096)):
+                start = (start + block).lstrip()
+            if start.startswith(b"null"):
                 raise DataError(f"{file} begins with null where a text should be; give it one JSON object a row.")
 
 

@@ -77,7 +77,8 @@ def draw_all(results: Results, folder: Path, prefix: str = "") -> dict[str, Path
     draw_panels(results, paths[LAYERS], "executed_mean", "executed layers", shade=0.1)
     for name, (column, label) in MEASURED.items():
         if results.scores[column].isna().all():
-            paths.pop(name).unlink(missing_ok=True)  # of an earlier comparison
+            with writing(path := paths.pop(name)):
+                path.unlink(missing_ok=True)  # of an earlier comparison
             continue
         stock = results.record["speed"]["dense"].get(column)
         draw_panels(results, paths[name], column, label, stock=stock)

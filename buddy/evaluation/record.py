@@ -72,7 +72,7 @@ def collect(
     for folder in (each for folders in runs.values() for each in folders):
         for name in tasks:
             stored = read_json(task_file(folder, name))
-            inputs[f"task {name}"] = " ".join(filter(None, [stored["lines"], *stored["definitions"]]))
+            inputs[f"items of {name}"] = " ".join([stored["items"], *stored["definitions"]])
     return {
         "format": FORMAT,
         "command": command,
@@ -222,8 +222,13 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     first = next(iter(records.values()))
     base_path = next((path for path, record in records.items() if _has_learned(record)), next(iter(records)))
     base = records[base_path]
+    known_inputs: dict[str, tuple[Path, Any]] = {}
     for path, other in records.items():
         _check_comparable(base_path, base, path, other)
+        for name, digest in other.get("inputs", {}).items():  # older files lack some
+            there, known = known_inputs.setdefault(name, (path, digest))
+            if known != digest:
+                raise _not_joined(there, path, f"the {name}")
     routers: dict[str, tuple[Path, Any]] = {}
     runs: dict[tuple[str, int], tuple[Path, Any]] = {}
     for path, record in records.items():
@@ -240,14 +245,15 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
                 raise RunError(f"The run {name} is in {there} and in {path}; leave one of the files out.")
     order = {label: place for place, label in enumerate(routers)}
     timed = [record["speed"] for record in records.values() if record.get("speed")]
-    failures = [each for record in records.values() for each in record["failures"]]
+    failures = {(each["router"], each["seed"]): each for record in records.values() for each in record["failures"]}
+    recipe, fixed = base["recipe"], {each["recipe"].get("fixed", "null") for each in records.values()}
     return {
         **first,
-        "recipe": base["recipe"],
+        "recipe": recipe if len(fixed) == 1 else recipe | {"fixed": "null"},
         "routers": [router for _, router in routers.values()],
         "runs": [runs[key][1] for key in sorted(runs, key=lambda key: (order[key[0]], key[1]))],
         "speed": timed[0] if len(timed) == 1 else None,
-        "failures": [each for each in failures if (each["router"], each["seed"]) not in runs],
+        "failures": [each for key, each in failures.items() if key not in runs],
         "parts": [{key: each[key] for key in PROVENANCE} for each in records.values()],
     }
 
@@ -324,11 +330,13 @@ def _check_comparable(path: Path, one: Mapping[str, Any], other_path: Path, othe
     differing += [
         f"the text {label}" for label in dict.fromkeys([*texts, *others]) if texts.get(label) != others.get(label)
     ]
-    inputs, others = (record.get("inputs", {}) for record in (one, other))
-    differing += [f"the {name}" for name in inputs if inputs[name] != others.get(name, inputs[name])]
     differing += [key for key in ("layers", "tasks") if one.get(key) != other.get(key)]
     if differing:
-        raise RunError(
-            f"{path} and {other_path} were made differently ({'; '.join(differing)}) and cannot be joined; "
-            "make one of them again with the settings of the other."
-        )
+        raise _not_joined(path, other_path, "; ".join(differing))
+
+
+def _not_joined(path: Path, other: Path, differing: str) -> RunError:
+    return RunError(
+        f"{path} and {other} were made differently ({differing}) and cannot be joined; make one of them again with the "
+        "settings of the other."
+    )

@@ -117,17 +117,24 @@ class Results:
         return list(self.frame.text[self.frame.metric == "score"].unique())
 
     @cached_property
+    def shares(self) -> list[str]:
+        """Those whose score is a share of right answers, which are known item by item."""
+        known = {*self.frame.text[self.frame.metric == "correct"]}
+        return [task for task in self.tasks if task in known]
+
+    @cached_property
     def task_scores(self) -> pd.DataFrame:
         """Scores on tasks, means over seeds, one row for each (router, budget).
 
-        Columns: each task; mean over tasks; flips against full depth (the mean over tasks and seeds, 2407.09141);
-        best_static, difference with difference_low and difference_high, and significant, as in `scores`; the same of
-        flips, as flips_best_static and so on. Shares, not percent. What needs answers item by item is missing where
-        these are not known.
+        Columns: each task; mean over the tasks of `shares`; flips against full depth (the mean over tasks and seeds,
+        2407.09141); best_static, difference with difference_low and difference_high, and significant, as in `scores`;
+        the same of flips, as flips_best_static and so on. Shares, not percent; a task that is none of `shares` has its
+        own unit.
+        What needs answers item by item is missing where these are not known.
         """
         scores = self.frame[self.frame.metric == "score"]
         means = scores.groupby(["router", "budget", "text"]).value.agg(mean).unstack("text").reindex(columns=self.tasks)
-        means["mean"] = means[self.tasks].apply(mean, axis=1)
+        means["mean"] = means[self.shares].apply(mean, axis=1) if self.shares else math.nan
         rows = [row for budget in self.budgets for row in self._tasks_at(budget, means)]
         return means.join(pd.DataFrame(rows).set_index(["router", "budget"]))
 
@@ -211,8 +218,8 @@ class Results:
         yield from ((router, found[router]) for router in self.routers.index if router in found)
 
     def _answers(self, router: str, budget: float | None) -> list[np.ndarray]:
-        """For each task (seeds, items) of 0 and 1; empty where they are not all known."""
-        tasks = [self._by_document.get(("correct", task, budget), {}).get(router) for task in self.tasks]
+        """For each task of `shares` (seeds, items) of 0 and 1; empty where they are not all known."""
+        tasks = [self._by_document.get(("correct", task, budget), {}).get(router) for task in self.shares]
         seeds = len(self.fits.loc[router])
         return tasks if all(task is not None and len(task) == seeds for task in tasks) else []
 

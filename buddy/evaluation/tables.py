@@ -15,6 +15,7 @@ from buddy.evaluation.results import FEWEST, Results
 
 NONE = "–"
 UNEVEN = 0.1  # layers by which a row's mean may miss K without a note
+EXCEPTED = " Settings in brackets in a row's name stand in place of what is said here."
 APART = f"excludes 0, over at least {FEWEST} documents or items"
 MARKED = f"* below the best static router (†): the 95 % interval of the paired difference {APART}"
 WRITTEN = "<!-- written by `buddy compare` from comparison.json; change nothing here -->"
@@ -148,10 +149,11 @@ def speeds(r: Results) -> list[Table]:
             return NONE if pd.isna(row.multiply_adds) else f"{row.multiply_adds:.1f}"
 
         note = (
-            f"Counted while {speed['tokens']} tokens are read: executed layers with attention, keys and values of "
-            f"skipped layers, router and bridges; without the head. Full depth is the dense model."
+            f"Counted while {speed['tokens']} tokens are read: layers as computed (where most tokens run a layer, "
+            f"it is computed for all), attention, keys and values of skipped layers, router and bridges; without the "
+            f"head. Full depth is the dense model."
         )
-        title, scores = "Multiply-adds a token, millions", r.scores.loc[r.texts[0]]
+        title, scores = "Multiply-adds per token, millions", r.scores.loc[r.texts[0]]
         found.append(_by_budget(r, title, scores, work, r.budgets, note))
     return found
 
@@ -196,8 +198,9 @@ def number(value: float) -> str:
 def _tasks_at(r: Results, budget: float) -> Table:
     scores = r.task_scores.xs(budget, level="budget").reindex(r.routers.index)
     scores = scores[scores[r.tasks].notna().any(axis=1)]
-    names = [*r.tasks, "mean"]
-    cells = scores[names].map(lambda share: NONE if pd.isna(share) else f"{100 * share:.1f}")
+    shares = scores[[*r.shares, "mean"]].map(lambda share: NONE if pd.isna(share) else f"{100 * share:.1f}")
+    others = scores[[name for name in r.tasks if name not in r.shares]].map(lambda value: f"{value:.4g}")
+    cells = shares.join(others)[[*r.tasks, "mean"]]
     cells.insert(0, "router", scores.index)
     title = f"Tasks at {budget:g} ({r.budgets[budget]} layers), %"
     if budget not in r.below:
@@ -329,6 +332,7 @@ def _protocol(r: Results) -> Iterator[str]:
         "documents, the same for both routers; those of a row with one seed leave the variance between seeds out. The "
         "best static router is the best on these test windows at that budget, a choice that favours it. "
         f"Intervals are not corrected for multiple comparisons. {_at_full_depth(r)}"
+        f"{EXCEPTED * any('[' in label for label in r.routers.index)}"
     )
     yield ""
 
@@ -340,21 +344,19 @@ def _healed(r: Results) -> bool:
 def _at_full_depth(r: Results) -> str:
     """Full depth, which all rows share; how adapters or bridges were trained."""
     recipe = r.record["recipe"]
-    others = [label for label in r.routers.index if re.search(r"[\[;](adapter|bridge)[.=]", label)]
-    exceptions = f" This does not hold for {', '.join(others)}, whose names give their own settings." * bool(others)
     batches = f"steps of {recipe['data.batch_size']} windows on {_texts(r, 'data.train_sources')}"
     bridges, rate, joint = (recipe.get(f"bridge.{key}") for key in ("steps", "lr", "joint"))
     if not _healed(r):
         steps = bridges + recipe["trainer.max_steps"] if joint else bridges
         trained = f"Bridges are trained for {steps} {batches}, at rate {rate}"
         trained += f"; {recipe['trainer.max_steps']} of them train a router with parameters too. " if joint else ". "
-        return f"{trained * bool(steps)}At full depth all routers are the dense model.{exceptions}"
+        return f"{trained * bool(steps)}At full depth all routers are the dense model."
     beside = f" Bridges are trained in the same steps, at rate {rate}." * bool(bridges)
     rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
     return (
         f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "
         f"weights, {recipe['adapter.steps']} {batches}, at {rate}. It is active at full depth too, so rows differ "
-        f"there.{beside}{exceptions}"
+        f"there.{beside}"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +69,12 @@ def own_manager() -> TaskManager:
     return TaskManager()
 
 
+def items_digest(task: Task) -> str:
+    """Of all items that a task scores."""
+    text = json.dumps([*task.eval_docs], sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
+
+
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
     """Within this block lm-eval writes no log lines but errors, and shows no bar while it builds requests."""
@@ -87,13 +95,15 @@ def _defined(names: Sequence[str], folder: Path | None) -> dict[str, Task]:
     """Tasks as lm-eval or the definitions in a folder have them."""
     from huggingface_hub.constants import is_offline_mode
 
-    manager = own_manager() if folder is None else _manager_with(folder, names)
-    for name in names:
-        if name not in manager.task_index:
-            hint = nearest(name, manager.task_index) or "; `lm_eval ls tasks` lists all."
-            raise DataError(f"lm-eval has no task named {name!r}{hint}")
     try:
+        manager = own_manager() if folder is None else _manager_with(folder, names)
+        for name in names:
+            if name not in manager.task_index:
+                hint = nearest(name, manager.task_index) or "; `lm_eval ls tasks` lists all."
+                raise DataError(f"lm-eval has no task named {name!r}{hint}")
         return manager.load(names)["tasks"]
+    except DataError:
+        raise
     except Exception as error:  # data sets and definitions raise errors of every kind
         connect = "unset HF_HUB_OFFLINE, so that the hub can be read" if is_offline_mode() else "connect to the network"
         advice = f"{connect}, or give items by --task-data"

@@ -63,7 +63,12 @@ def accuracy_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
     Args:
         ours: for each task (seeds, items) of 0 and 1.
         theirs: the reference on the same items.
+
+    Raises:
+        ValueError: the numbers of items differ.
     """
+    for one, other in zip(ours, theirs, strict=True):
+        _check_items(one, other)
     estimates = _accuracies(ours, SEEDS) - _accuracies(theirs, REFERENCE_SEEDS)
     mean, reference = (float(np.mean([task.mean(1) for task in tasks])) for tasks in (ours, theirs))
     return mean - reference, quantiles(estimates)
@@ -80,9 +85,13 @@ def flips(full: np.ndarray, pruned: np.ndarray) -> np.ndarray:
         ValueError: the numbers of items differ.
     """
     full, pruned = np.asarray(full), np.asarray(pruned)
-    if full.shape[-1] != pruned.shape[-1]:
-        raise ValueError(f"{full.shape[-1]} and {pruned.shape[-1]} items cannot be compared")
+    _check_items(full, pruned)
     return (full != pruned).astype(int)
+
+
+def _check_items(one: np.ndarray, other: np.ndarray) -> None:
+    if one.shape[-1] != other.shape[-1]:
+        raise ValueError(f"{one.shape[-1]} and {other.shape[-1]} items cannot be compared")
 
 
 def hull(points: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:

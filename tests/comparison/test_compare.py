@@ -381,6 +381,14 @@ def test_mistakes_are_found_before_anything_is_written(ask, tmp_path, options, o
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("options", "overrides"), [({"texts": "mine={}"}, []), ({}, ["data.train_sources=[{}]"])])
+def test_results_do_not_replace_an_input(ask, tmp_path, options, overrides):
+    text = write_text(tmp_path / "mine.jsonl")
+    options = {name: value.format(text) for name, value in options.items()}
+    with pytest.raises(BuddyError, match="input"):
+        compare(ask(tmp_path / "out", *(each.format(text) for each in overrides), markdown=text, **options))
+
+
 def test_test_windows_are_read_under_the_fixed_settings_alone(ask, tmp_path, monkeypatch):
     monkeypatch.setattr(compare_module, "_work", lambda *args: [])  # what is refused is refused before any work
     monkeypatch.setattr(compare_module, "collect", lambda done, **kwargs: pytest.fail("evaluated"))
@@ -424,6 +432,9 @@ def test_a_folder_that_is_something_else_or_in_use_is_refused(ask, whole, tmp_pa
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(RunError, match=str(tmp_path / "out")):
         compare(ask(tmp_path / "out", routers="uniform"))
     assert os.listdir(tmp_path / "out") == [".lock"]
+    (tmp_path / "out" / "tensorboard").mkdir()
+    with pytest.raises(RunError, match="tensorboard"):
+        compare(ask(tmp_path / "out", routers="uniform"))
 
 
 def test_a_failing_router_stops_no_other(ask, tmp_path, capsys):

@@ -55,6 +55,12 @@ def test_the_same_file_by_another_path_is_the_recipes_own(tmp_path, monkeypatch)
     assert texts_of(f"m={tmp_path}/mine.txt", recipe) == [EvaluationText("m", "mine.txt", own=True)]
 
 
+def test_a_folder_with_the_name_of_the_embedded_text_is_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sotu").mkdir()
+    assert [text.own for text in texts_of("mine=./sotu", Recipe())] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

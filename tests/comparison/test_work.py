@@ -8,7 +8,7 @@ import pytest
 import buddy.evaluation.tasks as tasks
 from buddy.compare import CompareConfig, compare
 from buddy.config import load_recipe
-from buddy.io import checksum, read_json
+from buddy.io import read_json
 from buddy.schema import Rival
 from buddy.worker import Tasks
 
@@ -58,7 +58,7 @@ def test_full_depth_is_scored_once(ask, scored, tmp_path):
     assert compare(ask()) == 0
     assert scored == [("buddy", [1.0, 0.75, 0.5]), ("shortgpt", [0.75, 0.5])]
     record = read_json(tmp_path / "out" / "comparison.json")
-    assert record["inputs"]["task piqa"] == checksum(tmp_path / "piqa.jsonl")
+    assert len(record["inputs"]["items of piqa"].strip()) == 16
     for run in record["runs"]:
         folder = tmp_path / "out" / run["router"] / "seed-0"
         asked = [1.0] if run["router"] == "full" else [1.0, 0.75, 0.5]
@@ -77,14 +77,18 @@ def test_full_depth_may_come_first_and_not_be_asked_again(ask, scored, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_changed_definition_is_scored_anew(ask, scored, tmp_path):
-    own = tmp_path / "own"
+def test_a_changed_definition_and_changed_items_are_scored_anew(ask, scored, tmp_path):
+    own, items = tmp_path / "own", tmp_path / "items.jsonl"
     own.mkdir()
     asked = replace(ask(), routers=[Rival("shortgpt")], tasks=Tasks(("mine",), None, None, own))
-    for question, times in (("question", 1), ("question", 1), ("choices[0]", 2)):
-        (own / "mine.yaml").write_text(DEFINITION.format(items=tmp_path / "piqa.jsonl", question=question))
+    for question, count, times in (("question", 2, 1), ("question", 2, 1), ("choices[0]", 2, 2), ("choices[0]", 1, 3)):
+        rows = [json.dumps({"question": "a", "choices": ["b", "c"], "label": 0}) + "\n"] * count
+        items.write_text("".join(rows))
+        (own / "mine.yaml").write_text(DEFINITION.format(items=items, question=question))
         assert compare(asked) == 0
         assert len(scored) == times
+        (run,) = read_json(tmp_path / "out" / "comparison.json")["runs"]
+        assert {entry["items"] for entry in run["tasks"]} == {count}
 
 
 @pytest.mark.slow

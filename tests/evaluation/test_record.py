@@ -127,6 +127,24 @@ def test_what_cannot_be_joined_is_refused(other, named):
         join({A: part(("ours", 0), inputs={"model": "a", "text": "c", "task piqa": "d"}), B: other})
 
 
+def test_inputs_of_a_file_that_is_not_the_first_are_compared_too():
+    old, new = part(("ours", 0)), part(("best", 0), inputs={"details": "a"})
+    with pytest.raises(RunError, match="the details"):
+        join({A: old, B: new, Path("c/comparison.json"): part(("dice", 0), inputs={"details": "b"})})
+
+
+@pytest.mark.parametrize(("other", "fixed"), [("a", "a"), ("b", "null"), ("null", "null")])
+def test_settings_are_fixed_where_all_parts_were(other, fixed):
+    recipes = [made.record()["recipe"] | {"fixed": each} for each in ("a", other)]
+    whole = join({A: part(("ours", 0), recipe=recipes[0]), B: part(("best", 0), recipe=recipes[1])})
+    assert whole["recipe"]["fixed"] == fixed
+
+
+def test_a_failure_in_two_parts_is_one():
+    failed = [{"router": "ours", "seed": 1, "reason": "it"}]
+    assert join({A: part(("ours", 0), failures=failed), B: part(("best", 0), failures=failed)})["failures"] == failed
+
+
 def test_a_record_may_lack_keys_of_a_later_version():
     whole = flatten(COMPLETE)
     older = {key: value for key, value in whole.items() if key not in ("bridge.joint", "adapter.joint")}

@@ -60,15 +60,24 @@ def test_numbers_have_about_four_digits(value, shown):
     assert tables.number(value) == shown
 
 
-def test_rows_with_bridges_of_their_own_are_excepted_from_what_is_said_of_all():
-    assert "worse" not in sentence_of_bridges(fresh(), "worse[a=1;b=2]")
-    assert "worse[bridge.steps=9]" in sentence_of_bridges(fresh(), "worse[bridge.steps=9]")
+@pytest.mark.parametrize(("label", "excepted"), [("worse", False), ("worse[bridge.steps=9]", True)])
+def test_rows_with_settings_of_their_own_are_excepted_from_what_is_said_of_all(label, excepted):
+    named = json.loads(json.dumps(fresh()).replace("worse[a=1;b=2]", label))
+    assert ("brackets" in render(Results(named), {}).partition("| text |")[2].partition("## ")[0]) == excepted
 
 
-def sentence_of_bridges(record: dict, label: str) -> str:
-    """What the document says of full depth, where a router has this label."""
-    named = json.loads(json.dumps(record).replace("worse[a=1;b=2]", label))
-    return render(Results(named), {}).partition("At full depth")[2].partition("\n")[0]
+def test_a_task_that_is_no_share_has_its_own_unit():
+    record = fresh()
+    for run in record["runs"]:
+        for entry in run["tasks"]:
+            if entry["task"] == "boolq":
+                entry |= {"metric": "word_perplexity", "value": 123456.0, "correct": None}
+    found = Results(record)
+    assert found.shares == ["piqa"]
+    assert found.task_scores["mean"].equals(found.task_scores.piqa.rename("mean"))
+    rows = {row[0]: row[1:4] for row in tables.tasks(found)[1].rows}
+    assert rows["ours"][1] == "1.235e+05"
+    assert rows["ours"][0] == rows["ours"][2]
 
 
 def test_the_frame_holds_every_number_once(results):

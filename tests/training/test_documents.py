@@ -76,6 +76,16 @@ def test_special_tokens_come_from_the_tokenizer_alone(tmp_path, words):
     assert read_documents(source, words, window=8).read(0).tolist() == [5] * 9
 
 
+def test_packed_rows_have_one_mark_between_them(tmp_path, words):
+    source = jsonl(tmp_path / "a.jsonl", [[3, 3], [4, 4], [5, 5]] * 8)
+    ending, plain = deepcopy(words), deepcopy(words)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    assert read_documents(source, ending, window=8).read(0).tolist() == [5, 5, 1, 6, 6, 1, 7, 7, 1]
+    plain.eos_token = None
+    between = plain("\n\n", add_special_tokens=False).input_ids
+    assert read_documents(source, plain, window=6).read(0).tolist()[: 2 + len(between)] == [5, 5, *between]
+
+
 def test_windows_begin_as_the_tokenizer_begins_texts(tmp_path, words):
     source = jsonl(tmp_path / "a.jsonl", [range(9)] * 20)
     starting = deepcopy(words)

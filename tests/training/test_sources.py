@@ -73,6 +73,8 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_left_as_it_was(tmp_path)
         ("a.jsonl", b'{"text": "cut off', "json"),
         ("a.json", b"[1, 2, 3", "json"),
         ("a.json", b'  null\n{"text": "a"}', "null"),
+        ("a.json", b'\xef\xbb\xbf null\n{"text": "a"}', "null"),
+        ("a.json", b" " * 5000 + b'null\n{"text": "a"}', "null"),
         ("a.parquet", b"PAR1 not really", "parquet"),
         ("a.csv", b'text\n"open quote', "csv"),
         ("a.jsonl", b'{"text": 1}\n', r"int64.*data\.text_field"),
