@@ -22,7 +22,7 @@ from buddy.router import available_budgets
 from buddy.serve.guard import ApiError, ClientLeft, Guard, answer_errors, shown_error
 from buddy.serve.metrics import Metrics
 from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest, TextRequest
-from buddy.serve.scheduler import GenerationRequest, Piece, QueueFull, Scheduler
+from buddy.serve.scheduler import GenerationRequest, Piece, QueueFull, Scheduler, batch_plan_of
 
 DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
 Numbered = tuple[int, Piece, bool]  # the number of a text, a piece of it, whether it is the last of all texts
@@ -275,7 +275,7 @@ def make_app(
     budgets: Sequence[float] = (),
     limits: Limits | None = None,
     keys: Sequence[str] = (),
-    batch_plan: str = "shared",
+    batch_plan: str | None = None,
     prompt_budget: Budget | None = None,
 ) -> FastAPI:
     """The application for a model, which is loaded on a thread of its own that ends with it.
@@ -286,7 +286,8 @@ def make_app(
         budgets: that /v1/models lists, if the router can serve them; "auto" is added where there is a budget predictor.
         limits: of requests.
         keys: API keys; empty: none is needed.
-        batch_plan: "shared", one plan for all texts of a batch, or "row", one for each.
+        batch_plan: "shared", one plan for all texts of a batch, or "row", one for each; None for "shared", or for
+            "row" where the run holds budgets in the mean over tokens, which a shared plan cannot.
         prompt_budget: of prompts, where a request names none; None for the request's budget.
 
     Raises:
@@ -296,7 +297,7 @@ def make_app(
 
     def checked() -> Model:
         model = load()
-        with model.routed.changed(batch_plan=batch_plan):
+        with model.routed.changed(batch_plan=batch_plan or batch_plan_of(model.routed)):
             _check_defaults(model.routed, budget, prompt_budget, limits.batch)
         return model
 

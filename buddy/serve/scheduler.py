@@ -16,6 +16,7 @@ from torch import Tensor
 
 from buddy.budget import Budget, latency_of
 from buddy.engine.decode import UNFINISHED, Decoder, Row, Sampler, TextPieces, Written, end_tokens
+from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model
 from buddy.serve.metrics import Metrics
@@ -137,6 +138,11 @@ class GenerationRequest:
         return text[:keep], False
 
 
+def batch_plan_of(routed: RoutedLM) -> str:
+    """One plan for all texts of a batch; one for each where budgets are in the mean, which a shared plan cannot hold."""
+    return "shared" if routed.settings.mean_over == 1 else "row"
+
+
 class Scheduler:
     """Writes texts on a thread of its own, as many at a time as fit into the batch.
 
@@ -146,7 +152,7 @@ class Scheduler:
         metrics: where to count.
         batch: rows at most.
         queue: texts that may wait.
-        batch_plan: "shared" or "row", see `RoutedLM`.
+        batch_plan: "shared" or "row", see `RoutedLM`; None for `batch_plan_of`.
 
     Raises:
         Exception: what `load` raises.
@@ -161,7 +167,7 @@ class Scheduler:
         metrics: Metrics,
         batch: int = 8,
         queue: int = 128,
-        batch_plan: str = "shared",
+        batch_plan: str | None = None,
     ) -> None:
         self._metrics, self._batch, self._queue = metrics, batch, queue
         self._running: dict[Row, tuple[GenerationRequest, TextPieces]] = {}
@@ -205,7 +211,7 @@ class Scheduler:
             self._changed.notify()
         self._thread.join()
 
-    def _run(self, load: Callable[[], Model], loaded: Future[Model], batch_plan: str) -> None:
+    def _run(self, load: Callable[[], Model], loaded: Future[Model], batch_plan: str | None) -> None:
         try:
             model = load()
             self._tokenizer, self._ends = model.routed.tokenizer, end_tokens(model.routed.backbone.model)
@@ -217,7 +223,7 @@ class Scheduler:
             return
         self._model = model
         loaded.set_result(model)
-        with model.routed.changed(batch_plan=batch_plan):
+        with model.routed.changed(batch_plan=batch_plan or batch_plan_of(model.routed)):
             self._work()
 
     def _work(self) -> None:

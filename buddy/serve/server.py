@@ -41,8 +41,7 @@ def serve(
         max_tokens: most new tokens of a text.
         seconds: most seconds of a request.
         api_key_file: API keys, one a line.
-        batch_plan: "shared", one plan for all texts of a batch, or "row", one for each; None for "shared", or for
-            "row" where the run holds budgets in the mean over tokens, which a shared plan cannot.
+        batch_plan: as for `make_app`.
         dtype: as for `buddy.load`.
 
     Raises:
@@ -65,9 +64,8 @@ def serve(
                 return load(folder, dtype=dtype)
 
         limits = Limits(batch=batch, queue=queue, tokens=max_tokens, seconds=seconds)
-        recipe = read_run(folder).recipe
-        batch_plan = batch_plan or ("shared" if recipe.routing.mean_over == 1 else "row")
-        app = make_app(load_run, budget, recipe.budgets, limits, keys, batch_plan, prompt_budget)
+        budgets = read_run(folder).recipe.budgets
+        app = make_app(load_run, budget, budgets, limits, keys, batch_plan, prompt_budget)
         name = f"[{host}]" if ":" in host else host
         errors.print(
             f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.",

@@ -76,6 +76,19 @@ def test_with_a_plan_a_row_texts_do_not_depend_on_each_other():
     assert alone == beside != other
 
 
+@pytest.mark.parametrize(("over", "batch_plan"), [(1, "shared"), (16, "row")])
+def test_budgets_in_the_mean_have_a_plan_for_each_row(over, batch_plan):
+    model, (first, second) = tiny(), prompts(2)
+    with model.routed.changed(mean_over=over):
+        found = []
+        for plan in (None, batch_plan):
+            with scheduling(model, batch_plan=plan) as scheduler:
+                found.append(written(scheduler, (first, "3layers", 12), (second, "3layers", 12)))
+    assert found[0] == found[1]
+    first, second = (plans[1:] for plans in found[0])  # prompts are read one by one
+    assert (first == second) == (batch_plan == "shared")
+
+
 def test_metrics_count_the_layers_of_each_token_of_a_mean():
     model, metrics, (prompt,) = tiny(), Metrics(), prompts(1, length=30)
     with model.routed.changed(mean_over=8):

@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -21,7 +20,6 @@ from typer.testing import CliRunner
 from buddy.cli import app
 from buddy.errors import BuddyError
 from buddy.run import read_run
-from buddy.run_files import update_checksums
 from tests.engine.reference import Fickle
 from tests.serve.conftest import serving, tiny
 from tests.small import start_buddy, wait_until
@@ -533,19 +531,3 @@ def test_every_option_of_the_command_reaches_the_server(finished, tmp_path, monk
     limits = Limits(batch=3, queue=5, tokens=7, seconds=9.0)
     assert rest == ["0.5", read_run(finished / "buddy").recipe.budgets, limits, ["one", "two"], "row", "1.0"]
     assert load().routed.backbone.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("over", "batch_plan"), [(1, "shared"), (16, "row")])
-def test_a_budget_in_the_mean_has_a_plan_for_each_row(finished, tmp_path, monkeypatch, over, batch_plan):
-    from buddy.serve.server import serve
-
-    run = shutil.copytree(read_run(finished / "buddy").folder, tmp_path / "run")
-    recipe = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(recipe.replace("mean_over: 1", f"mean_over: {over}"))
-    update_checksums(run)
-    made = []
-    monkeypatch.setattr("buddy.serve.app.make_app", lambda *given: made.append(given))
-    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    serve(run, port=0)
-    assert made[0][5] == batch_plan
