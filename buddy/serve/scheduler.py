@@ -139,7 +139,7 @@ class GenerationRequest:
 
 
 def batch_plan_of(routed: RoutedLM) -> str:
-    """One plan for all texts of a batch; one for each where budgets are in the mean, which a shared plan cannot hold."""
+    """One plan for all texts of a batch; one for each where budgets are in the mean, which no shared plan holds."""
     return "shared" if routed.settings.mean_over == 1 else "row"
 
 
