@@ -240,7 +240,7 @@ def check(config: CompareConfig) -> CompareConfig:
         )
     foreign = [name for name in (MARKDOWN, "tensorboard") if os.path.exists(config.folder / name)]
     if foreign and not os.path.exists(config.folder / JSON) and not any(config.folder.glob("*/seed-*")):
-        raise RunError(f"{config.folder} has a {foreign[0]} that no comparison wrote; name another folder as --out.")
+        raise RunError(f"{config.folder} has {foreign[0]}, which no comparison wrote; name another folder as --out.")
     if config.tasks.names:
         from buddy.evaluation.task_data import items_digest, load_tasks, quiet_lm_eval, require_lm_eval
 

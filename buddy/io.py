@@ -144,7 +144,9 @@ def check_output_path(path: Path, *inputs: str | Path) -> None:
         raise RunError(f"{path} is an input of this command; name another file for its output.")
     if os.path.isdir(path):  # unlike Path, os.path accepts any text, such as a name of 300 letters
         raise RunError(f"{path} is a folder; name a file in it.")
-    if os.path.exists(path) and not os.path.isfile(path):  # `write_bytes` would replace it, even /dev/null
+    if path.parent == Path("/dev") or (
+        os.path.exists(path) and not os.path.isfile(path)
+    ):  # `write_bytes` would replace it, even /dev/null
         raise RunError(f"{path} is a device or a pipe; name a file.")
     _check_parent(path)
     if not os.access(path.parent, os.W_OK):

@@ -116,7 +116,7 @@ def model_folder(model: Embedded, *, accept_license: bool = False) -> Path:
     if model.terms and not accept_license and not folder.exists():
         raise BackboneError(
             f"{model.title} is under the {model.terms}; read them, and accept them once with "
-            "backbone.accept_license=true in `buddy fit`, or buddy.load(RUN, accept_license=True) in Python."
+            "backbone.accept_license=true in `buddy fit`, or accept_license=True in Python (buddy.load)."
         )
     parts = _wheel_files(model)
     try:

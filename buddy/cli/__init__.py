@@ -15,9 +15,8 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """The `buddy` command."""
-    for stream in (sys.stdout, sys.stderr):  # tables have signs that not every terminal's encoding has
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdout, TextIOWrapper):  # tables have signs that not every terminal's encoding has
+        sys.stdout.reconfigure(errors="replace")
     app()
 
 

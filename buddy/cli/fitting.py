@@ -98,7 +98,7 @@ def compare(
         raise DataError("--tasks names no task; name at least one, such as piqa, or leave it out.")
     if tasks is None:
         refuse_options(ctx, TASK_OPTIONS, "is for tasks; add --tasks, such as --tasks piqa")
-    from buddy.config import load_recipe, recipe_name
+    from buddy.config import load_recipe, recipe_name, recipe_path
 
     resolved = load_recipe(recipe, overrides or [])
     from buddy.compare import CompareConfig
@@ -107,7 +107,7 @@ def compare(
     from buddy.worker import Tasks
 
     if markdown:
-        check_output_path(markdown, recipe)
+        check_output_path(markdown, recipe_path(recipe))
     config = CompareConfig(
         resolved,
         recipe_name(recipe),

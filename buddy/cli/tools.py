@@ -164,7 +164,9 @@ def copy(
     if os.path.lexists(target):
         raise RecipeError(f"{target} exists and is not overwritten; name another file.")
     write_text(target, path.read_text("utf-8"))
-    shown = target if target.suffix else f"./{target}"  # an installed recipe may have this name
+    shown = (
+        f"./{target}" if target.parent == Path() and not target.suffix else target
+    )  # an installed recipe may have this name
     typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {quote(str(shown))}")
 
 

@@ -300,10 +300,10 @@ def _field(runs: Mapping[str, Run], backbone: Backbone) -> Iterator[list[Benchma
     try:
         field = [
             BenchmarkCase("dense", layers, pruned_model(backbone.model, range(layers)), nullcontext),
-            _contender("full", layers, routed, routed.router, None, routed.settings),
+            _case("full", layers, routed, routed.router, None, routed.settings),
         ]
         for label, (parts, counts) in routers.items():
-            field += [_contender(label, count, routed, *parts) for count in counts if count < layers]
+            field += [_case(label, count, routed, *parts) for count in counts if count < layers]
         yield field
     finally:
         routed.detach()
@@ -320,7 +320,7 @@ def _loaded_router(run: Run, backbone: Backbone) -> tuple[tuple[AnyRouter, Bridg
         routed.detach()
 
 
-def _contender(
+def _case(
     name: str, count: int, routed: RoutedLM, router: AnyRouter, bridges: Bridges | None, settings: Settings
 ) -> BenchmarkCase:
     @contextmanager

@@ -93,7 +93,7 @@ def bench_serving(
         if count >= MIN_LAYERS:  # of a model that can be decoded
             ways.append(Served("pruned", count, _pruned(routed, commonest_layers(routed, ids[:1], count)), "row"))
     with within_memory(f"a batch of {BATCHES[-1]} texts", "free some, or bench a smaller backbone"):
-        spent = _time_in_turn(ways, ids.tolist(), rounds)
+        spent = _time_interleaved(ways, ids.tolist(), rounds)
     entries: list[dict[str, Any]] = []
     for way, times in zip(ways, spent, strict=True):
         for texts, each in times.items():
@@ -116,7 +116,7 @@ def bench_serving(
     results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.{mean}")
 
 
-def _time_in_turn(ways: Sequence[Served], texts: Sequence[list[int]], rounds: int) -> list[dict[int, list[float]]]:
+def _time_interleaved(ways: Sequence[Served], texts: Sequence[list[int]], rounds: int) -> list[dict[int, list[float]]]:
     """For each way and number of texts, the mean milliseconds of a step in each round, after one that is not counted.
 
     All take one step before any takes the next, in an order that is drawn, so that a short disturbance of the machine

@@ -119,8 +119,9 @@ class Results:
     @cached_property
     def shares(self) -> list[str]:
         """Those whose score is a share of right answers, which are known item by item."""
-        known = {*self.frame.text[self.frame.metric == "correct"]}
-        return [task for task in self.tasks if task in known]
+        entries = [entry for run in self.record["runs"] for entry in run["tasks"]]
+        unknown = {entry["task"] for entry in entries if entry.get("correct") is None}
+        return [task for task in self.tasks if task not in unknown]
 
     @cached_property
     def task_scores(self) -> pd.DataFrame:

@@ -199,7 +199,9 @@ def _tasks_at(r: Results, budget: float) -> Table:
     scores = r.task_scores.xs(budget, level="budget").reindex(r.routers.index)
     scores = scores[scores[r.tasks].notna().any(axis=1)]
     shares = scores[[*r.shares, "mean"]].map(lambda share: NONE if pd.isna(share) else f"{100 * share:.1f}")
-    others = scores[[name for name in r.tasks if name not in r.shares]].map(lambda value: f"{value:.4g}")
+    others = scores[[name for name in r.tasks if name not in r.shares]].map(
+        lambda value: NONE if pd.isna(value) else f"{value:.4g}"
+    )
     cells = shares.join(others)[[*r.tasks, "mean"]]
     cells.insert(0, "router", scores.index)
     title = f"Tasks at {budget:g} ({r.budgets[budget]} layers), %"
@@ -207,6 +209,8 @@ def _tasks_at(r: Results, budget: float) -> Table:
         return _table(title, cells)
     difference = scores.apply(_signed, axis=1, scale=100, digits=1)
     note = f"Difference of the mean: 95 % interval, paired over items and seeds; * {APART}; † best static router."
+    if r.shares != r.tasks:
+        note += " Columns of other metrics are no percentages, and the mean leaves them out."
     return _table(title, cells.assign(**{"to the best static": difference}), note)
 
 

@@ -59,7 +59,9 @@ class GracefulStop(Callback):
             trainer.limit_val_batches = 0 if self.stopped else trainer.limit_val_batches  # or Lightning would validate
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.began and trainer.state.fn == TrainerFn.FITTING and not trainer.should_stop:
+        loop = trainer.fit_loop.epoch_loop
+        between = not loop._should_accumulate() and not loop._num_ready_batches_reached()  # two steps of an epoch
+        if self.began and trainer.state.fn == TrainerFn.FITTING and not trainer.should_stop and between:
             self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
@@ -96,8 +98,9 @@ def interrupts(trainer: Trainer) -> Iterator[None]:
 class LastCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint up to date: every so many steps, and when the training ends or is stopped.
 
-    Where a validation follows a step, its checkpoint is written after it: a resumed training does not repeat it, and
-    callbacks that monitor it would miss it.
+    Where a validation follows a step, the checkpoint is written after it: a resumed training does not repeat the
+    validation, and callbacks that monitor it would miss it. At the end of an epoch it is written after the next step,
+    since Lightning would resume without the results that callbacks look for there.
 
     Args:
         path: the checkpoint's file.
@@ -106,7 +109,7 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, path: Path, every: int, stop: GracefulStop) -> None:
-        self._stop, self._ended = stop, False
+        self._stop, self._ended, self._due = stop, False, False
         super().__init__(
             dirpath=path.parent,
             save_top_k=0,
@@ -121,12 +124,20 @@ class LastCheckpoint(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step  # or a resumed training would save amid its first step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if not validates_now(trainer):
-            super().on_train_batch_end(trainer, *args)
+        step = trainer.global_step
+        self._due |= step % self._every_n_train_steps == 0 and step != self._last_global_step_saved
+        if not trainer.fit_loop.epoch_loop._should_accumulate() and not validates_now(trainer):
+            self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._should_skip_saving_checkpoint(trainer) and trainer.global_step % self._every_n_train_steps == 0:
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._ended = trainer.should_stop and not self._stop.stopped and trainer.fit_loop._can_stop_early
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._due and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._due = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = not self._stop.stopped

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 IDS = torch.randint(3, 259, (2, 100), generator=torch.Generator().manual_seed(0))
 
 
-def test_every_contender_runs_in_every_round():
+def test_every_case_runs_in_every_round():
     routed = routed_tiny()
     field = benchmark_cases(routed, [4, 3], IDS)
     assert [(each.name, each.layers) for each in field] == [
@@ -49,7 +49,7 @@ def test_every_contender_runs_in_every_round():
     assert timings["pruned", 3].cache_bytes == timings["dense", 6].cache_bytes // 2
 
 
-def test_contenders_take_turns_token_by_token(monkeypatch):
+def test_cases_take_turns_token_by_token(monkeypatch):
     field, order, step = benchmark_cases(routed_tiny(), [3], IDS), [], BenchmarkCase.step
 
     def noted(self, ids, cache):

@@ -16,6 +16,7 @@ from buddy.metrics.perplexity import measure
 from buddy.run import RunSpec
 from buddy.run_files import load_router
 from buddy.schema import Recipe
+from buddy.training.callbacks import LastCheckpoint
 from buddy.training.module import RoutingModule
 from tests.training.stopping import Killed, at_step, interrupt, kill, same, terminate
 from tests.training.test_module import Spoilt
@@ -133,19 +134,42 @@ def test_a_resumed_training_stops_as_early(
     assert last(tmp_path / "parts")["global_step"] == last(tmp_path / "whole")["global_step"] == 2 + 2 * patience
 
 
+@pytest.mark.parametrize(("act", "raised"), [(kill, Killed), (interrupt, KeyboardInterrupt)])
+@pytest.mark.parametrize("where", ["training_step", "on_validation_epoch_end"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3"],
+        ["trainer.limit_train_batches=4", "trainer.check_val_every_n_epoch=1"],
+    ],
+    ids=["amid a step", "at the end of an epoch"],
+)
+def test_validations_at_other_places_resume_too(train, tmp_path, monkeypatch, setting, where, act, raised):
+    early = [each.replace("false", "true") if "epoch" in setting[1] else each for each in stopping_early(5)[:1]]
+    every = [*early, *setting, "checkpoint_every=2"]
+    expected = train("whole", *every)
+    with monkeypatch.context() as patch:
+        at_step(patch, RoutingModule, 6 if where == "training_step" else 1, act, where)
+        with pytest.raises(raised):
+            train("parts", *every)
+    assert same(train("parts", *every), expected)
+    assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_training_that_ended_early_does_not_go_on_after_a_kill(train, tmp_path, monkeypatch):
     early = stopping_early(1)
     expected = train("whole", *early)
     steps = last(tmp_path / "whole")["global_step"]
     assert steps < STEPS
-    with monkeypatch.context() as patch:
-        patch.setattr(Session, "_test", lambda *_: kill())
-        with pytest.raises(Killed):
-            train("parts", *early)
-    assert same(train("parts", *early), expected)
-    assert last(tmp_path / "parts")["global_step"] == steps
-    go_on = f"ckpt_path={tmp_path / 'parts' / 'checkpoints' / 'last.ckpt'}"
+    for owner, name in ((LastCheckpoint, "on_train_end"), (Session, "_test")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *_: kill())
+            with pytest.raises(Killed):
+                train(name, *early, "checkpoint_every=2")
+        assert same(train(name, *early, "checkpoint_every=2"), expected)
+        assert last(tmp_path / name)["global_step"] == steps
+    go_on = f"ckpt_path={tmp_path / '_test' / 'checkpoints' / 'last.ckpt'}"
     train("more", go_on)
     assert last(tmp_path / "more")["global_step"] == STEPS
 
