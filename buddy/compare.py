@@ -27,13 +27,23 @@ from buddy.data.text import named_sources
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RecipeError, RunError, described
 from buddy.evaluation.bench import measured
+from buddy.evaluation.figures import TENSORBOARD
 from buddy.evaluation.record import JSON, MARKDOWN, collect, text_entry, write_results
 from buddy.executors import LokyExecutor, RayExecutor, require_ray
 from buddy.fit import Session
 from buddy.io import check_output_path, locked, remove_parts
 from buddy.provenance import TRAINING_KEYS, check_fixed
 from buddy.router import AnyRouter
-from buddy.run import RunFolder, RunSpec, complete_seeds, folder_name, label_folder, read_run, warn_of_changed_code
+from buddy.run import (
+    RunFolder,
+    RunSpec,
+    complete_seeds,
+    folder_name,
+    label_folder,
+    read_run,
+    recipe_inputs,
+    warn_of_changed_code,
+)
 from buddy.run_files import FACTS
 from buddy.schema import PredictorSection, Recipe, Rival
 from buddy.worker import EvaluationText, Tasks, Worker, read_windows, run_in_worker, texts_of
@@ -231,14 +241,11 @@ def check(config: CompareConfig) -> CompareConfig:
         _check_trained(config)
     if os.path.isfile(config.folder) or os.path.exists(config.folder / FACTS):
         raise RunError(f"{config.folder} is a file or a run folder; name another folder as --out.")
-    data = config.recipe.data
     if config.markdown:
-        given = [config.recipe.backbone.name, data.source, *data.train_sources, *data.calibration_sources]
-        given += (named_sources(config.texts, data.source) if config.texts else {}).values()
-        check_output_path(
-            config.markdown, *given, *filter(None, [config.tasks.data, config.tasks.path, config.trained])
-        )
-    foreign = [name for name in (MARKDOWN, "tensorboard") if os.path.exists(config.folder / name)]
+        texts = named_sources(config.texts, config.recipe.data.source).values() if config.texts else ()
+        folders = filter(None, [config.tasks.data, config.tasks.path, config.trained])
+        check_output_path(config.markdown, *recipe_inputs(config.recipe), *texts, *folders)
+    foreign = [name for name in (MARKDOWN, TENSORBOARD) if os.path.exists(config.folder / name)]
     if foreign and not os.path.exists(config.folder / JSON) and not any(config.folder.glob("*/seed-*")):
         raise RunError(f"{config.folder} has {foreign[0]}, which no comparison wrote; name another folder as --out.")
     if config.tasks.names:

@@ -49,11 +49,13 @@ def keep_freed_memory() -> None:
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file atomically: a kill or a power cut leaves the old content or the new one, never a part.
 
-    The content goes to a temporary file beside `path`, is synced to the disk, and is renamed over `path`.
+    The content goes to a temporary file beside `path`, is synced to the disk, and is renamed over `path`. A link stays,
+    and the file that it leads to is written.
 
     Raises:
         RunError: the file cannot be written.
     """
+    path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PART}")
     with writing(path):
         try:
@@ -144,9 +146,7 @@ def check_output_path(path: Path, *inputs: str | Path) -> None:
         raise RunError(f"{path} is an input of this command; name another file for its output.")
     if os.path.isdir(path):  # unlike Path, os.path accepts any text, such as a name of 300 letters
         raise RunError(f"{path} is a folder; name a file in it.")
-    if path.parent == Path("/dev") or (
-        os.path.exists(path) and not os.path.isfile(path)
-    ):  # `write_bytes` would replace it, even /dev/null
+    if os.path.exists(path) and not os.path.isfile(path):  # `write_bytes` would replace it, even /dev/null
         raise RunError(f"{path} is a device or a pipe; name a file.")
     _check_parent(path)
     if not os.access(path.parent, os.W_OK):

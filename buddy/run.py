@@ -325,8 +325,13 @@ class Run:
     @property
     def inputs(self) -> list[str | Path]:
         """The folder, the model and the recipe's texts, which a command that reads the run must not overwrite."""
-        data = self.recipe.data
-        return [self.folder, self.recipe.backbone.name, data.source, *data.train_sources, *data.calibration_sources]
+        return [self.folder, *recipe_inputs(self.recipe)]
+
+
+def recipe_inputs(recipe: Recipe) -> list[str]:
+    """The model and the texts of a recipe: names, files or folders."""
+    data = recipe.data
+    return [recipe.backbone.name, data.source, *data.train_sources, *data.calibration_sources]
 
 
 def read_run(folder: str | Path) -> Run:

@@ -98,6 +98,14 @@ def test_output_paths_that_cannot_be_written(tmp_path):
             check_output_path(path, tmp_path / "input.json")
 
 
+def test_a_link_stays_and_its_file_is_written(tmp_path):
+    write_text(tmp_path / "file", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+
+
 def test_what_lies_in_a_folder_that_is_read_is_not_overwritten(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     write_json(tmp_path / "run" / "checkpoints" / "last.json", {})

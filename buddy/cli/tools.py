@@ -164,9 +164,8 @@ def copy(
     if os.path.lexists(target):
         raise RecipeError(f"{target} exists and is not overwritten; name another file.")
     write_text(target, path.read_text("utf-8"))
-    shown = (
-        f"./{target}" if target.parent == Path() and not target.suffix else target
-    )  # an installed recipe may have this name
+    bare = target.parent == Path() and not target.suffix  # an installed recipe may have this name
+    shown = f"./{target}" if bare else target
     typer.echo(f"Wrote {target}; run it with: buddy fit --recipe {quote(str(shown))}")
 
 

@@ -130,8 +130,7 @@ class Results:
         Columns: each task; mean over the tasks of `shares`; flips against full depth (the mean over tasks and seeds,
         2407.09141); best_static, difference with difference_low and difference_high, and significant, as in `scores`;
         the same of flips, as flips_best_static and so on. Shares, not percent; a task that is none of `shares` has its
-        own unit.
-        What needs answers item by item is missing where these are not known.
+        own unit. What needs answers item by item is missing where these are not known.
         """
         scores = self.frame[self.frame.metric == "score"]
         means = scores.groupby(["router", "budget", "text"]).value.agg(mean).unstack("text").reindex(columns=self.tasks)

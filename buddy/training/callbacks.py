@@ -54,9 +54,10 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not (batch_idx + 1) % trainer.accumulate_grad_batches and not validates_now(trainer):  # not amid a step
+        if not trainer.fit_loop.epoch_loop._should_accumulate() and not validates_now(trainer):  # not amid a step
             self._stop(trainer)
-            trainer.limit_val_batches = 0 if self.stopped else trainer.limit_val_batches  # or Lightning would validate
+            if self.stopped:
+                trainer.limit_val_batches = 0  # otherwise Lightning would validate once more
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop = trainer.fit_loop.epoch_loop
