@@ -163,8 +163,8 @@ class Probe(Protocol):
 class AnyRouter(nn.Module, ABC):
     """The common part of `Router` and `LayerwiseRouter`.
 
-    A router with parameters that require gradients is trained, one without is calibrated; both by `buddy fit`, and
-    all its parameters and buffers are saved in `router.safetensors`.
+    `buddy fit` calibrates every router, and then trains one with parameters that require gradients. All its
+    parameters and buffers are saved in `router.safetensors`.
 
     Class attributes:
         kind: "static" (one order for all inputs), "learned" (depends on the context) or "random".
@@ -207,7 +207,7 @@ class AnyRouter(nn.Module, ABC):
 
 
 class Router(AnyRouter):
-    """Scores all routable layers at once, before they run. Subclasses are final: no router inherits from another."""
+    """Scores all routable layers at once, before they run. No router with a name inherits from another one."""
 
     @abstractmethod
     def score(self, context: Context) -> Tensor:

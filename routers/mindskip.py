@@ -1,4 +1,4 @@
-"""MindSkip: gates with a capacity for each layer, the only part that is tuned (He et al., 2410.13184)."""
+"""MindSkip: gates with a capacity for each layer; only the gates are trained (He et al., 2410.13184)."""
 
 from __future__ import annotations
 
