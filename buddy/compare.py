@@ -244,7 +244,8 @@ def check(config: CompareConfig) -> CompareConfig:
     if config.markdown:
         texts = named_sources(config.texts, config.recipe.data.source).values() if config.texts else ()
         folders = filter(None, [config.tasks.data, config.tasks.path, config.trained])
-        check_output_path(config.markdown, *recipe_inputs(config.recipe), *texts, *folders)
+        own = (path for path in config.folder.rglob("*") if path != config.folder / MARKDOWN and path.is_file())
+        check_output_path(config.markdown, *recipe_inputs(config.recipe), *texts, *folders, *own)
     foreign = [name for name in (MARKDOWN, TENSORBOARD) if os.path.exists(config.folder / name)]
     if foreign and not os.path.exists(config.folder / JSON) and not any(config.folder.glob("*/seed-*")):
         raise RunError(f"{config.folder} has {foreign[0]}, which no comparison wrote; name another folder as --out.")
@@ -402,7 +403,9 @@ def _work(
     failures: list[tuple[RunSpec, str]] = []
 
     def on_done(spec: RunSpec, outcome: Any) -> None:
-        if isinstance(outcome, Exception) and not isinstance(outcome, BuddyError):
+        if isinstance(outcome, KeyboardInterrupt):
+            outcome = "its process was stopped; the same command resumes it"
+        elif isinstance(outcome, Exception) and not isinstance(outcome, BuddyError):
             outcome = described(outcome)
         failures.extend([] if outcome is None else [(spec, str(outcome))])
 

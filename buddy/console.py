@@ -27,6 +27,7 @@ from rich.text import Text
 from buddy.io import write_json
 
 PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no terminal
+NONE = "–"  # a cell without a value
 WIDTH, GAP, LONGEST = 118, 2, 30  # columns of a table where there is no terminal, between two, and of row labels
 
 # No markup: paths may contain brackets.
@@ -178,6 +179,11 @@ def quiet() -> Iterator[None]:
 def counted(number: int, noun: str) -> str:
     """ "1 token", "2 tokens"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def bounds(low: float, high: float) -> str:
+    """ "29.12 – 30.41", the ends of an interval; "–" where there is none, since it is over one document."""
+    return f"{low:.2f} – {high:.2f}" if low < high else NONE
 
 
 def clock(seconds: float | None) -> str:

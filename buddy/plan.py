@@ -55,6 +55,7 @@ def counts_over(
         The counts, (B, T) long; and the excess after these tokens, (B,) long.
     """
     earlier = 0 if before is None else before.shape[1]
+    over = min(over, earlier + scores.shape[1])
     every = scores if before is None else torch.cat([before, scores], 1)
     every = F.pad(every, (0, 0, over - 1 - earlier, 0), value=-math.inf)
     excess = torch.zeros_like(k[:, 0]) if excess is None else excess

@@ -6,7 +6,7 @@ import re
 from rich.console import Console
 
 from buddy import console
-from buddy.console import Bar, print_table, track
+from buddy.console import NONE, Bar, bounds, print_table, track
 
 LINE = re.compile(
     r"(?P<what>.+): (?P<done>\d+) of (?P<total>\d+), 0:00:0\d elapsed(?P<left>, 0:00:0\d left)?(, (?P<note>.+))?"
@@ -58,3 +58,8 @@ def test_a_table_into_a_pipe_has_one_line_a_row(capsys):
     head, first, second = capsys.readouterr().out.splitlines()
     assert first.split() == ["a[b]", "x" * 300]
     assert head.index("what") == first.index("x") == second.index("y")
+
+
+def test_one_document_has_no_interval():
+    assert bounds(29.118, 30.4) == "29.12 – 30.40"
+    assert bounds(29.118, 29.118) == NONE

@@ -57,8 +57,8 @@ class Backbone:
         model: the transformers model; no parameter requires a gradient.
         tokenizer: always has a padding token, by default the end token, so padding needs an attention mask.
         fingerprint: 16 hexadecimal digits, equal for the same weights in any dtype; see `fingerprint`.
-        details: 16 hexadecimal digits of the configuration and of more weights than `fingerprint` reads (see `details`);
-            empty where it is not known.
+        details: 16 hexadecimal digits of the configuration and of more weights than `fingerprint` reads (see
+            `details`); empty where it is not known.
     """
 
     name: str

@@ -57,8 +57,8 @@ class RoutedLM(nn.Module):
     Assisted generation, which takes tokens back, needs `reroute_every` 1 and `mean_over` 1.
 
     Attributes:
-        table: called with this model, and with the number of rows where it is not one, gives the milliseconds that a token
-            takes at each K; without it latencies are refused as budgets.
+        table: called with this model, and with the number of rows where it is not one, gives the milliseconds that a
+            token takes at each K; without it latencies are refused as budgets.
         chooser: takes the most layers that "auto" may choose and gives the function that chooses; None without a
             budget predictor.
         adapter: a LoRA adapter on the backbone, or None. It is active at every budget, full depth included; `dense`,

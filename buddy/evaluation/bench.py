@@ -15,7 +15,7 @@ from torch import Tensor
 
 from buddy.backbone.load import Backbone, title_of
 from buddy.build import build_model, build_windows, counts_of, load_model, restore_router
-from buddy.console import errors, print_titled_table, report_json, results, status, tracker
+from buddy.console import NONE, errors, print_titled_table, report_json, results, status, tracker
 from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Settings
 from buddy.engine.model import RoutedLM
@@ -23,7 +23,6 @@ from buddy.engine.record import Record
 from buddy.engine.shared_weights import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
-from buddy.evaluation.tables import NONE
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_with_checksum
 from buddy.latency import PROMPT as CONTEXT
 from buddy.metrics.timing import PROMPT, STEPS, BenchmarkCase, Timings, benchmark_cases, time_interleaved

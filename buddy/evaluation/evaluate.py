@@ -14,7 +14,7 @@ from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, format_budget, fraction_of, latency_of
 from buddy.build import build_windows, check_mean, check_unseen, held_out, load_model
-from buddy.console import counted, print_titled_table, quiet, report_json, results, status
+from buddy.console import bounds, counted, print_titled_table, quiet, report_json, results, status
 from buddy.data.module import WindowBatches
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
@@ -177,7 +177,7 @@ def show_scores(scores: Sequence[Scores], title: str, names: Mapping[float | str
         ran, (low, high) = each.executed, each.interval()
         layers = f"{each.layers}" if each.chosen is None else f"{ran.mean:.1f}"
         executed = [f"{ran.min} / {ran.mean:.2f} / {ran.max}", *[f"{ran.scored:.2f}"] * uneven]
-        quality = f"{each.perplexity:.2f}", f"{low:.2f} – {high:.2f}", f"{max(each.mean_kl, 0.0):.4f}"
+        quality = f"{each.perplexity:.2f}", bounds(low, high), f"{max(each.mean_kl, 0.0):.4f}"
         rows.append([names[each.budget], layers, *executed, *quality])
     note = f"{int(scores[0].tokens.sum())} scored tokens in {counted(len(scores[0].tokens), 'document')}"
     note += "; scored: layers that they ran in the mean, without prompts" * uneven

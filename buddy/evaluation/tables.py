@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from buddy import console
+from buddy.console import NONE
 from buddy.evaluation.figures import CAPTIONS
 from buddy.evaluation.results import FEWEST, Results
 
-NONE = "–"
 UNEVEN = 0.1  # layers by which a row's mean may miss K without a note
 EXCEPTED = " Settings in brackets in a row's name stand in place of what is said here."
 APART = f"excludes 0, over at least {FEWEST} documents or items"
@@ -219,7 +219,8 @@ def _signed(row: pd.Series, scale: float = 1.0, digits: int = 2, prefix: str = "
     if pd.isna(row[f"{prefix}difference"]):
         return "†" if row[f"{prefix}best_static"] else NONE
     mean, low, high = (f"{scale * row[f'{prefix}difference{end}']:+.{digits}f}" for end in ("", "_low", "_high"))
-    return f"{mean} ({low}, {high}){'*' if row[f'{prefix}significant'] else ' '}"
+    bounds = f" ({low}, {high})" if row[f"{prefix}difference_low"] < row[f"{prefix}difference_high"] else ""
+    return f"{mean}{bounds}{'*' if row[f'{prefix}significant'] else ' '}"
 
 
 def _by_budget(

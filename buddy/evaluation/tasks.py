@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from buddy.backbone.load import title_of
 from buddy.budget import auto_cap, fraction_of
 from buddy.build import load_model
-from buddy.console import Bar, print_titled_table, report_json, status
+from buddy.console import NONE, Bar, print_titled_table, report_json, status
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError, reason
 from buddy.evaluation.evaluate import router_title
-from buddy.evaluation.tables import NONE
 from buddy.evaluation.task_data import FEWSHOT_SEED, load_tasks, quiet_lm_eval, require_lm_eval
 from buddy.io import check_output_path, within_memory
 from buddy.metrics.statistics import flips
@@ -57,11 +56,14 @@ def evaluate_tasks(
     run = read_run(folder)
     if json_file:
         check_output_path(json_file, *run.inputs, *filter(None, [task_data, task_path]))
-    found = task_scores(folder, tasks, budgets, limit, task_data, task_path)
+    require_lm_eval()
+    with status(f"Loading {run.backbone} …"):
+        routed = load_model(run)
+    found = task_scores(folder, tasks, budgets, limit, task_data, task_path, routed)
     report_json(json_file, found)
     show_tasks(
         found["results"],
-        f"{router_title(run, run.recipe.routing.mean_over)} on tasks, backbone {title_of(run.backbone)}",
+        f"{router_title(run, routed.mean_over)} on tasks, backbone {title_of(run.backbone)}",
         run.recipe.routing.sink_tokens,
         run.geometry["layers"],
     )
@@ -194,11 +196,12 @@ def show_tasks(entries: Sequence[Mapping[str, Any]], title: str, sinks: int, dep
     budgets = {entry["budget"]: entry["layers"] for entry in entries}
     tasks = {entry["task"]: entry for entry in entries}
     by_key = {(entry["task"], entry["budget"]): entry for entry in entries}
+    shares = [name for name in tasks if all(e["correct"] is not None for e in entries if e["task"] == name)]
     rows = [
-        [name, about["metric"], str(about["items"]), *(_score(by_key[name, budget]) for budget in budgets)]
+        [name, about["metric"], str(about["items"])]
+        + [_score(by_key[name, budget], share=name in shares) for budget in budgets]
         for name, about in tasks.items()
     ]
-    shares = [name for name, about in tasks.items() if about["correct"] is not None]
     if len(shares) > 1:
         means = (mean(by_key[name, budget]["value"] for name in shares) for budget in budgets)
         rows.append(["average", "", "", *(f"{100 * value:.1f}" for value in means)])
@@ -218,8 +221,8 @@ def show_tasks(entries: Sequence[Mapping[str, Any]], title: str, sinks: int, dep
     print_titled_table(f"{title}: % right ± standard error, by budget (executed layers)", head, rows, note)
 
 
-def _score(entry: Mapping[str, Any]) -> str:
-    if entry["correct"] is None:  # no share of right answers
+def _score(entry: Mapping[str, Any], share: bool) -> str:
+    if not share:  # of right answers
         return f"{entry['value']:.4g}"
     error = "" if entry["stderr"] is None else f" ± {100 * entry['stderr']:.1f}"
     return f"{100 * entry['value']:.1f}{error}"

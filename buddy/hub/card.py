@@ -10,7 +10,7 @@ from typing import Any
 
 from buddy.backbone import embedded
 from buddy.backbone.load import title_of
-from buddy.console import counted
+from buddy.console import bounds, counted
 from buddy.evaluation.record import shown_path
 from buddy.evaluation.tables import markdown
 from buddy.metrics.perplexity import Scores
@@ -193,8 +193,7 @@ def _results(metrics: Mapping[str, Any]) -> str:
 
 
 def _cells(perplexity: float, interval: Sequence[float], kl: float) -> list[str]:
-    low, high = interval
-    return [f"{perplexity:.2f}", f"{low:.2f} – {high:.2f}", f"{max(kl, 0.0):.4f}"]
+    return [f"{perplexity:.2f}", bounds(*interval), f"{max(kl, 0.0):.4f}"]
 
 
 def _usage(run: Run, name: str) -> str:

@@ -61,6 +61,8 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
     """
     name = hub_name(to)
     run = read_run(folder)
+    if licence is not None and not licence.strip():
+        raise RunError("The licence is empty; give an identifier such as apache-2.0, or leave it out.")
     if name is None:
         if private:
             raise RunError(f"--private is for the hub, and {to} is a folder; leave it out.")

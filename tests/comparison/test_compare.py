@@ -389,6 +389,16 @@ def test_results_do_not_replace_an_input(ask, tmp_path, options, overrides):
         compare(ask(tmp_path / "out", *(each.format(text) for each in overrides), markdown=text, **options))
 
 
+@pytest.mark.parametrize("name", ["random/seed-0/metrics.json", "comparison.json"])
+def test_results_do_not_replace_a_file_of_the_comparison(ask, tmp_path, name):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with pytest.raises(BuddyError, match="input"):
+        compare(ask(tmp_path / "out", markdown=file))
+    assert file.read_text() == "{}"
+
+
 def test_test_windows_are_read_under_the_fixed_settings_alone(ask, tmp_path, monkeypatch):
     monkeypatch.setattr(compare_module, "_work", lambda *args: [])  # what is refused is refused before any work
     monkeypatch.setattr(compare_module, "collect", lambda done, **kwargs: pytest.fail("evaluated"))

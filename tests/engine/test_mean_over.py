@@ -58,7 +58,7 @@ def decoded(routed, ids, cuts, mask=None):
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 2])
-@pytest.mark.parametrize("over", [2, OVER, 64])
+@pytest.mark.parametrize("over", [2, OVER, 64, 10**30])
 def test_the_parallel_form_is_the_definition(over, sinks):
     routed, ids = routed_tiny(mean_over=over, sink_tokens=sinks), ids_of()
     output = routed(ids, executed=EXECUTED)

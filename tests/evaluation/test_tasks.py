@@ -83,6 +83,18 @@ def test_a_task_of_one_item_and_one_without_right_answers(capsys):
     assert "average" not in out
 
 
+def test_a_metric_of_fractions_is_no_share_at_any_budget(capsys):
+    common = {"task": "text", "metric": "f1", "items": 2, "stderr": None, "executed": {"min": 3, "mean": 3.0, "max": 3}}
+    full = {"budget": 1.0, "layers": 6, "correct": None, "value": 0.25, **common}
+    half = {"budget": 0.5, "layers": 3, "correct": [0, 0], "value": 0.0, **common}
+    for entries in ([full, half], [half, full]):
+        show_tasks(entries, "buddy", 0, 6)
+        out = capsys.readouterr().out
+        (line,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["text"])
+        assert sorted(line[-2:]) == ["0", "0.25"]
+        assert "flips" not in out
+
+
 def test_flips_are_against_the_budget_that_runs_every_layer(capsys):
     common = {"task": "piqa", "metric": "acc", "items": 2, "stderr": None, "value": 0.5}
     full = {"budget": 0.95, "layers": 6, "correct": [1, 0], "executed": {"min": 6, "mean": 6.0, "max": 6}, **common}

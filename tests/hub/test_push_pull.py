@@ -293,6 +293,7 @@ def test_the_commands(finished, tmp_path, monkeypatch):
         ("pulled", "pull", "./to share", "--out", "pulled"),
         ("hf://pulled/x", "push", "--run", run, "--to", "pulled/x"),
         ("--private", "push", "--run", run, "--to", "./x", "--private"),
+        ("licence", "push", "--run", run, "--to", "./x", "--license", ""),
         ("nowhere", "push", "--run", "nowhere", "--to", "./x"),
         ("nowhere", "pull", "./nowhere", "--out", "new"),
         ("main", "pull", "pulled", "--out", "new", "--revision", "main"),
