@@ -292,23 +292,18 @@ def _backbone_from(run: Run) -> Backbone:
     return backbone
 
 
-def restore(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
+def restore(routed: RoutedLM, recipe: Recipe, folder: Path, *, adapter: bool = True) -> None:
     """Load router, bridges and adapter of the complete run in a folder into a model, frozen.
 
+    Args:
+        routed: the model.
+        recipe: of the run.
+        folder: of the run.
+        adapter: load the adapter too, if the recipe has one.
+
     Raises:
-        RunError: the saved router does not match its class, the bridges are damaged, or the adapter is damaged or for
+        RunError: the saved router does not fit its class, the bridges are damaged, or the adapter is damaged or for
             another backbone.
-    """
-    restore_router(routed, recipe, folder)
-    if recipe.adapter is not None and not routed.router.full_depth:
-        routed.adapter = Adapter.load(routed.backbone, folder / ADAPTER)
-
-
-def restore_router(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
-    """Load router and bridges of the complete run in a folder into a model, frozen.
-
-    Raises:
-        RunError: the saved router does not fit its class, or the bridges are damaged.
     """
     try:
         routed.router.load_state_dict(load_router(folder))
@@ -319,6 +314,8 @@ def restore_router(routed: RoutedLM, recipe: Recipe, folder: Path) -> None:
     routed.router.eval().requires_grad_(False)
     if uses_bridges(recipe, routed.router):
         routed.bridge(Bridges.load(folder / BRIDGE, routed.geometry, recipe.bridge.rank))
+    if adapter and recipe.adapter is not None and not routed.router.full_depth:
+        routed.adapter = Adapter.load(routed.backbone, folder / ADAPTER)
 
 
 def build_estimator(recipe: Recipe, router: AnyRouter) -> Estimator:

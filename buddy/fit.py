@@ -30,7 +30,7 @@ from buddy.build import (
     healing_steps,
     ignored_keys,
     instantiate,
-    restore_router,
+    restore,
     trains_both,
     uses_bridges,
 )
@@ -60,9 +60,10 @@ from buddy.run_files import (
     HEALING,
     LAST,
     ROUTER,
-    Stopwatch,
     read_metrics,
     save_router,
+    seconds_in,
+    timed,
 )
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.callbacks import (
@@ -179,11 +180,11 @@ class Session:
                 distributed.barrier()  # the other processes read the folder from here on
                 with within_memory(f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens", MEMORY):
                     before = read_metrics(spec.reuse_from)["fit"]["seconds"] if spec.reuse_from else 0.0
-                    with Stopwatch(folder) as stopwatch:
+                    with timed(folder):
                         self._fit(recipe, model, folder, spec.reuse_from)
                     added = sum(part.size for part in (model.bridges, model.adapter) if part is not None)
                     weights = added + sum(parameter.numel() for parameter in model.router.parameters())
-                    cost = {"seconds": before + stopwatch.seconds, "parameters": weights}
+                    cost = {"seconds": before + seconds_in(folder), "parameters": weights}
                     fit_predictor(recipe, model, self.data, folder)
                     scores = self._test(recipe, model)
                 self._keep(model, folder)
@@ -232,9 +233,9 @@ class Session:
         checkpoint = folder / CHECKPOINTS / LAST
         fitted = folder / CHECKPOINTS / FITTED
         if distributed.broadcast((fitted / ROUTER).exists()):  # stopped after the router was fitted
-            restore_router(model, recipe, fitted)
+            restore(model, recipe, fitted, adapter=False)
         elif reuse_from is not None:
-            restore_router(model, recipe, reuse_from)
+            restore(model, recipe, reuse_from, adapter=False)
             if model.bridges is not None and read_run(reuse_from).recipe.bridge.steps:
                 self._fit_bridges(recipe, model)  # from the closed form, not from bridges that were trained there
             checkpoint.unlink(missing_ok=True)  # of a router that was begun here before
@@ -411,9 +412,8 @@ def _run_trainer(
     # What a callback monitors is logged by one of the two trainings, or by both, as val/kl is.
     other = {"train/", "heal/"} - {f"{module.prefix}/"}
     own = [each for each in own if not str(getattr(each, "monitor", None)).startswith(tuple(other))]
-    shown = recipe.trainer.get("enable_progress_bar", True)
-    if shown and not any(isinstance(each, ProgressBar) for each in own):  # Lightning takes one
-        own.insert(0, line)
+    shown, bars = recipe.trainer.get("enable_progress_bar", True), any(isinstance(each, ProgressBar) for each in own)
+    own[:0] = [line] if shown and not bars else []
     tensorboard = TensorBoardLogger(checkpoint.parent.parent, name="", version="", default_hp_metric=False)
     with quiet():
         trainer = build_trainer(
@@ -421,6 +421,7 @@ def _run_trainer(
             callbacks=[*own, stop, LastCheckpoint(checkpoint, recipe.checkpoint_every, stop)],
             logger=instantiate(recipe.logger) if recipe.logger else tensorboard,
             plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=shown and bars,
             default_root_dir=checkpoint.parent.parent,
         )
         try:

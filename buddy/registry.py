@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
@@ -39,13 +38,6 @@ class Description:
 
 def installed(group: str = ROUTERS) -> list[EntryPoint]:
     """Every announced class of a group, by name and then distribution; nothing is imported."""
-    places = [path for path in map(os.path.abspath, sys.path) if os.path.exists(path)]
-    return list(_read(group, tuple((path, os.stat(path).st_mtime_ns) for path in places)))
-
-
-@cache
-def _read(group: str, places: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
-    """`installed`, read anew only where a place of `sys.path` has changed: it takes 20 ms, and a fit asks ten times."""
     return sorted(entry_points(group=group), key=lambda entry: (entry.name, owner(entry)))
 
 

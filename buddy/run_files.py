@@ -2,12 +2,12 @@
 
 import os
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from buddy.errors import DamagedError, RunError
 from buddy.io import checksum, load_tensors, read_json, save_tensors, write_json, write_with_checksum
@@ -114,7 +114,7 @@ def run_facts(
         "fingerprint": digests["model"],
         "geometry": asdict(geometry),
         "versions": versions(),
-        "seconds": _seconds_in(folder),
+        "seconds": seconds_in(folder),
     }
 
 
@@ -137,33 +137,21 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return {name: facts[name] for name in (*_TEXTS, *_MAPPINGS)}
 
 
-class Stopwatch:
-    """Seconds spent on a run over all its sessions; a context manager that saves them in run.json at the end.
-
-    Args:
-        folder: of the run, from `RunFolder.begin`.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / FACTS
-        self._before = _seconds_in(folder)
-        self._start = time.perf_counter()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        with suppress(RunError) if error else nullcontext():  # a full disk may be the error already
-            write_json(self._path, read_json(self._path) | {"seconds": self.seconds})
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far, including earlier sessions."""
-        return self._before + time.perf_counter() - self._start
+@contextmanager
+def timed(folder: Path) -> Iterator[None]:
+    """Adds the seconds of this block to those of a run in run.json; `folder` is from `RunFolder.begin`."""
+    before, start, failed = seconds_in(folder), time.perf_counter(), True
+    try:
+        yield
+        failed = False
+    finally:
+        with suppress(RunError) if failed else nullcontext():  # a full disk may be the error already
+            seconds = before + time.perf_counter() - start
+            write_json(folder / FACTS, read_json(folder / FACTS) | {"seconds": seconds})
 
 
-def _seconds_in(folder: Path) -> float:
-    """The seconds of earlier sessions; 0 if there were none or the file is damaged."""
+def seconds_in(folder: Path) -> float:
+    """The seconds of a run's sessions so far; 0 if there were none or the file is damaged."""
     try:
         seconds = read_json(folder / FACTS)["seconds"]
     except (DamagedError, KeyError):

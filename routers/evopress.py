@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from math import comb
 from typing import Any
 
@@ -69,10 +68,10 @@ class EvoPress(Router):
         seed: int | None = None,
     ) -> None:
         super().__init__(geometry)
-        stages = _numbers("survivors", survivors), _numbers("windows", windows)
-        self.search = Search(generations, offspring, initial, *stages, swaps, patience)
-        _check(self.search)
-        self.seed = seed
+        check_least(1, generations=generations, offspring=offspring, initial=initial, swaps=swaps, patience=patience)
+        self.survivors, self.windows = _stages(survivors, windows)
+        self.generations, self.offspring, self.initial = generations, offspring, initial
+        self.swaps, self.patience, self.seed = swaps, patience, seed
         self.register_buffer("worth", torch.zeros(geometry.routable + 1, geometry.routable))
 
     def calibrate(self, probe: Probe) -> None:
@@ -84,9 +83,8 @@ class EvoPress(Router):
 
         seed, found = probe.seed if self.seed is None else self.seed, {}
         for executed in probe.layer_counts:
-            problem = Problem(fitness, self.geometry.routable, self.geometry.layers - executed, self.geometry.layers)
-            draw = random.Random(f"{seed} {executed}")
-            found[executed - self.geometry.always_on] = self.search.run(problem, draw, probe.track)
+            draw, count = random.Random(f"{seed} {executed}"), self.geometry.layers - executed
+            found[executed - self.geometry.always_on] = self._search(fitness, count, draw, probe.track)
         self._rank(found, probe.block_influence)
 
     def score(self, context: Context) -> Tensor:
@@ -104,84 +102,46 @@ class EvoPress(Router):
             first = 0.0 if nearest is None else kept[nearest] * (len(kept) + 1) * routable
             self.worth[k] = first + tie
 
-
-@dataclass(frozen=True)
-class Problem:
-    """Find the `count` of `routable` layers, in a backbone of `layers`, whose removal has the least `fitness`."""
-
-    fitness: Fitness
-    routable: int
-    count: int
-    layers: int
-
-    @property
-    def sets(self) -> int:
-        """Number of sets there are."""
-        return comb(self.routable, self.count)
-
-
-@dataclass(frozen=True)
-class Search:
-    """A (1 + λ) evolutionary search with selection in stages; the fields are the options of `EvoPress`."""
-
-    generations: int | None
-    offspring: int
-    initial: int
-    survivors: tuple[int, ...]
-    windows: tuple[int, ...]
-    swaps: int
-    patience: int | None
-
-    def run(self, problem: Problem, draw: random.Random, track: Track) -> Removed:
-        """The best set found."""
-        parent = self.start(problem, draw)
-        if problem.sets == 1:
+    def _search(self, fitness: Fitness, count: int, draw: random.Random, track: Track) -> Removed:
+        """The best set of `count` removed layers that is found."""
+        parent = self._start(fitness, count, draw)
+        if comb(self.geometry.routable, count) == 1:
             return parent
-        best, stale = problem.fitness([parent], self.windows[-1])[0], 0
-        words = f"searching for {problem.layers - problem.count} layers"
-        for _ in track(range(self.length(problem)), words):
-            parent, loss = self.select(problem, self.mutants(problem, draw, parent), parent)
+        best, stale, left = fitness([parent], self.windows[-1])[0], 0, self.geometry.layers - count
+        generations = self.generations or max(1, int(count * left / 1.5))
+        for _ in track(range(generations), f"searching for {left} layers"):
+            parent, loss = self._select(fitness, self._mutants(draw, parent), parent)
             stale = 0 if loss < best else stale + 1
             best = min(best, loss)
             if stale == self.patience:
                 break
         return parent
 
-    def length(self, problem: Problem) -> int:
-        """Generations at most."""
-        if self.generations is not None:
-            return self.generations
-        return max(1, int(problem.count * (problem.layers - problem.count) / 1.5))
-
-    def start(self, problem: Problem, draw: random.Random) -> Removed:
+    def _start(self, fitness: Fitness, count: int, draw: random.Random) -> Removed:
         """The best of random sets on the windows of the first stage."""
+        sets = _different(lambda: tuple(sorted(draw.sample(range(self.geometry.routable), count))), self.initial)
+        return _best(sets, fitness(sets, self.windows[0]), 1)[0][1] if len(sets) > 1 else sets[0]
 
-        def make() -> Removed:
-            return tuple(sorted(draw.sample(range(problem.routable), problem.count)))
-
-        sets = _different(make, self.initial)
-        return _best(sets, problem.fitness(sets, self.windows[0]), 1)[0][1] if len(sets) > 1 else sets[0]
-
-    def mutants(self, problem: Problem, draw: random.Random, parent: Removed) -> list[Removed]:
+    def _mutants(self, draw: random.Random, parent: Removed) -> list[Removed]:
         """Different sets, none the parent, each a few swaps of a kept and a removed layer away from it."""
 
         def make() -> Removed:
             removed = set(parent)
             for _ in range(min(draw.randint(1, self.swaps), draw.randint(1, self.swaps))):
-                kept = [layer for layer in range(problem.routable) if layer not in removed]
+                kept = [layer for layer in range(self.geometry.routable) if layer not in removed]
                 leaves, returns = draw.choice(kept), draw.choice(sorted(removed))
                 removed = removed - {returns} | {leaves}
             return tuple(sorted(removed))
 
         return _different(make, self.offspring, parent)
 
-    def select(self, problem: Problem, sets: list[Removed], parent: Removed) -> tuple[Removed, float]:
+    def _select(self, fitness: Fitness, sets: list[Removed], parent: Removed) -> tuple[Removed, float]:
         """The best of the sets and their parent by the stages, and its loss in the last one."""
         ranked: list[tuple[float, Removed]] = []
         for stage, (survivors, windows) in enumerate(zip(self.survivors, self.windows, strict=True), start=1):
             if stage == len(self.windows):
                 sets = [parent, *sets]
-            ranked = _best(sets, problem.fitness(sets, windows), survivors)
+            ranked = _best(sets, fitness(sets, windows), survivors)
             sets = [each for _, each in ranked]
         return ranked[0][1], ranked[0][0]
 
@@ -200,19 +160,15 @@ def _best(sets: Sequence[Removed], losses: Sequence[float], number: int) -> list
     return [(losses[i], sets[i]) for i in order[:number]]
 
 
-def _numbers(name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or any(type(each) is not int for each in value):
-        raise ValueError(f"{name} is {value!r}; give a list of whole numbers")
-    return tuple(value)
-
-
-def _check(search: Search) -> None:
-    names = ("generations", "offspring", "initial", "swaps", "patience")
-    check_least(1, **{name: getattr(search, name) for name in names})
-    survivors, windows = list(search.survivors), list(search.windows)
+def _stages(survivors: Any, windows: Any) -> tuple[list[int], list[int]]:
+    for name, value in (("survivors", survivors), ("windows", windows)):
+        if not isinstance(value, Sequence) or any(type(each) is not int for each in value):
+            raise ValueError(f"{name} is {value!r}; give a list of whole numbers")
+    survivors, windows = list(survivors), list(windows)
     if not survivors or len(survivors) != len(windows):
         raise ValueError(f"survivors is {survivors} and windows {windows}; give both a number for each stage")
     if survivors[-1] != 1 or survivors != sorted(survivors, reverse=True):
         raise ValueError(f"survivors is {survivors}; give numbers that fall to 1 in the last stage")
     if windows[0] < 1 or windows != sorted(windows):
         raise ValueError(f"windows is {windows}; give numbers from 1 that do not fall")
+    return survivors, windows

@@ -20,7 +20,7 @@ from buddy.io import read_json, write_json
 from buddy.provenance import PACKAGES, code_digest
 from buddy.router import Geometry
 from buddy.run import RunFolder, folder_name, read_run
-from buddy.run_files import Stopwatch, checksums_of, load_router, read_metrics, save_router, update_checksums
+from buddy.run_files import checksums_of, load_router, read_metrics, save_router, seconds_in, timed, update_checksums
 from buddy.schema import ClassSpec, OptimizerSection, Recipe
 from tests.recovery.damage import DAMAGES
 
@@ -341,11 +341,11 @@ def test_what_a_killed_process_was_deleting_is_not_resumed(folder, recipe, monke
 
 def test_seconds_add_up_over_the_sessions_of_a_run(folder, recipe):
     with folder.lock():
-        with Stopwatch(begin(folder, recipe)):
+        with timed(begin(folder, recipe)):
             time.sleep(0.02)
-        assert 0.02 <= Stopwatch(begin(folder, recipe)).seconds < 5
+        assert 0.02 <= seconds_in(begin(folder, recipe)) < 5
         (folder.path / "run.json").write_text("{")
-        assert Stopwatch(begin(folder, recipe)).seconds < 0.02
+        assert seconds_in(begin(folder, recipe)) < 0.02
 
 
 # Two at once, and things in the way

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from math import pi
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,18 +107,6 @@ def taylor_importance(backbone: Backbone, batches: Iterable[Tensor], layers: ran
 # Losses under plans. A plan is a string of L digits here, "1" for a layer that runs.
 
 
-class State(NamedTuple):
-    """A hidden state after the first layers of a plan.
-
-    Attributes:
-        hidden: (B, T, D).
-        complete: whether it includes the sinks' states; it does not after a skipped layer.
-    """
-
-    hidden: Tensor
-    complete: bool
-
-
 class PrefixStates:
     """Hidden states of one batch along plans that all its tokens share; common prefixes of plans run once.
 
@@ -133,7 +121,7 @@ class PrefixStates:
         layers: the decoder layers, without an active plan.
         input_ids: (B, T) long.
         sinks: positions at full depth.
-        known: states after prefixes of plans, from earlier plans over the same tokens.
+        known: states (B, T, D) after prefixes of plans, from earlier plans over the same tokens.
         wanted: prefixes of plans whose states are kept.
         bridges: of skipped layers, each by the prefix of the plan that ends with its layer.
     """
@@ -144,17 +132,17 @@ class PrefixStates:
         layers: Sequence[Layer],
         input_ids: Tensor,
         sinks: int,
-        known: Mapping[str, State],
+        known: Mapping[str, Tensor],
         wanted: Collection[str],
         bridges: Mapping[str, Bridge],
     ) -> None:
         self._layers, self._wanted, self._known, self._bridges = layers, wanted, dict(known), bridges
         hidden, self._inputs = outside.embed(input_ids)
         self._sinks = _dense_states(outside, layers, input_ids[:, :sinks]) if sinks else []
-        self._path = {"": State(hidden, True)}  # states after the prefixes of the last plan
+        self._path = {"": hidden}  # states after the prefixes of the last plan
 
     @property
-    def kept(self) -> dict[str, State]:
+    def kept(self) -> dict[str, Tensor]:
         """States after the wanted prefixes that occurred."""
         return {prefix: state for prefix, state in self._known.items() if prefix in self._wanted}
 
@@ -170,17 +158,17 @@ class PrefixStates:
             state = self._path[prefix] = self._step(prefix, state)
             if prefix in self._wanted:
                 self._known[prefix] = state
-        return state.hidden
+        return state
 
-    def _step(self, prefix: str, state: State) -> State:
-        hidden, index = state.hidden, len(prefix) - 1
+    def _step(self, prefix: str, hidden: Tensor) -> Tensor:
+        index = len(prefix) - 1
         if prefix[-1] == "0":
             bridge = self._bridges.get(prefix)
-            return State(hidden if bridge is None else bridged(hidden, *bridge), not self._sinks)
-        if not state.complete:
+            return hidden if bridge is None else bridged(hidden, *bridge)
+        if self._sinks and prefix[-2:-1] == "0":  # after a skipped layer the sinks' states are not valid
             hidden = hidden.clone()
             hidden[:, : self._sinks[index].shape[1]] = self._sinks[index]
-        return State(self._layers[index](hidden, **self._inputs[index]), True)
+        return self._layers[index](hidden, **self._inputs[index])
 
 
 @torch.no_grad()
@@ -216,7 +204,7 @@ class PlanLosses:
         self._backbone, self._windows, self._sinks = backbone, windows, sinks
         self._number = -(-len(windows) // batch_size)  # of batches with all windows
         self._outside = EmbeddingAndHead(backbone.model)
-        self._cache: dict[Batch, dict[str, State]] = {}
+        self._cache: dict[Batch, dict[str, Tensor]] = {}
         self._dense: dict[Batch, list[DenseDistribution]] = {}
         self._dense_room = room_for(MAX_DENSE, backbone.device)
         self._fit = fit
@@ -255,7 +243,7 @@ class PlanLosses:
         known = self._cache.get(batch, {})
         return PrefixStates(self._outside, backbone.layers, input_ids, self._sinks, known, wanted, bridges)
 
-    def _keep(self, batch: Batch, states: dict[str, State]) -> None:
+    def _keep(self, batch: Batch, states: dict[str, Tensor]) -> None:
         """Keep states for later plans over the batch; drop the oldest batch where there are too many."""
         self._cache.pop(batch, None)
         self._cache[batch] = states

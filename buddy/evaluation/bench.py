@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from buddy.backbone.load import Backbone, title_of
-from buddy.build import build_model, build_windows, counts_of, load_model, restore_router
+from buddy.build import build_model, build_windows, counts_of, load_model, restore
 from buddy.console import NONE, errors, print_titled_table, report_json, results, status, tracker
 from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Settings
@@ -312,7 +312,7 @@ def _loaded_router(run: Run, backbone: Backbone) -> tuple[tuple[AnyRouter, Bridg
     """Router, bridges and settings of a run, and K for each of its budgets, without repeats."""
     routed = build_model(run.recipe, backbone)
     try:
-        restore_router(routed, run.recipe, run.folder)
+        restore(routed, run.recipe, run.folder, adapter=False)
         counts = dict.fromkeys(counts_of(run.recipe, routed).values())
         return (routed.router, routed.bridges, routed.settings), list(counts)
     finally:

@@ -157,7 +157,7 @@ def evaluate(
             devices=[device.index] if device.index is not None else 1,
             logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=description is not None,
+            enable_progress_bar=False,
             enable_model_summary=False,
             inference_mode=False,
             callbacks=[] if description is None else [ProgressLine(description)],

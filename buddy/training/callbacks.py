@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -96,7 +96,7 @@ def interrupts(trainer: Trainer) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(Checkpoint):
     """Keeps one checkpoint up to date: every so many steps, and when the training ends or is stopped.
 
     Where a validation follows a step, the checkpoint is written after it: a resumed training does not repeat the
@@ -110,46 +110,34 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, path: Path, every: int, stop: GracefulStop) -> None:
-        self._stop, self._ended, self._due = stop, False, False
-        super().__init__(
-            dirpath=path.parent,
-            save_top_k=0,
-            save_last=True,
-            every_n_train_steps=every,
-            enable_version_counter=False,
-        )
-        self.CHECKPOINT_NAME_LAST = path.stem
+        self._path, self._every, self._stop = path, every, stop
+        self._ended = self._due = False
+        self._saved = 0  # the step of the last save, or the one that training starts from
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step  # or a resumed training would save amid its first step
+        self._saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        step = trainer.global_step
-        self._due |= step % self._every_n_train_steps == 0 and step != self._last_global_step_saved
+        self._due |= trainer.global_step % self._every == 0 and trainer.global_step != self._saved
         if not trainer.fit_loop.epoch_loop._should_accumulate() and not validates_now(trainer):
-            self._save(trainer)
+            self._save(trainer, self._due)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             self._ended = trainer.should_stop and not self._stop.stopped and trainer.fit_loop._can_stop_early
-            self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        if self._due and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._due = False
+            self._save(trainer, self._due)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = not self._stop.stopped
-        if self._ended or self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save(trainer, self._ended or self._saved != trainer.global_step)
+
+    def _save(self, trainer: Trainer, wanted: bool) -> None:
+        if wanted:
+            trainer.save_checkpoint(self._path)
+            self._saved, self._due = trainer.global_step, False
 
     def state_dict(self) -> dict[str, Any]:
         return {"ended": self._ended}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass  # the checkpoint may come from another folder, which Lightning would warn of
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -168,7 +156,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_bytes(path, content.getbuffer())
 
 
-class ProgressLine(ProgressBar):
+class ProgressLine(Callback):
     """Steps done, time so far, time left and the objective of the last step, on the error stream.
 
     Where that is no terminal, it is a plain line now and then.
@@ -179,20 +167,12 @@ class ProgressLine(ProgressBar):
     """
 
     def __init__(self, description: str, metric: str = "train/objective") -> None:
-        super().__init__()
         self._description, self._metric, self._note = description, metric, ""
         self._bar: Bar | None = None
-        self._enabled = True
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def disable(self) -> None:
-        self._enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
-        self._open(total, trainer.global_step)
+        self._open(trainer, total, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         objective = trainer.callback_metrics.get(self._metric)
@@ -205,7 +185,7 @@ class ProgressLine(ProgressBar):
         self._close()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open(int(sum(trainer.num_test_batches)))
+        self._open(trainer, int(sum(trainer.num_test_batches)))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -219,8 +199,8 @@ class ProgressLine(ProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
 
-    def _open(self, total: int, done: int = 0) -> None:
-        if self._enabled:
+    def _open(self, trainer: Trainer, total: int, done: int = 0) -> None:
+        if trainer.is_global_zero:
             self._bar = Bar(self._description, total, done).__enter__()
 
     def _close(self) -> None:

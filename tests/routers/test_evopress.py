@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routers.evopress import EvoPress, Problem
+from routers.evopress import EvoPress
 from routers.sleb import SLEB
 from tests.routers.landscape import SIZES, Landscape, left_out, rugged, searched
 
@@ -39,10 +39,10 @@ def test_the_loss_never_rises_from_the_start(seed, asked):
 
 @given(seed=st.integers(0, 999), count=st.integers(1, 9), offspring=st.integers(1, 40), swaps=st.integers(1, 4))
 def test_offspring_differ_by_swaps(seed, count, offspring, swaps):
-    search = EvoPress(SIZES, offspring=offspring, swaps=swaps).search
-    draw, problem = random.Random(seed), Problem(lambda sets, _: [0.0] * len(sets), 10, count, 12)
-    parent = search.start(problem, draw)
-    sets = search.mutants(problem, draw, parent)
+    search = EvoPress(SIZES, offspring=offspring, swaps=swaps)
+    draw = random.Random(seed)
+    parent = search._start(lambda sets, _: [0.0] * len(sets), count, draw)
+    sets = search._mutants(draw, parent)
     assert len(sets) == len(set(sets)) <= offspring
     assert len(sets) >= min(offspring, 3, count * (10 - count))
     for each in sets:
