@@ -45,7 +45,7 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, RecipeError, TrainingError, nearest
 from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.figures import draw_run
-from buddy.io import cache_folder, on_disk, out_of_memory, within_memory, write_bytes
+from buddy.io import cache_folder, checksum, on_disk, out_of_memory, within_memory, write_bytes
 from buddy.metrics.perplexity import MAX_STATE_BYTES, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor
 from buddy.provenance import CODE, code_digest
@@ -151,11 +151,14 @@ class Session:
             finish_sharding(session.backbone)
         return session
 
-    def digests(self, recipe: Recipe) -> dict[str, str]:
-        """Digests of the inputs of a run of the recipe."""
+    def digests(self, recipe: Recipe, folder: Path | None = None) -> dict[str, str]:
+        """Digests of the inputs of a run of the recipe, but for a checkpoint in the run's own folder."""
         data, backbone = self.data, self.backbone
         texts = {"text": data.fingerprint, "training text": data.train_fingerprint, "tokens": data.tokens_digest}
         digests = {"model": backbone.fingerprint, "details": backbone.details, **texts}
+        start = Path(recipe.ckpt_path).resolve() if recipe.ckpt_path else None
+        if start and not (folder and start.is_relative_to(folder.resolve())):
+            digests["checkpoint"] = checksum(start)
         return {name: digest for name, digest in digests.items() if digest} | {
             CODE: code_digest(load(recipe.router.name))
         }
@@ -163,7 +166,7 @@ class Session:
     def differences(self, spec: RunSpec) -> list[str]:
         """Why the run in the folder, complete or begun, is not this one; empty if it is, or if there is none."""
         free = (*spec.ignored_keys, *ignored_keys(spec.recipe, build_router(spec.recipe, self.backbone)))
-        return spec.run_folder.differences(spec.recipe, self.digests(spec.recipe), ignore=free)
+        return spec.run_folder.differences(spec.recipe, self.digests(spec.recipe, spec.folder), ignore=free)
 
     def fit(self, spec: RunSpec) -> None:
         """Make the run, or resume it; in the first process.
@@ -175,7 +178,8 @@ class Session:
         recipe, run_folder = spec.recipe, spec.run_folder
         with on_disk(spec.folder), run_folder.lock(), self.model(recipe) as model:
             free = (*spec.ignored_keys, *ignored_keys(recipe, model.router))
-            folder = run_folder.begin(recipe, spec.recipe_name, self.digests(recipe), model.geometry, ignore=free)
+            digests = self.digests(recipe, spec.folder)
+            folder = run_folder.begin(recipe, spec.recipe_name, digests, model.geometry, ignore=free)
             try:
                 distributed.barrier()  # the other processes read the folder from here on
                 with within_memory(f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens", MEMORY):

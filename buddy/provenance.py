@@ -26,6 +26,7 @@ CODE = "router's code"  # the digest whose change only warns
 LATER_DIGESTS = {
     "details": "another configuration of the model, or other weights",
     "tokens": "another text to train on",
+    "checkpoint": "another content of ckpt_path",
 }
 # Keys of a recipe that change nothing in the run.
 IGNORED_KEYS = (

@@ -66,7 +66,8 @@ def find(name: str, group: str = ROUTERS) -> EntryPoint:
     if not matches and ":" not in name:
         names = sorted({entry.name for entry in entries})
         hint = nearest(name, names) or "."
-        raise RegistryError(f"No {noun} is named {name!r}{hint} Installed: {', '.join(names) or 'none'}.")
+        known = f"Installed: {', '.join(names) or 'none'}; one of your own is module:Class."
+        raise RegistryError(f"No {noun} is named {name!r}{hint} {known}")
     if not matches and not re.fullmatch(r"[\w.]+:[\w.]+", name):
         raise RegistryError(f"No {noun} can be named {name!r}; write module:Class, as in my_module:MyClass.")
     if len(matches) > 1:

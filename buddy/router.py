@@ -95,6 +95,9 @@ class Probe(Protocol):
         bridge_windows: how many of them, from the last one, `losses(…, bridged=True)` fits bridges on: 24, or three
             quarters of fewer than 32; 0 where the recipe has no bridges.
         prompt: tokens of a window that count as its prompt.
+        windows: (N, W) long, the token ids.
+        model: the frozen transformers model, for a measure of your own, which is not kept on disk. Its layers are the
+            engine's, which run whole while no budget is set. Remove hooks, and leave the weights as they are.
     """
 
     geometry: Geometry
@@ -103,6 +106,8 @@ class Probe(Protocol):
     count: int
     bridge_windows: int
     prompt: int
+    windows: Tensor
+    model: nn.Module
 
     @property
     def block_influence(self) -> Tensor:

@@ -41,7 +41,7 @@ class CalibrationProbe:
     Attributes:
         routed: the model.
         measured: the values so far.
-        geometry, layer_counts, seed, count, bridge_windows, prompt: see `buddy.router.Probe`.
+        geometry, layer_counts, seed, count, bridge_windows, prompt, windows, model: see `buddy.router.Probe`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class CalibrationProbe:
         self.seed, self.count = seed, len(windows)
         self.bridge_windows = 0 if bridge is None else max(1, min(BRIDGE_WINDOWS, self.count * 3 // 4))
         self.prompt = windows.shape[1] // 2 if prompt is None else prompt
-        self._windows, self._size = windows, batch_size
+        self.windows, self._size, self.model = windows, batch_size, routed.backbone.model
         self._batches = windows.split(batch_size)
         setting = None if store is None else measurement_setting(routed, windows, batch_size)
         self.measured = Measurements(store, setting) if measured is None else measured
@@ -167,8 +167,8 @@ class CalibrationProbe:
     def _measure(self, missing: Sequence[Pair], criterion: Criterion, how: str, what: str) -> None:
         losses = self._losses.get(bool(how))
         if losses is None:
-            fit = PlanBridges(self.routed, self._windows[-self.bridge_windows :], **self._bridge).fit if how else None
-            losses = PlanLosses(self.routed.backbone, self._windows, self._size, self.routed.sink_tokens, fit)
+            fit = PlanBridges(self.routed, self.windows[-self.bridge_windows :], **self._bridge).fit if how else None
+            losses = PlanLosses(self.routed.backbone, self.windows, self._size, self.routed.sink_tokens, fit)
             self._losses[bool(how)] = losses
         try:
             for b, plan, values in losses.measure(missing, criterion, lambda pairs: self.track(pairs, what)):
@@ -194,4 +194,8 @@ class CalibrationProbe:
             if list(windows) != sorted({*windows} & {*range(self.count)}) or not windows:
                 raise ValueError(f"windows is {list(windows)}; give ascending numbers from 0 to {self.count - 1}")
         elif windows is not None and not 1 <= windows <= self.count:
-            raise ValueError(f"windows is {windows}; there are {self.count} calibration windows")
+            raise ValueError(
+                f"windows is {windows} of {self.count} calibration windows; give min({windows}, probe.count)"
+                if windows > 0
+                else f"windows is {windows}; give 1 or more"
+            )

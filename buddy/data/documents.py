@@ -99,10 +99,9 @@ def read_documents(
     texts = load_texts(source, text_field)
     with reading(source, texts.data.nbytes):
         tokens = tokenise(cut_long(without_marks(texts), tokenizer, window), tokenizer)
-    separator = _separator(tokenizer, tokens[0]["input_ids"][-1:] if len(tokens) else [])
+    begin, separator = _begin_and_separator(tokenizer)
     packs = pack(list_lengths(tokens), window, len(separator))  # type: ignore[arg-type]
-    begin = tokens[0]["input_ids"][:1] if len(tokens) else []
-    documents = Documents(tokens, packs, separator, begin if begin == [tokenizer.bos_token_id] else [])
+    documents = Documents(tokens, packs, separator, begin)
     if len(documents) < fewest:
         shorter = documents.tokens // (2 * fewest)
         advice = f" or set data.window={shorter} or smaller" if fewest > 1 and shorter >= 16 else ""
@@ -113,11 +112,14 @@ def read_documents(
     return documents
 
 
-def _separator(tokenizer: PreTrainedTokenizerBase, end: list[int]) -> list[int]:
-    """What stands between two rows of a pack, of which the first ends with the tokens `end`."""
-    if tokenizer.eos_token_id is None:
-        return list(tokenizer("\n\n", add_special_tokens=False).input_ids)
-    return [] if end == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+def _begin_and_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The beginning token that the tokenizer puts before every text, and what stands between two rows of a pack."""
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bare, whole = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
+    begin = [first] if whole[:1] == [first] != bare[:1] else []
+    if last is None:
+        return begin, list(tokenizer("\n\n", add_special_tokens=False).input_ids)
+    return begin, [] if whole[-1:] == [last] != bare[-1:] else [last]
 
 
 def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:

@@ -254,9 +254,12 @@ class Batches:
         """(batch_size / devices, W) long for each step; each device takes every devices-th window of the batch."""
         trainer = self._data.trainer
         rank, devices = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        start = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
-        for step in range(start, start - start % len(self) + len(self)):
-            yield self._data.batch(step)[rank::devices]
+        # Of an epoch Lightning takes so many batches, in whole steps and a last one that may have fewer.
+        each = trainer.accumulate_grad_batches if trainer else 1
+        length = int(min(len(self), trainer.num_training_batches)) if trainer else len(self)
+        epoch, steps = divmod(trainer.global_step if trainer else 0, -(-length // each))
+        for number in range(epoch * length + steps * each, (epoch + 1) * length):
+            yield self._data.batch(number)[rank::devices]
 
     # These two make the loader resumable for Lightning. The trainer's step is the only state, so that an interrupted
     # step is repeated and not skipped.

@@ -127,7 +127,9 @@ def device(subject: Subject) -> str:
 def bfloat16(subject: Subject) -> str:
     """Contexts and what a probe measures stay float32, and so must the output."""
     backbone = tiny_backbone()
-    low = Subject(subject.cls, subject.options, replace(backbone, model=backbone.model.to(torch.bfloat16)))
+    backbone = replace(backbone, model=backbone.model.to(torch.bfloat16))
+    sizes = subject.geometry
+    low = Subject(subject.cls, subject.options, backbone, context_layer=sizes.context_layer, pool=subject.pool)
     with low.attached(low.router()) as routed:
         _run(routed, low, [low.middle] * ROWS)
     scores = output_of(low.router(), low.inputs)
@@ -211,9 +213,9 @@ def groups(subject: Subject) -> str:
     router = _trainable(subject)
     parts = router.parameter_groups()
     for part in parts:
-        if not {"params", "scale"} <= {*part} or not 0 < part["scale"] < math.inf:
+        if {*part} != {"params", "scale"} or not 0 < part["scale"] < math.inf:
             raise Failed(
-                'parameter_groups has a group without "params" or without a finite "scale" above 0; give both.'
+                'parameter_groups has a group of other keys; give "params" and a finite "scale" above 0 alone.'
             )
     listed = [id(parameter) for part in parts for parameter in part["params"]]
     if {*listed} - {id(parameter) for parameter in router.parameters()}:
@@ -235,15 +237,29 @@ def weights(subject: Subject) -> str:
     found = router.weigh(logits)
     if found.shape != logits.shape or not bool(((found >= -1e-6) & (found <= 1 + 1e-6)).all()):
         raise Failed("weigh leaves [0, 1] or the shape of its logits; give each logit one weight, as sigmoid does.")
+    closed, opened = router.weigh(torch.tensor([-50.0, 50.0], device=logits.device)).tolist()  # far beyond any noise
+    if not closed < 0.5 < opened:
+        raise Failed(
+            "weigh gives less to an open gate than to a closed one; a gate is open where its logit is above 0."
+        )
     generator = torch.Generator().manual_seed(0)
     shares = torch.rand(ROWS, PROMPT, subject.geometry.routable, generator=generator).to(logits.device)
+    shares.requires_grad_()
     for executed in subject.depths[:-1]:
-        penalty = router.penalty(shares, torch.full((ROWS,), executed, device=logits.device))
+        counts = torch.full((ROWS,), executed, device=logits.device)
+        penalty = router.penalty(shares, counts)
         if penalty.shape != (ROWS,) or not penalty.isfinite().all():
             raise Failed(
                 f"penalty gives {tuple(penalty.shape)} for {ROWS} rows, or is not finite, at K = {executed}; give one "
                 "finite number per row."
             )
+        extremes = [router.penalty(torch.full_like(shares, share), counts) for share in (0.0, 1.0)]
+        if not penalty.requires_grad and not torch.equal(*extremes):
+            raise Failed("penalty has no gradient; compute it from the weights, without comparing or rounding them.")
+    counts = torch.tensor(subject.depths[:-1], device=logits.device).repeat(ROWS)[:ROWS]
+    rows = [router.penalty(shares[row : row + 1], counts[row : row + 1]) for row in range(ROWS)]
+    if not torch.allclose(router.penalty(shares, counts), torch.cat(rows), rtol=1e-4, atol=1e-6):
+        raise Failed("The penalty of a row changes with the others; take means over its own tokens and layers alone.")
     return "one weight a gate, one penalty a row"
 
 

@@ -45,11 +45,14 @@ def description(subject: Subject) -> str:
 @torch.no_grad()
 def calibration(subject: Subject) -> str:
     model = subject.backbone.model
-    before, logits = _sums(model), model(subject.windows).logits
-    subject.router()
+    before, logits, router = _sums(model), model(subject.windows).logits, subject.new_router()
+    parameters = dict(router.named_parameters())
+    subject.calibrate(router)
     after = _sums(model)
     if changed := [name for name in before if after.get(name) != before[name]]:
         raise Failed(f"calibrate changes the model ({changed[0]}); work on copies of its weights and buffers.")
+    if replaced := [name for name, each in router.named_parameters() if each is not parameters.get(name)]:
+        raise Failed(f"calibrate replaces {replaced[0]}, which the optimizer holds already; write into it by copy_.")
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise Failed("calibrate leaves model parameters that require gradients; freeze them again.")
     if any(module.training for module in model.modules()) or not torch.equal(model(subject.windows).logits, logits):

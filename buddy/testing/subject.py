@@ -214,19 +214,22 @@ class Subject:
 
         Without noise, parameters that start at 0 would make every comparison pass.
         """
-        with seeded(seed):
-            router = self.new_router(seed)
-            with self.attached(router) as routed:
-                windows, asked = self._tokens(WINDOWS, WIDTH, seed=2), [self.middle, self.depths[0]]
-                probe = CalibrationProbe(routed, windows, 4, layer_counts=asked, seed=seed, measured=self._measured)
-                router.calibrate(probe)
-                self._measured = probe.measured  # nothing is measured twice
+        router = self.new_router(seed)
+        self.calibrate(router, seed)
         router.eval()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in router.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
         return router
+
+    def calibrate(self, router: AnyRouter, seed: int = 0) -> None:
+        """Calibrate a router as `buddy fit` does with this seed."""
+        with seeded(seed), self.attached(router) as routed:
+            windows, asked = self._tokens(WINDOWS, WIDTH, seed=2), [self.middle, self.depths[0]]
+            probe = CalibrationProbe(routed, windows, 4, layer_counts=asked, seed=seed, measured=self._measured)
+            router.calibrate(probe)
+            self._measured = probe.measured  # nothing is measured twice
 
     @contextmanager
     def attached(self, router: AnyRouter) -> Iterator[RoutedLM]:

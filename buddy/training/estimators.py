@@ -202,8 +202,8 @@ def _direction(losses: Tensor, runs: Tensor, sigma: float) -> Tensor:
 class StraightThrough:
     """Hard top-k forward, softmax backward (2606.09514, section 3), through a backbone that computes every layer.
 
-    A skipped layer's gate is always pulled towards running, and the pull common to all layers drowns the differences
-    in it; since the count is fixed, that common part is projected out of each token's gradient.
+    A skipped layer's gate is always pulled towards running. The softmax removes the part of this pull that is common to
+    all layers of a token, which says nothing where the count is fixed.
 
     Args:
         objective: what a plan is judged by.
@@ -241,10 +241,7 @@ class StraightThrough:
             runs: (B, T, R) bool.
             compete: dimensions in which scores compete: of a token's layers, or of a window's tokens too.
         """
-        soft = scores.softmax(-1) * scores.shape[-1]
-        if soft.requires_grad:
-            soft.register_hook(lambda gradient: gradient - gradient.mean(compete, keepdim=True))
-        return soft
+        return scores.softmax(-1) * scores.shape[-1]
 
 
 class Surrogate(StraightThrough):

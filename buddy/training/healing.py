@@ -69,12 +69,10 @@ class HealingModule(BudgetModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""
         prepared, generator = self._batch(batch, batch_idx, self.below if self.parts is None else self.grid)
-        torch.manual_seed(self._draw_seed + self.global_rank)  # for dropout, which takes no generator
         loss, value = self._joint(prepared, generator) if self.estimator else self._healing(prepared)
         self._require_finite("loss", loss.detach(), value)
         self._log(value, prepared.executed, batch_idx)
-        # The factors of a layer that no row runs have no gradient, and processes side by side wait for each of them.
-        return loss + 0.0 * sum(parameter.sum() for params, _ in self.groups() for parameter in params)
+        return self._reaching_all(loss)  # the factors of a layer that no row runs have no gradient
 
     def _healing(
         self, batch: TrainingBatch, runs: Tensor | None = None, dense: DenseDistribution | None = None

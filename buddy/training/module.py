@@ -191,9 +191,9 @@ class BudgetModule(LightningModule):
         """
         ids, accumulated = _token_ids(batch), self.trainer.accumulate_grad_batches
         number = self.global_step * accumulated + batch_idx % accumulated
-        self._draw_seed = self.seed * 1_000_003 + number * 1_009
-        generator = torch.Generator().manual_seed(self._draw_seed)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number * 1_009)
         rank, processes = self.global_rank, self.trainer.world_size
+        torch.manual_seed(generator.initial_seed() + rank)  # for dropout and noise that take no generator
         all_executed = draw_budgets(grid, len(ids) * processes, generator)
         executed = all_executed[rank::processes].to(ids.device)
         prompt = self._prompt(ids)
@@ -259,6 +259,10 @@ class BudgetModule(LightningModule):
         total = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
         warmup, total = self.settings["warmup_steps"], max(total, 1)
         return min(1.0, (step + 1) / (warmup + 1)) * (0.1 + 0.45 * (1 + math.cos(math.pi * min(step / total, 1.0))))
+
+    def _reaching_all(self, loss: Tensor) -> Tensor:
+        """The loss, with a gradient of 0 where a parameter has none: processes side by side wait for each of them."""
+        return loss + 0.0 * sum(parameter.sum() for params, _ in self.groups() for parameter in params)
 
     def _require_finite(self, what: str, *values: Tensor) -> None:
         wrong = not all(bool(value.isfinite().all()) for value in values)
@@ -358,7 +362,7 @@ class RoutingModule(BudgetModule):
     def on_fit_start(self) -> None:
         """Calibrate the router, by the first process, unless that was done: a checkpoint is loaded by now.
 
-        Only buffers are written, and in place, so the optimizer and DDP need not know.
+        Parameters and buffers are written in place, so the optimizer and DDP need not know.
 
         Raises:
             TrainingError: no calibration windows.
@@ -378,9 +382,12 @@ class RoutingModule(BudgetModule):
         """One step on windows (B, T)."""
         prepared, generator = self._batch(batch, batch_idx, self.below)
         estimate = self.estimator(self.model, prepared, generator)
+        if not isinstance(estimate, Estimate):
+            name, found = type(self.estimator).__name__, type(estimate).__name__
+            raise TrainingError(f"{name} returns {found}; return an Estimate of buddy.training.estimators.")
         self._require_finite("loss", estimate.loss.detach(), estimate.objective)
         self._log(estimate, prepared, batch_idx)
-        return estimate.loss
+        return self._reaching_all(estimate.loss)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed training does not calibrate again."""

@@ -109,3 +109,20 @@ def test_plans_are_those_of_evaluation():
     one, two = (fit_bridges(routed, WINDOWS, [3], rank=4, ridge=0.3) for _ in range(2))
     assert torch.equal(one.bias, two.bias)
     assert routed.router.training
+
+
+def test_they_do_not_depend_on_how_a_batch_plans():
+    plans = ("row", "shared")
+    one, two = (fit_bridges(routed_tiny(batch_plan=plan), WINDOWS, [3], rank=4, ridge=0.3) for plan in plans)
+    assert torch.equal(one.up, two.up)
+
+
+def test_a_cut_bridge_keeps_the_mean():
+    routed, means = routed_tiny(), []
+    skipped = ~routed(WINDOWS, executed=torch.full((len(WINDOWS),), 4)).runs[..., 1]
+    before, after = states(routed, 1)[skipped], states(routed, 2)[skipped]
+    share = after.square().mean(1, keepdim=True) ** -0.5
+    for rank in (2, 64):
+        added = fit_bridges(routed, WINDOWS, [4], rank=rank, ridge=0.1)(1, before) - before
+        means.append((share * added).sum(0) / share.sum())
+    torch.testing.assert_close(*means, atol=1e-3, rtol=1e-3)

@@ -371,3 +371,11 @@ def test_losses_that_are_not_finite_stop_the_calibration(criterion):
     model.backbone.model.lm_head.weight.data[5] = math.inf
     with pytest.raises(BackboneError):
         probe(model).losses(plans(2), criterion)
+
+
+def test_losses_of_long_windows_in_parts():
+    ids, model = torch.randint(3, 259, (2, 150), generator=torch.Generator().manual_seed(0)), routed()
+    found = probe(model, ids).losses(torch.ones(1, LAYERS, dtype=torch.bool))[0]
+    logits = model.dense(ids)[:, :-1].transpose(1, 2)
+    expected = F.cross_entropy(logits, ids[:, 1:], reduction="none").double().mean(1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

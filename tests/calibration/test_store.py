@@ -170,3 +170,9 @@ def test_what_changes_the_values_changes_the_setting(monkeypatch):
     assert differing(rounded) == {"dtype", "weights"}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     assert differing() == {"threads"}
+
+
+def test_another_configuration_is_another_setting():
+    one, two = routed(), routed()
+    two.backbone.model.config.rope_parameters["rope_theta"] = 5e5
+    assert measurement_setting(one, WINDOWS, 2) != measurement_setting(two, WINDOWS, 2)

@@ -10,6 +10,7 @@ import torch
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import DamagedError
+from tests.engine import reference
 from tests.engine.reference import Fickle, FickleGates, random_bridges, reference_logits, routed_tiny, whole_layers
 from tests.tiny import FAMILIES, tiny_backbone
 
@@ -37,8 +38,9 @@ def test_parallel_form_equals_brute_force(family, policy):
 
 
 @pytest.mark.parametrize("router", [Fickle, FickleGates])
-def test_decode_equals_parallel_form(router):
-    routed = bridged(router=router)
+@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
+def test_decode_equals_parallel_form(router, policy):
+    routed = bridged(router=router, policy=policy)
     parallel, cache, steps = routed(IDS, executed=EXECUTED).logits, None, []
     with routed.at(executed=EXECUTED.tolist()):
         for first, end in [(0, 5), *((t, t + 1) for t in range(5, 14))]:
@@ -96,16 +98,27 @@ def test_gradients_reach_them_and_equal_a_difference_quotient(everywhere):
     assert all(part.grad.abs().sum() > 0 for part in (bridges.down, bridges.up))
 
 
-def test_straight_through_gates_weigh_the_layer_against_its_bridge():
-    routed = bridged()
+def test_gates_have_the_value_of_the_plan_and_the_gradient_of_a_mixture():
+    routed, stock = bridged(), tiny_backbone().model
     runs = routed(IDS, executed=EXECUTED).runs
-    gates = runs.float().requires_grad_()
+    gates, shares = (runs.float().requires_grad_() for _ in range(2))
+
+    def mix(index):
+        def hook(_, args, output):
+            skipped = reference.bridged(routed.bridges, index, args[0])
+            return skipped + shares[..., index, None] * (output - skipped)
+
+        return hook
+
+    for index in range(1, 6):
+        stock.model.layers[index].register_forward_hook(mix(index))
     with whole_layers():
         hard = routed(IDS, runs=runs).logits
     soft = routed(IDS, runs=runs, gates=gates).logits
     torch.testing.assert_close(soft, hard)
-    soft.square().mean().backward()
-    assert gates.grad.abs().sum() > 0
+    for logits in (soft, stock(IDS).logits):
+        logits.square().mean().backward()
+    torch.testing.assert_close(gates.grad[:, 1:, 1:5], shares.grad[:, 1:, 1:5], atol=1e-5, rtol=1e-3)
 
 
 def test_file(tmp_path):

@@ -148,3 +148,22 @@ def test_under_hole_memory_is_what_ran():
         cache = routed.backbone.model(IDS[:1], use_cache=True).cache
     stored = sum(layer.keys.shape[2] for layer in cache.layers if layer.slots is not None)
     assert stored == record.runs[0].sum()
+
+
+@pytest.mark.parametrize("change", ["reorder", "crop"])
+@torch.no_grad()
+def test_a_long_cache_goes_on_after_its_rows_or_its_end_change(change):
+    routed, ids = routed_tiny(), torch.randint(3, 259, (2, 300), generator=torch.Generator().manual_seed(0))
+    model, expected = routed.backbone.model, routed(ids[:, :285], executed=torch.tensor([3, 4])).logits[:, -1:]
+    with routed.at(executed=[3, 4]):
+        cache = model(ids[:, :283], use_cache=True).cache
+        cache = model(ids[:, 283:284], cache=cache, use_cache=True).cache
+    rows = [1, 0] if change == "reorder" else [0, 1]
+    with routed.at(executed=[(3, 4)[row] for row in rows]):
+        if change == "reorder":
+            cache.reorder_cache(torch.tensor(rows))
+        else:
+            model(ids[:, 5:7], cache=cache, use_cache=True)
+            cache.crop(-2)
+        logits = model(ids[rows, 284:285], cache=cache, use_cache=True).logits
+    torch.testing.assert_close(logits, expected[rows], atol=1e-4, rtol=1e-4)

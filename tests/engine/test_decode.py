@@ -10,7 +10,6 @@ from transformers import DynamicCache
 
 from buddy.engine.batches import join
 from buddy.engine.decode import Decoder, Row, Sampler, TextPieces
-from buddy.engine.forward import to_host
 from buddy.engine.model import RoutedLM
 from tests.engine.reference import Fickle, FickleGates, routed_tiny
 
@@ -245,23 +244,26 @@ def test_rows_that_cannot_join_are_read_again(monkeypatch):
     assert [row.tokens for row in rows] == [alone(model, row) for row in rows]
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("lengths", [[4], [4, 4, 4], [4, 6, 5]])
 @pytest.mark.parametrize("executed", [4, LAYERS])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_step_waits_for_the_device_twice_however_many_rows_decode(count, executed, temperature, monkeypatch):
+def test_a_step_reads_the_device_twice_and_for_padding_twice_more(lengths, executed, temperature, monkeypatch):
     model, seen = routed_tiny(policy="fill"), []
     decoder = Decoder(model)
-    for seed in range(count):
-        decoder.add(Row([5, 6, 7, seed], executed, Sampler(model.backbone.model, 4, temperature, seed), 99))
+    for seed, length in enumerate(lengths):
+        prompt = [5, 6, 7, 8, 9, seed][-length:]
+        decoder.add(Row(prompt, executed, Sampler(model.backbone.model, 4, temperature, seed), 99))
     decoder.step()
     decoder.step()
-    for module in ("decode", "forward", "hooks"):
-        monkeypatch.setattr(f"buddy.engine.{module}.to_host", lambda values: seen.append(values) or to_host(values))
+    for name in ("tolist", "cpu", "numpy"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda values, own=own: seen.append(own) or own(values))
     with Waits() as waits:
         written = decoder.step()
-    assert [len(each.executed) for each in written] == [1] * count
-    assert len(seen) == (2 if executed < LAYERS else 1)
-    assert waits.number == 0, "something else than `read` waits for the device"
+    assert [len(each.executed) for each in written] == [1] * len(lengths)
+    padded, routes = len(set(lengths)) > 1, executed < LAYERS
+    assert len(seen) == 1 + routes + padded + (padded and routes)
+    assert waits.number == padded, "transformers asks whether a mask hides anything"
 
 
 class Waits(TorchDispatchMode):

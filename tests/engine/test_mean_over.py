@@ -59,7 +59,9 @@ def decoded(routed, ids, cuts, mask=None):
 
 @pytest.mark.parametrize("sinks", [0, 1, 2])
 @pytest.mark.parametrize("over", [2, OVER, 64, 10**30])
-def test_the_parallel_form_is_the_definition(over, sinks):
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_the_parallel_form_is_the_definition(over, sinks, chunk, monkeypatch):
+    monkeypatch.setattr("buddy.plan.CHUNK", chunk)  # tokens whose scores are ranked at once
     routed, ids = routed_tiny(mean_over=over, sink_tokens=sinks), ids_of()
     output = routed(ids, executed=EXECUTED)
     assert torch.equal(output.runs, expected_plan(output.scores, EXECUTED, over, sinks))

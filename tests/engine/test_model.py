@@ -370,3 +370,11 @@ def test_an_empty_prompt_is_refused():
 
 def no_tokens(*_, **__) -> BatchEncoding:
     return BatchEncoding({"input_ids": torch.empty(1, 0)})
+
+
+def test_padding_has_no_part_in_a_shared_plan():
+    routed, ids = routed_tiny(batch_plan="shared"), tokens()[:2, :14]
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    runs = routed(ids, attention_mask=mask, executed=torch.tensor([4, 4])).runs
+    assert torch.equal(runs[1, 1:6], routed(ids[1:], executed=torch.tensor([4])).runs[0, 1:6])

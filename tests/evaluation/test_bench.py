@@ -158,14 +158,18 @@ def test_each_router_is_timed_under_its_own_routing(small, finished, tmp_path):
     assert all(each["decode_layers"] == each["layers"] for each in timed["results"]), "no sink is timed"
 
 
-def test_a_changed_router_is_timed_again(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed", ["router", "bridges"])
+def test_a_changed_router_is_timed_again(finished, tmp_path, monkeypatch, changed):
     folder = shutil.copytree(read_run(finished / "buddy").folder, tmp_path / "run")
     backbone = build_backbone(read_run(folder).recipe)
     timed = measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path)
     monkeypatch.setattr("buddy.evaluation.bench.time_interleaved", lambda *_, **__: pytest.fail("it measured again"))
     assert measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path) == timed
-    state = load_router(folder)
-    save_router(folder, state | {"output.bias": state["output.bias"] + 1})
+    if changed == "router":
+        state = load_router(folder)
+        save_router(folder, state | {"output.bias": state["output.bias"] + 1})
+    else:
+        (folder / "bridge.safetensors").write_bytes(b"bridges")
     update_checksums(folder)
     with pytest.raises(pytest.fail.Exception):
         measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path)

@@ -131,3 +131,11 @@ def test_the_table_has_a_row_for_each_budget(capsys):
     (row,) = [line.split() for line in out.splitlines() if line.split()[:1] == ["4layers"]]
     assert row == ["4layers", "4", "4", "/", "4.00", "/", "4", "54.60", f"{low:.2f}", "–", f"{high:.2f}", "0.0800"]
     assert f"{10 * made.DOCUMENTS} scored tokens in {made.DOCUMENTS} documents" in out
+
+
+def test_the_split_is_the_one_asked_for(finished, tmp_path):
+    tokens = {}
+    for split in ("test", "validation"):
+        evaluate_run(finished / "uniform", json_file=tmp_path / f"{split}.json", split=split, budgets=["0.5"])
+        tokens[split] = json.loads((tmp_path / f"{split}.json").read_text())["results"][0]["tokens"]
+    assert tokens == {"test": 6 * 36, "validation": 2 * 36}

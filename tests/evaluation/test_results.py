@@ -248,3 +248,15 @@ def test_a_run_has_its_own_figure_and_curves(tmp_path):
     curve = [(event.step, event.value) for event in events.Scalars("test/perplexity_by_layers")]
     assert curve == [(k, pytest.approx(math.exp(mean), rel=1e-6)) for k, mean in ((4, 4.0), (6, 3.5), (8, 3.0))]
     assert {"test/loss_by_layers", "test/kl_by_layers"} <= {*events.Tags()["scalars"]}
+
+
+def test_few_documents_have_no_mark():
+    record = json.loads(json.dumps(made.record()))
+    for run in record["runs"]:
+        for found in run["domains"].values():
+            for sums in found["documents"]:
+                for name in ("loss", "kl", "tokens"):
+                    sums[name] = sums[name][:4]
+    row = Results(record).scores.loc["speeches", "dice", 0.75]
+    assert row.difference_low > 0
+    assert not row.significant

@@ -89,7 +89,7 @@ def test_a_training_goes_on_where_it_stopped(small, tmp_path, estimator):
 
 @one_gpu
 def test_an_adapter_and_bridges_are_trained(small, tmp_path):
-    options = ("trainer.accelerator=auto", "adapter.steps=2", "bridge={rank: 4, windows: 4, train: true}")
+    options = ("trainer.accelerator=auto", "adapter.steps=2", "bridge={rank: 4, windows: 4, steps: 2}")
     fit(small(tmp_path, *options), "small")
     results = json.loads((read_run(tmp_path / "small" / "buddy").folder / "metrics.json").read_text())["results"]
     assert [each["executed"]["min"] for each in results] == [each["layers"] for each in results]

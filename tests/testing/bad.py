@@ -142,25 +142,31 @@ class CannotMeasure(Sound):
 @fails("calibration")
 class BufferMeddler(Sound):
     def calibrate(self, probe: Probe):
-        probe.routed.backbone.model.model.rotary_emb.inv_freq.mul_(2)
+        probe.model.model.rotary_emb.inv_freq.mul_(2)
 
 
 @fails("calibration")
 class Meddler(Sound):
     def calibrate(self, probe: Probe):
-        probe.routed.backbone.layers[0].mlp.down_proj.weight.data.mul_(2)
+        probe.model.model.layers[0].mlp.down_proj.weight.data.mul_(2)
 
 
 @fails("calibration")
 class LeavesHook(Sound):
     def calibrate(self, probe: Probe):
-        probe.routed.backbone.model.lm_head.register_forward_hook(lambda module, args, output: output + 1)
+        probe.model.lm_head.register_forward_hook(lambda module, args, output: output + 1)
 
 
 @fails("calibration")
 class LeavesTraining(Sound):
     def calibrate(self, probe: Probe):
-        probe.routed.backbone.model.train()
+        probe.model.train()
+
+
+@fails("calibration")
+class ReplacesParameter(Sound):
+    def calibrate(self, probe: Probe):
+        self.read.weight = torch.nn.Parameter(torch.zeros_like(self.read.weight))
 
 
 @fails("kind")
@@ -173,6 +179,12 @@ class NotStatic(Sound):
 class LeavesOut(Sound):
     def parameter_groups(self):
         return [{"params": [self.read.weight], "scale": 1.0}]
+
+
+@fails("groups")
+class OwnRate(Sound):
+    def parameter_groups(self):
+        return [{"params": list(self.parameters()), "scale": 1.0, "weight_decay": 0.5}]
 
 
 @fails("groups")
@@ -261,6 +273,24 @@ class OnePenalty(SoundGates):
 class PenaltyDivides(SoundGates):
     def penalty(self, weights, executed):
         return weights.mean((1, 2)) / (executed - self.geometry.always_on)
+
+
+@fails("weights")
+class CountsOpenGates(SoundGates):
+    def penalty(self, weights, executed):
+        return (weights > 0.5).float().mean((1, 2))
+
+
+@fails("weights")
+class PenaltyOfTheFirstRow(SoundGates):
+    def penalty(self, weights, executed):
+        return (weights.sum(-1).mean(-1) - executed[0]).square()
+
+
+@fails("weights")
+class WeighsTheWrongWay(SoundGates):
+    def weigh(self, logits):
+        return (-logits).sigmoid()
 
 
 # Cannot be made

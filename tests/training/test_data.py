@@ -195,12 +195,25 @@ def test_sizes_below_the_least_are_refused(make, wrong):
         make(setup=False, **wrong)
 
 
+def trainer_at(step: int, **settings: int) -> SimpleNamespace:
+    usual = {"global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1, "num_training_batches": 10**6}
+    return SimpleNamespace(**usual | settings, global_step=step)
+
+
+@pytest.mark.parametrize(("step", "numbers"), [(0, range(5)), (1, range(2, 5)), (3, range(5, 10)), (5, range(9, 10))])
+def test_an_epoch_that_is_no_multiple_of_the_accumulated_batches(make, step, numbers):
+    data = make(steps=5)
+    data.trainer = trainer_at(step, accumulate_grad_batches=2)
+    found = list(data.train_dataloader())
+    assert [each.tolist() for each in found] == [data.batch(number).tolist() for number in numbers]
+
+
 def test_devices_share_each_batch(make):
     data = make()
     whole = list(data.train_dataloader())
     shares = []
     for rank in range(2):
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, global_step=0, accumulate_grad_batches=1)
+        data.trainer = trainer_at(0, global_rank=rank, world_size=2)
         shares.append(list(data.train_dataloader()))
     for batch, even, odd in zip(whole, *shares, strict=True):
         assert torch.equal(torch.stack([even, odd], dim=1).flatten(0, 1), batch)

@@ -4,7 +4,6 @@ import json
 from copy import deepcopy
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
@@ -53,7 +52,13 @@ def test_the_text_is_tokenised_once(tmp_path, words, monkeypatch):
     first = read_documents(source, words, window=8)
     same = deepcopy(words)
     same.backend_tokenizer.enable_truncation(4)  # what another use of a tokenizer leaves behind
-    monkeypatch.setattr(type(words), "__call__", lambda *_, **__: pytest.fail("tokenised again"))
+    call = type(words).__call__
+
+    def one_text_alone(self, text, **options):
+        assert isinstance(text, str), "tokenised again"
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(words), "__call__", one_text_alone)
     again = read_documents(source, same, window=8)
     assert again.read(19).tolist() == first.read(19).tolist() == [4] * 10
 
@@ -87,17 +92,19 @@ def test_packed_rows_have_one_mark_between_them(tmp_path, words):
 
 
 def test_windows_begin_as_the_tokenizer_begins_texts(tmp_path, words):
-    source = jsonl(tmp_path / "a.jsonl", [range(9)] * 20)
+    written_out = ["<begin>", *range(9), "<eos>"]
+    source = jsonl(tmp_path / "a.jsonl", [written_out, *[range(9)] * 60])
     starting = deepcopy(words)
     starting.add_special_tokens({"bos_token": "<begin>"})
     begin = starting.bos_token_id
     known = read_documents(source, starting, window=4)
-    assert known.window(0, 5, 4).tolist() == [7, 8, 9, 10]  # it has the token, and does not add it
+    assert known.window(1, 5, 4).tolist() == [7, 8, 9, 10]  # it has the token, and does not add it
     special = [("<begin>", begin)]
     starting.backend_tokenizer.post_processor = TemplateProcessing(single="<begin> $A", special_tokens=special)
     added = read_documents(source, starting, window=4)
-    assert added.window(0, 0, 4).tolist() == added.read(0)[:4].tolist() == [begin, 2, 3, 4]
-    assert added.window(0, 6, 4).tolist() == [begin, 8, 9, 10]
+    assert added.window(1, 0, 4).tolist() == added.read(1)[:4].tolist() == [begin, 2, 3, 4]
+    assert added.window(1, 6, 4).tolist() == [begin, 8, 9, 10]
+    assert 1 in read_documents(source, starting, window=16).read(0)[:-1], "an end token between two rows of a pack"
 
 
 @settings(deadline=None)

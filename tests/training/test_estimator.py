@@ -203,3 +203,27 @@ class NoObjective:
 def test_perturbed_plans_come_in_pairs(plans):
     with pytest.raises(ValueError, match="plans"):
         Perturbed(Objective(), plans=plans)
+
+
+def test_straight_through_equals_its_formula():
+    routed, given = tiny(24), batch(3, 4)
+    nn.init.normal_(routed.router.bias, generator=generator(3))
+    StraightThrough(Objective())(routed, given, generator()).loss.backward()
+    scores = routed.router.bias.detach().expand(2, -1, -1)
+    runs = routed.plan(scores, given.executed)
+    gates = runs.float().requires_grad_()
+    dense = routed.dense(given.input_ids)[:, given.scored].log_softmax(-1)
+    logits = routed(given.input_ids, runs=runs, gates=gates, logits_to_keep=given.scored).logits.log_softmax(-1)
+    (dense.exp() * (dense - logits)).sum(-1).mean().backward()
+    pull, share = gates.grad[:, 1:, 1:-1], scores[:, 1:].softmax(-1)
+    expected = (share.shape[-1] * share * (pull - (share * pull).sum(-1, keepdim=True))).sum(0)
+    torch.testing.assert_close(routed.router.bias.grad[1:], expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_router_scores_for_the_budget_that_its_plan_has(name):
+    routed, seen = tiny(), []
+    score = routed.router.score
+    routed.router.score = lambda context: seen.append(context.executed[:, 0].tolist()) or score(context)
+    ESTIMATORS[name]()(routed, batch(3, 4), generator())
+    assert [3, 4] in seen

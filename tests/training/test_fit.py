@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -76,12 +77,18 @@ def test_without_steps_a_router_stays_as_calibrated(small, tmp_path):
 
 
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
-    checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
+    checkpoint = Path(shutil.copy(finished / "buddy" / "checkpoints" / "last.ckpt", tmp_path))
     recipe = small(tmp_path, f"ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")
     fit(recipe, "small")
     saved = torch.load(tmp_path / "small/buddy/seed-0/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 9
     assert read_run(tmp_path / "small" / "uniform" / "seed-0").recipe.ckpt_path is None
+    first = load_router(tmp_path / "small/buddy/seed-0")
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"] = {name: value * 0.5 for name, value in content["state_dict"].items()}
+    torch.save(content, checkpoint)
+    fit(recipe, "small")
+    assert not same(load_router(tmp_path / "small/buddy/seed-0"), first), "it starts from what the file holds now"
 
 
 # Wrong
@@ -194,3 +201,8 @@ def test_a_kill_leaves_the_published_run_and_a_checkpoint(small, uninterrupted, 
     assert 5 <= steps(output / "small" / "buddy" / ".seed-0.new") < 60
     fit(small(output, *LONG), "small")
     assert_same_run(uninterrupted, output / "small" / "buddy" / "seed-0")
+
+
+def test_fit_refuses_other_settings_than_the_fixed_ones(small, tmp_path):
+    with pytest.raises(RecipeError, match="fixed"):
+        fit(small(tmp_path / "runs", "fixed=s0123456789abcde", "router=uniform", "rivals=[]"), "small")

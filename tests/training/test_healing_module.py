@@ -15,7 +15,7 @@ from buddy.training.healing import HealingModule
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
 from tests.adapted import IDS, factors, new_adapter, stirred
-from tests.engine.reference import Fickle, FickleGates
+from tests.engine.reference import Fickle, FickleGates, random_bridges, routed_tiny
 from tests.tiny import tiny_backbone
 from tests.training.stopping import same
 
@@ -262,3 +262,13 @@ def test_cross_entropy_alone_needs_no_dense_pass(monkeypatch):
 def test_a_prompt_that_is_no_part_of_a_window_is_refused(run, prompt):
     with pytest.raises(TrainingError, match="prompt"):
         run(make(prompt=prompt), 1)
+
+
+def test_bridges_alone_are_not_trained_at_full_depth(run):
+    routed, asked = routed_tiny(), []
+    routed.bridge(random_bridges(routed.geometry, 0))
+    module = HealingModule(routed, budgets=[1.0, 0.75, 0.5], prompt=8, lr=1e-3, bridge_lr=1e-3)
+    healing = module._healing
+    module._healing = lambda batch: asked.extend(batch.executed.tolist()) or healing(batch)
+    run(module, 2)
+    assert set(asked) == {3, 4}

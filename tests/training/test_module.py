@@ -157,6 +157,29 @@ def test_a_micro_batch_draws_what_no_other_does_and_a_resumed_run_repeats_it(run
         assert torch.equal(mine, theirs)
 
 
+def test_dropout_depends_on_the_seed_and_the_step_alone(run):
+    def trained(noise: int, seed: int) -> dict:
+        module = make("surrogate", seed=seed)
+        drop = nn.Dropout(0.5)
+        module.router.output.register_forward_pre_hook(lambda _, args: (drop(*args),))
+        torch.manual_seed(noise)
+        run(module, 2)
+        return module.router.state_dict()
+
+    expected = trained(1, 0)
+    assert same(trained(2, 0), expected)
+    assert not same(trained(1, 1), expected)
+
+
+def test_an_estimator_that_returns_no_estimate_is_refused(run):
+    class Plain(Perturbed):
+        def __call__(self, *args):
+            return super().__call__(*args).loss
+
+    with pytest.raises(TrainingError, match=r"Plain.*Tensor.*Estimate"):
+        run(make(Plain(Objective())), 1)
+
+
 @pytest.mark.parametrize("estimator", ["perturbed", "straight-through", "surrogate"])
 def test_mixed_precision_trains_a_float32_router(run, estimator):
     module = make(estimator)
@@ -264,3 +287,32 @@ def test_objectives_are_means_over_the_micro_batches_since_the_last_point(run, m
     expected = [torch.cat([rows for rows, point in seen if point == number]).mean().item() for number in (0, 1)]
     assert len(seen) == 12
     assert logged["train/objective_3_layers"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_are_scored_from_position_16(run):
+    seen = []
+
+    class Noted(Perturbed):
+        def __call__(self, routed, batch, generator):
+            seen.append((int(batch.scored[0]), *batch.executed.tolist()))
+            return super().__call__(routed, batch, generator)
+
+    run(make(Noted(Objective()), prompt=24), 4)
+    assert {first for first, *_ in seen} == {16}
+    assert {count for _, *executed in seen for count in executed} == {3, 4}, "full depth is not trained on"
+
+
+def test_a_resumed_training_takes_the_new_rate(run, tmp_path):
+    rates = []
+    note = LambdaCallback(
+        on_train_batch_start=lambda trainer, *_: rates.append(trainer.optimizers[0].param_groups[1]["lr"])
+    )
+    run(make(lr=1.0, warmup_steps=0), 2).save_checkpoint(tmp_path / "two.ckpt")
+    run(make(lr=0.1, warmup_steps=0), 4, ckpt_path=tmp_path / "two.ckpt", callbacks=[note])
+    factors = [0.1 + 0.45 * (1 + math.cos(math.pi * step / 4)) for step in (2, 3)]
+    assert rates == pytest.approx([0.1 * factor for factor in factors])
+
+
+def test_a_router_that_did_not_move_moved_no_layers(run):
+    trainer = run(make(lr=1e-12), 1, log_every_n_steps=1)
+    assert trainer.callback_metrics["train/moved_layers"] == 0

@@ -58,3 +58,12 @@ def test_budget_draws_use_up_the_grid_before_they_repeat(grid, rows, seed):
         part = drawn[start : start + len(grid)]
         assert len(set(part)) == len(part)
         assert set(part) <= set(grid)
+
+
+def test_losses_of_many_tokens_in_parts_equal_torch():
+    one, two = (torch.randn(2, 2000, 50, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    targets = torch.arange(4000).view(2, 2000) % 50
+    expected = F.cross_entropy(one.transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(cross_entropy(one, targets), expected)
+    expected = F.kl_div(one.log_softmax(-1), two.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl_to_dense(DenseDistribution(two), one), expected, atol=1e-5, rtol=1e-5)
