@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from itertools import pairwise
 
 import lightning
 import pytest
@@ -22,6 +23,7 @@ from buddy.training.estimators import Perturbed
 from buddy.training.module import RoutingModule
 from routers.buddy import BuddyRouter
 from routers.shortgpt import ShortGPT
+from tests.testing.bad import SoundGates
 from tests.tiny import tiny_backbone
 from tests.training.stopping import same
 
@@ -316,3 +318,25 @@ def test_a_resumed_training_takes_the_new_rate(run, tmp_path):
 def test_a_router_that_did_not_move_moved_no_layers(run):
     trainer = run(make(lr=1e-12), 1, log_every_n_steps=1)
     assert trainer.callback_metrics["train/moved_layers"] == 0
+    assert trainer.callback_metrics["train/changed_plans"] == 0, "the router starts from one plan for all tokens"
+
+
+def test_the_share_of_plans_that_change_is_that_of_the_gates(run):
+    backbone, found = tiny_backbone("llama"), []
+    router = SoundGates(geometry_of(backbone))
+    nn.init.normal_(router.read)
+    routed = RoutedLM(backbone, router, mean_over=64)
+    module = RoutingModule(routed, budgets=BUDGETS, prompt=8, lr=1e-12, warmup_steps=0)
+    module.mark_calibrated()
+    step = module.estimator
+
+    def noted(*args):
+        found.append(step(*args))
+        return found[-1]
+
+    module.estimator = noted
+    trainer = run(module, 1, log_every_n_steps=1)
+    runs = found[0].runs
+    expected = sum(float((a != b).any()) for row in runs for a, b in pairwise(row)) / (len(runs) * (runs.shape[1] - 1))
+    assert 0 < expected < 1
+    assert trainer.callback_metrics["train/changed_plans"] == pytest.approx(expected)
