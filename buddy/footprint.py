@@ -157,14 +157,14 @@ def empty_backbone(name: str, dtype: str) -> Backbone:
 def weight_bytes(backbone: Backbone, devices: int, strategy: str) -> int:
     """Of the frozen backbone on each device while training.
 
-    With "auto" each device has all of it. With "fsdp" it has its shard, all weights outside the layers, and two whole
-    layers: the one that runs and the next one.
+    With "auto" each device has all of it. With "fsdp" it has its shard of the layers, all weights outside them,
+    and two whole layers: the one that runs and the next one.
     """
     total = _bytes(backbone.model)
     if strategy == "auto" or devices == 1:
         return total
     layers = [_bytes(layer) for layer in backbone.layers]
-    return -(-total // devices) + total - sum(layers) + sum(sorted(layers)[-GATHERED:])
+    return -(-sum(layers) // devices) + total - sum(layers) + sum(sorted(layers)[-GATHERED:])
 
 
 def router_bytes(router: AnyRouter, *, training: bool, devices: int = 1) -> int:

@@ -94,8 +94,14 @@ class Backbone:
 
     @property
     def context_length(self) -> int:
-        """The largest number of positions, in tokens."""
-        return self.model.config.max_position_embeddings
+        """The largest number of positions, in tokens.
+
+        With longrope (Phi-3) those of the first training: beyond them the model takes other rotary frequencies, also
+        for earlier positions, whose keys are in the cache.
+        """
+        rope = self.model.config.rope_parameters or {}
+        whole: int = self.model.config.max_position_embeddings
+        return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else whole
 
     @property
     def device(self) -> torch.device:

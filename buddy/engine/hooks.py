@@ -85,11 +85,12 @@ class ForwardHooks:
         """Before the decoder runs: a new `RoutedForward` for the request that holds, or none."""
         self._current[0] = None
         routed, cache, request = self._routed, kwargs.get("cache"), self._request
+        attached = getattr(routed.backbone.layers[0], "_current_forward", None) is self._current
         if request is None:
-            if not isinstance(cache, RoutedCache):
+            if not attached or not isinstance(cache, RoutedCache):
                 return None
             request = Request()  # a cache that was filled under a budget continues at full depth
-        if getattr(routed.backbone.layers[0], "_current_forward", None) is not self._current:
+        if not attached:
             raise BuddyError("Another router was attached to this backbone; detach that one, and attach this anew.")
         if args:
             kwargs.update(zip(inspect.signature(base.forward).parameters, args, strict=False))

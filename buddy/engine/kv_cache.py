@@ -240,7 +240,10 @@ class HoleLayer(PendingLayer, DynamicLayer):
         if tokens_to_remove > 0:
             raise ValueError("Give the number of tokens to remove as a negative number.")
         if self.window is not None and self.seen >= self.window and tokens_to_remove:
-            raise RuntimeError("The sliding window was reached, so what left it cannot be brought back by `crop`.")
+            raise RuntimeError(
+                "The sliding window was reached, and what left it is gone; choose the policy fill or zero for assisted "
+                "generation."
+            )
         self.seen += tokens_to_remove
         if self.slots is not None:
             self.keep(self.slots < self.seen)

@@ -251,7 +251,7 @@ class RectangularView:
         if to is None:
             to = part.new_empty(groups, self.length, heads, size)
         part = part.transpose(1, 2).reshape(-1, heads * size)
-        to.view(-1, heads * size).index_copy_(0, flat, part[real])
+        to.view(-1, heads * size).index_copy_(0, flat, part[real].to(to.dtype))  # autocast makes others than zeros have
         return to
 
 

@@ -92,7 +92,8 @@ class RoutedLayer:
         """Only the first `count` tokens run, and they see no others; K/V of the others can wait."""
         cache, policy, length = kwargs["cache"], forward.policy, hidden.shape[1]
         policy.flush(self, cache)
-        in_place = not (self._forward_hooks or torch.is_grad_enabled() or forward.bridges is not None)
+        hooks = self._forward_hooks or self._forward_pre_hooks  # they may hold what enters or leaves
+        in_place = not (hooks or torch.is_grad_enabled() or forward.bridges is not None)
         if in_place and forward.writable is not hidden:  # a hook may hold what an earlier layer gave
             hidden = forward.writable = hidden.clone()
         mask, embeddings, ids = (kwargs.get(key) for key in ("attention_mask", "position_embeddings", "position_ids"))

@@ -54,7 +54,8 @@ class RoutedLM(nn.Module):
             with W > 1, and its training is what keeps their mean near K.
 
     In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan.
-    Assisted generation, which takes tokens back, needs `reroute_every` 1 and `mean_over` 1.
+    Assisted generation, which takes tokens back, needs `reroute_every` 1 and `mean_over` 1, and with sliding windows
+    another policy than "hole".
 
     Attributes:
         table: called with this model, and with the number of rows where it is not one, gives the milliseconds that a

@@ -49,6 +49,13 @@ def test_every_layer_of_a_tiny_model_matters(family):
         assert (skipped - full).abs().max() > 0.05
 
 
+def test_longrope_holds_up_to_the_positions_of_its_first_training():
+    backbone = tiny_backbone("phi3")
+    longer = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    backbone.model.config.rope_parameters = longer
+    assert backbone.context_length == 64 < backbone.model.config.max_position_embeddings
+
+
 def test_sizes_and_freezing(tiny_llama_folder):
     backbone = load_backbone(str(tiny_llama_folder), "float32")
     sizes = backbone.num_layers, backbone.hidden_size, backbone.kv_size, backbone.context_length

@@ -378,3 +378,13 @@ def test_padding_has_no_part_in_a_shared_plan():
     mask[0, :6] = 0
     runs = routed(ids, attention_mask=mask, executed=torch.tensor([4, 4])).runs
     assert torch.equal(runs[1, 1:6], routed(ids[1:], executed=torch.tensor([4])).runs[0, 1:6])
+
+
+@pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
+def test_mixed_precision(policy):
+    routed, ids = routed_tiny(policy=policy), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = routed(ids, executed=EXECUTED)
+    assert output.runs.sum(-1)[:, 1:].tolist() == [[count] * (LENGTH - 1) for count in EXECUTED.tolist()]
+    expected = routed(ids, runs=output.runs).logits
+    assert (output.logits - expected).abs().max() < 0.1 * expected.abs().max()

@@ -100,6 +100,16 @@ def test_what_follows_a_prompt_at_full_depth_is_planned_as_if_it_came_token_by_t
         assert all(len(row.unique(dim=0)) == 1 for row in plans[0])
 
 
+def test_a_newer_router_of_the_same_backbone_decodes():
+    first, ids = routed_tiny(), IDS[:1]
+    expected = routed_tiny()(ids, executed=torch.tensor([4])).logits
+    newer = RoutedLM(first.backbone, first.router)
+    with newer.at(executed=[4]):
+        cache = newer.backbone.model(ids[:, :-1], use_cache=True).cache
+        logits = newer.backbone.model(ids[:, -1:], cache=cache, use_cache=True).logits
+    torch.testing.assert_close(logits, expected[:, -1:], atol=1e-4, rtol=1e-4)
+
+
 def test_an_older_router_of_the_same_backbone_says_so():
     routed = routed_tiny()
     RoutedLM(routed.backbone, routed.router)

@@ -92,3 +92,14 @@ def test_nothing_is_kept_where_each_token_has_a_plan():
     routed = RoutedLM(backbone, router)
     before = layer_calls(routed, IDS)
     assert layer_calls(routed, IDS) == before
+
+
+@torch.no_grad()
+def test_what_a_hook_is_given_does_not_change_later():
+    routed, given = routed_tiny(prompt_plan="shared"), []
+    for layer in routed.backbone.layers[1:]:
+        layer.register_forward_pre_hook(lambda _, args: given.append((args[0], args[0].clone())))
+    with routed.at(executed=[2]):
+        routed.backbone.model(IDS[:1], use_cache=True)
+    assert given
+    assert all(torch.equal(now, then) for now, then in given)
