@@ -187,6 +187,8 @@ class Results:
             if router != best:
                 value, (low, high) = test(values[router], values[best])
                 units = min(array.shape[-1] for array in values[router])  # of each seed, or of each task
+                if units == 1:
+                    low = high = math.nan
                 row = {"difference": value, "difference_low": low, "difference_high": high}
                 found[router] |= row | {"significant": units >= FEWEST and (low > 0 or high < 0)}
         return found

@@ -219,7 +219,7 @@ def _signed(row: pd.Series, scale: float = 1.0, digits: int = 2, prefix: str = "
     if pd.isna(row[f"{prefix}difference"]):
         return "†" if row[f"{prefix}best_static"] else NONE
     mean, low, high = (f"{scale * row[f'{prefix}difference{end}']:+.{digits}f}" for end in ("", "_low", "_high"))
-    bounds = f" ({low}, {high})" if row[f"{prefix}difference_low"] < row[f"{prefix}difference_high"] else ""
+    bounds = "" if pd.isna(row[f"{prefix}difference_low"]) else f" ({low}, {high})"
     return f"{mean}{bounds}{'*' if row[f'{prefix}significant'] else ' '}"
 
 

@@ -250,13 +250,15 @@ def test_a_run_has_its_own_figure_and_curves(tmp_path):
     assert {"test/loss_by_layers", "test/kl_by_layers"} <= {*events.Tags()["scalars"]}
 
 
-def test_few_documents_have_no_mark():
+@pytest.mark.parametrize("documents", [1, 4])
+def test_few_documents_have_no_mark_and_one_has_no_interval(documents):
     record = json.loads(json.dumps(made.record()))
     for run in record["runs"]:
         for found in run["domains"].values():
             for sums in found["documents"]:
                 for name in ("loss", "kl", "tokens"):
-                    sums[name] = sums[name][:4]
+                    sums[name] = sums[name][:documents]
     row = Results(record).scores.loc["speeches", "dice", 0.75]
-    assert row.difference_low > 0
+    assert row.difference > 0
+    assert math.isnan(row.difference_low) if documents == 1 else row.difference_low > 0
     assert not row.significant
