@@ -61,7 +61,7 @@ def find(name: str, group: str = ROUTERS) -> EntryPoint:
     Raises:
         RegistryError: unknown, or announced twice.
     """
-    entries, noun = installed(group), _NOUNS[group]
+    entries, noun = entry_points(group=group), _NOUNS[group]
     matches = [entry for entry in entries if entry.name == name]
     if not matches and ":" not in name:
         names = sorted({entry.name for entry in entries})
@@ -71,7 +71,7 @@ def find(name: str, group: str = ROUTERS) -> EntryPoint:
     if not matches and not re.fullmatch(r"[\w.]+:[\w.]+", name):
         raise RegistryError(f"No {noun} can be named {name!r}; write module:Class, as in my_module:MyClass.")
     if len(matches) > 1:
-        owners = " and ".join(repr(owner(entry)) for entry in matches)
+        owners = " and ".join(sorted(repr(owner(entry)) for entry in matches))
         raise RegistryError(f"Two {noun}s are named {name!r}, from {owners}; uninstall one of these distributions.")
     return matches[0] if matches else EntryPoint(name, name, group)
 

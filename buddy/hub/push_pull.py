@@ -20,7 +20,7 @@ from buddy.backbone.load import locate, read_config
 from buddy.config import flatten, to_yaml
 from buddy.console import results, status
 from buddy.errors import DamagedError, RunError, reason
-from buddy.hub.card import run_card
+from buddy.hub.card import is_local, run_card
 from buddy.io import load_tensors, new_folder, read_json, write_json, write_text, writing
 from buddy.run import Run, read_run
 from buddy.run_files import (
@@ -296,5 +296,7 @@ def _rename_backbone(made: Path, run: Run, backbone: str) -> None:
 
 def _local_paths(run: Run) -> str:
     """The recipe's keys and values that are local paths."""
-    values, path = flatten(run.recipe).items(), r"(^|[\[, '])[/~.]|\.(txt|jsonl?|csv|parquet|ckpt)\b"
-    return ", ".join(f"{key} {value}" for key, value in values if re.search(path, str(value)))
+    path = r"(^|[\[, '])[/~.]|\.(txt|jsonl?|csv|parquet|ckpt)\b"
+    values = {key: str(value) for key, value in flatten(run.recipe).items()}
+    folders = [key for key in ("backbone.name", "data.source") if is_local(values[key])]
+    return ", ".join(f"{key} {value}" for key, value in values.items() if key in folders or re.search(path, value))

@@ -185,8 +185,9 @@ class Server:
         return _EventStream(self._events(answer, first, pieces, usage), self._scheduler, texts)
 
     def _check_count(self, count: int, field: str) -> None:
-        if count > self._limits.queue:
-            raise ApiError(f"These are {count} texts; ask for {self._limits.queue} at most.", field=field)
+        most = max(self._limits.queue, self._limits.batch)
+        if count > most:
+            raise ApiError(f"These are {count} texts; ask for {most} at most.", field=field)
 
     def _check(self, prompts: Sequence[list[int]], field: str, limit: int, name: str) -> None:
         if limit > self._limits.tokens:
@@ -314,6 +315,7 @@ def make_app(
 
     # FastAPI's own pages load scripts from other hosts.
     app = FastAPI(title="Buddy", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.scheduler = scheduler
     app.add_middleware(Guard, metrics=metrics, keys=keys)
     answer_errors(app)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 from collections.abc import Sequence
@@ -96,6 +97,10 @@ class Guard:
             answer = large.response({"Connection": "close"})
         try:
             await answer(scope, limited, counted)
+        except asyncio.CancelledError:  # the server stops, and waits no longer
+            if not started:
+                error = ApiError("The server stopped before the answer was complete; ask again later.", 503)
+                await error.response()(scope, limited, counted)
         except Exception:
             if started:
                 raise

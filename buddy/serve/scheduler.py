@@ -151,7 +151,7 @@ class Scheduler:
             products of its own makes each of them slower: the threads of OpenMP that wait for either share the cores.
         metrics: where to count.
         batch: rows at most.
-        queue: texts that may wait.
+        queue: texts that may wait, beside those that the next step begins.
         batch_plan: "shared" or "row", see `RoutedLM`; None for `batch_plan_of`.
 
     Raises:
@@ -178,7 +178,11 @@ class Scheduler:
         arguments = load, loaded, batch_plan
         self._thread = threading.Thread(target=self._run, args=arguments, name="buddy-decode", daemon=True)
         self._thread.start()
-        self.model = loaded.result()
+        try:
+            self.model = loaded.result()
+        except BaseException:  # Ctrl-C: a process must not end while a thread computes
+            self.close()
+            raise
 
     @property
     def alive(self) -> bool:
@@ -192,7 +196,8 @@ class Scheduler:
             QueueFull: there is no room for all of them, or the scheduler is closing.
         """
         with self._changed:
-            if self._closing or len(self._waiting) + len(texts) > self._queue:
+            free = max(0, self._batch - len(self._running))
+            if self._closing or len(self._waiting) + len(texts) > self._queue + free:
                 raise QueueFull
             self._waiting.extend(texts)
             self._changed.notify()

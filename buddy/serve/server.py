@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from pathlib import Path
+from types import FrameType
 
 from buddy.console import errors, status
 from buddy.errors import BuddyError, DataError, reason
@@ -74,7 +75,17 @@ def serve(
         # uvicorn stops taking requests on this signal, waits for those that run, and sends it again when it has ended.
         signal.signal(signal.SIGTERM, lambda *_: None)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN)
-        uvicorn.Server(config).run(sockets=[listening])
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                if not self.should_exit:
+                    errors.print(f"Finishing the requests that run, for at most {DRAIN} s; Ctrl-C stops at once.")
+                super().handle_exit(sig, frame)
+
+        try:
+            Server(config).run(sockets=[listening])
+        finally:
+            app.state.scheduler.close()  # after a second Ctrl-C uvicorn does not end the application
 
 
 def read_keys(file: Path) -> list[str]:

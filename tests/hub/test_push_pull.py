@@ -90,6 +90,16 @@ def test_local_paths_of_the_recipe_are_named(pushed, tmp_path, capsys):
     assert "data.train_sources [mine.jsonl, owner/name]" in (said := capsys.readouterr().out), said
 
 
+def test_a_folder_of_a_plain_name_is_a_local_path(pushed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe, name = pushed / "recipe.yaml", read_run(pushed).recipe.backbone.name
+    (tmp_path / "model").symlink_to(name)
+    recipe.write_text(recipe.read_text().replace(name, "model"))
+    update_checksums(pushed)
+    push(pushed, to="./again")
+    assert "backbone.name model" in capsys.readouterr().out
+
+
 def test_a_round_trip_through_a_folder(finished, pushed, tmp_path):
     pull(str(pushed), out=tmp_path / "pulled")
     assert contents(tmp_path / "pulled") == contents(pushed)

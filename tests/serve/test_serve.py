@@ -1,5 +1,6 @@
 """`buddy serve`, as its clients meet it: the openai package, plain HTTP, the command."""
 
+import asyncio
 import json
 import math
 import random
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -456,6 +458,80 @@ def test_the_command_serves_finishes_and_exits_0(finished, tmp_path):
             process.kill()
 
 
+def test_texts_that_may_begin_at_once_do_not_fill_the_queue():
+    from buddy.serve.metrics import Metrics
+    from buddy.serve.scheduler import GenerationRequest, QueueFull, Scheduler
+
+    scheduler = Scheduler(lambda: tiny(Slow), Metrics(), batch=8, queue=2)
+    try:
+        texts = [GenerationRequest([5, 6, 7], 0.5, 400, lambda _: None) for _ in range(11)]
+        with scheduler._changed:  # no step begins meanwhile
+            scheduler.submit(texts[:8])
+            scheduler.submit(texts[8:10])
+            with pytest.raises(QueueFull):
+                scheduler.submit(texts[10:])
+    finally:
+        scheduler.close()
+
+
+def test_ctrl_c_while_the_model_loads_ends_the_thread(monkeypatch):
+    from buddy.serve.metrics import Metrics
+    from buddy.serve.scheduler import Scheduler
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("buddy.serve.scheduler.Future.result", interrupted)
+    before = threading.enumerate()
+    with pytest.raises(KeyboardInterrupt):
+        Scheduler(tiny, Metrics())
+    assert "buddy-decode" not in {thread.name for thread in threading.enumerate() if thread not in before}
+
+
+def test_a_second_ctrl_c_stops_at_once(finished, tmp_path):
+    with start_buddy("serve", "--run", str(finished / "buddy"), "--port", "0", folder=tmp_path) as process:
+        try:
+            found = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)))
+            wait_until(lambda: answers_health(found[0]))
+            long = {"prompt": PROMPT, "max_tokens": 300, "n": 8}
+            asking = threading.Thread(target=lambda: failing(found[0], **long))
+            asking.start()
+            wait_until(lambda: rows(found[0]) > 0)
+            process.send_signal(signal.SIGINT)
+            next(line for line in process.stderr if "Ctrl-C" in line)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+            asking.join()
+        finally:
+            process.kill()
+
+
+def failing(address: str, **body: object) -> None:
+    with suppress(httpx.TransportError):
+        post(address, **body)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_request_that_a_stopping_server_cancels_is_503(started):
+    from buddy.serve.guard import Guard
+    from buddy.serve.metrics import Metrics
+
+    sent = []
+
+    async def cancelled(scope, receive, send):
+        if started:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise asyncio.CancelledError
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/", "headers": []}
+    asyncio.run(Guard(cancelled, Metrics())(scope, None, send))
+    assert sent[0]["status"] == (200 if started else 503)
+    assert len(sent) == (1 if started else 2)
+
+
 def answers_health(address: str) -> bool:
     try:
         return httpx.get(f"{address}/health").status_code == 200
@@ -504,8 +580,9 @@ def test_the_page_names_no_other_host(address):
 def test_every_option_of_the_command_reaches_the_server(finished, tmp_path, monkeypatch):
     from buddy.serve.app import Limits
 
-    made = []
-    monkeypatch.setattr("buddy.serve.app.make_app", lambda *given: made.append(given))
+    made, closed = [], []
+    server = SimpleNamespace(state=SimpleNamespace(scheduler=SimpleNamespace(close=lambda: closed.append(True))))
+    monkeypatch.setattr("buddy.serve.app.make_app", lambda *given: made.append(given) or server)
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     (tmp_path / "keys").write_text("one\n\ntwo\n")
@@ -527,6 +604,7 @@ def test_every_option_of_the_command_reaches_the_server(finished, tmp_path, monk
     words += ["--api-key-file", str(tmp_path / "keys")]
     result = CliRunner().invoke(app, ["serve", "--run", str(finished / "buddy"), *words])
     assert result.exit_code == 0, result.output
+    assert closed
     load, *rest = made[0]
     limits = Limits(batch=3, queue=5, tokens=7, seconds=9.0)
     assert rest == ["0.5", read_run(finished / "buddy").recipe.budgets, limits, ["one", "two"], "row", "1.0"]
