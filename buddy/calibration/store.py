@@ -1,27 +1,24 @@
-"""Measured values of a calibration: in memory, and in SQLite so that an interrupted search resumes.
+"""Measured values of a calibration: in memory, and in a file so that an interrupted search resumes.
 
-One SQLite file holds the values measured under one setting: the same weights, windows and numerics, so that a stored
-value equals a computed one bit for bit. Several processes may use a file at once. Lost or damaged values are measured
-again.
+One file holds the values measured under one setting: the same weights, windows and numerics, so that a stored value
+equals a computed one bit for bit. Values are only ever appended, each as one line with its checksum, so several
+processes may use a file at once, and what a kill or damage cuts is measured again.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-import os
 import platform
-import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -31,17 +28,12 @@ from buddy.engine.model import RoutedLM
 
 LAYOUT = 1  # raise it when values are measured differently: older ones are then not found
 WRITE_EVERY = 2.0  # seconds: the most that a kill loses
-BUSY_TIMEOUT = 20.0  # seconds to wait for another process that writes
-DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ}
-TABLE = "CREATE TABLE IF NOT EXISTS measured (key TEXT PRIMARY KEY, value BLOB, sum INTEGER) WITHOUT ROWID"
-T = TypeVar("T")
 
 
 class Measurements:
-    """Tensors by key, in memory and, if a folder is given, in an SQLite file; a stored value keeps every bit.
+    """Tensors by key, in memory and, if a folder is given, in a file; a stored value keeps every bit.
 
-    A damaged file is renamed and a new one begun. If the folder cannot be used, values stay in memory. Both are
-    reported once on the error stream.
+    If the folder cannot be used, values stay in memory, which is reported once on the error stream.
 
     Args:
         folder: holds the files; the first write creates it. None keeps values in memory only.
@@ -51,18 +43,17 @@ class Measurements:
     def __init__(self, folder: Path | None = None, setting: Mapping[str, Any] | None = None) -> None:
         named = {name: str(value) for name, value in (setting or {}).items()}
         digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-        self.path = None if folder is None else folder / f"{digest[:20]}.sqlite"
-        self._usable, self._checked = self.path is not None, False
+        self.path = None if folder is None else folder / f"{digest[:20]}.txt"
+        self._read_to = 0  # bytes of the file
         self._values: dict[str, Tensor] = {}
         self._unsaved: dict[str, Tensor] = {}
         self._saved_at = time.monotonic()
 
     def missing(self, keys: Collection[str]) -> list[str]:
         """Those keys that were not measured yet, in their order."""
-        absent = [key for key in keys if key not in self._values]
-        if absent and self._usable and os.path.exists(self.path):
-            self._values |= self._attempt(lambda: self._read(absent)) or {}
-        return [key for key in absent if key not in self._values]
+        if any(key not in self._values for key in keys):
+            self._read()
+        return [key for key in keys if key not in self._values]
 
     def __getitem__(self, key: str) -> Tensor:
         return self._values[key]
@@ -73,66 +64,36 @@ class Measurements:
             self.save()
 
     def save(self) -> None:
-        """Write all values that are not on disk yet, all or none."""
-        if self._unsaved and self._usable:
-            self._attempt(self._write)
+        """Write all values that are not on disk yet."""
+        if self._unsaved and self.path:
+            lines = b"".join(_line(key, value) for key, value in self._unsaved.items())
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab") as file:
+                    file.write(b"\n" + lines)  # a kill may have cut the last line
+            except OSError as error:
+                self._give_up(error)
         self._unsaved, self._saved_at = {}, time.monotonic()
 
-    def _read(self, keys: Collection[str]) -> dict[str, Tensor]:
-        with self._open() as file:
-            rows = {
-                key: file.execute("SELECT value, sum FROM measured WHERE key = ?", (key,)).fetchone() for key in keys
-            }
-        return {key: _decode(key, *row) for key, row in rows.items() if row is not None}
-
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        values = {key: save({"": value}) for key, value in self._unsaved.items()}
-        rows = [(key, value, _sum(key, value)) for key, value in values.items()]
-        with self._open() as file, file:
-            file.executemany("INSERT OR REPLACE INTO measured VALUES (?, ?, ?)", rows)
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection for one call, so that forked processes share none; the first call checks the file."""
-        with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT)) as file:
-            if not self._checked:
-                file.execute(TABLE)
-                if file.execute("PRAGMA quick_check").fetchone() != ("ok",):
-                    raise _DamagedRow
-                self._checked = True
-            yield file
-
-    def _attempt(self, action: Callable[[], T]) -> T | None:
-        """The action's result, of a second attempt if the file was damaged; None if the file cannot be used."""
+    def _read(self) -> None:
+        """Take over what was written to the file since the last call."""
         try:
-            try:
-                return action()
-            except sqlite3.DatabaseError as error:
-                code = getattr(error, "sqlite_errorcode", 0)
-                if not DAMAGE & {code, code & 0xFF}:  # an extended code has the primary one in its lowest byte
-                    raise
-            self._rename_damaged()
-            return action()
-        except (sqlite3.Error, OSError) as error:
-            self._usable = False
-            errors.print(
-                f"Measured values cannot be stored in {self.path.parent} ({error}), so an interrupted search would "
-                "start again; set BUDDY_CALIBRATION_CACHE to a folder that can be written.",
-                soft_wrap=True,
-            )
-            return None
+            if self.path and self.path.exists():
+                with open(self.path, "rb") as file:
+                    file.seek(self._read_to)
+                    lines = file.read().split(b"\n")
+                self._read_to += sum(len(line) + 1 for line in lines[:-1])  # another process may be writing the last
+                self._values |= dict(filter(None, map(_value, lines))) | self._unsaved
+        except OSError as error:
+            self._give_up(error)
 
-    def _rename_damaged(self) -> None:
-        damaged = self.path.with_suffix(".damaged")
-        self._checked = False
-        with suppress(FileNotFoundError):  # another process was faster
-            self.path.replace(damaged)
-            errors.print(
-                f"The file of measured values {self.path} is damaged; it is renamed {damaged.name}, and its values "
-                "are measured again.",
-                soft_wrap=True,
-            )
+    def _give_up(self, error: OSError) -> None:
+        errors.print(
+            f"Measured values cannot be stored in {self.path.parent} ({error}), so an interrupted search would start "
+            "again; set BUDDY_CALIBRATION_CACHE to a folder that can be written.",
+            soft_wrap=True,
+        )
+        self.path = None
 
 
 def measurement_setting(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, Any]:
@@ -182,21 +143,15 @@ def _device(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-class _DamagedRow(sqlite3.DatabaseError):
-    """A row whose checksum is wrong."""
-
-    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-
-
-def _sum(key: str, value: bytes) -> int:
-    return zlib.crc32(value, zlib.crc32(key.encode()))
+def _line(key: str, value: Tensor) -> bytes:
+    text = json.dumps([key, base64.b64encode(save({"": value})).decode()]).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _decode(key: str, value: Any, total: Any) -> Tensor:
-    """The tensor in a row; _DamagedRow if its checksum is wrong."""
-    try:
-        if _sum(key, value) == total:
-            return load(value)[""]
-    except (TypeError, SafetensorError, KeyError):
-        pass
-    raise _DamagedRow
+def _value(line: bytes) -> tuple[str, Tensor] | None:
+    """The key and value of a line; None if it is damaged."""
+    total, _, text = line.partition(b" ")
+    if total != b"%08x" % zlib.crc32(text):
+        return None
+    key, value = json.loads(text)
+    return key, load(base64.b64decode(value))[""]

@@ -85,7 +85,7 @@ def test_other_windows_and_batches_are_measured_for_themselves(tmp_path, options
     shown = Shown()
     probe(MODEL, store=tmp_path, track=shown, **options).losses(RUNS[:1])
     assert shown.sizes == [2 if "batch_size" in options else 3]
-    assert len(list(tmp_path.glob("*.sqlite"))) == 2
+    assert len(list(tmp_path.glob("*.txt"))) == 2
 
 
 KILLED = """
