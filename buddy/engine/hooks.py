@@ -7,45 +7,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from buddy.backbone.load import Backbone
-from buddy.engine.bridges import Bridges
-from buddy.engine.forward import Request, RoutedForward, Settings, to_host
+from buddy.engine.forward import Request, RoutedForward, to_host
 from buddy.engine.kv_cache import RoutedCache, adopt
 from buddy.engine.layers import CurrentForward, attach, detach
 from buddy.engine.layerwise import LayerwiseForward
 from buddy.engine.record import Record
 from buddy.engine.sinks import SinkMemory
 from buddy.errors import BuddyError, BudgetError
-from buddy.router import AnyRouter, Context, LayerwiseRouter, scores_of
+from buddy.router import LayerwiseRouter, scores_of
 
-
-class Routed(Protocol):
-    """What the hooks need of a routed model; its router and settings are read anew at each forward."""
-
-    router: AnyRouter
-    settings: Settings
-    bridges: Bridges | None
-
-    @property
-    def backbone(self) -> Backbone:
-        """The frozen model."""
-
-    def context(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Context:
-        """What a router sees at the last token of each row."""
+if TYPE_CHECKING:
+    from buddy.engine.model import RoutedLM
 
 
 class ForwardHooks:
     """Makes a `RoutedForward` for each forward of the backbone's decoder, and keeps the records."""
 
-    def __init__(self, routed: Routed) -> None:
+    def __init__(self, routed: RoutedLM) -> None:  # its router and settings are read anew at each forward
         self._routed = routed
         self._current: CurrentForward = [None]
         self._request: Request | None = None

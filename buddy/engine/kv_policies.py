@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +18,12 @@ from buddy.engine.kv_cache import Embeddings
 from buddy.engine.selection import Group, map_tensors, take
 from buddy.errors import BuddyError
 
+if TYPE_CHECKING:
+    from buddy.engine.forward import RoutedForward
+
 MAX_PENDING = 64  # states that may be pending in a layer: a prompt's is one, then one for each token
 KV = tuple[Tensor, Tensor]
 WriteKV = Callable[[nn.Module, Tensor, Embeddings], KV]  # layer, hidden (B, T, D), position embeddings
-
-
-class ForwardState(Protocol):
-    """What a policy needs to know of the forward pass that is running.
-
-    Attributes:
-        shape: (B, T).
-        past: positions before these tokens.
-        valid: (B, T) bool, False for padding; None where nothing is padded.
-    """
-
-    shape: tuple[int, int]
-    past: int
-    valid: Tensor | None
-
-    def chosen(self, layer: int) -> Tensor:
-        """(B, T) bool, the tokens that run a layer."""
-
-    def can_defer(self, layer: int) -> bool:
-        """Whether the states that skip a layer may be pending in the cache."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +32,9 @@ class Fill:
 
     name: ClassVar = "fill"
 
-    def skip(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
+    def skip(
+        self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, cache: Any, embeddings: Embeddings
+    ) -> None:
         """No token runs the layer: the states are pending until one does, or until too many are.
 
         The states of a prompt are deferred where that takes no more memory than their keys and values.
@@ -74,7 +59,7 @@ class Fill:
         hidden = torch.cat(states, 1) if len(states) > 1 else states[0]
         stored.update(*layer._write_kv(layer, hidden, _joined(embeddings, hidden.shape[0])))
 
-    def writer(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
+    def writer(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
         """Some tokens run the layer."""
         if kwargs.get("cache") is not None:
             self.flush(layer, kwargs["cache"])
@@ -87,14 +72,16 @@ class Zero:
 
     name: ClassVar = "zero"
 
-    def skip(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
+    def skip(
+        self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, cache: Any, embeddings: Embeddings
+    ) -> None:
         """No token runs the layer."""
         cache.update(*self._zeros(layer, hidden, embeddings), layer._index)
 
     def flush(self, layer: nn.Module, cache: Any) -> None:
         """Nothing is ever pending."""
 
-    def writer(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
+    def writer(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
         """Some tokens run the layer."""
         return RectangularKVWriter(layer, forward, hidden, kwargs, self._zeros)
 
@@ -111,14 +98,16 @@ class Hole:
 
     name: ClassVar = "hole"
 
-    def skip(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
+    def skip(
+        self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, cache: Any, embeddings: Embeddings
+    ) -> None:
         """No token runs the layer: their positions pass."""
         cache.layers[layer._index].skip(hidden.shape[1])
 
     def flush(self, layer: nn.Module, cache: Any) -> None:
         """Nothing is ever pending."""
 
-    def writer(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict) -> RaggedKVWriter:
+    def writer(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict) -> RaggedKVWriter:
         """Some tokens run the layer."""
         return RaggedKVWriter(layer, forward, hidden, kwargs)
 
@@ -145,7 +134,7 @@ class RectangularKVWriter:
         write: makes K and V of hidden states that skip the layer.
     """
 
-    def __init__(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict, write: WriteKV) -> None:
+    def __init__(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict, write: WriteKV) -> None:
         self.layer, self.forward, self.hidden, self.write = layer, forward, hidden, write
         self.cache, self.embeddings = kwargs.get("cache"), kwargs.get("position_embeddings")
         self.new: KV | None = None
@@ -258,7 +247,7 @@ class RectangularView:
 class RaggedKVWriter:
     """Collects the K/V of one layer in one forward for the positions that any row ran, marked by row (`hole`)."""
 
-    def __init__(self, layer: nn.Module, forward: ForwardState, hidden: Tensor, kwargs: dict) -> None:
+    def __init__(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict) -> None:
         self.forward, cache = forward, kwargs.get("cache")
         self.stored = None if cache is None else cache.layers[layer._index]
         chosen = forward.chosen(layer._index)
