@@ -15,7 +15,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from tests.engine.reference import Fickle, FickleGates, random_bridges, reference_logits
 from tests.tiny import FAMILIES, tiny_backbone
 
-SLIDING = ("mistral-sliding", "gemma2", "gemma3")
+SLIDING = ("qwen2", "mistral-sliding", "gemma2", "gemma3")
 TOLERANCE = 1e-4
 
 
