@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MIN_SKIPPED, MAX_RUN_SHARE = 128, 0.7  # see `worth_selecting`
+MIN_SKIPPED, MIN_SKIPPED_SHARE = 32, 1 / 8  # see `worth_selecting`
 WASTE = 0.15  # the share of a call that may be padding
 # Long calls have a multiple of so many tokens per row: oneDNN prepares a product for each new shape, which takes as
 # long as the product itself, and remembers 1,024 shapes.
@@ -69,16 +69,15 @@ class Group:
 def worth_selecting(counts: Sequence[int], tokens: int) -> bool:
     """Whether to select the tokens that run a layer; otherwise computing it for all, and choosing then, is faster.
 
-    To select takes as long as computing `MIN_SKIPPED` tokens, and attention for selected queries has no causal
-    kernel, which leaves out half of the products. Both numbers were measured with one and two threads of a CPU
-    (docs/speed.md).
+    To select tokens and to write the keys and values of the others takes time, and attention for selected queries has
+    no causal kernel, which leaves out half of the products. Both numbers were measured with one and two threads of a
+    CPU (docs/speed.md).
 
     Args:
         counts: tokens of each row that run.
         tokens: of all rows.
     """
-    ran = sum(counts)
-    return tokens - ran > MIN_SKIPPED and ran < MAX_RUN_SHARE * tokens
+    return tokens - sum(counts) > MIN_SKIPPED + MIN_SKIPPED_SHARE * tokens
 
 
 def groups(chosen: Tensor, counts: Sequence[int]) -> list[Group]:
