@@ -104,10 +104,10 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
         check_mean(model)
         if model.router.trainable:
             estimator = build_estimator(recipe, model.router)
-            if isinstance(estimator, StraightThrough) and model.policy.name != "fill":
+            if isinstance(estimator, StraightThrough) and model.settings.policy != "fill":
                 raise RecipeError(
                     f"objective.estimator={recipe.objective.estimator} computes every layer, which needs "
-                    f"routing.policy=fill, not {model.policy.name}; set that, or objective.estimator=perturbed."
+                    f"routing.policy=fill, not {model.settings.policy}; set that, or objective.estimator=perturbed."
                 )
             trained = recipe.trainer["max_steps"] or trains_both(recipe, model.router)
             if isinstance(estimator, Perturbed) and model.settings.competing > 1 and trained:

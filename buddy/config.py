@@ -265,21 +265,8 @@ def installed_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
-def installed_recipe(name: str) -> Path:
-    """The file of an installed recipe.
-
-    Raises:
-        RecipeError: there is none of this name.
-    """
-    installed = installed_recipes()
-    if name not in installed:
-        hint = nearest(name, installed)
-        raise RecipeError(f"There is no installed recipe {name!r} (there are {', '.join(installed)}){hint or '.'}")
-    return installed[name]
-
-
-def recipe_path(source: str | Path) -> Path:
-    """The file of an installed recipe's name or of a path.
+def recipe_path(source: str | Path, *, files: bool = True) -> Path:
+    """The file of an installed recipe's name or, with `files`, of a path.
 
     Raises:
         RecipeError: neither exists.
@@ -287,13 +274,14 @@ def recipe_path(source: str | Path) -> Path:
     text, installed = str(source), installed_recipes()
     if text in installed:
         return installed[text]
-    if os.path.isfile(text):
+    if files and os.path.isfile(text):
         return Path(text)
-    if os.path.isdir(text):
+    if files and os.path.isdir(text):
         raise RecipeError(f"{text} is a folder; give the recipe's file in it.")
     hint = nearest(recipe_name(source), installed)
-    known = f"installed are {', '.join(installed)}, or give the path of a YAML file"
-    raise RecipeError(f"There is no recipe {text!r} ({known}){hint or '.'}")
+    known, kind = f"installed are {', '.join(installed)}", "recipe" if files else "installed recipe"
+    known += ", or give the path of a YAML file" * files
+    raise RecipeError(f"There is no {kind} {text!r} ({known}){hint or '.'}")
 
 
 def recipe_name(source: str | Path) -> str:

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -102,11 +103,9 @@ def tracker(description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
     return lambda items: track(items, description)
 
 
-@contextmanager
-def status(description: str) -> Iterator[None]:
+def status(description: str) -> Status:
     """A spinner while something of unknown length runs."""
-    with errors.status(Text(description)):
-        yield
+    return errors.status(Text(description))
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,9 +276,8 @@ class Session:
 
     def _calibrate(self, recipe: Recipe, model: RoutedLM) -> None:
         """Let the router measure what it needs, or read it from disk: in all processes if the backbone is sharded."""
-        with nullcontext() if is_sharded(recipe.trainer) else distributed.rank_zero_first():
-            if distributed.is_global_zero() or is_sharded(recipe.trainer):
-                model.router.calibrate(self._probe(recipe, model))
+        if distributed.is_global_zero() or is_sharded(recipe.trainer):
+            model.router.calibrate(self._probe(recipe, model))
         distributed.broadcast_state(model.router)
 
     def _fit_bridges(self, recipe: Recipe, model: RoutedLM, planned: bool = True) -> None:

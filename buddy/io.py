@@ -1,4 +1,4 @@
-"""Atomic writes, files read with plain errors, a key → file store, and sentences for a full disk or memory."""
+"""Atomic writes, files read with plain errors, and sentences for a full disk or memory."""
 
 from __future__ import annotations
 
@@ -233,39 +233,6 @@ def checksum(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DamagedError(path, error.strerror or str(error)) from error
-
-
-class FileStore:
-    """A cache on disk: one JSON file for each key, shared by all processes that use the folder.
-
-    Args:
-        folder: created by the first `put`.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def get(self, key: str) -> Any | None:
-        """The value of a key; None if it is missing or its file is damaged."""
-        try:
-            stored = read_json(self.path(key))
-        except DamagedError:
-            return None
-        return stored["value"] if stored.get("key") == key and "value" in stored else None
-
-    def put(self, key: str, value: Any) -> None:
-        """Store a JSON value under a key, replacing an older one.
-
-        Raises:
-            RunError: the folder cannot be written.
-        """
-        with writing(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        write_with_checksum(self.path(key), {"key": key, "value": value})
-
-    def path(self, key: str) -> Path:
-        """The file of a key; it need not exist."""
-        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 # Errors of disk and memory

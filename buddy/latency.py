@@ -6,13 +6,11 @@ timed, in turns so that a drift of the machine affects all of them, and the othe
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from buddy.console import errors, tracker
+from buddy.calibration.store import Measurements
+from buddy.console import tracker
 from buddy.engine.model import RoutedLM
-from buddy.errors import RunError
-from buddy.io import FileStore
 from buddy.metrics.timing import BenchmarkCase, Track, decode_interleaved
 from buddy.provenance import machine
 
-LOCK = "measuring.lock"
+LOCK, TABLE = "measuring.lock", "milliseconds"
 LAYOUT = 2  # raise it when tokens are timed differently: older tables are then not found
 POINTS, ROUNDS = 5, 5
 PROMPT, STEPS = 64, 16  # tokens of the prompt, and timed tokens
@@ -49,7 +46,6 @@ class LatencyTable:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._store = FileStore(folder) if folder else None
         self._tables: dict[int, dict[int, float]] = {}
 
     def __call__(self, routed: RoutedLM, texts: int = 1) -> dict[int, float]:
@@ -70,22 +66,17 @@ class LatencyTable:
         return points
 
     def _stored(self, routed: RoutedLM, texts: int) -> dict[int, float] | None:
-        stored = self._store.get(_key(timing_setting(routed, texts))) if self._store else None
-        return {int(count): float(x) for count, x in stored["milliseconds"].items()} if stored else None
+        kept = Measurements(self._folder, timing_setting(routed, texts))
+        return None if kept.missing([TABLE]) else {int(count): spent for count, spent in kept[TABLE].tolist()}
 
     def _measured(self, routed: RoutedLM, rounds: int, texts: int = 1) -> dict[int, float]:
         """Milliseconds at `points_of`, measured and stored."""
-        counts, setting = points_of(routed), timing_setting(routed, texts)
+        counts, kept = points_of(routed), Measurements(self._folder, timing_setting(routed, texts))
         span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         what = "tokens" if texts == 1 else f"{texts} texts"
         points = measure_latencies(routed, rounds, tracker(f"Timing {what} at {span} layers"), texts)
-        if self._store is not None:
-            measured = datetime.now(UTC).isoformat(timespec="seconds")
-            table = {"setting": setting, "measured": measured, "rounds": rounds, "context": PROMPT}
-            try:
-                self._store.put(_key(setting), {**table, "milliseconds": points})
-            except RunError as error:
-                errors.print(f"Latencies are not stored: {error}", soft_wrap=True)
+        kept[TABLE] = torch.tensor([*points.items()], dtype=torch.float64)
+        kept.save()
         return points
 
     @contextmanager
@@ -143,7 +134,7 @@ def points_of(routed: RoutedLM) -> list[int]:
 def timing_setting(routed: RoutedLM, texts: int = 1) -> dict[str, Any]:
     """All that the time of a token depends on, except other load on the machine."""
     backbone, here = routed.backbone, machine()
-    routing = asdict(routed.settings) | {"policy": routed.policy.name}
+    routing = asdict(routed.settings)
     if texts == 1:
         routing["batch_plan"] = "row"  # alone, a text shares no plan
     added = 0 if routed.adapter is None else routed.adapter.size
@@ -163,10 +154,6 @@ def timing_setting(routed: RoutedLM, texts: int = 1) -> dict[str, Any]:
         "routing": routing,
         **({} if texts == 1 else {"texts": texts}),
     }
-
-
-def _key(setting: Mapping[str, Any]) -> str:
-    return json.dumps(setting, sort_keys=True)
 
 
 def _texts(routed: RoutedLM, texts: int) -> Tensor:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -140,12 +140,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
 @contextmanager
 def timed(folder: Path) -> Iterator[None]:
     """Adds the seconds of this block to those of a run in run.json; `folder` is from `RunFolder.begin`."""
-    before, start, failed = seconds_in(folder), time.perf_counter(), True
+    before, start = seconds_in(folder), time.perf_counter()
     try:
         yield
-        failed = False
     finally:
-        with suppress(RunError) if failed else nullcontext():  # a full disk may be the error already
+        with suppress(RunError):  # of a full disk, which the next file of the run reports
             seconds = before + time.perf_counter() - start
             write_json(folder / FACTS, read_json(folder / FACTS) | {"seconds": seconds})
 

@@ -22,7 +22,7 @@ from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
 from buddy.evaluation.figures import figure_at
 from buddy.inspection.routing import TextWindows, read_text
-from buddy.io import FileStore, check_output_path, write_json, writing
+from buddy.io import check_output_path, write_json, writing
 from buddy.metrics.statistics import hull
 from buddy.predictor.features import measure_targets, sorted_arms
 from buddy.router import available_budgets
@@ -83,13 +83,12 @@ def _own(routed: RoutedLM, texts: Sequence[TextWindows], measured: Measured, pro
 
 def _measured(run: Run, routed: RoutedLM, texts: Sequence[TextWindows], arms: tuple[int, ...], out: Path) -> Measured:
     size, prompt, found = run.recipe.data.batch_size, run.recipe.data.prompt, []
-    store = FileStore(out / LOSSES)
     for text in texts:
         ids = text.windows.input_ids
         batches = [lambda part=part: part for part in ids.split(size)]
         track = tracker(f"Losses on {text.label}")
         key = text.windows.fingerprint, size
-        found.append(measure_targets(routed, batches, arms, prompt=prompt, store=store, key=key, track=track))
+        found.append(measure_targets(routed, batches, arms, prompt=prompt, store=out / LOSSES, key=key, track=track))
     return Measured(
         np.array(arms),
         torch.cat([each.at(arms) for each in found]).numpy(),

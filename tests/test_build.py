@@ -17,7 +17,6 @@ from buddy.build import (
 )
 from buddy.config import load_recipe
 from buddy.engine.bridges import Bridges
-from buddy.engine.kv_policies import POLICIES
 from buddy.errors import RecipeError
 from buddy.schema import RouterSection
 
@@ -36,8 +35,8 @@ def built(small):
 @pytest.mark.parametrize(
     ("override", "name", "value"),
     [
-        ("routing.policy=hole", "policy", POLICIES["hole"]),
-        ("routing.policy=zero", "policy", POLICIES["zero"]),
+        ("routing.policy=hole", "policy", "hole"),
+        ("routing.policy=zero", "policy", "zero"),
         ("routing.pool=both", "pool", "both"),
         ("routing.reroute_every=3", "reroute_every", 3),
         ("routing.batch_plan=shared", "batch_plan", "shared"),

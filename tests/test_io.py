@@ -11,7 +11,6 @@ import torch
 
 from buddy.errors import DamagedError, RunError
 from buddy.io import (
-    FileStore,
     check_output_path,
     new_folder,
     on_disk,
@@ -56,37 +55,6 @@ def test_a_damaged_file_is_noticed(tmp_path, damage):
     with pytest.raises(DamagedError) as raised:
         read_json(path)
     assert raised.value.path == path
-
-
-class TestFileStore:
-    def test_values_come_back_from_another_store_of_the_same_folder(self, tmp_path):
-        store = FileStore(tmp_path / "cache" / "deep")
-        assert store.get("a") is None
-        for key, value in {"a": {"x": [1, 2.5]}, "b/../c": [True, None], "d" * 999: "text"}.items():
-            store.put(key, value)
-            assert FileStore(tmp_path / "cache" / "deep").get(key) == value
-        store.put("a", 3)
-        assert store.get("a") == 3
-
-    @pytest.mark.parametrize("damage", ["cut", "flipped", "another mapping"])
-    def test_a_damaged_value_is_absent_and_may_be_put_again(self, tmp_path, damage):
-        store = FileStore(tmp_path)
-        store.put("a", {"x": 1})
-        DAMAGES[damage](store.path("a"))
-        assert store.get("a") is None
-        store.put("a", {"x": 2})
-        assert store.get("a") == {"x": 2}
-
-    def test_a_file_under_another_keys_name_is_absent(self, tmp_path):
-        store = FileStore(tmp_path)
-        store.put("a", 1)
-        store.path("a").rename(store.path("b"))
-        assert store.get("b") is None
-
-    def test_a_folder_that_cannot_be_made(self, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(RunError):
-            FileStore(tmp_path / "file").put("a", 1)
 
 
 def test_output_paths_that_cannot_be_written(tmp_path):

@@ -86,7 +86,7 @@ def test_measured_on_first_use_read_by_the_next_process_and_remeasured_on_demand
 @pytest.mark.parametrize("text", ["", '{"setting": {}, "milliseconds": {"2": 1}}'])
 def test_a_damaged_table_is_measured_again(routed, timed, tmp_path, text):
     LatencyTable(tmp_path)(routed)
-    (path,) = tmp_path.glob("*.json")
+    (path,) = tmp_path.glob("*.txt")
     path.write_text(text)
     for _ in range(2):
         assert LatencyTable(tmp_path)(routed)[6] == 8.0

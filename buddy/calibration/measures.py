@@ -223,13 +223,14 @@ class PlanLosses:
         for batch, plan in pairs:
             plans[batch].append(plan)
         bridges = {} if self._fit is None else self._fit({plan for _, plan in pairs})
+        ce = criterion == "ce"
+        measure = cross_entropy if ce else lambda logits, dense: kl_to_dense(dense, logits)
         for batch, group in groupby(track(pairs), key=itemgetter(0)):
             input_ids = self._windows[list(batch)].to(self._backbone.device)
             states = self._states_of(batch, input_ids, plans[batch], criterion, bridges)
-            ce = criterion == "ce"
             references = _parts(input_ids[:, 1:]) if ce else self._dense_of(batch, states)
             for _, plan in group:
-                yield batch, plan, self._losses(states.after(plan), references, cross_entropy if ce else _kl)
+                yield batch, plan, self._losses(states.after(plan), references, measure)
             self._keep(batch, states.kept)
 
     def _states_of(
@@ -237,7 +238,7 @@ class PlanLosses:
     ) -> PrefixStates:
         backbone, layers = self._backbone, self._backbone.num_layers
         size = input_ids.numel() * backbone.hidden_size * backbone.dtype.itemsize
-        wanted = prefixes_to_keep(plans, layers, states_that_fit(size, backbone.device, self._number))
+        wanted = prefixes_to_keep(plans, layers, room_for(MAX_CACHE, backbone.device) // (size * self._number))
         if criterion == "kl":
             wanted.add("1" * layers)  # every call needs the dense model's output
         known = self._cache.get(batch, {})
@@ -277,10 +278,6 @@ class PlanLosses:
         return tokens.view(len(states), -1).cpu().double().mean(1)
 
 
-def _kl(logits: Tensor, dense: DenseDistribution) -> Tensor:
-    return kl_to_dense(dense, logits)
-
-
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
     """(B, T, …) split into groups of tokens (N, …)."""
     return x.flatten(0, 1).split(256 if x.device.type == "cpu" else 2048)
@@ -302,11 +299,6 @@ def prefixes_to_keep(plans: Collection[str], layers: int, room: int) -> set[str]
         if len(prefixes) <= room:
             return prefixes
     return set()
-
-
-def states_that_fit(size: int, device: torch.device, batches: int) -> int:
-    """Number of states of `size` bytes to keep for each batch."""
-    return room_for(MAX_CACHE, device) // (size * batches)
 
 
 def room_for(most: int, device: torch.device) -> int:

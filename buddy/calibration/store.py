@@ -1,4 +1,4 @@
-"""Measured values of a calibration: in memory, and in a file so that an interrupted search resumes.
+"""Measured values of calibrations, latencies and predictors, in memory and in a file: nothing is measured twice.
 
 One file holds the values measured under one setting: the same weights, windows and numerics, so that a stored value
 equals a computed one bit for bit. Values are only ever appended, each as one line with its checksum, so several
@@ -89,8 +89,8 @@ class Measurements:
 
     def _give_up(self, error: OSError) -> None:
         errors.print(
-            f"Measured values cannot be stored in {self.path.parent} ({error}), so an interrupted search would start "
-            "again; set BUDDY_CALIBRATION_CACHE to a folder that can be written.",
+            f"Measured values cannot be stored in {self.path.parent} ({error}), so they would be measured again; set "
+            "BUDDY_CACHE (or BUDDY_CALIBRATION_CACHE, BUDDY_LATENCY_CACHE) to a folder that can be written.",
             soft_wrap=True,
         )
         self.path = None

@@ -142,9 +142,9 @@ def list_recipes() -> None:
 @recipes_app.command(epilog="\b\nExample: buddy recipes show quickstart")
 def show(name: RecipeName) -> None:
     """Print a recipe with its comments."""
-    from buddy.config import installed_recipe
+    from buddy.config import recipe_path
 
-    typer.echo(installed_recipe(name).read_text("utf-8"), nl=False)
+    typer.echo(recipe_path(name, files=False).read_text("utf-8"), nl=False)
 
 
 @recipes_app.command(epilog="\b\nExample: buddy recipes copy quickstart mine.yaml")
@@ -155,11 +155,11 @@ def copy(
     ] = None,
 ) -> None:
     """Copy a recipe to a new file."""
-    from buddy.config import installed_recipe
+    from buddy.config import recipe_path
     from buddy.errors import RecipeError
     from buddy.io import write_text
 
-    path, target = installed_recipe(name), destination or Path()
+    path, target = recipe_path(name, files=False), destination or Path()
     target = target / path.name if os.path.isdir(target) else target  # os.path answers for names that are too long
     if os.path.lexists(target):
         raise RecipeError(f"{target} exists and is not overwritten; name another file.")

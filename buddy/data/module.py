@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from buddy.data.documents import Documents, read_documents
-from buddy.data.windows import FEWEST_DOCUMENTS, Stream, Windows, generator, in_turn, sample, split, spread
+from buddy.data.windows import FEWEST_DOCUMENTS, TRAIN, WINDOWS, Windows, generator, in_turn, sample, split, spread
 from buddy.errors import DataError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class TextData(LightningDataModule):
             return
         documents = self._read(self.source)
         self.split = split(documents, self._wanted, self.window, self.seed)
-        random = generator(self.seed, Stream.WINDOWS)
+        random = generator(self.seed, WINDOWS)
         for name, count in self._wanted.items():
             setattr(self, name, spread(documents, self.split[name], self.window, count, random))
         others = [self._read(source) for source in self.train_sources]
@@ -183,7 +183,7 @@ class TextData(LightningDataModule):
         Windows come from the sources in turn. Documents are drawn in proportion to their lengths, and a window may
         begin at any token of its document.
         """
-        random = generator(self.train_seed, Stream.TRAIN, step)
+        random = generator(self.train_seed, TRAIN, step)
         first = step * self.batch_size
         pools = [self._pools[(first + row) % len(self._pools)] for row in range(self.batch_size)]
         return torch.from_numpy(np.stack([pool.draw(self.window, random) for pool in pools]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import torch
@@ -15,15 +14,8 @@ from buddy.data.documents import Documents
 
 FEWEST_DOCUMENTS = 4  # one for each split
 SPREAD = 1 / 3  # share of documents outside "train", with one window per document
+SPLIT, WINDOWS, TRAIN = 1, 2, 3  # independent streams of random numbers from one seed
 MAX_HELD_OUT = 1 / 2  # largest share of documents outside "train", to reach the wanted number of windows
-
-
-class Stream(IntEnum):
-    """Independent streams of random numbers from one seed."""
-
-    SPLIT = 1
-    WINDOWS = 2
-    TRAIN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +47,8 @@ class Windows:
 
 def sample(documents: Documents, window: int, count: int, seed: int) -> Windows:
     """Up to `count` windows of all documents, from as many of them as possible; equal seeds give equal windows."""
-    order = generator(seed, Stream.SPLIT).permutation(len(documents))
-    return spread(documents, order, window, count, generator(seed, Stream.WINDOWS))
+    order = generator(seed, SPLIT).permutation(len(documents))
+    return spread(documents, order, window, count, generator(seed, WINDOWS))
 
 
 def split(documents: Documents, wanted: Mapping[str, int], window: int, seed: int) -> dict[str, np.ndarray]:
@@ -71,7 +63,7 @@ def split(documents: Documents, wanted: Mapping[str, int], window: int, seed: in
     Returns:
         (documents,) int64 for each part, in the order in which windows are to be taken from them.
     """
-    order = generator(seed, Stream.SPLIT).permutation(len(documents))
+    order = generator(seed, SPLIT).permutation(len(documents))
     windows, total = documents.lengths[order] // window, max(1, sum(wanted.values()))
     parts, start = {}, 0
     for name, count in wanted.items():
@@ -110,6 +102,6 @@ def in_turn(texts: Sequence[Windows], count: int) -> Windows:
     return Windows(ids, documents)
 
 
-def generator(seed: int, stream: Stream, step: int = 0) -> np.random.Generator:
+def generator(seed: int, stream: int, step: int = 0) -> np.random.Generator:
     """A generator that depends only on the arguments."""
     return np.random.default_rng((seed, stream, step))

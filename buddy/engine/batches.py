@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from buddy.engine.kv_cache import ContextPool, HoleLayer
+from buddy.engine.kv_policies import POLICIES
 from buddy.engine.model import RoutedLM
 
 
@@ -93,7 +94,7 @@ def keep(routed: RoutedLM, batch: Batch, rows: Sequence[int]) -> Batch:
 
 def _flush(routed: RoutedLM, cache: Any) -> None:
     for layer in routed.backbone.layers:
-        routed.policy.flush(layer, cache)
+        POLICIES[routed.settings.policy].flush(layer, cache)
 
 
 def _join_rectangles(layers: Sequence[Any]) -> None:

@@ -115,6 +115,7 @@ class Row:
         ends: ids after which the text ends.
         tokens: what was written so far.
         counted: its first tokens whose layers a `Written` has given; they may be read again after a failure.
+        cache: while it is read by itself, of the `done` first of its tokens.
     """
 
     prompt: list[int]
@@ -125,6 +126,8 @@ class Row:
     prompt_executed: int | None = None
     tokens: list[int] = field(default_factory=list)
     counted: int = 0
+    cache: Any = field(default=None, init=False)
+    done: int = field(default=0, init=False)
 
     def new_counts(self, counts: Sequence[int], end: int) -> list[int]:
         """Layers that each token ran, without sinks and tokens that were counted before.
@@ -176,20 +179,6 @@ class Written:
         return self.error is not None or self.row.finish_reason is not None
 
 
-@dataclass(eq=False)
-class _Reading:
-    """A row whose tokens are being read, by itself.
-
-    Attributes:
-        row: the row.
-        cache: holds the `done` first of its tokens.
-    """
-
-    row: Row
-    cache: Any
-    done: int = 0
-
-
 class Decoder:
     """Rows of one model, each at its own K. Not to be used by two threads at once.
 
@@ -209,7 +198,7 @@ class Decoder:
         self._every = settings.reroute_every
         self._chunk = chunk if settings.prompt_plan != "shared" and self._every == 1 else None
         self._room, self._steps = chunk, 0
-        self._reading: list[_Reading] = []
+        self._reading: list[Row] = []
         # Rows that decide at the same steps, by their phase; beside them those of `UNDECIDED`.
         self._batches: dict[int, Batch] = {}
 
@@ -218,12 +207,13 @@ class Decoder:
 
     def add(self, row: Row) -> None:
         """Begin to write a row in the next step."""
-        self._reading.append(_Reading(row, DynamicCache(config=self.routed.backbone.base.config)))
+        row.cache, row.done = DynamicCache(config=self.routed.backbone.base.config), 0
+        self._reading.append(row)
 
     def remove(self, gone: Iterable[Row]) -> None:
         """Stop rows; those that are not there are passed over."""
         rows = set(gone)
-        self._reading = [reading for reading in self._reading if reading.row not in rows]
+        self._reading = [row for row in self._reading if row not in rows]
         for key, batch in list(self._batches.items()):
             stay = [index for index, row in enumerate(batch.owners) if row not in rows]
             if not stay:
@@ -276,10 +266,10 @@ class Decoder:
     def _read(self) -> list[Written]:
         """Read prompts, oldest first, until a chunk is full; rows that are read whole join a batch."""
         written, room = [], self._room
-        for reading in list(self._reading):
+        for row in list(self._reading):
             if room <= 0:
                 break
-            row, first = reading.row, reading.done
+            first = row.done
             tokens = row.prompt + row.tokens
             last = len(row.prompt) if first < len(row.prompt) else len(tokens)  # a prompt is planned as such
             if self._chunk is not None:
@@ -288,23 +278,24 @@ class Decoder:
             ids = torch.tensor([tokens[first:last]], device=self.routed.backbone.device)
             try:
                 executed = row.prompt_executed if first < len(row.prompt) else None
-                logits, record = self._forward([executed or row.executed], ids, reading.cache)
+                logits, record = self._forward([executed or row.executed], ids, row.cache)
             except Exception as error:
-                self._reading.remove(reading)
+                self._reading.remove(row)
                 written.append(Written(row, error=error))
                 continue
-            reading.done = last
+            row.done = last
             if last < len(tokens):
                 counts = to_host(torch.where(record.sinks, -1, record.executed)[0])
                 written.append(Written(row, executed=row.new_counts(counts, last), record=record))
                 continue
-            self._reading.remove(reading)
+            self._reading.remove(row)
             (chosen,) = self._choose([row], logits, record)
             written.append(chosen)
             if chosen.ends:
                 continue
             mask = torch.ones(1, last, dtype=torch.bool, device=ids.device)
-            self._join(self._key(reading.cache, last), Batch(reading.cache, mask, [row]))
+            cache, row.cache = row.cache, None
+            self._join(self._key(cache, last), Batch(cache, mask, [row]))
         return written
 
     def _key(self, cache: Any, tokens: int) -> int:

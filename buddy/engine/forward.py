@@ -14,7 +14,7 @@ from torch import Tensor
 
 from buddy.engine.bridges import Bridges
 from buddy.engine.kv_cache import ContextPool, RoutedCache, context_features
-from buddy.engine.kv_policies import Policy
+from buddy.engine.kv_policies import POLICIES
 from buddy.engine.record import ForwardRecord
 from buddy.engine.sinks import SinkStates
 from buddy.errors import BuddyError, BudgetError
@@ -26,7 +26,8 @@ ActiveRows = bool | list[int]
 PoolKind = Literal["value", "key", "both"]
 PromptPlan = Literal["token", "shared"]
 BatchPlan = Literal["row", "shared"]
-CHOICES = {"pool": PoolKind, "prompt_plan": PromptPlan, "batch_plan": BatchPlan}  # of `Settings`
+PolicyName = Literal["fill", "hole", "zero"]
+CHOICES = {"pool": PoolKind, "policy": PolicyName, "prompt_plan": PromptPlan, "batch_plan": BatchPlan}  # of `Settings`
 
 
 def to_host(values: Tensor) -> Any:
@@ -49,7 +50,7 @@ class Settings:
     layers: int
     context_layer: int
     pool: str
-    policy: Policy
+    policy: str
     sink_tokens: int
     prompt_plan: str
     batch_plan: str
@@ -151,7 +152,7 @@ class RoutedForward:
     ) -> None:
         self.settings, self.score, self.request, self.shape, self.past = settings, score, request, shape, past
         self.cache, self.bridges, self.tokens = cache, bridges, tokens
-        self.policy, self.context_layer = settings.policy, settings.context_layer
+        self.policy, self.context_layer = POLICIES[settings.policy], settings.context_layer
         self.active_rows: list[ActiveRows | None] = [True] * settings.layers
         self.active_rows[settings.context_layer - 1] = None
         self.valid: Tensor | None = None
@@ -228,7 +229,7 @@ class RoutedForward:
         """Whether this is a prompt whose first token may run some layers alone, so that its states are kept."""
         settings, executed = self.settings, self.request.executed
         prompt = self.cache is not None and self.past == 0 and self.shape[1] > 1 and self.valid is None
-        skips = executed is not None and min(executed) < settings.layers and settings.policy.name != "hole"
+        skips = executed is not None and min(executed) < settings.layers and settings.policy != "hole"
         return prompt and skips and settings.sink_tokens == 1 and not torch.is_grad_enabled()
 
     def can_defer(self, layer: int) -> bool:

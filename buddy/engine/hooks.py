@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,11 @@ from buddy.engine.sinks import SinkMemory
 from buddy.errors import BuddyError, BudgetError
 from buddy.router import LayerwiseRouter, scores_of
 
-if TYPE_CHECKING:
-    from buddy.engine.model import RoutedLM
-
 
 class ForwardHooks:
     """Makes a `RoutedForward` for each forward of the backbone's decoder, and keeps the records."""
 
-    def __init__(self, routed: RoutedLM) -> None:  # its router and settings are read anew at each forward
+    def __init__(self, routed: Any) -> None:  # a RoutedLM: its router and settings are read anew at each forward
         self._routed = routed
         self._current: CurrentForward = [None]
         self._request: Request | None = None
@@ -84,16 +81,7 @@ class ForwardHooks:
         use_cache = base.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and use_cache:
             cache = kwargs["cache"] = DynamicCache(config=base.config)
-        settings, past = routed.settings, 0
-        if cache is not None:
-            past = adopt(
-                cache,
-                layers=settings.layers,
-                context=settings.context_layer - 1,
-                kind=settings.pool,
-                policy=settings.policy.name,
-                model=routed.backbone.fingerprint,
-            )
+        past = 0 if cache is None else adopt(cache, routed.settings, routed.backbone.fingerprint)
         if request.choose is not None and (request.executed is None or not past):
             request = self._choose(request, kwargs, past)
         rest = request.for_rows(shape[0]), shape, past, mask, cache, routed.bridges, tokens

@@ -108,13 +108,8 @@ class PendingLayer:
             raise RuntimeError("Skipped states are pending in this cache; use the routed model that filled it.")
         return super().update(key_states, value_states, *args, **kwargs)
 
-    @property
-    def pending_length(self) -> int:
-        """Positions whose keys and values are not computed yet."""
-        return sum(hidden.shape[1] for hidden, _ in self.pending)
-
     def get_seq_length(self) -> int:
-        return super().get_seq_length() + self.pending_length
+        return super().get_seq_length() + sum(hidden.shape[1] for hidden, _ in self.pending)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:  # else all positions are pending; the stock method would ask only for their number
@@ -328,15 +323,12 @@ class RoutedCache:
 _LAYERS: dict[type, type] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: SlidingLayer}
 
 
-def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, model: str) -> int:
+def adopt(cache: Any, settings: Any, model: str) -> int:
     """Make an empty `cache` fit for routing, in place, or check that an adopted one belongs to this model.
 
     Args:
         cache: a DynamicCache of this model.
-        layers: L.
-        context: index of the context layer.
-        kind: which of its states are pooled.
-        policy: "fill", "hole" or "zero".
+        settings: of the routed model.
         model: the backbone's fingerprint.
 
     Returns:
@@ -345,7 +337,8 @@ def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, mode
     Raises:
         BuddyError: a cache of another kind, of another model, filled without routing or under another policy.
     """
-    filled_by = model, policy, context, kind
+    layers, policy, context = settings.layers, settings.policy, settings.context_layer - 1
+    filled_by = model, policy, context, settings.pool
     if isinstance(cache, RoutedCache):
         if cache.filled_by != filled_by or len(cache.layers) != layers:
             raise BuddyError(
@@ -372,7 +365,7 @@ def adopt(cache: Any, *, layers: int, context: int, kind: str, policy: str, mode
             cache.layers[index].is_sliding = layer.is_sliding
             cache.layers[index].window = getattr(layer, "sliding_window", None)
     cache.__class__ = _routed_class(type(cache))  # type: ignore[arg-type]  # a class can be hashed
-    cache.filled_by, cache.pool = filled_by, ContextPool(kind)
+    cache.filled_by, cache.pool = filled_by, ContextPool(settings.pool)
     return 0
 
 

@@ -8,33 +8,25 @@ does, `Hole` stores nothing. Each policy has the same methods: `skip`, where no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from buddy.engine.kv_cache import Embeddings
 from buddy.engine.selection import Group, map_tensors, take
-from buddy.errors import BuddyError
-
-if TYPE_CHECKING:
-    from buddy.engine.forward import RoutedForward
 
 MAX_PENDING = 64  # states that may be pending in a layer: a prompt's is one, then one for each token
 KV = tuple[Tensor, Tensor]
 WriteKV = Callable[[nn.Module, Tensor, Embeddings], KV]  # layer, hidden (B, T, D), position embeddings
 
 
-@dataclass(frozen=True)
 class Fill:
     """K/V of a skipped layer are computed from the hidden state that passed it, as late as possible."""
 
     name: ClassVar = "fill"
 
-    def skip(
-        self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, cache: Any, embeddings: Embeddings
-    ) -> None:
+    def skip(self, layer: nn.Module, forward: Any, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
         """No token runs the layer: the states are pending until one does, or until too many are.
 
         The states of a prompt are deferred where that takes no more memory than their keys and values.
@@ -59,29 +51,26 @@ class Fill:
         hidden = torch.cat(states, 1) if len(states) > 1 else states[0]
         stored.update(*layer._write_kv(layer, hidden, _joined(embeddings, hidden.shape[0])))
 
-    def writer(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
+    def writer(self, layer: nn.Module, forward: Any, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
         """Some tokens run the layer."""
         if kwargs.get("cache") is not None:
             self.flush(layer, kwargs["cache"])
         return RectangularKVWriter(layer, forward, hidden, kwargs, layer._write_kv)
 
 
-@dataclass(frozen=True)
 class Zero:
     """Zeros in the cache, unmasked, so that they take their share of the softmax: the paper's way (2606.09514)."""
 
     name: ClassVar = "zero"
 
-    def skip(
-        self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, cache: Any, embeddings: Embeddings
-    ) -> None:
+    def skip(self, layer: nn.Module, forward: Any, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
         """No token runs the layer."""
         cache.update(*self._zeros(layer, hidden, embeddings), layer._index)
 
     def flush(self, layer: nn.Module, cache: Any) -> None:
         """Nothing is ever pending."""
 
-    def writer(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
+    def writer(self, layer: nn.Module, forward: Any, hidden: Tensor, kwargs: dict) -> RectangularKVWriter:
         """Some tokens run the layer."""
         return RectangularKVWriter(layer, forward, hidden, kwargs, self._zeros)
 
@@ -92,35 +81,25 @@ class Zero:
         return zeros, zeros
 
 
-@dataclass(frozen=True)
 class Hole:
     """A token is absent from the cache of a layer that it skipped, and masked where other rows ran the layer."""
 
     name: ClassVar = "hole"
 
-    def skip(
-        self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, cache: Any, embeddings: Embeddings
-    ) -> None:
+    def skip(self, layer: nn.Module, forward: Any, hidden: Tensor, cache: Any, embeddings: Embeddings) -> None:
         """No token runs the layer: their positions pass."""
         cache.layers[layer._index].skip(hidden.shape[1])
 
     def flush(self, layer: nn.Module, cache: Any) -> None:
         """Nothing is ever pending."""
 
-    def writer(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict) -> RaggedKVWriter:
+    def writer(self, layer: nn.Module, forward: Any, hidden: Tensor, kwargs: dict) -> RaggedKVWriter:
         """Some tokens run the layer."""
         return RaggedKVWriter(layer, forward, hidden, kwargs)
 
 
 Policy = Fill | Hole | Zero
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Fill(), Hole(), Zero())}
-
-
-def policy_named(name: str) -> Policy:
-    """The policy of that name; BuddyError lists the accepted names."""
-    if name not in POLICIES:
-        raise BuddyError(f"There is no cache policy {name!r}; choose one of {', '.join(POLICIES)}.")
-    return POLICIES[name]
 
 
 class RectangularKVWriter:
@@ -134,7 +113,7 @@ class RectangularKVWriter:
         write: makes K and V of hidden states that skip the layer.
     """
 
-    def __init__(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict, write: WriteKV) -> None:
+    def __init__(self, layer: nn.Module, forward: Any, hidden: Tensor, kwargs: dict, write: WriteKV) -> None:
         self.layer, self.forward, self.hidden, self.write = layer, forward, hidden, write
         self.cache, self.embeddings = kwargs.get("cache"), kwargs.get("position_embeddings")
         self.new: KV | None = None
@@ -247,7 +226,7 @@ class RectangularView:
 class RaggedKVWriter:
     """Collects the K/V of one layer in one forward for the positions that any row ran, marked by row (`hole`)."""
 
-    def __init__(self, layer: nn.Module, forward: RoutedForward, hidden: Tensor, kwargs: dict) -> None:
+    def __init__(self, layer: nn.Module, forward: Any, hidden: Tensor, kwargs: dict) -> None:
         self.forward, cache = forward, kwargs.get("cache")
         self.stored = None if cache is None else cache.layers[layer._index]
         chosen = forward.chosen(layer._index)

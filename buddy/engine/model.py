@@ -16,7 +16,6 @@ from buddy.budget import Budget, Table, auto_cap, executed_layers
 from buddy.engine.bridges import Bridges
 from buddy.engine.forward import BatchPlan, PoolKind, PromptPlan, Request, Settings
 from buddy.engine.hooks import ForwardHooks
-from buddy.engine.kv_policies import Policy, policy_named
 from buddy.engine.record import Output, Record
 from buddy.errors import BuddyError, BudgetError, DataError
 from buddy.plan import Plan, hold_scores, top_k
@@ -89,7 +88,7 @@ class RoutedLM(nn.Module):
             layers=self.geometry.layers,
             context_layer=self.geometry.context_layer,
             pool=pool,
-            policy=policy_named(policy),
+            policy=policy,
             sink_tokens=sink_tokens,
             prompt_plan=prompt_plan,
             batch_plan=batch_plan,
@@ -146,11 +145,6 @@ class RoutedLM(nn.Module):
     def backbone(self) -> Backbone:
         """The frozen model, with its tokenizer."""
         return self._backbone[0]
-
-    @property
-    def policy(self) -> Policy:
-        """What a layer's cache holds for tokens that skipped it."""
-        return self.settings.policy
 
     @property
     def mean_over(self) -> int:
@@ -378,10 +372,10 @@ class RoutedLM(nn.Module):
             gated: gates are given, for straight-through training.
             weighted: layers are weighted by a layerwise router's gates.
         """
-        if gated and self.policy.name != "fill":
+        if gated and self.settings.policy != "fill":
             raise BuddyError(
                 f"Computing every layer, as back-propagating estimators do, needs the policy 'fill', not "
-                f"{self.policy.name!r}; choose that, or the perturbed estimator."
+                f"{self.settings.policy!r}; choose that, or the perturbed estimator."
             )
         if weighted and not isinstance(self.router, LayerwiseRouter):
             raise BuddyError(f"{type(self.router).__name__} has no gates to weigh layers by; a LayerwiseRouter has.")

@@ -7,11 +7,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from buddy.backbone.load import MIN_LAYERS, title_of
 from buddy.console import counted, print_titled_table, report_json, results, tracker
@@ -49,7 +49,9 @@ class Served:
         decoder = Decoder(self.routed, chunk=sum(map(len, texts)))
         for number, text in enumerate(texts):
             prompt = PROMPT - number % 4 * (PROMPT - SHORTEST) // 3
-            decoder.add(Row(text[:prompt], self.layers, _Given(text), STEPS + 1))
+            # A token is chosen, and the text's own is written, so that all decode the same.
+            given = partial(lambda text, tokens, logits: torch.full_like(logits.argmax(), text[len(tokens)]), text)
+            decoder.add(Row(text[:prompt], self.layers, given, STEPS + 1))
         self.step(decoder)
         return decoder
 
@@ -59,16 +61,6 @@ class Served:
             start = time.perf_counter()
             decoder.step()
             return 1e3 * (time.perf_counter() - start)
-
-
-class _Given:
-    """In place of a sampler: chooses a token, and writes the text's own, so that all decode the same."""
-
-    def __init__(self, text: list[int]) -> None:
-        self._text = text
-
-    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
-        return torch.full_like(logits.argmax(), self._text[len(tokens)])
 
 
 def bench_serving(

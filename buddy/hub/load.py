@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,15 +125,6 @@ class Model:
         """
         return "".join(self.stream(prompt, budget, **options))
 
-    def stream(self, prompt: Prompt, budget: Budget = 1.0, **options: Any) -> Iterator[str]:
-        """The text of `generate` piece by piece; leaving the loop stops the model.
-
-        Raises:
-            BuddyError: as `generate` does, at the first piece.
-        """
-        with closing(self._write(prompt, budget, **options)) as pieces:
-            yield from filter(None, pieces)
-
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """The token ids of a prompt, as `generate` reads it.
 
@@ -186,18 +176,22 @@ class Model:
                 f"positions that {backbone.name} was made for; shorten the prompt or set a smaller {limit}."
             )
 
-    def _write(
+    def stream(
         self,
         prompt: Prompt,
-        budget: Budget,
+        budget: Budget = 1.0,
         *,
         prompt_budget: Budget | None = None,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
         chat: bool = False,
-    ) -> Generator[str]:
-        """The text of `generate`, token by token."""
+    ) -> Iterator[str]:
+        """The text of `generate` piece by piece; leaving the loop stops the model.
+
+        Raises:
+            BuddyError: as `generate` does, at the first piece.
+        """
         routed, model = self.routed, self.routed.backbone.model
         _check_options(prompt, max_new_tokens, temperature, seed)
         tokens = self.encode(prompt, chat)
@@ -218,8 +212,10 @@ class Model:
                     if written.error:
                         raise written.error
                 record.forwards.append(written.record)
-                yield pieces.add(written.token)
-            yield pieces.rest()
+                if piece := pieces.add(written.token):
+                    yield piece
+            if piece := pieces.rest():
+                yield piece
         finally:
             if record.forwards:
                 self.ran = summary(record, executed, depth, budget, routed.mean_over)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import fingerprint, state_digest
+from buddy.calibration.store import Measurements
 from buddy.engine.model import Choose, RoutedLM
 from buddy.errors import BudgetError
-from buddy.io import FileStore
 from buddy.losses import cross_entropy
 from buddy.metrics.timing import Track
 from buddy.router import Context, Geometry
@@ -103,7 +103,7 @@ def measure_targets(
     arms: Sequence[int],
     *,
     prompt: int,
-    store: FileStore | None = None,
+    store: Path | None = None,
     key: object = (),
     track: Track = iter,
 ) -> Targets:
@@ -114,33 +114,26 @@ def measure_targets(
         batches: each returns windows (B, W) long.
         arms: executed layers K.
         prompt: first tokens of a window, which give the features; the losses are of the others.
-        store: keeps the measurements of each batch, so that the same call resumes after an interruption.
+        store: folder of the measurements, so that the same call resumes after an interruption.
         key: all that the windows depend on.
         track: wraps the batches to show progress.
     """
     counts = sorted_arms([*arms, routed.geometry.layers])
-    digest = "" if store is None else _digest(routed, key, counts, prompt)
-    features, losses = [], []
-    for number, batch in enumerate(track(batches)):
-        measured = None if store is None else store.get(f"{digest} {number}")
-        if measured is None:
-            ids = batch().to(routed.backbone.device)
-            seen, lost = prompt_features(routed.context(ids[:, :prompt])).cpu(), _losses(routed, ids, counts, prompt)
-            measured = {"features": seen.tolist(), "losses": lost.tolist()}  # JSON keeps every bit of a number
-            if store is not None:
-                store.put(f"{digest} {number}", measured)
-        features.append(torch.tensor(measured["features"], dtype=torch.float32))
-        losses.append(torch.tensor(measured["losses"], dtype=torch.float64))
-    return Targets(counts, torch.cat(features), torch.cat(losses))
-
-
-def _digest(routed: RoutedLM, *others: object) -> str:
-    """Digest of all that measured losses depend on: model, router, bridges, settings and `others`."""
-    model = fingerprint(routed.backbone.model)  # of the weights now, with an adapter if there is one
     bridges = {} if routed.bridges is None else routed.bridges.state_dict()
     weights = state_digest({**routed.router.state_dict(), **bridges})
-    measured = (model, weights, routed.settings, others)
-    return hashlib.sha256(repr(measured).encode()).hexdigest()[:20]
+    setting = {"weights": weights, "settings": routed.settings, "windows": key, "counts": counts, "prompt": prompt}
+    setting["model"] = fingerprint(routed.backbone.model)  # of the weights now, with an adapter if there is one
+    made = Measurements(store, setting)
+    names = [(f"features {number}", f"losses {number}") for number in range(len(batches))]
+    try:
+        for (seen, lost), batch in zip(names, track(batches), strict=True):
+            if made.missing([seen, lost]):
+                ids = batch().to(routed.backbone.device)
+                made[seen] = prompt_features(routed.context(ids[:, :prompt])).cpu()
+                made[lost] = _losses(routed, ids, counts, prompt)
+    finally:
+        made.save()
+    return Targets(counts, *(torch.cat([made[name] for name in column]) for column in zip(*names, strict=True)))
 
 
 def _losses(routed: RoutedLM, ids: Tensor, counts: Sequence[int], prompt: int) -> Tensor:

@@ -13,7 +13,7 @@ from buddy.console import errors, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DamagedError, RunError
-from buddy.io import FileStore, load_tensors, read_json, save_tensors, tensorboard_writer, write_json
+from buddy.io import load_tensors, read_json, save_tensors, tensorboard_writer, write_json
 from buddy.predictor.features import Predictor, Targets, feature_size, measure_targets, sorted_arms
 from buddy.predictor.grpo import BudgetPolicy, train_policy
 from buddy.predictor.regress import CurvePredictor
@@ -118,7 +118,7 @@ def _measure(recipe: Recipe, routed: RoutedLM, data: TextData, folder: Path, arm
         batches,
         arms,
         prompt=recipe.data.prompt,
-        store=FileStore(folder / TARGETS),
+        store=folder / TARGETS,
         key=(data.fingerprint, data.tokens_digest, recipe.seed, first, data.batch_size),
         track=tracker(f"Losses of {count * data.batch_size} windows at {len(arms)} budgets"),
     )

@@ -88,9 +88,9 @@ class Server:
         self._budget, self._prompt_budget = budget, prompt_budget
         self._names = [NAME, *(f"{NAME}@{each}" for each in budgets)]
 
-    def models(self) -> list[dict[str, Any]]:
-        """The names of /v1/models."""
-        return [self.model(name) for name in self._names]
+    def models(self) -> dict[str, Any]:
+        """`/v1/models`."""
+        return {"object": "list", "data": [self.model(name) for name in self._names]}
 
     def model(self, name: str) -> dict[str, Any]:
         """One of them, with the sizes that the page draws.
@@ -319,21 +319,10 @@ def make_app(
     app.add_middleware(Guard, metrics=metrics, keys=keys)
     answer_errors(app)
 
-    @app.post("/v1/completions")
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
-        return await server.complete(asked, request)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
-        return await server.chat(asked, request)
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": server.models()}
-
-    @app.get("/v1/models/{name}")
-    async def one_model(name: str) -> dict[str, Any]:
-        return server.model(name)
+    app.post("/v1/completions")(server.complete)
+    app.post("/v1/chat/completions")(server.chat)
+    app.get("/v1/models")(server.models)
+    app.get("/v1/models/{name}")(server.model)
 
     @app.get("/health")
     async def health() -> Response:

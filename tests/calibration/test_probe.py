@@ -179,7 +179,8 @@ def test_the_next_round_goes_on_from_the_last():
 @pytest.mark.slow
 @pytest.mark.parametrize(("room", "dense"), [(0, 0), (1, 10_000), (3, 0), (7, 2 << 30)])
 def test_little_room_changes_nothing(room, dense, monkeypatch):
-    monkeypatch.setattr(measures, "states_that_fit", lambda *_: room)
+    kept = measures.prefixes_to_keep
+    monkeypatch.setattr(measures, "prefixes_to_keep", lambda plans, layers, _: kept(plans, layers, room))
     monkeypatch.setattr(measures, "MAX_DENSE", dense)
     measured = probe(SHARED)
     for removed in ([], [3], [3, 1]):

@@ -33,7 +33,7 @@ def test_pending_states_are_counted_and_bounded():
         assert all(layer.keys is None or layer.keys.shape[2] < 12 for layer in deferring if layer.is_initialized)
         for _ in range(100):
             routed.backbone.model(IDS[:, :1], cache=cache, use_cache=True)
-            assert all(layer.pending_length < 64 for layer in cache.layers)
+            assert all(len(layer.pending) < 64 for layer in cache.layers)
 
 
 def test_a_cache_of_inference_mode_goes_on_without_it():

@@ -270,6 +270,15 @@ def test_no_request_means_the_stock_model():
     assert torch.equal(routed.dense(tokens()), expected)
 
 
+@pytest.mark.parametrize("policy", ["hole", "zero"])
+def test_another_policy_may_hold_for_a_while(policy):
+    routed, other = routed_tiny(), routed_tiny(policy=policy)
+    before = routed(tokens(), executed=EXECUTED).logits
+    with routed.changed(policy=policy):
+        assert torch.equal(routed(tokens(), executed=EXECUTED).logits, other(tokens(), executed=EXECUTED).logits)
+    assert torch.equal(routed(tokens(), executed=EXECUTED).logits, before)
+
+
 def test_what_no_forward_can_do_is_refused_and_leaves_the_model_stock():
     routed, stock = routed_tiny(), tiny_backbone("llama").model(tokens()).logits
     mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool).tril()

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 from buddy.backbone.load import fastest_dtype
+from buddy.engine.kv_policies import POLICIES
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.footprint import cache_bytes, router_bytes, step_bytes, weight_bytes
 from buddy.losses import Objective
@@ -34,7 +35,7 @@ def prefilled(family: str, policy: str, executed: int) -> tuple[RoutedLM, Dynami
     with torch.no_grad(), routed.at(executed=[executed]):
         cache = backbone.model(IDS, use_cache=True).cache
         for layer in backbone.layers:
-            routed.policy.flush(layer, cache)
+            POLICIES[policy].flush(layer, cache)
     return routed, cache
 
 

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from buddy.build import load_model
 from buddy.compare import fit
 from buddy.errors import BudgetError, RecipeError, RunError
-from buddy.io import FileStore, load_tensors
+from buddy.io import load_tensors
 from buddy.predictor import features
 from buddy.predictor.features import measure_targets, prompt_features
 from buddy.predictor.train import load_predictor
@@ -83,7 +83,7 @@ def test_targets_are_what_a_forward_of_each_window_loses(routed):
 
 def test_stored_targets_are_bit_for_bit_and_of_one_router(routed, tmp_path, monkeypatch):
     def measured(key=1):
-        return measure_targets(routed, [lambda: tokens(3, 20)], (4,), prompt=8, store=FileStore(tmp_path), key=key)
+        return measure_targets(routed, [lambda: tokens(3, 20)], (4,), prompt=8, store=tmp_path, key=key)
 
     assert " at 0x" not in repr(routed.settings), "a part of the key, which another process must find"
     before = measured()

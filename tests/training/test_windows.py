@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buddy.data.documents import read_documents
-from buddy.data.windows import Stream, generator, sample, split, spread
+from buddy.data.windows import SPLIT, WINDOWS, generator, sample, split, spread
 from buddy.errors import DataError
 
 WINDOW = 10
@@ -59,8 +59,8 @@ def test_a_short_text_is_shared_in_proportion():
 @settings(deadline=None)
 @given(st.lists(st.integers(10, 300), min_size=1, max_size=30), st.integers(0, 60), st.integers(0, 9))
 def test_windows_are_spread_evenly_and_do_not_overlap(lengths, count, seed):
-    chosen = generator(seed, Stream.SPLIT).permutation(len(lengths))
-    windows = spread(Held(*lengths), chosen, WINDOW, count, generator(seed, Stream.WINDOWS))
+    chosen = generator(seed, SPLIT).permutation(len(lengths))
+    windows = spread(Held(*lengths), chosen, WINDOW, count, generator(seed, WINDOWS))
     whole = np.array(lengths) // WINDOW
     assert len(windows) == min(count, whole.sum())
     assert windows.input_ids.shape == (len(windows), WINDOW)
