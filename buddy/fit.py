@@ -68,7 +68,6 @@ from buddy.run_files import (
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.callbacks import (
     AtomicCheckpointIO,
-    GracefulStop,
     LastCheckpoint,
     ProgressLine,
     has_ended,
@@ -411,7 +410,7 @@ def _run_trainer(
         if start == checkpoint and not named and has_ended(content):
             trained = replace(recipe, trainer={**recipe.trainer, "max_steps": content["global_step"]})  # no more
         errors.print(f"Resuming from {start}", soft_wrap=True)
-    stop, own = GracefulStop(), [instantiate(spec) for spec in recipe.callbacks]
+    stop, own = LastCheckpoint(checkpoint, recipe.checkpoint_every), [instantiate(each) for each in recipe.callbacks]
     # What a callback monitors is logged by one of the two trainings, or by both, as val/kl is.
     other = {"train/", "heal/"} - {f"{module.prefix}/"}
     own = [each for each in own if not str(getattr(each, "monitor", None)).startswith(tuple(other))]
@@ -421,7 +420,7 @@ def _run_trainer(
     with quiet():
         trainer = build_trainer(
             trained,
-            callbacks=[*own, stop, LastCheckpoint(checkpoint, recipe.checkpoint_every, stop)],
+            callbacks=[*own, stop],
             logger=instantiate(recipe.logger) if recipe.logger else tensorboard,
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=shown and bars,

@@ -29,11 +29,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NEEDED = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")  # in a checkpoint
 
 
-class GracefulStop(Callback):
-    """Ctrl-C and SIGTERM stop the training after the step, in all processes; a second signal stops at once.
+class LastCheckpoint(Checkpoint):
+    """Keeps one checkpoint up to date: every so many steps, when the training ends, and when it is stopped.
 
-    A validation that is due at this step runs first, since a resumed training would leave it out. Callbacks that may
-    end the training, too, stand before this one.
+    Ctrl-C and SIGTERM stop the training after the step, in all processes; a second signal stops at once.
+
+    Where a validation follows a step, both wait for it: a resumed training does not repeat the validation, and
+    callbacks that monitor it would miss it. At the end of an epoch they wait for the next step, since Lightning would
+    resume without the results that callbacks look for there. Callbacks that may end the training, too, stand before
+    this one.
+
+    Args:
+        path: the checkpoint's file.
+        every: steps from one save to the next.
 
     Attributes:
         requested: whether a signal came, to this process or to another of the run.
@@ -41,29 +49,42 @@ class GracefulStop(Callback):
         began: whether training was reached.
     """
 
-    def __init__(self) -> None:
-        self.requested = self.stopped = self.began = False
+    def __init__(self, path: Path, every: int) -> None:
+        self._path, self._every = path, every
+        self.requested = self.stopped = self.began = self._ended = self._due = False
+        self._saved = 0  # the step of the last save, or the one that training starts from
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.began = True
+        self.began, self._saved = True, trainer.global_step
         # Lightning has put handlers of its own in place by now, and will put back those before them.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._request)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self._due |= trainer.global_step % self._every == 0 and trainer.global_step != self._saved
         if not trainer.fit_loop.epoch_loop._should_accumulate() and not validates_now(trainer):  # not amid a step
             self._stop(trainer)
             if self.stopped:
                 trainer.limit_val_batches = 0  # otherwise Lightning would validate once more
+            self._save(trainer, self._due)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop = trainer.fit_loop.epoch_loop
-        between = not loop._should_accumulate() and not loop._num_ready_batches_reached()  # two steps of an epoch
-        if self.began and trainer.state.fn == TrainerFn.FITTING and not trainer.should_stop and between:
-            self._stop(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and not loop._num_ready_batches_reached():
+            if self.began and not trainer.should_stop and not loop._should_accumulate():
+                self._stop(trainer)
+            self._ended = trainer.should_stop and not self.stopped and trainer.fit_loop._can_stop_early
+            self._save(trainer, self._due)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = not self.stopped
+        self._save(trainer, self._ended or self._saved != trainer.global_step)
+
+    def _save(self, trainer: Trainer, wanted: bool) -> None:
+        if wanted:
+            trainer.save_checkpoint(self._path)
+            self._saved, self._due = trainer.global_step, False
 
     def _stop(self, trainer: Trainer) -> None:
         self.requested = trainer.strategy.reduce_boolean_decision(self.requested, all=False)  # every process or none
@@ -75,6 +96,9 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
         self.requested = True
         errors.print("Stopping after this step …")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ended": self._ended}
 
 
 def validates_now(trainer: Trainer) -> bool:
@@ -94,50 +118,6 @@ def interrupts(trainer: Trainer) -> Iterator[None]:
         raise
     if trainer.received_sigterm:
         raise KeyboardInterrupt
-
-
-class LastCheckpoint(Checkpoint):
-    """Keeps one checkpoint up to date: every so many steps, and when the training ends or is stopped.
-
-    Where a validation follows a step, the checkpoint is written after it: a resumed training does not repeat the
-    validation, and callbacks that monitor it would miss it. At the end of an epoch it is written after the next step,
-    since Lightning would resume without the results that callbacks look for there.
-
-    Args:
-        path: the checkpoint's file.
-        every: steps from one save to the next.
-        stop: tells a training that was stopped from one that ended.
-    """
-
-    def __init__(self, path: Path, every: int, stop: GracefulStop) -> None:
-        self._path, self._every, self._stop = path, every, stop
-        self._ended = self._due = False
-        self._saved = 0  # the step of the last save, or the one that training starts from
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self._due |= trainer.global_step % self._every == 0 and trainer.global_step != self._saved
-        if not trainer.fit_loop.epoch_loop._should_accumulate() and not validates_now(trainer):
-            self._save(trainer, self._due)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            self._ended = trainer.should_stop and not self._stop.stopped and trainer.fit_loop._can_stop_early
-            self._save(trainer, self._due)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended = not self._stop.stopped
-        self._save(trainer, self._ended or self._saved != trainer.global_step)
-
-    def _save(self, trainer: Trainer, wanted: bool) -> None:
-        if wanted:
-            trainer.save_checkpoint(self._path)
-            self._saved, self._due = trainer.global_step, False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ended": self._ended}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -6,7 +6,7 @@ from buddy import distributed
 from buddy.compare import fit
 from buddy.config import load_recipe
 from buddy.errors import DataError, TrainingError
-from buddy.training.callbacks import GracefulStop
+from buddy.training.callbacks import LastCheckpoint
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import side_by_side
 
@@ -35,13 +35,13 @@ def test_healing_follows_the_curve_of_one_process(small, tmp_path, settings, str
 
 def stopped(given: list[str]) -> str:
     """A fit whose first process is asked to stop at the third step."""
-    follow_up = GracefulStop.on_train_batch_end
+    follow_up = LastCheckpoint.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *rest) -> None:
         self.requested = self.requested or (distributed.is_global_zero() and trainer.global_step == 3)
         follow_up(self, trainer, *rest)
 
-    GracefulStop.on_train_batch_end = on_train_batch_end
+    LastCheckpoint.on_train_batch_end = on_train_batch_end
     try:
         fitted(given)
     except (KeyboardInterrupt, SystemExit) as error:
