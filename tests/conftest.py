@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread, and models that are made or loaded once."""
 
+import gc
 import os
 import signal
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 20)  # each search through all that is imported takes a fifth of a second
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 
 
