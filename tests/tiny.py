@@ -14,7 +14,7 @@ from buddy.testing.subject import random_model, tiny_config
 # family -> (model_type, what its configuration needs beyond the common sizes)
 FAMILIES = {
     "llama": ("llama", {}),
-    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),  # the later layers'
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),  # from layer 2 on
     "qwen3": ("qwen3", {"head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-sliding": ("mistral", {"sliding_window": 8}),

@@ -115,7 +115,7 @@ class Row:
         ends: ids after which the text ends.
         tokens: what was written so far.
         counted: its first tokens whose layers a `Written` has given; they may be read again after a failure.
-        cache: while it is read by itself, of the `done` first of its tokens.
+        cache: the KV cache of its first `done` tokens while they are read; None once the row is in a batch.
     """
 
     prompt: list[int]

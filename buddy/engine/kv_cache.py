@@ -328,7 +328,7 @@ def adopt(cache: Any, settings: Any, model: str) -> int:
 
     Args:
         cache: a DynamicCache of this model.
-        settings: of the routed model.
+        settings: the `Settings` of the routed model.
         model: the backbone's fingerprint.
 
     Returns:

@@ -2,7 +2,7 @@
 
 `Fill` computes their keys and values from the hidden state that passed the layer, `Zero` stores zeros as the paper
 does, `Hole` stores nothing. Each policy has the same methods: `skip`, where no token of a forward runs the layer;
-`writer`, where some tokens do; and `flush`, before all do.
+`writer`, where some tokens do; and `flush`, before all do. Their `forward` is the `RoutedForward` that is running.
 """
 
 from __future__ import annotations
