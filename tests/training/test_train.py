@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,16 +55,31 @@ def train(session, recipe, tmp_path):
     return train
 
 
+@pytest.fixture(scope="module")
+def whole(session, recipe, tmp_path_factory):
+    """The run of a training that nothing stopped, made once for all tests with its settings; never write into it."""
+
+    @cache
+    def whole(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        session.fit(RunSpec("router", recipe(*overrides), "small", folder))
+        return folder
+
+    return whole
+
+
 def last(folder) -> dict:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def assert_same_training(one: dict, two: dict) -> None:
-    """Weights, and everything that the optimizer and its schedule hold."""
-    assert one["global_step"] == two["global_step"] == STEPS
-    assert one["lr_schedulers"] == two["lr_schedulers"]
-    torch.testing.assert_close(one["state_dict"], two["state_dict"], atol=0, rtol=0)
-    torch.testing.assert_close(one["optimizer_states"], two["optimizer_states"], atol=0, rtol=0)
+def assert_same_training(one: Path, two: Path) -> None:
+    """The router, and everything that the last checkpoint has of weights, optimizer and schedule."""
+    assert same(*(load_router(folder) for folder in (one, two)))
+    mine, other = last(one), last(two)
+    assert mine["global_step"] == other["global_step"] == STEPS
+    assert mine["lr_schedulers"] == other["lr_schedulers"]
+    torch.testing.assert_close(mine["state_dict"], other["state_dict"], atol=0, rtol=0)
+    torch.testing.assert_close(mine["optimizer_states"], other["optimizer_states"], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +90,10 @@ def assert_same_training(one: dict, two: dict) -> None:
         ("router=skipgpt", kill, Killed, 3),
     ],
 )
-def test_a_stopped_training_resumes_bit_for_bit(train, tmp_path, monkeypatch, capsys, setting, act, raised, step):
-    expected = train("whole", setting)
+def test_a_stopped_training_resumes_bit_for_bit(
+    train, whole, tmp_path, monkeypatch, capsys, setting, act, raised, step
+):
+    expected = whole(setting)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         at_step(patch, RoutingModule, 5, act)
@@ -82,21 +101,21 @@ def test_a_stopped_training_resumes_bit_for_bit(train, tmp_path, monkeypatch, ca
             train("parts", setting)
     assert last(tmp_path / "parts")["global_step"] == step
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert same(train("parts", setting), expected)
-    assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    train("parts", setting)
+    assert_same_training(expected, tmp_path / "parts")
     assert str(tmp_path / "parts" / "checkpoints" / "last.ckpt") in capsys.readouterr().err
 
 
-def test_a_resumed_training_saves_no_checkpoint_amid_a_step(train, tmp_path, monkeypatch):
+def test_a_resumed_training_saves_no_checkpoint_amid_a_step(train, whole, tmp_path, monkeypatch):
     micro = ["trainer.accumulate_grad_batches=2", "checkpoint_every=3"]
-    expected = train("whole", *micro)
+    expected = whole(*micro)
     for batch in (8, 2):  # after the save of step 3, and after one batch of the resumed training
         with monkeypatch.context() as patch:
             at_step(patch, RoutingModule, batch, kill)
             with pytest.raises(Killed):
                 train("parts", *micro)
-    assert same(train("parts", *micro), expected)
-    assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    train("parts", *micro)
+    assert_same_training(expected, tmp_path / "parts")
 
 
 def stopping_early(patience: int) -> list[str]:
@@ -119,10 +138,10 @@ def stopping_early(patience: int) -> list[str]:
     ],
 )
 def test_a_resumed_training_stops_as_early(
-    train, tmp_path, monkeypatch, every, patience, act, raised, step, validation
+    train, whole, tmp_path, monkeypatch, every, patience, act, raised, step, validation
 ):
     early = [*stopping_early(patience), f"checkpoint_every={every}"]
-    expected = train("whole", *early)
+    expected = whole(*early)
     with monkeypatch.context() as patch:
         if step:
             at_step(patch, RoutingModule, step, act)
@@ -130,8 +149,8 @@ def test_a_resumed_training_stops_as_early(
             at_step(patch, RoutingModule, validation, act, "on_validation_epoch_end")
         with pytest.raises(raised):
             train("parts", *early)
-    assert same(train("parts", *early), expected)
-    assert last(tmp_path / "parts")["global_step"] == last(tmp_path / "whole")["global_step"] == 2 + 2 * patience
+    assert same(train("parts", *early), load_router(expected))
+    assert last(tmp_path / "parts")["global_step"] == last(expected)["global_step"] == 2 + 2 * patience
 
 
 @pytest.mark.parametrize(("act", "raised"), [(kill, Killed), (interrupt, KeyboardInterrupt)])
@@ -144,30 +163,30 @@ def test_a_resumed_training_stops_as_early(
     ],
     ids=["amid a step", "at the end of an epoch"],
 )
-def test_validations_at_other_places_resume_too(train, tmp_path, monkeypatch, setting, where, act, raised):
+def test_validations_at_other_places_resume_too(train, whole, tmp_path, monkeypatch, setting, where, act, raised):
     early = [each.replace("false", "true") if "epoch" in setting[1] else each for each in stopping_early(5)[:1]]
     every = [*early, *setting, "checkpoint_every=2"]
-    expected = train("whole", *every)
+    expected = whole(*every)
     with monkeypatch.context() as patch:
         at_step(patch, RoutingModule, 6 if where == "training_step" else 1, act, where)
         with pytest.raises(raised):
             train("parts", *every)
-    assert same(train("parts", *every), expected)
-    assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    train("parts", *every)
+    assert_same_training(expected, tmp_path / "parts")
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_training_that_ended_early_does_not_go_on_after_a_kill(train, tmp_path, monkeypatch):
-    early = stopping_early(1)
-    expected = train("whole", *early)
-    steps = last(tmp_path / "whole")["global_step"]
+def test_a_training_that_ended_early_does_not_go_on_after_a_kill(train, whole, tmp_path, monkeypatch):
+    early = [*stopping_early(1), "checkpoint_every=2"]
+    expected = whole(*early)
+    steps = last(expected)["global_step"]
     assert steps < STEPS
     for owner, name in ((LastCheckpoint, "on_train_end"), (Session, "_test")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *_: kill())
             with pytest.raises(Killed):
-                train(name, *early, "checkpoint_every=2")
-        assert same(train(name, *early, "checkpoint_every=2"), expected)
+                train(name, *early)
+        assert same(train(name, *early), load_router(expected))
         assert last(tmp_path / name)["global_step"] == steps
     go_on = f"ckpt_path={tmp_path / '_test' / 'checkpoints' / 'last.ckpt'}"
     train("more", go_on)
