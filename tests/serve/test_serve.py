@@ -85,17 +85,6 @@ def test_chat_equals_generate(client, alone):
     assert all(part.usage is None for part in parts)
 
 
-def test_the_async_client(address, alone):
-    import asyncio
-
-    async def ask() -> str:
-        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
-            stream = await client.completions.create(**GREEDY, stream=True)
-            return "".join([part.choices[0].text async for part in stream])
-
-    assert asyncio.run(ask()) == alone.generate(PROMPT, max_new_tokens=9)
-
-
 def test_budgets_by_field_by_name_and_by_default(alone):
     with serving(tiny(), budget="3layers", budgets=["1", "0.5"]) as (address, _):
         assert [m["id"] for m in httpx.get(f"{address}/v1/models").json()["data"]] == ["buddy", "buddy@1", "buddy@0.5"]
@@ -270,21 +259,13 @@ def test_a_long_prompt_is_encoded_beside_other_requests(monkeypatch):
         assert answer.result().status_code == 200
 
 
-def test_a_request_that_takes_too_long_ends():
-    from buddy.serve.app import Limits
-
-    with serving(tiny(Slow), limits=Limits(seconds=0.3)) as (address, _):
-        answer = post(address, prompt=PROMPT, max_tokens=400, budget=0.5)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
-
-
-def test_a_text_that_waits_too_long_ends():
+def test_a_text_that_is_written_or_waits_too_long_ends():
     from buddy.serve.app import Limits
 
     slow = {"prompt": PROMPT, "max_tokens": 400, "budget": 0.5}
     with serving(tiny(Slow), limits=Limits(batch=1, seconds=0.4)) as (address, _), ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: post(address, **slow), range(3)))
-    assert [answer.status_code for answer in answers] == [504] * 3
+    assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [(504, "timeout")] * 3
 
 
 class Faulty(Fickle):
