@@ -19,21 +19,25 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from buddy.cli import app
-from buddy.errors import BuddyError
-from buddy.run import read_run
-from tests.engine.reference import Fickle
-from tests.serve.conftest import serving, tiny
-from tests.small import start_buddy, wait_until
-from tests.tiny import tiny_tokenizer
-
-pytestmark = pytest.mark.slow
-
 for name in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
+from buddy.cli import app  # noqa: E402
+from buddy.errors import BuddyError  # noqa: E402
+from buddy.run import read_run  # noqa: E402
+from buddy.serve.app import Limits  # noqa: E402
+from buddy.serve.guard import Guard  # noqa: E402
+from buddy.serve.metrics import Metrics  # noqa: E402
+from buddy.serve.scheduler import GenerationRequest, QueueFull, Scheduler  # noqa: E402
+from buddy.serve.server import read_keys, serve  # noqa: E402
+from tests.engine.reference import Fickle  # noqa: E402
+from tests.serve.conftest import serving, tiny  # noqa: E402
+from tests.small import start_buddy, wait_until  # noqa: E402
+from tests.tiny import tiny_tokenizer  # noqa: E402
+
+pytestmark = pytest.mark.slow
 PROMPT = "budget depth layer router"
 BAD = tiny_tokenizer()("!").input_ids[0]
 GREEDY = {"model": "buddy", "prompt": PROMPT, "temperature": 0, "max_tokens": 9}
@@ -43,6 +47,18 @@ CHAT = {"model": "buddy", "messages": [{"role": "user", "content": "plan"}], "te
 @pytest.fixture(scope="module")
 def client(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def command(finished, tmp_path):
+    """The process of `buddy serve`, which answers by now, and its address."""
+    with start_buddy("serve", "--run", str(finished / "buddy"), "--port", "0", folder=tmp_path) as process:
+        try:
+            found = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)))
+            wait_until(lambda: answers_health(found[0]))
+            yield process, found[0]
+        finally:
+            process.kill()
 
 
 def post(address, path="completions", **body):
@@ -217,8 +233,6 @@ class Slow(Fickle):
 
 
 def test_a_client_that_leaves_frees_its_row_and_a_full_queue_refuses():
-    from buddy.serve.app import Limits
-
     long = {"prompt": PROMPT, "max_tokens": 400, "budget": 0.5}
     with serving(tiny(Slow), limits=Limits(batch=1, queue=1)) as (address, _):
         with httpx.stream("POST", f"{address}/v1/completions", json={**long, "stream": True}) as response:
@@ -260,8 +274,6 @@ def test_a_long_prompt_is_encoded_beside_other_requests(monkeypatch):
 
 
 def test_a_text_that_is_written_or_waits_too_long_ends():
-    from buddy.serve.app import Limits
-
     slow = {"prompt": PROMPT, "max_tokens": 400, "budget": 0.5}
     with serving(tiny(Slow), limits=Limits(batch=1, seconds=0.4)) as (address, _), ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: post(address, **slow), range(3)))
@@ -351,8 +363,6 @@ def test_bad_messages(address, messages):
 
 
 def test_the_default_limit_is_one_that_the_server_allows():
-    from buddy.serve.app import Limits
-
     model = tiny()
     model.routed.tokenizer.chat_template = None
     with serving(model, limits=Limits(tokens=3)) as (address, _):
@@ -421,28 +431,17 @@ def test_long_names_and_stop_strings_take_no_time(address):
 # The command
 
 
-def test_the_command_serves_finishes_and_exits_0(finished, tmp_path):
-    with start_buddy("serve", "--run", str(finished / "buddy"), "--port", "0", folder=tmp_path) as process:
-        try:
-            found = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)))
-            address, answers = found[0], []
-            wait_until(lambda: answers_health(address))
-            long = {"prompt": PROMPT, "max_tokens": 300, "temperature": 0, "budget": 0.5}
-            asking = threading.Thread(target=lambda: answers.append(post(address, **long)))
-            asking.start()
-            wait_until(lambda: "buddy_rows 1.0" in httpx.get(f"{address}/metrics").text)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=60) == 0
-            asking.join()
-            assert answers[0].json()["choices"][0]["finish_reason"] in ("length", "stop")
-        finally:
-            process.kill()
+def test_the_command_serves_finishes_and_exits_0(command):
+    process, address = command
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, address, prompt=PROMPT, max_tokens=300, temperature=0, budget=0.5)
+        wait_until(lambda: rows(address) == 1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        assert answer.result().json()["choices"][0]["finish_reason"] in ("length", "stop")
 
 
 def test_texts_that_may_begin_at_once_do_not_fill_the_queue():
-    from buddy.serve.metrics import Metrics
-    from buddy.serve.scheduler import GenerationRequest, QueueFull, Scheduler
-
     scheduler = Scheduler(lambda: tiny(Slow), Metrics(), batch=8, queue=2)
     try:
         texts = [GenerationRequest([5, 6, 7], 0.5, 400, lambda _: None) for _ in range(11)]
@@ -456,9 +455,6 @@ def test_texts_that_may_begin_at_once_do_not_fill_the_queue():
 
 
 def test_ctrl_c_while_the_model_loads_ends_the_thread(monkeypatch):
-    from buddy.serve.metrics import Metrics
-    from buddy.serve.scheduler import Scheduler
-
     def interrupted(_):
         raise KeyboardInterrupt
 
@@ -469,34 +465,19 @@ def test_ctrl_c_while_the_model_loads_ends_the_thread(monkeypatch):
     assert "buddy-decode" not in {thread.name for thread in threading.enumerate() if thread not in before}
 
 
-def test_a_second_ctrl_c_stops_at_once(finished, tmp_path):
-    with start_buddy("serve", "--run", str(finished / "buddy"), "--port", "0", folder=tmp_path) as process:
-        try:
-            found = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)))
-            wait_until(lambda: answers_health(found[0]))
-            long = {"prompt": PROMPT, "max_tokens": 300, "n": 8}
-            asking = threading.Thread(target=lambda: failing(found[0], **long))
-            asking.start()
-            wait_until(lambda: rows(found[0]) > 0)
-            process.send_signal(signal.SIGINT)
-            next(line for line in process.stderr if "Ctrl-C" in line)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) == 130
-            asking.join()
-        finally:
-            process.kill()
-
-
-def failing(address: str, **body: object) -> None:
-    with suppress(httpx.TransportError):
-        post(address, **body)
+def test_a_second_ctrl_c_stops_at_once(command):
+    process, address = command
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(post, address, prompt=PROMPT, max_tokens=300, n=8)  # fails when the server is gone
+        wait_until(lambda: rows(address) > 0)
+        process.send_signal(signal.SIGINT)
+        next(line for line in process.stderr if "Ctrl-C" in line)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
 
 
 @pytest.mark.parametrize("started", [False, True])
 def test_a_request_that_a_stopping_server_cancels_is_503(started):
-    from buddy.serve.guard import Guard
-    from buddy.serve.metrics import Metrics
-
     sent = []
 
     async def cancelled(scope, receive, send):
@@ -533,15 +514,11 @@ def answers_health(address: str) -> bool:
     ids=str,
 )
 def test_what_the_command_refuses(finished, options):
-    from buddy.serve.server import serve
-
     with pytest.raises(BuddyError):
         serve(finished / "buddy", **{"port": 0, **options})
 
 
 def test_a_taken_port_an_empty_key_file_and_a_missing_extra(finished, tmp_path, monkeypatch):
-    from buddy.serve.server import read_keys, serve
-
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(BuddyError, match="--port"):
         serve(finished / "buddy", port=taken.getsockname()[1])
     (tmp_path / "keys").write_text("\n \n")
@@ -559,31 +536,16 @@ def test_the_page_names_no_other_host(address):
 
 
 def test_every_option_of_the_command_reaches_the_server(finished, tmp_path, monkeypatch):
-    from buddy.serve.app import Limits
-
     made, closed = [], []
     server = SimpleNamespace(state=SimpleNamespace(scheduler=SimpleNamespace(close=lambda: closed.append(True))))
     monkeypatch.setattr("buddy.serve.app.make_app", lambda *given: made.append(given) or server)
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     (tmp_path / "keys").write_text("one\n\ntwo\n")
-    words = [
-        "--budget",
-        "0.5",
-        "--prompt-budget",
-        "1.0",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-        "--batch-size",
-        "3",
-        "--batch-plan",
-        "row",
-    ]
-    words += ["--queue", "5", "--max-tokens", "7", "--seconds", "9", "--dtype", "bfloat16"]
-    words += ["--api-key-file", str(tmp_path / "keys")]
-    result = CliRunner().invoke(app, ["serve", "--run", str(finished / "buddy"), *words])
+    words = "--budget 0.5 --prompt-budget 1.0 --host 127.0.0.1 --port 0 --batch-size 3 --batch-plan row --queue 5"
+    words += " --max-tokens 7 --seconds 9 --dtype bfloat16 --api-key-file"
+    folder, keys = str(finished / "buddy"), str(tmp_path / "keys")
+    result = CliRunner().invoke(app, ["serve", "--run", folder, *words.split(), keys])
     assert result.exit_code == 0, result.output
     assert closed
     load, *rest = made[0]
