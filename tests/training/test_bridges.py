@@ -177,14 +177,6 @@ def test_wrong_values_are_refused_by_their_key(small, tmp_path, value):
         small(tmp_path, f"bridge.{value}")
 
 
-def test_what_contradicts_is_refused_before_work(small, tmp_path):
-    with pytest.raises(RecipeError, match=r"bridge\.rank"):
-        fit(small(tmp_path, "bridge.rank=65"), "small")
-    with pytest.raises(RecipeError, match="surrogate"):
-        fit(small(tmp_path, "bridge.joint=true", "objective.estimator=perturbed"), "small")
-    assert not any(tmp_path.rglob("metrics.json"))
-
-
 @pytest.mark.parametrize("damage", ["cut", "missing", "foreign", "rank"])
 def test_a_damaged_file_is_refused(with_bridges, tmp_path, damage):
     folder = shutil.copytree(with_bridges / "shortgpt", tmp_path / "run")

@@ -125,14 +125,18 @@ def test_what_a_router_of_ones_own_does_wrong_is_one_sentence(small, tmp_path, w
         (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden"),
         (["data.train_sources=[TEXT]"], RecipeError, r"data\.train_sources"),
         (["data.calibration_sources=[TEXT]"], RecipeError, r"data\.calibration_sources"),
+        (["adapter.targets=[q_porj]"], TrainingError, "q_porj"),
+        (["bridge.rank=65"], RecipeError, r"bridge\.rank"),
+        (["bridge.joint=true", "objective.estimator=perturbed"], RecipeError, "surrogate"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(small, finished, tmp_path, settings, error, named):
     checkpoint = finished / "buddy" / "checkpoints" / "last.ckpt"
     again = f"{small.text.parent}/../{small.text.parent.name}/{small.text.name}"
     settings = [text.replace("CHECKPOINT", str(checkpoint)).replace("TEXT", again) for text in settings]
-    with pytest.raises(error, match=named):
+    with pytest.raises(error, match=named) as caught:
         fit(small(tmp_path / "runs", *settings), "small")
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
 

@@ -210,22 +210,6 @@ def test_a_trained_router_is_healed_without_training_it_again(small, finished, h
 # Wrong
 
 
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("adapter.targets=[q_porj]", "q_porj"),
-        ("adapter.targets=lm_head", "all-linear"),
-    ],
-)
-def test_mistakes_are_found_before_anything_is_written(small, tmp_path, override, named):
-    words = ["fit", "--recipe", str(small.file), f"output={tmp_path / 'runs'}", "router=shortgpt", override]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 2, result.output
-    assert named in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize("changed", ["adapter.rank=3", "adapter.lr=0.01", "data.prompt=9"])
 def test_a_named_checkpoint_keeps_the_router_and_not_the_healing(small, tmp_path, monkeypatch, capsys, changed):
     with monkeypatch.context() as patch:
