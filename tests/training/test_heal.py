@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from buddy.build import build_data, load_model
 from buddy.cli import app
 from buddy.compare import CompareConfig, compare, fit
-from buddy.errors import RunError, TrainingError
+from buddy.errors import RunError
 from buddy.evaluation.evaluate import evaluate
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
@@ -210,26 +210,17 @@ def test_a_trained_router_is_healed_without_training_it_again(small, finished, h
 # Wrong
 
 
-@pytest.mark.parametrize("changed", ["adapter.rank=3", "adapter.lr=0.01", "data.prompt=9"])
-def test_a_named_checkpoint_keeps_the_router_and_not_the_healing(small, tmp_path, monkeypatch, capsys, changed):
+def test_a_named_checkpoint_keeps_the_router_and_not_the_healing(small, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         at_step(patch, HealingModule, 5, kill)
         with pytest.raises(Killed):
             fit(small(tmp_path, *HEALED, *BRIEFLY), "small")
     named = f"ckpt_path={tmp_path / 'small' / 'buddy' / 'seed-0' / 'checkpoints' / 'last.ckpt'}"
     capsys.readouterr()
-    fit(small(tmp_path, *HEALED, *BRIEFLY, named, changed), "small")
+    fit(small(tmp_path, *HEALED, *BRIEFLY, named, "adapter.lr=0.01"), "small")
     said = capsys.readouterr().err
     assert "healing.ckpt" not in said
     assert "Training buddy" not in said
-
-
-def test_a_step_that_is_not_finite_says_what_to_do(small, tmp_path, monkeypatch):
-    healing = HealingModule._healing
-    with monkeypatch.context() as patch:
-        patch.setattr(HealingModule, "_healing", lambda *args: [part * float("nan") for part in healing(*args)])
-        with pytest.raises(TrainingError, match=r"adapter\.lr.*ckpt_path"):
-            fit(small(tmp_path, *HEALED, *BRIEFLY), "small")
 
 
 def double(adapter: Path) -> None:
