@@ -18,7 +18,7 @@ from buddy.evaluation.evaluate import evaluate
 from buddy.io import load_tensors, save_tensors
 from buddy.router import available_budgets
 from buddy.run import RunFolder, read_run
-from buddy.run_files import checksums_of, load_router
+from buddy.run_files import checksums_of, load_router, read_metrics
 from buddy.schema import Rival
 from buddy.training.healing import HealingModule
 from tests.adapted import IDS
@@ -47,11 +47,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_tensors(folder / "adapter" / "adapter_model.safetensors")
 
 
-def metrics(folder: Path) -> dict:
-    """The results in a run folder."""
-    return json.loads((folder / "metrics.json").read_text())
-
-
 # Whole
 
 
@@ -62,8 +57,8 @@ def test_every_router_that_skips_layers_has_an_adapter_beside_the_unhealed_route
         assert ("adapter" in found) == heals
         assert ("checkpoints" in found) == (name == "buddy"), "the checkpoint of a finished healing is not kept"
         assert sum(key.startswith("adapter/") for key in checksums_of(healed / name)) == 3 * heals
-        before = metrics(finished / name)["fit"]["parameters"]
-        assert metrics(healed / name)["fit"]["parameters"] == before + SIZE * heals
+        before = read_metrics(finished / name)["fit"]["parameters"]
+        assert read_metrics(healed / name)["fit"]["parameters"] == before + SIZE * heals
         assert same(*(load_router(runs / name) for runs in (healed, finished)))
         if heals:
             events = EventAccumulator(str(healed / name)).Reload()
@@ -75,12 +70,12 @@ def test_every_router_that_skips_layers_has_an_adapter_beside_the_unhealed_route
 
 def test_healing_helps_and_full_depth_of_each_run_is_its_own(healed, finished):
     for name in ("buddy", "shortgpt"):
-        ours, theirs = (metrics(runs / name)["results"] for runs in (healed, finished))
+        ours, theirs = (read_metrics(runs / name)["results"] for runs in (healed, finished))
         assert all(mine["perplexity"] < other["perplexity"] for mine, other in zip(ours, theirs, strict=True))
         assert ours[0]["layers"] == 6
         assert ours[0]["kl"] > 1e-4, "against the stock model, which it no longer is"
         assert theirs[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert metrics(healed / "full")["results"][0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert read_metrics(healed / "full")["results"][0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_joint_training_moves_both(small, healed, tmp_path):
@@ -103,7 +98,7 @@ def test_a_run_is_read_as_it_was_measured(healed, name):
     data.prepare_data()
     data.setup()
     scores = evaluate(routed, data.test, available_budgets(routed.router, run.recipe.budgets), prompt=12)
-    for found, saved in zip(scores, metrics(healed / name)["results"], strict=True):
+    for found, saved in zip(scores, read_metrics(healed / name)["results"], strict=True):
         assert found.perplexity == pytest.approx(saved["perplexity"], rel=1e-6)
         assert found.mean_kl == pytest.approx(saved["kl"], abs=1e-6)
     merged = load_model(run, merged=True)
@@ -122,7 +117,7 @@ def test_commands_take_a_healed_run(healed, tmp_path):
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, (words, result.output, result.exception)
     found = json.loads((tmp_path / "one.json").read_text())["results"][0]
-    saved = metrics(healed / "shortgpt")["results"][-1]
+    saved = read_metrics(healed / "shortgpt")["results"][-1]
     assert (found["layers"], found["perplexity"]) == (saved["layers"], pytest.approx(saved["perplexity"]))
 
 
@@ -163,7 +158,7 @@ def test_what_was_stopped_goes_on_bit_for_bit(small, healed, tmp_path, monkeypat
     assert f"Healing {name}: {STEPS} of {STEPS}" in said
     assert "Training buddy" not in said
     assert same(weights(healed / name), weights(tmp_path / "small" / name / "seed-0"))
-    assert metrics(tmp_path / "small" / name / "seed-0")["results"] == metrics(healed / name)["results"]
+    assert read_metrics(tmp_path / "small" / name / "seed-0")["results"] == read_metrics(healed / name)["results"]
 
 
 def test_a_kill_in_the_evaluation_costs_no_step(small, healed, tmp_path, monkeypatch, capsys):
