@@ -1,7 +1,8 @@
 """The mathematics of routing, recomputed by brute force: no cache, every layer on every token, chosen afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from buddy import Context, Geometry, LayerwiseRouter, Router
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
+from buddy.engine.record import Record
 from tests.tiny import tiny_backbone
 
 
@@ -156,14 +158,32 @@ def routed_tiny(
     *,
     context_layer: int = 1,
     pool: str = "value",
+    scope: str | None = None,
     bridges: bool = False,
     **settings,
 ) -> RoutedLM:
-    """A tiny model with a router, with random bridges on request."""
+    """A tiny model with a router, which has another scope or random bridges on request."""
     backbone = tiny_backbone(family)
-    model = RoutedLM(backbone, router(geometry_of(backbone, context_layer, pool)), pool=pool, **settings)
+    planner = router(geometry_of(backbone, context_layer, pool))
+    planner.scope = scope or planner.scope
+    model = RoutedLM(backbone, planner, pool=pool, **settings)
     model.bridge(random_bridges(model.geometry, 0) if bridges else None)
     return model
+
+
+def decoded(
+    routed: RoutedLM, ids: Tensor, executed: Tensor, cuts: Sequence[int], mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Record]:
+    """Logits (B, T, V), plans (B, T, L) and the record of forwards up to each cut, then of single tokens."""
+    cache, logits = None, []
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    with routed.at(executed=executed.tolist()) as record:
+        for first, end in pairwise([0, *cuts, *range(cuts[-1] + 1, ids.shape[1] + 1)]):
+            more = {} if mask is None else {"attention_mask": mask[:, :end], "position_ids": positions[:, first:end]}
+            step = routed.backbone.model(ids[:, first:end], cache=cache, use_cache=True, **more)
+            cache = step.cache
+            logits.append(step.logits)
+    return torch.cat(logits, 1), torch.cat(record.runs, 1), record
 
 
 @contextmanager

@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import StoppingCriteria
 
-from buddy.engine.model import RoutedLM, geometry_of
-from tests.engine.reference import Fickle, reference_logits
+from tests.engine.reference import reference_logits, routed_tiny
 from tests.tiny import tiny_backbone
 
 IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -37,14 +36,14 @@ def generated(model, way: str, **options):
 @pytest.mark.parametrize("way", WAYS)
 def test_at_full_budget_generate_returns_what_stock_returns(way):
     expected = generated(tiny_backbone("llama").model, way)
-    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    routed = routed_tiny()
     with routed.at(1.0):
         assert torch.equal(generated(routed.backbone.model, way), expected)
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5])
 def test_assisted_generation_returns_what_greedy_returns(budget):
-    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    routed = routed_tiny()
     model, assistant = routed.backbone.model, tiny_backbone("llama", seed=1).model
     options = {**COMMON, "do_sample": False, "max_new_tokens": 12}
     with routed.at(budget):
@@ -56,10 +55,9 @@ def test_assisted_generation_returns_what_greedy_returns(budget):
 @pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
 @pytest.mark.parametrize("reroute_every", [1, 3, None])
 def test_greedy_below_full_depth_follows_brute_force(policy, reroute_every):
-    backbone = tiny_backbone("llama")
-    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)), policy=policy, reroute_every=reroute_every)
+    routed = routed_tiny(policy=policy, reroute_every=reroute_every)
     with routed.at(executed=[3, 4]) as record:
-        sequences = generated(backbone.model, "greedy")
+        sequences = generated(routed.backbone.model, "greedy")
     mask = torch.cat([MASK, torch.ones(2, 8, dtype=torch.long)], 1)
     runs = torch.cat(record.runs, 1)
     logits = reference_logits(tiny_backbone("llama").model, sequences[:, :-1], runs, mask[:, :-1], policy)
@@ -69,7 +67,7 @@ def test_greedy_below_full_depth_follows_brute_force(policy, reroute_every):
 
 
 def test_a_kept_prefix_is_reused():
-    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    routed = routed_tiny()
     model = routed.backbone.model
     with routed.at(0.5):
         whole = model.generate(IDS[:1], do_sample=False, **COMMON)
@@ -79,7 +77,7 @@ def test_a_kept_prefix_is_reused():
 
 
 def test_padding_changes_nothing():
-    routed = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    routed = routed_tiny()
     model = routed.backbone.model
     with routed.at(0.5):
         padded = generated(model, "greedy")

@@ -2,17 +2,19 @@
 
 import copy
 from contextlib import nullcontext
-from itertools import pairwise, product
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.engine.model import RoutedLM, geometry_of
+from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError
 from buddy.plan import Plan, gate_order
-from tests.engine.reference import Fickle, FickleGates, arriving_states, clamped, whole_layers
+from tests.engine import reference
+from tests.engine.reference import FickleGates, arriving_states, clamped, decoded, whole_layers
 from tests.tiny import FAMILIES, tiny_backbone
 
 BATCH, LENGTH, PROMPT = 3, 14, 6
@@ -20,12 +22,7 @@ EXECUTED = torch.tensor([3, 4, 6])
 IDS = torch.randint(3, 259, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
 POLICIES = ["fill", "hole", "zero"]
 
-
-def routed_tiny(family: str = "llama", scope: str = "token", context_layer: int = 1, **options) -> RoutedLM:
-    backbone = tiny_backbone(family)
-    router = FickleGates(geometry_of(backbone, context_layer))
-    router.scope = scope
-    return RoutedLM(backbone, router, **options)
+routed_tiny = partial(reference.routed_tiny, router=FickleGates)
 
 
 def padded() -> torch.Tensor:
@@ -55,25 +52,12 @@ def expected_plan(routed: RoutedLM, states, executed, follows=None, mask=None) -
     return runs
 
 
-def decoded(routed: RoutedLM, ids, cuts: list[int], executed=EXECUTED, mask=None):
-    """Logits (B, T, V) and plans (B, T, L) of prefill up to the first cut, forwards up to the others, then steps."""
-    model, cache, logits = routed.backbone.model, None, []
-    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-    with routed.at(executed=executed.tolist()) as record:
-        for first, end in pairwise([0, *cuts, *range(cuts[-1] + 1, ids.shape[1] + 1)]):
-            more = {} if mask is None else {"attention_mask": mask[:, :end], "position_ids": positions[:, first:end]}
-            step = model(ids[:, first:end], cache=cache, use_cache=True, **more)
-            cache = step.cache
-            logits.append(step.logits)
-    return torch.cat(logits, 1), torch.cat(record.runs, 1), record
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gates_alone_decide_where_a_budget_is_a_mean(policy):
     routed = routed_tiny(policy=policy)
     with routed.changed(mean_over=64):
         output = routed(IDS, executed=EXECUTED)
-    stock = copy.deepcopy(tiny_backbone().model)
+    stock = tiny_backbone().model
     logits, states = arriving_states(stock, IDS, output.runs, None, policy)
     torch.testing.assert_close(output.logits, logits, atol=1e-4, rtol=1e-4)
     for row, t, index in product(range(BATCH), range(1, LENGTH), range(4)):
@@ -86,7 +70,7 @@ def test_gates_alone_decide_where_a_budget_is_a_mean(policy):
 @pytest.mark.parametrize(("family", "policy"), [*((family, "fill") for family in FAMILIES), ("llama", "zero")])
 def test_parallel_form_equals_brute_force(family, policy):
     routed = routed_tiny(family, policy=policy, sink_tokens=2)
-    stock = copy.deepcopy(tiny_backbone(family).model)
+    stock = tiny_backbone(family).model
     output = routed(IDS, executed=EXECUTED)
     assert len(output.runs[1].unique(dim=0)) > 3, "plans should change from token to token"
     logits, states = arriving_states(stock, IDS, output.runs, None, policy)
@@ -109,11 +93,9 @@ class Stuck(FickleGates):
 @pytest.mark.parametrize("is_open", [True, False])
 @pytest.mark.parametrize("form", ["window", "decode"])
 def test_gates_are_held_to_the_count_both_ways(is_open, form):
-    backbone = tiny_backbone("llama")
-    router = Stuck(geometry_of(backbone))
-    router.is_open = is_open
-    routed = RoutedLM(backbone, router)
-    runs = routed(IDS, executed=EXECUTED).runs if form == "window" else decoded(routed, IDS, [PROMPT])[1]
+    routed = routed_tiny(router=Stuck)
+    routed.router.is_open = is_open
+    runs = routed(IDS, executed=EXECUTED).runs if form == "window" else decoded(routed, IDS, EXECUTED, [PROMPT])[1]
     for row, k in enumerate(EXECUTED.tolist()):
         first = [True] * (k - 2) + [False] * (6 - k)  # stop when K have run; run where all are needed
         assert runs[row, 1:, 1:-1].unique(dim=0).tolist() == [first if is_open else first[::-1]]
@@ -137,7 +119,7 @@ def test_decode_agrees_with_the_parallel_form(policy, is_padded, scope):
     parallel = routed(IDS, attention_mask=mask, executed=EXECUTED, prompt=PROMPT)
     real = torch.ones_like(IDS).bool() if mask is None else mask.bool()
     for cuts in ([PROMPT], [PROMPT, PROMPT + 3]):
-        logits, runs, record = decoded(routed, IDS, cuts, mask=mask)
+        logits, runs, record = decoded(routed, IDS, EXECUTED, cuts, mask)
         torch.testing.assert_close(logits[real], parallel.logits[real], atol=1e-4, rtol=1e-4)
         assert torch.equal(runs[real], parallel.runs[real])
         assert all(torch.equal(executed[:, -1], EXECUTED) for executed in record.executed[1:])
@@ -163,7 +145,7 @@ def test_gates_hold_as_long_as_decisions_do(reroute_every, prompt_plan, mean_ove
     _, states = arriving_states(tiny_backbone("llama").model, IDS, parallel.runs)
     assert torch.equal(parallel.runs, expected_plan(routed, states, EXECUTED, follows))
     for cuts in ([PROMPT], [PROMPT, PROMPT + 4]):
-        logits, runs, _ = decoded(routed, IDS, cuts)
+        logits, runs, _ = decoded(routed, IDS, EXECUTED, cuts)
         assert torch.equal(runs, parallel.runs)
         torch.testing.assert_close(logits, parallel.logits, atol=1e-4, rtol=1e-4)
 
@@ -172,7 +154,7 @@ def test_one_plan_an_input_asks_the_gates_of_the_prompt_alone():
     routed, asked = routed_tiny(scope="prompt"), []
     gate = routed.router.gate
     routed.router.gate = lambda index, hidden, executed: asked.append(hidden.shape[1]) or gate(index, hidden, executed)
-    _, runs, _ = decoded(routed, IDS, [PROMPT])
+    _, runs, _ = decoded(routed, IDS, EXECUTED, [PROMPT])
     assert asked == [1] * 4, "one token, the prompt's last, at each routable layer; nobody while decoding"
     assert all(len(row[1:].unique(dim=0)) == 1 for row in runs)
     assert len(runs[:, -1].unique(dim=0)) == 3
@@ -221,7 +203,7 @@ def test_generate_gives_each_row_its_budget(scope, beams):
 
 def test_a_shared_batch_plan_is_the_mean_gate():
     routed = routed_tiny(batch_plan="shared")
-    _, runs, _ = decoded(routed, IDS, [PROMPT], executed=torch.tensor([4, 4, 4]))
+    _, runs, _ = decoded(routed, IDS, torch.tensor([4, 4, 4]), [PROMPT])
     assert torch.equal(runs, runs[:1].expand_as(runs))
     output = routed(IDS, executed=torch.tensor([4, 4, 4]))
     assert torch.equal(output.runs, runs)
@@ -264,6 +246,6 @@ def test_gates_without_doubt_weigh_as_the_hard_plan():
 
 
 def test_weights_need_gates():
-    ordinary = RoutedLM(tiny_backbone("llama"), Fickle(geometry_of(tiny_backbone("llama"))))
+    ordinary = reference.routed_tiny()
     with pytest.raises(BuddyError, match="Fickle has no gates to weigh layers by"):
         ordinary(IDS, executed=EXECUTED, gate_weighted=True)

@@ -1,27 +1,23 @@
 """Budgets that hold in the mean over tokens: the scores of neighbouring tokens compete for layers."""
 
-import copy
-from itertools import pairwise
+from functools import partial
 
 import pytest
 import torch
 
 from buddy.engine.batches import Batch as Rows
 from buddy.engine.batches import join, keep
-from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, BudgetError, TrainingError
 from buddy.losses import Objective
 from buddy.training.estimators import Perturbed, TrainingBatch
-from tests.engine.reference import Fickle, reference_logits
+from tests.engine import reference
+from tests.engine.reference import Fickle, decoded, reference_logits
 from tests.tiny import tiny_backbone
 
 LENGTH, OVER = 20, 6
 EXECUTED = torch.tensor([3, 4])
 
-
-def routed_tiny(router=Fickle, **options) -> RoutedLM:
-    backbone = tiny_backbone()
-    return RoutedLM(backbone, router(geometry_of(backbone), 0), **{"mean_over": OVER, **options})
+routed_tiny = partial(reference.routed_tiny, mean_over=OVER)
 
 
 def ids_of(rows: int = 2, length: int = LENGTH) -> torch.Tensor:
@@ -44,19 +40,6 @@ def expected_plan(scores, executed, over, sinks):
     return runs
 
 
-def decoded(routed, ids, cuts, mask=None):
-    """Logits and plans of forwards up to each cut, then of single tokens."""
-    cache, logits = None, []
-    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-    with routed.at(executed=EXECUTED[: len(ids)].tolist()) as record:
-        for first, end in pairwise([0, *cuts, *range(cuts[-1] + 1, ids.shape[1] + 1)]):
-            more = {} if mask is None else {"attention_mask": mask[:, :end], "position_ids": positions[:, first:end]}
-            step = routed.backbone.model(ids[:, first:end], cache=cache, use_cache=True, **more)
-            cache = step.cache
-            logits.append(step.logits)
-    return torch.cat(logits, 1), torch.cat(record.runs, 1)
-
-
 @pytest.mark.parametrize("sinks", [0, 1, 2])
 @pytest.mark.parametrize("over", [2, OVER, 64, 10**30])
 @pytest.mark.parametrize("chunk", [7, 512])
@@ -66,7 +49,7 @@ def test_the_parallel_form_is_the_definition(over, sinks, chunk, monkeypatch):
     output = routed(ids, executed=EXECUTED)
     assert torch.equal(output.runs, expected_plan(output.scores, EXECUTED, over, sinks))
     assert len(output.executed[:, sinks:].unique()) > 2, "tokens should run different numbers of layers"
-    logits = reference_logits(copy.deepcopy(tiny_backbone().model), ids, output.runs)
+    logits = reference_logits(tiny_backbone().model, ids, output.runs)
     torch.testing.assert_close(output.logits, logits, atol=1e-4, rtol=1e-4)
 
 
@@ -75,7 +58,7 @@ def test_the_parallel_form_is_the_definition(over, sinks, chunk, monkeypatch):
 def test_decoding_is_the_parallel_form(cuts, policy):
     routed, ids = routed_tiny(policy=policy), ids_of()
     output = routed(ids, executed=EXECUTED)
-    logits, runs = decoded(routed, ids, cuts)
+    logits, runs, _ = decoded(routed, ids, EXECUTED, cuts)
     assert torch.equal(runs, output.runs)
     torch.testing.assert_close(logits, output.logits, atol=1e-4, rtol=1e-4)
 
@@ -84,7 +67,7 @@ def test_padding_takes_no_part():
     routed, ids = routed_tiny(), ids_of()
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
-    logits, runs = decoded(routed, ids, [8], mask)
+    logits, runs, _ = decoded(routed, ids, EXECUTED, [8], mask)
     alone = routed(ids[1:, 3:], executed=EXECUTED[1:])
     assert torch.equal(runs[1, 3:], alone.runs[0])
     torch.testing.assert_close(logits[1, 3:], alone.logits[0], atol=1e-4, rtol=1e-4)
@@ -107,7 +90,7 @@ class Constant(Fickle):
 
 
 def test_equal_scores_run_exactly_k():
-    routed, exact = (routed_tiny(Constant, mean_over=over) for over in (OVER, 1))
+    routed, exact = (routed_tiny(router=Constant, mean_over=over) for over in (OVER, 1))
     ids = ids_of()
     assert torch.equal(routed(ids, executed=EXECUTED).runs, exact(ids, executed=EXECUTED).runs)
 
@@ -122,7 +105,7 @@ class Rising(Fickle):
 
 @pytest.mark.parametrize("router", [Fickle, Rising])
 def test_the_mean_of_each_text_is_near_k_whatever_the_scores_do(router):
-    routed, ids = routed_tiny(router, mean_over=32), ids_of(8, 200)
+    routed, ids = routed_tiny(router=router, mean_over=32), ids_of(8, 200)
     executed = routed(ids, executed=torch.full((8,), 4)).executed[:, 1:].float()
     assert (executed.mean(1) - 4).abs().max() < 0.15
 

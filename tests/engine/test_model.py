@@ -12,7 +12,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, BudgetError, DataError
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
-from tests.engine.reference import Fickle, FickleGates, reference_logits, routed_tiny, whole_layers
+from tests.engine.reference import Fickle, FickleGates, decoded, reference_logits, routed_tiny, whole_layers
 from tests.tiny import FAMILIES, tiny_backbone
 
 BATCH, LENGTH = 3, 14
@@ -27,7 +27,7 @@ def tokens(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parallel_form_equals_brute_force(family, policy):
     routed = routed_tiny(family, policy=policy)
-    stock = copy.deepcopy(tiny_backbone(family).model)
+    stock = tiny_backbone(family).model
     output = routed(tokens(), executed=EXECUTED)
     assert len({tuple(plan.tolist()) for plan in output.runs[0]}) > 3, "plans should change from token to token"
     torch.testing.assert_close(
@@ -44,22 +44,9 @@ def test_decode_agrees_with_parallel_form(family, padded):
         mask[0, :4] = 0
         mask[2, :1] = 0
     parallel = routed(ids, attention_mask=mask, executed=EXECUTED).logits
-    model, cut = routed.backbone.model, 6
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with routed.at(executed=EXECUTED.tolist()) as record:
-        step = model(ids[:, :cut], attention_mask=mask[:, :cut], position_ids=positions[:, :cut], use_cache=True)
-        logits = [step.logits]
-        for t in range(cut, LENGTH):
-            step = model(
-                ids[:, t : t + 1],
-                attention_mask=mask[:, : t + 1],
-                position_ids=positions[:, t : t + 1],
-                cache=step.cache,
-                use_cache=True,
-            )
-            logits.append(step.logits)
+    logits, _, record = decoded(routed, ids, EXECUTED, [6], mask)
     real = mask.bool()
-    torch.testing.assert_close(torch.cat(logits, 1)[real], parallel[real], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[real], parallel[real], atol=1e-4, rtol=1e-4)
     assert all(torch.equal(executed[:, 0], EXECUTED) for executed in record.executed[1:])
 
 
@@ -302,13 +289,9 @@ def test_what_no_forward_can_do_is_refused_and_leaves_the_model_stock():
 @pytest.mark.parametrize("prompt_plan", ["token", "shared"])
 def test_parallel_form_decides_as_seldom_as_decode(reroute_every, prompt_plan):
     routed, cut = routed_tiny(reroute_every=reroute_every, prompt_plan=prompt_plan), 6
-    model, ids = routed.backbone.model, tokens()
-    parallel = routed(ids, executed=EXECUTED, prompt=cut)
-    with routed.at(executed=EXECUTED.tolist()) as record:
-        step = model(ids[:, :cut], use_cache=True)
-        for t in range(cut, LENGTH):
-            step = model(ids[:, t : t + 1], cache=step.cache, use_cache=True)
-    assert torch.equal(parallel.runs, torch.cat(record.runs, 1))
+    parallel = routed(tokens(), executed=EXECUTED, prompt=cut)
+    _, runs, _ = decoded(routed, tokens(), EXECUTED, [cut])
+    assert torch.equal(parallel.runs, runs)
     changed = (parallel.runs[:, cut:] != parallel.runs[:, cut - 1 : -1]).any(-1).any(0)
     allowed = {t - 1 for t in range(1, LENGTH - cut + 1) if reroute_every and t % reroute_every == 0}
     assert set(changed.nonzero()[:, 0].tolist()) <= allowed

@@ -1,14 +1,14 @@
 """Routers that make one plan for an input, from its prompt's last token."""
 
-from itertools import pairwise
+from functools import partial
 
 import pytest
 import torch
 
-from buddy.engine.model import RoutedLM, geometry_of
+from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError
-from tests.engine.reference import Fickle, FickleGates
-from tests.tiny import tiny_backbone
+from tests.engine import reference
+from tests.engine.reference import Fickle, FickleGates, decoded
 
 EXECUTED, LENGTH, PROMPT = torch.tensor([3, 4, 5]), 14, 6
 IDS = torch.randint(3, 259, (3, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -20,43 +20,27 @@ class OnePlan(Fickle):
     scope = "prompt"
 
 
-def routed_tiny(kind=OnePlan, scope=None, **options) -> RoutedLM:
-    backbone = tiny_backbone("llama")
-    router = kind(geometry_of(backbone))
-    if scope is not None:
-        router.scope = scope
-    return RoutedLM(backbone, router, **options)
+routed_tiny = partial(reference.routed_tiny, router=OnePlan)
 
 
-WAYS = {"class": (OnePlan, None), "instance": (Fickle, "prompt")}
-
-
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", [{}, {"reroute_every": 2}, {"prompt_plan": "token", "reroute_every": 1}])
-def test_a_window_has_the_plan_of_its_prompts_last_token(way, options):
-    routed = routed_tiny(*WAYS[way], **options)
+def test_a_window_has_the_plan_of_its_prompts_last_token(options):
+    routed = routed_tiny(**options)
     runs = routed(IDS, executed=EXECUTED, prompt=PROMPT).runs
-    expected = routed_tiny(Fickle)(IDS, executed=EXECUTED).runs[:, PROMPT - 1 : PROMPT]
+    expected = routed_tiny(router=Fickle)(IDS, executed=EXECUTED).runs[:, PROMPT - 1 : PROMPT]
     assert torch.equal(runs[:, 1:], expected.expand(-1, LENGTH - 1, -1))
     scores = routed(IDS, executed=EXECUTED, prompt=PROMPT).context
     planned = routed.plan(routed.router.score(scores), EXECUTED, PROMPT)
     assert torch.equal(planned, expected.expand(-1, LENGTH, -1))
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("cuts", [[PROMPT], [PROMPT, PROMPT + 3]])
-def test_decode_keeps_the_plan_of_the_prefill(way, cuts):
-    routed = routed_tiny(*WAYS[way], reroute_every=1)
-    model, parallel = routed.backbone.model, routed(IDS, executed=EXECUTED, prompt=PROMPT)
-    bounds = [0, *cuts, *range(cuts[-1] + 1, LENGTH + 1)]
-    cache, logits = None, []
-    with routed.at(executed=EXECUTED.tolist()) as record:
-        for first, end in pairwise(bounds):
-            step = model(IDS[:, first:end], cache=cache, use_cache=True)
-            cache = step.cache
-            logits.append(step.logits)
-    assert torch.equal(torch.cat(record.runs, 1), parallel.runs)
-    torch.testing.assert_close(torch.cat(logits, 1), parallel.logits, atol=1e-4, rtol=1e-4)
+def test_decode_keeps_the_plan_of_the_prefill(cuts):
+    routed = routed_tiny(reroute_every=1)
+    parallel = routed(IDS, executed=EXECUTED, prompt=PROMPT)
+    logits, runs, _ = decoded(routed, IDS, EXECUTED, cuts)
+    assert torch.equal(runs, parallel.runs)
+    torch.testing.assert_close(logits, parallel.logits, atol=1e-4, rtol=1e-4)
 
 
 def test_generate_never_changes_the_plan_and_takes_no_token_back():
@@ -73,7 +57,7 @@ def test_other_settings_for_a_while_leave_the_scope():
     routed = routed_tiny()
     with routed.changed(prompt_plan="token", reroute_every=1):
         assert (routed.settings.prompt_plan, routed.settings.reroute_every) == ("shared", None)
-    ordinary = routed_tiny(Fickle)
+    ordinary = routed_tiny(router=Fickle)
     with ordinary.changed(prompt_plan="shared"):
         assert (ordinary.settings.prompt_plan, ordinary.settings.reroute_every) == ("shared", 1)
     assert ordinary.settings.prompt_plan == "token"
@@ -84,7 +68,7 @@ def test_other_settings_for_a_while_leave_the_scope():
 @pytest.mark.parametrize("options", [{"prompt_plan": "shared"}, {}, {"reroute_every": 3}, {"reroute_every": 1}])
 def test_what_follows_a_prompt_at_full_depth_is_planned_as_if_it_came_token_by_token(kind, options):
     """The first token after it decides, and no later one is seen before."""
-    routed = routed_tiny(kind, **{"reroute_every": None, **options})
+    routed = routed_tiny(router=kind, **{"reroute_every": None, **options})
     model, plans, logits = routed.backbone.model, [], []
     for lengths in ([8], [1] * 8, [3, 5]):
         with routed.at(1.0):
@@ -123,7 +107,7 @@ def test_an_older_router_of_the_same_backbone_says_so():
 @pytest.mark.parametrize("first", [Fickle, OnePlan, FickleGates])
 @pytest.mark.parametrize("other", [Fickle, OnePlan, FickleGates])
 def test_another_router_for_a_while_plans_as_if_it_had_been_attached(first, other):
-    routed, alone = routed_tiny(first, reroute_every=2), routed_tiny(other, reroute_every=2)
+    routed, alone = (routed_tiny(router=router, reroute_every=2) for router in (first, other))
     own = routed(IDS, executed=EXECUTED, prompt=PROMPT)
     with routed.changed(alone.router):
         lent = routed(IDS, executed=EXECUTED, prompt=PROMPT)

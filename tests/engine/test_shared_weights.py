@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from buddy.engine.model import RoutedLM, geometry_of
 from buddy.engine.shared_weights import EmbeddingAndHead, head_logits, pruned_model
-from tests.engine.reference import Fickle, reference_logits
-from tests.tiny import FAMILIES, tiny_backbone, tiny_model
+from tests.engine.reference import reference_logits, routed_tiny
+from tests.tiny import FAMILIES, tiny_model
 
 IDS = torch.randint(3, 259, (2, 14), generator=torch.Generator().manual_seed(0))
 KEPT = [0, 2, 3, 5]
@@ -50,11 +49,10 @@ def test_weights_are_shared_and_the_model_is_left_as_it_was():
 
 
 def test_a_routed_model_can_be_pruned_and_goes_on_routing():
-    backbone = tiny_backbone("llama")
-    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    routed = routed_tiny()
     executed = torch.tensor([3, 4])
     before = routed(IDS, executed=executed).logits
-    pruned = pruned_model(backbone.model, KEPT)
+    pruned = pruned_model(routed.backbone.model, KEPT)
     with routed.at(executed=[3]):
         inside = pruned(IDS).logits
     assert torch.equal(inside, pruned_model(tiny_model("llama"), KEPT)(IDS).logits)
