@@ -340,12 +340,11 @@ def test_hidden_states_can_be_captured_while_layers_are_skipped():
 
 @pytest.mark.parametrize("length", [5, 40])
 def test_the_context_computes_no_layer_after_the_context_layer(length):
-    backbone, ran = tiny_backbone(), []
-    model = RoutedLM(backbone, Fickle(geometry_of(backbone, 2)), sink_tokens=1)
+    model, ran = routed_tiny(context_layer=2), []
     ids = torch.arange(3, 3 + length)[None]
     with torch.no_grad():
         expected = model(ids, executed=torch.tensor([3])).context[:, -1]
-    for index, layer in enumerate(backbone.layers):
+    for index, layer in enumerate(model.backbone.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
     context = model.context(ids)
     assert ran == [0, 1]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from buddy.engine.model import RoutedLM, geometry_of
-from tests.engine.reference import Fickle, random_bridges, routed_tiny
-from tests.tiny import FAMILIES, tiny_backbone
+from buddy.engine.model import RoutedLM
+from tests.engine.reference import routed_tiny
+from tests.tiny import FAMILIES
 
 IDS = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(1))
 IDS[:, 0] = 7
@@ -44,9 +44,7 @@ def test_kept_sinks_change_nothing(family):
 
 
 def test_kept_sinks_change_nothing_beside_bridges():
-    routed, forgetful = routed_tiny(**SHARED), routed_tiny(**SHARED)
-    for model in (routed, forgetful):
-        model.bridge(random_bridges(model.geometry, 0))
+    routed, forgetful = (routed_tiny(bridges=True, **SHARED) for _ in range(2))
     forgetful.backbone.layers[0].mlp.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(prompt_and_step(routed, IDS), prompt_and_step(forgetful, IDS), atol=1e-5, rtol=1e-4)
 
@@ -86,10 +84,8 @@ def test_other_positions_and_other_precisions_are_not_mixed_up():
 
 
 def test_nothing_is_kept_where_each_token_has_a_plan():
-    backbone = tiny_backbone()
-    router = Fickle(geometry_of(backbone))
-    router.kind = "learned"
-    routed = RoutedLM(backbone, router)
+    routed = routed_tiny()
+    routed.router.kind = "learned"
     before = layer_calls(routed, IDS)
     assert layer_calls(routed, IDS) == before
 

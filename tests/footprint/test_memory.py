@@ -16,7 +16,7 @@ from buddy.footprint import cache_bytes, router_bytes, step_bytes, weight_bytes
 from buddy.losses import Objective
 from buddy.registry import build
 from buddy.training.estimators import Perturbed, TrainingBatch
-from tests.engine.reference import Fickle
+from tests.engine.reference import routed_tiny
 from tests.tiny import tiny_backbone
 
 TOKENS = 40
@@ -30,11 +30,10 @@ def bytes_of(tensors) -> int:
 
 
 def prefilled(family: str, policy: str, executed: int) -> tuple[RoutedLM, DynamicCache]:
-    backbone = tiny_backbone(family)
-    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)), policy=policy, sink_tokens=0)
+    routed = routed_tiny(family, policy=policy, sink_tokens=0)
     with torch.no_grad(), routed.at(executed=[executed]):
-        cache = backbone.model(IDS, use_cache=True).cache
-        for layer in backbone.layers:
+        cache = routed.backbone.model(IDS, use_cache=True).cache
+        for layer in routed.backbone.layers:
             POLICIES[policy].flush(layer, cache)
     return routed, cache
 
