@@ -11,13 +11,11 @@ from typer.testing import CliRunner
 from buddy.build import load_model
 from buddy.cli import app
 from buddy.data.windows import Windows
-from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BudgetError
 from buddy.evaluation.evaluate import evaluate, evaluate_run, show_scores
 from buddy.metrics.perplexity import Executed, Scores
 from buddy.run import read_run
-from tests.engine.reference import Fickle
-from tests.tiny import tiny_backbone
+from tests.engine.reference import routed_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +32,7 @@ def quick(monkeypatch):
 @pytest.fixture
 def routed():
     """A model whose predictor takes 5 layers where the newest token's hidden state begins positive, else 3."""
-    backbone = tiny_backbone("llama")
-    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    routed = routed_tiny()
     routed.chooser = lambda most: lambda context: torch.where(context.hidden[:, 0] > 0, min(5, most), 3)
     return routed
 
@@ -45,16 +42,6 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 # The engine
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_context_is_what_the_whole_model_sees(family):
-    backbone = tiny_backbone(family)
-    routed = RoutedLM(backbone, Fickle(geometry_of(backbone)))
-    ids = tokens(3, 15)
-    found, seen = routed.context(ids), routed(ids).context
-    for name in ("pooled", "newest", "hidden"):
-        assert torch.equal(getattr(found, name), getattr(seen, name)[:, -1])
 
 
 def test_padding_on_the_left_changes_no_choice(routed):
@@ -169,8 +156,6 @@ def test_generate_writes_what_the_chosen_budget_writes(predicting):
         (["generate", "--budget", "auto", "text"], "predictor"),
         (["generate", "--budget", "auto:0.0001ms", "text"], "predictor"),  # nothing is timed
         (["generate", "--budget", "0.0001ms", "text"], "layers"),
-        (["generate", "--budget", "15parsecs", "text"], "15parsecs"),
-        (["generate", "--budget=-3ms", "text"], "-3ms"),
         (["evaluate", "--budgets", "0.5,auto"], "predictor"),
         (["bench", "--budgets", "auto"], "auto"),
         (["inspect", "--budgets", "auto"], "auto"),
