@@ -20,7 +20,7 @@ from buddy.losses import DenseDistribution, cross_entropy, kl_to_dense
 from routers.greedy import BridgedRemoval
 from tests.calibration.small import LAYERS, WINDOWS, count_calls, plans, probe, routed
 from tests.engine.reference import reference_logits
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import tiny_model
 
 SINKS = 1
 SHARED = routed()
@@ -103,7 +103,7 @@ def test_nothing_is_measured_twice(measure):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "context_layer", "sinks"),
-    [*((family, 1, 1) for family in FAMILIES), ("llama", 3, 0), ("gemma2", 3, 2), ("mistral-sliding", 1, 0)],
+    [("llama", 1, 1), ("llama", 3, 0), ("gemma2", 3, 2), ("mistral-sliding", 1, 0)],
 )
 def test_losses_are_those_of_a_routed_forward(family, context_layer, sinks):
     model = routed(family, context_layer, sinks)
@@ -314,8 +314,7 @@ class Fixed(Router):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("criterion", ["ce", "kl"])
-@pytest.mark.parametrize("sinks", [0, 1])
+@pytest.mark.parametrize(("criterion", "sinks"), [("ce", 1), ("kl", 0)])
 def test_losses_with_bridges_are_those_of_the_model_with_bridges_for_each_plan(criterion, sinks):
     model, settings = routed(sinks=sinks), {"rank": 8, "ridge": 0.1}
     measured = probe(model, windows=MANY, bridge=settings)
