@@ -62,7 +62,7 @@ def test_full_depth_equals_stock_exactly(family):
     assert torch.equal(routed(tokens(), attention_mask=mask, executed=full).logits, expected[1])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_later_tokens_change_nothing_before_them(family):
     routed, ids = routed_tiny(family), tokens()
     chosen = routed(ids, executed=EXECUTED)
@@ -95,15 +95,6 @@ def test_computing_whole_layers_changes_nothing(family, monkeypatch):
     torch.testing.assert_close(first, whole, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(later, whole_later, atol=1e-5, rtol=1e-5)
     assert all(map(torch.equal, ran, whole_ran))
-
-
-@pytest.mark.parametrize("context_layer", [1, 3])
-@pytest.mark.parametrize("pool", ["value", "key", "both"])
-def test_executed_layers_are_exact(context_layer, pool):
-    routed = routed_tiny(context_layer=context_layer, pool=pool)
-    output = routed(tokens(), executed=torch.tensor([5, 5, 6]))
-    assert torch.equal(output.executed[:, 1:], torch.tensor([5, 5, 6])[:, None].expand(-1, LENGTH - 1))
-    assert torch.equal(output.executed, output.runs.sum(-1))
 
 
 def test_layers_count_what_they_ran_not_what_was_planned():

@@ -1,6 +1,7 @@
 """Routers that make one plan for an input, from its prompt's last token."""
 
 from functools import partial
+from itertools import permutations
 
 import pytest
 import torch
@@ -104,8 +105,7 @@ def test_an_older_router_of_the_same_backbone_says_so():
         routed(IDS, executed=torch.full((len(IDS),), 3))
 
 
-@pytest.mark.parametrize("first", [Fickle, OnePlan, FickleGates])
-@pytest.mark.parametrize("other", [Fickle, OnePlan, FickleGates])
+@pytest.mark.parametrize(("first", "other"), [*permutations([Fickle, OnePlan, FickleGates], 2)])
 def test_another_router_for_a_while_plans_as_if_it_had_been_attached(first, other):
     routed, alone = (routed_tiny(router=router, reroute_every=2) for router in (first, other))
     own = routed(IDS, executed=EXECUTED, prompt=PROMPT)
