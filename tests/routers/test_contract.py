@@ -59,8 +59,6 @@ BAD_OPTIONS = [
     ("buddy", {"prior_windows": 0}),
     ("buddy", {"prior_weight": -1.0}),
     ("buddy", {"bound": 0.0}),
-    ("buddy", {"context": ["pooled", "later"]}),
-    ("buddy", {"context": []}),
     ("buddy", {"budget_aware": 3}),
     ("dr-llm", {"simulations": 3}),
     ("dr-llm", {"windows": 0}),
