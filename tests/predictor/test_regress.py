@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from buddy.predictor.features import feature_size, prompt_features
 from buddy.predictor.regress import STRENGTHS, CurvePredictor, ridge, smallest_within
 from buddy.router import Context, Geometry
+from tests.routers.test_pudding import left_out
 
 ARMS = (6, 4, 3)
 GEOMETRY = Geometry(layers=6, context_layer=1, hidden=8, features=4)
@@ -51,28 +52,15 @@ def test_leaving_out_is_what_it_says():
     features = torch.randn(12, 5, generator=random, dtype=torch.float64)
     features = features - features.mean(0)
     targets = features[:, :2] * 2 + 0.3 * torch.randn(12, 2, generator=random, dtype=torch.float64)
-    slope, level, left_out = ridge(features, targets)
+    slope, level, predicted = ridge(features, targets)
     errors = []
     for strength in STRENGTHS * features.square().sum() / 12:
-        rows = []
-        for row in range(12):
-            keep = [other for other in range(12) if other != row]
-            rows.append(_ridge_with_level(features[keep], targets[keep], strength, features[row]))
-        errors.append((torch.stack(rows) - targets).square().mean(0))
+        errors.append((left_out(features, targets, strength) - targets).square().mean(0))
     unit = targets.var(0, correction=0)
     best = min(errors, key=lambda error: (error / unit).sum())
-    assert torch.allclose((left_out - targets).square().mean(0), best, rtol=1e-6)
+    assert torch.allclose((predicted - targets).square().mean(0), best, rtol=1e-6)
     assert torch.allclose(level, targets.mean(0))
     assert slope.shape == (2, 5)
-
-
-def _ridge_with_level(features, targets, strength, wanted):
-    """By solving the normal equations of a regression whose level is not shrunk."""
-    wide = torch.cat([features, torch.ones(len(features), 1, dtype=features.dtype)], 1)
-    shrink = strength * torch.eye(wide.shape[1], dtype=features.dtype)
-    shrink[-1, -1] = 0
-    weights = torch.linalg.solve(wide.T @ wide + shrink, wide.T @ targets)
-    return torch.cat([wanted, torch.ones(1, dtype=features.dtype)]) @ weights
 
 
 def test_the_smallest_budget_within_epsilon():

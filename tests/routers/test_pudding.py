@@ -92,6 +92,16 @@ def least_squares(features, targets, strength):
     return torch.linalg.solve(wide.T @ wide + shrink, wide.T @ targets)
 
 
+def left_out(features, targets, strength):
+    """(N, P) predictions for each row by a regression without it."""
+    rows = []
+    for row in range(len(features)):
+        kept = [other for other in range(len(features)) if other != row]
+        fitted = least_squares(features[kept], targets[kept], strength)
+        rows.append(torch.cat([features[row], features.new_ones(1)]) @ fitted)
+    return torch.stack(rows)
+
+
 def test_the_ridge_is_the_one_with_the_least_leave_one_out_error():
     generator = torch.Generator().manual_seed(2)
     features = torch.randn(12, 5, generator=generator, dtype=torch.float64)
@@ -99,12 +109,7 @@ def test_the_ridge_is_the_one_with_the_least_leave_one_out_error():
     targets = features[:, :2] + 0.5 * torch.randn(12, 2, generator=generator, dtype=torch.float64)
     variance, errors = features.square().sum() / 12, {}
     for power in range(-3, 4):
-        rest = []
-        for row in range(12):
-            kept = [i for i in range(12) if i != row]
-            fitted = least_squares(features[kept], targets[kept], variance * 10.0**power)
-            rest.append(targets[row] - torch.cat([features[row], torch.ones(1).double()]) @ fitted)
-        errors[power] = torch.stack(rest).square().mean().item()
+        errors[power] = (left_out(features, targets, variance * 10.0**power) - targets).square().mean().item()
     best = min(errors, key=errors.get)
     slope, level = ridge(features, targets)
     expected = least_squares(features, targets, variance * 10.0**best)
