@@ -36,7 +36,6 @@ from buddy.build import (
 )
 from buddy.calibration.bridges import fit_bridges
 from buddy.calibration.probe import CalibrationProbe
-from buddy.calibration.store import Measurements
 from buddy.console import errors, quiet, status, track
 from buddy.data.module import TextData
 from buddy.data.windows import Windows
@@ -46,6 +45,7 @@ from buddy.errors import BuddyError, RecipeError, TrainingError, nearest
 from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, checksum, on_disk, out_of_memory, within_memory, write_bytes
+from buddy.measurements import Measurements
 from buddy.metrics.perplexity import MAX_STATE_BYTES, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor
 from buddy.provenance import CODE, code_digest

@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from buddy.calibration.store import Measurements
 from buddy.console import tracker
 from buddy.engine.model import RoutedLM
+from buddy.measurements import Measurements
 from buddy.metrics.timing import BenchmarkCase, Track, decode_interleaved
 from buddy.provenance import machine
 

@@ -19,7 +19,8 @@ HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "matplotlib", "omeg
 LAYERS = (
     *("errors", "io", "console", "distributed", "plan", "budget", "router"),
     *("values", "registry", "schema", "config", "provenance", "run_files", "run"),
-    *("backbone", "engine", "data", "losses", "calibration", "metrics", "latency", "training", "predictor"),
+    *("backbone", "engine", "data", "losses", "measurements", "calibration"),
+    *("metrics", "latency", "training", "predictor"),
     *("build", "evaluation", "fit", "executors", "worker", "compare", "inspection", "footprint", "hub", "testing"),
     *("scaffold", "serve", "cli"),
 )

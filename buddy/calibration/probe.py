@@ -12,9 +12,9 @@ from torch import Tensor
 
 from buddy.calibration.bridges import PlanBridges
 from buddy.calibration.measures import Pair, PlanLosses, similarities, taylor_importance
-from buddy.calibration.store import Measurements, measurement_setting
 from buddy.engine.model import RoutedLM
 from buddy.errors import BackboneError
+from buddy.measurements import Measurements, measurement_setting
 from buddy.router import Context, Criterion
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]

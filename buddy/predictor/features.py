@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import fingerprint, state_digest
-from buddy.calibration.store import Measurements
 from buddy.engine.model import Choose, RoutedLM
 from buddy.errors import BudgetError
 from buddy.losses import cross_entropy
+from buddy.measurements import Measurements
 from buddy.metrics.timing import Track
 from buddy.router import Context, Geometry
 

@@ -23,9 +23,9 @@ from transformers import (
 
 from buddy.backbone.load import Backbone, fingerprint
 from buddy.calibration.probe import CalibrationProbe
-from buddy.calibration.store import Measurements
 from buddy.engine.model import PoolKind, RoutedLM, geometry_of
 from buddy.errors import BackboneError, BuddyError, RegistryError, raised
+from buddy.measurements import Measurements
 from buddy.registry import load, make
 from buddy.router import AnyRouter, Context, Router
 

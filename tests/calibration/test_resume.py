@@ -93,9 +93,9 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from buddy.calibration import store
+from buddy import measurements
 from tests.calibration.small import plans, probe
-store.WRITE_EVERY = 0.0
+measurements.WRITE_EVERY = 0.0
 
 def track(items, words):
     yield from items[:7]

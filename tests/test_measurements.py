@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buddy.calibration import store
-from buddy.calibration.store import Measurements, measurement_setting
+from buddy import measurements
 from buddy.io import cache_folder
+from buddy.measurements import Measurements, measurement_setting
 from tests.calibration.small import WINDOWS, routed
 
 SETTING = {"windows": "abc", "threads": 1}
@@ -62,7 +62,7 @@ def test_another_setting_is_another_file(tmp_path):
 
 def test_values_are_written_every_two_seconds(tmp_path, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(store.time, "monotonic", lambda: now)
+    monkeypatch.setattr(measurements.time, "monotonic", lambda: now)
     measured = Measurements(tmp_path, SETTING)
     measured["a"] = torch.ones(1)
     now = 1.9
