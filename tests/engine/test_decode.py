@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from buddy import Context
 from buddy.engine.batches import join
 from buddy.engine.decode import Decoder, Row, Sampler, TextPieces
 from buddy.engine.model import RoutedLM
@@ -68,6 +69,13 @@ def play(model: RoutedLM, draw: random.Random, count: int, chunk: int) -> None:
         assert len(row.tokens) == row.limit or row in gone
 
 
+class PooledOnly(Fickle):
+    """Scores that depend on the pooled states alone, and on their length too, which `Fickle` does not see."""
+
+    def score(self, context: Context) -> torch.Tensor:
+        return torch.sin(50 * context.pooled @ self.weight[: context.pooled.shape[-1]])
+
+
 SETTINGS = [
     {},
     {"router": FickleGates},
@@ -78,7 +86,7 @@ SETTINGS = [
     {"reroute_every": None, "prompt_plan": "shared"},
     {"sink_tokens": 0},
     {"sink_tokens": 0, "policy": "hole"},
-    {"sink_tokens": 3},
+    {"sink_tokens": 3, "router": PooledOnly},
     {"context_layer": 3, "policy": "hole", "family": "mistral-sliding"},
     {"bridges": True},
     {"bridges": True, "policy": "hole", "reroute_every": 2},
