@@ -68,14 +68,7 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
         patch.setenv("BUDDY_CALIBRATION_CACHE", str(folder / "calibration"))
         patch.setenv("BUDDY_LATENCY_CACHE", str(folder / "latency"))
         patch.chdir(home)
-        run(Block("the fixture", "bash", "buddy fit --recipe quickstart 'rivals=[shortgpt,uniform,random,full]'"))
-        run(
-            Block(
-                "the fixture",
-                "bash",
-                "buddy fit --recipe quickstart router=shortgpt bridge=null rivals=[] output=plain",
-            )
-        )
+        run(Block("the fixture", "bash", "buddy fit --recipe quickstart"))
         yield home
 
 
