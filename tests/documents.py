@@ -13,12 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from buddy.cli import app
 from buddy.config import load_recipe
-from buddy.registry import load
 from tests.plugin.installing import pip_install
 from tests.small import start_buddy
 
@@ -76,15 +74,6 @@ def _yaml(block: Block) -> None:
     load_recipe("block.yaml")
 
 
-def _ini(block: Block) -> None:
-    parser = configparser.ConfigParser()
-    parser.read_string(block.text)
-    for line in parser["options.entry_points"]["buddy.routers"].split("\n")[1:]:
-        name, _, value = line.partition(" = ")
-        assert re.fullmatch(r"[a-z0-9-]+", name)
-        load(value)
-
-
 def _serve(words: list[str], place: str) -> None:
     """A server that comes up, and ends when it is asked to."""
     if importlib.util.find_spec("uvicorn") is None:
@@ -140,20 +129,10 @@ def _tensorboard(words: list[str], place: str) -> None:
 
 
 def _pip(words: list[str], place: str) -> None:
-    assert words[1] == "install", place
-    for word in words[2:]:
-        if word.startswith("./"):
-            _install(Path(word))
-        elif word.startswith("."):
-            extras = re.findall(r"[\w-]+", word)
-            assert set(extras) <= set(setup_cfg()["options.extras_require"]), place
-        elif not word.startswith("-"):
-            Requirement(word)
-
-
-def _install(package: Path) -> None:
+    """What is installed with -e is installed into a folder of the tests."""
+    assert words[1:3] == ["install", "-e"], place
     site = Path("site-packages").resolve()
-    pip_install(package, site=site, work=Path("build").resolve())
+    pip_install(Path(words[3]), site=site, work=Path("build").resolve())
     sys.path.insert(0, str(site))
 
 
@@ -187,4 +166,4 @@ COMMANDS = {
     "pytest": _pytest,
     "source": _source,
 }
-RUNNERS = {"bash": _bash, "python": _python, "yaml": _yaml, "ini": _ini}
+RUNNERS = {"bash": _bash, "python": _python, "yaml": _yaml}
