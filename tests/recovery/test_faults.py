@@ -13,13 +13,13 @@ from buddy.io import load_tensors
 from buddy.run import RunFolder, read_run
 from buddy.schema import Recipe
 from tests.recovery.asking import ask, refused
+from tests.recovery.conftest import TRAINED
 from tests.recovery.damage import DAMAGES, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
 from tests.small import contents, write_text
 
 pytestmark = pytest.mark.slow
 
-TRAINED = ["rivals=[]", "router.options.prior=none", "trainer.max_steps=6", "checkpoint_every=2"]
 STATIC = ["rivals=[]", "router=uniform", "budgets=[1.0]"]
 
 # Each verb that reads a run, with what it needs beside; "{new}" is a path where nothing is.
@@ -32,14 +32,6 @@ READERS = {
     "push": ["--to", "{new}"],
     "serve": ["--port", "0"],
 }
-
-
-@pytest.fixture(scope="module")
-def run(small, tmp_path_factory) -> Path:
-    """A complete run of a trained router."""
-    output = tmp_path_factory.mktemp("run")
-    fit(small(output, *TRAINED), "small")
-    return output / "small" / "buddy" / "seed-0"
 
 
 @pytest.fixture
@@ -90,10 +82,9 @@ def test_a_damaged_run_is_refused_and_left_alone(run, tmp_path, verb):
         assert not new.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut at the end", "flipped"])
-def test_a_damaged_checkpoint_is_refused(unfinished, again, tmp_path, damage):
+def test_a_damaged_checkpoint_is_refused(unfinished, again, tmp_path):
     last = unfinished / "checkpoints" / "last.ckpt"
-    DAMAGES[damage](last)
+    DAMAGES["flipped"](last)
     before = last.read_bytes()
     assert str(last) in again()
     assert last.read_bytes() == before

@@ -12,13 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from buddy.backbone.load import load_backbone
-from buddy.compare import fit
 from buddy.errors import BackboneError
 from buddy.run_files import update_checksums
 from tests.recovery.asking import refused
+from tests.recovery.conftest import TRAINED
 from tests.recovery.damage import copied
-
-TRAINED = ["rivals=[]", "router.options.prior=none", "trainer.max_steps=4", "checkpoint_every=2"]
 
 
 class Payload:
@@ -47,21 +45,14 @@ def pickled(mark, tmp_path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def run(small, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("run")
-    fit(small(output, *TRAINED), "small")
-    return output / "small" / "buddy" / "seed-0"
-
-
 # Pickles
 
 
-@pytest.mark.parametrize("how", ["torch", "pickle", "behind all that a checkpoint must have"])
+@pytest.mark.parametrize("how", ["pickle", "behind all that a checkpoint must have"])
 def test_in_a_checkpoint_that_is_asked_for(small, run, tmp_path, mark, pickled, how):
     if how == "pickle":
         pickled.write_bytes(pickle.dumps(Payload(mark)))
-    elif how != "torch":
+    else:
         real = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
         torch.save({**real, "callbacks": Payload(mark)}, pickled)
     said = refused("fit", "--recipe", small.file, f"output={tmp_path}/runs", f"ckpt_path={pickled}", *TRAINED)
