@@ -158,21 +158,21 @@ def test_each_router_is_timed_under_its_own_routing(small, finished, tmp_path):
     assert all(each["decode_layers"] == each["layers"] for each in timed["results"]), "no sink is timed"
 
 
-@pytest.mark.parametrize("changed", ["router", "bridges"])
-def test_a_changed_router_is_timed_again(finished, tmp_path, monkeypatch, changed):
-    folder = shutil.copytree(read_run(finished / "buddy").folder, tmp_path / "run")
-    backbone = build_backbone(read_run(folder).recipe)
-    timed = measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path)
+def test_changed_bridges_and_a_changed_router_are_timed_again(run, tmp_path, monkeypatch):
+    backbone = build_backbone(read_run(run).recipe)
+    timed = measured({"buddy": read_run(run)}, backbone, IDS, tmp_path)
     monkeypatch.setattr("buddy.evaluation.bench.time_interleaved", lambda *_, **__: pytest.fail("it measured again"))
-    assert measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path) == timed
-    if changed == "router":
-        state = load_router(folder)
-        save_router(folder, state | {"output.bias": state["output.bias"] + 1})
-    else:
-        (folder / "bridge.safetensors").write_bytes(b"bridges")
-    update_checksums(folder)
+    assert measured({"buddy": read_run(run)}, backbone, IDS, tmp_path) == timed
+    bridges, state = run / "bridge.safetensors", load_router(run)
+    bridges.write_bytes(b"bridges")
+    update_checksums(run)
     with pytest.raises(pytest.fail.Exception):
-        measured({"buddy": read_run(folder)}, backbone, IDS, tmp_path)
+        measured({"buddy": read_run(run)}, backbone, IDS, tmp_path)
+    bridges.unlink()
+    save_router(run, state | {"output.bias": state["output.bias"] + 1})
+    update_checksums(run)
+    with pytest.raises(pytest.fail.Exception):
+        measured({"buddy": read_run(run)}, backbone, IDS, tmp_path)
 
 
 def test_batches_as_a_server_decodes_them(finished, tmp_path, monkeypatch, capsys):
