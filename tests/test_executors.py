@@ -76,17 +76,12 @@ def test_a_process_that_dies_between_two_units_hurts_none(tmp_path, serial):
 
 
 @pytest.mark.slow
-def test_a_worker_that_holds_a_model_stays(tmp_path):
-    outcomes(LokyExecutor(1), tmp_path, "a", "bb grows", "ccc")
-    assert len({(tmp_path / name).read_text() for name in ("a", "bb", "ccc")}) == 1
-
-
-@pytest.mark.slow
-def test_plug_ins_and_relative_paths_mean_the_same_in_a_worker(tmp_path, monkeypatch):
+def test_one_worker_keeps_its_model_and_has_the_plug_ins_and_paths_of_its_caller(tmp_path, monkeypatch):
     (tmp_path / "plugged.py").write_text("NAME = 'mine'")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert outcomes(LokyExecutor(1), Path("place"), "a imports")["a"] == ("mine", 0.0)
+    assert outcomes(LokyExecutor(1), Path("place"), "a imports", "bb grows", "ccc")["a"] == ("mine", 0.0)
+    assert len({(tmp_path / "place" / name).read_text() for name in ("a", "bb", "ccc")}) == 1
     assert (tmp_path / "place" / "a.log").exists()
 
 
