@@ -11,19 +11,10 @@ from buddy.config import load_recipe
 from buddy.io import read_json
 from buddy.schema import Rival
 from buddy.worker import Tasks
+from tests.evaluation.own_task import define
 
 ROUTERS = ("buddy", "shortgpt", "full")
 ITEMS = [{"question": f"Which is {n}?", "choices": ["one", "two words"], "label": n % 2} for n in range(5)]
-DEFINITION = """
-task: mine
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {items}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{{question}}}}}"
-doc_to_target: label
-doc_to_choice: choices
-"""
 
 
 @pytest.fixture
@@ -81,10 +72,10 @@ def test_a_changed_definition_and_changed_items_are_scored_anew(ask, scored, tmp
     own, items = tmp_path / "own", tmp_path / "items.jsonl"
     own.mkdir()
     asked = replace(ask(), routers=[Rival("shortgpt")], tasks=Tasks(("mine",), None, None, own))
-    for question, count, times in (("question", 2, 1), ("question", 2, 1), ("choices[0]", 2, 2), ("choices[0]", 1, 3)):
+    for asks, count, times in (("question", 2, 1), ("question", 2, 1), ("choices[0]", 2, 2), ("choices[0]", 1, 3)):
         rows = [json.dumps({"question": "a", "choices": ["b", "c"], "label": 0}) + "\n"] * count
         items.write_text("".join(rows))
-        (own / "mine.yaml").write_text(DEFINITION.format(items=items, question=question))
+        define(own, items, doc_to_text=f"{{{{{asks}}}}}")
         assert compare(asked) == 0
         assert len(scored) == times
         (run,) = read_json(tmp_path / "out" / "comparison.json")["runs"]
@@ -96,8 +87,7 @@ def test_tasks_of_a_group_are_scored_one_by_one(ask, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     for name in ("mine", "yours"):
-        definition = DEFINITION.replace("task: mine", f"task: {name}")
-        (own / f"{name}.yaml").write_text(definition.format(items=tmp_path / "piqa.jsonl", question="question"))
+        define(own, tmp_path / "piqa.jsonl", name)
     (own / "both.yaml").write_text("group: both\ntask: [mine, yours]\n")
     routers = [Rival("shortgpt"), Rival("uniform")]
     assert compare(replace(ask(), routers=routers, tasks=Tasks(("both",), None, None, own))) == 0

@@ -21,6 +21,7 @@ from buddy.evaluation.tasks import task_scores
 from buddy.testing.subject import CONTEXT
 from tests.documents import setup_cfg
 from tests.engine.reference import Fickle, FickleGates, routed_tiny
+from tests.evaluation.own_task import define
 from tests.tiny import tiny_backbone
 
 pytestmark = pytest.mark.slow
@@ -202,24 +203,13 @@ def test_what_it_cannot_use(options, named):
         BuddyLM(**options)
 
 
-QUIZ = """
-task: quiz
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {items}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "Q: {{{{question}}}}\\nA:"
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
-
-
 def test_the_command_lm_eval_says_what_buddy_evaluate_says(finished, tmp_path, monkeypatch):
     items = [{"question": f"{n} or {n + 1}?", "choices": [str(n), str(n + 1)], "label": n % 2} for n in range(5)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "quiz.yaml").write_text(QUIZ.format(items=tmp_path / "items.jsonl"))
+    accuracy = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    asks = "Q: {{question}}\nA:"
+    define(tmp_path / "tasks", tmp_path / "items.jsonl", "quiz", doc_to_text=asks, metric_list=[accuracy])
     words = ["--model", "buddy", "--model_args", f"run={finished / 'buddy'},budget=0.5", "--tasks", "quiz"]
     words += ["--include_path", str(tmp_path / "tasks"), "--batch_size", "auto", "--limit", "4"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--output_path", str(tmp_path / "out.json")])

@@ -13,6 +13,7 @@ from buddy.errors import DataError
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.tasks import show_tasks, task_scores
 from buddy.run_files import update_checksums
+from tests.evaluation.own_task import define
 
 pytestmark = pytest.mark.slow
 
@@ -106,38 +107,25 @@ def test_flips_are_against_the_budget_that_runs_every_layer(capsys):
 
 # Definitions of one's own
 
-DEFINITION = """
-task: my_{kind}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {items}}}}}
-test_split: test
-output_type: {kind}
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[label]}}}}"
-"""
-METRICS = {
-    "generate_until": "generation_kwargs: {until: ['\\n'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n",
-    "loglikelihood_rolling": "metric_list: [{metric: word_perplexity}]\n",
+METRICS = {  # of a kind of task: the metric, and further keys of the definition
+    "generate_until": ("exact_match", {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}}),
+    "loglikelihood_rolling": ("word_perplexity", {}),
 }
 
 
 @pytest.mark.parametrize("kind", METRICS)
 def test_other_kinds_of_task(finished, items, tmp_path, kind):
-    definition = DEFINITION.format(kind=kind, items=items / "arc_easy.jsonl") + METRICS[kind]
-    (tmp_path / "mine.yaml").write_text(definition)
-    (entry,) = task_scores(finished / "buddy", [f"my_{kind}"], [0.5], limit=2, task_path=tmp_path)["results"]
-    assert (entry["metric"], entry["items"], entry["layers"]) == (METRICS[kind].split(": ")[-1][:-3], 2, 3)
+    metric, more = METRICS[kind]
+    own = {"output_type": kind, "doc_to_target": "{{choices[label]}}", "doc_to_choice": None}
+    define(tmp_path, items / "arc_easy.jsonl", **own, metric_list=[{"metric": metric}], **more)
+    (entry,) = task_scores(finished / "buddy", ["mine"], [0.5], limit=2, task_path=tmp_path)["results"]
+    assert (entry["metric"], entry["items"], entry["layers"]) == (metric, 2, 3)
     assert entry["executed"] == {"min": 3, "mean": 3.0, "max": 3}
     assert (entry["correct"] is None) == (kind == "loglikelihood_rolling")
 
 
-CHOICE = DEFINITION.replace("choices[label]", "label") + "doc_to_choice: choices\n"
-EXAMPLES = "fewshot_split: test\nnum_fewshot: {}\n"
-
-
 def test_examples_are_lm_evals_own_at_every_budget(finished, items, tmp_path, monkeypatch):
-    definition = CHOICE.format(kind="multiple_choice", items=items / "arc_easy.jsonl") + EXAMPLES.format(2)
-    (tmp_path / "mine.yaml").write_text(definition)
+    define(tmp_path, items / "arc_easy.jsonl", fewshot_split="test", num_fewshot=2)
     asked, inner = [], BuddyLM.loglikelihood
 
     def spy(self, requests, **options):
@@ -145,9 +133,9 @@ def test_examples_are_lm_evals_own_at_every_budget(finished, items, tmp_path, mo
         return inner(self, requests, **options)
 
     monkeypatch.setattr(BuddyLM, "loglikelihood", spy)
-    task_scores(finished / "buddy", ["my_multiple_choice"], [1.0, 0.5], limit=4, task_path=tmp_path)
+    task_scores(finished / "buddy", ["mine"], [1.0, 0.5], limit=4, task_path=tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    own = manager.load(["my_multiple_choice"])["tasks"]["my_multiple_choice"]
+    own = manager.load(["mine"])["tasks"]["mine"]
     own.set_fewshot_seed(1234)  # the default of lm-eval's command
     own.build_all_requests(limit=4)
     assert asked == 2 * [[request.args for request in own.instances]]
@@ -210,10 +198,13 @@ def test_a_mistake_is_one_sentence_and_exit_2(finished, items, words, named):
 
 @pytest.mark.parametrize(
     ("more", "named"),
-    [("unsafe_code: true\n", "code"), ("doc_to_image: [question]\n", "pictures"), (EXAMPLES.format(9), "larger")],
+    [
+        ({"unsafe_code": True}, "code"),
+        ({"doc_to_image": ["question"]}, "pictures"),
+        ({"fewshot_split": "test", "num_fewshot": 9}, "larger"),
+    ],
 )
 def test_a_definition_that_cannot_be_scored(finished, items, tmp_path, more, named):
-    definition = CHOICE.format(kind="multiple_choice", items=items / "arc_easy.jsonl") + more
-    (tmp_path / "mine.yaml").write_text(definition)
-    with pytest.raises(DataError, match=f"my_multiple_choice.*{named}"):
-        task_scores(finished / "buddy", ["my_multiple_choice"], task_path=tmp_path)
+    define(tmp_path, items / "arc_easy.jsonl", **more)
+    with pytest.raises(DataError, match=f"mine .*{named}"):
+        task_scores(finished / "buddy", ["mine"], task_path=tmp_path)
