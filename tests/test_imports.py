@@ -115,6 +115,7 @@ def loaded_by(code: str) -> set[str]:
             "from buddy.cli import app\napp(['recipes', 'show', 'gpu'], standalone_mode=False)",
             {*HEAVY, "torch", "numpy"} - {"omegaconf"},
         ),
+        ("from buddy.config import load_recipe\nload_recipe('quickstart')", {*HEAVY, "torch"} - {"omegaconf"}),
     ],
 )
 def test_light_commands_load_no_framework(code, absent):
