@@ -81,10 +81,7 @@ def test_a_run_whose_backbone_is_another_or_gone(small, tmp_path, run, command):
 @pytest.mark.parametrize(
     ("named", "words"),
     [
-        ("zero", ["--budgets", "0.5,zero"]),
         ("7layers", ["--budgets", "7layers"]),
-        ("0.1", ["--budgets", "0.1"]),
-        ("--budgets", ["--budgets", ","]),
         ("/no/such.txt", ["--data", "/no/such.txt"]),
         ("--data", ["--data", ""]),
         ("/no/such/folder", ["--json", "/no/such/folder/curve.json"]),
@@ -118,7 +115,6 @@ def test_a_comparison_on_no_task(small):
     ("named", "words"),
     [
         ("0.1", ["--budget", "0.1", "text"]),
-        ("much", ["--budget", "much", "text"]),
         ("prompt", ["--budget", "0.5", ""]),
         ("chat", ["--budget", "0.5", "--chat", "text"]),
     ],
