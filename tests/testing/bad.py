@@ -106,7 +106,50 @@ for name, (check, change) in SCORES.items():
     fails(check)(type(name, (Sound,), {"score": faulty(change)}))
 
 
-# What it says of itself, its calibration and its training
+# Sound but for one attribute: the check that fails, the sound router, the attribute → what it is instead
+
+ATTRIBUTES: dict[tuple[str, type, str], dict[str, Any]] = {
+    ("description", Sound, "kind"): {"OfNoKind": "dynamic"},
+    ("description", Sound, "scope"): {"OfNoScope": "window"},
+    ("calibration", Sound, "calibrate"): {
+        "CannotMeasure": lambda router, probe: 1 / 0,
+        "BufferMeddler": lambda router, probe: probe.model.model.rotary_emb.inv_freq.mul_(2),
+        "Meddler": lambda router, probe: probe.model.model.layers[0].mlp.down_proj.weight.data.mul_(2),
+        "LeavesHook": lambda router, probe: probe.model.lm_head.register_forward_hook(lambda *given: given[-1] + 1),
+        "LeavesTraining": lambda router, probe: probe.model.train(),
+        "ReplacesParameter": lambda router, probe: setattr(
+            router.read, "weight", nn.Parameter(torch.zeros_like(router.read.weight))
+        ),
+    },
+    ("groups", Sound, "parameter_groups"): {
+        "LeavesOut": lambda router: [{"params": [router.read.weight], "scale": 1.0}],
+        "OwnRate": lambda router: [{"params": [*router.parameters()], "scale": 1.0, "weight_decay": 0.5}],
+        "Scaleless": lambda router: [{"params": [*router.parameters()], "lr": 1.0}],
+        "ScaledWithoutEnd": lambda router: [{"params": [*router.parameters()], "scale": float("inf")}],
+        "TrainsAStranger": lambda router: [
+            {"params": [*router.parameters(), nn.Parameter(torch.zeros(1))], "scale": 1.0}
+        ],
+    },
+    ("weights", SoundGates, "weigh"): {
+        "Unbounded": lambda router, logits: logits,
+        "WeighsTheWrongWay": lambda router, logits: (-logits).sigmoid(),
+    },
+    ("weights", SoundGates, "penalty"): {
+        "OnePenalty": lambda router, weights, executed: weights.mean(),
+        "PenaltyDivides": lambda router, weights, executed: (
+            weights.mean((1, 2)) / (executed - router.geometry.always_on)
+        ),
+        "CountsOpenGates": lambda router, weights, executed: (weights > 0.5).float().mean((1, 2)),
+        "PenaltyOfTheFirstRow": lambda router, weights, executed: (weights.sum(-1).mean(-1) - executed[0]).square(),
+    },
+}
+
+for (check, base, attribute), instead in ATTRIBUTES.items():
+    for name, value in instead.items():
+        fails(check)(type(name, (base,), {attribute: value}))
+
+
+# Other faults of routers that score
 
 
 class Nameless(Sound):
@@ -117,92 +160,16 @@ FAULTS[Nameless] = "description"
 
 
 @fails("description")
-class OfNoKind(Sound):
-    kind = "dynamic"
-
-
-@fails("description")
-class OfNoScope(Sound):
-    scope = "window"
-
-
-@fails("description")
 class OtherGeometry(Sound):
     def __init__(self, geometry):
         super().__init__(geometry)
         self.geometry = Geometry(geometry.layers + 1, geometry.context_layer, geometry.hidden, geometry.features)
 
 
-@fails("calibration")
-class CannotMeasure(Sound):
-    def calibrate(self, probe: Probe):
-        1 / 0  # noqa: B018
-
-
-@fails("calibration")
-class BufferMeddler(Sound):
-    def calibrate(self, probe: Probe):
-        probe.model.model.rotary_emb.inv_freq.mul_(2)
-
-
-@fails("calibration")
-class Meddler(Sound):
-    def calibrate(self, probe: Probe):
-        probe.model.model.layers[0].mlp.down_proj.weight.data.mul_(2)
-
-
-@fails("calibration")
-class LeavesHook(Sound):
-    def calibrate(self, probe: Probe):
-        probe.model.lm_head.register_forward_hook(lambda module, args, output: output + 1)
-
-
-@fails("calibration")
-class LeavesTraining(Sound):
-    def calibrate(self, probe: Probe):
-        probe.model.train()
-
-
-@fails("calibration")
-class ReplacesParameter(Sound):
-    def calibrate(self, probe: Probe):
-        self.read.weight = torch.nn.Parameter(torch.zeros_like(self.read.weight))
-
-
 @fails("kind")
 class NotStatic(Sound):
     kind = "static"
     seeded = True
-
-
-@fails("groups")
-class LeavesOut(Sound):
-    def parameter_groups(self):
-        return [{"params": [self.read.weight], "scale": 1.0}]
-
-
-@fails("groups")
-class OwnRate(Sound):
-    def parameter_groups(self):
-        return [{"params": list(self.parameters()), "scale": 1.0, "weight_decay": 0.5}]
-
-
-@fails("groups")
-class Scaleless(Sound):
-    def parameter_groups(self):
-        return [{"params": list(self.parameters()), "lr": 1.0}]
-
-
-@fails("groups")
-class ScaledWithoutEnd(Sound):
-    def parameter_groups(self):
-        return [{"params": list(self.parameters()), "scale": float("inf")}]
-
-
-@fails("groups")
-class TrainsAStranger(Sound):
-    def parameter_groups(self):
-        return [{"params": [*self.parameters(), nn.Parameter(torch.zeros(1))], "scale": 1.0}]
 
 
 @fails("repeatable")
@@ -255,42 +222,6 @@ class GatePeeksAhead(SoundGates):
     def gate(self, index, hidden, executed):
         logits = super().gate(index, hidden, executed)
         return logits - logits.mean(-1, keepdim=True) if logits.dim() else logits
-
-
-@fails("weights")
-class Unbounded(SoundGates):
-    def weigh(self, logits):
-        return logits
-
-
-@fails("weights")
-class OnePenalty(SoundGates):
-    def penalty(self, weights, executed):
-        return weights.mean()
-
-
-@fails("weights")
-class PenaltyDivides(SoundGates):
-    def penalty(self, weights, executed):
-        return weights.mean((1, 2)) / (executed - self.geometry.always_on)
-
-
-@fails("weights")
-class CountsOpenGates(SoundGates):
-    def penalty(self, weights, executed):
-        return (weights > 0.5).float().mean((1, 2))
-
-
-@fails("weights")
-class PenaltyOfTheFirstRow(SoundGates):
-    def penalty(self, weights, executed):
-        return (weights.sum(-1).mean(-1) - executed[0]).square()
-
-
-@fails("weights")
-class WeighsTheWrongWay(SoundGates):
-    def weigh(self, logits):
-        return (-logits).sigmoid()
 
 
 # Cannot be made
