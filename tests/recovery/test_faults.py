@@ -17,6 +17,7 @@ from tests.recovery.conftest import TRAINED
 from tests.recovery.damage import DAMAGES, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
 from tests.small import contents, write_text
+from tests.training.stopping import same
 
 pytestmark = pytest.mark.slow
 
@@ -54,9 +55,7 @@ def unfinished(run, small, tmp_path) -> Path:
 
 
 def same_router(one: Path, other: Path) -> None:
-    states = [load_tensors(folder / "router.safetensors") for folder in (one, other)]
-    assert states[0].keys() == states[1].keys()
-    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+    assert same(*(load_tensors(folder / "router.safetensors") for folder in (one, other)))
 
 
 # Damaged
@@ -229,19 +228,8 @@ def test_a_disk_that_is_read_only(run, again, tmp_path):
 
 def test_a_damaged_evaluation_is_made_again_and_a_damaged_run_refused(small, tmp_path):
     out, other = tmp_path / "out", write_text(tmp_path / "other.jsonl", 40, seed=5)
-    compare = [
-        "compare",
-        "--recipe",
-        small.file,
-        "--routers",
-        "uniform",
-        "--domains",
-        other,
-        "--no-speed",
-        "--out",
-        out,
-    ]
-    compare += ["data.test_windows=2", "data.calibration_windows=1"]
+    compare = ["compare", "--recipe", small.file, "--routers", "uniform", "--domains", other, "--no-speed"]
+    compare += ["--out", out, "data.test_windows=2", "data.calibration_windows=1"]
     assert ask(*compare) is None
     (folder,) = out.glob("**/uniform/seed-0")
     evaluation = folder / "evaluations" / "other.json"
