@@ -23,6 +23,17 @@ pytestmark = pytest.mark.slow
 IDS = torch.randint(3, 259, (2, 100), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Few tokens are timed, and in a comparison one round."""
+    for module in ("evaluation.bench", "evaluation.bench_serve", "metrics.timing", "latency"):
+        monkeypatch.setattr(f"buddy.{module}.STEPS", 4)
+    for module in ("evaluation.bench", "metrics.timing"):
+        monkeypatch.setattr(f"buddy.{module}.PROMPT", 16)
+    monkeypatch.setattr("buddy.evaluation.bench.ROUNDS", 1)
+
+
+@pytest.mark.usefixtures("quick")
 def test_every_case_runs_in_every_round():
     routed = routed_tiny()
     field = benchmark_cases(routed, [4, 3], IDS)
@@ -69,6 +80,7 @@ def test_stock_models_get_the_cache_that_the_engine_has():
     torch.testing.assert_close(after.logits[:, -1], stock.logits[:, -1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("quick")
 def test_counted_work_is_that_of_the_layers_that_ran(monkeypatch):
     """All but the K/V of skipped tokens, and attention over keys that a mask hides, is what pruning leaves."""
     monkeypatch.setattr("buddy.engine.selection.MIN_SKIPPED", 2)  # few tokens, of which the engine would select none
@@ -94,11 +106,8 @@ def run(finished, tmp_path):
 
 
 @pytest.fixture
-def bench(run, monkeypatch):
+def bench(run, quick, monkeypatch):
     """The bench of a finished tiny run, with short prompts."""
-    for module in ("buddy.evaluation.bench", "buddy.metrics.timing"):
-        monkeypatch.setattr(f"{module}.PROMPT", 16)
-        monkeypatch.setattr(f"{module}.STEPS", 4)
     monkeypatch.setattr("buddy.evaluation.bench.LONG", 32)
     monkeypatch.setattr("buddy.evaluation.bench.LATE", 48)
     monkeypatch.setattr("buddy.evaluation.bench.BATCH", 2)
@@ -141,6 +150,7 @@ def test_a_run_whose_budgets_are_means_says_what_was_timed(bench, monkeypatch, t
     assert executed["4"]["decode_late"] > executed["3"]["decode_late"]
 
 
+@pytest.mark.usefixtures("quick")
 def test_each_router_is_timed_under_its_own_routing(small, finished, tmp_path):
     fit(small(tmp_path, "router=shortgpt", "rivals=[]", "routing.sink_tokens=8"), "small")
     runs = {"one": read_run(finished / "shortgpt"), "eight": read_run(tmp_path / "small/shortgpt/seed-0")}
@@ -150,6 +160,7 @@ def test_each_router_is_timed_under_its_own_routing(small, finished, tmp_path):
     assert all(each["decode_layers"] == each["layers"] for each in timed["results"]), "no sink is timed"
 
 
+@pytest.mark.usefixtures("quick")
 def test_changed_bridges_and_a_changed_router_are_timed_again(run, tmp_path, monkeypatch):
     backbone = build_backbone(read_run(run).recipe)
     timed = measured({"buddy": read_run(run)}, backbone, IDS, tmp_path)
@@ -167,6 +178,7 @@ def test_changed_bridges_and_a_changed_router_are_timed_again(run, tmp_path, mon
         measured({"buddy": read_run(run)}, backbone, IDS, tmp_path)
 
 
+@pytest.mark.usefixtures("quick")
 def test_batches_as_a_server_decodes_them(finished, tmp_path, monkeypatch, capsys):
     from buddy.evaluation import bench_serve
 
