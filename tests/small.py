@@ -60,11 +60,14 @@ def start_buddy(*words: str, folder: Path) -> subprocess.Popen:
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 60.0, process: subprocess.Popen | None = None) -> None:
-    """Wait for something that a thread, or a process that must not end before, brings about."""
+    """Wait for something that a thread, or a process that must not end before, brings about; else kill the process."""
     end = time.monotonic() + seconds
     while not holds():
         assert process is None or process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end, "waited too long"
+        if time.monotonic() > end:
+            if process is not None:
+                process.kill()
+            raise AssertionError("waited too long")
         time.sleep(0.02)
 
 
