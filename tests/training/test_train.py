@@ -106,13 +106,14 @@ def test_a_stopped_training_resumes_bit_for_bit(
     assert str(tmp_path / "parts" / "checkpoints" / "last.ckpt") in capsys.readouterr().err
 
 
-def test_a_resumed_training_saves_no_checkpoint_amid_a_step(train, whole, tmp_path, monkeypatch):
+def test_no_checkpoint_is_saved_amid_a_step(train, whole, tmp_path, monkeypatch):
     micro = ["trainer.accumulate_grad_batches=2", "checkpoint_every=3"]
     expected = whole(*micro)
-    for batch in (8, 2):  # after the save of step 3, and after one batch of the resumed training
+    # Amid step 2, which is finished first; after the save of step 3; after one batch of the resumed training.
+    for batch, act, raised in ((3, interrupt, KeyboardInterrupt), (4, kill, Killed), (2, kill, Killed)):
         with monkeypatch.context() as patch:
-            at_step(patch, RoutingModule, batch, kill)
-            with pytest.raises(Killed):
+            at_step(patch, RoutingModule, batch, act)
+            with pytest.raises(raised):
                 train("parts", *micro)
     train("parts", *micro)
     assert_same_training(expected, tmp_path / "parts")
