@@ -482,17 +482,18 @@ def test_processes_side_by_side_give_the_same(ask, whole, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_a_checkpoint(small, tmp_path):
-    words = ["compare", "--recipe", str(small.file), "--routers", "buddy", "--seeds", "1", "--out", "out"]
+    words = ["compare", "--recipe", str(small.file), "--routers", "buddy", "--seeds", "2", "--out", "out"]
     words += ["--jobs", "2", "trainer.max_steps=9000", "checkpoint_every=5"]
     process = start_buddy(*words, folder=tmp_path)
-    folder = tmp_path / "out" / "buddy" / "seed-0"
-    wait_until(lambda: (folder / "checkpoints" / "last.ckpt").exists(), 90, process)
+    folders = [tmp_path / "out" / "buddy" / f"seed-{seed}" for seed in range(2)]
+    wait_until(lambda: all((folder / "checkpoints" / "last.ckpt").exists() for folder in folders), 90, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
     assert "Stopped." in err
     assert "Traceback" not in err
-    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert 5 <= saved["global_step"] < 9000
-    assert read_json(folder / "run.json")["seconds"] > 0
+    for folder in folders:
+        saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        assert 5 <= saved["global_step"] < 9000
+        assert read_json(folder / "run.json")["seconds"] > 0

@@ -102,5 +102,5 @@ def test_tasks_of_a_group_are_scored_one_by_one(ask, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_healed_runs_are_scored_at_full_depth_too(ask, scored):
-    assert compare(replace(ask("adapter.steps=1"), routers=[Rival("shortgpt"), Rival("full")])) == 0
-    assert scored == [("shortgpt", [1.0, 0.75, 0.5]), ("full", [1.0])]
+    assert compare(ask("adapter.steps=1")) == 0
+    assert scored == [("buddy", [1.0, 0.75, 0.5]), ("shortgpt", [1.0, 0.75, 0.5]), ("full", [1.0])]

@@ -173,8 +173,9 @@ def test_another_budget_goes_on_with_the_gates_that_were_open():
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_later_tokens_change_nothing_before_them(everything):
-    routed = routed_tiny()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_later_tokens_change_nothing_before_them(family, everything):
+    routed = routed_tiny(family)
     with whole_layers() if everything else nullcontext():
         whole = routed(IDS, executed=EXECUTED)
         for cut in range(1, LENGTH):

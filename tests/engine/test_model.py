@@ -62,7 +62,7 @@ def test_full_depth_equals_stock_exactly(family):
     assert torch.equal(routed(tokens(), attention_mask=mask, executed=full).logits, expected[1])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_later_tokens_change_nothing_before_them(family):
     routed, ids = routed_tiny(family), tokens()
     chosen = routed(ids, executed=EXECUTED)

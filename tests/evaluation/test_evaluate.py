@@ -69,9 +69,13 @@ def test_texts_that_were_trained_on_are_not_needed(small, tmp_path):
         build_held_out(read_run(run).recipe, tiny_backbone("llama"), calibration=True)
 
 
-def test_a_router_of_full_depth_has_no_other_budget(finished):
+def test_what_cannot_be_evaluated(finished, tmp_path):
+    with pytest.raises(RunError, match="nowhere"):
+        evaluate_run(finished / "buddy", json_file=tmp_path / "nowhere" / "curve.json")
     with pytest.raises(BudgetError, match=r"0\.5"):
         evaluate_run(finished / "full", budgets=["0.5"])
+    with pytest.raises(DataError, match=r"nothing\.txt"):
+        evaluate_run(finished / "buddy", data="nothing.txt")
 
 
 def test_shared_plans_are_refused_where_a_mean_is_asked_for(finished, monkeypatch):
