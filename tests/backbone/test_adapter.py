@@ -185,8 +185,9 @@ def test_plans_do_not_go_through_gradient_checkpointing():
 # Merged
 
 
-def test_merged_it_is_the_same_model_of_stock_modules():
-    routed = adapted()
+@pytest.mark.parametrize("policy", POLICIES)
+def test_merged_it_is_the_same_model_of_stock_modules(policy):
+    routed = adapted(policy=policy)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected, hand = routed(IDS, executed=EXECUTED), by_hand(routed.adapter)
     with routed.at(executed=[3]):
