@@ -126,8 +126,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
     specs = [
         RunSpec(label, of, recipe_name, RunFolder.of(folder, label, of.seed).path) for label, of in recipes.items()
     ]
-    session = Session.launch(specs)
-    check_fixed(recipe, recipe.rivals, session.digests(recipe))
+    session = Session.launch(specs, recipe)
     with distributed.lost_peers_reported():
         for number, spec in enumerate(specs, start=1):
             differing = session.differences(spec) if first and spec.run_folder.is_complete else []

@@ -48,7 +48,7 @@ from buddy.io import cache_folder, checksum, on_disk, out_of_memory, within_memo
 from buddy.measurements import Measurements
 from buddy.metrics.perplexity import MAX_STATE_BYTES, Reference, Scores, with_documents
 from buddy.predictor.train import fit_predictor
-from buddy.provenance import CODE, code_digest
+from buddy.provenance import CODE, check_fixed, code_digest
 from buddy.registry import load
 from buddy.router import LayerwiseRouter, available_budgets
 from buddy.run import RunSpec, read_run
@@ -128,10 +128,15 @@ class Session:
         return cls(backbone, data, share=not is_sharded(recipe.trainer))
 
     @classmethod
-    def launch(cls, specs: Sequence[RunSpec]) -> Session:
+    def launch(cls, specs: Sequence[RunSpec], recipe: Recipe) -> Session:
         """`prepare`, then start the other processes of `trainer.devices`, and shard the backbone if that is asked for.
 
+        Args:
+            specs: the runs to be made.
+            recipe: that all of them come from, with its rivals.
+
         Raises:
+            RecipeError: the settings are not those that the recipe fixed.
             RunError: another process makes one of the runs.
         """
         first, trainer = distributed.is_global_zero(), specs[-1].recipe.trainer
@@ -139,6 +144,7 @@ class Session:
             join(trainer)  # all processes exist already
         with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.rank_zero_first():
             session = cls.prepare([spec.recipe for spec in specs])
+            check_fixed(recipe, recipe.rivals, session.digests(recipe))  # before a folder is made
             for spec in specs if first else ():
                 spec.run_folder.check_free()
                 with spec.run_folder.lock():  # a second command is refused here, before it does anything

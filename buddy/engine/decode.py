@@ -52,16 +52,20 @@ class Sampler:
         """The next token, () long on the model's device, from logits (V,) float32.
 
         Args:
-            tokens: all before it: those of the last call, and then others.
+            tokens: all before it: those of the last call, and then others. The token chosen last may be missing.
         """
         scores = logits[None]
         if self._processors:
-            new = torch.tensor([tokens[self._ids.shape[1] :]], dtype=torch.long, device=self._ids.device)
-            self._ids = torch.cat([self._ids, new], 1)
+            if new := tokens[self._ids.shape[1] :]:
+                self._ids = torch.cat([self._ids, torch.tensor([new], device=self._ids.device)], 1)
             scores = self._processors(self._ids, scores.clone())
-        if not self._draws:
-            return scores[0].argmax()
-        return torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator)[0]
+        if self._draws:
+            token = torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator)[0]
+        else:
+            token = scores[0].argmax()
+        if self._processors:
+            self._ids = torch.cat([self._ids, token.view(1, 1)], 1)
+        return token
 
 
 class TextPieces:
@@ -102,6 +106,21 @@ class TextPieces:
         return text
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A token that was chosen after the last of T tokens of one row.
+
+    Attributes:
+        values: (1 + T,) long, the token, and the layers that each of the T ran, −1 for a sink.
+        logits: (V,) float32, from which it was chosen.
+        record: the forward's, of this row alone.
+    """
+
+    values: Tensor
+    logits: Tensor
+    record: ForwardRecord
+
+
 @dataclass(eq=False)
 class Row:
     """One text that is being written.
@@ -116,6 +135,8 @@ class Row:
         tokens: what was written so far.
         counted: its first tokens whose layers a `Written` has given; they may be read again after a failure.
         cache: the KV cache of its first `done` tokens while they are read; None once the row is in a batch.
+        chosen: its newest token, as the device has it.
+        unread: whether the host has not read that token yet, so that it is not among `tokens`.
     """
 
     prompt: list[int]
@@ -128,6 +149,8 @@ class Row:
     counted: int = 0
     cache: Any = field(default=None, init=False)
     done: int = field(default=0, init=False)
+    chosen: Chosen | None = field(default=None, init=False)
+    unread: bool = field(default=False, init=False)
 
     def new_counts(self, counts: Sequence[int], end: int) -> list[int]:
         """Layers that each token ran, without sinks and tokens that were counted before.
@@ -163,6 +186,7 @@ class Written:
         logits: (V,) float32, from which the token was chosen.
         executed: layers that each token read in this step ran, without sinks and tokens that were read before.
         record: the forward's, of this row alone.
+        finish_reason: the row's after this token.
         error: why the row cannot go on.
     """
 
@@ -171,12 +195,17 @@ class Written:
     logits: Tensor | None = None
     executed: Sequence[int] = ()
     record: ForwardRecord | None = None
+    finish_reason: str | None = None
     error: Exception | None = None
 
     @property
     def ends(self) -> bool:
         """Whether the row is not to be continued."""
-        return self.error is not None or self.row.finish_reason is not None
+        return self.error is not None or self.finish_reason is not None
+
+
+class _AllEnded(Exception):
+    """No row of a batch goes on, so that its forward is of no use."""
 
 
 class Decoder:
@@ -190,10 +219,15 @@ class Decoder:
         routed: the model.
         chunk: tokens of prompts that are read in one step. A prompt whose tokens do not all decide for themselves is
             read whole.
+        read_late: read the tokens of a step together with the scores of the next step, so that the host waits for the
+            device once a step. A token is then given one step later. A row that ends with one of its `ends` takes part
+            in one more forward, which stops after the context layer if all rows have ended. None: on every device but
+            the CPU, where there is nothing to wait for.
     """
 
-    def __init__(self, routed: RoutedLM, chunk: int = CHUNK) -> None:
+    def __init__(self, routed: RoutedLM, chunk: int = CHUNK, read_late: bool | None = None) -> None:
         self.routed = routed
+        self._read_late = routed.backbone.device.type != "cpu" if read_late is None else read_late
         settings = routed.settings
         self._every = settings.reroute_every
         self._chunk = chunk if settings.prompt_plan != "shared" and self._every == 1 else None
@@ -228,40 +262,65 @@ class Decoder:
         written = [each for key in list(self._batches) for each in self._decode(key)]
         self.remove(each.row for each in written if each.ends)
         if UNDECIDED in self._batches and self._batches[UNDECIDED].cache.scores is not None:
-            self._join(self._phase(1), self._batches.pop(UNDECIDED))  # this step decided
+            written += self._join(self._phase(1), self._batches.pop(UNDECIDED))  # this step decided
         return written + self._read()
 
-    def _join(self, key: int, batch: Batch) -> None:
+    def _join(self, key: int, batch: Batch) -> list[Written]:
+        """Add rows to a batch. If that fails, what they wrote is read, and given."""
         parts = [self._batches.pop(key), batch] if key in self._batches else [batch]
         try:
             self._batches[key] = join(self.routed, parts)
         except Exception as error:  # out of memory: what a part has become is not known
             warnings.warn(f"{sum(len(part.owners) for part in parts)} rows are read again: {error}", stacklevel=2)
-            for part in parts:
-                for row in part.owners:
+            rows = [row for part in parts for row in part.owners]
+            written = self._read_chosen([row for row in rows if row.unread])
+            for row in rows:
+                if row.finish_reason is None:
                     self.add(row)
+            return written
+        return []
 
     def _decode(self, key: int) -> list[Written]:
         """The next token of each row of a batch."""
-        batch = self._batches[key]
-        rows, device = batch.owners, batch.mask.device
+        batch, written = self._batches[key], []
+        rows, cache = batch.owners, batch.cache
+        latest = torch.stack([row.chosen.values[:2] for row in rows])
+
+        def receive(values: list[list[int]]) -> None:
+            written.extend(self._take(rows, values))
+            if all(row.finish_reason for row in rows):
+                raise _AllEnded
+
+        cache.late = (latest, receive) if any(row.unread for row in rows) else None
+        lengths = [len(row.prompt) + len(row.tokens) - (not row.unread) for row in rows]
+        cache.shortest = min(lengths) if batch.padded else None
         try:
             logits, record = self._forward(
                 [row.executed for row in rows],
-                torch.tensor([[row.tokens[-1]] for row in rows], device=device),
-                batch.cache,
+                latest[:, :1],
+                cache,
                 position_ids=batch.positions,
                 attention_mask=batch.extend(),
             )
+            if cache.late is not None:  # no scores were read
+                receive(to_host(latest))
+        except _AllEnded:
+            return written
         except Exception as error:
             del self._batches[key]
+            written += self._read_chosen([row for row in rows if row.unread])
+            left = [row for row in rows if row.finish_reason is None]
             if len(rows) == 1:
-                return [Written(rows[0], error=error)]
+                return written + [Written(row, error=error) for row in left]
             warnings.warn(f"A step of {len(rows)} rows failed and is repeated row by row: {error}", stacklevel=2)
-            for row in rows:  # alone, so that only the row that causes the error fails
+            for row in left:  # alone, so that only the row that causes the error fails
                 self.add(row)
-            return []
-        return self._choose(rows, logits, record)
+            return written
+        written += self._choose(rows, logits, record)
+        going = [row for row in rows if row.unread]
+        if not self._read_late or any(len(row.tokens) + 1 >= row.limit for row in going):
+            written += self._read_chosen(going)
+        return written
 
     def _read(self) -> list[Written]:
         """Read prompts, oldest first, until a chunk is full; rows that are read whole join a batch."""
@@ -289,13 +348,12 @@ class Decoder:
                 written.append(Written(row, executed=row.new_counts(counts, last), record=record))
                 continue
             self._reading.remove(row)
-            (chosen,) = self._choose([row], logits, record)
-            written.append(chosen)
-            if chosen.ends:
+            written += self._choose([row], logits, record) or self._read_chosen([row])
+            if written[-1].ends:
                 continue
             mask = torch.ones(1, last, dtype=torch.bool, device=ids.device)
             cache, row.cache = row.cache, None
-            self._join(self._key(cache, last), Batch(cache, mask, [row]))
+            written += self._join(self._key(cache, last), Batch(cache, mask, [row]))
         return written
 
     def _key(self, cache: Any, tokens: int) -> int:
@@ -321,25 +379,34 @@ class Decoder:
 
     @staticmethod
     def _choose(rows: Sequence[Row], logits: Tensor, record: ForwardRecord) -> list[Written]:
-        """The next token of each row; all are read at once, with the layers that ran."""
+        """Choose the next token of each row that goes on; the result has those for which that fails."""
         executed = record.executed  # counted once for all rows
-        record = replace(record, full_layers=0, partial_layers=[executed])
-        chosen: list[Tensor | Exception] = []
-        for row, each in zip(rows, logits, strict=True):
-            try:
-                chosen.append(row.sampler(row.prompt + row.tokens, each))
-            except Exception as error:
-                chosen.append(error)
-        none = executed.new_zeros(())
-        tokens = torch.stack([none if isinstance(token, Exception) else token for token in chosen])
-        on_host = to_host(torch.cat([tokens[:, None], torch.where(record.sinks, -1, executed)], 1))
-        written = []
-        for index, (row, (token, *counts)) in enumerate(zip(rows, on_host, strict=True)):
-            outcome = chosen[index]
-            if isinstance(outcome, Exception):
-                written.append(Written(row, error=outcome))
+        record, failed = replace(record, full_layers=0, partial_layers=[executed]), []
+        counts = torch.where(record.sinks, -1, executed)
+        for index, row in enumerate(rows):
+            if row.finish_reason is not None:
                 continue
-            ran = row.new_counts(counts, len(row.prompt) + len(row.tokens))
-            row.tokens.append(token)
-            written.append(Written(row, token, logits[index], ran, record.row(index)))
+            try:
+                token = row.sampler(row.prompt + row.tokens, logits[index])
+            except Exception as error:
+                failed.append(Written(row, error=error))
+                continue
+            values = torch.cat([token[None], counts[index]])
+            row.chosen, row.unread = Chosen(values, logits[index], record.row(index)), True
+        return failed
+
+    def _read_chosen(self, rows: Sequence[Row]) -> list[Written]:
+        """Read the newest tokens of rows that read equally many in their last step, all at once."""
+        return self._take(rows, to_host(torch.stack([row.chosen.values for row in rows]))) if rows else []
+
+    @staticmethod
+    def _take(rows: Sequence[Row], values: Sequence[Sequence[int]]) -> list[Written]:
+        """Add the newest tokens to their rows, but those that were read before."""
+        written = []
+        for row, (token, *counts) in zip(rows, values, strict=True):
+            if row.unread:
+                ran = row.new_counts(counts, len(row.prompt) + len(row.tokens))
+                row.tokens.append(token)
+                row.unread, chosen = False, row.chosen
+                written.append(Written(row, token, chosen.logits, ran, chosen.record, row.finish_reason))
         return written

@@ -33,8 +33,8 @@ CHOICES = {"pool": PoolKind, "policy": PolicyName, "prompt_plan": PromptPlan, "b
 def to_host(values: Tensor) -> Any:
     """The values as Python numbers. The caller waits for the device.
 
-    A decode step calls it once for the scores, to know which layers run, and once for the tokens that were chosen; in a
-    padded batch also for the mask. The number of calls does not depend on how many rows decode.
+    A decode step calls it for the scores, to know which layers run, and with them for the tokens that the step before
+    has chosen. The number of calls does not depend on how many rows decode.
     """
     return values.tolist()
 
@@ -288,9 +288,9 @@ class RoutedForward:
         if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
             counts: Sequence[int] = self.request.executed
             if executed is self.context.executed:
-                values = to_host(scores[:, 0])
+                values = self._read(scores[:, 0])
             else:
-                values = to_host(torch.cat([scores[:, 0], executed], 1))  # both at once
+                values = self._read(torch.cat([scores[:, 0], executed], 1))  # both at once
                 counts = [int(row.pop()) for row in values]
             _require_finite(all(map(math.isfinite, chain.from_iterable(values))))
             self._runs_on_host = rows = plan_rows_on_host(values, counts, layers)
@@ -298,6 +298,15 @@ class RoutedForward:
         else:
             _require_finite(to_host(scores.isfinite().all()))
             self._run_plan(Plan.from_scores(scores, executed, layers).runs.expand(*self.shape, -1))
+
+    def _read(self, values: Tensor) -> list[list[float]]:
+        """Values (B, n) on the host, read at once with those that the cache's owner waits for."""
+        if self.cache is None or self.cache.late is None:
+            return to_host(values)
+        (late, receive), self.cache.late = self.cache.late, None
+        both = to_host(torch.cat([values.float(), late], 1))
+        receive([[int(value) for value in row[values.shape[1] :]] for row in both])
+        return [row[: values.shape[1]] for row in both]
 
     def _counts(self, scores: Tensor) -> Tensor:
         """(B, T) long, layers of each token: K, or what its scores (B, T, R) win against those of earlier tokens."""
@@ -325,6 +334,8 @@ class RoutedForward:
 
     def _mid_text(self) -> bool:
         """Whether none of these positions of padded rows is padding or a sink."""
+        if self.cache is not None and self.cache.shortest is not None:
+            return self.cache.shortest >= self.settings.sink_tokens
         return to_host(torch.where(self.valid, self.positions, -1).min()) >= self.settings.sink_tokens
 
     def _run_plan(self, runs: Tensor) -> None:

@@ -77,7 +77,7 @@ class ForwardHooks:
             kwargs.update(zip(inspect.signature(base.forward).parameters, args, strict=False))
         tokens = kwargs.get("input_ids")
         shape = tuple((kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2])
-        mask = _checked_mask(kwargs.get("attention_mask"))
+        mask = _checked_mask(kwargs.get("attention_mask"), getattr(cache, "shortest", None) is not None)
         use_cache = base.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and use_cache:
             cache = kwargs["cache"] = DynamicCache(config=base.config)
@@ -125,10 +125,10 @@ def _laid_out(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (states.clone(memory_format=torch.contiguous_format) if states.shape[1] == 1 else states, *rest)
 
 
-def _checked_mask(mask: Tensor | None) -> Tensor | None:
-    """The mask (B, positions), or None where it hides nothing."""
+def _checked_mask(mask: Tensor | None, padded: bool) -> Tensor | None:
+    """The mask (B, positions), or None where it hides nothing; `padded` says that it does hide something."""
     if mask is None:
         return None
     if mask.dim() != 2:
         raise BudgetError("Routing needs the attention mask in two dimensions (rows × tokens); pass that, or none.")
-    return None if to_host(mask.all()) else mask
+    return mask if padded or not to_host(mask.all()) else None

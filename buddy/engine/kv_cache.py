@@ -8,6 +8,7 @@ and the scores of the last decision.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -265,6 +266,8 @@ class RoutedCache:
             last tokens, which later ones compete with (`mean_over`). Else None.
         excess: (B,) long, layers that the row's tokens ran beyond its budget (`mean_over`); None before there are any.
         decided: position of the prompt's last token, from which decisions are counted; None before there is one.
+        late: (B, n) long on the device, to be read together with the next scores, and what takes them.
+        shortest: where rows are padded and whoever decodes knows it, the tokens of the row with the fewest.
     """
 
     filled_by: tuple[str, str, int, str]
@@ -272,6 +275,13 @@ class RoutedCache:
     scores: Tensor | None = None
     excess: Tensor | None = None
     decided: int | None = None
+    late: tuple[Tensor, Callable[[list[list[int]]], None]] | None = None
+    shortest: int | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Keeps transformers from reading, at a decode step, whether the mask hides anything."""
+        return self.shortest is not None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep, move or repeat rows, as beams do; the transformers methods below do no more than that."""

@@ -50,7 +50,8 @@ class Served:
         for number, text in enumerate(texts):
             prompt = PROMPT - number % 4 * (PROMPT - SHORTEST) // 3
             # A token is chosen, and the text's own is written, so that all decode the same.
-            given = partial(lambda text, tokens, logits: torch.full_like(logits.argmax(), text[len(tokens)]), text)
+            rest = iter(text[prompt:])
+            given = partial(lambda rest, tokens, logits: torch.full_like(logits.argmax(), next(rest)), rest)
             decoder.add(Row(text[:prompt], self.layers, given, STEPS + 1))
         self.step(decoder)
         return decoder

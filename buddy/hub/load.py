@@ -208,12 +208,13 @@ class Model:
         try:
             while len(decoder):
                 with within_memory(sizes, "shorten the prompt or max_new_tokens"):
-                    (written,) = decoder.step()
-                    if written.error:
-                        raise written.error
-                record.forwards.append(written.record)
-                if piece := pieces.add(written.token):
-                    yield piece
+                    steps = decoder.step()
+                    for error in filter(None, (written.error for written in steps)):
+                        raise error
+                for written in steps:
+                    record.forwards.append(written.record)
+                    if piece := pieces.add(written.token):
+                        yield piece
             if piece := pieces.rest():
                 yield piece
         finally:

@@ -336,7 +336,7 @@ class Scheduler:
         self._count(text, written)
         if token is None:
             return
-        reason = row.finish_reason
+        reason = written.finish_reason
         new = "" if token in self._ends else pieces.add(token)
         piece, stopped = text.cut(new + (pieces.rest() if reason else ""), final=bool(reason))
         logprob = self._logprob(text, written.logits, token, len(new))

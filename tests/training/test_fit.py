@@ -210,3 +210,4 @@ def test_a_kill_leaves_the_published_run_and_a_checkpoint(small, uninterrupted, 
 def test_fit_refuses_other_settings_than_the_fixed_ones(small, tmp_path):
     with pytest.raises(RecipeError, match="fixed"):
         fit(small(tmp_path / "runs", "fixed=s0123456789abcde", "router=uniform", "rivals=[]"), "small")
+    assert not (tmp_path / "runs").exists()
