@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from buddy.engine.batches import Batch, join, keep
-from buddy.engine.forward import to_host
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import ForwardRecord
+from buddy.engine.transfer import HostCopy, to_device, to_host
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 CONTEXT = 8  # tokens of the prompt that a text continues, for the space between
@@ -52,12 +52,12 @@ class Sampler:
         """The next token, () long on the model's device, from logits (V,) float32.
 
         Args:
-            tokens: all before it: those of the last call, and then others. The token chosen last may be missing.
+            tokens: all before it: those of the last call, its own choice, and then others.
         """
         scores = logits[None]
         if self._processors:
             if new := tokens[self._ids.shape[1] :]:
-                self._ids = torch.cat([self._ids, torch.tensor([new], device=self._ids.device)], 1)
+                self._ids = torch.cat([self._ids, to_device([new], self._ids.device)], 1)
             scores = self._processors(self._ids, scores.clone())
         if self._draws:
             token = torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator)[0]
@@ -108,15 +108,19 @@ class TextPieces:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token that was chosen after the last of T tokens of one row.
+    """A token that was chosen for one row, after a forward of T tokens.
 
     Attributes:
-        values: (1 + T,) long, the token, and the layers that each of the T ran, −1 for a sink.
-        logits: (V,) float32, from which it was chosen.
+        token: (1,) long, on the device.
+        copy: for each row of the forward the token, and the layers that each of its T tokens ran, −1 for a sink.
+        index: of the row in it.
+        logits: (V,) float32, from which the token was chosen.
         record: the forward's, of this row alone.
     """
 
-    values: Tensor
+    token: Tensor
+    copy: HostCopy
+    index: int
     logits: Tensor
     record: ForwardRecord
 
@@ -135,7 +139,7 @@ class Row:
         tokens: what was written so far.
         counted: its first tokens whose layers a `Written` has given; they may be read again after a failure.
         cache: the KV cache of its first `done` tokens while they are read; None once the row is in a batch.
-        chosen: its newest token, as the device has it.
+        chosen: its newest token.
         unread: whether the host has not read that token yet, so that it is not among `tokens`.
     """
 
@@ -204,10 +208,6 @@ class Written:
         return self.error is not None or self.finish_reason is not None
 
 
-class _AllEnded(Exception):
-    """No row of a batch goes on, so that its forward is of no use."""
-
-
 class Decoder:
     """Rows of one model, each at its own K. Not to be used by two threads at once.
 
@@ -219,15 +219,14 @@ class Decoder:
         routed: the model.
         chunk: tokens of prompts that are read in one step. A prompt whose tokens do not all decide for themselves is
             read whole.
-        read_late: read the tokens of a step together with the scores of the next step, so that the host waits for the
-            device once a step. A token is then given one step later. A row that ends with one of its `ends` takes part
-            in one more forward, which stops after the context layer if all rows have ended. None: on every device but
-            the CPU, where there is nothing to wait for.
+        read_late: read the tokens of a step after the next forward has begun, so that the device need not wait for the
+            host between steps. A token is then given one step later, and a row that ends before its limit takes part in
+            one more forward, also in a plan that the batch shares. None: on CUDA devices.
     """
 
     def __init__(self, routed: RoutedLM, chunk: int = CHUNK, read_late: bool | None = None) -> None:
         self.routed = routed
-        self._read_late = routed.backbone.device.type != "cpu" if read_late is None else read_late
+        self._read_late = routed.backbone.device.type == "cuda" if read_late is None else read_late
         settings = routed.settings
         self._every = settings.reroute_every
         self._chunk = chunk if settings.prompt_plan != "shared" and self._every == 1 else None
@@ -257,7 +256,11 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> list[Written]:
-        """One token for each row that decodes, and one chunk of prompts read; rows that end are removed."""
+        """One token for each row that decodes, and one chunk of prompts read; rows that end are removed.
+
+        Returns:
+            In order; a row may have several, such as a token and then an error.
+        """
         self._steps += 1
         written = [each for key in list(self._batches) for each in self._decode(key)]
         self.remove(each.row for each in written if each.ends)
@@ -273,7 +276,7 @@ class Decoder:
         except Exception as error:  # out of memory: what a part has become is not known
             warnings.warn(f"{sum(len(part.owners) for part in parts)} rows are read again: {error}", stacklevel=2)
             rows = [row for part in parts for row in part.owners]
-            written = self._read_chosen([row for row in rows if row.unread])
+            written = self._take(rows)
             for row in rows:
                 if row.finish_reason is None:
                     self.add(row)
@@ -282,33 +285,21 @@ class Decoder:
 
     def _decode(self, key: int) -> list[Written]:
         """The next token of each row of a batch."""
-        batch, written = self._batches[key], []
+        batch = self._batches[key]
         rows, cache = batch.owners, batch.cache
-        latest = torch.stack([row.chosen.values[:2] for row in rows])
-
-        def receive(values: list[list[int]]) -> None:
-            written.extend(self._take(rows, values))
-            if all(row.finish_reason for row in rows):
-                raise _AllEnded
-
-        cache.late = (latest, receive) if any(row.unread for row in rows) else None
         lengths = [len(row.prompt) + len(row.tokens) - (not row.unread) for row in rows]
         cache.shortest = min(lengths) if batch.padded else None
         try:
             logits, record = self._forward(
                 [row.executed for row in rows],
-                latest[:, :1],
+                torch.stack([row.chosen.token for row in rows]),
                 cache,
                 position_ids=batch.positions,
                 attention_mask=batch.extend(),
             )
-            if cache.late is not None:  # no scores were read
-                receive(to_host(latest))
-        except _AllEnded:
-            return written
         except Exception as error:
             del self._batches[key]
-            written += self._read_chosen([row for row in rows if row.unread])
+            written = self._take(rows)
             left = [row for row in rows if row.finish_reason is None]
             if len(rows) == 1:
                 return written + [Written(row, error=error) for row in left]
@@ -316,11 +307,10 @@ class Decoder:
             for row in left:  # alone, so that only the row that causes the error fails
                 self.add(row)
             return written
-        written += self._choose(rows, logits, record)
-        going = [row for row in rows if row.unread]
-        if not self._read_late or any(len(row.tokens) + 1 >= row.limit for row in going):
-            written += self._read_chosen(going)
-        return written
+        written = self._take(rows)
+        written += self._choose([None if row.finish_reason else row for row in rows], logits, record)
+        late = self._read_late
+        return written + self._take([row for row in rows if not late or len(row.tokens) + 1 >= row.limit])
 
     def _read(self) -> list[Written]:
         """Read prompts, oldest first, until a chunk is full; rows that are read whole join a batch."""
@@ -334,7 +324,7 @@ class Decoder:
             if self._chunk is not None:
                 last = min(last, first + room)
             room -= last - first
-            ids = torch.tensor([tokens[first:last]], device=self.routed.backbone.device)
+            ids = to_device([tokens[first:last]], self.routed.backbone.device)
             try:
                 executed = row.prompt_executed if first < len(row.prompt) else None
                 logits, record = self._forward([executed or row.executed], ids, row.cache)
@@ -348,7 +338,7 @@ class Decoder:
                 written.append(Written(row, executed=row.new_counts(counts, last), record=record))
                 continue
             self._reading.remove(row)
-            written += self._choose([row], logits, record) or self._read_chosen([row])
+            written += self._choose([row], logits, record) or self._take([row])
             if written[-1].ends:
                 continue
             mask = torch.ones(1, last, dtype=torch.bool, device=ids.device)
@@ -378,35 +368,35 @@ class Decoder:
         return logits[:, -1].float(), record.forwards[-1]
 
     @staticmethod
-    def _choose(rows: Sequence[Row], logits: Tensor, record: ForwardRecord) -> list[Written]:
-        """Choose the next token of each row that goes on; the result has those for which that fails."""
+    def _choose(rows: Sequence[Row | None], logits: Tensor, record: ForwardRecord) -> list[Written]:
+        """Choose the next token of each row of a forward, but of None; it is unread then. Returns the failures."""
         executed = record.executed  # counted once for all rows
         record, failed = replace(record, full_layers=0, partial_layers=[executed]), []
-        counts = torch.where(record.sinks, -1, executed)
+        tokens = [executed.new_zeros(())] * len(rows)
+        chosen = []
         for index, row in enumerate(rows):
-            if row.finish_reason is not None:
+            if row is None:
                 continue
             try:
-                token = row.sampler(row.prompt + row.tokens, logits[index])
+                tokens[index] = row.sampler(row.prompt + row.tokens, logits[index])
+                chosen.append((index, row))
             except Exception as error:
                 failed.append(Written(row, error=error))
-                continue
-            values = torch.cat([token[None], counts[index]])
-            row.chosen, row.unread = Chosen(values, logits[index], record.row(index)), True
+        newest = torch.stack(tokens)[:, None]
+        copy = HostCopy(torch.cat([newest, torch.where(record.sinks, -1, executed)], 1))
+        for index, row in chosen:
+            row.chosen, row.unread = Chosen(newest[index], copy, index, logits[index], record.row(index)), True
         return failed
 
-    def _read_chosen(self, rows: Sequence[Row]) -> list[Written]:
-        """Read the newest tokens of rows that read equally many in their last step, all at once."""
-        return self._take(rows, to_host(torch.stack([row.chosen.values for row in rows]))) if rows else []
-
     @staticmethod
-    def _take(rows: Sequence[Row], values: Sequence[Sequence[int]]) -> list[Written]:
-        """Add the newest tokens to their rows, but those that were read before."""
+    def _take(rows: Sequence[Row]) -> list[Written]:
+        """Read the newest tokens of rows, where they are unread."""
         written = []
-        for row, (token, *counts) in zip(rows, values, strict=True):
+        for row in rows:
             if row.unread:
+                chosen, row.unread = row.chosen, False
+                token, *counts = chosen.copy.values[chosen.index]
                 ran = row.new_counts(counts, len(row.prompt) + len(row.tokens))
                 row.tokens.append(token)
-                row.unread, chosen = False, row.chosen
                 written.append(Written(row, token, chosen.logits, ran, chosen.record, row.finish_reason))
         return written

@@ -17,6 +17,7 @@ from buddy.engine.kv_cache import ContextPool, RoutedCache, context_features
 from buddy.engine.kv_policies import POLICIES
 from buddy.engine.record import ForwardRecord
 from buddy.engine.sinks import SinkStates
+from buddy.engine.transfer import to_device, to_host
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import Plan, check_counts, counts_over, hold_scores, plan_rows_on_host
 from buddy.router import AnyRouter, Context
@@ -28,15 +29,6 @@ PromptPlan = Literal["token", "shared"]
 BatchPlan = Literal["row", "shared"]
 PolicyName = Literal["fill", "hole", "zero"]
 CHOICES = {"pool": PoolKind, "policy": PolicyName, "prompt_plan": PromptPlan, "batch_plan": BatchPlan}  # of `Settings`
-
-
-def to_host(values: Tensor) -> Any:
-    """The values as Python numbers. The caller waits for the device.
-
-    A decode step calls it for the scores, to know which layers run, and with them for the tokens that the step before
-    has chosen. The number of calls does not depend on how many rows decode.
-    """
-    return values.tolist()
 
 
 @dataclass(frozen=True)
@@ -261,7 +253,7 @@ class RoutedForward:
         if executed is None or len(executed) == 1:
             count = self.settings.layers if executed is None else executed[0]
             return torch.full((1, 1), count, device=device).expand(self.shape)
-        return torch.tensor(executed, device=device)[:, None].expand(self.shape)
+        return to_device(executed, device)[:, None].expand(self.shape)
 
     def _shared_prompt(self) -> int:
         """The number of tokens at the start that share one plan."""
@@ -288,9 +280,9 @@ class RoutedForward:
         if self.shape[1] == 1 and (self.past >= self.settings.sink_tokens if self.valid is None else self._mid_text()):
             counts: Sequence[int] = self.request.executed
             if executed is self.context.executed:
-                values = self._read(scores[:, 0])
+                values = to_host(scores[:, 0])
             else:
-                values = self._read(torch.cat([scores[:, 0], executed], 1))  # both at once
+                values = to_host(torch.cat([scores[:, 0], executed], 1))  # both at once
                 counts = [int(row.pop()) for row in values]
             _require_finite(all(map(math.isfinite, chain.from_iterable(values))))
             self._runs_on_host = rows = plan_rows_on_host(values, counts, layers)
@@ -298,15 +290,6 @@ class RoutedForward:
         else:
             _require_finite(to_host(scores.isfinite().all()))
             self._run_plan(Plan.from_scores(scores, executed, layers).runs.expand(*self.shape, -1))
-
-    def _read(self, values: Tensor) -> list[list[float]]:
-        """Values (B, n) on the host, read at once with those that the cache's owner waits for."""
-        if self.cache is None or self.cache.late is None:
-            return to_host(values)
-        (late, receive), self.cache.late = self.cache.late, None
-        both = to_host(torch.cat([values.float(), late], 1))
-        receive([[int(value) for value in row[values.shape[1] :]] for row in both])
-        return [row[: values.shape[1]] for row in both]
 
     def _counts(self, scores: Tensor) -> Tensor:
         """(B, T) long, layers of each token: K, or what its scores (B, T, R) win against those of earlier tokens."""

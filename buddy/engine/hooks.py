@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from buddy.engine.forward import Request, RoutedForward, to_host
+from buddy.engine.forward import Request, RoutedForward
 from buddy.engine.kv_cache import RoutedCache, adopt
 from buddy.engine.layers import CurrentForward, attach, detach
 from buddy.engine.layerwise import LayerwiseForward
 from buddy.engine.record import Record
 from buddy.engine.sinks import SinkMemory
+from buddy.engine.transfer import to_host
 from buddy.errors import BuddyError, BudgetError
 from buddy.router import LayerwiseRouter, scores_of
 

@@ -8,7 +8,6 @@ and the scores of the last decision.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -266,7 +265,6 @@ class RoutedCache:
             last tokens, which later ones compete with (`mean_over`). Else None.
         excess: (B,) long, layers that the row's tokens ran beyond its budget (`mean_over`); None before there are any.
         decided: position of the prompt's last token, from which decisions are counted; None before there is one.
-        late: (B, n) long on the device, to be read together with the next scores, and what takes them.
         shortest: where rows are padded and whoever decodes knows it, the tokens of the row with the fewest.
     """
 
@@ -275,7 +273,6 @@ class RoutedCache:
     scores: Tensor | None = None
     excess: Tensor | None = None
     decided: int | None = None
-    late: tuple[Tensor, Callable[[list[list[int]]], None]] | None = None
     shortest: int | None = None
 
     @property

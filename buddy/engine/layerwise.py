@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy.engine.forward import RoutedForward, Settings, active, to_host
+from buddy.engine.forward import RoutedForward, Settings, active
+from buddy.engine.transfer import to_host
 from buddy.plan import clamp_gate, deciding_tokens, gate_order
 from buddy.router import LayerwiseRouter, in_float32
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from buddy.engine.transfer import to_device
 from buddy.router import Context
 
 
@@ -47,7 +48,7 @@ class ForwardRecord:
             return self.plan
         if self.plan is None:
             return torch.ones(*self.shape, self.layers, dtype=torch.bool, device=self.device)
-        return torch.tensor(self.plan, device=self.device).t()[:, None]
+        return to_device(self.plan, self.device).t()[:, None]
 
     @property
     def sinks(self) -> Tensor:

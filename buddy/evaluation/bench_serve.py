@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from buddy.engine.model import RoutedLM, geometry_of
 from buddy.engine.shared_weights import pruned_model
 from buddy.evaluation.bench import load_for_timing, sample_text
 from buddy.io import within_memory
-from buddy.metrics.timing import PROMPT, STEPS, commonest_layers
+from buddy.metrics.timing import PROMPT, STEPS, commonest_layers, milliseconds
 from buddy.provenance import machine, versions
 from buddy.registry import build
 
@@ -50,8 +49,7 @@ class Served:
         for number, text in enumerate(texts):
             prompt = PROMPT - number % 4 * (PROMPT - SHORTEST) // 3
             # A token is chosen, and the text's own is written, so that all decode the same.
-            rest = iter(text[prompt:])
-            given = partial(lambda rest, tokens, logits: torch.full_like(logits.argmax(), next(rest)), rest)
+            given = partial(lambda text, tokens, logits: torch.full_like(logits.argmax(), text[len(tokens)]), text)
             decoder.add(Row(text[:prompt], self.layers, given, STEPS + 1))
         self.step(decoder)
         return decoder
@@ -59,9 +57,7 @@ class Served:
     def step(self, decoder: Decoder) -> float:
         """Milliseconds of one step."""
         with self.routed.changed(batch_plan=self.batch_plan):
-            start = time.perf_counter()
-            decoder.step()
-            return 1e3 * (time.perf_counter() - start)
+            return milliseconds(decoder.step, self.routed.backbone.device)
 
 
 def bench_serving(

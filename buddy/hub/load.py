@@ -205,13 +205,15 @@ class Model:
         decoder = Decoder(routed, chunk=len(tokens))
         decoder.add(row)
         sizes = f"{len(tokens)} + {max_new_tokens} tokens through {executed} of {depth} layers"
+        advice = "shorten the prompt or max_new_tokens"
         try:
             while len(decoder):
-                with within_memory(sizes, "shorten the prompt or max_new_tokens"):
+                with within_memory(sizes, advice):
                     steps = decoder.step()
-                    for error in filter(None, (written.error for written in steps)):
-                        raise error
                 for written in steps:
+                    if written.error:
+                        with within_memory(sizes, advice):
+                            raise written.error
                     record.forwards.append(written.record)
                     if piece := pieces.add(written.token):
                         yield piece

@@ -70,7 +70,7 @@ class BenchmarkCase:
 
     def step(self, ids: Tensor, cache: Any) -> float:
         """Milliseconds of one step on (B, 1)."""
-        return _milliseconds(partial(self.model, ids, cache=cache, use_cache=True), ids.device)
+        return milliseconds(partial(self.model, ids, cache=cache, use_cache=True), ids.device)
 
     def _cache(self) -> DynamicCache | None:
         """For a stock model an empty cache that grows like the engine's; the engine makes its own."""
@@ -137,7 +137,7 @@ def time_interleaved(
             mine = timings[each.name, each.layers]
             with each.context():
                 for length in prompts:
-                    spent = _milliseconds(partial(each.prefill, ids[:1, :length]), ids.device)
+                    spent = milliseconds(partial(each.prefill, ids[:1, :length]), ids.device)
                     mine.prefill.setdefault(length, []).extend([spent] if number else [])
         steps = {batch: decode_interleaved(decoding, ids[:batch, : PROMPT + STEPS], PROMPT, draw) for batch in batches}
         after = [] if late is None else decode_interleaved(decoding, late, late.shape[1] - STEPS, draw)
@@ -184,7 +184,7 @@ def decode_interleaved(
     return [StepMeans(total / steps, layers / steps) for total, layers in zip(spent, ran, strict=True)]
 
 
-def _milliseconds(work: Callable[[], Any], device: torch.device) -> float:
+def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
     """Of one call, with all that it started on the device."""
     _wait(device)
     start = time.perf_counter()

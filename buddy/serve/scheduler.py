@@ -256,6 +256,8 @@ class Scheduler:
             self._begin(text)
         expected, start = self._keep_latencies(), time.perf_counter()
         for written in self._decoder.step():
+            if written.row not in self._running:  # it ended earlier in this step, by a stop string for example
+                continue
             try:
                 self._hand_out(written, *self._running[written.row])
             except Exception as error:

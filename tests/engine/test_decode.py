@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from buddy import Context
+from buddy.engine import decode, forward, hooks
 from buddy.engine.batches import join
 from buddy.engine.decode import Decoder, Row, Sampler, TextPieces
 from buddy.engine.model import RoutedLM
+from buddy.engine.transfer import to_host
 from tests.engine.reference import Fickle, FickleGates, routed_tiny
 
 LAYERS = 6
@@ -262,23 +264,31 @@ def test_rows_that_cannot_join_are_read_again(late, monkeypatch):
 @pytest.mark.parametrize("executed", [4, LAYERS])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("late", [False, True])
-def test_a_step_reads_the_device_once(late, lengths, executed, temperature, monkeypatch):
-    """Or twice where new tokens are not read late: its scores, and its tokens."""
-    model, seen = routed_tiny(policy="fill"), []
+def test_a_step_waits_for_scores_alone(late, lengths, executed, temperature, monkeypatch):
+    """The tokens of a step are copied to the host, and read when the next forward has begun."""
+    model, seen, waited = routed_tiny(policy="fill"), [], []
     decoder = Decoder(model, read_late=late)
+    rows = []
     for seed, length in enumerate(lengths):
         prompt = [5, 6, 7, 8, 9, seed][-length:]
-        decoder.add(Row(prompt, executed, Sampler(model.backbone.model, 4, temperature, seed), 99))
+        rows.append(Row(prompt, executed, Sampler(model.backbone.model, 4, temperature, seed), 99))
+        decoder.add(rows[-1])
     for _ in range(3):
         decoder.step()
+    for module in (decode, forward, hooks):
+        monkeypatch.setattr(module, "to_host", lambda values: waited.append("scores") or to_host(values))
     for name in ("tolist", "cpu", "numpy"):
         own = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda values, own=own: seen.append(own) or own(values))
+        monkeypatch.setattr(torch.Tensor, name, lambda values, own=own: seen.append("read") or own(values))
+    model.backbone.model.get_output_embeddings().register_forward_hook(lambda *_: seen.append("head"))
     with Waits() as waits:
         written = decoder.step()
     assert [len(each.executed) for each in written] == [1] * len(lengths)
-    assert len(seen) == (1 if late or executed == LAYERS else 2)
+    routes = executed < LAYERS
+    assert seen == ["read"] * routes + ["head", "read"]
+    assert waited == ["scores"] * routes
     assert waits.number == 0
+    assert [row.unread for row in rows] == [late] * len(rows)
 
 
 class Waits(TorchDispatchMode):

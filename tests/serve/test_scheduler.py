@@ -5,6 +5,7 @@ import random
 import time
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +100,37 @@ def test_metrics_count_the_layers_of_each_token_of_a_mean():
     tokens = {int(each.labels["budget"]): each.value for each in families["buddy_tokens"] if "total" in each.name}
     assert len(wanted) > 1
     assert tokens == wanted
+
+
+def answers(scheduler, *asked):
+    """The pieces of each text, up to the one that ends it."""
+    queues = [queue.SimpleQueue() for _ in asked]
+    scheduler.submit(
+        [GenerationRequest(*given, each.put, **more) for (*given, more), each in zip(asked, queues, strict=True)]
+    )
+    found = [[each.get(timeout=60)] for each in queues]
+    for pieces, each in zip(found, queues, strict=True):
+        while not (pieces[-1].finish_reason or pieces[-1].error):
+            pieces.append(each.get(timeout=60))
+    return found
+
+
+def test_a_stop_string_before_the_limit_ends_no_other_text(monkeypatch):
+    """Where tokens are read late, the step that gives the token before the limit also gives the last one."""
+    first, second = prompts(2)
+    drawn = {"temperature": 1.0, "seed": 3}
+    with scheduling(tiny(), batch_plan="row") as scheduler:
+        (pieces,) = answers(scheduler, (first, "3layers", 12, drawn))
+    texts = [piece.text for piece in pieces]
+    number = next(n for n in range(1, 11) if texts[n].strip() and texts[n] not in "".join(texts[:n]))
+    monkeypatch.setattr(scheduler_module, "Decoder", partial(Decoder, read_late=True))
+    with scheduling(tiny(), batch_plan="row") as scheduler:
+        stopped, other = answers(
+            scheduler, (first, "3layers", number + 2, drawn | {"stops": [texts[number]]}), (second, "3layers", 12, {})
+        )
+    assert stopped[-1].finish_reason == "stop"
+    assert "".join(piece.text for piece in stopped) == "".join(texts[:number])
+    assert other[-1].finish_reason == "length"
 
 
 def test_a_text_that_cannot_begin_ends_no_other(monkeypatch):

@@ -1,0 +1,44 @@
+"""Values between the host and the device. In decoding each wait for the device costs time, so all of them are here."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_host(values: Tensor) -> Any:
+    """The values as Python numbers. The caller waits for the device.
+
+    A decode step calls it once, for the scores, since the host must know which layers run. The number of calls does not
+    depend on how many rows decode.
+    """
+    return values.tolist()
+
+
+def to_device(values: Any, device: torch.device) -> Tensor:
+    """A tensor of Python numbers. The caller does not wait for the device."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class HostCopy:
+    """A copy of values on the host, begun now and read later, when the device has gone on computing.
+
+    On a device other than CUDA it is complete at once.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._copy = values.to("cpu", non_blocking=values.is_cuda)
+        self._complete = torch.cuda.Event() if values.is_cuda else None
+        if self._complete is not None:
+            self._complete.record()
+
+    @cached_property
+    def values(self) -> Any:
+        """The values as Python numbers."""
+        if self._complete is not None:
+            self._complete.synchronize()
+        return self._copy.tolist()
