@@ -133,10 +133,10 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
             complete = distributed.broadcast(first and spec.run_folder.is_complete and not differing)
             if len(specs) > 1 or complete:
                 note = ", complete: reused" if complete else ""
-                errors.print(f"Router {number} of {len(specs)}: {spec.label}{note}", soft_wrap=True)
+                errors.print(f"Router {number} of {len(specs)}: {spec.label}{note}")
             if differing:
                 why = "; ".join(differing)
-                errors.print(f"The new run replaces {spec.folder} when it is complete ({why}).", soft_wrap=True)
+                errors.print(f"The new run replaces {spec.folder} when it is complete ({why}).")
             if complete and first:
                 warn_of_changed_code(spec.folder, session.digests(spec.recipe))
             elif not complete:
@@ -168,7 +168,7 @@ def compare(config: CompareConfig) -> int:
     config = check(config)
     base = common_recipe(config.recipe)
     if config.recipe.predictor.name is not None:
-        errors.print("A comparison fits no budget predictor: all routers have the recipe's budgets.", soft_wrap=True)
+        errors.print("A comparison fits no budget predictor: all routers have the recipe's budgets.")
     rivals = config.routers or list(dict.fromkeys([Rival(config.recipe.router.name), *config.recipe.rivals]))
     recipes = {each.label: with_router(base, each) for each in rivals}
     texts = texts_of(config.texts, config.recipe)
@@ -209,9 +209,9 @@ def compare(config: CompareConfig) -> int:
             )
             write_results(record, config.folder, config.markdown)
     for spec, why in failures:
-        errors.print(f"Failed: {spec.title}: {why}", soft_wrap=True)
+        errors.print(f"Failed: {spec.title}: {why}")
     if problem:
-        errors.print(f"Failed: times were not measured: {problem}", soft_wrap=True)
+        errors.print(f"Failed: times were not measured: {problem}")
     return len(failures) + bool(problem)
 
 
@@ -341,7 +341,7 @@ def _complete_ones(specs: Sequence[RunSpec], folder: Path) -> list[RunSpec]:
         raise RunError(f"No run in {folder} is complete yet; leave --finished out to fit them.")
     labels = {spec.label for spec in found}
     if missing := dict.fromkeys(spec.label for spec in specs if spec.label not in labels):
-        errors.print(f"Not complete, and left out: {', '.join(missing)}.", soft_wrap=True)
+        errors.print(f"Not complete, and left out: {', '.join(missing)}.")
     return found
 
 
@@ -358,7 +358,7 @@ def _reusing(specs: Sequence[RunSpec], folder: Path, session: Session) -> list[R
         raise RunError(f"{folder} holds a complete run of none of these routers and seeds; leave --trained out.")
     alone = [spec.title for spec in specs if spec.reuse_from is None and not spec.run_folder.is_complete]
     if alone:
-        errors.print(f"Fitted here, because {folder} has no complete run: {'; '.join(alone)}.", soft_wrap=True)
+        errors.print(f"Fitted here, because {folder} has no complete run: {'; '.join(alone)}.")
     return specs
 
 
@@ -411,7 +411,7 @@ def _work(
     if config.backend == "loky" and config.jobs == 1:
         worker, spent = Worker(session, windows, config.tasks), list[float]()
         for number, spec in enumerate(specs, start=1):
-            errors.print(f"Run {number} of {len(specs)}: {spec.title}{_left(spent, len(specs))}", soft_wrap=True)
+            errors.print(f"Run {number} of {len(specs)}: {spec.title}{_left(spent, len(specs))}")
             start = time.monotonic()
             on_done(spec, worker.run(spec))
             spent.append(time.monotonic() - start)
@@ -427,7 +427,7 @@ def _work(
             on_done(spec, outcome)
             bar.update(next(done), f"{'failed: ' if outcome else ''}{spec.title}")
 
-        errors.print(f"Each run writes what it does to {config.folder}/<router>/seed-N.log.", soft_wrap=True)
+        errors.print(f"Each run writes what it does to {config.folder}/<router>/seed-N.log.")
         executor.run(partial(run_in_worker, tuple(windows), config.tasks), specs, show)
     return failures
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from buddy.errors import RecipeError, nearest
-from buddy.schema import Recipe, Rival, RouterSection, TrainerKeywords, leaves, problems, section_of, unknown_key
+from buddy.schema import KEYWORDS, Recipe, Rival, RouterSection, leaves, problems, section_of, unknown_key
 from buddy.values import converted, shown, spelled
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -177,8 +177,8 @@ def _build(kind: type, values: Mapping[Any, Any], prefix: str, mistakes: list[st
             inner = ", ".join(item.name for item in fields(section))
             mistakes.append(f"{name} is a section with the keys {inner}, not {shown(value)}.")
     if isinstance(trainer := given.get("trainer"), Mapping):
-        keywords = {item.name: item.type for item in fields(TrainerKeywords)}
-        given["trainer"] = {key: converted(value, keywords.get(key)) for key, value in trainer.items()}
+        known = {key: KEYWORDS[key].type if key in KEYWORDS else None for key in trainer}
+        given["trainer"] = {key: converted(value, known[key]) for key, value in trainer.items()}
     elif "trainer" in given:
         mistakes.append(f"trainer must be a mapping of keywords, not {shown(given.pop('trainer'))}.")
     return kind(**given)

@@ -31,9 +31,9 @@ PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no termina
 NONE = "–"  # a cell without a value
 WIDTH, GAP, LONGEST = 118, 2, 30  # columns of a table where there is no terminal, between two, and of row labels
 
-# No markup: paths may contain brackets.
-errors = Console(stderr=True, markup=False, emoji=False)
-results = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False)
+# No markup: paths may contain brackets. Messages are not wrapped, so that paths can be copied.
+errors = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
+results = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False, soft_wrap=True)
 
 
 class Bar:
@@ -87,7 +87,7 @@ class Bar:
         if not task.finished and task.time_remaining is not None:
             parts.append(f"{clock(task.time_remaining)} left")
         note = task.fields["note"]
-        errors.print(", ".join([*parts, note] if note else parts), soft_wrap=True)
+        errors.print(", ".join([*parts, note] if note else parts))
 
 
 def track(items: Sequence[Any], description: str) -> Iterator[Any]:
@@ -128,7 +128,7 @@ def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[
         note: below the table.
     """
     width = results.width if results.is_terminal else WIDTH
-    results.print(f"\n{title}", soft_wrap=True)
+    results.print(f"\n{title}")
     for part in _fitting(head, rows, width):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column(head[0], max_width=LONGEST, overflow="fold")
@@ -136,9 +136,9 @@ def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[
             table.add_column(head[place], justify="right", no_wrap=len(part) > 1)
         for row in rows:
             table.add_row(row[0], *(row[place] for place in part))
-        results.print(table)
+        results.print(table, soft_wrap=False)
     if note:
-        results.print(note, width=width)
+        results.print(note, width=width, soft_wrap=False)
 
 
 def report_json(path: Path | None, value: Any) -> None:
@@ -148,7 +148,7 @@ def report_json(path: Path | None, value: Any) -> None:
     """
     if path:
         write_json(path, value)
-        results.print(f"JSON: {path}", soft_wrap=True)
+        results.print(f"JSON: {path}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from buddy.console import quiet
-from buddy.errors import TrainingError
+from buddy.errors import TrainingError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -122,9 +122,8 @@ def launch(trainer: Mapping[str, Any]) -> None:
         try:
             fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy="ddp")
         except Exception as error:  # Fabric checks its arguments, with many types of error
-            reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
             raise TrainingError(
-                f"accelerator={accelerator} and devices={devices} do not work here ({reason}); change them."
+                f"accelerator={accelerator} and devices={devices} do not work here ({reason(error)}); change them."
             ) from error
         fabric.launch()
     _group = distributed.new_group(backend="gloo", timeout=TIMEOUT)

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from buddy import distributed
-from buddy.errors import BuddyError, RunError, described
+from buddy.errors import BuddyError, RunError, described, reason
 
 if TYPE_CHECKING:
     from buddy.run import RunSpec
@@ -239,8 +239,7 @@ def _outcome(ref: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         return error.cause
     except ray.exceptions.RayError as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        return RunError(f"Its worker died {ATTEMPTS} times ({reason}); free some memory.")
+        return RunError(f"Its worker died {ATTEMPTS} times ({reason(error)}); free some memory.")
 
 
 @contextmanager

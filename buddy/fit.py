@@ -415,7 +415,7 @@ def _run_trainer(
         named = recipe.ckpt_path and Path(recipe.ckpt_path).resolve() == checkpoint.resolve()
         if start == checkpoint and not named and has_ended(content):
             trained = replace(recipe, trainer={**recipe.trainer, "max_steps": content["global_step"]})  # no more
-        errors.print(f"Resuming from {start}", soft_wrap=True)
+        errors.print(f"Resuming from {start}")
     stop, own = LastCheckpoint(checkpoint, recipe.checkpoint_every), [instantiate(each) for each in recipe.callbacks]
     # What a callback monitors is logged by one of the two trainings, or by both, as val/kl is.
     other = {"train/", "heal/"} - {f"{module.prefix}/"}
@@ -437,7 +437,7 @@ def _run_trainer(
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except TrainingError as error:
             if stop.requested:  # a comparison must not go on with its next run
-                errors.print(str(error), soft_wrap=True)
+                errors.print(str(error))
                 raise KeyboardInterrupt from error
             raise
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:

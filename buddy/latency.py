@@ -51,27 +51,27 @@ class LatencyTable:
     def __call__(self, routed: RoutedLM, texts: int = 1) -> dict[int, float]:
         """K → milliseconds, for every K of a budget, where so many texts are decoded in one batch."""
         if texts not in self._tables:
-            points = self._stored(routed, texts)
-            if points is None:
-                with self._lock():  # another process may measure it meanwhile
-                    points = self._stored(routed, texts) or self._measured(routed, ROUNDS, texts)
-            self._tables[texts] = interpolated(points)
+            kept = self._kept(routed, texts)
+            if kept.missing([TABLE]):
+                with self._lock():
+                    if kept.missing([TABLE]):  # another process may have measured it meanwhile
+                        self._measure(routed, kept, ROUNDS, texts)
+            self._tables[texts] = interpolated({int(count): spent for count, spent in kept[TABLE].tolist()})
         return self._tables[texts]
 
     def remeasure(self, routed: RoutedLM, rounds: int = ROUNDS) -> dict[int, float]:
         """Measure again and replace the stored table; returns the measured points, K → milliseconds."""
         with self._lock():
-            points = self._measured(routed, rounds)
+            points = self._measure(routed, self._kept(routed, 1), rounds, 1)
         self._tables[1] = interpolated(points)
         return points
 
-    def _stored(self, routed: RoutedLM, texts: int) -> dict[int, float] | None:
-        kept = Measurements(self._folder, timing_setting(routed, texts))
-        return None if kept.missing([TABLE]) else {int(count): spent for count, spent in kept[TABLE].tolist()}
+    def _kept(self, routed: RoutedLM, texts: int) -> Measurements:
+        return Measurements(self._folder, timing_setting(routed, texts))
 
-    def _measured(self, routed: RoutedLM, rounds: int, texts: int = 1) -> dict[int, float]:
+    def _measure(self, routed: RoutedLM, kept: Measurements, rounds: int, texts: int) -> dict[int, float]:
         """Milliseconds at `points_of`, measured and stored."""
-        counts, kept = points_of(routed), Measurements(self._folder, timing_setting(routed, texts))
+        counts = points_of(routed)
         span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         what = "tokens" if texts == 1 else f"{texts} texts"
         points = measure_latencies(routed, rounds, tracker(f"Timing {what} at {span} layers"), texts)

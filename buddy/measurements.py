@@ -91,7 +91,6 @@ class Measurements:
         errors.print(
             f"Measured values cannot be stored in {self.path.parent} ({error}), so they would be measured again; set "
             "BUDDY_CACHE (or BUDDY_CALIBRATION_CACHE, BUDDY_LATENCY_CACHE) to a folder that can be written.",
-            soft_wrap=True,
         )
         self.path = None
 
@@ -112,8 +111,8 @@ def measurement_setting(routed: RoutedLM, windows: Tensor, batch_size: int) -> d
     return {
         "layout": LAYOUT,
         "backbone": backbone.fingerprint,
-        "configuration": _digest(json.dumps(described, sort_keys=True, default=str).encode()),
-        "weights": _digest(*(_bytes(sampled(parameter)) for parameter in backbone.model.parameters())),
+        "configuration": digest(json.dumps(described, sort_keys=True, default=str).encode()),
+        "weights": digest(*(tensor_bytes(sampled(parameter)) for parameter in backbone.model.parameters())),
         "dtype": backbone.dtype,
         "attention": config._attn_implementation,
         "device": _device(backbone.device),
@@ -121,7 +120,7 @@ def measurement_setting(routed: RoutedLM, windows: Tensor, batch_size: int) -> d
         "precision": torch.get_float32_matmul_precision(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "windows": _digest(_bytes(windows)),
+        "windows": digest(tensor_bytes(windows)),
         "shape": tuple(windows.shape),
         "batch_size": batch_size,
         "sink_tokens": routed.sink_tokens,
@@ -129,11 +128,13 @@ def measurement_setting(routed: RoutedLM, windows: Tensor, batch_size: int) -> d
     }
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """All bits of a tensor."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _digest(*parts: bytes) -> str:
+def digest(*parts: bytes) -> str:
+    """16 hexadecimal digits."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 

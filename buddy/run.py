@@ -287,7 +287,6 @@ def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:
     if stored is not None and stored != digests.get(CODE):
         errors.print(
             f"Warning: the code of the router changed since {folder} began; delete that folder to fit again.",
-            soft_wrap=True,
         )
 
 

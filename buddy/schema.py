@@ -159,6 +159,9 @@ class TrainerKeywords:
     gradient_clip_val: float | None = _number(10.0, ge=0)  # largest gradient norm; null never clips
 
 
+KEYWORDS = {item.name: item for item in fields(TrainerKeywords)}
+
+
 RESERVED = {
     "callbacks": "use the recipe's own key callbacks",
     "logger": "use the recipe's own key logger",
@@ -224,8 +227,7 @@ def leaves(section: object, prefix: str = "") -> Iterator[tuple[str, Any, "Field
         if is_dataclass(value):
             yield from leaves(value, f"{key}.")
         elif key == "trainer":
-            known = {each.name: each for each in fields(TrainerKeywords)}
-            yield from ((f"trainer.{name}", each, known.get(name)) for name, each in value.items())
+            yield from ((f"trainer.{name}", each, KEYWORDS.get(name)) for name, each in value.items())
         else:
             yield key, value, item
 
@@ -282,7 +284,7 @@ def problems(recipe: Recipe, to_fit: bool = True) -> list[str]:
 def _trainer_problems(trainer: Mapping[str, Any]) -> dict[str, str]:
     """Mistakes in keywords beyond `TrainerKeywords`, by the signature of lightning.Trainer."""
     found = {f"trainer.{key}": f"trainer.{key} is reserved: {RESERVED[key]}." for key in trainer if key in RESERVED}
-    others = [key for key in trainer if key not in RESERVED and key not in asdict(TrainerKeywords())]
+    others = [key for key in trainer if key not in RESERVED and key not in KEYWORDS]
     if not others:
         return found
     import lightning  # slow, so only where a recipe has such keywords

@@ -97,11 +97,10 @@ def read_windows(text: EvaluationText, recipe: Recipe, data: TextData) -> Window
                 f"window, and data.validation_windows asks for {section.validation_windows}; give more text, or set "
                 f"data.test_windows below {section.test_windows}."
             )
-    count = getattr(section, f"{section.evaluate_on}_windows")
-    if len(windows) < count:
+    elif len(windows) < section.test_windows:
         raise DataError(
-            f"The text in {text.source} gives {len(windows)} windows of {section.window} tokens, and "
-            f"data.{section.evaluate_on}_windows asks for {count}; give more text, or set it to {len(windows)}."
+            f"The text in {text.source} gives {len(windows)} windows of {section.window} tokens, and data.test_windows "
+            f"asks for {section.test_windows}; give more text, or set it to {len(windows)}."
         )
     return windows
 

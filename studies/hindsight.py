@@ -116,7 +116,7 @@ def hindsight(
     _show(rows, title, rounds // 2 * tries, rounds * tries)
     if json_file:
         write_json(json_file, {"results": rows, "plans": rounds * tries})
-        results.print(f"JSON: {json_file}", soft_wrap=True)
+        results.print(f"JSON: {json_file}")
 
 
 def _row(count: int, kl: Tensor) -> dict[str, float]:

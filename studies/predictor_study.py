@@ -69,7 +69,7 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
     title = f"what regress chose, at {measured.arms[shown].mean():.1f} layers on average"
     draw(report, measured.arms, measured.domains, shown, title, out / FIGURE)
     write_json(out / NUMBERS, report)
-    results.print(f"Figure: {out / FIGURE}\nJSON: {out / NUMBERS}", soft_wrap=True)
+    results.print(f"Figure: {out / FIGURE}\nJSON: {out / NUMBERS}")
 
 
 def _own(routed: RoutedLM, texts: Sequence[TextWindows], measured: Measured, prompt: int) -> np.ndarray:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,15 +220,6 @@ def details(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for parameter in model.parameters():
         digest.update(torch.signbit(sampled(parameter)).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits that depend on every bit of a state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        flat = tensor.detach().cpu().flatten()  # a scalar gets a dimension
-        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from math import pi
 from operator import itemgetter
@@ -42,13 +41,12 @@ def similarities(backbone: Backbone, batches: Iterable[Tensor], first: int, sink
         first: the first routable layer.
         sinks: first positions, excluded from Block Influence.
     """
-    routable = backbone.num_layers - first - 1
+    outside, routable = EmbeddingAndHead(backbone.model), backbone.num_layers - first - 1
     changes, angles = torch.zeros(routable), torch.zeros(routable + 1, routable + 1, dtype=torch.float64)
     tokens = windows = 0
     for batch in batches:
         batch = batch.to(backbone.device)
-        with _inputs_of(backbone, range(first, first + routable + 1)) as states:
-            backbone.base(batch, use_cache=False)
+        states = _dense_states(outside, backbone.layers, batch)[first:]
         for index in range(routable):
             before, after = (state[:, sinks:].float() for state in states[index : index + 2])
             changes[index] += F.cosine_similarity(before, after, dim=-1).sum().cpu()
@@ -56,18 +54,6 @@ def similarities(backbone: Backbone, batches: Iterable[Tensor], first: int, sink
         angles += ((last @ last.mT).clamp(-1, 1).arccos() / pi).sum(0)
         tokens, windows = tokens + batch[:, sinks:].numel(), windows + len(batch)
     return 1 - changes / tokens, (angles / windows).triu(1).float()
-
-
-@contextmanager
-def _inputs_of(backbone: Backbone, layers: Iterable[int]) -> Iterator[list[Tensor]]:
-    """Collects the inputs (B, T, D) of some layers, ascending; transformers' own output has none of a sharded model."""
-    states: list[Tensor] = []
-    hooks = [backbone.layers[i].register_forward_pre_hook(lambda _, args: states.append(args[0])) for i in layers]
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # Taylor importance

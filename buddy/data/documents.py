@@ -41,18 +41,18 @@ class Documents:
         tokens: tokens in the whole text, including those outside all documents.
     """
 
-    def __init__(
-        self, tokens: Dataset, packs: Sequence[Sequence[int]], separator: Sequence[int], begin: Sequence[int] = ()
-    ) -> None:
-        """Take D packs of rows of `tokens`, which has a list of token ids in the column "input_ids" of each row."""
+    def __init__(self, tokens: Dataset, window: int, separator: Sequence[int], begin: Sequence[int] = ()) -> None:
+        """Pack rows of `tokens`, each with a list of token ids in the column "input_ids", into D documents."""
+        import pyarrow.compute as pc
+
+        rows = pc.list_value_length(tokens.data.column("input_ids")).to_numpy().astype(np.int64)
+        gap = len(separator)
         self._rows = tokens.with_format("numpy")
-        self._packs = packs
+        self._packs = packs = pack(rows, window, gap)
         self._separator = np.array(separator, dtype=np.int64)
         self._begin = np.array(begin, dtype=np.int64)
-        rows = list_lengths(tokens)
         self.tokens = int(rows.sum())
-        gaps = len(separator)
-        self.lengths = np.array([rows[list(pack)].sum() + gaps * (len(pack) - 1) for pack in packs], dtype=np.int64)
+        self.lengths = np.array([rows[list(each)].sum() + gap * (len(each) - 1) for each in packs], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -100,8 +100,7 @@ def read_documents(
     with reading(source, texts.data.nbytes):
         tokens = tokenise(cut_long(without_marks(texts), tokenizer, window), tokenizer)
     begin, separator = _begin_and_separator(tokenizer)
-    packs = pack(list_lengths(tokens), window, len(separator))  # type: ignore[arg-type]
-    documents = Documents(tokens, packs, separator, begin)
+    documents = Documents(tokens, window, separator, begin)
     if len(documents) < fewest:
         shorter = documents.tokens // (2 * fewest)
         advice = f" or set data.window={shorter} or smaller" if fewest > 1 and shorter >= 16 else ""
@@ -202,13 +201,6 @@ def pack(lengths: Sequence[int], window: int, gap: int) -> list[tuple[int, ...]]
     if rows and last is not None:
         packs[last] += tuple(rows)
     return packs
-
-
-def list_lengths(tokens: Dataset) -> np.ndarray:
-    """(rows,) int64, the tokens in each row."""
-    import pyarrow.compute as pc
-
-    return pc.list_value_length(tokens.data.column("input_ids")).to_numpy().astype(np.int64)
 
 
 def _characters_per_token(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase) -> float:

@@ -20,7 +20,7 @@ from buddy.engine.sinks import SinkStates
 from buddy.engine.transfer import to_device, to_host
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import Plan, check_counts, counts_over, hold_scores, plan_rows_on_host
-from buddy.router import AnyRouter, Context
+from buddy.router import AnyRouter, Context, scores_of
 
 # Which tokens run a layer: all (True), none (False), or how many of each row.
 ActiveRows = bool | list[int]
@@ -110,7 +110,7 @@ class RoutedForward:
 
     Args:
         settings: of the model.
-        score: gives the router's scores; None for a layerwise router.
+        router: of the model.
         request: of this forward.
         shape: (B, T).
         past: positions before these tokens.
@@ -133,7 +133,7 @@ class RoutedForward:
     def __init__(
         self,
         settings: Settings,
-        score: Callable[[Context], Tensor] | None,
+        router: AnyRouter,
         request: Request,
         shape: tuple[int, int],
         past: int,
@@ -142,7 +142,7 @@ class RoutedForward:
         bridges: Bridges | None,
         tokens: Tensor | None,
     ) -> None:
-        self.settings, self.score, self.request, self.shape, self.past = settings, score, request, shape, past
+        self.settings, self.router, self.request, self.shape, self.past = settings, router, request, shape, past
         self.cache, self.bridges, self.tokens = cache, bridges, tokens
         self.policy, self.context_layer = POLICIES[settings.policy], settings.context_layer
         self.active_rows: list[ActiveRows | None] = [True] * settings.layers
@@ -265,7 +265,7 @@ class RoutedForward:
 
     def _decide(self, prompt: int, only_last: bool) -> None:
         """Ask the router, and run the plan of its scores."""
-        scores, every = self._mean_over_batch(self.score(self.context)), self.settings.reroute_every
+        scores, every = self._mean_over_batch(scores_of(self.router, self.context)), self.settings.reroute_every
         first = 0 if every == 1 else self._first_decision()
         if not only_last:
             before = None if self.cache is None else self.cache.scores

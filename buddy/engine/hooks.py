@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from buddy.engine.record import Record
 from buddy.engine.sinks import SinkMemory
 from buddy.engine.transfer import to_host
 from buddy.errors import BuddyError, BudgetError
-from buddy.router import LayerwiseRouter, scores_of
+from buddy.router import LayerwiseRouter
 
 
 class ForwardHooks:
@@ -85,11 +84,9 @@ class ForwardHooks:
         past = 0 if cache is None else adopt(cache, routed.settings, routed.backbone.fingerprint)
         if request.choose is not None and (request.executed is None or not past):
             request = self._choose(request, kwargs, past)
-        rest = request.for_rows(shape[0]), shape, past, mask, cache, routed.bridges, tokens
-        if isinstance(routed.router, LayerwiseRouter):
-            forward: RoutedForward = LayerwiseForward(routed.settings, routed.router, *rest)
-        else:
-            forward = RoutedForward(routed.settings, partial(scores_of, routed.router), *rest)
+        kind = LayerwiseForward if isinstance(routed.router, LayerwiseRouter) else RoutedForward
+        request = request.for_rows(shape[0])
+        forward = kind(routed.settings, routed.router, request, shape, past, mask, cache, routed.bridges, tokens)
         one_plan = routed.settings.prompt_plan == "shared" or routed.router.kind == "static"
         if one_plan and tokens is not None and forward.may_share_sink():  # else other tokens run the layers, too
             forward.sink = self._sinks.states(base, tokens, kwargs.get("position_ids"))

@@ -31,8 +31,8 @@ class LayerwiseForward(RoutedForward):
     """
 
     def __init__(self, settings: Settings, router: LayerwiseRouter, *rest: Any) -> None:
-        super().__init__(settings, None, *rest)
-        self.router, self.routable = router, settings.layers - settings.context_layer - 1
+        super().__init__(settings, router, *rest)
+        self.routable = settings.layers - settings.context_layer - 1
         self.weights: list[Tensor] = []
         self._asks_gates = False
         self._follows: Tensor | None = None  # (T,) long on the host: the deciding token of each; None: each its own

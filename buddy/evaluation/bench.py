@@ -80,9 +80,9 @@ def bench_run(
     try:
         draw(report, run.folder / FIGURE)
     except RunError as error:  # timing works in a read-only run folder
-        errors.print(f"No figure: {error}", soft_wrap=True)
+        errors.print(f"No figure: {error}")
         return
-    results.print(f"Figure: {run.folder / FIGURE}", soft_wrap=True)
+    results.print(f"Figure: {run.folder / FIGURE}")
 
 
 def load_for_timing(
@@ -149,7 +149,7 @@ def _series(timings: Timings) -> dict[str, list[float]]:
     """Milliseconds of one case, one entry a round."""
     return {
         "decode": timings.decode[1],
-        "decode_late": timings.decode_late,
+        "decode_late": timings.decode["late"],
         "decode_batch8": timings.decode[BATCH],
         "prefill": timings.prefill[LONG],
         "prefill64": timings.prefill[PROMPT],
@@ -198,7 +198,8 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
     results.print(
         f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted as in the run. One plan: prefill of {LONG} with "
         f"one plan for the prompt. GFLOP and cache: prefill of {LONG}, head included. Medians over "
-        f"{report['rounds']} rounds, threads: {report['threads']}."
+        f"{report['rounds']} rounds, threads: {report['threads']}.",
+        soft_wrap=False,
     )
     if "executed" in report:
         means = {k: " / ".join(f"{mean:.1f}" for mean in each.values()) for k, each in report["executed"].items()}

@@ -102,7 +102,10 @@ def bench_serving(
     print_titled_table(f"{about}: tokens per second (ms between tokens)", head, rows)
     spans = f"{SHORTEST} to {PROMPT}"
     mean = " A plan per row runs K layers in the mean over tokens, a plan per batch in each." if over > 1 else ""
-    results.print(f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.{mean}")
+    results.print(
+        f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.{mean}",
+        soft_wrap=False,
+    )
 
 
 def _time_interleaved(ways: Sequence[Served], texts: Sequence[list[int]], rounds: int) -> list[dict[int, list[float]]]:

@@ -21,7 +21,7 @@ from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError
 from buddy.io import check_output_path, within_memory
-from buddy.metrics.perplexity import Reference, Scores, as_json
+from buddy.metrics.perplexity import Reference, Scores, as_json, keys_of
 from buddy.metrics.statistics import mixed
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
@@ -73,10 +73,8 @@ def evaluate_run(
     with status(f"Loading {run.backbone} …"):
         routed = load_model(run)
     wanted: Sequence[float | str] = budgets or available_budgets(routed.router, run.recipe.budgets)
-    for budget in filter(auto_cap, wanted):
-        routed.choosing(str(budget))  # refused before a latency is measured
-    layers = routed.geometry.layers
-    fractions = [b if auto_cap(b) else fraction_of(b, routed.executed_layers(b), layers) for b in wanted]
+    keys, layers = keys_of(routed, wanted), routed.geometry.layers
+    fractions = [b if auto_cap(b) else fraction_of(b, int(keys[b]), layers) for b in wanted]
     with status("Reading text …"), distributed.rank_zero_first():
         windows = windows_for(run, routed, data, split)
     sizes = f"a batch of {section.batch_size} × {windows.input_ids.shape[1]} tokens"
@@ -186,7 +184,7 @@ def show_scores(scores: Sequence[Scores], title: str, names: Mapping[float | str
     print_titled_table(title, head, rows, f"{note}.")
     for each in scores:
         if each.chosen is not None:
-            results.print(_chosen(each, scores), soft_wrap=True)
+            results.print(_chosen(each, scores))
 
 
 def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:

@@ -38,7 +38,7 @@ class Table:
 
 def show(results: Results) -> None:
     """Print all tables."""
-    console.results.print(f"Backbone: {results.backbone}, {results.layers} layers", soft_wrap=True)
+    console.results.print(f"Backbone: {results.backbone}, {results.layers} layers")
     for table in all_tables(results):
         console.print_titled_table(table.title, table.head, table.rows, table.note)
 
@@ -136,7 +136,7 @@ def speeds(r: Results) -> list[Table]:
             return NONE if pd.isna(row[key]) else number(1e3 * tokens / row[key])
 
         what = f"after a prompt of {speed['prompt']} tokens" if tokens == 1 else f"{tokens} tokens"
-        threads = f"{speed['threads']} thread{'s' if speed['threads'] > 1 else ''}"
+        threads = console.counted(speed["threads"], "thread")
         note = (
             f"Stock dense model: {number(1e3 * tokens / speed['dense'][key])}. One text at a time, {what}; medians "
             f"of {speed['rounds']} rounds, {threads}, one run of each router; full depth is one measurement for all."

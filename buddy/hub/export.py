@@ -108,8 +108,8 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         write_json(made / RECORD, record)
         card = export_card(run, record, out.name, scores, mixed=is_mixed(routed.backbone.model.config, kept))
         write_text(made / CARD, card)
-    results.print(card.partition("\n---\n")[2].strip(), soft_wrap=True)  # without the metadata
-    results.print(f'\nCheckpoint: {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
+    results.print(card.partition("\n---\n")[2].strip())  # without the metadata
+    results.print(f'\nCheckpoint: {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")')
 
 
 def write_checkpoint(folder: Path, backbone: Backbone, kept: Sequence[int]) -> None:

@@ -88,7 +88,7 @@ def generate(
     for piece in model.stream(prompt, budget, prompt_budget=prompt_budget, **options):
         print(piece, end="", flush=True)
     print()
-    errors.print(model.ran, soft_wrap=True)
+    errors.print(model.ran)
 
 
 class Model:

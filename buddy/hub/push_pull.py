@@ -74,11 +74,11 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
         with tempfile.TemporaryDirectory(prefix="buddy-push-") as made, status(f"Uploading to {name} …"):
             files = _write_shared(Path(made), run, name, licence)
             where = _upload(Path(made), name, private=private)
-    results.print(f"Pushed {run.router_name} for {run.backbone} to {where}: {', '.join(files)}", soft_wrap=True)
+    results.print(f"Pushed {run.router_name} for {run.backbone} to {where}: {', '.join(files)}")
     if local := _local_paths(run):
-        results.print(f"Warning: the shared recipe contains local paths: {local}", soft_wrap=True)
+        results.print(f"Warning: the shared recipe contains local paths: {local}")
     source = name or to
-    results.print(f"Use:  buddy pull {quote(source)} --out DIR, or in Python buddy.load({source!r})", soft_wrap=True)
+    results.print(f"Use:  buddy pull {quote(source)} --out DIR, or in Python buddy.load({source!r})")
 
 
 def pull(
@@ -119,9 +119,9 @@ def pull(
         run = check_run(made, shown_as=name or source.rstrip("/"), trust_remote_code=trust_remote_code)
         if backbone is not None:
             _rename_backbone(made, run, backbone)
-    results.print(f"Pulled {run.router_name} for {backbone or run.backbone} into {out}", soft_wrap=True)
+    results.print(f"Pulled {run.router_name} for {backbone or run.backbone} into {out}")
     path = quote(str(out))
-    results.print(f'Use: buddy generate --run {path} --budget 0.75 "…", or buddy evaluate --run {path}', soft_wrap=True)
+    results.print(f'Use: buddy generate --run {path} --budget 0.75 "…", or buddy evaluate --run {path}')
 
 
 # Names: a folder or a repository on the hub

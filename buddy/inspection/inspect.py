@@ -187,9 +187,9 @@ def _print_tokens(inspection: Inspection, budget: str) -> None:
     """The first text token by token at one budget."""
     count, layers = inspection.executed[budget], inspection.geometry.layers
     legend = f"Layers 0 to {layers - 1} from left to right: █ ran, chosen  ▒ always runs  · skipped"
-    results.print(f"\nBudget {budget}: {count} of {layers} layers{inspection.mean}. {legend}", soft_wrap=True)
+    results.print(f"\nBudget {budget}: {count} of {layers} layers{inspection.mean}. {legend}")
     for line in token_lines(inspection, count):
-        results.print(line, soft_wrap=True)
+        results.print(line)
 
 
 def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> None:
@@ -206,7 +206,7 @@ def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> 
         f"JSON:        {numbers}",
         f"TensorBoard: tensorboard --logdir {board}",
     ):
-        results.print(line, soft_wrap=True)
+        results.print(line)
 
 
 def _label(text: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -213,7 +213,7 @@ def keys_of(model: RoutedLM, budgets: Iterable[float | str]) -> dict[float | str
     """For each budget the key of `measure`: K, or "auto" unchanged.
 
     Raises:
-        BudgetError: out of range, or "auto" without a budget predictor.
+        BudgetError: out of range, or "auto" without a budget predictor, before a latency is measured.
     """
     for budget in budgets:
         if auto_cap(budget):
@@ -226,11 +226,10 @@ def scores_from(rows: Iterable[WindowResult], keys: Mapping[float | str, int | s
     by_key: dict[int | str, dict[int, WindowResult]] = {key: {} for key in keys.values()}
     for row in rows:
         by_key[row.key][row.window] = row
-    found = {key: _scores_at(key, [of[window] for window in sorted(of)]) for key, of in by_key.items()}
-    return [replace(found[key], budget=budget) for budget, key in keys.items()]
+    return [_scores_at(budget, key, [row for _, row in sorted(by_key[key].items())]) for budget, key in keys.items()]
 
 
-def _scores_at(key: int | str, rows: Sequence[WindowResult]) -> Scores:
+def _scores_at(budget: float | str, key: int | str, rows: Sequence[WindowResult]) -> Scores:
     places = {document: place for place, document in enumerate(sorted({row.document for row in rows}))}
     loss, kl, tokens = (np.zeros(len(places)) for _ in range(3))
     for row in rows:
@@ -243,7 +242,7 @@ def _scores_at(key: int | str, rows: Sequence[WindowResult]) -> Scores:
     executed = Executed(min(ran), mean, max(ran), sum(row.scored for row in rows) / float(tokens.sum()))
     chosen = dict(Counter(row.chosen for row in rows)) if isinstance(key, str) else None
     layers = round(mean) if isinstance(key, str) else key
-    return Scores(1.0, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)
+    return Scores(budget, layers, executed, rows[-1].sinks, loss, kl, tokens, chosen)
 
 
 def _key(ids: Tensor, scored: Tensor) -> bytes:

@@ -30,16 +30,14 @@ class Timings:
 
     Attributes:
         prefill: times of a prompt in a batch of one, by its length in tokens.
-        decode: times of a step after `PROMPT` tokens, by batch size.
-        decode_late: times of a step after a long context, batch 1.
-        executed: layers that a token of those steps ran on average, by batch size; "late" after the long context.
+        decode: times of a step after `PROMPT` tokens, by batch size; "late" after a long context, batch 1.
+        executed: layers that a token of those steps ran on average, likewise.
         cache_bytes: size of the cache after the longest prompt.
         flops: floating-point operations of that prompt, in "total" and "without_head".
     """
 
     prefill: dict[int, list[float]] = field(default_factory=dict)
-    decode: dict[int, list[float]] = field(default_factory=dict)
-    decode_late: list[float] = field(default_factory=list)
+    decode: dict[int | str, list[float]] = field(default_factory=dict)
     executed: dict[int | str, float] = field(default_factory=dict)
     cache_bytes: int = 0
     flops: dict[str, int] = field(default_factory=dict)
@@ -113,10 +111,10 @@ def time_interleaved(
     cases: Sequence[BenchmarkCase],
     ids: Tensor,
     *,
-    prompts: Sequence[int] = (64, 512),
-    batches: Sequence[int] = (1, 8),
+    prompts: Sequence[int],
+    batches: Sequence[int],
     late: Tensor | None = None,
-    rounds: int = 7,
+    rounds: int,
     track: Track = iter,
 ) -> dict[tuple[str, int], Timings]:
     """Timings by (name, layers).
@@ -139,16 +137,16 @@ def time_interleaved(
                 for length in prompts:
                     spent = milliseconds(partial(each.prefill, ids[:1, :length]), ids.device)
                     mine.prefill.setdefault(length, []).extend([spent] if number else [])
-        steps = {batch: decode_interleaved(decoding, ids[:batch, : PROMPT + STEPS], PROMPT, draw) for batch in batches}
-        after = [] if late is None else decode_interleaved(decoding, late, late.shape[1] - STEPS, draw)
+        steps: dict[int | str, list[StepMeans]] = {
+            batch: decode_interleaved(decoding, ids[:batch, : PROMPT + STEPS], PROMPT, draw) for batch in batches
+        }
+        if late is not None:
+            steps["late"] = decode_interleaved(decoding, late, late.shape[1] - STEPS, draw)
         for place, each in enumerate(decoding if number else ()):
             mine = timings[each.name, each.layers]
-            for batch, means in steps.items():
-                mine.decode.setdefault(batch, []).append(means[place].milliseconds)
-                mine.executed[batch] = means[place].executed
-            for mean in after[place : place + 1]:
-                mine.decode_late.append(mean.milliseconds)
-                mine.executed["late"] = mean.executed
+            for key, means in steps.items():
+                mine.decode.setdefault(key, []).append(means[place].milliseconds)
+                mine.executed[key] = means[place].executed
     for each in cases:
         _count_work(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
     return timings

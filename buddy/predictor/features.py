@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.backbone.load import fingerprint, state_digest
+from buddy.backbone.load import fingerprint
 from buddy.engine.model import Choose, RoutedLM
 from buddy.errors import BudgetError
 from buddy.losses import cross_entropy
-from buddy.measurements import Measurements
+from buddy.measurements import Measurements, digest, tensor_bytes
 from buddy.metrics.timing import Track
 from buddy.router import Context, Geometry
 
@@ -120,7 +120,8 @@ def measure_targets(
     """
     counts = sorted_arms([*arms, routed.geometry.layers])
     bridges = {} if routed.bridges is None else routed.bridges.state_dict()
-    weights = state_digest({**routed.router.state_dict(), **bridges})
+    state = {**routed.router.state_dict(), **bridges}
+    weights = digest(*(name.encode() + tensor_bytes(each) for name, each in sorted(state.items())))
     setting = {"weights": weights, "settings": routed.settings, "windows": key, "counts": counts, "prompt": prompt}
     setting["model"] = fingerprint(routed.backbone.model)  # of the weights now, with an adapter if there is one
     made = Measurements(store, setting)

@@ -135,7 +135,6 @@ def _regress(predictor: CurvePredictor, targets: Targets) -> tuple[dict[str, Any
     errors.print(
         f"Error of the predicted increase of the loss by layers (error of the mean in brackets), nats per token: "
         f"{', '.join(shown)}.",
-        soft_wrap=True,
     )
     tags = ("increase", "error", "spread")
     return {"curve": curve}, {f"predictor/{tag}": [(row["layers"], row[tag]) for row in curve[::-1]] for tag in tags}

@@ -18,10 +18,11 @@ from buddy.budget import Budget, auto_cap, format_budget, latency_of
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model, Prompt
+from buddy.metrics.perplexity import keys_of
 from buddy.router import available_budgets
 from buddy.serve.guard import ApiError, ClientLeft, Guard, answer_errors, shown_error
 from buddy.serve.metrics import Metrics
-from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest, TextRequest
+from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest
 from buddy.serve.scheduler import GenerationRequest, Piece, QueueFull, Scheduler, batch_plan_of
 
 DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
@@ -149,7 +150,12 @@ class Server:
         return max(1, min(self._limits.tokens, self._model.routed.backbone.context_length - longest))
 
     async def _answer(
-        self, asked: TextRequest, request: Request, prompts: Sequence[list[int]], field: str, limit: int
+        self,
+        asked: CompletionRequest | ChatRequest,
+        request: Request,
+        prompts: Sequence[list[int]],
+        field: str,
+        limit: int,
     ) -> Response:
         self._check(prompts, field, limit, asked.limit_name)
         named, budget = self.named(asked.model), asked.budget
@@ -202,17 +208,12 @@ class Server:
 
     def _checked_budget(self, budget: Budget | None, field: str) -> Budget | None:
         """The budget; what can be known of it without the model is checked at once."""
-        routed = self._model.routed
         if isinstance(budget, str) and len(budget) > LONGEST_BUDGET:
             raise ApiError(f"{field} has {len(budget)} characters; give a budget such as 0.75.", field=field)
         try:
-            cap = None if budget is None else auto_cap(budget)
-            if budget is None or latency_of(budget if cap is None else cap) is not None:
-                return budget  # a latency may have to be measured, on the thread that has the model
-            if cap is None:
-                routed.executed_layers(budget)
-            else:
-                routed.choosing(str(budget))
+            # A latency may have to be measured, on the thread that has the model.
+            if budget is not None and latency_of(auto_cap(budget) or budget) is None:
+                keys_of(self._model.routed, [budget])
         except BudgetError as error:
             raise ApiError(str(error), field=field, code="invalid_budget") from error
         return budget
@@ -342,11 +343,7 @@ def make_app(
 
 def _check_defaults(routed: RoutedLM, budget: Budget, prompt_budget: Budget | None, batch: int) -> None:
     """Raise BudgetError for a default that the model cannot have; measure the latencies that one needs."""
-    for each in (budget,) if prompt_budget is None else (budget, prompt_budget):
-        if auto_cap(each) is not None:
-            routed.choosing(str(each))
-        else:
-            routed.executed_layers(each)
+    keys_of(routed, [budget] if prompt_budget is None else [budget, prompt_budget])
     if latency_of(budget) is not None:
         routed.table(routed, batch)  # that of one text was measured above
 

@@ -74,11 +74,6 @@ class TextRequest(_Plain):
         """The strings that end a text."""
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
-    @property
-    def top_count(self) -> int | None:
-        """How many likeliest tokens are shown with each; None for no logarithms."""
-        raise NotImplementedError
-
     def sampling(self, number: int, model: Any) -> dict[str, Any]:
         """temperature, seed and options of the text of that number."""
         temperature = 1.0 if self.temperature is None else self.temperature
@@ -105,6 +100,7 @@ class CompletionRequest(TextRequest):
 
     @property
     def top_count(self) -> int | None:
+        """How many likeliest tokens are shown with each; None for no logarithms."""
         return self.logprobs
 
 
@@ -146,6 +142,7 @@ class ChatRequest(TextRequest):
 
     @property
     def top_count(self) -> int | None:
+        """How many likeliest tokens are shown with each; None for no logarithms."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

@@ -366,7 +366,11 @@ class Scheduler:
         if written.token is None:
             return
         text.written += 1
-        self._metrics.token(now - text.arrived if text.latest is None else None, now - (text.latest or now))
+        self._metrics.written.inc()
+        if text.latest is None:
+            self._metrics.first.observe(now - text.arrived)
+        else:
+            self._metrics.between.observe(now - text.latest)
         text.latest = now
 
     def _logprob(self, text: GenerationRequest, logits: Tensor, token: int, added: int) -> TokenLogprob | None:

@@ -70,7 +70,6 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         errors.print(
             f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.",
-            soft_wrap=True,
         )
         # uvicorn stops taking requests on this signal, waits for those that run, and sends it again when it has ended.
         signal.signal(signal.SIGTERM, lambda *_: None)

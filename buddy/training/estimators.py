@@ -50,9 +50,14 @@ class TrainingBatch:
     all_executed: Tensor | None = None
     rank: int = 0
 
+    @property
+    def whole(self) -> Tensor:
+        """(B · n,) long, K of the whole batch."""
+        return self.executed if self.all_executed is None else self.all_executed
+
     def rows_below(self, layers: int) -> tuple[Tensor, int]:
         """Of the whole batch's rows below full depth L, the numbers of those that are here; and how many there are."""
-        free = (self.executed if self.all_executed is None else self.all_executed).cpu() < layers
+        free = self.whole.cpu() < layers
         here = slice(self.rank, None, len(free) // len(self.executed))
         return (free.cumsum(0) - 1)[here][free[here]], int(free.sum())
 
@@ -62,9 +67,7 @@ class TrainingBatch:
         With it, the mean over processes is the mean over all such rows of the whole batch.
         """
         here, total = self.rows_below(layers)
-        if self.all_executed is None or not total:
-            return 1.0
-        return len(here) * len(self.all_executed) / (len(self.executed) * total)
+        return len(here) * len(self.whole) / (len(self.executed) * total) if total else 1.0
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,7 @@ class Surrogate(StraightThrough):
         self.sigma = sigma
 
     def _perturbed(self, scores: Tensor, batch: TrainingBatch, generator: torch.Generator) -> Tensor:
-        rows = len(batch.executed if batch.all_executed is None else batch.all_executed)
+        rows = len(batch.whole)
         noise = torch.randn(rows, *scores.shape[1:], generator=generator)[batch.rank :: rows // len(scores)]
         return scores + self.sigma * noise.to(scores)
 

@@ -97,7 +97,7 @@ class HealingModule(BudgetModule):
             layers = self.model.geometry.layers
             full = batch.executed == layers  # no gate decides there, and the adapter learns alone
             _, below = batch.rows_below(layers)
-            own = estimate.loss * (below / len(batch.executed if batch.all_executed is None else batch.all_executed))
+            own = estimate.loss * (below / len(batch.whole))
             if not full.any():
                 return own, estimate.objective
             loss, value = self._healing(replace(batch, input_ids=batch.input_ids[full], executed=batch.executed[full]))
