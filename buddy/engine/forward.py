@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain, groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ from buddy.engine.transfer import to_device, to_host
 from buddy.errors import BuddyError, BudgetError
 from buddy.plan import Plan, check_counts, counts_over, hold_scores, plan_rows_on_host
 from buddy.router import AnyRouter, Context, scores_of
+from buddy.schema import RoutingSection
+from buddy.values import problem
 
 # Which tokens run a layer: all (True), none (False), or how many of each row.
 ActiveRows = bool | list[int]
 PoolKind = Literal["value", "key", "both"]
 PromptPlan = Literal["token", "shared"]
 BatchPlan = Literal["row", "shared"]
-PolicyName = Literal["fill", "hole", "zero"]
-CHOICES = {"pool": PoolKind, "policy": PolicyName, "prompt_plan": PromptPlan, "batch_plan": BatchPlan}  # of `Settings`
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,9 @@ class Settings:
     mean_over: int = 1
 
     def __post_init__(self) -> None:
-        for name, kind in CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise BuddyError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}.")
-        if self.sink_tokens < 0:
-            raise BuddyError(f"sink_tokens is {self.sink_tokens}; give 0 or more.")
-        if self.reroute_every is not None and self.reroute_every < 1:
-            raise BuddyError(f"reroute_every is {self.reroute_every}; give 1 or more, or None.")
-        if self.mean_over < 1:
-            raise BuddyError(f"mean_over is {self.mean_over}; give 1 or more.")
+        for each in fields(RoutingSection):  # the bounds of a recipe
+            if sentence := problem(each.name, getattr(self, each.name), each.type, each.metadata):
+                raise BuddyError(sentence)
 
     @property
     def competing(self) -> int:
