@@ -90,7 +90,7 @@ class Measurements:
     def _give_up(self, error: OSError) -> None:
         errors.print(
             f"Measured values cannot be stored in {self.path.parent} ({error}), so they would be measured again; set "
-            "BUDDY_CACHE (or BUDDY_CALIBRATION_CACHE, BUDDY_LATENCY_CACHE) to a folder that can be written.",
+            "BUDDY_CACHE (or BUDDY_CALIBRATION_CACHE, BUDDY_LATENCY_CACHE) to a folder that can be written."
         )
         self.path = None
 

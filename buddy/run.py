@@ -285,9 +285,7 @@ def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:
     """Print a warning if the router's code changed since the run in the folder began."""
     stored = stored_digests(folder).get(CODE)
     if stored is not None and stored != digests.get(CODE):
-        errors.print(
-            f"Warning: the code of the router changed since {folder} began; delete that folder to fit again.",
-        )
+        errors.print(f"Warning: the code of the router changed since {folder} began; delete that folder to fit again.")
 
 
 def label_folder(label: str) -> str:

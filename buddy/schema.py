@@ -160,8 +160,6 @@ class TrainerKeywords:
 
 
 KEYWORDS = {item.name: item for item in fields(TrainerKeywords)}
-
-
 RESERVED = {
     "callbacks": "use the recipe's own key callbacks",
     "logger": "use the recipe's own key logger",

@@ -1,4 +1,4 @@
-"""Values between the host and the device. In decoding each wait for the device costs time, so all of them are here."""
+"""Values between host and device. Those of a decode step pass here, since each wait for the device costs time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def to_host(values: Tensor) -> Any:
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:
-    """A tensor of Python numbers. The caller does not wait for the device."""
+    """A tensor of Python numbers, of torch's type for them. The caller does not wait for a CUDA device."""
     tensor = torch.tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class HostCopy:
-    """A copy of values on the host, begun now and read later, when the device has gone on computing.
+    """A copy of values on the host, begun now and read later, while the device computes on.
 
     On a device other than CUDA it is complete at once.
     """
@@ -34,7 +34,7 @@ class HostCopy:
         self._copy = values.to("cpu", non_blocking=values.is_cuda)
         self._complete = torch.cuda.Event() if values.is_cuda else None
         if self._complete is not None:
-            self._complete.record()
+            self._complete.record(torch.cuda.current_stream(values.device))  # not that of another device
 
     @cached_property
     def values(self) -> Any:

@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -257,12 +257,10 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     made: dict[str, Any] = {"runs": {label: _identity(run) for label, run in runs.items()}}
     made |= {"backbone": backbone.fingerprint, "device": str(backbone.device), "threads": torch.get_num_threads()}
     made |= {"machine": machine(), "versions": versions()}
-    try:
+    with suppress(BuddyError, KeyError):  # not measured yet, or cut
         kept = read_json(folder / FILE)
         if kept["made"] == made and kept["tokens"] == tokens and "decode_layers" in kept["full"]:
             return kept
-    except (BuddyError, KeyError):  # not measured yet, or cut
-        pass
     needed = max(tokens, PROMPT + STEPS)
     ids = windows.flatten().repeat(-(-needed // windows.numel()))[None, :needed].to(backbone.device)
     with within_memory(f"a prompt of {tokens} tokens", "give --no-speed"), _field(runs, backbone) as field:

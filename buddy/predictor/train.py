@@ -134,7 +134,7 @@ def _regress(predictor: CurvePredictor, targets: Targets) -> tuple[dict[str, Any
     shown = [f"{r['error']:.3f} at {r['layers']} ({r['spread']:.3f})" for r in curve if r["spread"] > 0]
     errors.print(
         f"Error of the predicted increase of the loss by layers (error of the mean in brackets), nats per token: "
-        f"{', '.join(shown)}.",
+        f"{', '.join(shown)}."
     )
     tags = ("increase", "error", "spread")
     return {"curve": curve}, {f"predictor/{tag}": [(row["layers"], row[tag]) for row in curve[::-1]] for tag in tags}

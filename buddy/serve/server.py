@@ -68,9 +68,7 @@ def serve(
         budgets = read_run(folder).recipe.budgets
         app = make_app(load_run, budget, budgets, limits, keys, batch_plan, prompt_budget)
         name = f"[{host}]" if ":" in host else host
-        errors.print(
-            f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.",
-        )
+        errors.print(f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.")
         # uvicorn stops taking requests on this signal, waits for those that run, and sends it again when it has ended.
         signal.signal(signal.SIGTERM, lambda *_: None)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN)

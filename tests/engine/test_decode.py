@@ -240,7 +240,7 @@ def test_a_row_that_fails_ends_no_other(late):
 @pytest.mark.parametrize("late", [False, True])
 def test_rows_that_cannot_join_are_read_again(late, monkeypatch):
     model, draw = routed_tiny(), random.Random(5)
-    rows, decoder, calls = [a_row(model, draw) for _ in range(4)], Decoder(model, read_late=late), []
+    rows, decoder, calls, given = [a_row(model, draw) for _ in range(4)], Decoder(model, read_late=late), [], []
 
     def failing(*args):
         calls.append(args)
@@ -256,8 +256,10 @@ def test_rows_that_cannot_join_are_read_again(late, monkeypatch):
         assert not any(written.error for written in steps)
         chosen = [written.row for written in steps if written.token is not None]
         assert late or len(chosen) == len(set(chosen)), "one token a step"
+        given += [(written.row, written.token) for written in steps if written.token is not None]
     assert len(calls) > 5
     assert [row.tokens for row in rows] == [alone(model, row) for row in rows]
+    assert [[token for of, token in given if of is row] for row in rows] == [row.tokens for row in rows]
 
 
 @pytest.mark.parametrize("lengths", [[4], [4, 4, 4], [4, 6, 5]])
