@@ -256,6 +256,23 @@ def build_windows(
     return sample(read_documents(source, tokenizer, length, data.text_field), length, count, recipe.data_seed)
 
 
+def build_unseen(run: Run, tokenizer: PreTrainedTokenizerBase, source: str, *, count: int) -> Windows:
+    """`build_windows` of a text that a complete run was not fitted to, wherever its texts lie now.
+
+    Raises:
+        DataError: the text cannot be read, is too short for one window, or the run was fitted to it.
+    """
+    check_unseen(run.recipe, source)
+    data = run.recipe.data
+    documents = read_documents(source, tokenizer, data.window, data.text_field)
+    if documents.digest in read_metrics(run.folder).get("texts", ()):  # a run of an earlier version has none
+        raise DataError(
+            f"{source} is a text that {run.folder} was fitted to; name another text, or, in the folder where the run "
+            "was fitted, leave --data out for its held-out windows."
+        )
+    return sample(documents, data.window, count, run.recipe.data_seed)
+
+
 def load_model(run: Run, merged: bool = False) -> RoutedLM:
     """The model of a complete run, ready to serve.
 

@@ -115,6 +115,8 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
         KeyboardInterrupt: stopped after a step; the same call resumes.
     """
     first, folder = distributed.is_global_zero(), Path(recipe.output) / folder_name(recipe_name)
+    if first:
+        _check_results(folder, "set another output")
     if first and folder.exists():
         with _locked(folder):  # a comparison that works in the folder would keep the tables from being written
             pass
@@ -245,9 +247,7 @@ def check(config: CompareConfig) -> CompareConfig:
         folders = filter(None, [config.tasks.data, config.tasks.path, config.trained])
         own = (path for path in config.folder.rglob("*") if path != config.folder / MARKDOWN and path.is_file())
         check_output_path(config.markdown, *recipe_inputs(config.recipe), *texts, *folders, *own)
-    foreign = [name for name in (MARKDOWN, TENSORBOARD) if os.path.exists(config.folder / name)]
-    if foreign and not os.path.exists(config.folder / JSON) and not any(config.folder.glob("*/seed-*")):
-        raise RunError(f"{config.folder} has {foreign[0]}, which no comparison wrote; name another folder as --out.")
+    _check_results(config.folder, "name another folder as --out")
     if config.tasks.names:
         from buddy.evaluation.task_data import items_digest, load_tasks, quiet_lm_eval, require_lm_eval
 
@@ -257,6 +257,13 @@ def check(config: CompareConfig) -> CompareConfig:
             items = {name: items_digest(task) for name, task in loaded.items()}
         config = replace(config, tasks=replace(config.tasks, names=tuple(loaded), items=items))
     return replace(config, recipe=with_dtype(config.recipe))
+
+
+def _check_results(folder: Path, advice: str) -> None:
+    """Raises RunError if the folder has files of the user's own where a comparison writes."""
+    foreign = [name for name in (MARKDOWN, TENSORBOARD) if os.path.exists(folder / name)]
+    if foreign and not os.path.exists(folder / JSON) and not any(folder.glob("*/seed-*")):
+        raise RunError(f"{folder} has {foreign[0]}, which no comparison wrote; {advice}.")
 
 
 def _check_trained(config: CompareConfig) -> None:

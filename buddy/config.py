@@ -130,7 +130,7 @@ def _changes(overrides: Sequence[str], mistakes: list[str]) -> Iterator[Nested]:
             mistakes.append(f"{key} contains ${{…}}, which only a recipe file may; write the value itself.")
         else:
             try:
-                _check_aliases(yaml.compose(value, yaml.SafeLoader))
+                _check_nodes(yaml.compose(value, yaml.SafeLoader))
                 yield _current(_plain(OmegaConf.from_dotlist([text])))
             except UNREADABLE as error:
                 mistakes.append(f"The value of {key} cannot be read ({_reason(error)}); check quotes and brackets.")
@@ -225,9 +225,7 @@ def _read(path: Path) -> Nested:
             raise RecipeError(f"The recipe {path} is empty; start from `buddy recipes copy quickstart`.")
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"The recipe {path} is not a mapping; write one `key: value` a line.")
-        _check_aliases(root)
-        if re.search(r"\$\{[^}]*:", text):
-            raise ValueError("${…} may only name a key of the recipe")
+        _check_nodes(root)
         return _plain(OmegaConf.create(text))
     except UNREADABLE as error:
         raise RecipeError(f"The recipe {path} is not valid YAML: {_reason(error)}; correct it there.") from error
@@ -239,13 +237,15 @@ def _plain(config: Any) -> Nested:
     return found
 
 
-def _check_aliases(root: yaml.Node | None) -> None:
-    """Raises ValueError where aliases (`&a`, `*a`) expand to very many or endlessly many values."""
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Raises ValueError for a `${…}` with a resolver, and for aliases (`&a`, `*a`) that expand to too many values."""
     nodes, count = [root] if root else [], 0
     while nodes:
         value, count = nodes.pop().value, count + 1
         if count > MOST_VALUES:
             raise ValueError(f"its aliases expand to more than {MOST_VALUES} values")
+        if isinstance(value, str) and re.search(r"\$\{.*:", value, re.DOTALL):  # even ${${name}:HOME}
+            raise ValueError("${…} may only name a key of the recipe")
         for child in () if isinstance(value, str) else value:
             nodes += child if isinstance(child, tuple) else (child,)
 

@@ -200,7 +200,8 @@ class Session:
                 if model.adapter is not None:
                     model.adapter.save(folder / ADAPTER)
                 draw_run(folder, scores)
-                about = {"fit": cost, "windows": self.data.evaluated.fingerprint}
+                data = self.data
+                about = {"fit": cost, "windows": data.evaluated.fingerprint, "texts": data.text_digests}
                 run_folder.complete(with_documents(scores) | about)
             except Exception as error:
                 with suppress(BuddyError):  # the disk may be full

@@ -90,6 +90,7 @@ def test_an_unknown_recipe(source):
     [
         *("", "# only a comment", "- 1\n- 2", "quickstart", "seed: 1\ndata: [1, 2\n", "seed: 1\nseed: 2\n"),
         *("data: {source: '${'}", "data: {source: '${oc.env:HOME}'}", "data: {source: '${missing}'}", "seed: ${seed}"),
+        *('output: "\\x24{oc.env:HOME}"', "seed: {'${oc.env:HOME}': 1}", "output: '${oc.${router.name}:HOME}'"),
         *("data: {source: '\\${escaped}'}", "seed: ???", "a: " + "[" * 900 + "]" * 900, b"output: \xff", "x" * 2**21),
     ],
 )

@@ -111,9 +111,11 @@ class TextData(LightningDataModule):
             setattr(self, name, spread(documents, self.split[name], self.window, count, random))
         others = [self._read(source) for source in self.train_sources]
         self._pools = [Pool(documents, self.split["train"]), *(Pool(each, np.arange(len(each))) for each in others)]
-        share = -(-self._wanted["calibration"] // (1 + len(self.calibration_sources)))
-        more = [sample(self._read(source), self.window, share, self.seed) for source in self.calibration_sources]
+        calibrated = [self._read(source) for source in self.calibration_sources]
+        share = -(-self._wanted["calibration"] // (1 + len(calibrated)))
+        more = [sample(each, self.window, share, self.seed) for each in calibrated]
         self.calibration = in_turn([self.calibration, *more], len(self.calibration))
+        self._texts = [documents, *others, *calibrated]
         self._documents = documents
 
     @property
@@ -143,6 +145,11 @@ class TextData(LightningDataModule):
     def tokens_digest(self) -> str:
         """16 hexadecimal digits of all tokens of `source` and of `train_sources`."""
         return hashlib.sha256("".join(pool.documents.digest for pool in self._pools).encode()).hexdigest()[:16]
+
+    @property
+    def text_digests(self) -> list[str]:
+        """16 hexadecimal digits of all tokens of each text: the source, those to train on and those to calibrate on."""
+        return list(dict.fromkeys(each.digest for each in self._texts))
 
     def train_dataloader(self) -> Batches:
         """The remaining batches of the epoch.

@@ -76,13 +76,15 @@ def bench_run(
     latency = routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]
     report |= {"late_context": late.shape[1] - STEPS, "latency_ms": latency}
     report_json(json_file, report)
-    _show(report, run)
+    drawn: Path | None = run.folder / FIGURE
     try:
         draw(report, run.folder / FIGURE)
     except RunError as error:  # timing works in a read-only run folder
         errors.print(f"No figure: {error}")
-        return
-    results.print(f"Figure: {run.folder / FIGURE}")
+        drawn = None
+    _show(report, run)
+    if drawn:
+        results.print(f"Figure: {drawn}")
 
 
 def load_for_timing(

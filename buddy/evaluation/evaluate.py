@@ -13,7 +13,7 @@ from buddy import console, distributed
 from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, format_budget, fraction_of, latency_of
-from buddy.build import build_windows, check_mean, check_unseen, held_out, load_model
+from buddy.build import build_unseen, check_mean, held_out, load_model
 from buddy.console import bounds, counted, print_titled_table, quiet, report_json, results, status
 from buddy.data.module import WindowBatches
 from buddy.data.text import same_source
@@ -116,8 +116,7 @@ def windows_for(run: Run, routed: RoutedLM, data: str | None, split: str) -> Win
     section = run.recipe.data
     if data is None or same_source(data, section.source):
         return getattr(held_out(run, routed.backbone), split)
-    check_unseen(run.recipe, data)
-    return build_windows(run.recipe, routed.backbone.tokenizer, data, count=section.test_windows)
+    return build_unseen(run, routed.backbone.tokenizer, data, count=section.test_windows)
 
 
 def evaluate(

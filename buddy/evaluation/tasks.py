@@ -147,8 +147,9 @@ def _entry(model: BuddyLM, name: str, task: Task, budget: float, limit: int | No
     task.set_fewshot_seed(FEWSHOT_SEED)  # otherwise each budget gets other examples
     with _refusals_reported(name):
         outcome = evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=BOOTSTRAPS)
-    values = outcome["results"][name]
-    metric, filtered = _metric(values)
+        values = outcome["results"][name]
+        metric, filtered = _metric(values)
+        value = float(values[f"{metric},{filtered}"])
     samples = [sample[metric] for sample in outcome["samples"][name] if sample["filter"] == filtered]
     stderr, ran = values.get(f"{metric}_stderr,{filtered}"), model.executed.tolist()
     executed = (min(ran), sum(ran) / len(ran), max(ran)) if ran else (None, None, None)
@@ -158,7 +159,7 @@ def _entry(model: BuddyLM, name: str, task: Task, budget: float, limit: int | No
         "layers": model.layers,
         "executed": dict(zip(("min", "mean", "max"), executed, strict=True)),
         "metric": metric,
-        "value": float(values[f"{metric},{filtered}"]),
+        "value": value,
         "stderr": float(stderr) if isinstance(stderr, float) else None,
         "items": len(samples),
         "correct": [int(sample) for sample in samples] if all(sample in (0, 1) for sample in samples) else None,
@@ -167,10 +168,12 @@ def _entry(model: BuddyLM, name: str, task: Task, budget: float, limit: int | No
 
 @contextmanager
 def _refusals_reported(name: str) -> Iterator[None]:
-    """Turn lm-eval's ValueErrors and assertions within this block into DataErrors."""
+    """Turn errors that a task's definition or items cause within this block into DataErrors."""
+    from jinja2 import TemplateError
+
     try:
         yield
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, TypeError, AttributeError, LookupError, TemplateError) as error:
         raise DataError(
             f"{name} cannot be scored ({reason(error)}); correct its definition or its items, or leave it out."
         ) from error

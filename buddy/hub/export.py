@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import FAMILIES, Backbone
 from buddy.budget import fraction_of
-from buddy.build import build_windows, check_unseen, held_out, load_model
+from buddy.build import build_unseen, held_out, load_model
 from buddy.console import results, status, tracker
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
@@ -204,9 +204,8 @@ def _windows(run: Run, routed: RoutedLM, data: str | None) -> tuple[Windows, Win
     if data is None or same_source(data, section.source):
         text = held_out(run, routed.backbone, calibration=True)
         return text.calibration, text.validation
-    check_unseen(run.recipe, data)
     count = section.calibration_windows + section.validation_windows
-    found = build_windows(run.recipe, routed.backbone.tokenizer, data, count=count)
+    found = build_unseen(run, routed.backbone.tokenizer, data, count=count)
     if len(found) < 2:
         raise DataError(
             f"The text in {data} gives one window of {section.window} tokens, and two are needed, one to choose the "

@@ -96,11 +96,13 @@ def inspect_run(
     inspection = Inspection(
         run.router_name, routed.geometry, routed.sink_tokens, routed.mean_over, executed, texts, runs, words
     )
+    written = _write(inspection, target, out or run.folder, json_file or target / NUMBERS)
     _print_tables(inspection)
     if text is not None:
         layers = inspection.geometry.layers
         _print_tokens(inspection, min(executed, key=lambda budget: abs(executed[budget] / layers - PRINTED)))
-    _write(inspection, target, out or run.folder, json_file or target / NUMBERS)
+    for line in written:
+        results.print(line)
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
@@ -192,7 +194,8 @@ def _print_tokens(inspection: Inspection, budget: str) -> None:
         results.print(line)
 
 
-def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> None:
+def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> list[str]:
+    """Write all files before tables are printed, whose reader may close the pipe; lines that name them."""
     with status("Drawing …"), writing(target), on_disk(target):
         target.mkdir(exist_ok=True)
         for path in list(target.iterdir()):  # an earlier call may have had other budgets or texts
@@ -201,12 +204,11 @@ def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> 
         drawn = draw_all(inspection, target)
         write_tensorboard(inspection, drawn, board)
     write_json(numbers, inspection.as_json())
-    for line in (
+    return [
         f"Pictures:    {', '.join(path.name for path in drawn.values())} in {target}",
         f"JSON:        {numbers}",
         f"TensorBoard: tensorboard --logdir {board}",
-    ):
-        results.print(line)
+    ]
 
 
 def _label(text: str) -> str:

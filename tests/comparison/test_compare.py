@@ -14,13 +14,14 @@ from filelock import FileLock
 
 import buddy.compare as compare_module
 from buddy.cli.fitting import parse_routers
-from buddy.compare import CompareConfig, compare
+from buddy.compare import CompareConfig, compare, fit
 from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError
 from buddy.evaluation.results import Results
 from buddy.fit import Session
 from buddy.io import load_tensors, read_json
 from buddy.run import read_run
+from buddy.schema import Recipe
 from tests.small import start_buddy, wait_until, write_text
 from tests.training.stopping import same
 
@@ -448,6 +449,11 @@ def test_a_folder_that_is_something_else_or_in_use_is_refused(ask, whole, tmp_pa
     (tmp_path / "out" / "tensorboard").mkdir()
     with pytest.raises(RunError, match="tensorboard"):
         compare(ask(tmp_path / "out", routers="uniform"))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "results.md").write_text("mine")
+    with pytest.raises(RunError, match=r"results\.md"):
+        fit(Recipe(output=str(tmp_path)), "own")
+    assert os.listdir(tmp_path / "own") == ["results.md"]
 
 
 def test_a_failing_router_stops_no_other(ask, tmp_path, capsys):

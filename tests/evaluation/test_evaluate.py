@@ -99,6 +99,12 @@ def test_a_text_that_changed_since_and_one_that_was_trained_on(small, tmp_path):
     assert json.loads((tmp_path / "curve.json").read_text())["results"] == metrics["results"]
     with pytest.raises(DataError, match=r"trained\.jsonl"):
         evaluate_run(run, data=str(trained))
+    for text in (own, trained):  # as from another folder, where the recipe's relative names lead nowhere
+        moved = shutil.copy(text, tmp_path / "moved.jsonl")
+        with pytest.raises(DataError, match=r"moved\.jsonl"):
+            evaluate_run(run, data=str(moved))
+    with pytest.raises(DataError, match=r"moved\.jsonl"):
+        export_run(run, budget="0.75", out=tmp_path / "out", data=str(moved))
     with own.open("a") as file:
         file.write(json.dumps({"text": "a later document " * 40}) + "\n")
     with pytest.raises(RunError, match=r"own\.jsonl"):

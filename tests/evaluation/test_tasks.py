@@ -199,6 +199,8 @@ def test_a_mistake_is_one_sentence_and_exit_2(finished, items, words, named):
 @pytest.mark.parametrize(
     ("more", "named"),
     [
+        ({"doc_to_text": "{{nothing.strip()}}"}, "nothing"),
+        ({"doc_to_text": "{% if label %}{{nothing.strip()}}{% endif %}"}, "nothing"),
         ({"unsafe_code": True}, "code"),
         ({"doc_to_image": ["question"]}, "pictures"),
         ({"fewshot_split": "test", "num_fewshot": 9}, "larger"),
@@ -208,3 +210,12 @@ def test_a_definition_that_cannot_be_scored(finished, items, tmp_path, more, nam
     define(tmp_path, items / "arc_easy.jsonl", **more)
     with pytest.raises(DataError, match=f"mine .*{named}"):
         task_scores(finished / "buddy", ["mine"], task_path=tmp_path)
+
+
+def test_an_item_that_cannot_be_scored(finished, items, tmp_path):
+    rows = [json.loads(line) for line in (items / "arc_easy.jsonl").read_text().splitlines()[:2]]
+    rows[1]["label"] = None
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    define(tmp_path, tmp_path / "items.jsonl")
+    with pytest.raises(DataError, match="mine"):
+        task_scores(finished / "buddy", ["mine"], [0.5], task_path=tmp_path)

@@ -137,6 +137,16 @@ def test_files_go_into_the_run_folder_and_replace_older_ones(finished, tmp_path)
     assert written == {step: pytest.approx(value, rel=1e-6) for step, value in expected.items()}
 
 
+def test_files_are_written_before_tables_whose_reader_may_leave(finished, out, monkeypatch):
+    def leave(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("buddy.inspection.inspect.print_titled_table", leave)
+    with pytest.raises(BrokenPipeError):
+        inspect_run(finished / "buddy", windows=1, out=out)
+    assert names(out) >= FILES
+
+
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [
