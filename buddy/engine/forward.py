@@ -164,6 +164,8 @@ class RoutedForward:
         self._kv_width = keys.shape[1] * keys.shape[3]
         pooled = pool.add(newest, self.valid)
         request = self.request
+        if request.executed is not None:
+            check_counts(request.executed, self.context_layer + 1, self.settings.layers)
         full_depth = request.executed is None or min(request.executed) == self.settings.layers
         prompt = self._shared_prompt()
         # A prompt that shares its last token's plan, while serving, needs no other token's context.
@@ -176,6 +178,8 @@ class RoutedForward:
         if request.runs is not None:
             self._run_plan(request.runs)
         elif not full_depth:
+            if prompt and self.cache is not None:
+                self.cache.planned = prompt
             self._decide(prompt, only_last)
         elif self.settings.competing > 1 and self.cache is not None and self.cache.scores is not None:
             scores = self.cache.scores
@@ -291,7 +295,6 @@ class RoutedForward:
         if over == 1:
             return executed
         always = self.settings.context_layer + 1
-        check_counts(self.request.executed, always, self.settings.layers)
         full = executed == self.settings.layers  # takes part in no competition, whatever the other rows do
         absent = full | self.sinks if self.valid is None else full | self.sinks | ~self.valid
         competing = scores.masked_fill(absent[..., None], -math.inf)

@@ -45,7 +45,13 @@ class ForwardHooks:
         """Take the hooks off, and give the stock classes back."""
         for handle in self._handles:
             handle.remove()
-        detach(self._routed.backbone.layers)
+        if self._attached:
+            detach(self._routed.backbone.layers)
+
+    @property
+    def _attached(self) -> bool:
+        """Whether the layers follow these hooks, and not those of a newer model on the same backbone."""
+        return getattr(self._routed.backbone.layers[0], "_current_forward", None) is self._current
 
     @contextmanager
     def requested(self, request: Request | None) -> Iterator[Record]:
@@ -56,6 +62,7 @@ class ForwardHooks:
             yield self._record
         finally:
             self._request, self._record = before
+            self._current[0] = None  # after Ctrl-C in a forward, for which torch calls no hook
 
     def take_last(self) -> Any:
         """The last forward, if its request gave the prompt's length; it is not kept any longer."""
@@ -65,13 +72,14 @@ class ForwardHooks:
     def _begin(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the decoder runs: a new `RoutedForward` for the request that holds, or none."""
         self._current[0] = None
+        if "past_key_values" in kwargs:  # the name of earlier versions of transformers
+            kwargs.setdefault("cache", kwargs.pop("past_key_values"))
         routed, cache, request = self._routed, kwargs.get("cache"), self._request
-        attached = getattr(routed.backbone.layers[0], "_current_forward", None) is self._current
         if request is None:
-            if not attached or not isinstance(cache, RoutedCache):
+            if not self._attached or not isinstance(cache, RoutedCache):
                 return None
             request = Request()  # a cache that was filled under a budget continues at full depth
-        if not attached:
+        if not self._attached:
             raise BuddyError("Another router was attached to this backbone; detach that one, and attach this anew.")
         if args:
             kwargs.update(zip(inspect.signature(base.forward).parameters, args, strict=False))
@@ -84,6 +92,8 @@ class ForwardHooks:
         past = 0 if cache is None else adopt(cache, routed.settings, routed.backbone.fingerprint)
         if request.choose is not None and (request.executed is None or not past):
             request = self._choose(request, kwargs, past)
+            if isinstance(cache, RoutedCache):
+                cache.planned = shape[1]
         kind = LayerwiseForward if isinstance(routed.router, LayerwiseRouter) else RoutedForward
         request = request.for_rows(shape[0])
         forward = kind(routed.settings, routed.router, request, shape, past, mask, cache, routed.bridges, tokens)

@@ -265,6 +265,7 @@ class RoutedCache:
             last tokens, which later ones compete with (`mean_over`). Else None.
         excess: (B,) long, layers that the row's tokens ran beyond its budget (`mean_over`); None before there are any.
         decided: position of the prompt's last token, from which decisions are counted; None before there is one.
+        planned: first positions that share one plan or one choice of a budget, made at the last of them.
         shortest: where rows are padded and whoever decodes knows it, the tokens of the row with the fewest.
     """
 
@@ -273,6 +274,7 @@ class RoutedCache:
     scores: Tensor | None = None
     excess: Tensor | None = None
     decided: int | None = None
+    planned: int = 0
     shortest: int | None = None
 
     @property
@@ -313,10 +315,11 @@ class RoutedCache:
         Raises:
             BuddyError: the removed tokens may have decided for others, or displaced the scores of earlier ones.
         """
-        if self.scores is not None and tokens_to_remove < 0:
+        shared = self.scores is not None or self.get_seq_length() + tokens_to_remove < self.planned
+        if shared and tokens_to_remove < 0:
             raise BuddyError(
                 "Tokens cannot be taken back, as assisted generation does, where one plan or budget holds for several "
-                "tokens; set reroute_every and mean_over to 1."
+                "tokens; set reroute_every and mean_over to 1, prompt_plan to token, and another budget than auto."
             )
         gone: list[Tensor] = []
         if tokens_to_remove < 0 and self.pool.total is not None:  # transformers itself refuses positive numbers

@@ -53,8 +53,8 @@ class RoutedLM(nn.Module):
             with W > 1, and its training is what keeps their mean near K.
 
     In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan.
-    Assisted generation, which takes tokens back, needs `reroute_every` 1 and `mean_over` 1, and with sliding windows
-    another policy than "hole".
+    Assisted generation, which takes tokens back, needs `reroute_every` 1, `mean_over` 1, `prompt_plan` "token" and
+    another budget than "auto"; with sliding windows also another policy than "hole".
 
     Attributes:
         table: called with this model, and with the number of rows where it is not one, gives the milliseconds that a
@@ -223,6 +223,9 @@ class RoutedLM(nn.Module):
     @contextmanager
     def at(self, *budgets: Budget, executed: Sequence[int] | None = None) -> Iterator[Record]:
         """Within this block the backbone's `forward` and `generate` spend the given budget.
+
+        Where one plan or choice holds for a prompt, `generate` needs its cache: with use_cache=False each step is a new
+        prompt.
 
         Args:
             budgets: one for the whole batch or one per row; "auto" alone makes the budget predictor choose for each

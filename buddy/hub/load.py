@@ -195,6 +195,8 @@ class Model:
         routed, model = self.routed, self.routed.backbone.model
         _check_options(prompt, max_new_tokens, temperature, seed)
         tokens = self.encode(prompt, chat)
+        if not tokens:  # a tokenizer may know nothing of some characters
+            raise DataError("The prompt is empty; give some text to continue.")
         self.check_length(len(tokens), max_new_tokens)
         depth, record = routed.geometry.layers, Record()
         executed = self.executed_layers(budget, tokens)

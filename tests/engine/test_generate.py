@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import StoppingCriteria
 
-from tests.engine.reference import reference_logits, routed_tiny
+from buddy.errors import BuddyError
+from tests.engine.reference import Fickle, FickleGates, reference_logits, routed_tiny
 from tests.tiny import tiny_backbone
 
 IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -50,6 +51,16 @@ def test_assisted_generation_returns_what_greedy_returns(budget):
         plain = model.generate(IDS[:1], **options)
         assisted = model.generate(IDS[:1], assistant_model=assistant, **options)
     assert torch.equal(plain, assisted)
+
+
+@pytest.mark.parametrize("router", [Fickle, FickleGates])
+@pytest.mark.parametrize(("prompt_plan", "budget"), [("shared", 0.5), ("token", "auto")])
+def test_assisted_generation_is_refused_where_drafts_would_plan_for_the_prompt(router, prompt_plan, budget):
+    routed = routed_tiny(router=router, prompt_plan=prompt_plan)
+    routed.chooser = lambda most: lambda context: torch.full_like(context.executed, 4)
+    model, assistant = routed.backbone.model, tiny_backbone("llama", seed=1).model
+    with routed.at(budget), pytest.raises(BuddyError, match=r"prompt_plan.*auto"):
+        model.generate(IDS[:1], assistant_model=assistant, do_sample=False, **COMMON)
 
 
 @pytest.mark.parametrize("policy", ["fill", "hole", "zero"])

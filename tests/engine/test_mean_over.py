@@ -1,6 +1,7 @@
 """Budgets that hold in the mean over tokens: the scores of neighbouring tokens compete for layers."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from buddy.errors import BuddyError, BudgetError, TrainingError
 from buddy.losses import Objective
 from buddy.training.estimators import Perturbed, TrainingBatch
 from tests.engine import reference
-from tests.engine.reference import Fickle, decoded, reference_logits
+from tests.engine.reference import Fickle, FickleGates, decoded, reference_logits
 from tests.tiny import tiny_backbone
 
 LENGTH, OVER = 20, 6
@@ -164,8 +165,9 @@ def test_plans_that_several_tokens_or_rows_share_run_exactly_k(options):
 def test_values_out_of_range_are_refused():
     with pytest.raises(BuddyError, match="mean_over"):
         routed_tiny(mean_over=0)
-    with pytest.raises(BudgetError):
-        routed_tiny()(ids_of(), executed=torch.tensor([1, 4]))
+    for router, wrong in product([Fickle, FickleGates], [[1, 4], [4, 7], [6, 7]]):
+        with pytest.raises(BudgetError):
+            routed_tiny(router=router)(ids_of(), executed=torch.tensor(wrong))
 
 
 def test_a_router_of_one_plan_an_input_runs_exactly_k():

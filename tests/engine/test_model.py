@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
+from buddy.calibration.measures import similarities
 from buddy.engine import selection
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, BudgetError, DataError
@@ -255,6 +256,28 @@ def test_another_policy_may_hold_for_a_while(policy):
     with routed.changed(policy=policy):
         assert torch.equal(routed(tokens(), executed=EXECUTED).logits, other(tokens(), executed=EXECUTED).logits)
     assert torch.equal(routed(tokens(), executed=EXECUTED).logits, before)
+
+
+def test_a_forward_that_is_interrupted_leaves_the_layers_stock(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    routed, backbone = routed_tiny(), tiny_backbone("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(routed.backbone.layers[3].mlp, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            routed(tokens(), executed=EXECUTED)
+    stock, after = (similarities(each, [tokens()], 1, 1) for each in (backbone, routed.backbone))
+    assert torch.equal(after[0], stock[0])
+
+
+def test_a_cache_by_its_older_name():
+    routed, ids = routed_tiny(), tokens()
+    with routed.at(0.5):
+        cache = routed.backbone.model(ids[:, :-1], use_cache=True).cache
+        states = routed.backbone.base(ids[:, -1:], past_key_values=cache, use_cache=True).last_hidden_state
+        expected = routed.backbone.base(ids).last_hidden_state[:, -1:]
+    torch.testing.assert_close(states, expected)
 
 
 def test_what_no_forward_can_do_is_refused_and_leaves_the_model_stock():

@@ -105,6 +105,14 @@ def test_an_older_router_of_the_same_backbone_says_so():
         routed(IDS, executed=torch.full((len(IDS),), 3))
 
 
+def test_an_older_router_takes_off_only_itself():
+    older = routed_tiny()
+    newer = RoutedLM(older.backbone, older.router)
+    expected = newer(IDS, executed=EXECUTED).logits
+    older.detach()
+    assert torch.equal(newer(IDS, executed=EXECUTED).logits, expected)
+
+
 @pytest.mark.parametrize(("first", "other"), [*permutations([Fickle, OnePlan, FickleGates], 2)])
 def test_another_router_for_a_while_plans_as_if_it_had_been_attached(first, other):
     routed, alone = (routed_tiny(router=router, reroute_every=2) for router in (first, other))

@@ -125,6 +125,12 @@ def test_what_is_refused(model, options, error, named):
         model.generate(**{"prompt": PROMPT, **options})
 
 
+def test_a_prompt_of_which_the_tokenizer_knows_nothing(model, monkeypatch):
+    monkeypatch.setattr(model, "encode", lambda prompt, chat: [])
+    with pytest.raises(DataError, match="prompt"):
+        model.generate("\x04")
+
+
 def forwards(*passes: tuple[list[int], int]) -> SimpleNamespace:
     """A record of one row: for each forward the executed layers of its tokens, and how many of them are sinks."""
     return SimpleNamespace(
