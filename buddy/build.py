@@ -381,7 +381,7 @@ def build_healing(recipe: Recipe, routed: RoutedLM, reference: Reference | None 
         seed=recipe.seed,
         estimator=build_estimator(recipe, routed.router) if both else None,
         router_lr=optimizer.lr,
-        bridge_lr=bridge.lr if bridge and (bridge.steps or not recipe.adapter) else 0.0,
+        bridge_lr=bridge.lr if bridge and (bridge.steps or bridge.joint or not recipe.adapter) else 0.0,
         reference=reference,
     )
 

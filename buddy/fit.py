@@ -59,9 +59,10 @@ from buddy.run_files import (
     FITTED,
     HEALING,
     LAST,
-    ROUTER,
+    is_fitted,
     read_metrics,
     save_router,
+    seal_fitted,
     seconds_in,
     timed,
 )
@@ -242,14 +243,14 @@ class Session:
         steps = healing_steps(recipe, model.router)  # the router is frozen later
         checkpoint = folder / CHECKPOINTS / LAST
         fitted = folder / CHECKPOINTS / FITTED
-        if distributed.broadcast((fitted / ROUTER).exists()):  # stopped after the router was fitted
+        if distributed.broadcast(is_fitted(fitted)):  # stopped after the router was fitted
             restore(model, recipe, fitted, adapter=False)
         elif reuse_from is not None:
             restore(model, recipe, reuse_from, adapter=False)
             if model.bridges is not None and read_run(reuse_from).recipe.bridge.steps:
                 self._fit_bridges(recipe, model)  # from the closed form, not from bridges that were trained there
             checkpoint.unlink(missing_ok=True)  # of a router that was begun here before
-            self._keep(model, fitted)
+            self._keep_fitted(model, fitted)
         else:
             self._calibrate(recipe, model)
             both = trains_both(recipe, model.router)
@@ -264,7 +265,7 @@ class Session:
                     self._fit_bridges(recipe, model)
             if not both:
                 model.router.eval().requires_grad_(False)
-                self._keep(model, fitted)
+                self._keep_fitted(model, fitted)
         bridged = model.bridges is not None and bool(model.bridges.fitted.any())
         if steps and (recipe.adapter or bridged):
             healed = replace(recipe, trainer={**recipe.trainer, "max_steps": steps})
@@ -273,12 +274,18 @@ class Session:
 
     @staticmethod
     def _keep(model: RoutedLM, folder: Path) -> None:
-        """Write bridges and router; the router last, so that what comes after can resume if it is there."""
+        """Write bridges and router."""
         if distributed.is_global_zero():
             folder.mkdir(parents=True, exist_ok=True)
             if model.bridges is not None:
                 model.bridges.save(folder / BRIDGE)
             save_router(folder, model.router.state_dict())
+
+    def _keep_fitted(self, model: RoutedLM, folder: Path) -> None:
+        """Write what comes before healing, which can then resume."""
+        self._keep(model, folder)
+        if distributed.is_global_zero():
+            seal_fitted(folder)
 
     def _calibrate(self, recipe: Recipe, model: RoutedLM) -> None:
         """Let the router measure what it needs, or read it from disk: in all processes if the backbone is sharded."""

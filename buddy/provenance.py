@@ -41,7 +41,7 @@ IGNORED_KEYS = (
 # Beginnings of keys that change nothing where nothing is trained, and where no estimator of a recipe trains the router.
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
 ESTIMATOR_KEYS = ("objective.estimator", "objective.plans", "objective.sigma", "objective.shared")
-CKPT_KEY = "ckpt_path"  # a resumed run need not repeat it
+CKPT_KEY = "ckpt_path"
 
 
 @cache
@@ -109,7 +109,7 @@ def differences(
     Unknown (empty) digests differ from nothing, and nor do those that an older run lacks.
     """
     there, here = flatten(stored), flatten(recipe)
-    free = (*IGNORED_KEYS, *ignore, *([CKPT_KEY] if here.get(CKPT_KEY) in (None, "null") else []))
+    free = (*IGNORED_KEYS, *ignore)
     keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith(free)]
     names = {*stored_digests, *digests} if stored_digests and digests else set()
     names -= {CODE, *(["training text", "tokens"] if "data.train_sources".startswith(free) else [])}

@@ -53,6 +53,7 @@ from buddy.schema import Recipe
 if TYPE_CHECKING:
     from buddy.router import Geometry
 
+LONGEST_LABEL = 150  # bytes of a folder's name, where most systems allow 255
 
 # Making
 
@@ -289,13 +290,14 @@ def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def label_folder(label: str) -> str:
-    """A router's label as a file name, with a digest where its overrides contain other characters."""
+    """A router's label as a file name, with a digest where its overrides are long or contain other characters."""
     name, bracket, overrides = label.partition("[")
     if not bracket:
         return folder_name(name)
     spelt = f"{name}_{overrides.replace(';', ',').removesuffix(']')}"
     plain = re.sub(r"[^\w.=,-]+", "-", spelt).strip(".")
-    return plain if plain == spelt else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
+    cut = plain.encode()[:LONGEST_LABEL].decode(errors="ignore")
+    return cut if cut == spelt else f"{cut}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
 
 
 def folder_name(name: str) -> str:

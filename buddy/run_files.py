@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from buddy.errors import DamagedError, RunError
+from buddy.errors import BuddyError, DamagedError, RunError
 from buddy.io import checksum, load_tensors, read_json, save_tensors, write_json, write_with_checksum
 from buddy.provenance import versions
 from buddy.schema import Recipe
@@ -32,6 +32,7 @@ PREDICTOR_FACTS = "predictor.json"
 CHECKPOINTS = "checkpoints"
 TARGETS = "predictor-targets"  # the folder of a budget predictor's measurements
 LAST, HEALING, FITTED = "last.ckpt", "healing.ckpt", "fitted"  # the folder has router and bridges before healing
+FITTED_SUMS = "checksums.json"  # in that folder, written last
 FORMAT = 2  # of a run folder; 1 is that of Buddy 0.1, which stored the checksums in run.json
 SUMS = "checksums"  # the key of the checksums in metrics.json
 _TEXTS = ("recipe_name", "router_name", "backbone", "fingerprint")
@@ -93,6 +94,19 @@ def _is_inside(name: str) -> bool:
 def save_router(folder: Path, state: Mapping[str, "Tensor"]) -> None:
     """Write router.safetensors from a router's state dict: equal tensors give equal bytes."""
     save_tensors(folder / ROUTER, state)
+
+
+def seal_fitted(folder: Path) -> None:
+    """Write the checksums of router and bridges before healing, last of all."""
+    write_with_checksum(folder / FITTED_SUMS, {path.name: checksum(path) for path in folder.glob("*.safetensors")})
+
+
+def is_fitted(folder: Path) -> bool:
+    """Whether router and bridges before healing are there, as they were written."""
+    try:
+        return all(checksum(folder / name) == written for name, written in read_json(folder / FITTED_SUMS).items())
+    except (BuddyError, OSError):
+        return False
 
 
 def load_router(folder: Path) -> dict[str, "Tensor"]:

@@ -160,6 +160,12 @@ class TrainerKeywords:
 
 
 KEYWORDS = {item.name: item for item in fields(TrainerKeywords)}
+BOUNDS_OF_OTHERS = {  # Lightning fails late or trains nothing
+    "accumulate_grad_batches": {"ge": 1},
+    "check_val_every_n_epoch": {"ge": 1},
+    "limit_train_batches": {"gt": 0},
+    "val_check_interval": {"gt": 0},
+}
 RESERVED = {
     "callbacks": "use the recipe's own key callbacks",
     "logger": "use the recipe's own key logger",
@@ -292,7 +298,7 @@ def _trainer_problems(trainer: Mapping[str, Any]) -> dict[str, str]:
         if key not in hints:
             accepted = [name for name in hints if name not in RESERVED]
             found[f"trainer.{key}"] = unknown_key(f"trainer.{key}", key, accepted)
-        elif sentence := problem(f"trainer.{key}", trainer[key], hints[key], {}):
+        elif sentence := problem(f"trainer.{key}", trainer[key], hints[key], BOUNDS_OF_OTHERS.get(key, {})):
             found[f"trainer.{key}"] = sentence
         elif key == "precision" and trainer[key] not in PRECISIONS:
             found["trainer.precision"] = (

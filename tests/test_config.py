@@ -244,10 +244,12 @@ def test_callbacks_and_logger_are_classes_by_their_path():
 
 
 WRONG = {  # values that a key refuses
-    "trainer.accumulate_grad_batches": ["true"],
     "trainer.limit_val_batches": ["[1]"],
     "trainer.precision": ["16-true"],
     "trainer.max_steps": ["-1", "1.5"],
+    "trainer.accumulate_grad_batches": ["true", "0", "1.5"],
+    "trainer.limit_train_batches": ["0", "0.0"],
+    "trainer.val_check_interval": ["0", "-1"],
     "trainer.gradient_clip_val": ["-1"],
     "trainer": ["4"],
     "callbacks": ["[a.B]"],

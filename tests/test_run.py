@@ -189,6 +189,12 @@ def test_digests_that_a_run_lacks_differ_from_nothing(folder, recipe):
     assert len(folder.differences(recipe, more | {"tokens": "2"}, ignore=("data.train_sources",))) == 0
 
 
+def test_a_run_that_went_on_from_a_checkpoint_is_not_one_from_the_start(folder, recipe):
+    make(folder, replace(recipe, ckpt_path="other.ckpt"))
+    (reason,) = folder.differences(recipe, DIGESTS)
+    assert reason.startswith("ckpt_path: ")
+
+
 def test_changed_code_is_told_at_each_resumption(folder, recipe, capsys):
     leave_checkpoint(folder, recipe)
     for _ in range(2):

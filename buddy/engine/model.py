@@ -349,8 +349,9 @@ class RoutedLM(nn.Module):
         counts = executed[:, None].expand(rows, tokens)
         if self.settings.competing > 1:
             k = executed - self.geometry.always_on
-            runs = top_k(scores[:, sinks:].flatten(1), k * (tokens - sinks)).view(rows, -1, routable)
-            counts = F.pad(runs.sum(-1), (sinks, 0)) + self.geometry.always_on
+            by_layer = scores[:, sinks:].transpose(1, 2)  # ties go to the lower layer, then to the earlier token
+            runs = top_k(by_layer.flatten(1), k * (tokens - sinks)).view(rows, routable, -1)
+            counts = F.pad(runs.sum(1), (sinks, 0)) + self.geometry.always_on
         return Plan.from_scores(self.held(scores, prompt), counts, self.geometry.layers).runs
 
     def held(self, scores: Tensor, prompt: int = 0) -> Tensor:

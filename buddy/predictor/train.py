@@ -128,7 +128,8 @@ def _regress(predictor: CurvePredictor, targets: Targets) -> tuple[dict[str, Any
     """Fit; returns the leave-one-out errors, as facts and as curves over layers."""
     increase = targets.increase(predictor.arms)
     left_out = predictor.fit(targets.features, increase)
-    error, spread = (left_out - increase).square().mean(0).sqrt(), increase.std(0, correction=0)
+    error, count = (left_out - increase).square().mean(0).sqrt(), len(increase)
+    spread = increase.std(0, correction=0) * count / max(1, count - 1)  # of the mean, left out too
     rows = zip(predictor.arms, increase.mean(0).tolist(), spread.tolist(), error.tolist(), strict=True)
     curve = [{"layers": k, "increase": mean, "spread": wide, "error": off} for k, mean, wide, off in rows]
     shown = [f"{r['error']:.3f} at {r['layers']} ({r['spread']:.3f})" for r in curve if r["spread"] > 0]

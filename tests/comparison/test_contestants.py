@@ -52,6 +52,12 @@ def test_folders_can_be_read(label, folder):
     assert (who.label, label_folder(who.label)) == (label.replace(" ", ""), folder)
 
 
+def test_long_labels_differ_in_short_folders():
+    one, other = (label_folder(f"buddy[{'é' * 200}{last}]") for last in "ab")
+    assert one != other
+    assert len(one.encode()) < 200
+
+
 def test_all_are_those_that_can_be_used():
     usable = {each.name for each in describe() if not each.problem}
     found = [each.label for each in parse_routers("all", Recipe(router=RouterSection("uniform")))]

@@ -162,6 +162,13 @@ def test_plans_that_several_tokens_or_rows_share_run_exactly_k(options):
     assert torch.equal(executed[:, 1:], EXECUTED[:, None].expand(-1, LENGTH - 1))
 
 
+def test_equal_scores_give_each_token_as_many_layers_in_training_too():
+    routed = routed_tiny()
+    scores = torch.zeros(2, LENGTH, routed.geometry.routable)
+    counts = routed.plan(scores, EXECUTED).sum(-1)
+    assert torch.equal(counts[:, 1:], EXECUTED[:, None].expand(-1, LENGTH - 1))
+
+
 def test_values_out_of_range_are_refused():
     with pytest.raises(BuddyError, match="mean_over"):
         routed_tiny(mean_over=0)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from buddy.run_files import BRIDGE, update_checksums
 from buddy.training.healing import HealingModule
 from buddy.training.module import RoutingModule
 from tests.small import only_seeds
-from tests.training.stopping import at_step, interrupt
+from tests.training.stopping import at_step, interrupt, same
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +111,29 @@ def test_their_training_resumes(small, tmp_path, monkeypatch, capsys, router):
         load_tensors(tmp_path / name / "small" / router / "seed-0" / BRIDGE) for name in ("whole", "parts")
     )
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+
+
+def test_what_was_fitted_before_their_training_is_fitted_again_if_it_is_damaged(small, tmp_path, monkeypatch):
+    overrides = ["bridge.rank=8", "bridge.steps=4", "router=shortgpt", "rivals=[]", "checkpoint_every=1"]
+    folder = Path("small/shortgpt/seed-0")
+    fit(small(tmp_path / "whole", *overrides), "small")
+    with monkeypatch.context() as patch:
+        at_step(patch, HealingModule, 2, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(small(tmp_path / "parts", *overrides), "small")
+    router = tmp_path / "parts" / folder / "checkpoints" / "fitted" / "router.safetensors"
+    content = router.read_bytes()
+    router.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    fit(small(tmp_path / "parts", *overrides), "small")
+    for name in (BRIDGE, "router.safetensors"):
+        assert same(*(load_tensors(tmp_path / each / folder / name) for each in ("whole", "parts")))
+
+
+def test_beside_an_adapter_joint_training_goes_on_without_steps_of_their_own(small, tmp_path):
+    overrides = ["bridge.rank=8", "bridge.steps=0", "adapter.steps=2", "router=shortgpt", "rivals=[]"]
+    for joint in ("true", "false"):
+        fit(small(tmp_path / joint, *overrides, f"bridge.joint={joint}"), "small")
+    assert not same(*(load_tensors(tmp_path / each / "small/shortgpt/seed-0" / BRIDGE) for each in ("true", "false")))
 
 
 def test_the_router_s_steps_may_train_them_too_and_resume(small, tmp_path, monkeypatch, capsys):
