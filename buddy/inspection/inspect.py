@@ -154,7 +154,7 @@ def _print_tables(inspection: Inspection) -> None:
         "plans",
         f"in {span} tokens",
         "most frequent",
-        "off it",
+        "other layers",
     ]
     head.append(f"share of tokens, layers 0 to {inspection.geometry.layers - 1}")
     sizes = "; ".join(
@@ -167,7 +167,7 @@ def _print_tables(inspection: Inspection) -> None:
     note = (
         f"{mean}Plan changes: tokens whose plan is not that of the token before; layers apart: in how many layers "
         f"these two differ, on average. Plans: distinct ones, in all and in {span} tokens. Most frequent: tokens with "
-        "the text's most frequent plan; off it: chosen layers that the most frequent plan of all texts does not run. "
+        "the text's most frequent plan. Other layers: executed ones that the most frequent plan of all texts skips. "
         f"Share of tokens that ran each layer: {HEIGHTS[0]} few … {HEIGHTS[-1]} all, · none.\n{sizes}{sinks}."
     )
     print_titled_table(f"Plans of {inspection.router}", head, rows, note)
