@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -244,16 +245,28 @@ def held_out(run: Run, backbone: Backbone, *, calibration: bool = False) -> Text
 
 
 def build_windows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str, *, count: int, window: int | None = None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    count: int,
+    window: int | None = None,
+    seen: Collection[str] = (),
 ) -> Windows:
     """Up to `count` windows of another text, with the recipe's seed and by default its length.
 
+    Args:
+        seen: digests of texts that runs are fitted to (`TextData.text_digests`), for windows of the recipe's length.
+
     Raises:
-        DataError: the text cannot be read, or is too short for one window.
+        DataError: the text cannot be read, is too short for one window, or is one of those that were seen.
     """
     data = recipe.data
     length = window or data.window
-    return sample(read_documents(source, tokenizer, length, data.text_field), length, count, recipe.data_seed)
+    documents = read_documents(source, tokenizer, length, data.text_field)
+    if seen and documents.digest in seen:
+        raise DataError(f"{source} has the same content as a text that is fitted to; name another text.")
+    return sample(documents, length, count, recipe.data_seed)
 
 
 def build_unseen(run: Run, tokenizer: PreTrainedTokenizerBase, source: str, *, count: int) -> Windows:
@@ -263,14 +276,8 @@ def build_unseen(run: Run, tokenizer: PreTrainedTokenizerBase, source: str, *, c
         DataError: the text cannot be read, is too short for one window, or the run was fitted to it.
     """
     check_unseen(run.recipe, source)
-    data = run.recipe.data
-    documents = read_documents(source, tokenizer, data.window, data.text_field)
-    if documents.digest in read_metrics(run.folder).get("texts", ()):  # a run of an earlier version has none
-        raise DataError(
-            f"{source} is a text that {run.folder} was fitted to; name another text, or, in the folder where the run "
-            "was fitted, leave --data out for its held-out windows."
-        )
-    return sample(documents, data.window, count, run.recipe.data_seed)
+    seen = read_metrics(run.folder).get("texts", ())  # a run of an earlier version has none
+    return build_windows(run.recipe, tokenizer, source, count=count, seen=seen)
 
 
 def load_model(run: Run, merged: bool = False) -> RoutedLM:

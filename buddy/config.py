@@ -244,10 +244,17 @@ def _check_nodes(root: yaml.Node | None) -> None:
         value, count = nodes.pop().value, count + 1
         if count > MOST_VALUES:
             raise ValueError(f"its aliases expand to more than {MOST_VALUES} values")
-        if isinstance(value, str) and re.search(r"\$\{.*:", value, re.DOTALL):  # even ${${name}:HOME}
+        if isinstance(value, str) and _has_resolver(value):
             raise ValueError("${…} may only name a key of the recipe")
         for child in () if isinstance(value, str) else value:
             nodes += child if isinstance(child, tuple) else (child,)
+
+
+def _has_resolver(text: str) -> bool:
+    """Whether a text has a `${name:…}`, also one whose name is a reference itself, as in `${oc.${key}:HOME}`."""
+    while (rest := re.sub(r"\$\{[^{}:]*\}", "", text)) != text:
+        text = rest
+    return re.search(r"\$\{[^}]*:", text) is not None
 
 
 def _reason(error: Exception) -> str:

@@ -243,7 +243,9 @@ class Session:
         steps = healing_steps(recipe, model.router)  # the router is frozen later
         checkpoint = folder / CHECKPOINTS / LAST
         fitted = folder / CHECKPOINTS / FITTED
-        if distributed.broadcast(is_fitted(fitted)):  # stopped after the router was fitted
+        if distributed.broadcast(
+            distributed.is_global_zero() and is_fitted(fitted)
+        ):  # stopped after the router was fitted
             restore(model, recipe, fitted, adapter=False)
         elif reuse_from is not None:
             restore(model, recipe, reuse_from, adapter=False)

@@ -53,7 +53,7 @@ from buddy.schema import Recipe
 if TYPE_CHECKING:
     from buddy.router import Geometry
 
-LONGEST_LABEL = 150  # bytes of a folder's name, where most systems allow 255
+LONGEST_LABEL = 248  # bytes in a folder's name; with a digest 255, which most systems allow
 
 # Making
 

@@ -275,7 +275,7 @@ def problems(recipe: Recipe, to_fit: bool = True) -> list[str]:
     for key, value, item in leaves(recipe):
         if sentence := problem(key, value, item.type if item else Any, item.metadata if item else {}):
             wrong[key] = sentence
-    wrong |= _trainer_problems(recipe.trainer)
+    wrong |= _trainer_problems(recipe.trainer, to_fit)
     if to_fit and "objective.estimator" not in wrong:
         try:
             find(recipe.objective.estimator, ESTIMATORS)
@@ -285,7 +285,7 @@ def problems(recipe: Recipe, to_fit: bool = True) -> list[str]:
     return [*wrong.values(), *broken]
 
 
-def _trainer_problems(trainer: Mapping[str, Any]) -> dict[str, str]:
+def _trainer_problems(trainer: Mapping[str, Any], to_fit: bool) -> dict[str, str]:
     """Mistakes in keywords beyond `TrainerKeywords`, by the signature of lightning.Trainer."""
     found = {f"trainer.{key}": f"trainer.{key} is reserved: {RESERVED[key]}." for key in trainer if key in RESERVED}
     others = [key for key in trainer if key not in RESERVED and key not in KEYWORDS]
@@ -294,11 +294,12 @@ def _trainer_problems(trainer: Mapping[str, Any]) -> dict[str, str]:
     import lightning  # slow, so only where a recipe has such keywords
 
     hints = get_type_hints(lightning.Trainer.__init__)
+    bounds = BOUNDS_OF_OTHERS if to_fit else {}
     for key in others:
         if key not in hints:
             accepted = [name for name in hints if name not in RESERVED]
             found[f"trainer.{key}"] = unknown_key(f"trainer.{key}", key, accepted)
-        elif sentence := problem(f"trainer.{key}", trainer[key], hints[key], BOUNDS_OF_OTHERS.get(key, {})):
+        elif sentence := problem(f"trainer.{key}", trainer[key], hints[key], bounds.get(key, {})):
             found[f"trainer.{key}"] = sentence
         elif key == "precision" and trainer[key] not in PRECISIONS:
             found["trainer.precision"] = (

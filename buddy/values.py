@@ -68,7 +68,7 @@ def _out_of_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> str | Non
         return f"{key} is empty; give it a value or leave it out."
     if pattern and not re.fullmatch(pattern, value):
         return f"{key} is {shown(value)}, but must be of the form {bounds['example']}."
-    for bound, holds, words in BOUNDS:
+    for bound, holds, words in BOUNDS if isinstance(value, int | float) else ():
         if bound in bounds and not holds(value, bounds[bound]):
             return f"{key} is {value}, but must be {words} {bounds[bound]}."
     return None

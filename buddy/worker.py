@@ -85,7 +85,7 @@ def read_windows(text: EvaluationText, recipe: Recipe, data: TextData) -> Window
     if text.own:
         return data.evaluated
     section = recipe.data
-    windows = build_windows(recipe, data.tokenizer, text.source, count=section.test_windows)
+    windows = build_windows(recipe, data.tokenizer, text.source, count=section.test_windows, seen=data.text_digests)
     if section.evaluate_on == "validation":
         both = section.test_windows + section.validation_windows
         more = build_windows(recipe, data.tokenizer, text.source, count=both)

@@ -109,6 +109,9 @@ def test_a_file_of_ones_own_may_refer_to_its_keys(written):
     assert (
         load_recipe(written("data: {window: 80, prompt: '${seed}', batch_size: 2}  # a: b\nseed: 4")).data.prompt == 4
     )
+    assert load_recipe(written("output: '${router.name}: second'")).output == "buddy: second"
+    timed = load_recipe(written("trainer: {val_check_interval: '00:15:00'}"))
+    assert timed.trainer["val_check_interval"] == "00:15:00"
 
 
 def test_references_are_refused_in_saved_recipes_and_overrides(written):

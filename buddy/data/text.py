@@ -205,10 +205,8 @@ def _own_files(source: str) -> set[str]:
 def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:
     from datasets import load_dataset
 
-    options: dict[str, dict[str, Any]] = {
-        "text": {"sample_by": "document", "encoding": "utf-8-sig"},  # also plain UTF-8; drops a byte-order mark
-        "csv": {"keep_default_na": False, "na_values": [""]},  # words such as NA and None are text
-    }
+    # utf-8-sig reads plain UTF-8 too and drops a byte-order mark.
+    options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
     form = "plain text in UTF-8" if builder == "text" else builder
     with reading(source, sum(file.stat().st_size for file in files), f"give valid {form}"):
         if builder == "json":
@@ -216,7 +214,7 @@ def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:
         names = [glob.escape(str(file)) for file in files]  # `datasets` takes paths for patterns
         # It finds cached rows by paths and times alone; some copies have another content and the same time.
         sizes = hashlib.sha256(repr([file.stat().st_size for file in files]).encode()).hexdigest()[:16]
-        return load_dataset(builder, f"sizes-{sizes}", data_files=names, split="train", **options.get(builder, {}))
+        return load_dataset(builder, f"sizes-{sizes}", data_files=names, split="train", **options)
 
 
 def _refuse_null(files: Sequence[Path]) -> None:

@@ -315,8 +315,9 @@ class RoutedCache:
         Raises:
             BuddyError: the removed tokens may have decided for others, or displaced the scores of earlier ones.
         """
-        shared = self.scores is not None or self.get_seq_length() + tokens_to_remove < self.planned
-        if shared and tokens_to_remove < 0:
+        left = self.get_seq_length() + tokens_to_remove
+        shared = self.scores is not None or (self.planned and left <= self.planned)
+        if shared and tokens_to_remove <= 0:  # 0 after drafts that all hold, the last of which planned for the prompt
             raise BuddyError(
                 "Tokens cannot be taken back, as assisted generation does, where one plan or budget holds for several "
                 "tokens; set reroute_every and mean_over to 1, prompt_plan to token, and another budget than auto."

@@ -24,7 +24,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from buddy.build import load_model
 from buddy.engine.model import RoutedLM
-from buddy.errors import DataError, RunError, nearest
+from buddy.errors import DataError, RunError, described, nearest
 from buddy.run import read_run
 
 # What HFLM takes and what makes sense for a model that is loaded already.
@@ -224,9 +224,12 @@ class BuddyLM(HFLM):
         # Padding after the end changes nothing before it, unless rows share the mean of their scores.
         mask = real.long() if self._routes and self.routed.settings.batch_plan == "shared" else None
         keep = torch.arange(first, ids.shape[1], device=device) if first else 0
-        output = self.routed(
-            ids, mask, executed=torch.full((len(ids),), self.layers), prompt=prompt, logits_to_keep=keep
-        )
+        try:
+            output = self.routed(
+                ids, mask, executed=torch.full((len(ids),), self.layers), prompt=prompt, logits_to_keep=keep
+            )
+        except (TypeError, AttributeError, LookupError) as error:  # of the router, not of the task
+            raise RuntimeError(described(error)) from error
         self._executed.append(output.executed[real & ~output.sinks].cpu())
         return output.logits
 

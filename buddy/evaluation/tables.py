@@ -356,7 +356,7 @@ def _at_full_depth(r: Results) -> str:
         trained = f"Bridges are trained for {steps} {batches}, at rate {rate}"
         trained += f"; {recipe['trainer.max_steps']} of them train a router with parameters too. " if joint else ". "
         return f"{trained * bool(steps)}At full depth all routers are the dense model."
-    beside = f" Bridges are trained in the same steps, at rate {rate}." * bool(bridges)
+    beside = f" Bridges are trained in the same steps, at rate {rate}." * bool(bridges or joint)
     rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
     return (
         f"All are healed in the same way: one LoRA adapter of rank {recipe['adapter.rank']} for all budgets on frozen "

@@ -1,5 +1,6 @@
 """Which texts take part, and what is too short."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,12 @@ def test_its_windows_are_cut_as_the_recipes_are(recipe, data):
     windows = read_windows(other, recipe, data)
     assert windows.input_ids.shape == (6, 48)
     assert torch.equal(read_windows(other, recipe, data).input_ids, windows.input_ids)
+
+
+def test_a_copy_of_a_text_that_is_fitted_to_is_refused(recipe, data, tmp_path):
+    copy = shutil.copy(recipe.data.source, tmp_path / "copy.jsonl")
+    with pytest.raises(DataError, match=r"copy\.jsonl"):
+        read_windows(EvaluationText("copy", str(copy)), recipe, data)
 
 
 def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):

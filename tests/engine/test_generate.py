@@ -61,6 +61,12 @@ def test_assisted_generation_is_refused_where_drafts_would_plan_for_the_prompt(r
     model, assistant = routed.backbone.model, tiny_backbone("llama", seed=1).model
     with routed.at(budget), pytest.raises(BuddyError, match=r"prompt_plan.*auto"):
         model.generate(IDS[:1], assistant_model=assistant, do_sample=False, **COMMON)
+    with routed.at(budget):
+        cache = model(IDS[:1], use_cache=True).cache
+        with pytest.raises(BuddyError, match=r"prompt_plan.*auto"):
+            cache.crop(0)  # as after drafts that all hold
+        model(IDS[:1, :2], cache=cache)
+        cache.crop(-1)
 
 
 @pytest.mark.parametrize("policy", ["fill", "hole", "zero"])

@@ -45,11 +45,6 @@ def test_rows_are_documents(tmp_path, suffix, field):
     assert list(texts["text"]) == TEXTS
 
 
-def test_words_for_missing_values_are_text_and_empty_cells_are_missing(tmp_path):
-    (tmp_path / "a.csv").write_text("text,number\nNA,1\nNone,2\nnull,3\n,4\nnan,5\n")
-    assert list(load_texts(str(tmp_path / "a.csv"))["text"]) == ["NA", "None", "null", None, "nan"]
-
-
 def test_a_text_file_is_one_document_whatever_its_path_looks_like(tmp_path):
     folder = tmp_path / ".hidden [a-z]*"
     folder.mkdir()
