@@ -179,7 +179,7 @@ class RoutedForward:
             self._run_plan(request.runs)
         elif not full_depth:
             if prompt and self.cache is not None:
-                self.cache.planned = prompt
+                self.cache.shared = True
             self._decide(prompt, only_last)
         elif self.settings.competing > 1 and self.cache is not None and self.cache.scores is not None:
             scores = self.cache.scores

@@ -93,7 +93,7 @@ class ForwardHooks:
         if request.choose is not None and (request.executed is None or not past):
             request = self._choose(request, kwargs, past)
             if isinstance(cache, RoutedCache):
-                cache.planned = shape[1]
+                cache.shared = True
         kind = LayerwiseForward if isinstance(routed.router, LayerwiseRouter) else RoutedForward
         request = request.for_rows(shape[0])
         forward = kind(routed.settings, routed.router, request, shape, past, mask, cache, routed.bridges, tokens)

@@ -265,7 +265,7 @@ class RoutedCache:
             last tokens, which later ones compete with (`mean_over`). Else None.
         excess: (B,) long, layers that the row's tokens ran beyond its budget (`mean_over`); None before there are any.
         decided: position of the prompt's last token, from which decisions are counted; None before there is one.
-        planned: first positions that share one plan or one choice of a budget, made at the last of them.
+        shared: whether the first forward's last token planned for the others, or chose their budget.
         shortest: where rows are padded and whoever decodes knows it, the tokens of the row with the fewest.
     """
 
@@ -274,13 +274,18 @@ class RoutedCache:
     scores: Tensor | None = None
     excess: Tensor | None = None
     decided: int | None = None
-    planned: int = 0
+    shared: bool = False
     shortest: int | None = None
 
     @property
     def is_compileable(self) -> bool:
         """Keeps transformers from reading, at a decode step, whether the mask hides anything."""
         return self.shortest is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether assisted generation may take drafts back: not where one of them may have planned for others."""
+        return super().is_croppable and not self.shared and self.scores is None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep, move or repeat rows, as beams do; the transformers methods below do no more than that."""
@@ -315,12 +320,10 @@ class RoutedCache:
         Raises:
             BuddyError: the removed tokens may have decided for others, or displaced the scores of earlier ones.
         """
-        left = self.get_seq_length() + tokens_to_remove
-        shared = self.scores is not None or (self.planned and left <= self.planned)
-        if shared and tokens_to_remove <= 0:  # 0 after drafts that all hold, the last of which planned for the prompt
+        if self.scores is not None and tokens_to_remove < 0:
             raise BuddyError(
                 "Tokens cannot be taken back, as assisted generation does, where one plan or budget holds for several "
-                "tokens; set reroute_every and mean_over to 1, prompt_plan to token, and another budget than auto."
+                "tokens; set reroute_every and mean_over to 1."
             )
         gone: list[Tensor] = []
         if tokens_to_remove < 0 and self.pool.total is not None:  # transformers itself refuses positive numbers
