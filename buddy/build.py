@@ -265,7 +265,7 @@ def build_windows(
     length = window or data.window
     documents = read_documents(source, tokenizer, length, data.text_field)
     if seen and documents.digest in seen:
-        raise DataError(f"{source} has the same content as a text that is fitted to; name another text.")
+        raise DataError(f"{source} has the same content as a text that routers are fitted to; name another text.")
     return sample(documents, length, count, recipe.data_seed)
 
 

@@ -160,7 +160,7 @@ class TrainerKeywords:
 
 
 KEYWORDS = {item.name: item for item in fields(TrainerKeywords)}
-BOUNDS_OF_OTHERS = {  # Lightning fails late or trains nothing
+BOUNDS_OF_OTHERS = {  # beyond them Lightning fails late, or trains nothing
     "accumulate_grad_batches": {"ge": 1},
     "check_val_every_n_epoch": {"ge": 1},
     "limit_train_batches": {"gt": 0},

@@ -62,7 +62,7 @@ class ForwardHooks:
             yield self._record
         finally:
             self._request, self._record = before
-            self._current[0] = None  # after Ctrl-C in a forward, for which torch calls no hook
+            self._current[0] = None  # Ctrl-C within a forward leaves it: torch then calls no hook
 
     def take_last(self) -> Any:
         """The last forward, if its request gave the prompt's length; it is not kept any longer."""

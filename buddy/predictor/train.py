@@ -129,7 +129,7 @@ def _regress(predictor: CurvePredictor, targets: Targets) -> tuple[dict[str, Any
     increase = targets.increase(predictor.arms)
     left_out = predictor.fit(targets.features, increase)
     error, count = (left_out - increase).square().mean(0).sqrt(), len(increase)
-    spread = increase.std(0, correction=0) * count / max(1, count - 1)  # of the mean, left out too
+    spread = increase.std(0, correction=0) * count / max(1, count - 1)  # leave-one-out error of the mean
     rows = zip(predictor.arms, increase.mean(0).tolist(), spread.tolist(), error.tolist(), strict=True)
     curve = [{"layers": k, "increase": mean, "spread": wide, "error": off} for k, mean, wide, off in rows]
     shown = [f"{r['error']:.3f} at {r['layers']} ({r['spread']:.3f})" for r in curve if r["spread"] > 0]
