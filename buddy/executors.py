@@ -17,10 +17,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from buddy import distributed
@@ -96,47 +97,46 @@ class LokyExecutor:
 
         setup, waiting = _Setup(self.threads), deque((unit, 1) for unit in units)
         free, pools = list(range(min(self.jobs, len(waiting)))), dict[int, Any]()
-        running: dict[Future[Any], tuple[int, RunSpec, int, Future[int]]] = {}
+        running: dict[Future[Any], tuple[int, RunSpec, int]] = {}
+        ended: SimpleQueue[Future[Any]] = SimpleQueue()
         try:
-            with _handled(signal.SIGTERM, signal.default_int_handler):  # it ends the work as Ctrl-C does
+            with _handled(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)):
                 while waiting or running:
                     while waiting and free:
                         slot, (unit, attempt) = free.pop(0), waiting.popleft()
                         pools[slot] = pools.get(slot) or _pool(slot)
-                        try:
-                            with _held_back(signal.SIGINT):  # a new process inherits this until it is ready
-                                pid = pools[slot].submit(os.getpid)
-                            future = pools[slot].submit(_call, setup, function, unit)
-                        except BrokenProcessPool as death:  # between two units
-                            future, pid = Future(), Future()
-                            future.set_exception(death)
-                        running[future] = slot, unit, attempt, pid
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        slot, unit, attempt, _ = running.pop(future)
-                        free.append(slot)
-                        error = future.exception()
-                        died = isinstance(error, BrokenProcessPool)
-                        if died or not waiting:  # a process without work holds a model, and may be killed for it
-                            pools.pop(slot).shutdown(wait=died, kill_workers=died)
-                        if died:
-                            if attempt < ATTEMPTS:
-                                waiting.appendleft((unit, attempt + 1))
-                                continue
-                            error = RunError(
-                                f"Its process died {ATTEMPTS} times, perhaps because memory ran out; free some or give "
-                                "fewer --jobs."
-                            )
-                        on_done(unit, future.result() if error is None else error)
+                        with _held_back(
+                            signal.SIGINT
+                        ):  # here until `running` has the unit, in a process until `_begin`
+                            try:
+                                future = pools[slot].submit(_call, setup, function, unit)
+                            except BrokenProcessPool as death:  # between two units
+                                future = Future()
+                                future.set_exception(death)
+                            running[future] = slot, unit, attempt
+                            future.add_done_callback(ended.put)
+                    future = ended.get()  # `futures.wait` can leave a lock held when an interrupt comes
+                    slot, unit, attempt = running.pop(future)
+                    free.append(slot)
+                    error = future.exception()
+                    died = isinstance(error, BrokenProcessPool)
+                    if died or not waiting:  # a process without work holds a model, and may be killed for it
+                        pools.pop(slot).shutdown(wait=died, kill_workers=died)
+                    if died:
+                        if attempt < ATTEMPTS:
+                            waiting.appendleft((unit, attempt + 1))
+                            continue
+                        error = RunError(
+                            f"Its process died {ATTEMPTS} times, perhaps because memory ran out; free some or give "
+                            "fewer --jobs."
+                        )
+                    on_done(unit, future.result() if error is None else error)
         except BaseException:
-            stopping = []
-            for future, (slot, _, _, pid) in running.items():
-                if pid.done() and not pid.exception():
+            for slot, *_ in running.values():
+                for pid in list(pools[slot]._processes):
                     with suppress(ProcessLookupError):
-                        os.kill(pid.result(), signal.SIGINT)
-                    stopping.append(future)
-                else:  # not ready, so nothing to save
-                    pools.pop(slot).shutdown(kill_workers=True)
-            wait(stopping, GRACE_SECONDS)
+                        os.kill(pid, signal.SIGINT)
+            wait(running, GRACE_SECONDS)
             raise
         finally:
             busy = not all(future.done() for future in running)
@@ -146,8 +146,11 @@ class LokyExecutor:
 
 def _pool(slot: int) -> Any:
     """A pool of one process."""
+    from multiprocessing import resource_tracker
+
     from joblib.externals.loky import ProcessPoolExecutor
 
+    resource_tracker.ensure_running()  # the first `submit` would begin it, and that unblocks SIGINT
     return ProcessPoolExecutor(1, initializer=_begin, initargs=(os.getpid(),), env=distributed.gpu_of_worker(slot))
 
 
@@ -165,7 +168,7 @@ def _begin(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that was held back: the terminal's, before `setpgid`
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # for an interrupt that was held back
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

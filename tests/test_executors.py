@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import ProcessPoolExecutor
 
 from buddy.errors import BuddyError, RunError
 from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, require_ray
@@ -131,6 +132,22 @@ def test_an_interrupt_while_workers_start_waits_for_nothing(tmp_path):
         process.communicate()
     assert process.returncode == 130
     assert not list(tmp_path.glob("*.stopped"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_within_a_submission_begins_no_unit(tmp_path, monkeypatch, number):
+    submit = ProcessPoolExecutor.submit
+
+    def interrupted(self, *args):
+        future = submit(self, *args)
+        signal.raise_signal(number)
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        outcomes(LokyExecutor(1), tmp_path, "a", "bb")
+    assert not list(tmp_path.iterdir())
 
 
 @needs_proc
