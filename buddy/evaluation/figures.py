@@ -20,8 +20,9 @@ from buddy.values import shown
 
 LAYERS, TIME, PREFILL, WORK = "quality-layers", "quality-time", "quality-prefill", "quality-work"
 CAPTIONS = {
-    LAYERS: "Cross-entropy over executed layers; bands are 95 % intervals over documents and seeds. A line that is far "
-    "worse than the others leaves its panel at the top; the tables contain it.",
+    LAYERS: "Cross-entropy over executed layers; these are the mean over all tokens of the windows. With at most eight "
+    "routers, bands are 95 % intervals over documents and seeds. A line that is far worse than the others leaves its "
+    "panel at the top; the tables contain it.",
     TIME: "Cross-entropy over the measured time of a decoded token, one point for each budget.",
     PREFILL: "Cross-entropy over the measured time of a prompt, one point for each budget.",
     WORK: "Cross-entropy over multiply-adds per token, one point for each budget.",
@@ -36,6 +37,7 @@ COLOURS: tuple[str, ...] = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee
 COLOURS += ("#44aa99", "#999933", "#aa4499", "#555555", "#e6550d", "#000000")
 MARKS = "osD^vPX*<>h"  # 11 beside 12 colours: a pair repeats after 132 lines
 STROKES = {"learned": "-", "static": "--", "random": ":"}
+BANDS = 8  # routers at most: more bands hide the lines
 FIGURE = "loss.png"  # of a run
 TENSORBOARD, PICTURES = "tensorboard", "_figures"  # folders
 TABLE = "hparams"  # prefix of the tags that are columns of TensorBoard's table and points of no curve
@@ -93,22 +95,30 @@ def draw_panels(r: Results, path: Path, x: str, label: str, *, shade: float = 0.
         path: of the PNG file.
         x: the column.
         label: of the horizontal axis.
-        shade: opacity of the 95 % intervals over documents and seeds.
+        shade: opacity of the 95 % intervals over documents and seeds, drawn for at most BANDS routers.
         stock: position of the stock dense model on the horizontal axis, if any.
     """
     from matplotlib.ticker import MaxNLocator
 
     across = min(2, len(r.texts))
     down = -(-len(r.texts) // across)
-    size = (5.2 * across + 0.6, 3.6 * down + 0.5 + 0.22 * -(-len(r.routers) // (2 * across)))
+    width, entries = 5.2 * across + 0.6, len(r.routers) + (stock is not None)
+    place: dict[str, Any] = {"loc": "center", "bbox_to_anchor": (0.5, 0, 0.5, 1 / down)}
+    ncols, below, fontsize = 1, 0.0, min(9.0, 170 / entries)
+    if len(r.texts) == across * down:  # otherwise the legend takes the panel without a text
+        longest = max(map(len, r.routers.index))
+        ncols, fontsize = max(1, min(entries, int(width / (0.7 + 0.08 * longest)))), 9.0  # inches: a mark, a letter
+        below, place = 0.5 + 0.2 * -(-entries // ncols), {"loc": "outside lower center"}
+    size = (width, 3.6 * down + below)
+    shade = shade if len(r.routers) <= BANDS else 0.0
     columns = [x, "loss", "loss_low", "loss_high"]
     with figure_at(path, ncols=across, nrows=down, squeeze=False, figsize=size) as axes:
         panels = list(axes.flat)
         for axis, text in zip(panels, r.texts, strict=False):
             points = r.scores.loc[text, columns].dropna(subset=[x]).astype(float).sort_values(columns)
-            for router, style in zip(r.routers.index, _styles(r), strict=True):
+            for index, (router, style) in enumerate(zip(r.routers.index, _styles(r), strict=True)):
                 if router in points.index:
-                    _band(axis, points.loc[[router]], shade, label=router, **style)
+                    _band(axis, points.loc[[router]], shade, label=router, zorder=3 - index / entries, **style)
             if stock is not None:
                 axis.axvline(stock, color="#888888", linewidth=1, linestyle="-.", label="stock dense model")
             _limit(axis, points, shade)
@@ -119,8 +129,7 @@ def draw_panels(r: Results, path: Path, x: str, label: str, *, shade: float = 0.
         for axis in panels[len(r.texts) :]:
             axis.remove()
         lines, labels = panels[0].get_legend_handles_labels()
-        style = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
-        panels[0].figure.legend(lines, labels, ncols=2 * across, **style)
+        panels[0].figure.legend(lines, labels, ncols=ncols, fontsize=fontsize, frameon=False, **place)
 
 
 def draw_run(folder: Path, scores: Sequence[Scores]) -> None:
