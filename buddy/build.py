@@ -159,7 +159,8 @@ def uses_bridges(recipe: Recipe, router: AnyRouter) -> bool:
 def healing_steps(recipe: Recipe, router: AnyRouter) -> int:
     """Steps that train an adapter, the bridges or both under a router's plans; 0 for a router that skips nothing.
 
-    Where the steps of a router train its bridges too, those of a router that is not trained have as many more.
+    With `bridge.joint` the steps that train a router train its bridges too; for a router that is not trained,
+    trainer.max_steps is added here instead.
 
     Args:
         recipe: of the run.

@@ -50,7 +50,7 @@ from buddy.worker import EvaluationText, Tasks, Worker, read_windows, run_in_wor
 
 SEEDS = 3
 LOCK_SECONDS = 10.0  # that `fit` waits for another to write its tables
-PREDICTOR = "predictor."  # beginning of the recipe keys that change nothing in a run of a comparison
+PREDICTOR_KEYS = "predictor."  # beginning of the recipe keys that change nothing in a run of a comparison
 ALREADY_COMPLETE = 0.5  # seconds; a run that takes less was complete before
 
 
@@ -122,7 +122,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
             pass
     console.errors.quiet = console.results.quiet = not first
     recipe = with_dtype(recipe)
-    base, own = common_recipe(recipe), Rival(recipe.router.name)
+    base, own = _common_recipe(recipe), Rival(recipe.router.name)
     own_recipe = replace(base, predictor=recipe.predictor, ckpt_path=recipe.ckpt_path)
     recipes = {each.label: with_router(base, each) for each in recipe.rivals if each != own} | {own.label: own_recipe}
     specs = [
@@ -168,7 +168,7 @@ def compare(config: CompareConfig) -> int:
         KeyboardInterrupt: stopped; the same call resumes.
     """
     config = check(config)
-    base = common_recipe(config.recipe)
+    base = _common_recipe(config.recipe)
     if config.recipe.predictor.name is not None:
         errors.print("A comparison fits no budget predictor: all routers have the recipe's budgets.")
     rivals = config.routers or list(dict.fromkeys([Rival(config.recipe.router.name), *config.recipe.rivals]))
@@ -282,7 +282,7 @@ def _check_trained(config: CompareConfig) -> None:
 # Runs
 
 
-def common_recipe(recipe: Recipe) -> Recipe:
+def _common_recipe(recipe: Recipe) -> Recipe:
     """What the recipes of all runs have in common: the seed of the data is fixed, so that `seed` is the router's alone.
 
     The budget predictor and the checkpoint belong to the recipe's own router.
@@ -304,7 +304,7 @@ def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) 
             replace(recipe, seed=seed),
             config.recipe_name,
             RunFolder.of(folder, label, seed).path,
-            ignored_keys=(PREDICTOR,),
+            ignored_keys=(PREDICTOR_KEYS,),
         )
         for seed in range(recipe.seed, recipe.seed + (many if seeded else 1))
     ]
@@ -317,7 +317,7 @@ def _depends_on_seed(recipe: Recipe, router: AnyRouter) -> bool:
 
 def _refuse_other_recipes(folder: Path, recipes: Mapping[str, Recipe]) -> None:
     """Raises RunError if the folder holds runs of other recipes, as far as it shows without model and text."""
-    ignore = (PREDICTOR, *TRAINING_KEYS, "seed", "data.seed")
+    ignore = (PREDICTOR_KEYS, *TRAINING_KEYS, "seed", "data.seed")
     paths = {path: of for label, of in recipes.items() for path in (folder / label_folder(label)).glob("seed-*")}
     _refuse({path: RunFolder(path).differences(of, {}, ignore) for path, of in paths.items()})
 
@@ -377,7 +377,7 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
     if read_run(other.path).recipe.adapter is not None:
         raise RunError(f"{other.path} was healed itself; name the comparison that it came from as --trained.")
     recipe = replace(spec.recipe, seed=seeds[0])
-    free = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR, *ignored_keys(recipe, router))
+    free = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR_KEYS, *ignored_keys(recipe, router))
     free += () if router.trainable else TRAINING_KEYS
     if reasons := other.differences(recipe, session.digests(recipe), ignore=free):
         raise RunError(
@@ -392,7 +392,7 @@ def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Held while a comparison works in its folder; `patience` in seconds is how long it waits for another one."""
     busy = f"Another process compares into {folder}; wait for it, or name another folder for the output."
     with locked(folder / ".lock", busy, patience):
-        remove_parts(folder, below="")
+        remove_parts(folder, recursive=False)
         yield
 
 

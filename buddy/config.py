@@ -56,7 +56,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, saved: boo
         RecipeError: no such recipe, not YAML, or mistakes in it; the message lists all of them.
     """
     path, what = recipe_path(source), f"The recipe {source}"
-    recipe = _composed(lambda: _read(path), overrides, what, saved=saved)
+    recipe = _composed(lambda: _read(path), overrides, what, references=not saved, to_fit=not saved)
     return replace(recipe, backbone=replace(recipe.backbone, accept_license=False)) if saved else recipe
 
 
@@ -72,13 +72,12 @@ def override(recipe: Recipe, overrides: Sequence[str], what: str) -> Recipe:
     return _composed(lambda: asdict(recipe), overrides, what)
 
 
-def with_router(recipe: Recipe, rival: Rival | str) -> Recipe:
+def with_router(recipe: Recipe, rival: Rival) -> Recipe:
     """The recipe for one router with its overrides; another router than the recipe's starts from empty options.
 
     Raises:
         RecipeError: mistakes in the overrides, or one of a key that all routers share.
     """
-    rival = Rival(rival) if isinstance(rival, str) else rival
     keys = {text: RENAMED.get(key := text.partition("=")[0], key) for text in rival.overrides}
     if shared := [text for text, key in keys.items() if not key.startswith(OWN_KEYS) or key.startswith(MACHINE_KEYS)]:
         raise RecipeError(
@@ -92,13 +91,15 @@ def with_router(recipe: Recipe, rival: Rival | str) -> Recipe:
     return replace(alone, rivals=recipe.rivals)
 
 
-def _composed(read: Callable[[], Nested], overrides: Sequence[str], what: str, saved: bool | None = None) -> Recipe:
-    """A checked recipe from nested values and overrides; `saved` says whether a file of a run was read, or another."""
+def _composed(
+    read: Callable[[], Nested], overrides: Sequence[str], what: str, *, references: bool = False, to_fit: bool = True
+) -> Recipe:
+    """A checked recipe from nested values, which may refer to one another, and overrides; `to_fit` as in `problems`."""
     try:
         mistakes: list[str] = []
-        values = _overridden(_current(read()), list(_changes(overrides, mistakes)), references=saved is False)
+        values = _overridden(_current(read()), list(_changes(overrides, mistakes)), references)
         recipe: Recipe = _build(Recipe, values, "", mistakes)
-        mistakes += problems(recipe, to_fit=not saved)
+        mistakes += problems(recipe, to_fit=to_fit)
         mistakes += [] if mistakes else [text for rival in recipe.rivals for text in _rival_problems(recipe, rival)]
     except RecursionError as error:
         raise RecipeError(f"{what} is nested too deeply; write it with fewer brackets.") from error

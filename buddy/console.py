@@ -27,6 +27,8 @@ from rich.text import Text
 
 from buddy.io import write_json
 
+Track = Callable[[Sequence[Any]], Iterable[Any]]  # wraps what a loop runs over, to show its progress
+
 PLAIN_EVERY = 30.0  # seconds between lines where the error stream is no terminal
 NONE = "–"  # a cell without a value
 WIDTH, GAP, LONGEST = 118, 2, 30  # columns of a table where there is no terminal, between two, and of row labels
@@ -57,11 +59,10 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        self._live, self._total = errors.is_terminal, total
+        self._live = errors.is_terminal
         self._progress = Progress(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
-        self._task = self._progress.add_task(
-            description[:1].upper() + description[1:], total=total, completed=done, note=""
-        )
+        name = description[:1].upper() + description[1:]
+        self._progress.add_task(name, total=total, completed=done, note="")
         self._printed_at = time.monotonic()
 
     def __enter__(self) -> Bar:
@@ -75,9 +76,10 @@ class Bar:
 
     def update(self, done: int, note: str = "") -> None:
         """Show the steps done so far, and `note` at the end of the line."""
-        self._progress.update(self._task, completed=done, note=note)
-        unfinished = done < self._total  # the last line is printed at the end
-        if not self._live and unfinished and time.monotonic() - self._printed_at >= PLAIN_EVERY:
+        task = self._progress.tasks[0]
+        self._progress.update(task.id, completed=done, note=note)
+        # The last line is printed at the end.
+        if not self._live and not task.finished and time.monotonic() - self._printed_at >= PLAIN_EVERY:
             self._print_line()
 
     def _print_line(self) -> None:
@@ -98,7 +100,7 @@ def track(items: Sequence[Any], description: str) -> Iterator[Any]:
             bar.update(done)
 
 
-def tracker(description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+def tracker(description: str) -> Track:
     """`track` with its description filled in."""
     return lambda items: track(items, description)
 
@@ -180,9 +182,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def bounds(low: float, high: float) -> str:
-    """ "29.12 – 30.41", the ends of an interval; "–" where there is none, since it is over one document."""
-    return f"{low:.2f} – {high:.2f}" if low < high else NONE
+def quality_cells(perplexity: float, interval: Sequence[float], kl: float) -> list[str]:
+    """Perplexity, the ends of its interval as in "29.12 – 30.41", or "–" over one document, and KL."""
+    low, high = interval
+    return [f"{perplexity:.2f}", f"{low:.2f} – {high:.2f}" if low < high else NONE, f"{max(kl, 0.0):.4f}"]
 
 
 def clock(seconds: float | None) -> str:

@@ -105,9 +105,8 @@ class LokyExecutor:
                     while waiting and free:
                         slot, (unit, attempt) = free.pop(0), waiting.popleft()
                         pools[slot] = pools.get(slot) or _pool(slot)
-                        with _held_back(
-                            signal.SIGINT
-                        ):  # here until `running` has the unit, in a process until `_begin`
+                        # Here until `running` has the unit, in a new process until `_begin`.
+                        with _held_back(signal.SIGINT):
                             try:
                                 future = pools[slot].submit(_call, setup, function, unit)
                             except BrokenProcessPool as death:  # between two units

@@ -243,9 +243,8 @@ class Session:
         steps = healing_steps(recipe, model.router)  # the router is frozen later
         checkpoint = folder / CHECKPOINTS / LAST
         fitted = folder / CHECKPOINTS / FITTED
-        if distributed.broadcast(
-            distributed.is_global_zero() and is_fitted(fitted)
-        ):  # stopped after the router was fitted
+        router_is_fitted = distributed.broadcast(distributed.is_global_zero() and is_fitted(fitted))
+        if router_is_fitted:  # the run was stopped after that
             restore(model, recipe, fitted, adapter=False)
         elif reuse_from is not None:
             restore(model, recipe, reuse_from, adapter=False)

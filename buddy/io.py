@@ -93,14 +93,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_bytes(path, save(plain, {"format": "pt"}))  # safetensors does not keep the order of several keys
 
 
-def remove_parts(folder: Path, below: str = "**/") -> None:
+def remove_parts(folder: Path, recursive: bool = True) -> None:
     """Remove the temporary files of killed processes, in a folder that no other process writes now.
 
     Args:
         folder: that is searched.
-        below: "" to leave the folders in it alone.
+        recursive: whether the folders in it are searched, too.
     """
-    for part in list(folder.glob(f"{below}.*{PART}")):
+    for part in list((folder.rglob if recursive else folder.glob)(f".*{PART}")):
         part.unlink(missing_ok=True)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,16 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from buddy.console import tracker
+from buddy.console import Track, tracker
 from buddy.engine.model import RoutedLM
 from buddy.measurements import Measurements
-from buddy.metrics.timing import BenchmarkCase, Track, decode_interleaved
+from buddy.metrics.timing import PROMPT, BenchmarkCase, decode_interleaved
 from buddy.provenance import machine
 
 LOCK, TABLE = "measuring.lock", "milliseconds"
 LAYOUT = 2  # raise it when tokens are timed differently: older tables are then not found
 POINTS, ROUNDS = 5, 5
-PROMPT, STEPS = 64, 16  # tokens of the prompt, and timed tokens
+STEPS = 16  # timed tokens
 # A natural text, so that plans change as often as in use.
 TEXT = (
     "A river that runs to the sea does not ask at each stone which way is down. It takes the way that is open, and "
@@ -101,11 +102,9 @@ def measure_latencies(routed: RoutedLM, rounds: int = ROUNDS, track: Track = ite
         texts: rows of the batch.
     """
     counts, ids, model = points_of(routed), _texts(routed, texts), routed.backbone.model
-    unadapted = nullcontext() if routed.adapter is None else routed.adapter.off()
-    contexts = [lambda count=count: routed.at(executed=[count]) for count in counts]
-    cases = [BenchmarkCase("routed", count, model, each) for count, each in zip(counts, contexts, strict=True)]
+    cases = [BenchmarkCase("routed", count, model, partial(routed.at, executed=[count])) for count in counts]
     draw, start = random.Random(0), ids.shape[1] - STEPS
-    with unadapted, routed.changed(mean_over=1):  # K is then what each token runs, not a mean over tokens
+    with routed.unadapted(), routed.changed(mean_over=1):  # K is then what each token runs, not a mean over tokens
         times = [decode_interleaved(cases, ids, start, draw) for _ in track(range(rounds + 1))]
     rounds_of_each = zip(*times[1:], strict=True)
     medians = (statistics.median(each.milliseconds for each in means) for means in rounds_of_each)

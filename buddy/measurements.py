@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import platform
 import time
 import zlib
 from collections.abc import Collection, Mapping
@@ -18,15 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load, save
 from torch import Tensor
 
-from buddy.backbone.load import sampled
 from buddy.console import errors
-from buddy.engine.model import RoutedLM
 
-LAYOUT = 1  # raise it when values are measured differently: older ones are then not found
 WRITE_EVERY = 2.0  # seconds: the most that a kill loses
 
 
@@ -95,39 +90,6 @@ class Measurements:
         self.path = None
 
 
-def measurement_setting(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, Any]:
-    """All that measured values depend on to the last bit; equal in every process.
-
-    The rounding of a sum depends on the size of a batch, the number of threads and the processor's instructions too.
-
-    Args:
-        routed: the model.
-        windows: (N, W) long.
-        batch_size: windows per forward.
-    """
-    backbone = routed.backbone
-    config = backbone.model.config
-    described = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    return {
-        "layout": LAYOUT,
-        "backbone": backbone.fingerprint,
-        "configuration": digest(json.dumps(described, sort_keys=True, default=str).encode()),
-        "weights": digest(*(tensor_bytes(sampled(parameter)) for parameter in backbone.model.parameters())),
-        "dtype": backbone.dtype,
-        "attention": config._attn_implementation,
-        "device": _device(backbone.device),
-        "threads": torch.get_num_threads(),
-        "precision": torch.get_float32_matmul_precision(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "windows": digest(tensor_bytes(windows)),
-        "shape": tuple(windows.shape),
-        "batch_size": batch_size,
-        "sink_tokens": routed.sink_tokens,
-        "context_layer": routed.geometry.context_layer,
-    }
-
-
 def tensor_bytes(tensor: Tensor) -> bytes:
     """All bits of a tensor."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -136,12 +98,6 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 def digest(*parts: bytes) -> str:
     """16 hexadecimal digits."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _line(key: str, value: Tensor) -> bytes:

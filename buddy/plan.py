@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from buddy.errors import BudgetError
 
 CHUNK = 512  # tokens whose competition is sorted at once: 50 MB for 64 tokens of 30 layers
-REPAID = 4  # of W places in a competition, that each layer beyond the budget takes: after W / 4 tokens it is repaid
+# Each layer run beyond the budget lowers the number of winners among W tokens by this many: after about W / 4 tokens it
+# is made up for.
+REPAID = 4
 
 
 def top_k(scores: Tensor, k: Tensor) -> Tensor:
@@ -79,7 +81,7 @@ def counts_over(
     return torch.stack(counts, 1), excess
 
 
-def top_k_on_host(scores: Sequence[float], k: int) -> list[bool]:
+def _top_k_on_host(scores: Sequence[float], k: int) -> list[bool]:
     """`top_k` of one score vector in plain Python: for the few scores of one token that is quicker than tensors."""
     runs = [False] * len(scores)
     for index in sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:k]:  # stable, so ties by index
@@ -177,7 +179,7 @@ def plan_rows_on_host(scores: Sequence[Sequence[float]], executed: Sequence[int]
     first = layers - len(scores[0]) - 1
     check_counts(executed, first + 1, layers)
     each = executed if len(executed) > 1 else [executed[0]] * len(scores)
-    chosen = [top_k_on_host(row, count - first - 1) for row, count in zip(scores, each, strict=True)]
+    chosen = [_top_k_on_host(row, count - first - 1) for row, count in zip(scores, each, strict=True)]
     always = [True] * len(scores)
     return [always] * first + [list(layer) for layer in zip(*chosen, strict=True)] + [always]
 

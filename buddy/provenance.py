@@ -38,8 +38,9 @@ IGNORED_KEYS = (
     "fixed",
     "backbone.accept_license",
 )
-# Beginnings of keys that change nothing where nothing is trained, and where no estimator of a recipe trains the router.
+# Beginnings of keys that change nothing if nothing is trained.
 TRAINING_KEYS = ("trainer.", "objective.", "optimizer.", "data.train_sources")
+# Keys that change nothing if no estimator of a recipe trains the router.
 ESTIMATOR_KEYS = ("objective.estimator", "objective.plans", "objective.sigma", "objective.shared")
 CKPT_KEY = "ckpt_path"
 
@@ -70,7 +71,7 @@ def check_fixed(recipe: Recipe, routers: Sequence[Rival], digests: Mapping[str, 
             f"The settings of {', '.join(found)} are not in the recipe, which is fixed as {recipe.fixed}; add "
             "them to its rivals, or choose settings with data.evaluate_on=validation."
         )
-    digest = settings_digest(recipe, digests)
+    digest = _settings_digest(recipe, digests)
     if digest != recipe.fixed:
         raise RecipeError(
             f"The settings differ from those that the recipe fixed before its test windows were read ({recipe.fixed}); "
@@ -78,7 +79,7 @@ def check_fixed(recipe: Recipe, routers: Sequence[Rival], digests: Mapping[str, 
         )
 
 
-def settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
+def _settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
     """15 hexadecimal digits of the settings of a comparison and of its inputs, wherever the texts lie.
 
     An "s" before them keeps YAML from reading a number. The seed of the routers is left out: a comparison has many. So

@@ -36,9 +36,9 @@ class Description:
     problem: str = ""
 
 
-def installed(group: str = ROUTERS) -> list[EntryPoint]:
-    """Every announced class of a group, by name and then distribution; nothing is imported."""
-    return sorted(entry_points(group=group), key=lambda entry: (entry.name, owner(entry)))
+def installed() -> list[EntryPoint]:
+    """Every announced router, by name and then distribution; nothing is imported."""
+    return sorted(entry_points(group=ROUTERS), key=lambda entry: (entry.name, owner(entry)))
 
 
 def owner(entry: EntryPoint) -> str:

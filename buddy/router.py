@@ -212,7 +212,10 @@ class AnyRouter(nn.Module, ABC):
 
 
 class Router(AnyRouter):
-    """Scores all routable layers at once, before they run. No router with a name inherits from another one."""
+    """Scores all routable layers at once, before they run.
+
+    A registered router never inherits from another registered one.
+    """
 
     @abstractmethod
     def score(self, context: Context) -> Tensor:

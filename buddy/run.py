@@ -134,9 +134,9 @@ class RunFolder:
     ) -> Path:
         """Start or resume the run; requires the lock.
 
-        An incomplete run of the same recipe and inputs is kept, so that it resumes from its checkpoint. Of another one
-        that the recipe's `ckpt_path` points into, that checkpoint is kept, without all else that a run resumes from.
-        Any other incomplete run is removed. A complete run stays as it is.
+        An incomplete run of the same recipe and inputs is kept, so that it resumes from its checkpoint. If
+        `ckpt_path` names a checkpoint in the folder of another incomplete run, that checkpoint alone is kept. Any other
+        incomplete run is removed. A complete run stays as it is.
 
         Args:
             recipe: of the run.

@@ -35,8 +35,10 @@ LAST, HEALING, FITTED = "last.ckpt", "healing.ckpt", "fitted"  # the folder has 
 FITTED_SUMS = "checksums.json"  # in that folder, written last
 FORMAT = 2  # of a run folder; 1 is that of Buddy 0.1, which stored the checksums in run.json
 SUMS = "checksums"  # the key of the checksums in metrics.json
-_TEXTS = ("recipe_name", "router_name", "backbone", "fingerprint")
-_MAPPINGS = ("geometry", "versions")
+_FIELDS: dict[str, type] = {  # of `Run`, in run.json
+    **dict.fromkeys(("recipe_name", "router_name", "backbone", "fingerprint"), str),
+    **dict.fromkeys(("geometry", "versions"), dict),
+}
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -144,11 +146,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
     made = facts.get("format")
     if isinstance(made, int) and made > FORMAT:
         raise RunError(f"{folder} was made by a newer Buddy (run format {made}); upgrade Buddy to read it.")
-    kinds = {"format": int, **dict.fromkeys(_TEXTS, str), **dict.fromkeys(_MAPPINGS, dict)}
-    for name, kind in kinds.items():
+    for name, kind in {"format": int, **_FIELDS}.items():
         if not isinstance(facts.get(name), kind) or flaw(facts[name]):
             raise DamagedError(path, f"{name} is missing or wrong")
-    return {name: facts[name] for name in (*_TEXTS, *_MAPPINGS)}
+    return {name: facts[name] for name in _FIELDS}
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class BridgeSection:
     rank: int = _number(64, ge=1)  # at most the width of the hidden state
     ridge: float = _number(0.1, ge=0)  # penalty of squared weights, in units of the variance of a bridge's input
     windows: int | None = _number(None, ge=1)  # calibration windows to fit on; null for all
-    steps: int = _number(0, ge=0)  # of gradient descent from the closed form; where an adapter is trained, its steps
+    steps: int = _number(0, ge=0)  # by gradients from the closed form; with an adapter, above 0 means adapter.steps
     lr: float = _number(1.0e-3, gt=0)
     joint: bool = False  # train them in the trainer.max_steps before that too: with a trained router, or alone
 

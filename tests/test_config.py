@@ -158,8 +158,8 @@ def test_a_rival_has_overrides_of_its_own():
     assert (other.router, other.optimizer.lr) == (RouterSection("first", {"hidden": 8}), 1e-2)
     assert (other.trainer["max_steps"], other.rivals) == (7, [rival])
     assert rival.label == "first[optimizer.lr=1e-2;hidden=8;trainer.max_steps=7]"
-    assert with_router(recipe, "first") == replace(recipe, router=RouterSection("first"))
-    assert with_router(recipe, "buddy") == recipe
+    assert with_router(recipe, Rival("first")) == replace(recipe, router=RouterSection("first"))
+    assert with_router(recipe, Rival("buddy")) == recipe
     same = with_router(recipe, Rival("buddy", ("router.options.prior=none",)))
     assert same.router.options == {"hidden": 4, "prior": "none"}
 

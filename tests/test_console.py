@@ -6,7 +6,7 @@ import re
 from rich.console import Console
 
 from buddy import console
-from buddy.console import NONE, Bar, bounds, print_table, track
+from buddy.console import NONE, Bar, print_table, quality_cells, track
 
 LINE = re.compile(
     r"(?P<what>.+): (?P<done>\d+) of (?P<total>\d+), 0:00:0\d elapsed(?P<left>, 0:00:0\d left)?(, (?P<note>.+))?"
@@ -61,5 +61,5 @@ def test_a_table_into_a_pipe_has_one_line_a_row(capsys):
 
 
 def test_one_document_has_no_interval():
-    assert bounds(29.118, 30.4) == "29.12 – 30.40"
-    assert bounds(29.118, 29.118) == NONE
+    assert quality_cells(29.6, (29.118, 30.4), -1e-9) == ["29.60", "29.12 – 30.40", "0.0000"]
+    assert quality_cells(29.118, (29.118, 29.118), 0.25) == ["29.12", NONE, "0.2500"]

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buddy import measurements
+from buddy.calibration.probe import measurement_setting
 from buddy.io import cache_folder
-from buddy.measurements import Measurements, measurement_setting
+from buddy.measurements import Measurements
 from tests.calibration.small import WINDOWS, routed
 
 SETTING = {"windows": "abc", "threads": 1}

@@ -192,7 +192,7 @@ class PlanLosses:
         self._outside = EmbeddingAndHead(backbone.model)
         self._cache: dict[Batch, dict[str, Tensor]] = {}
         self._dense: dict[Batch, list[DenseDistribution]] = {}
-        self._dense_room = room_for(MAX_DENSE, backbone.device)
+        self._dense_room = _room_for(MAX_DENSE, backbone.device)
         self._fit = fit
 
     def measure(
@@ -224,7 +224,7 @@ class PlanLosses:
     ) -> PrefixStates:
         backbone, layers = self._backbone, self._backbone.num_layers
         size = input_ids.numel() * backbone.hidden_size * backbone.dtype.itemsize
-        wanted = prefixes_to_keep(plans, layers, room_for(MAX_CACHE, backbone.device) // (size * self._number))
+        wanted = prefixes_to_keep(plans, layers, _room_for(MAX_CACHE, backbone.device) // (size * self._number))
         if criterion == "kl":
             wanted.add("1" * layers)  # every call needs the dense model's output
         known = self._cache.get(batch, {})
@@ -287,7 +287,7 @@ def prefixes_to_keep(plans: Collection[str], layers: int, room: int) -> set[str]
     return set()
 
 
-def room_for(most: int, device: torch.device) -> int:
+def _room_for(most: int, device: torch.device) -> int:
     """Bytes to keep on a device between calls: `most`, or less on an accelerator that is nearly full."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     return most if free is None else min(most, int(free * MAX_SHARE))

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import transformers
 from torch import Tensor
 
+from buddy.backbone.load import sampled
 from buddy.calibration.bridges import PlanBridges
 from buddy.calibration.measures import Pair, PlanLosses, similarities, taylor_importance
 from buddy.engine.model import RoutedLM
 from buddy.errors import BackboneError
-from buddy.measurements import Measurements, measurement_setting
+from buddy.measurements import Measurements, digest, tensor_bytes
 from buddy.router import Context, Criterion
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 SIMILARITIES = ("block influence", "angular distance")
 TAYLOR = "Taylor importance"
+LAYOUT = 1  # raise it when values are measured differently: older ones are then not found
 BRIDGE_WINDOWS = 24  # at most, the last ones: a search measures on the first
 
 
@@ -199,3 +204,42 @@ class CalibrationProbe:
                 if windows > 0
                 else f"windows is {windows}; give 1 or more"
             )
+
+
+def measurement_setting(routed: RoutedLM, windows: Tensor, batch_size: int) -> dict[str, Any]:
+    """All that measured values depend on to the last bit; equal in every process.
+
+    The rounding of a sum depends on the size of a batch, the number of threads and the processor's instructions too.
+
+    Args:
+        routed: the model.
+        windows: (N, W) long.
+        batch_size: windows per forward.
+    """
+    backbone = routed.backbone
+    config = backbone.model.config
+    described = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return {
+        "layout": LAYOUT,
+        "backbone": backbone.fingerprint,
+        "configuration": digest(json.dumps(described, sort_keys=True, default=str).encode()),
+        "weights": digest(*(tensor_bytes(sampled(parameter)) for parameter in backbone.model.parameters())),
+        "dtype": backbone.dtype,
+        "attention": config._attn_implementation,
+        "device": _device(backbone.device),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "windows": digest(tensor_bytes(windows)),
+        "shape": tuple(windows.shape),
+        "batch_size": batch_size,
+        "sink_tokens": routed.sink_tokens,
+        "context_layer": routed.geometry.context_layer,
+    }
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -226,5 +226,9 @@ def _installed(recipe: "Recipe") -> list[str]:
     """Names of routers that work: the recipe's own first, then by kind."""
     from buddy.registry import describe
 
+    def place(name: str) -> tuple[bool, int, str]:
+        kind = kinds[name]
+        return name != recipe.router.name, KINDS.index(kind) if kind in KINDS else len(KINDS), name
+
     kinds = {each.name: each.kind for each in describe() if not each.problem}
-    return sorted(kinds, key=lambda name: (name != recipe.router.name, (*KINDS, kinds[name]).index(kinds[name]), name))
+    return sorted(kinds, key=place)

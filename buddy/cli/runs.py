@@ -23,10 +23,8 @@ DtypeOption = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"] | None,
     typer.Option(help="Of the backbone, instead of the run's; auto is the faster of bfloat16 and float32."),
 ]
-TASK_OPTIONS, TEXT_OPTIONS = (
-    ("limit", "task_data", "task_path"),
-    ("data", "split", "devices", "mean_over"),
-)  # of evaluate
+TASK_OPTIONS = ("limit", "task_data", "task_path")  # of evaluate
+TEXT_OPTIONS = ("data", "split", "devices", "mean_over")
 
 
 @app.command(epilog="\b\nExample: buddy evaluate --run runs/quickstart/buddy --budgets 0.75,22layers --json curve.json")

@@ -98,7 +98,7 @@ def read_documents(
     """
     texts = load_texts(source, text_field)
     with reading(source, texts.data.nbytes):
-        tokens = tokenise(cut_long(without_marks(texts), tokenizer, window), tokenizer)
+        tokens = _tokenise(_cut_long(without_marks(texts), tokenizer, window), tokenizer)
     begin, separator = _begin_and_separator(tokenizer)
     documents = Documents(tokens, window, separator, begin)
     if len(documents) < fewest:
@@ -121,7 +121,7 @@ def _begin_and_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int],
     return begin, [] if whole[-1:] == [last] != bare[-1:] else [last]
 
 
-def cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:
+def _cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:
     """`texts` with every row that has more than 1 / LARGEST_SHARE of all characters cut into parts."""
     import pyarrow.compute as pc
 
@@ -154,7 +154,7 @@ def cut(text: str, size: int) -> list[str]:
     return [*parts, text[start:]]
 
 
-def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The column "input_ids" for every row that is not blank."""
     from datasets import Features, List, Value
 

@@ -84,7 +84,7 @@ class TextData(LightningDataModule):
         self.train_seed = seed if train_seed is None else train_seed
         self.train_sources, self.calibration_sources = tuple(train_sources), tuple(calibration_sources)
         self._wanted = {"test": test_windows, "calibration": calibration_windows, "validation": validation_windows}
-        self._documents: Documents | None = None
+        self._texts: list[Documents] = []  # the first is the source's
 
     def __str__(self) -> str:
         """Lightning's own asks for loaders, which there are only after `setup`."""
@@ -92,7 +92,7 @@ class TextData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise the texts once, in one process; the cache of `datasets` stores the tokens."""
-        if self._documents is None:
+        if not self._texts:
             for source in (self.source, *self.train_sources, *self.calibration_sources):
                 self._read(source)
 
@@ -102,7 +102,7 @@ class TextData(LightningDataModule):
         Raises:
             DataError: the text cannot be read, or gives fewer than four documents of a window or more.
         """
-        if self._documents is not None:
+        if self._texts:
             return
         documents = self._read(self.source)
         self.split = split(documents, self._wanted, self.window, self.seed)
@@ -116,7 +116,6 @@ class TextData(LightningDataModule):
         more = [sample(each, self.window, share, self.seed) for each in calibrated]
         self.calibration = in_turn([self.calibration, *more], len(self.calibration))
         self._texts = [documents, *others, *calibrated]
-        self._documents = documents
 
     @property
     def evaluated(self) -> Windows:
@@ -126,7 +125,7 @@ class TextData(LightningDataModule):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the windows, the split, and the lengths of all documents."""
-        digest = hashlib.sha256(self._documents.lengths.tobytes())
+        digest = hashlib.sha256(self._texts[0].lengths.tobytes())
         for name in ("train", *self._wanted):
             digest.update(np.asarray(self.split[name]).tobytes())
         for name in self._wanted:

@@ -228,9 +228,8 @@ class Decoder:
         self.routed = routed
         self._read_late = routed.backbone.device.type == "cuda" if read_late is None else read_late
         settings = routed.settings
-        self._every = settings.reroute_every
-        self._chunk = chunk if settings.prompt_plan != "shared" and self._every == 1 else None
-        self._room, self._steps = chunk, 0
+        self._every, self._chunk, self._steps = settings.reroute_every, chunk, 0
+        self._splits = settings.prompt_plan != "shared" and self._every == 1  # whether a prompt is read in parts
         self._reading: list[Row] = []
         # Rows that decide at the same steps, by their phase; beside them those of `UNDECIDED`.
         self._batches: dict[int, Batch] = {}
@@ -314,19 +313,20 @@ class Decoder:
 
     def _read(self) -> list[Written]:
         """Read prompts, oldest first, until a chunk is full; rows that are read whole join a batch."""
-        written, room = [], self._room
+        written, room = [], self._chunk
         for row in list(self._reading):
             if room <= 0:
                 break
             first = row.done
             tokens = row.prompt + row.tokens
-            last = len(row.prompt) if first < len(row.prompt) else len(tokens)  # a prompt is planned as such
-            if self._chunk is not None:
+            in_prompt = first < len(row.prompt)
+            last = len(row.prompt) if in_prompt else len(tokens)  # a prompt is planned as such
+            if self._splits:
                 last = min(last, first + room)
             room -= last - first
             ids = to_device([tokens[first:last]], self.routed.backbone.device)
             try:
-                executed = row.prompt_executed if first < len(row.prompt) else None
+                executed = row.prompt_executed if in_prompt else None
                 logits, record = self._forward([executed or row.executed], ids, row.cache)
             except Exception as error:
                 self._reading.remove(row)

@@ -76,7 +76,7 @@ class Zero:
 
     @staticmethod
     def _zeros(layer: nn.Module, hidden: Tensor, _: Embeddings) -> KV:
-        heads, size = layer._kv_shape
+        heads, size = layer.self_attn.config.num_key_value_heads, layer.self_attn.head_dim
         zeros = hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], size)
         return zeros, zeros
 
@@ -122,21 +122,20 @@ class RectangularKVWriter:
     def view(self, group: Group) -> RectangularView:
         """The cache as the layer sees it in the call for `group`."""
         rest = None if group.rest is None else self._write(group.rows, group.rest)
-        return RectangularView(self.forward.shape, group, rest, self._past(group.rows))
+        return RectangularView(self, group, rest, self._past(group.rows))
 
-    def collect(self, view: RectangularView) -> None:
-        """Keep what the call for a group wrote, if there is a cache."""
-        rows = view.group.rows
+    def collect(self, rows: Tensor, new: KV) -> None:
+        """Keep what the call for some rows wrote, if there is a cache."""
         if self.cache is None:
             return
         if len(rows) == len(self.hidden):
-            self.new, self.missing = view.new, set()
+            self.new, self.missing = new, set()
             return
         self.missing -= set(rows.tolist())
         if self.new is None:
-            keys, values = (part.new_empty(len(self.hidden), *part.shape[1:]) for part in view.new)
+            keys, values = (part.new_empty(len(self.hidden), *part.shape[1:]) for part in new)
             self.new = (keys, values)
-        for whole, part in zip(self.new, view.new, strict=True):
+        for whole, part in zip(self.new, new, strict=True):
             whole[rows] = part
 
     def finish(self) -> None:
@@ -169,18 +168,14 @@ class RectangularView:
     """Stands in for the cache in the call for one group of rows: K/V of all their positions, skipped ones included.
 
     Args:
-        shape: (B, T) of the forward.
+        writer: gets what the call writes.
         group: of the call.
         rest: K and V of the group's positions that skip the layer.
         past: K and V that the cache holds for the group's rows.
-
-    Attributes:
-        new: K and V, each (G, heads, T, size), after the call.
     """
 
-    def __init__(self, shape: tuple[int, int], group: Group, rest: KV | None, past: KV | None) -> None:
-        (self.batch, self.length), self.group, self.past = shape, group, past
-        self.new: KV | None = None
+    def __init__(self, writer: RectangularKVWriter, group: Group, rest: KV | None, past: KV | None) -> None:
+        (self.batch, self.length), self.writer, self.group, self.past = writer.forward.shape, writer, group, past
         self._rows = torch.arange(len(group.rows), device=group.rows.device)
         self._placed: list[Tensor | None] = [None, None]
         if rest is not None:
@@ -189,17 +184,14 @@ class RectangularView:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
         """Take what the call wrote; give all K/V that it may read: the past, and all new positions of its rows."""
-        if self.group.positions is None:
-            self.new = (keys, values)
-        else:
+        if self.group.positions is not None:
             where = self.group.flat(self.length, self._rows)
             placed = [self._place(to, part, *where) for to, part in zip(self._placed, (keys, values), strict=True)]
             keys, values = (part.transpose(1, 2) for part in placed)
-            self.new = (keys, values)
+        self.writer.collect(self.group.rows, (keys, values))
         if self.past is None:
-            return self.new
-        keys, values = (torch.cat(both, -2) for both in zip(self.past, self.new, strict=True))
-        return keys, values
+            return keys, values
+        return torch.cat([self.past[0], keys], -2), torch.cat([self.past[1], values], -2)
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """The attention mask (G, 1, n, S) of the call's queries, from the layer's own (B or 1, 1, T, S)."""
@@ -242,9 +234,6 @@ class RaggedKVWriter:
     def view(self, group: Group) -> RaggedView:
         """The cache as the layer sees it in the call for `group`."""
         return RaggedView(self, group)
-
-    def collect(self, view: RaggedView) -> None:
-        """The view writes into `new` by itself."""
 
     def finish(self) -> None:
         """After the last call: hand everything to the cache."""

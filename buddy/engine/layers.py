@@ -164,7 +164,6 @@ class RoutedLayer:
         for group in groups(forward.chosen(self._index), counts):
             view = writer.view(group)
             out = self._run_group(group, view, out, ran, hidden, args, kwargs)
-            writer.collect(view)
         writer.finish()
         forward.partial_layers.append(ran)
         return out
@@ -202,7 +201,7 @@ def stock_class(layer: nn.Module) -> type[nn.Module]:
 
 
 @cache
-def routed_class(stock: type[nn.Module]) -> type[nn.Module]:
+def _routed_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The routed subclass of a stock decoder layer class."""
     return type(f"Routed{stock.__name__}", (RoutedLayer, stock), {"stock": stock, "__module__": __name__})
 
@@ -221,24 +220,21 @@ def attach(backbone: Backbone, current: CurrentForward) -> None:
     ways = []
     for layer, probe in zip(layers, probes, strict=True):
         with gathered(layer):
-            ways.append(choose_projection(layer, *probe))
-    with gathered(layers[0]) as first:
-        keys, _ = captured_kv(first, *probes[0])
+            ways.append(_choose_projection(layer, *probe))
     for index, (layer, write) in enumerate(zip(layers, ways, strict=True)):
-        layer.__class__ = routed_class(stock_class(layer))  # type: ignore[arg-type]  # a class can be hashed
+        layer.__class__ = _routed_class(stock_class(layer))  # type: ignore[arg-type]  # a class can be hashed
         layer._index, layer._write_kv, layer._current_forward = index, write, current
-        layer._kv_shape = (keys.shape[1], keys.shape[3])
 
 
 def detach(layers: nn.ModuleList) -> None:
     """Give the stock classes back."""
     for layer in layers:
         layer.__class__ = stock_class(layer)
-        for name in ("_index", "_write_kv", "_kv_shape", "_current_forward"):
+        for name in ("_index", "_write_kv", "_current_forward"):
             layer.__dict__.pop(name, None)
 
 
-def projected_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV:
+def _projected_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV:
     """K and V, each (B, kv heads, T, size), that a layer would write for hidden states (B, T, D).
 
     By the layer's input norm and its attention's projections, the optional norm of the keys, and the usual rotary
@@ -259,8 +255,8 @@ def projected_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV
     return keys, values
 
 
-def captured_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV:
-    """`projected_kv` by the family's real attention, stopped when it hands K and V to the cache.
+def _captured_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV:
+    """`_projected_kv` by the family's real attention, stopped when it hands K and V to the cache.
 
     Works where projections are fused or ordered otherwise (Phi-3), at the price of the query projection.
     """
@@ -272,13 +268,13 @@ def captured_kv(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> KV:
     raise BackboneError(f"{stock.__name__} writes no keys and values to a cache, so it cannot be routed.")
 
 
-def choose_projection(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> WriteKV:
-    """`projected_kv` where it equals the K and V of the real attention on a probe (B, T, D), else `captured_kv`."""
+def _choose_projection(layer: nn.Module, hidden: Tensor, embeddings: Embeddings) -> WriteKV:
+    """`_projected_kv` where it equals the K and V of the real attention on a probe (B, T, D), else `_captured_kv`."""
     with torch.no_grad(), suppress(AttributeError, LookupError, TypeError, ValueError, RuntimeError):
-        truth = captured_kv(layer, hidden, embeddings)
-        if all(map(torch.equal, projected_kv(layer, hidden, embeddings), truth)):
-            return projected_kv
-    return captured_kv
+        truth = _captured_kv(layer, hidden, embeddings)
+        if all(map(torch.equal, _projected_kv(layer, hidden, embeddings), truth)):
+            return _projected_kv
+    return _captured_kv
 
 
 @contextmanager

@@ -170,7 +170,7 @@ class RoutedLM(nn.Module):
             self.adapter = None
 
     def merge(self) -> None:
-        """Add the adapter to the backbone's weights; the stock model cannot be had any more."""
+        """Add the adapter to the backbone's weights; the stock model cannot be restored."""
         self.adapter.merge()
         self.adapter = None
 
@@ -181,7 +181,7 @@ class RoutedLM(nn.Module):
     @contextmanager
     def stock(self) -> Iterator[None]:
         """Within this block the backbone is the stock model: no layer is skipped, and an adapter is off."""
-        with self._hooks.requested(None), self._unadapted():
+        with self._hooks.requested(None), self.unadapted():
             yield
 
     def executed_layers(self, budget: Budget) -> int:
@@ -325,7 +325,7 @@ class RoutedLM(nn.Module):
             raise BuddyError("Gates need the plan that they belong to; give runs, too.")
         self._check_forward(gates is not None, gate_weighted)
         counts = None if executed is None else tuple(executed.tolist())
-        adapted = nullcontext() if executed is not None or runs is not None else self._unadapted()
+        adapted = nullcontext() if executed is not None or runs is not None else self.unadapted()
         with adapted, self._hooks.requested(Request(counts, runs, gates, prompt, gate_weighted)):
             options = {
                 "attention_mask": attention_mask,
@@ -395,7 +395,7 @@ class RoutedLM(nn.Module):
             return {}
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
-    def _unadapted(self) -> AbstractContextManager[None]:
+    def unadapted(self) -> AbstractContextManager[None]:
         return nullcontext() if self.adapter is None else self.adapter.off()
 
     def _request(self, budgets: Sequence[Budget]) -> Request:

@@ -24,7 +24,6 @@ from buddy.engine.shared_weights import pruned_model
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.figures import figure_at
 from buddy.io import check_output_path, checksum, read_json, within_memory, write_with_checksum
-from buddy.latency import PROMPT as CONTEXT
 from buddy.metrics.timing import PROMPT, STEPS, BenchmarkCase, Timings, benchmark_cases, time_interleaved
 from buddy.provenance import machine, versions
 from buddy.router import AnyRouter, available_budgets
@@ -211,7 +210,7 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
             f"{report['late_context']} / batch {BATCH}): {ran}."
         )
     taken = ", ".join(f"{spent:.3g} at {count}" for count, spent in report["latency_ms"].items())
-    results.print(f"Milliseconds a token after {CONTEXT} by layers, stored for budgets such as 15ms: {taken}.")
+    results.print(f"Milliseconds a token after {PROMPT} by layers, stored for budgets such as 15ms: {taken}.")
     results.print(f"Peak memory of the process: {report['peak_memory_mib']:.0f} MiB.")
 
 

@@ -14,7 +14,7 @@ from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, format_budget, fraction_of, latency_of
 from buddy.build import build_unseen, check_mean, held_out, load_model
-from buddy.console import bounds, counted, print_titled_table, quiet, report_json, results, status
+from buddy.console import counted, print_titled_table, quality_cells, quiet, report_json, results, status
 from buddy.data.module import WindowBatches
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
@@ -26,7 +26,7 @@ from buddy.metrics.statistics import mixed
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
 from buddy.training.callbacks import ProgressLine, interrupts
-from buddy.training.module import RoutingModule
+from buddy.training.module import BudgetModule
 
 
 def evaluate_run(
@@ -146,7 +146,7 @@ def evaluate(
     Raises:
         BudgetError: a budget out of range, or "auto" without a budget predictor.
     """
-    module = RoutingModule(model, budgets=budgets, prompt=prompt, reference=reference)
+    module = BudgetModule(model, budgets=budgets, prompt=prompt, lr=0.0, reference=reference)
     device = model.backbone.device
     with quiet():
         trainer = Trainer(
@@ -171,10 +171,10 @@ def show_scores(scores: Sequence[Scores], title: str, names: Mapping[float | str
     head[3:3] = ["scored"] * uneven
     rows = []
     for each in scores:
-        ran, (low, high) = each.executed, each.interval()
+        ran = each.executed
         layers = f"{each.layers}" if each.chosen is None else f"{ran.mean:.1f}"
         executed = [f"{ran.min} / {ran.mean:.2f} / {ran.max}", *[f"{ran.scored:.2f}"] * uneven]
-        quality = f"{each.perplexity:.2f}", bounds(low, high), f"{max(each.mean_kl, 0.0):.4f}"
+        quality = quality_cells(each.perplexity, each.interval(), each.mean_kl)
         rows.append([names[each.budget], layers, *executed, *quality])
     note = f"{int(scores[0].tokens.sum())} scored tokens in {counted(len(scores[0].tokens), 'document')}"
     note += "; scored: layers that they ran in the mean, without prompts" * uneven

@@ -76,18 +76,18 @@ def draw_all(results: Results, folder: Path, prefix: str = "") -> dict[str, Path
         Their paths by name.
     """
     paths = {name: folder / f"{prefix}{name}.png" for name in CAPTIONS}
-    draw_panels(results, paths[LAYERS], "executed_mean", "executed layers", shade=0.1)
+    _draw_panels(results, paths[LAYERS], "executed_mean", "executed layers", shade=0.1)
     for name, (column, label) in MEASURED.items():
         if results.scores[column].isna().all():
             with writing(path := paths.pop(name)):
                 path.unlink(missing_ok=True)  # of an earlier comparison
             continue
         stock = results.record["speed"]["dense"].get(column)
-        draw_panels(results, paths[name], column, label, stock=stock)
+        _draw_panels(results, paths[name], column, label, stock=stock)
     return paths
 
 
-def draw_panels(r: Results, path: Path, x: str, label: str, *, shade: float = 0.0, stock: float | None = None) -> None:
+def _draw_panels(r: Results, path: Path, x: str, label: str, *, shade: float = 0.0, stock: float | None = None) -> None:
     """Cross-entropy over a column of `Results.scores`: a panel for each text, a line for each router.
 
     Args:

@@ -78,13 +78,13 @@ def collect(
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "inputs": inputs,
-        "recipe": {key: shown_text(value) if isinstance(value, str) else value for key, value in flat.items()},
+        "recipe": {key: _shown_text(value) if isinstance(value, str) else value for key, value in flat.items()},
         "layers": layers,
         "versions": versions(),
         "machine": machine(),
         "domains": [dict(text) for text in texts],
         "tasks": {"names": list(tasks), "limit": task_limit},
-        "routers": [_router_entry(label, folders[0]) for label, folders in runs.items() if folders],
+        "routers": [_router_entry(label, folders[0]) for label, folders in runs.items()],
         "runs": [_run_entry(label, each, texts, tasks) for label, folders in runs.items() for each in folders],
         "speed": speed,
         "failures": [{"router": label, "seed": seed, "reason": reason} for label, seed, reason in failures],
@@ -121,11 +121,11 @@ def write_results(record: Mapping[str, Any], folder: Path, markdown: Path | None
     results = Results(record)
     write_record(folder / JSON, record)
     write_text(folder / CSV, results.csv())
-    figures = write_markdown(results, folder / MARKDOWN)
+    figures = _write_markdown(results, folder / MARKDOWN)
     write_tensorboard(results, folder, figures)
     show(results)
     if markdown:
-        write_markdown(results, markdown, f"{markdown.stem}-")
+        _write_markdown(results, markdown, f"{markdown.stem}-")
     lines = {
         "Results": markdown or folder / MARKDOWN,
         "Figures": ", ".join(map(str, figures.values())),
@@ -156,11 +156,11 @@ def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:
         results = Results(join(records))
     if markdown:
         check_output_path(markdown, *files)
-        write_markdown(results, markdown, f"{markdown.stem}-")
+        _write_markdown(results, markdown, f"{markdown.stem}-")
     show(results)
 
 
-def write_markdown(results: Results, path: Path, prefix: str = "") -> dict[str, Path]:
+def _write_markdown(results: Results, path: Path, prefix: str = "") -> dict[str, Path]:
     """Write the document with its figures beside it.
 
     Returns:
@@ -261,7 +261,7 @@ def join(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
 # Texts without the folders of this machine
 
 
-def shown_text(text: str) -> str:
+def _shown_text(text: str) -> str:
     """The last part of a path; in other text, such as an override or a list, of each path in it."""
     key, equals, value = text.partition("=")
     if equals and os.path.exists(value):
@@ -277,7 +277,7 @@ def shown_path(text: str) -> str:
 
 def shown_command(arguments: Iterable[str]) -> str:
     """A command line without the folders of files."""
-    return " ".join(shlex.quote(shown_text(argument)) for argument in arguments)
+    return " ".join(shlex.quote(_shown_text(argument)) for argument in arguments)
 
 
 def _router_entry(label: str, folder: Path) -> dict[str, Any]:

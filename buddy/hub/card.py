@@ -10,7 +10,7 @@ from typing import Any
 
 from buddy.backbone import embedded
 from buddy.backbone.load import title_of
-from buddy.console import bounds, counted
+from buddy.console import counted, quality_cells
 from buddy.evaluation.record import shown_path
 from buddy.evaluation.tables import markdown
 from buddy.metrics.perplexity import Scores
@@ -172,7 +172,7 @@ def _comparison(scores: Sequence[Scores]) -> str:
     """Run and checkpoint as a Markdown table."""
     names = ("the run, as it routes", "this checkpoint")
     rows = [
-        [name, *_cells(each.perplexity, each.interval(), each.mean_kl)]
+        [name, *quality_cells(each.perplexity, each.interval(), each.mean_kl)]
         for name, each in zip(names, scores, strict=True)
     ]
     documents = counted(len(scores[0].tokens), "document")
@@ -182,7 +182,7 @@ def _comparison(scores: Sequence[Scores]) -> str:
 def _results(metrics: Mapping[str, Any]) -> str:
     """The results of a run at each budget as a Markdown table."""
     rows = [
-        [f"{e['budget']:g}", f"{e['executed']['mean']:.2f}", *_cells(e["perplexity"], e["interval"], e["kl"])]
+        [f"{e['budget']:g}", f"{e['executed']['mean']:.2f}", *quality_cells(e["perplexity"], e["interval"], e["kl"])]
         for e in metrics["results"]
     ]
     first = metrics["results"][0]
@@ -190,10 +190,6 @@ def _results(metrics: Mapping[str, Any]) -> str:
     if first["sink_tokens"]:
         note += f"; first tokens of a window at full depth, counted apart: {first['sink_tokens']}"
     return f"{markdown(['budget', 'layers per token', *MEASURES], rows)}\n{note}.\n"
-
-
-def _cells(perplexity: float, interval: Sequence[float], kl: float) -> list[str]:
-    return [f"{perplexity:.2f}", bounds(*interval), f"{max(kl, 0.0):.4f}"]
 
 
 def _usage(run: Run, name: str) -> str:

@@ -207,18 +207,15 @@ class Model:
         decoder = Decoder(routed, chunk=len(tokens))
         decoder.add(row)
         sizes = f"{len(tokens)} + {max_new_tokens} tokens through {executed} of {depth} layers"
-        advice = "shorten the prompt or max_new_tokens"
         try:
-            while len(decoder):
-                with within_memory(sizes, advice):
-                    steps = decoder.step()
-                for written in steps:
-                    if written.error:
-                        with within_memory(sizes, advice):
+            with within_memory(sizes, "shorten the prompt or max_new_tokens"):
+                while len(decoder):
+                    for written in decoder.step():
+                        if written.error:
                             raise written.error
-                    record.forwards.append(written.record)
-                    if piece := pieces.add(written.token):
-                        yield piece
+                        record.forwards.append(written.record)
+                        if piece := pieces.add(written.token):
+                            yield piece
             if piece := pieces.rest():
                 yield piece
         finally:

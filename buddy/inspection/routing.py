@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from buddy.build import build_windows, held_out
+from buddy.console import Track
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, check_text
-from buddy.metrics.timing import Track
 from buddy.router import Geometry
 from buddy.run import Run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache, PreTrainedModel
 
+from buddy.console import Track
 from buddy.engine.kv_cache import growing_layer
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import Record
 from buddy.engine.shared_weights import pruned_model
 
 PROMPT, STEPS = 64, 32  # tokens before the decode steps that are timed, and their number
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 @dataclass

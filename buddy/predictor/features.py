@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import fingerprint
+from buddy.console import Track
 from buddy.engine.model import Choose, RoutedLM
 from buddy.errors import BudgetError
 from buddy.losses import cross_entropy
 from buddy.measurements import Measurements, digest, tensor_bytes
-from buddy.metrics.timing import Track
 from buddy.router import Context, Geometry
 
 

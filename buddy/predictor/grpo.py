@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from buddy.metrics.timing import Track
+from buddy.console import Track
 from buddy.predictor.features import Predictor
 from buddy.schema import PredictorSection
 

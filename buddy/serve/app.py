@@ -68,7 +68,6 @@ class Server:
     """What the paths do.
 
     Args:
-        model: only its tokenizer and settings are used here; the scheduler's thread runs it.
         scheduler: writes texts.
         budget: the default.
         prompt_budget: the default of prompts, where it differs.
@@ -78,14 +77,14 @@ class Server:
 
     def __init__(
         self,
-        model: Model,
         scheduler: Scheduler,
         budget: Budget,
         prompt_budget: Budget | None,
         budgets: Sequence[str],
         limits: Limits,
     ) -> None:
-        self._model, self._scheduler, self._limits = model, scheduler, limits
+        self._model = scheduler.model  # its tokenizer and settings alone: the scheduler's thread runs it
+        self._scheduler, self._limits = scheduler, limits
         self._budget, self._prompt_budget = budget, prompt_budget
         self._names = [NAME, *(f"{NAME}@{each}" for each in budgets)]
 
@@ -307,7 +306,7 @@ def make_app(
     model = scheduler.model
     names = [format_budget(each) for each in available_budgets(model.routed.router, budgets)]
     auto = [] if model.routed.chooser is None else ["auto"]
-    server = Server(model, scheduler, budget, prompt_budget, [*names, *auto], limits)
+    server = Server(scheduler, budget, prompt_budget, [*names, *auto], limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from buddy.hub.load import MIN_TEMPERATURE
 from buddy.serve.scheduler import GenerationRequest, Piece, TokenLogprob
 
 NAME = "buddy"  # of the model; NAME@BUDGET asks for a budget
@@ -80,7 +81,8 @@ class TextRequest(_Plain):
         seed = secrets.randbits(63) if self.seed is None else self.seed % 2**63 + number
         top_k = self.top_k if self.top_k is not None else model.generation_config.top_k or 0
         options = {"top_p": self.top_p or 1.0, "top_k": max(0, top_k)}
-        return {"temperature": max(temperature, 1e-6) if temperature else 0.0, "seed": seed, "options": options}
+        temperature = max(temperature, MIN_TEMPERATURE) if temperature else 0.0
+        return {"temperature": temperature, "seed": seed, "options": options}
 
 
 class CompletionRequest(TextRequest):

@@ -174,12 +174,12 @@ class Scheduler:
         self._waiting: deque[GenerationRequest] = deque()
         self._slower = 1.0  # a step's time over the latency table's, lately
         self._changed, self._closing = threading.Condition(), False
-        loaded = Future[Model]()
+        loaded = Future[None]()
         arguments = load, loaded, batch_plan
         self._thread = threading.Thread(target=self._run, args=arguments, name="buddy-decode", daemon=True)
         self._thread.start()
         try:
-            self.model = loaded.result()
+            loaded.result()
         except BaseException:  # Ctrl-C: a process must not end while a thread computes
             self.close()
             raise
@@ -216,7 +216,7 @@ class Scheduler:
             self._changed.notify()
         self._thread.join()
 
-    def _run(self, load: Callable[[], Model], loaded: Future[Model], batch_plan: str | None) -> None:
+    def _run(self, load: Callable[[], Model], loaded: Future[None], batch_plan: str | None) -> None:
         try:
             model = load()
             self._tokenizer, self._ends = model.routed.tokenizer, end_tokens(model.routed.backbone.model)
@@ -226,8 +226,8 @@ class Scheduler:
         except BaseException as error:
             loaded.set_exception(error)
             return
-        self._model = model
-        loaded.set_result(model)
+        self.model = model
+        loaded.set_result(None)
         with model.routed.changed(batch_plan=batch_plan or batch_plan_of(model.routed)):
             self._work()
 
@@ -242,7 +242,7 @@ class Scheduler:
                 self._step()
             except Exception as error:  # a defect: no text can go on, but the server can
                 log.exception("A step failed.")
-                self._decoder = Decoder(self._model.routed)
+                self._decoder = Decoder(self.model.routed)
                 for row in list(self._running):
                     self._finish(row, Piece(error=error))
                 self._metrics.rows.set(0)
@@ -284,11 +284,11 @@ class Scheduler:
 
     def _begin(self, text: GenerationRequest) -> None:
         try:
-            executed = self._model.executed_layers(text.budget, text.prompt)
+            executed = self.model.executed_layers(text.budget, text.prompt)
             if latency_of(text.budget) is not None:  # measured here, where a failure ends this text alone
-                self._model.routed.table(self._model.routed, self._batch)
+                self.model.routed.table(self.model.routed, self._batch)
             deeper = self._prompt_layers(text)
-            model = self._model.routed.backbone.model
+            model = self.model.routed.backbone.model
             sampler = Sampler(model, len(text.prompt), text.temperature, text.seed, **text.options)
             row = Row(text.prompt, executed, sampler, text.limit, self._ends, deeper)
             pieces = TextPieces(self._tokenizer, () if text.chat else text.prompt)
@@ -303,15 +303,15 @@ class Scheduler:
     def _prompt_layers(self, text: GenerationRequest) -> int | None:
         """K of the prompt's tokens, where it differs; a `PromptBudgetError` lets the answer name the field."""
         try:
-            return None if text.prompt_budget is None else self._model.executed_layers(text.prompt_budget, text.prompt)
+            return None if text.prompt_budget is None else self.model.executed_layers(text.prompt_budget, text.prompt)
         except BudgetError as error:
             raise PromptBudgetError(str(error)) from error
 
     def _keep_latencies(self) -> float | None:
         """Give the rows that asked for a latency as many layers as fit into it beside so many other rows.
 
-        Where not even the fewest fit, these. The table's time is linear between one row and a full batch; it is
-        corrected by how much longer steps took lately.
+        If even the smallest K is too slow, rows get the smallest K. The table's time is linear between one row and a
+        full batch; it is corrected by how much longer steps took lately.
 
         Returns:
             The table's milliseconds of the next step, if a latency was asked for and no prompt is read in that step.
@@ -320,7 +320,7 @@ class Scheduler:
         asked = {row: latency for row, latency in asked.items() if latency is not None}
         if not asked:
             return None
-        routed = self._model.routed
+        routed = self.model.routed
         one, full = routed.table(routed), routed.table(routed, self._batch)
         share = (len(self._running) - 1) / max(1, self._batch - 1)
         table = {count: alone + share * (full[count] - alone) for count, alone in one.items()}

@@ -34,10 +34,10 @@ class LastCheckpoint(Checkpoint):
 
     Ctrl-C and SIGTERM stop the training after the step, in all processes; a second signal stops at once.
 
-    Where a validation follows a step, both wait for it: a resumed training does not repeat the validation, and
-    callbacks that monitor it would miss it. At the end of an epoch they wait for the next step, since Lightning would
-    resume without the results that callbacks look for there. Callbacks that may end the training, too, stand before
-    this one.
+    If a validation follows a step, saving and stopping wait until it is done: a resumed training does not repeat the
+    validation, and callbacks that monitor it would miss it. At the end of an epoch they wait for the next step, since
+    Lightning would resume without the results that callbacks look for there. Callbacks that may end the training, too,
+    stand before this one.
 
     Args:
         path: the checkpoint's file.
@@ -63,7 +63,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self._due |= trainer.global_step % self._every == 0 and trainer.global_step != self._saved
-        if not trainer.fit_loop.epoch_loop._should_accumulate() and not validates_now(trainer):  # not amid a step
+        if not trainer.fit_loop.epoch_loop._should_accumulate() and not _validates_now(trainer):  # not amid a step
             self._stop(trainer)
             if self.stopped:
                 trainer.limit_val_batches = 0  # otherwise Lightning would validate once more
@@ -101,7 +101,7 @@ class LastCheckpoint(Checkpoint):
         return {"ended": self._ended}
 
 
-def validates_now(trainer: Trainer) -> bool:
+def _validates_now(trainer: Trainer) -> bool:
     """At the end of a training batch, whether a validation follows before the next one."""
     loop = trainer.fit_loop
     return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))

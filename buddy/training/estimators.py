@@ -62,7 +62,7 @@ class TrainingBatch:
         return (free.cumsum(0) - 1)[here][free[here]], int(free.sum())
 
     def weight(self, layers: int) -> float:
-        """The factor, without unit, of this share's mean over its rows below full depth.
+        """What to multiply this process's mean over its rows below full depth by.
 
         With it, the mean over processes is the mean over all such rows of the whole batch.
         """
@@ -301,8 +301,6 @@ class Weighted:
 
     def __call__(self, routed: RoutedLM, batch: TrainingBatch, generator: torch.Generator) -> Estimate:
         router, layers = routed.router, routed.geometry.layers
-        if not isinstance(router, LayerwiseRouter):
-            raise TrainingError(f"{type(router).__name__} has no gates; train it with perturbed plans instead.")
         shape = batch.input_ids.shape
         runs = torch.ones(*shape, layers, dtype=torch.bool, device=batch.input_ids.device)
         value = torch.zeros(len(batch.input_ids), device=runs.device)
