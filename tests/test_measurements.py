@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from buddy import measurements
 from buddy.calibration.probe import measurement_setting
@@ -179,6 +180,19 @@ def test_what_changes_the_values_changes_the_setting(monkeypatch):
     assert differing(rounded) == {"dtype", "weights"}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     assert differing() == {"threads"}
+
+
+@pytest.mark.filterwarnings("ignore:.*peft_config:UserWarning", "ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_another_adapter_of_the_users_own_is_another_setting():
+    model, config = routed(), LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model.backbone.model, config, "first")
+    adapted.add_adapter("second", config)
+    settings = [measurement_setting(model, WINDOWS, 2)]
+    adapted.set_adapter("second")
+    settings.append(measurement_setting(model, WINDOWS, 2))
+    with adapted.disable_adapter():
+        settings.append(measurement_setting(model, WINDOWS, 2))
+    assert settings[0] != settings[1] != settings[2] != settings[0]
 
 
 def test_another_configuration_is_another_setting():

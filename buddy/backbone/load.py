@@ -120,7 +120,7 @@ def title_of(name: str) -> str:
 
 
 def load_backbone(
-    name: str,
+    name: str | os.PathLike[str],
     dtype: str = "auto",
     *,
     revision: str | None = None,
@@ -144,6 +144,7 @@ def load_backbone(
     if dtype not in DTYPES:
         hint = nearest(dtype, DTYPES) or f"; choose one of auto, {', '.join(DTYPES)}."
         raise BackboneError(f"The backbone's dtype is {dtype!r}, which is not known{hint}")
+    name = os.fspath(name)
     source = locate(name, revision, accept_license=accept_license)
     revision = revision or "main"
     with embedded.quiet_transformers():

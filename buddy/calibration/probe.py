@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from buddy.backbone.adapter import adapter_state
 from buddy.backbone.load import sampled
 from buddy.calibration.bridges import PlanBridges
 from buddy.calibration.measures import Pair, PlanLosses, similarities, taylor_importance
@@ -218,6 +219,7 @@ def measurement_setting(routed: RoutedLM, windows: Tensor, batch_size: int) -> d
     """
     backbone = routed.backbone
     config = backbone.model.config
+    adapters = "".join(map(adapter_state, backbone.model.modules()))
     described = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     return {
         "layout": LAYOUT,
@@ -236,6 +238,7 @@ def measurement_setting(routed: RoutedLM, windows: Tensor, batch_size: int) -> d
         "batch_size": batch_size,
         "sink_tokens": routed.sink_tokens,
         "context_layer": routed.geometry.context_layer,
+        **({"adapters": digest(adapters.encode())} if adapters else {}),
     }
 
 

@@ -264,7 +264,8 @@ class Batches:
         each = trainer.accumulate_grad_batches if trainer else 1
         length = int(min(len(self), trainer.num_training_batches)) if trainer else len(self)
         epoch, steps = divmod(trainer.global_step if trainer else 0, -(-length // each))
-        for number in range(epoch * length + steps * each, (epoch + 1) * length):
+        first = 0 if trainer and trainer.overfit_batches else epoch * length  # the same batches in every epoch
+        for number in range(first + steps * each, first + length):
             yield self._data.batch(number)[rank::devices]
 
     # These two make the loader resumable for Lightning. The trainer's step is the only state, so that an interrupted

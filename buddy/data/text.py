@@ -36,7 +36,7 @@ HYPHEN, RARE = " @-@ ", "<unk>"  # marks of word-level WikiText
 TITLE = re.compile(r"^ *= [^=\n]+ = *$", re.MULTILINE)  # of an article there
 
 
-def load_texts(source: str, text_field: str = "text") -> Dataset:
+def load_texts(source: str | os.PathLike[str], text_field: str = "text") -> Dataset:
     """The documents of a source, one a row, in the single column "text".
 
     Args:
@@ -52,6 +52,9 @@ def load_texts(source: str, text_field: str = "text") -> Dataset:
     """
     from datasets import load_dataset
 
+    if not isinstance(source, str | os.PathLike):
+        raise DataError(f"A text is {type(source).__name__}; give the path of a file or folder, or a name.")
+    source = os.fspath(source)
     path = Path(os.path.expanduser(source))  # Path.expanduser fails for "~unknown"
     name = HUB_NAME.fullmatch(source)
     if source in EMBEDDED or os.path.exists(path):

@@ -66,6 +66,8 @@ class Bridges(nn.Module):
 
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
         """The state (…, D) after skipping a layer, from the state before it."""
+        if self._frozen is not None and hidden.dtype != self._dtype:  # the backbone was cast
+            self.freeze(hidden.dtype)
         frozen = self._frozen
         if frozen is not None and hidden.dim() == 3 and hidden.shape[1] == 1:
             return self._step(layer, hidden)

@@ -45,6 +45,7 @@ class ForwardHooks:
         """Take the hooks off, and give the stock classes back."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         if self._attached:
             detach(self._routed.backbone.layers)
 
@@ -56,6 +57,8 @@ class ForwardHooks:
     @contextmanager
     def requested(self, request: Request | None) -> Iterator[Record]:
         """Within this block forwards run under a request; None leaves the model stock."""
+        if request is not None and not self._handles:
+            raise BuddyError("This model was detached; make a new RoutedLM on its backbone.")
         before = self._request, self._record
         self._request, self._record = request, Record()
         try:
@@ -75,6 +78,10 @@ class ForwardHooks:
         if "past_key_values" in kwargs:  # the name of earlier versions of transformers
             kwargs.setdefault("cache", kwargs.pop("past_key_values"))
         routed, cache, request = self._routed, kwargs.get("cache"), self._request
+        if (
+            base.config.num_hidden_layers != routed.geometry.layers
+        ):  # a draft by the first layers (assistant_early_exit)
+            return None
         if request is None:
             if not self._attached or not isinstance(cache, RoutedCache):
                 return None
@@ -85,15 +92,16 @@ class ForwardHooks:
             kwargs.update(zip(inspect.signature(base.forward).parameters, args, strict=False))
         tokens = kwargs.get("input_ids")
         shape = tuple((kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2])
-        mask = _checked_mask(kwargs.get("attention_mask"), getattr(cache, "shortest", None) is not None)
         use_cache = base.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and use_cache:
             cache = kwargs["cache"] = DynamicCache(config=base.config)
         past = 0 if cache is None else adopt(cache, routed.settings, routed.backbone.fingerprint)
+        mask = _checked_mask(kwargs.get("attention_mask"), getattr(cache, "shortest", None) is not None)
         if request.choose is not None and (request.executed is None or not past):
             request = self._choose(request, kwargs, past)
             if isinstance(cache, RoutedCache):
                 cache.shared = True
+        self._check(base, request, kwargs)
         kind = LayerwiseForward if isinstance(routed.router, LayerwiseRouter) else RoutedForward
         request = request.for_rows(shape[0])
         forward = kind(routed.settings, routed.router, request, shape, past, mask, cache, routed.bridges, tokens)
@@ -102,6 +110,19 @@ class ForwardHooks:
             forward.sink = self._sinks.states(base, tokens, kwargs.get("position_ids"))
         self._current[0] = forward
         return (), kwargs
+
+    def _check(self, base: nn.Module, request: Request, kwargs: dict[str, Any]) -> None:
+        """Refuse what only stock layers can do."""
+        routed, layers = self._routed, self._routed.backbone.layers
+        gated = request.gates is not None or request.gate_weighted
+        skips = request.runs is not None or min(request.executed or [len(layers)]) < len(layers)
+        if skips and (kwargs.get("output_attentions") or getattr(base.config, "output_attentions", False)):
+            raise BudgetError("There are no attention weights below full depth; ask for budget 1.0, or leave them out.")
+        if not torch.is_grad_enabled() or not base.training:
+            return
+        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        if checkpointing and (gated or routed.adapter or any(weight.requires_grad for weight in base.parameters())):
+            raise BuddyError("Gradient checkpointing repeats layers without their plan; turn it off, or the gradients.")
 
     def _choose(self, request: Request, kwargs: dict[str, Any], past: int) -> Request:
         """The request with K for each row as the budget predictor chooses; it holds for the forwards that follow."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -106,7 +107,7 @@ class RoutedLM(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        name: str | os.PathLike[str],
         router: str = "buddy",
         *,
         context_layer: int = 1,
@@ -251,8 +252,16 @@ class RoutedLM(nn.Module):
             options: of transformers' `generate`, such as do_sample; greedy by default.
 
         Raises:
-            DataError: the prompt is empty.
+            DataError: the prompt is not one text, or empty.
+            BuddyError: options that give more than one text; `model.backbone.model.generate` has them, under `at` too.
         """
+        if not isinstance(prompt, str):
+            raise DataError(f"The prompt is {type(prompt).__name__}; give one text.")
+        if options.get("return_dict_in_generate") or (options.get("num_return_sequences") or 1) > 1:
+            raise BuddyError(
+                "This gives one text alone; for num_return_sequences and return_dict_in_generate call "
+                "model.backbone.model.generate with token ids."
+            )
         tokens = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.backbone.device)
         if not tokens["input_ids"].numel():
             raise DataError("The prompt is empty; give some text to continue.")
@@ -370,7 +379,7 @@ class RoutedLM(nn.Module):
             ).logits
 
     def _check_forward(self, gated: bool, weighted: bool) -> None:
-        """Refuse what a parallel forward cannot do with this policy, router or model.
+        """Refuse what a parallel forward cannot do with this policy or router.
 
         Args:
             gated: gates are given, for straight-through training.
@@ -383,11 +392,6 @@ class RoutedLM(nn.Module):
             )
         if weighted and not isinstance(self.router, LayerwiseRouter):
             raise BuddyError(f"{type(self.router).__name__} has no gates to weigh layers by; a LayerwiseRouter has.")
-        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers)
-        healed = self.adapter is not None and torch.is_grad_enabled()
-        if (weighted or gated or healed) and self.backbone.model.training and checkpointing:
-            what, otherwise = ("Plans", "") if healed else ("Gates", ", or train with perturbed plans")
-            raise BuddyError(f"{what} do not go through gradient checkpointing; turn it off{otherwise}.")
 
     def _positions(self, mask: Tensor | None) -> dict[str, Tensor]:
         """`position_ids` of padded rows as in decoding, where the router sees rotated keys; else the stock call."""
@@ -396,6 +400,7 @@ class RoutedLM(nn.Module):
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
     def unadapted(self) -> AbstractContextManager[None]:
+        """Within this block Buddy's adapter, if there is one, is off."""
         return nullcontext() if self.adapter is None else self.adapter.off()
 
     def _request(self, budgets: Sequence[Budget]) -> Request:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from buddy.backbone.adapter import adapter_state
 from buddy.engine.kv_cache import WrittenKV
 from buddy.engine.selection import map_tensors
 
@@ -80,10 +81,11 @@ def _fingerprint(base: nn.Module) -> list[Any] | None:
     found: list[Any] = []
     modules = [base.embed_tokens, base.layers]
     while modules:
-        own = modules.pop().__dict__
+        module = modules.pop()
+        own = module.__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return None
-        found.append(own.get("_disable_adapters"))
+        found.append(adapter_state(module))
         for weight in own["_parameters"].values():
             if weight is not None:
                 found += (weight.data_ptr(), -1 if weight.is_inference() else weight._version)

@@ -110,5 +110,5 @@ class HealingModule(BudgetModule):
         """Objective, its mean per budget since the last log, over all processes; and the rate."""
         self.log("heal/objective", value.mean(), sync_dist=True)
         self._log_means(value, executed, batch_idx)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if self._logs_now():
             self.log("heal/lr", self.optimizers().param_groups[0]["lr"])

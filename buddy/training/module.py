@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -37,8 +38,8 @@ LIGHTNING_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 class BudgetModule(LightningModule):
     """Trains a part of a `RoutedLM`, validates and tests the whole of it at every budget.
 
-    The backbone is frozen and never saved. Batches are token tensors (B, T), or mappings with "input_ids" and, for
-    validation and test, the numbers "window" and "document" (B,).
+    The backbone is frozen and never saved. Batches are token tensors (B, T) without padding, or mappings with
+    "input_ids" and, for validation and test, the numbers "window" and "document" (B,); "labels" are not read.
 
     Validation logs `val/kl/0.75`, `val/loss/0.75` (cross-entropy, nats per token) and `val/perplexity/0.75` for each
     budget, and `val/kl` and `val/loss`, the means over the budgets below full depth. Test logs the same under `test/`.
@@ -83,9 +84,18 @@ class BudgetModule(LightningModule):
         self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
         self.grid = [key for key in self.keys.values() if isinstance(key, int)]
         self.train_means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
-        self._reference = reference or Reference(max_bytes=0)
+        self._reference = reference
         self._rows: list[WindowResult] = []  # of the windows that this process has measured in a validation or test
         self.scores: list[Scores] = []
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, which Lightning's `Tuner.lr_find` sets."""
+        return self.settings["lr"]
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.settings["lr"] = rate
 
     @property
     def below(self) -> list[int]:
@@ -101,7 +111,7 @@ class BudgetModule(LightningModule):
 
         Raises:
             BudgetError: no budget to train on.
-            TrainingError: a precision that would change the weights.
+            TrainingError: a precision that would change the weights, or steps of changing numbers of micro-batches.
         """
         if stage == "fit" and not self.grid:
             raise BudgetError("The budget auto is for test alone; add one to train on, such as 0.75.")
@@ -110,7 +120,12 @@ class BudgetModule(LightningModule):
                 f"trainer.precision={self.trainer.precision} would cast the router, which stays in float32; choose one "
                 f"of {', '.join(LIGHTNING_PRECISIONS)}, and backbone.dtype for the backbone."
             )
+        if any(isinstance(each, GradientAccumulationScheduler) for each in self.trainer.callbacks):
+            raise TrainingError(
+                "GradientAccumulationScheduler would repeat windows; give the Trainer one accumulate_grad_batches."
+            )
         self._val_reference = Reference(VALIDATION_STATES)
+        self._test_reference = self._reference or Reference(max_bytes=0)
         self.model.backbone.model.to(self.trainer.strategy.root_device)
         self.model.to(self.trainer.strategy.root_device)
 
@@ -144,6 +159,25 @@ class BudgetModule(LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log(f"{self.prefix}/gradient_norm", norm)
 
+    def on_train_start(self) -> None:
+        """Begin the logged means anew."""
+        for metric in self.train_means.values():
+            metric.reset()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keep torch's random state, which a step seeds: a shuffled `DataLoader` draws from it, too."""
+        self._random_state = torch.get_rng_state()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Give torch's random state back."""
+        torch.set_rng_state(self._random_state)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the rows of a validation or test that was stopped."""
+        self._rows = []
+
+    on_test_epoch_start = on_validation_epoch_start
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the windows of a batch at every budget."""
         self._measure(batch, list(dict.fromkeys(self.grid)), self._val_reference)
@@ -154,7 +188,7 @@ class BudgetModule(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """As `validation_step`, with the budgets "auto" too."""
-        self._measure(batch, list(dict.fromkeys(self.keys.values())), self._reference)
+        self._measure(batch, list(dict.fromkeys(self.keys.values())), self._test_reference)
 
     def on_test_epoch_end(self) -> None:
         """Score the rows of all processes, and log the scores."""
@@ -175,7 +209,8 @@ class BudgetModule(LightningModule):
                 f"The checkpoint is of another router or adapter (it differs in {', '.join(wrong[:3])}); give "
                 "ckpt_path a checkpoint of this recipe, or leave it out."
             )
-        if self.trainer.state.fn != "fit":  # without an optimizer
+        own = type(self).configure_optimizers is BudgetModule.configure_optimizers
+        if self._trainer is None or self.trainer.state.fn != "fit" or not own or "lr_schedulers" not in checkpoint:
             return
         scheduler, groups = checkpoint["lr_schedulers"][0], checkpoint["optimizer_states"][0]["param_groups"]
         scheduler["base_lrs"] = [rate for _, rate in self.groups()]
@@ -189,7 +224,7 @@ class BudgetModule(LightningModule):
         Both depend on the seed and the micro-batch's number alone, which counts on over epochs and resumed runs.
         Processes that share a batch draw what one alone would draw for it.
         """
-        ids, accumulated = _token_ids(batch), self.trainer.accumulate_grad_batches
+        ids, accumulated = self._token_ids(batch), self.trainer.accumulate_grad_batches
         number = self.global_step * accumulated + batch_idx % accumulated
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number * 1_009)
         rank, processes = self.global_rank, self.trainer.world_size
@@ -201,6 +236,29 @@ class BudgetModule(LightningModule):
         scored = torch.arange(first, ids.shape[1] - 1, device=ids.device)
         return TrainingBatch(ids, executed, scored, prompt, all_executed, rank), generator
 
+    def _token_ids(self, batch: Any) -> Tensor:
+        """(B, T) long, of a batch of any kind that is documented.
+
+        Raises:
+            TrainingError: no token ids, padding, or windows longer than the model's context.
+        """
+        if isinstance(batch, list | tuple) and len(batch) == 1:  # of a TensorDataset
+            batch = batch[0]
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            raise TrainingError(
+                'A batch has no token ids; give tensors of whole numbers (rows, tokens), or mappings with "input_ids".'
+            )
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if mask is not None and not mask.all():
+            raise TrainingError("A batch has padding, which would be scored; give windows of one length without it.")
+        if ids.shape[1] > self.model.backbone.context_length:
+            raise TrainingError(
+                f"A window has {ids.shape[1]} tokens; give at most the {self.model.backbone.context_length} that the "
+                "model can read."
+            )
+        return ids
+
     def _prompt(self, ids: Tensor) -> int:
         prompt = max(1, ids.shape[1] // 4) if self.prompt is None else self.prompt
         if not 1 <= prompt < ids.shape[1]:
@@ -209,7 +267,7 @@ class BudgetModule(LightningModule):
 
     def _measure(self, batch: Any, keys: Sequence[int | str], reference: Reference) -> None:
         """Add the rows of a batch, measured in the precision of the weights."""
-        ids = _token_ids(batch)
+        ids = self._token_ids(batch)
         if isinstance(batch, Mapping) and "window" in batch:
             windows, documents = batch["window"].tolist(), batch["document"].tolist()
         else:
@@ -247,7 +305,7 @@ class BudgetModule(LightningModule):
         for k, metric in self.train_means.items():
             metric.update(objective, (executed == int(k)).float())
         micro_batches = (batch_idx + 1) % self.trainer.accumulate_grad_batches  # of this step so far
-        if (self.global_step + 1) % self.trainer.log_every_n_steps or micro_batches:
+        if micro_batches or not self._logs_now():
             return
         for k, metric in self.train_means.items():
             value = metric.compute()
@@ -255,9 +313,13 @@ class BudgetModule(LightningModule):
                 self.log(f"{self.prefix}/objective_{k}_layers", value)
             metric.reset()
 
+    def _logs_now(self) -> bool:
+        """Whether this step's curves are logged; with log_every_n_steps=0 none are."""
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (self.global_step + 1) % every == 0
+
     def _factor(self, step: int) -> float:
-        total = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
-        warmup, total = self.settings["warmup_steps"], max(total, 1)
+        warmup, total = self.settings["warmup_steps"], max(self.trainer.estimated_stepping_batches, 1)
         return min(1.0, (step + 1) / (warmup + 1)) * (0.1 + 0.45 * (1 + math.cos(math.pi * min(step / total, 1.0))))
 
     def _reaching_all(self, loss: Tensor) -> Tensor:
@@ -367,6 +429,7 @@ class RoutingModule(BudgetModule):
         Raises:
             TrainingError: no calibration windows.
         """
+        self.router.train()  # after a fit it is in evaluation mode
         if self.calibrated:
             return
         data = self.trainer.datamodule
@@ -377,6 +440,10 @@ class RoutingModule(BudgetModule):
         state = {name: tensor.cpu() for name, tensor in self.router.state_dict().items()}
         self.router.load_state_dict(self.trainer.strategy.broadcast(state))
         self.mark_calibrated()
+
+    def on_train_end(self) -> None:
+        """From now on the router is used, without dropout."""
+        self.router.eval()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""
@@ -408,7 +475,7 @@ class RoutingModule(BudgetModule):
         if free.any():
             self.log("train/objective", estimate.objective[free].mean(), sync_dist=True)
         self._log_means(estimate.objective, batch.executed, batch_idx)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps or not free.any():
+        if not self._logs_now() or not free.any():
             return
         runs = estimate.runs[free]
         changed = (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean()
@@ -419,8 +486,3 @@ class RoutingModule(BudgetModule):
             moved = torch.stack([(runs & ~start).sum(), runs.sum()]).float()
             moved, ran = self.trainer.strategy.reduce(moved, reduce_op="sum")
             self.log("train/moved_layers", moved / ran)
-
-
-def _token_ids(batch: Any) -> Tensor:
-    """(B, T) long."""
-    return batch["input_ids"] if isinstance(batch, Mapping) else batch

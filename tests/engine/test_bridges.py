@@ -145,3 +145,13 @@ def test_frozen_ones_take_over_what_is_loaded(dtype):
     hidden = torch.randn(2, 5, geometry.hidden, generator=torch.Generator().manual_seed(0)).to(dtype)
     for states in (hidden, hidden[:, :1]):  # a prompt, and a decoded token
         assert torch.equal(first(2, states), second(2, states))
+
+
+def test_frozen_ones_follow_a_backbone_that_is_cast():
+    routed = bridged()
+    before = routed(IDS, executed=EXECUTED).logits
+    routed.backbone.model.bfloat16()
+    with routed.at(executed=EXECUTED.tolist()):
+        after = routed.backbone.model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert after.shape[1] == IDS.shape[1] + 2
+    torch.testing.assert_close(routed(IDS, executed=EXECUTED).logits.float(), before, atol=0.3, rtol=0.1)

@@ -52,6 +52,17 @@ def test_assisted_generation_returns_what_greedy_returns(budget):
     assert torch.equal(plain, assisted)
 
 
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_drafts_by_the_first_layers_change_no_text(budget):
+    routed = routed_tiny()
+    model, options = routed.backbone.model, {**COMMON, "do_sample": False, "max_new_tokens": 12}
+    with routed.at(budget):
+        plain = model.generate(IDS[:1], **options)
+        drafted = model.generate(IDS[:1], assistant_early_exit=3, **options)
+    assert torch.equal(plain, drafted)
+    assert model.config.num_hidden_layers == 6
+
+
 @pytest.mark.parametrize("router", [Fickle, FickleGates])
 @pytest.mark.parametrize(("prompt_plan", "budget"), [("shared", 0.5), ("token", "auto")])
 def test_assisted_generation_is_refused_where_drafts_would_plan_for_the_prompt(router, prompt_plan, budget):

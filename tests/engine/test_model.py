@@ -352,6 +352,46 @@ def test_hidden_states_can_be_captured_while_layers_are_skipped():
     torch.testing.assert_close(output.logits, plain.logits, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_weights_are_had_at_full_depth_alone():
+    routed = routed_tiny()
+    model = routed.backbone.model
+    model.set_attn_implementation("eager")
+    with routed.at(1.0):
+        assert len(model(tokens(), output_attentions=True).attentions) == 6
+    with routed.at(0.5), pytest.raises(BudgetError):
+        model(tokens(), output_attentions=True)
+
+
+def test_gradient_checkpointing_is_refused_where_weights_of_the_backbone_are_trained():
+    routed = routed_tiny()
+    model = routed.backbone.model
+    model.activation_checkpointing_enable()
+    model.train()
+    model.get_input_embeddings().requires_grad_(True)
+    for budget in (0.5, 1.0):
+        with routed.at(budget), pytest.raises(BuddyError):
+            model(tokens(), use_cache=False)
+    model(tokens(), use_cache=False).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad.any()
+
+
+def test_a_detached_model_says_so():
+    routed = routed_tiny()
+    routed.detach()
+    with pytest.raises(BuddyError, match="detached"), routed.at(0.5):
+        pass
+    assert routed.dense(tokens()).shape[:2] == (BATCH, LENGTH)
+
+
+def test_one_text_is_continued_to_one_text():
+    routed = routed_tiny()
+    for options in ({"num_return_sequences": 2, "do_sample": True}, {"return_dict_in_generate": True}):
+        with pytest.raises(BuddyError):
+            routed.generate("A text", **options)
+    with pytest.raises(DataError):
+        routed.generate(["A text", "another"])
+
+
 @pytest.mark.parametrize("length", [5, 40])
 def test_the_context_computes_no_layer_after_the_context_layer(length):
     model, ran = routed_tiny(context_layer=2), []

@@ -1,9 +1,13 @@
 """The sink's states are kept between prompts, and no result depends on whether they were."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from buddy.engine.model import RoutedLM
+from buddy.engine.sinks import SinkMemory
 from tests.engine.reference import routed_tiny
 from tests.tiny import FAMILIES
 
@@ -70,6 +74,27 @@ def test_changed_weights_are_seen():
     after = prompt_and_step(routed, IDS)
     assert not torch.allclose(before, after)
     assert torch.equal(after, prompt_and_step(fresh, IDS))
+
+
+@pytest.mark.filterwarnings("ignore:.*peft_config:UserWarning", "ignore:.*is_gradient_checkpointing:FutureWarning")
+@torch.no_grad()
+def test_adapters_of_the_users_own_that_are_switched_or_scaled_are_seen():
+    routed, config = routed_tiny(**SHARED), LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(routed.backbone.model, config, "first")
+    adapted.add_adapter("second", config)
+    seen = []
+
+    def scale() -> None:
+        for layer in routed.backbone.layers:
+            layer.mlp.down_proj.scale_layer(3.0)
+
+    for change in (lambda: None, lambda: adapted.set_adapter("second"), scale):
+        change()
+        kept = prompt_and_step(routed, IDS)
+        routed._hooks._sinks = SinkMemory()
+        torch.testing.assert_close(kept, prompt_and_step(routed, IDS), atol=1e-5, rtol=1e-4)
+        seen.append(kept)
+    assert not any(torch.allclose(one, other) for one, other in pairwise(seen))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Training data as Lightning sees it: one order of batches from one seed, resumed where it stopped."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,6 +186,12 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_would(make, uninterrupted,
     assert {**first, **rest} == uninterrupted
 
 
+def test_a_text_may_be_given_as_a_path_and_not_as_anything_else(make, source):
+    assert torch.equal(make(source=Path(source)).test.input_ids, make().test.input_ids)
+    with pytest.raises(DataError):
+        make(source=[source])
+
+
 def test_a_text_can_be_printed_before_it_is_read(make):
     assert "window=16" in str(make(setup=False))
 
@@ -197,6 +204,7 @@ def test_sizes_below_the_least_are_refused(make, wrong):
 
 def trainer_at(step: int, **settings: int) -> SimpleNamespace:
     usual = {"global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1, "num_training_batches": 10**6}
+    usual["overfit_batches"] = 0.0
     return SimpleNamespace(**usual | settings, global_step=step)
 
 
@@ -206,6 +214,12 @@ def test_an_epoch_that_is_no_multiple_of_the_accumulated_batches(make, step, num
     data.trainer = trainer_at(step, accumulate_grad_batches=2)
     found = list(data.train_dataloader())
     assert [each.tolist() for each in found] == [data.batch(number).tolist() for number in numbers]
+
+
+def test_an_epoch_of_few_batches_to_overfit_is_always_the_same(make):
+    data = make(steps=5)
+    data.trainer = trainer_at(4, num_training_batches=2, overfit_batches=2)
+    assert [each.tolist() for each in data.train_dataloader()] == [data.batch(number).tolist() for number in (0, 1)]
 
 
 def test_devices_share_each_batch(make):

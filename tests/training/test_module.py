@@ -8,8 +8,9 @@ from itertools import pairwise
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
@@ -340,3 +341,123 @@ def test_the_share_of_plans_that_change_is_that_of_the_gates(run):
     expected = sum(float((a != b).any()) for row in runs for a, b in pairwise(row)) / (len(runs) * (runs.shape[1] - 1))
     assert 0 < expected < 1
     assert trainer.callback_metrics["train/changed_plans"] == pytest.approx(expected)
+
+
+def test_windows_with_padding_or_too_long_and_batches_without_tokens_are_refused(run):
+    module, loader = make(), torch.utils.data.DataLoader
+    ids = torch.randint(3, 259, (2, 24))
+    padded = {"input_ids": ids, "attention_mask": (torch.arange(24) < 20).long().expand(2, -1)}
+    long = torch.randint(3, 259, (1, module.model.backbone.context_length + 1))
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, inference_mode=False)
+    for batch in (padded, long, ids.float(), {"tokens": ids}, [ids, ids]):
+        with quiet(), pytest.raises(TrainingError):
+            trainer.test(module, loader([batch], batch_size=None), verbose=False)
+    with quiet():
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        trainer.test(module, loader([whole], batch_size=None), verbose=False)
+        expected = module.scores
+        trainer.test(module, loader(torch.utils.data.TensorDataset(ids), batch_size=2), verbose=False)
+    assert [each.mean_loss for each in module.scores] == [each.mean_loss for each in expected]
+
+
+def test_a_validation_that_was_stopped_leaves_nothing_to_the_next(text):
+    module = make()
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, inference_mode=False)
+    ids = torch.randint(3, 259, (2, 24))
+    with quiet():
+        trainer.validate(module, DataLoader([ids], batch_size=None), verbose=False)
+        expected = trainer.callback_metrics["val/kl"].item()
+        with pytest.raises(TrainingError):
+            trainer.validate(module, DataLoader([ids + 1, ids.float()], batch_size=None), verbose=False)
+        trainer.validate(module, DataLoader([ids], batch_size=None), verbose=False)
+    assert trainer.callback_metrics["val/kl"].item() == expected
+
+
+def test_a_second_test_sees_weights_that_were_changed_since_the_first():
+    module, ids = make(), torch.randint(3, 259, (2, 24))
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, inference_mode=False)
+    losses = []
+    for _ in range(2):
+        with quiet():
+            losses += trainer.test(module, DataLoader([ids], batch_size=None), verbose=False)
+        with torch.no_grad():
+            module.model.backbone.layers[2].mlp.down_proj.weight.mul_(3)
+    fresh = RoutingModule(module.model, budgets=BUDGETS, prompt=8)
+    with quiet():
+        trainer.test(module, DataLoader([ids], batch_size=None), verbose=False)
+        trainer.test(fresh, DataLoader([ids], batch_size=None), verbose=False)
+    assert losses[0]["test/loss/1.0"] != losses[1]["test/loss/1.0"]
+    assert [each.mean_loss for each in module.scores] == [each.mean_loss for each in fresh.scores]
+
+
+def test_checkpoints_load_without_a_trainer_and_resume_with_optimizers_of_ones_own(run, tmp_path):
+    class Own(RoutingModule):
+        def configure_optimizers(self):
+            first, *rest = self.router.parameters()
+            optimizer = torch.optim.AdamW([{"params": [first]}, {"params": rest}], lr=0.02)
+            scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=3)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def own() -> Own:
+        module = Own(make().model, budgets=BUDGETS, prompt=8)
+        module.mark_calibrated()
+        return module
+
+    whole, resumed = own(), own()
+    run(whole, 6)
+    run(own(), 6, callbacks=[stop_after(4)]).save_checkpoint(tmp_path / "four.ckpt")
+    run(resumed, 6, ckpt_path=tmp_path / "four.ckpt")
+    assert same(whole.router.state_dict(), resumed.router.state_dict())
+    loaded = RoutingModule.load_from_checkpoint(tmp_path / "four.ckpt", model=make().model, budgets=BUDGETS)
+    assert loaded.calibrated
+    assert not same(loaded.router.state_dict(), make().router.state_dict())
+
+
+def test_accumulation_that_changes_is_refused(run):
+    with pytest.raises(TrainingError, match="accumulate_grad_batches"):
+        run(make(), 2, callbacks=[GradientAccumulationScheduler({0: 2, 1: 1})])
+
+
+def test_a_step_leaves_the_random_state_of_a_shuffled_loader_alone(run):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    states = []
+    torch.manual_seed(5)
+    run(make(), 2, callbacks=[LambdaCallback(on_train_batch_start=lambda *_: states.append(torch.get_rng_state()))])
+    torch.manual_seed(5)
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_rate_falls_over_the_steps_that_there_are(run):
+    rates: list[float] = []
+    note = LambdaCallback(on_train_batch_start=lambda t, *_: rates.append(t.optimizers[0].param_groups[1]["lr"]))
+    loader = DataLoader(torch.randint(3, 259, (4, 24)), batch_size=1)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few workers
+        lightning.Trainer(accelerator="cpu", max_steps=100, max_epochs=2, callbacks=[note], **off).fit(make(), loader)
+    assert len(rates) == 8
+    assert rates[-1] < 0.5 * max(rates)
+
+
+def test_the_router_is_in_training_mode_for_training_alone(run):
+    module, modes = make(), []
+    module.router.eval()
+    run(module, 2, callbacks=[LambdaCallback(on_train_batch_start=lambda _, m, *__: modes.append(m.router.training))])
+    assert (modes, module.router.training) == ([True, True], False)
+
+
+def test_no_curve_is_logged_where_the_trainer_logs_none(run):
+    assert run(make(), 2, log_every_n_steps=0).global_step == 2
+
+
+def test_lightning_finds_a_rate(run, text, tmp_path):
+    module = make()
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    with quiet():
+        trainer = lightning.Trainer(accelerator="cpu", max_steps=8, default_root_dir=tmp_path, **off)
+        options = {"num_training": 16, "max_lr": 0.1, "early_stop_threshold": None}
+        found = Tuner(trainer).lr_find(module, datamodule=text, **options)
+    assert len(found.results["lr"]) == 16
+    assert module.lr == found.suggestion()
