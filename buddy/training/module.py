@@ -84,7 +84,7 @@ class BudgetModule(LightningModule):
         self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
         self.grid = [key for key in self.keys.values() if isinstance(key, int)]
         self.train_means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
-        self._reference = reference
+        self._reference, self._shares_reference = reference or Reference(max_bytes=0), reference is not None
         self._rows: list[WindowResult] = []  # of the windows that this process has measured in a validation or test
         self.scores: list[Scores] = []
 
@@ -125,7 +125,8 @@ class BudgetModule(LightningModule):
                 "GradientAccumulationScheduler would repeat windows; give the Trainer one accumulate_grad_batches."
             )
         self._val_reference = Reference(VALIDATION_STATES)
-        self._test_reference = self._reference or Reference(max_bytes=0)
+        if not self._shares_reference:  # weights may have changed since the last test
+            self._reference = Reference(max_bytes=0)
         self.model.backbone.model.to(self.trainer.strategy.root_device)
         self.model.to(self.trainer.strategy.root_device)
 
@@ -188,7 +189,7 @@ class BudgetModule(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """As `validation_step`, with the budgets "auto" too."""
-        self._measure(batch, list(dict.fromkeys(self.keys.values())), self._test_reference)
+        self._measure(batch, list(dict.fromkeys(self.keys.values())), self._reference)
 
     def on_test_epoch_end(self) -> None:
         """Score the rows of all processes, and log the scores."""
