@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter, check_targets
@@ -426,15 +427,25 @@ def build_trainer(recipe: Recipe, **options: Any) -> lightning.Trainer:
         ) from error
 
 
-def instantiate(spec: ClassSpec) -> Any:
+def instantiate(spec: ClassSpec, kind: type) -> Any:
     """An object of the recipe's `callbacks` or `logger`.
 
+    Args:
+        spec: its class and arguments.
+        kind: Lightning's `Callback` or `Logger`.
+
     Raises:
-        RecipeError: the class cannot be imported, or does not take its arguments.
+        RecipeError: the class cannot be imported, does not take its arguments, or is of another kind.
     """
     from lightning.pytorch.cli import instantiate_class
 
+    key = "callbacks" if kind is Callback else "logger"
     try:
-        return instantiate_class((), asdict(spec))
+        made = instantiate_class((), asdict(spec))
     except Exception as error:  # foreign code
-        raise RecipeError(f"{spec.class_path} cannot be created ({described(error)}); change it.") from error
+        raise RecipeError(
+            f"{spec.class_path} of {key} cannot be created ({described(error)}); correct class_path or init_args."
+        ) from error
+    if not isinstance(made, kind):
+        raise RecipeError(f"{spec.class_path} of {key} is no {kind.__name__} of Lightning's; give one.")
+    return made

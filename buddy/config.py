@@ -286,7 +286,8 @@ def recipe_path(source: str | Path, *, files: bool = True) -> Path:
         return Path(text)
     if files and os.path.isdir(text):
         raise RecipeError(f"{text} is a folder; give the recipe's file in it.")
-    hint = nearest(recipe_name(source), installed)
+    beside = [path.name for path in Path().glob("*.y*ml")] if files else []
+    hint = nearest(recipe_name(source), [*installed, *beside])
     known, kind = f"installed are {', '.join(installed)}", "recipe" if files else "installed recipe"
     known += ", or give the path of a YAML file" * files
     raise RecipeError(f"There is no {kind} {text!r} ({known}){hint or '.'}")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter
@@ -114,8 +114,10 @@ class Session:
             with quiet():
                 build_trainer(each, logger=False)
             check_sharding(each)
-        for spec in (*recipe.callbacks, *filter(None, [recipe.logger])):
-            _check_monitor(recipe, spec, instantiate(spec))
+        for spec in recipe.callbacks:
+            _check_monitor(recipe, spec, instantiate(spec, Callback))
+        if recipe.logger:
+            instantiate(recipe.logger, Logger)
         if recipe.ckpt_path:
             _check_start(recipe, recipe.ckpt_path)
         with status(f"Loading {recipe.backbone.name} …"):
@@ -425,7 +427,8 @@ def _run_trainer(
         if start == checkpoint and not named and has_ended(content):
             trained = replace(recipe, trainer={**recipe.trainer, "max_steps": content["global_step"]})  # no more
         errors.print(f"Resuming from {start}")
-    stop, own = LastCheckpoint(checkpoint, recipe.checkpoint_every), [instantiate(each) for each in recipe.callbacks]
+    stop = LastCheckpoint(checkpoint, recipe.checkpoint_every)
+    own = [instantiate(each, Callback) for each in recipe.callbacks]
     # What a callback monitors is logged by one of the two trainings, or by both, as val/kl is.
     other = {"train/", "heal/"} - {f"{module.prefix}/"}
     own = [each for each in own if not str(getattr(each, "monitor", None)).startswith(tuple(other))]
@@ -436,7 +439,7 @@ def _run_trainer(
         trainer = build_trainer(
             trained,
             callbacks=[*own, stop],
-            logger=instantiate(recipe.logger) if recipe.logger else tensorboard,
+            logger=instantiate(recipe.logger, Logger) if recipe.logger else tensorboard,
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=shown and bars,
             default_root_dir=checkpoint.parent.parent,

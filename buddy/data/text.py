@@ -237,8 +237,8 @@ def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
         (field,) = texts  # there is no choice
     if field not in dataset.column_names:
         raise DataError(
-            f"{source} has no field {field!r} but {', '.join(dataset.column_names)}: set data.text_field to the "
-            f"one that holds the text{nearest(field, dataset.column_names) or '.'}"
+            f"{source} has no field {field!r} but {', '.join(dataset.column_names)}: set data.text_field to the one "
+            f"that holds the text, or rename that for commands on a run{nearest(field, dataset.column_names) or '.'}"
         )
     feature = dataset.features[field]
     kind = getattr(feature, "dtype", None) or type(feature).__name__

@@ -18,7 +18,7 @@ UNEVEN = 0.1  # layers by which a row's mean may miss K without a note
 EXCEPTED = " Settings in brackets in a row's name stand in place of what is said here."
 APART = f"excludes 0, over at least {FEWEST} documents or items"
 MARKED = f"* below the best static router (†): the 95 % interval of the paired difference {APART}"
-WRITTEN = "<!-- written by `buddy compare` from comparison.json; change nothing here -->"
+WRITTEN = "<!-- written by Buddy from comparison.json; change nothing here -->"
 
 
 @dataclass(frozen=True)

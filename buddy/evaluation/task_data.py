@@ -142,6 +142,8 @@ def local_tasks(names: Sequence[str], folder: Path) -> dict[str, Task]:
     for name in names:
         path = folder / f"{name}.jsonl"
         try:
+            if not path.stat().st_size:
+                raise DataError(f"{path} is empty; give it one JSON object a line.")
             with quiet(path.stat().st_size):
                 # As members of a group the definitions are found by name and overlaid.
                 member = {"task": name, **_overlay(FORMS[name], path)}

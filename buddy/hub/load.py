@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -268,7 +269,7 @@ def _check_options(
         raise DataError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
     if not 0 <= seed < 2**64:
         raise DataError(f"The seed is {seed}; give one from 0 to 2⁶⁴ − 1.")
-    if not (temperature == 0 or temperature >= MIN_TEMPERATURE):
+    if not (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf):
         raise DataError(
             f"The temperature is {temperature}; give 0 for the most likely token, or {MIN_TEMPERATURE:g} or more."
         )

@@ -13,13 +13,14 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from buddy.backbone import embedded
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
 from buddy.backbone.load import locate, read_config
 from buddy.config import flatten, to_yaml
 from buddy.console import results, status
-from buddy.errors import DamagedError, RunError, reason
+from buddy.errors import BackboneError, DamagedError, RunError, reason
 from buddy.hub.card import is_local, run_card
 from buddy.io import load_tensors, new_folder, read_json, write_json, write_text, writing
 from buddy.run import Run, read_run
@@ -102,8 +103,10 @@ def pull(
         BackboneError: there is no such backbone, or no model in its folder.
         RunError: the source cannot be used, or `out` cannot be written. Nothing is left at `out` then.
     """
+    config: dict[str, Any] = {}
     if backbone is not None and os.path.isdir(there := locate(backbone)):
-        read_config(backbone, there)
+        config = read_config(backbone, there)
+        config = config.get("text_config") or config
         if embedded.find(backbone) is None:
             backbone = os.path.abspath(there)  # the run is used from other folders, too
     name = hub_name(source, revision)
@@ -117,6 +120,12 @@ def pull(
                 download(name, revision, made)
             shutil.rmtree(made / ".cache", ignore_errors=True)  # of the hub's client
         run = check_run(made, shown_as=name or source.rstrip("/"), trust_remote_code=trust_remote_code)
+        for key, ours in (("num_hidden_layers", "layers"), ("hidden_size", "hidden")):
+            if config.get(key, run.geometry[ours]) != run.geometry[ours]:
+                raise BackboneError(
+                    f"{backbone} has {key}={config[key]}, and the run is for {run.geometry[ours]}; give --backbone the "
+                    "model that the run was made with."
+                )
         if backbone is not None:
             _rename_backbone(made, run, backbone)
     results.print(f"Pulled {run.router_name} for {backbone or run.backbone} into {out}")

@@ -421,6 +421,8 @@ class RoutingModule(BudgetModule):
             raise TrainingError(
                 f"{type(self.router).__name__} has nothing to train; call calibrate(data), and use the model."
             )
+        if stage == "fit" and min(self.grid) == self.model.geometry.layers:
+            raise TrainingError("No budget is below full depth, so nothing can be learned; add one, such as 0.5.")
 
     def on_fit_start(self) -> None:
         """Calibrate the router, by the first process, unless that was done: a checkpoint is loaded by now.

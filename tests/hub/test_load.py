@@ -110,6 +110,7 @@ def test_messages_of_another_form_are_refused(chatting, monkeypatch, messages):
         ({"temperature": -1.0}, DataError, "-1.0"),
         ({"temperature": 1e-300}, DataError, "1e-300"),
         ({"temperature": float("nan")}, DataError, "nan"),
+        ({"temperature": float("inf")}, DataError, "inf"),
         ({"seed": 2**64}, DataError, "seed"),
         ({"max_new_tokens": 0}, DataError, "max_new_tokens"),
         ({"max_new_tokens": 600}, DataError, "600"),

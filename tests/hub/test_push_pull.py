@@ -163,6 +163,15 @@ def test_a_folder_without_a_model_is_no_backbone(pushed, tmp_path):
     assert not (tmp_path / "pulled").exists()
 
 
+def test_a_backbone_of_another_size_is_refused(pushed, small, tmp_path):
+    other = shutil.copytree(small.model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    with pytest.raises(BackboneError, match="num_hidden_layers"):
+        pull(str(pushed), out=tmp_path / "pulled", backbone=str(other))
+    assert not (tmp_path / "pulled").exists()
+
+
 # Folders of strangers
 
 

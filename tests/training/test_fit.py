@@ -121,6 +121,8 @@ def test_what_a_router_of_ones_own_does_wrong_is_one_sentence(small, tmp_path, w
         ),
         (["objective.estimator=weighted"], RegistryError, "weighted"),
         (["callbacks=[{class_path: no.Such}]"], RecipeError, r"no\.Such"),
+        (["callbacks=[{class_path: pathlib.PurePath}]"], RecipeError, "Callback"),
+        (["logger={class_path: pathlib.PurePath}"], RecipeError, "Logger"),
         (["logger={class_path: logging.Logger}"], RecipeError, r"logging\.Logger"),
         (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden"),
         (["data.train_sources=[TEXT]"], RecipeError, r"data\.train_sources"),

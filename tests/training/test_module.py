@@ -229,6 +229,8 @@ def test_what_has_nothing_to_train_is_calibrated_by_hand(run, text):
     text.setup()
     module.calibrate(text)
     assert module.router.influence.any()
+    with pytest.raises(TrainingError, match="full depth"):
+        run(RoutingModule(make().model, budgets=[1.0]), 1)
 
 
 def test_validation_and_test_log_every_budget(run):
