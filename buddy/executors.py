@@ -17,11 +17,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from buddy import distributed
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from buddy.run import RunSpec
 
 ATTEMPTS = 3  # of a unit whose worker dies
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 60.0  # that a unit has to save a checkpoint after an interrupt
 
 
@@ -100,13 +101,13 @@ class LokyExecutor:
         running: dict[Future[Any], tuple[int, RunSpec, int]] = {}
         ended: SimpleQueue[Future[Any]] = SimpleQueue()
         try:
-            with _handled(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)):
+            with _handled(signal.SIGTERM, signal.default_int_handler):  # it ends the work as Ctrl-C does
                 while waiting or running:
                     while waiting and free:
                         slot, (unit, attempt) = free.pop(0), waiting.popleft()
                         pools[slot] = pools.get(slot) or _pool(slot)
                         # Here until `running` has the unit, in a new process until `_begin`.
-                        with _held_back(signal.SIGINT):
+                        with _held_back(*INTERRUPTS):
                             try:
                                 future = pools[slot].submit(_call, setup, function, unit)
                             except BrokenProcessPool as death:  # between two units
@@ -135,7 +136,10 @@ class LokyExecutor:
                 for pid in list(pools[slot]._processes):
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGINT)
-            wait(running, GRACE_SECONDS)
+            last = time.monotonic() + GRACE_SECONDS
+            with suppress(Empty):
+                while not all(future.done() for future in running):
+                    ended.get(timeout=max(0.0, last - time.monotonic()))
             raise
         finally:
             busy = not all(future.done() for future in running)
@@ -168,7 +172,7 @@ def _begin(parent: int) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # for an interrupt that was held back
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -245,17 +249,19 @@ def _outcome(ref: Any) -> Any:
 
 
 @contextmanager
-def _held_back(number: signal.Signals) -> Iterator[None]:
-    """A signal that comes within this block takes effect after it; processes that begin in it have it blocked."""
+def _held_back(*numbers: signal.Signals) -> Iterator[None]:
+    """Signals that come within this block take effect after it; processes that begin in it have them blocked."""
     came: list[int] = []
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
-        with _handled(number, lambda *_: came.append(number)):  # another thread of this process may receive it
+        with ExitStack() as stack:
+            for number in numbers:  # another thread of this process may receive it
+                stack.enter_context(_handled(number, lambda number, _: came.append(number)))
             yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if came:
-            signal.raise_signal(number)
+        for first in came[:1]:
+            signal.raise_signal(first)
 
 
 @contextmanager

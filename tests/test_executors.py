@@ -150,6 +150,24 @@ def test_an_interrupt_within_a_submission_begins_no_unit(tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_a_job_in_the_background_hears_a_termination(tmp_path, monkeypatch):
+    submit, handled = ProcessPoolExecutor.submit, signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def interrupted(self, *args):
+        future = submit(self, *args)
+        signal.raise_signal(signal.SIGTERM)
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            outcomes(LokyExecutor(1), tmp_path, "a", "bb")
+    finally:
+        signal.signal(signal.SIGINT, handled)
+    assert not list(tmp_path.iterdir())
+
+
 @needs_proc
 @pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):

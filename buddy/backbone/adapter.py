@@ -30,13 +30,14 @@ ALL = "all-linear"
 NAME = "default"  # peft's name for the only adapter of a model
 # Attributes by which a module of peft's, Buddy's or a user's, chooses and scales its adapters.
 STATE = ("_disable_adapters", "_active_adapter", "scaling", "merged_adapters")
-NO_STATE = [None] * len(STATE)
 
 
 def adapter_state(module: nn.Module) -> str:
     """Which adapters of peft's a module uses, and how strongly; empty for other modules."""
-    state = [module.__dict__.get(name) for name in STATE]
-    return "" if state == NO_STATE else str(state)  # a copy: peft changes these objects in place
+    own = module.__dict__
+    if "_disable_adapters" not in own and "_active_adapter" not in own:
+        return ""
+    return str([own.get(name) for name in STATE])  # a copy: peft changes these objects in place
 
 
 def check_targets(targets: Sequence[str], backbone: Backbone) -> list[str]:

@@ -104,10 +104,11 @@ class Bridges(nn.Module):
     def freeze(self, dtype: torch.dtype) -> Bridges:
         """End training; from now on the bridges compute in `dtype`, the backbone's, or in float32 in a decode step."""
         self.requires_grad_(False)
-        self._frozen = [self._parts(layer, dtype) for layer in range(len(self.fitted))]
-        self._single = [
-            None if parts is None else _joined(*parts) for parts in map(self._parts, range(len(self.fitted)))
-        ]
+        with torch.inference_mode(False):  # these outlive a block in which they are made anew
+            self._frozen = [self._parts(layer, dtype) for layer in range(len(self.fitted))]
+            self._single = [
+                None if parts is None else _joined(*parts) for parts in map(self._parts, range(len(self.fitted)))
+            ]
         self._dtype = dtype
         return self
 

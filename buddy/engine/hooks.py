@@ -78,9 +78,8 @@ class ForwardHooks:
         if "past_key_values" in kwargs:  # the name of earlier versions of transformers
             kwargs.setdefault("cache", kwargs.pop("past_key_values"))
         routed, cache, request = self._routed, kwargs.get("cache"), self._request
-        if (
-            base.config.num_hidden_layers != routed.geometry.layers
-        ):  # a draft by the first layers (assistant_early_exit)
+        # A draft by the first layers (`assistant_early_exit`).
+        if base.config.num_hidden_layers != routed.geometry.layers:
             return None
         if request is None:
             if not self._attached or not isinstance(cache, RoutedCache):

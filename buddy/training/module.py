@@ -87,6 +87,8 @@ class BudgetModule(LightningModule):
         self._reference, self._shares_reference = reference or Reference(max_bytes=0), reference is not None
         self._rows: list[WindowResult] = []  # of the windows that this process has measured in a validation or test
         self.scores: list[Scores] = []
+        self.router: Any = None  # the router, where it is trained
+        self._random_state: Tensor | None = None  # of torch, before the step that is under way
 
     @property
     def lr(self) -> float:
@@ -120,9 +122,11 @@ class BudgetModule(LightningModule):
                 f"trainer.precision={self.trainer.precision} would cast the router, which stays in float32; choose one "
                 f"of {', '.join(LIGHTNING_PRECISIONS)}, and backbone.dtype for the backbone."
             )
-        if any(isinstance(each, GradientAccumulationScheduler) for each in self.trainer.callbacks):
+        schedulers = [each for each in self.trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
+        if any(len({*each.scheduling.values()}) > 1 for each in schedulers):
             raise TrainingError(
-                "GradientAccumulationScheduler would repeat windows; give the Trainer one accumulate_grad_batches."
+                "A GradientAccumulationScheduler that changes the number of micro-batches would repeat windows; give "
+                "the Trainer one accumulate_grad_batches."
             )
         self._val_reference = Reference(VALIDATION_STATES)
         if not self._shares_reference:  # weights may have changed since the last test
@@ -160,18 +164,26 @@ class BudgetModule(LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log(f"{self.prefix}/gradient_norm", norm)
 
+    def on_fit_start(self) -> None:
+        """The router that is trained, if one is, draws its dropout and noise: Lightning keeps modes as they are."""
+        if self.router is not None:
+            self.router.train()
+
+    def on_train_end(self) -> None:
+        """From now on the router is used."""
+        if self.router is not None:
+            self.router.eval()
+
     def on_train_start(self) -> None:
         """Begin the logged means anew."""
         for metric in self.train_means.values():
             metric.reset()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keep torch's random state, which a step seeds: a shuffled `DataLoader` draws from it, too."""
-        self._random_state = torch.get_rng_state()
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Give torch's random state back."""
-        torch.set_rng_state(self._random_state)
+        """Give torch's random state back, which the step has seeded: a shuffled `DataLoader` draws from it, too."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+            self._random_state = None
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of a validation or test that was stopped."""
@@ -229,6 +241,7 @@ class BudgetModule(LightningModule):
         number = self.global_step * accumulated + batch_idx % accumulated
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number * 1_009)
         rank, processes = self.global_rank, self.trainer.world_size
+        self._random_state = torch.get_rng_state()
         torch.manual_seed(generator.initial_seed() + rank)  # for dropout and noise that take no generator
         all_executed = draw_budgets(grid, len(ids) * processes, generator)
         executed = all_executed[rank::processes].to(ids.device)
@@ -432,7 +445,7 @@ class RoutingModule(BudgetModule):
         Raises:
             TrainingError: no calibration windows.
         """
-        self.router.train()  # after a fit it is in evaluation mode
+        super().on_fit_start()
         if self.calibrated:
             return
         data = self.trainer.datamodule
@@ -443,10 +456,6 @@ class RoutingModule(BudgetModule):
         state = {name: tensor.cpu() for name, tensor in self.router.state_dict().items()}
         self.router.load_state_dict(self.trainer.strategy.broadcast(state))
         self.mark_calibrated()
-
-    def on_train_end(self) -> None:
-        """From now on the router is used, without dropout."""
-        self.router.eval()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""

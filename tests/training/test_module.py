@@ -418,6 +418,7 @@ def test_checkpoints_load_without_a_trainer_and_resume_with_optimizers_of_ones_o
 def test_accumulation_that_changes_is_refused(run):
     with pytest.raises(TrainingError, match="accumulate_grad_batches"):
         run(make(), 2, callbacks=[GradientAccumulationScheduler({0: 2, 1: 1})])
+    assert run(make(), 2, callbacks=[GradientAccumulationScheduler({0: 2})]).global_step == 2
 
 
 def test_a_step_leaves_the_random_state_of_a_shuffled_loader_alone(run):
