@@ -105,6 +105,8 @@ def check_model(recipe: Recipe, backbone: Backbone) -> None:
     try:
         check_mean(model)
         if model.router.trainable:
+            if recipe.trainer["max_steps"] and min(counts_of(recipe, model).values()) == model.geometry.layers:
+                raise RecipeError("budgets has none below full depth, so nothing can be learned; add one, such as 0.5.")
             estimator = build_estimator(recipe, model.router)
             if isinstance(estimator, StraightThrough) and model.settings.policy != "fill":
                 raise RecipeError(

@@ -22,7 +22,7 @@ from buddy.errors import BackboneError
 from buddy.measurements import Measurements, digest, tensor_bytes
 from buddy.router import Context, Criterion
 
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
+Track = Callable[[Sequence[Any], str], Iterable[Any]]  # as `buddy.console.track`, which takes a description, too
 SIMILARITIES = ("block influence", "angular distance")
 TAYLOR = "Taylor importance"
 LAYOUT = 1  # raise it when values are measured differently: older ones are then not found

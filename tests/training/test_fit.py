@@ -120,6 +120,7 @@ def test_what_a_router_of_ones_own_does_wrong_is_one_sentence(small, tmp_path, w
             r"objective\.estimator",
         ),
         (["objective.estimator=weighted"], RegistryError, "weighted"),
+        (["budgets=[1.0]"], RecipeError, "budgets"),
         (["callbacks=[{class_path: no.Such}]"], RecipeError, r"no\.Such"),
         (["callbacks=[{class_path: pathlib.PurePath}]"], RecipeError, "Callback"),
         (["logger={class_path: pathlib.PurePath}"], RecipeError, "Logger"),
