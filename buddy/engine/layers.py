@@ -35,7 +35,7 @@ class RoutedLayer:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Call `forward` without torch's module call where no hook needs it: that costs time in each decode step."""
         forward = self._current_forward[0]
-        if forward is not None and forward.sink is not None and len(forward.sink.outputs) == self._index:
+        if forward is not None and forward.sink is not None and len(forward.sink.layers) == self._index:
             forward.sink.run(self, hidden_states, kwargs)
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         if forward is None or hooks or self.training:
@@ -106,7 +106,7 @@ class RoutedLayer:
         if forward.sink is None:
             out = self.stock.forward(self, hidden[:, :count], *args, **inputs)
         else:
-            keys, values, out = (x[self._index] for x in (forward.sink.keys, forward.sink.values, forward.sink.outputs))
+            out, keys, values = forward.sink.layers[self._index]
             cache.update(*(x.expand(len(hidden), -1, -1, -1) for x in (keys, values)), self._index)
             out = out.expand(len(hidden), -1, -1)
         ran = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)

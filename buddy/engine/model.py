@@ -53,7 +53,8 @@ class RoutedLM(nn.Module):
             several tokens or rows run exactly K whatever is given here. The gates of a layerwise router decide alone
             with W > 1, and its training is what keeps their mean near K.
 
-    In generation the first forward is the prompt. Where the prompt comes in chunks, only the first shares a plan.
+    In generation the first forward is the prompt. Where the prompt comes in chunks, only the first chunk shares a plan,
+    and decisions are counted from its last token.
     Assisted generation, which takes tokens back, needs `reroute_every` 1, `mean_over` 1, `prompt_plan` "token" and
     another budget than "auto"; with sliding windows also another policy than "hole".
 

@@ -22,24 +22,21 @@ class SinkStates:
     """What one token becomes at the first position. The first prompt that begins with it fills this layer by layer.
 
     Attributes:
-        outputs: for each layer (1, 1, D), the state that leaves it.
-        keys, values: for each layer (1, kv heads, 1, size).
+        layers: for each layer that ran the state that leaves it, (1, 1, D), its keys and its values, (1, kv heads, 1,
+            size); one entry for the three, so that an interrupt leaves no layer with some of them.
     """
 
     def __init__(self) -> None:
-        self.outputs: list[Tensor] = []
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.layers: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def run(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Run the next layer on the token by itself, so that no result depends on which prompt came first."""
         written, names = WrittenKV(None), ("position_embeddings", "position_ids")
         first = {name: map_tensors(kwargs.get(name), lambda x: x[:1, :1]) for name in names}
         first |= {"cache": written, "attention_mask": None}
-        state = self.outputs[-1] if self.outputs else hidden[:1, :1].clone()
-        self.outputs.append(layer.stock.forward(layer, state, **{**kwargs, **first}))
-        self.keys.append(written.keys)
-        self.values.append(written.values)
+        state = self.layers[-1][0] if self.layers else hidden[:1, :1].clone()
+        state = layer.stock.forward(layer, state, **{**kwargs, **first})
+        self.layers.append((state, written.keys, written.values))
 
 
 class SinkMemory:
