@@ -1,5 +1,6 @@
 """The table by token id: it sees the newest token and nothing else, and learns rows that it has seen."""
 
+import pytest
 import torch
 
 from buddy.compare import fit
@@ -27,6 +28,7 @@ def test_the_plan_of_a_token_depends_on_its_id_alone():
     assert len({tuple(plan) for plan in runs.flatten(0, 1).tolist()}) > 3
 
 
+@pytest.mark.slow
 def test_ids_that_training_does_not_see_keep_the_shared_scores(small, tmp_path):
     fit(small(tmp_path, "router=routers.token_table:TokenTable", "router.options={rows: 300}"), "small")
     (folder,) = (path.parent for path in tmp_path.rglob("router.safetensors"))

@@ -42,6 +42,7 @@ def test_a_run_folder_for_every_router(finished):
         assert budgets == ([1.0] if name == "full" else [1.0, 0.75, 0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_stores_the_dtype_that_auto_chose(small, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("buddy.build.fastest_dtype", lambda accelerator: dtype)
@@ -76,6 +77,7 @@ def test_without_steps_a_router_stays_as_calibrated(small, tmp_path):
     assert router["prior"].any()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
     checkpoint = Path(shutil.copy(finished / "buddy" / "checkpoints" / "last.ckpt", tmp_path))
     recipe = small(tmp_path, f"ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")
