@@ -140,6 +140,18 @@ def broadcast(value: Any = None) -> Any:
     return box[0]
 
 
+def least(value: int) -> int:
+    """The smallest value of all processes, in every process."""
+    values = [value]
+    if _group is not None:
+        from torch import distributed
+
+        with lost_peers_reported():
+            values *= distributed.get_world_size(_group)
+            distributed.all_gather_object(values, value, group=_group)
+    return min(values)
+
+
 def barrier() -> None:
     """Wait until all processes are here."""
     broadcast()

@@ -87,16 +87,12 @@ class Session:
     Args:
         backbone: without a router.
         data: the text, set up.
-        share: let runs share what the dense model gives. Not under sharding: there all processes must run each of its
-            forwards, since they gather the weights together; one with stored results would leave the others waiting.
     """
 
-    def __init__(self, backbone: Backbone, data: TextData, share: bool = True) -> None:
+    def __init__(self, backbone: Backbone, data: TextData) -> None:
         self.backbone, self.data = backbone, data
         self._measured: dict[tuple[Any, ...], Measurements] = {}
-        self._reference, self._trained_reference = (
-            Reference(most if share else 0) for most in (MAX_STATE_BYTES, TRAINED_STATES)
-        )
+        self._reference, self._trained_reference = Reference(MAX_STATE_BYTES), Reference(TRAINED_STATES)
 
     @classmethod
     def prepare(cls, recipes: Sequence[Recipe]) -> Session:
@@ -128,7 +124,7 @@ class Session:
         data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
         with status(f"Reading {recipe.data.source} …"):
             data.setup()
-        return cls(backbone, data, share=not is_sharded(recipe.trainer))
+        return cls(backbone, data)
 
     @classmethod
     def launch(cls, specs: Sequence[RunSpec], recipe: Recipe) -> Session:

@@ -77,6 +77,11 @@ class Backbone:
         return self.base.layers
 
     @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of every layer (FSDP2), so that all must call the same layers."""
+        return hasattr(self.layers[0], "unshard")
+
+    @property
     def num_layers(self) -> int:
         """L, the number of decoder layers."""
         return len(self.layers)

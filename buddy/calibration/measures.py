@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from buddy import distributed
 from buddy.backbone.load import Backbone
 from buddy.engine.bridges import bridged
 from buddy.engine.shared_weights import EmbeddingAndHead
@@ -192,7 +193,7 @@ class PlanLosses:
         self._outside = EmbeddingAndHead(backbone.model)
         self._cache: dict[Batch, dict[str, Tensor]] = {}
         self._dense: dict[Batch, list[DenseDistribution]] = {}
-        self._dense_room = _room_for(MAX_DENSE, backbone.device)
+        self._room, self._dense_room = (_room_for(most, backbone) for most in (MAX_CACHE, MAX_DENSE))
         self._fit = fit
 
     def measure(
@@ -224,7 +225,7 @@ class PlanLosses:
     ) -> PrefixStates:
         backbone, layers = self._backbone, self._backbone.num_layers
         size = input_ids.numel() * backbone.hidden_size * backbone.dtype.itemsize
-        wanted = prefixes_to_keep(plans, layers, _room_for(MAX_CACHE, backbone.device) // (size * self._number))
+        wanted = prefixes_to_keep(plans, layers, self._room // (size * self._number))
         if criterion == "kl":
             wanted.add("1" * layers)  # every call needs the dense model's output
         known = self._cache.get(batch, {})
@@ -287,7 +288,12 @@ def prefixes_to_keep(plans: Collection[str], layers: int, room: int) -> set[str]
     return set()
 
 
-def _room_for(most: int, device: torch.device) -> int:
-    """Bytes to keep on a device between calls: `most`, or less on an accelerator that is nearly full."""
+def _room_for(most: int, backbone: Backbone) -> int:
+    """Bytes to keep on the backbone's device between calls: `most`, or less on an accelerator that is nearly full.
+
+    Under sharding all processes have the same room: what is kept decides which layers are called.
+    """
+    device = backbone.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return most if free is None else min(most, int(free * MAX_SHARE))
+    room = most if free is None else min(most, int(free * MAX_SHARE))
+    return distributed.least(room) if backbone.sharded else room

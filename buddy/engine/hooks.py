@@ -75,6 +75,9 @@ class ForwardHooks:
     def _begin(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the decoder runs: a new `RoutedForward` for the request that holds, or none."""
         self._current[0] = None
+        kwargs = dict(kwargs)
+        if args:
+            kwargs.update(zip(inspect.signature(base.forward).parameters, args, strict=False))
         if "past_key_values" in kwargs:  # the name of earlier versions of transformers
             kwargs.setdefault("cache", kwargs.pop("past_key_values"))
         routed, cache, request = self._routed, kwargs.get("cache"), self._request
@@ -87,8 +90,6 @@ class ForwardHooks:
             request = Request()  # a cache that was filled under a budget continues at full depth
         if not self._attached:
             raise BuddyError("Another router was attached to this backbone; detach that one, and attach this anew.")
-        if args:
-            kwargs.update(zip(inspect.signature(base.forward).parameters, args, strict=False))
         tokens = kwargs.get("input_ids")
         shape = tuple((kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2])
         use_cache = base.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]

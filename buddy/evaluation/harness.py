@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from buddy.build import load_model
+from buddy.engine.decode import end_tokens
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError, described, nearest
 from buddy.run import read_run
@@ -233,9 +234,6 @@ class BuddyLM(HFLM):
         self._executed.append(output.executed[real & ~output.sinks].cpu())
         return output.logits
 
-    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        return self._logits(inps.tolist(), torch.full((len(inps),), inps.shape[1]), prompt=1)
-
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         with self.routed.at(executed=[self.layers]) as record:
             tokens = super()._model_generate(context, max_length=max_length, stop=stop, **options)
@@ -244,8 +242,13 @@ class BuddyLM(HFLM):
         if mask is not None:
             read &= mask.bool().repeat_interleave(len(read) // len(mask), 0)  # rows of one text's beams are neighbours
         self._executed.append(record.executed[0][read].cpu())
-        steps = zip(record.executed[1:], record.sinks[1:], strict=True)
-        self._executed += [step[~sinks].cpu() for step, sinks in steps]
+        new = tokens[:, context.shape[1] :]
+        ended = torch.isin(new, torch.tensor([*end_tokens(self.model)], device=new.device)).cumsum(1) > 0
+        for number, (step, sinks) in enumerate(zip(record.executed[1:], record.sinks[1:], strict=True)):
+            read = ~sinks
+            if len(read) == len(new):  # not so with beams, of which the texts are a choice
+                read &= ~ended[:, number : number + 1]
+            self._executed.append(step[read].cpu())
         return tokens
 
 

@@ -118,7 +118,8 @@ class Reference:
 
     Hidden states are stored and not logits, which take a hundred times the memory and cost a fifth of a small model's
     forward. At full depth every router has the same plan, so it runs once; an adapter changes full depth, so rows of
-    adapted models are not stored.
+    adapted models are not stored. Under sharding no states are stored: all processes must run each forward of the dense
+    model, since they gather its weights together.
 
     One object is for one backbone.
 
@@ -142,7 +143,7 @@ class Reference:
         states = self._states.get(key)
         if states is None:
             states = backbone.base(input_ids=ids, use_cache=False).last_hidden_state[:, keep]
-            if states.nbytes <= self._room:
+            if states.nbytes <= self._room and not backbone.sharded:
                 self._room -= states.nbytes
                 self._states[key] = states.cpu()
         return head_logits(backbone.model, states.to(ids.device))

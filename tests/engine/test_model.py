@@ -271,11 +271,14 @@ def test_a_forward_that_is_interrupted_leaves_the_layers_stock(monkeypatch):
     assert torch.equal(after[0], stock[0])
 
 
-def test_a_cache_by_its_older_name():
+@pytest.mark.parametrize("way", ["older name", "position"])
+def test_a_cache_by_its_older_name_or_by_its_position(way):
     routed, ids = routed_tiny(), tokens()
     with routed.at(0.5):
         cache = routed.backbone.model(ids[:, :-1], use_cache=True).cache
-        states = routed.backbone.base(ids[:, -1:], past_key_values=cache, use_cache=True).last_hidden_state
+        named = {"past_key_values": cache} if way == "older name" else {}
+        before = () if named else (None, None, cache)  # after the mask and the positions
+        states = routed.backbone.base(ids[:, -1:], *before, use_cache=True, **named).last_hidden_state
         expected = routed.backbone.base(ids).last_hidden_state[:, -1:]
     torch.testing.assert_close(states, expected)
 

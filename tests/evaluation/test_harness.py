@@ -148,6 +148,22 @@ def test_generation_spends_the_budget():
     assert len(lm.executed) >= 2 + 11
 
 
+def test_rows_that_have_ended_are_not_counted():
+    lm, counts = BuddyLM(routed_tiny(), 0.5, batch_size=1), []
+    ids = torch.tensor([lm.tok_encode("One")])
+    with lm.routed.at(0.5):
+        written = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, pad_token_id=0)
+    lm.model.generation_config.eos_token_id = written[0, -1].item()
+    asked = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
+    prompts = [Instance("generate_until", {}, (text, asked), 0) for text in ("One", "Two and more")]
+    for rows in (1, 2):
+        lm.batch_size_per_gpu = rows
+        lm.set_budget(0.5)
+        lm.generate_until(prompts, disable_tqdm=True)
+        counts.append(len(lm.executed))
+    assert counts[0] == counts[1] < 2 + 11 + 2 * 7
+
+
 @pytest.mark.parametrize("sinks", [0, 1, 2])
 def test_layers_that_ran_are_counted_on_real_tokens(sinks):
     lm = BuddyLM(routed_tiny(sink_tokens=sinks), "4layers", batch_size=8)

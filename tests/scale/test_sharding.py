@@ -14,9 +14,11 @@ from buddy.errors import TrainingError
 from buddy.evaluation.evaluate import evaluate
 from buddy.fit import Session
 from buddy.losses import Objective
+from buddy.metrics.perplexity import Reference
 from buddy.training.estimators import StraightThrough, TrainingBatch, Weighted
 from routers.buddy import BuddyRouter
 from routers.first import FiRST
+from routers.greedy import BridgedRemoval
 from tests.adapted import new_adapter, stirred
 from tests.scale.forked import side_by_side
 from tests.tiny import tiny_backbone
@@ -66,6 +68,44 @@ def test_a_model_in_parts_answers_as_a_whole_one(family, policy, dtype):
             torch.testing.assert_close(
                 found[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def removed(shared_out: bool) -> list:
+    """What a search removes where the first process has memory for twice as many states as the second."""
+    routed = routed_on("llama", BuddyRouter, shared_out)
+    with pytest.MonkeyPatch.context() as patch:
+        rank = dist.get_rank() if shared_out else 0
+        patch.setattr("buddy.calibration.measures.MAX_CACHE", (8 - 4 * rank) * IDS[:1].numel() * 64 * 4)
+        probe = CalibrationProbe(routed, IDS, 1, layer_counts=[3, 4, 5], seed=0)
+        search = BridgedRemoval(probe, 4)
+        for _ in range(3):
+            search.remove_one()
+    return [search.removed, search.losses]
+
+
+def test_processes_with_unequal_memory_measure_the_same():
+    expected = removed(False)
+    for found in side_by_side(removed, True):
+        assert found[0] == expected[0]
+        assert found[1] == pytest.approx(expected[1], rel=1e-4)
+
+
+def dense_forwards() -> list[int]:
+    """Forwards of the backbone in each of two evaluations of windows, whose last batch has fewer rows."""
+    routed, forwards = routed_on("llama", BuddyRouter, True), [0]
+    routed.backbone.base.register_forward_pre_hook(lambda *_: forwards.append(forwards.pop() + 1))
+    windows, counts = Windows(IDS.repeat(4, 1)[:14], torch.arange(14)), []
+    reference = Reference(int(1.6 * 4 * 16 * 64 * 4))  # room for one whole batch and the short one
+    for _ in range(2):
+        forwards[:] = [0]
+        evaluate(routed, windows, [0.5], prompt=8, batch_size=4, reference=reference)
+        counts.append(forwards[0])
+    return counts
+
+
+def test_processes_run_the_same_forwards_in_each_evaluation():
+    first, second = side_by_side(dense_forwards)
+    assert first == second
 
 
 def held(shared_out: bool) -> list:
