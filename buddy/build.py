@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from buddy import distributed
+from buddy.backbone import embedded
 from buddy.backbone.adapter import Adapter, check_targets
 from buddy.backbone.load import Backbone, fastest_dtype, load_backbone
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
@@ -22,16 +24,16 @@ from buddy.data.text import overlap
 from buddy.data.windows import Windows, sample
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM, geometry_of
-from buddy.errors import DataError, RecipeError, RunError, TrainingError, described, reason
+from buddy.errors import BackboneError, DataError, RecipeError, RunError, TrainingError, described, reason
 from buddy.io import cache_folder, keep_freed_memory
 from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.metrics.perplexity import Reference
 from buddy.predictor.train import load_predictor, predictor_arms
-from buddy.provenance import ESTIMATOR_KEYS, TRAINING_KEYS
-from buddy.registry import build
+from buddy.provenance import CODE, ESTIMATOR_KEYS, TRAINING_KEYS, code_digest
+from buddy.registry import build, load
 from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
-from buddy.run import Run, check_backbone
+from buddy.run import Run, check_backbone, warn_of_changed_code
 from buddy.run_files import ADAPTER, BRIDGE, load_router, read_metrics
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, Perturbed, StraightThrough, estimator_for
@@ -293,6 +295,7 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
     Raises:
         RunError: the backbone has changed, or the saved router, adapter or budget predictor does not match.
     """
+    warn_of_changed_code(run.folder, {CODE: code_digest(load(run.recipe.router.name))})
     backbone = _backbone_from(run)
     routed = build_model(run.recipe, backbone)
     restore(routed, run.recipe, run.folder)
@@ -311,7 +314,16 @@ def _backbone_from(run: Run) -> Backbone:
     trainer = run.recipe.trainer
     sharded = distributed.is_distributed() and is_sharded(trainer)
     with distributed.one_by_one(trainer) if sharded else nullcontext():
-        backbone = build_backbone(run.recipe, on_cpu=sharded)
+        try:
+            backbone = build_backbone(run.recipe, on_cpu=sharded)
+        except BackboneError as error:
+            name = run.recipe.backbone.name
+            if embedded.find(name) or os.path.isdir(os.path.expanduser(name)):
+                raise
+            raise BackboneError(
+                f"{run.folder} was fitted on the model {name!r}, which cannot be loaded from here ({reason(error)}); "
+                "work in the folder where it was fitted, or name the model's own: buddy.load(…, backbone=FOLDER)."
+            ) from error
         check_backbone(run, backbone.fingerprint, backbone.details)
         if sharded:
             shard(backbone, trainer["accelerator"])
@@ -337,7 +349,8 @@ def restore(routed: RoutedLM, recipe: Recipe, folder: Path, *, adapter: bool = T
         routed.router.load_state_dict(load_router(folder))
     except RuntimeError as error:
         raise RunError(
-            f"The router saved in {folder} does not fit its class any more; make the run again with `buddy fit`."
+            f"The router saved in {folder} does not fit its class ({reason(error)}); make the run again with "
+            "`buddy fit`."
         ) from error
     routed.router.eval().requires_grad_(False)
     if uses_bridges(recipe, routed.router):

@@ -151,6 +151,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
             recipe=base,
             digests=session.digests(base),
             layers=session.backbone.num_layers,
+            calibration_windows=len(session.data.calibration),
             texts=[text_entry(text.label, text.source, session.data.evaluated, own=True)],
         )
         with _locked(folder, LOCK_SECONDS):
@@ -175,7 +176,7 @@ def compare(config: CompareConfig) -> int:
     recipes = {each.label: with_router(base, each) for each in rivals}
     texts = texts_of(config.texts, config.recipe)
     _refuse_other_recipes(config.folder, recipes)
-    session = Session.prepare(list(recipes.values()))
+    session = Session.prepare(list(recipes.values()), list(recipes))
     check_fixed(config.recipe, rivals, session.digests(config.recipe))
     specs = [spec for label, of in recipes.items() for spec in _specs(config, label, of, session)]
     _refuse_others(specs, session)
@@ -203,6 +204,7 @@ def compare(config: CompareConfig) -> int:
                 recipe=base,
                 digests=session.digests(base),
                 layers=session.backbone.num_layers,
+                calibration_windows=len(session.data.calibration),
                 texts=[text_entry(text.label, text.source, found, own=text.own) for text, found in windows.items()],
                 tasks=config.tasks.names,
                 task_limit=config.tasks.limit,
@@ -376,6 +378,7 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
         return spec
     if read_run(other.path).recipe.adapter is not None:
         raise RunError(f"{other.path} was healed itself; name the comparison that it came from as --trained.")
+    warn_of_changed_code(other.path, session.digests(spec.recipe))
     recipe = replace(spec.recipe, seed=seeds[0])
     free = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR_KEYS, *ignored_keys(recipe, router))
     free += () if router.trainable else TRAINING_KEYS

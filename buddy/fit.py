@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import Tensor
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter
@@ -41,7 +44,7 @@ from buddy.data.module import TextData
 from buddy.data.windows import Windows
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, RecipeError, TrainingError, nearest
+from buddy.errors import BuddyError, RecipeError, TrainingError, described, nearest
 from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, checksum, on_disk, out_of_memory, within_memory, write_bytes
@@ -50,7 +53,7 @@ from buddy.metrics.perplexity import MAX_STATE_BYTES, Reference, Scores, with_do
 from buddy.predictor.train import fit_predictor
 from buddy.provenance import CODE, check_fixed, code_digest
 from buddy.registry import load
-from buddy.router import LayerwiseRouter, available_budgets
+from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
 from buddy.run import RunSpec, read_run
 from buddy.run_files import (
     ADAPTER,
@@ -95,11 +98,12 @@ class Session:
         self._reference, self._trained_reference = Reference(MAX_STATE_BYTES), Reference(TRAINED_STATES)
 
     @classmethod
-    def prepare(cls, recipes: Sequence[Recipe]) -> Session:
+    def prepare(cls, recipes: Sequence[Recipe], labels: Sequence[str] = ()) -> Session:
         """Load backbone and text, and find every mistake in the recipes before anything is written.
 
         Args:
             recipes: the same except for the router, its overrides and the seed.
+            labels: of the recipes, which mistakes are reported with where there are several.
 
         Raises:
             BuddyError: a recipe cannot be fitted.
@@ -118,12 +122,18 @@ class Session:
             _check_start(recipe, recipe.ckpt_path)
         with status(f"Loading {recipe.backbone.name} …"):
             backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
-            for each in recipes:
-                check_model(each, backbone)
+            for each, label in zip_longest(recipes, labels if len({*labels}) > 1 else ()):
+                try:
+                    check_model(each, backbone)
+                except BuddyError as error:
+                    error.args = (f"{label}: {error}" if label else str(error),)
+                    raise
         data = build_data(recipe, backbone)
         data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
         with status(f"Reading {recipe.data.source} …"):
             data.setup()
+        for name, (found, wanted) in data.shortfall.items():
+            errors.print(f"{recipe.data.source} gives {found} of the {wanted} {name} windows that the recipe asks for.")
         return cls(backbone, data)
 
     @classmethod
@@ -142,7 +152,7 @@ class Session:
         if not first or distributed.torchrun_world_size() > 1:
             join(trainer)  # all processes exist already
         with distributed.one_by_one(trainer) if is_sharded(trainer) else distributed.rank_zero_first():
-            session = cls.prepare([spec.recipe for spec in specs])
+            session = cls.prepare([spec.recipe for spec in specs], [spec.label for spec in specs])
             check_fixed(recipe, recipe.rivals, session.digests(recipe))  # before a folder is made
             for spec in specs if first else ():
                 spec.run_folder.check_free()
@@ -290,7 +300,33 @@ class Session:
         """Let the router measure what it needs, or read it from disk: in all processes if the backbone is sharded."""
         if distributed.is_global_zero() or is_sharded(recipe.trainer):
             model.router.calibrate(self._probe(recipe, model))
+            self._check_state(recipe, model)
         distributed.broadcast_state(model.router)
+
+    def _check_state(self, recipe: Recipe, model: RoutedLM) -> None:
+        """Raise TrainingError where a saved router would plan otherwise than this one: a part of it is not saved."""
+        name, advice = recipe.router.name, "keep what calibrate finds in buffers, which `buddy routers check` tests."
+        below = [count for count in counts_of(recipe, model).values() if count < model.geometry.layers]
+        with torch.random.fork_rng(devices=[]):
+            copy = build_router(recipe, self.backbone).to(self.backbone.device)
+        modes = {module: module.training for module in model.router.modules()}
+        plan = self._planned(recipe, model, model.router, min(below)) if below else None
+        for module, training in modes.items():
+            module.training = training
+        try:
+            copy.load_state_dict(model.router.state_dict())
+            same = plan is None or torch.equal(plan, self._planned(recipe, model, copy, min(below)))
+        except Exception as error:  # the router may be third-party code
+            raise TrainingError(f"A saved copy of router {name} fails ({described(error)}); {advice}") from error
+        if not same:
+            raise TrainingError(f"A saved copy of router {name} plans otherwise than the router; {advice}")
+
+    @torch.no_grad()
+    def _planned(self, recipe: Recipe, model: RoutedLM, router: AnyRouter, count: int) -> Tensor:
+        """(1, W, L) bool: the plans of a router for a calibration window at K = `count`."""
+        window = self.data.calibration.input_ids[:1].to(self.backbone.device)
+        with model.changed(router.eval()):
+            return model(window, executed=torch.tensor([count]), prompt=recipe.data.prompt, logits_to_keep=1).runs
 
     def _fit_bridges(self, recipe: Recipe, model: RoutedLM, planned: bool = True) -> None:
         """Fit the bridges on the plans that the router makes now, at all budgets below full depth.

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
@@ -128,6 +129,9 @@ def _import(entry: EntryPoint) -> Any:
         cls = entry.load()
     except (Exception, SystemExit) as error:  # plug-ins may raise anything
         advice = "fix or uninstall it" if distribution else "check its spelling and fix the module"
+        own, read = Path(f"{entry.module}.py"), getattr(sys.modules.get(entry.module), "__file__", None)
+        if not distribution and read and own.exists() and not own.samefile(read):
+            advice = f"{read} was read and not {own}, which needs another name"
         raise RegistryError(f"{subject} cannot be imported ({described(error)}); {advice}.") from error
     return _checked(cls, subject, entry.group)
 

@@ -191,7 +191,7 @@ class AnyRouter(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "seeded" not in cls.__dict__:
+        if "kind" in cls.__dict__ and "seeded" not in cls.__dict__:
             cls.seeded = cls.kind != "static"
 
     def __init__(self, geometry: Geometry) -> None:

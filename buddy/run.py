@@ -282,10 +282,15 @@ def _forget_progress(checkpoints: Path, kept: Path) -> None:
     shutil.rmtree(checkpoints / FITTED, ignore_errors=True)
 
 
+def code_changed(folder: Path, digests: Mapping[str, str]) -> bool:
+    """Whether the router's code changed since the run in the folder began; `digests` has that of the code now."""
+    stored = stored_digests(folder).get(CODE)
+    return stored is not None and stored != digests.get(CODE)
+
+
 def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:
     """Print a warning if the router's code changed since the run in the folder began."""
-    stored = stored_digests(folder).get(CODE)
-    if stored is not None and stored != digests.get(CODE):
+    if code_changed(folder, digests):
         errors.print(f"Warning: the code of the router changed since {folder} began; delete that folder to fit again.")
 
 

@@ -17,12 +17,12 @@ from buddy.data.module import TextData
 from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, DamagedError, DataError
+from buddy.errors import BuddyError, DamagedError, DataError, RunError
 from buddy.evaluation.record import evaluation_file, task_file
 from buddy.fit import Session
 from buddy.io import checksum, read_json, within_memory, write_with_checksum
 from buddy.metrics.perplexity import Scores, with_documents
-from buddy.run import RunSpec, folder_name
+from buddy.run import RunSpec, code_changed, folder_name
 from buddy.run_files import ADAPTER, BRIDGE, ROUTER
 from buddy.schema import Recipe
 
@@ -153,6 +153,11 @@ class Worker:
                 tasks[name] = path, key
         if not texts and not tasks:
             return
+        if code_changed(spec.folder, self._session.digests(spec.recipe)):
+            raise RunError(
+                f"The router's code changed since {spec.folder} was made, so further results would be of another "
+                "router; restore the code, or delete that folder."
+            )
         with self._session.model(spec.recipe) as model:
             restore(model, spec.recipe, spec.folder)
             for text, (path, key) in texts.items():

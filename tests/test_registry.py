@@ -153,6 +153,13 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "local_module")
 
 
+def test_a_module_that_an_installed_one_hides(tmp_path, monkeypatch):
+    (tmp_path / "routers.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RegistryError, match=r"__init__\.py was read and not routers\.py"):
+        load("routers:Stranger")
+
+
 def test_options_are_passed_or_all_named_at_once(install):
     install("stranger", {"odd": "odd_module:Stranger", "strict": "odd_module:Strict"}, odd_module=PLUGIN)
     router = build("odd", GEOMETRY, {"weight": 1, "size": None, "parts": ["a"], "anything": 3})

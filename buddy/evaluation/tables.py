@@ -52,10 +52,10 @@ def all_tables(r: Results) -> list[Table]:
 
 def perplexities(r: Results, text: str) -> Table:
     """Routers × budgets: the mean over seeds and its standard deviation."""
-    healed = _healed(r)  # full depth, too, depends on the seed of an adapter
 
     def cell(row: pd.Series) -> str:
-        spread = f" ±{number(row.perplexity_std)}" if row.seeds > 1 and (row.layers < r.layers or healed) else ""
+        differs = row.layers < r.layers or row.perplexity_std > 0  # full depth, too, depends on the seed of an adapter
+        spread = f" ±{number(row.perplexity_std)}" if row.seeds > 1 and differs else ""
         mark = "†" if row.best_static else "*" if row.significant and row.difference_high < 0 else ""
         return f"{number(row.perplexity)}{spread}{mark}"
 
@@ -99,7 +99,8 @@ def kl(r: Results, text: str | None = None) -> Table:
     means = scores.groupby(["router", "budget"])[["kl"]].mean()
     where = f" on {names[0]}" if len(names) == 1 else ", mean of all texts"
     title = f"KL to the dense model{where}, nats per token"
-    return _by_budget(r, title, means, lambda row: f"{max(row.kl, 0.0):.3f}", r.below)
+    table = _by_budget(r, title, means, lambda row: f"{max(row.kl, 0.0):.3f}", r.below)
+    return table if table.has_numbers else replace(table, rows=[])
 
 
 def costs(r: Results) -> Table:
@@ -316,7 +317,8 @@ def _protocol(r: Results) -> Iterator[str]:
         f"{console.counted(len(r.routers), 'router')} under one recipe: {r.backbone} ({r.layers} layers, "
         f"{recipe['backbone.dtype']}), {_learned(r)}, "
         f"at the budgets (executed layers) {layers}{held}. "
-        f"All see the same {recipe['data.calibration_windows']} calibration windows and "
+        f"All see the same {r.record.get('calibration_windows', recipe['data.calibration_windows'])} calibration "
+        f"windows and "
         f"the same {recipe.get('data.evaluate_on', 'test')} windows of {recipe['data.window']} tokens, of which the "
         f"first {recipe['data.prompt']} are not scored. Sinks, {sinks} at the start of each window, run at full depth "
         "at every budget."
@@ -355,7 +357,8 @@ def _at_full_depth(r: Results) -> str:
         steps = bridges + recipe["trainer.max_steps"] if joint else bridges
         trained = f"Bridges are trained for {steps} {batches}, at rate {rate}"
         trained += f"; {recipe['trainer.max_steps']} of them train a router with parameters too. " if joint else ". "
-        return f"{trained * bool(steps)}At full depth all routers are the dense model."
+        but = ", but for rows with an adapter," * any("adapter." in label for label in r.routers.index)
+        return f"{trained * bool(steps)}At full depth all routers{but} are the dense model."
     beside = f" Bridges are trained in the same steps, at rate {rate}." * bool(bridges or joint)
     rate = "the learning rates under Cost" if "adapter_lr" in r.fits else f"learning rate {recipe['adapter.lr']:g}"
     return (

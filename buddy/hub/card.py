@@ -144,7 +144,7 @@ def is_local(backbone: str) -> bool:
     """Whether a backbone is a local folder."""
     if embedded.find(backbone):
         return False
-    return backbone.startswith(("/", ".", "~")) or os.path.isdir(backbone)
+    return "/" not in backbone or backbone.startswith(("/", ".", "~")) or os.path.isdir(backbone)
 
 
 def title(name: str) -> str:

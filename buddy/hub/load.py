@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ class Model:
                     'of {"role": …, "content": …}, with texts for both.'
                 ) from error
         check_text(str(prompt), "The prompt")
-        ids = list(tokenizer(prompt, add_special_tokens=not chat).input_ids)
+        ids = list(tokenizer(prompt, add_special_tokens=not chat, verbose=False).input_ids)  # `check_length` follows
         if not ids and chat:
             raise DataError(f"The chat template of {backbone.name} makes no text of these messages; give others.")
         return ids
@@ -262,14 +263,17 @@ def _range(executed: torch.Tensor, sinks: torch.Tensor, layers: int) -> str:
 def _check_options(
     prompt: Prompt, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, chat: bool = False
 ) -> None:
-    """Raises DataError for an empty prompt and for values out of range."""
+    """Raises DataError for an empty prompt and for values of other types or out of range."""
+    if not isinstance(prompt, Sequence):
+        raise DataError(f"The prompt is {type(prompt).__name__}; give a text or a list of messages.")
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         raise DataError("The prompt is empty; give some text to continue.")
-    if max_new_tokens < 1:
-        raise DataError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
-    if not 0 <= seed < 2**64:
-        raise DataError(f"The seed is {seed}; give one from 0 to 2⁶⁴ − 1.")
-    if not (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf):
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise DataError(f"max_new_tokens is {max_new_tokens!r}; give a whole number of 1 or more.")
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+        raise DataError(f"The seed is {seed!r}; give a whole number from 0 to 2⁶⁴ − 1.")
+    number = isinstance(temperature, Real)
+    if not (number and (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf)):
         raise DataError(
             f"The temperature is {temperature}; give 0 for the most likely token, or {MIN_TEMPERATURE:g} or more."
         )

@@ -307,5 +307,6 @@ def _local_paths(run: Run) -> str:
     """The recipe's keys and values that are local paths."""
     path = r"(^|[\[, '])[/~.]|\.(txt|jsonl?|csv|parquet|ckpt)\b"
     values = {key: str(value) for key, value in flatten(run.recipe).items()}
-    folders = [key for key in ("backbone.name", "data.source") if is_local(values[key])]
+    folders = ["backbone.name"] * is_local(values["backbone.name"])
+    folders += ["data.source"] * os.path.isdir(os.path.expanduser(values["data.source"]))
     return ", ".join(f"{key} {value}" for key, value in values.items() if key in folders or re.search(path, value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,8 @@ class Server:
         for index, prompt in enumerate(prompts):
 
             def emit(piece: Piece, index: int = index) -> None:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
+                with suppress(RuntimeError):  # the server was stopped at once, and its loop is closed
+                    loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
 
             sampling = asked.sampling(index, self._model.routed.backbone.model)
             options = {**sampling, "stops": asked.stops, "top_logprobs": asked.top_count, "plans": asked.plans}

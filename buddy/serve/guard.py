@@ -109,7 +109,8 @@ class Guard:
 
     def _opens(self, header: bytes) -> bool:
         """Compares with every key, and in constant time, so that the time says nothing."""
-        given = header.removeprefix(b"Bearer ")
+        scheme, _, key = header.partition(b" ")
+        given = key.strip() if scheme.lower() == b"bearer" else header
         matches = [hmac.compare_digest(given, key) for key in self._keys]
         return not self._keys or any(matches)
 
@@ -149,7 +150,9 @@ def shown_error(error: Exception) -> ApiError:
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
+    first, *others = error.errors()
+    same = [first, *(each for each in others if each["loc"][:2] == first["loc"][:2])]  # the field may have other types
+    first = max(same, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))  # it fits that one most
     place = [str(part) for part in first["loc"][1:]]
     if first["type"] == "json_invalid" or not place:
         return ApiError("The body is not valid JSON, or not an object; send application/json.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 from pathlib import Path
@@ -77,6 +78,8 @@ def serve(
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
                 if not self.should_exit:
                     errors.print(f"Finishing the requests that run, for at most {DRAIN} s; Ctrl-C stops at once.")
+                else:  # uvicorn logs the traceback of the interrupt and of each request
+                    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
                 super().handle_exit(sig, frame)
 
         try:

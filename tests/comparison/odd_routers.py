@@ -26,3 +26,21 @@ class Fails(Router):
         if self.way == "few":
             return torch.zeros(shape)[..., 1:]
         raise ValueError("no score today")
+
+
+class Forgets(Router):
+    """Has a state that a run cannot save."""
+
+    def __init__(self, geometry: Geometry, *, way: str = "attribute") -> None:
+        super().__init__(geometry)
+        self.way, self.order = way, torch.arange(geometry.routable, dtype=torch.float32)
+        if way == "expanded buffer":
+            self.register_buffer("worth", self.order.expand(2, -1))
+
+    def calibrate(self, probe: Probe) -> None:
+        """Find another order."""
+        self.order = -self.order
+
+    def score(self, context: Context) -> Tensor:
+        """By the order."""
+        return self.order.expand(*context.executed.shape, -1)

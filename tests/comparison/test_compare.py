@@ -296,6 +296,8 @@ def test_changed_inputs_are_refused_and_changed_code_warns(ask, again, tmp_path,
     monkeypatch.setattr("buddy.fit.code_digest", lambda router: "other")
     assert compare(ask(again, **options)) == 0
     assert f"{again}/shortgpt/seed-0" in capsys.readouterr().err
+    new = write_text(tmp_path / "new.jsonl", seed=5)
+    assert compare(ask(again, **options | {"texts": f"new={new}"})) == 1, "further results would be of another router"
 
 
 # Healed with routers of an earlier comparison

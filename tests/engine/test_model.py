@@ -292,6 +292,10 @@ def test_what_no_forward_can_do_is_refused_and_leaves_the_model_stock():
         routed.backbone.model(tokens(), attention_mask=mask)
     with pytest.raises(BudgetError), routed.at():
         pass
+    right = torch.ones(BATCH, LENGTH).long()
+    right[0, -2:] = 0
+    with routed.changed(prompt_plan="shared"), routed.at(0.5), pytest.raises(BudgetError, match="left"):
+        routed.backbone.model(tokens(), attention_mask=right)
     wrong = {"policy": "holes", "prompt_plan": "share", "batch_plan": "token", "sink_tokens": -1, "reroute_every": 0}
     for name, value in wrong.items():
         with pytest.raises(BuddyError, match=str(value)):

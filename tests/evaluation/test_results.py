@@ -110,10 +110,20 @@ def test_perplexity_is_the_mean_over_seeds_with_its_spread(results):
 
 
 def test_full_depth_has_a_spread_where_an_adapter_changes_it():
+    record = json.loads(json.dumps(fresh()).replace('"ours"', '"ours[adapter.steps=9]"'))
+    assert "±" not in row(tables.perplexities(Results(record), "speeches"), "ours[adapter.steps=9]")[1]
+    for run in record["runs"]:
+        (full,) = (each for each in run["domains"]["speeches"]["results"] if each["budget"] == 1.0)
+        full["perplexity"] += run["seed"]
+    assert "±" in row(tables.perplexities(Results(record), "speeches"), "ours[adapter.steps=9]")[1]
+    assert "but for rows with an adapter" in render(Results(record), {})
+
+
+def test_at_full_depth_alone_there_is_no_divergence():
     record = fresh()
-    assert "±" not in row(tables.perplexities(Results(record), "speeches"), "ours")[1]
-    record["recipe"] |= {"adapter.steps": 100, "adapter.rank": 8, "adapter.lr": 1e-3}
-    assert "±" in row(tables.perplexities(Results(record), "speeches"), "ours")[1]
+    record["routers"] = [each for each in record["routers"] if each["label"] == "full"]
+    record["runs"] = [each for each in record["runs"] if each["router"] == "full"]
+    assert tables.kl(Results(record)).rows == []
 
 
 def test_lines_of_many_routers_all_look_different():

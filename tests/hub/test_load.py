@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ import buddy
 from buddy.errors import BackboneError, BudgetError, DataError, RunError
 from buddy.hub.load import generate, summary
 from buddy.hub.push_pull import push
+from buddy.run import read_run
+from buddy.run_files import update_checksums
 from tests.hub.fake import FakeHub
 
 PROMPT = "budget depth layer router"
@@ -107,11 +110,16 @@ def test_messages_of_another_form_are_refused(chatting, monkeypatch, messages):
     [
         ({"prompt": " \n"}, DataError, "prompt"),
         ({"prompt": []}, DataError, "prompt"),
+        ({"prompt": torch.ones(1, 3).long()}, DataError, "Tensor"),
         ({"temperature": -1.0}, DataError, "-1.0"),
         ({"temperature": 1e-300}, DataError, "1e-300"),
+        ({"temperature": "hot"}, DataError, "hot"),
         ({"temperature": float("nan")}, DataError, "nan"),
         ({"temperature": float("inf")}, DataError, "inf"),
         ({"seed": 2**64}, DataError, "seed"),
+        ({"seed": None}, DataError, "seed"),
+        ({"seed": 1.5}, DataError, "seed"),
+        ({"max_new_tokens": 2.5}, DataError, "max_new_tokens"),
         ({"max_new_tokens": 0}, DataError, "max_new_tokens"),
         ({"max_new_tokens": 600}, DataError, "600"),
         ({"chat": True}, DataError, "chat template"),
@@ -124,6 +132,22 @@ def test_messages_of_another_form_are_refused(chatting, monkeypatch, messages):
 def test_what_is_refused(model, options, error, named):
     with pytest.raises(error, match=named):
         model.generate(**{"prompt": PROMPT, **options})
+
+
+def test_a_model_in_a_folder_that_is_not_here(finished, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(finished / "full", tmp_path / "run"))
+    there = read_run(run).recipe.backbone.name
+    for file in ("recipe.yaml", "run.json"):
+        path = run / file
+        path.write_text(path.read_text().replace(there, "mine"))
+    update_checksums(run)
+    (tmp_path / "mine").symlink_to(there)
+    monkeypatch.chdir(tmp_path)
+    assert buddy.load(run).generate(PROMPT, max_new_tokens=2)
+    monkeypatch.chdir("/")
+    with pytest.raises(BackboneError, match=r"mine.*backbone="):
+        buddy.load(run)
+    assert buddy.load(run, backbone=there).generate(PROMPT, max_new_tokens=2)
 
 
 def test_a_prompt_of_which_the_tokenizer_knows_nothing(model, monkeypatch):

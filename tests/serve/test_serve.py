@@ -362,6 +362,23 @@ def test_bad_messages(address, messages):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"stop": ["x"] * 17}, "16"),
+        ({"prompt": [5, "a"]}, "integer"),
+        ({"prompt": [[]]}, "at least 1"),
+    ],
+)
+def test_of_the_types_of_a_field_the_nearest_is_named(address, change, named):
+    assert named in post(address, **(GREEDY | change)).json()["error"]["message"]
+
+
+def test_a_part_that_is_no_text_is_named(address):
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    assert "'text'" in post(address, "chat/completions", **(CHAT | {"messages": image})).json()["error"]["message"]
+
+
 def test_the_default_limit_is_one_that_the_server_allows():
     model = tiny()
     model.routed.tokenizer.chat_template = None
@@ -408,6 +425,8 @@ def test_api_keys():
         for key, status in (("one", 200), ("two", 200), ("three", 401), ("", 401), ("onee", 401)):
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status
+        for header in ("bearer one", "BEARER  two", "one"):
+            assert httpx.get(f"{address}/v1/models", headers={"Authorization": header}).status_code == 200
         assert httpx.get(f"{address}/health").status_code == 200
 
 
@@ -474,6 +493,7 @@ def test_a_second_ctrl_c_stops_at_once(command):
         next(line for line in process.stderr if "Ctrl-C" in line)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
+        assert "Traceback" not in process.stderr.read()
 
 
 @pytest.mark.parametrize("started", [False, True])

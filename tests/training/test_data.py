@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from buddy.data.documents import read_documents
 from buddy.data.module import TextData
 from buddy.errors import DataError
 
@@ -39,6 +40,12 @@ def make(source, words):
         return data
 
     return make
+
+
+def write(folder, rows) -> str:
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return str(path)
 
 
 def numbers(windows) -> set[int]:
@@ -127,6 +134,18 @@ def test_calibration_takes_windows_of_other_sources_in_turn(make, source, tmp_pa
     assert both.fingerprint != alone.fingerprint
     for step in range(3):
         assert torch.equal(alone.batch(step), both.batch(step))
+
+
+@pytest.mark.parametrize("key", ["train_sources", "calibration_sources"])
+def test_a_copy_of_the_source_is_no_other_text(make, source, tmp_path, key):
+    rows, more = [json.loads(line) for line in Path(source).read_text().splitlines()], tmp_path / "more.jsonl"
+    (tmp_path / "copy.json").write_text(json.dumps(rows[::-1]))
+    with pytest.raises(DataError, match="copy"):
+        make(**{key: [str(tmp_path / "copy.json")]})
+    new = [{"text": " ".join(map(str, range(4000, 4100)))}]
+    more.write_text("".join(json.dumps(row) + "\n" for row in rows + new))
+    data = make(**{key: [str(more)]})
+    assert data.text_digests[1:] == [read_documents(write(tmp_path, new), data.tokenizer, WINDOW).digest]
 
 
 def test_another_source_without_a_window_is_refused(make, tmp_path):

@@ -29,11 +29,26 @@ def test_rows_of_a_window_or_more_are_documents_as_they_are(tmp_path, words):
 
 def test_short_rows_are_packed_with_their_neighbours(tmp_path, words):
     rows = [[1, 1, 1], list(range(10, 19)), [2, 2], [], [3, 3], [4] * 8, [5]]
-    read = read_documents(jsonl(tmp_path / "a.jsonl", rows * 4), words, window=8)
+    rounds = [[100 * number + word for word in row] for number in range(4) for row in rows]
+    read = read_documents(jsonl(tmp_path / "a.jsonl", rounds), words, window=8)
     tokens = [read.read(number).tolist() for number in range(len(read))]
     assert tokens[:3] == [[12, *range(13, 21)], [3, 3, 3, 1, 4, 4, 1, 5, 5], [6] * 8]
     assert read.lengths.tolist() == [len(document) for document in tokens]
-    assert tokens[4] == [7, 1, 3, 3, 3, 1, 4, 4]  # the last row of the first round begins the next pack
+    assert tokens[4] == [7, 1, 103, 103, 103, 1, 104, 104]  # the last row of the first round begins the next pack
+
+
+def test_rows_that_repeat_an_earlier_one_are_left_out(tmp_path, words):
+    rows = [np.arange(n, n + 9) for n in range(40)]
+    once = read_documents(jsonl(tmp_path / "once.jsonl", rows), words, window=8)
+    twice = read_documents(jsonl(tmp_path / "twice.jsonl", [*rows, *rows[::-1]]), words, window=8)
+    assert twice.digest == once.digest
+    rest = read_documents(
+        str(tmp_path / "once.jsonl"),
+        words,
+        window=8,
+        other=read_documents(jsonl(tmp_path / "some.jsonl", rows[5:30]), words, window=8),
+    )
+    assert [rest.read(number)[0] - 2 for number in range(len(rest))] == [*range(5), *range(30, 40)]
 
 
 def test_one_long_text_is_cut_at_paragraphs(tmp_path, words):
@@ -48,7 +63,7 @@ def test_one_long_text_is_cut_at_paragraphs(tmp_path, words):
 
 
 def test_the_text_is_tokenised_once(tmp_path, words, monkeypatch):
-    source = jsonl(tmp_path / "a.jsonl", [[1] * 10, [2] * 10] * 10)
+    source = jsonl(tmp_path / "a.jsonl", [[word] * 10 for word in range(20)])
     first = read_documents(source, words, window=8)
     same = deepcopy(words)
     same.backend_tokenizer.enable_truncation(4)  # what another use of a tokenizer leaves behind
@@ -60,14 +75,14 @@ def test_the_text_is_tokenised_once(tmp_path, words, monkeypatch):
 
     monkeypatch.setattr(type(words), "__call__", one_text_alone)
     again = read_documents(source, same, window=8)
-    assert again.read(19).tolist() == first.read(19).tolist() == [4] * 10
+    assert again.read(19).tolist() == first.read(19).tolist() == [21] * 10
 
 
 def test_another_tokenizer_is_not_served_from_the_cache(tmp_path, words):
     other = deepcopy(words)
     other.add_tokens(["77"])
     other.add_special_tokens({"eos_token": "<end>"})
-    source = jsonl(tmp_path / "a.jsonl", [[1, 77] * 2] * 40)
+    source = jsonl(tmp_path / "a.jsonl", [[1, 77, 1, 77, word] for word in range(100, 140)])
     assert 1 in read_documents(source, words, window=8).read(0)
     assert 1 not in read_documents(source, other, window=8).read(0)
     assert other.eos_token_id in read_documents(source, other, window=8).read(0)
@@ -76,13 +91,13 @@ def test_another_tokenizer_is_not_served_from_the_cache(tmp_path, words):
 def test_special_tokens_come_from_the_tokenizer_alone(tmp_path, words):
     starting = deepcopy(words)
     starting.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
-    source = jsonl(tmp_path / "a.jsonl", [[3] * 9] * 20)
+    source = jsonl(tmp_path / "a.jsonl", [[word] * 9 for word in range(3, 23)])
     assert read_documents(source, starting, window=8).read(0).tolist() == [1] + [5] * 9
     assert read_documents(source, words, window=8).read(0).tolist() == [5] * 9
 
 
 def test_packed_rows_have_one_mark_between_them(tmp_path, words):
-    source = jsonl(tmp_path / "a.jsonl", [[3, 3], [4, 4], [5, 5]] * 8)
+    source = jsonl(tmp_path / "a.jsonl", [[word] * 2 for word in range(3, 27)])
     ending, plain = deepcopy(words), deepcopy(words)
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     assert read_documents(source, ending, window=8).read(0).tolist() == [5, 5, 1, 6, 6, 1, 7, 7, 1]
@@ -93,7 +108,7 @@ def test_packed_rows_have_one_mark_between_them(tmp_path, words):
 
 def test_windows_begin_as_the_tokenizer_begins_texts(tmp_path, words):
     written_out = ["<begin>", *range(9), "<eos>"]
-    source = jsonl(tmp_path / "a.jsonl", [written_out, *[range(9)] * 60])
+    source = jsonl(tmp_path / "a.jsonl", [written_out, *[range(word, word + 9) for word in range(60)]])
     starting = deepcopy(words)
     starting.add_special_tokens({"bos_token": "<begin>"})
     begin = starting.bos_token_id

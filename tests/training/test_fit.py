@@ -107,6 +107,14 @@ def test_what_a_router_of_ones_own_does_wrong_is_one_sentence(small, tmp_path, w
     assert all("odd_routers.py" in log.read_text() for log in logs)
 
 
+@pytest.mark.parametrize("way", ["attribute", "expanded buffer"])
+def test_a_router_whose_state_no_run_can_save_is_refused_before_it_is_measured(small, tmp_path, way):
+    router = f"router={{name: 'tests.comparison.odd_routers:Forgets', options: {{way: {way}}}}}"
+    with pytest.raises(TrainingError, match=r"Forgets.*buffers"):
+        fit(small(tmp_path, router, "rivals=[]"), "small")
+    assert not [*tmp_path.rglob("router.safetensors")]
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "named"),
     [

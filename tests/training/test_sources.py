@@ -77,6 +77,8 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_left_as_it_was(tmp_path)
         ("a.json", b" " * 5000 + b'null\n{"text": "a"}', "null"),
         ("a.parquet", b"PAR1 not really", "parquet"),
         ("a.csv", b'text\n"open quote', "csv"),
+        ("a.csv", b"id;text\n1;some words\n", r"id;text.*data\.text_field"),
+        ("a.csv", b'"A first text, which is no head of a column."\nmore\n', r"data\.text_field"),
         ("a.jsonl", b'{"text": 1}\n', r"int64.*data\.text_field"),
         ("a.jsonl", b'{"text": ["x"]}\n', r"List.*data\.text_field"),
         ("a.jsonl", b'{"text": null}\n', r"null.*data\.text_field"),
