@@ -114,8 +114,9 @@ def read_documents(
     texts = load_texts(source, text_field)
     with reading(source, texts.data.nbytes):
         texts, hashes = _distinct(without_marks(texts), () if other is None else other.hashes)
-        if not len(texts):
-            raise DataError(f"Every row of {source} is in data.source, too, whose test windows it holds; leave it out.")
+    if other is not None and not len(texts):
+        raise DataError(f"Every row of {source} is in data.source, too, whose test windows it holds; leave it out.")
+    with reading(source, texts.data.nbytes):
         tokens = _tokenise(_cut_long(texts, tokenizer, window), tokenizer)
     begin, separator = _begin_and_separator(tokenizer)
     documents = Documents(tokens, window, separator, begin, hashes)

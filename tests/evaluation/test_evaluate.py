@@ -90,7 +90,7 @@ def test_shared_plans_are_refused_where_a_mean_is_asked_for(finished, monkeypatc
 
 
 def test_a_text_that_changed_since_and_one_that_was_trained_on(small, tmp_path):
-    own, trained = (write_text(tmp_path / f"{name}.jsonl", 40, seed=7) for name in ("own", "trained"))
+    own, trained = (write_text(tmp_path / f"{name}.jsonl", 40, seed=len(name)) for name in ("own", "trained"))
     texts = [f"data.source={own}", f"data.train_sources=[{trained}]"]
     fit(small(tmp_path / "runs", "router=uniform", "rivals=[]", "bridge=null", *texts), "small")
     run = tmp_path / "runs" / "small" / "uniform" / "seed-0"
