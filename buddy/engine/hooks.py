@@ -97,10 +97,8 @@ class ForwardHooks:
             cache = kwargs["cache"] = DynamicCache(config=base.config)
         past = 0 if cache is None else adopt(cache, routed.settings, routed.backbone.fingerprint)
         mask = _checked_mask(kwargs.get("attention_mask"), getattr(cache, "shortest", None) is not None)
-        if request.choose is not None and (request.executed is None or not past):
+        if request.choose is not None:
             request = self._choose(request, kwargs, past)
-            if isinstance(cache, RoutedCache):
-                cache.shared = True
         self._check(base, request, kwargs)
         kind = LayerwiseForward if isinstance(routed.router, LayerwiseRouter) else RoutedForward
         request = request.for_rows(shape[0])
@@ -125,7 +123,10 @@ class ForwardHooks:
             raise BuddyError("Gradient checkpointing repeats layers without their plan; turn it off, or the gradients.")
 
     def _choose(self, request: Request, kwargs: dict[str, Any], past: int) -> Request:
-        """The request with K for each row as the budget predictor chooses; it holds for the forwards that follow."""
+        """The request with K for each row as the budget predictor chooses; it holds for all forwards with its cache."""
+        cache = kwargs.get("cache")
+        if past and cache.executed is not None:
+            return replace(request, executed=cache.executed)
         if past:
             raise BudgetError("The budget auto is chosen for a whole prompt; start with an empty cache.")
         if kwargs.get("input_ids") is None:
@@ -133,8 +134,9 @@ class ForwardHooks:
         names = "input_ids", "attention_mask", "position_ids"
         context = self._routed.context(*map(kwargs.get, names))
         executed = tuple(to_host(request.choose(context)))
-        self._request = replace(request, executed=executed)
-        return self._request
+        if isinstance(cache, RoutedCache):
+            cache.executed, cache.shared = executed, True
+        return replace(request, executed=executed)
 
     def _end(self, *_: Any) -> None:
         done, self._current[0] = self._current[0], None

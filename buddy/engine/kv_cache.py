@@ -265,6 +265,7 @@ class RoutedCache:
             last tokens, which later ones compete with (`mean_over`). Else None.
         excess: (B,) long, layers that the row's tokens ran beyond its budget (`mean_over`); None before there are any.
         decided: position of the prompt's last token, from which decisions are counted; None before there is one.
+        executed: K for each row, where a budget predictor chose it.
         shared: whether the first forward's last token planned for the others, or chose their budget.
         shortest: where rows are padded and whoever decodes knows it, the tokens of the row with the fewest.
     """
@@ -274,6 +275,7 @@ class RoutedCache:
     scores: Tensor | None = None
     excess: Tensor | None = None
     decided: int | None = None
+    executed: tuple[int, ...] | None = None
     shared: bool = False
     shortest: int | None = None
 
@@ -295,6 +297,8 @@ class RoutedCache:
             self.scores = self.scores[beam_idx]
         if self.excess is not None:
             self.excess = self.excess[beam_idx]
+        if self.executed is not None:
+            self.executed = tuple(self.executed[row] for row in beam_idx.tolist())
         moved: dict[Any, Any] = {}  # one state is pending in every layer of a run, one embedding with many states
 
         def rows(x: Tensor) -> Tensor:

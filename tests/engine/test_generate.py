@@ -73,6 +73,16 @@ def test_assisted_generation_is_refused_where_drafts_would_plan_for_the_prompt(r
         model.generate(IDS[:1], assistant_model=assistant, do_sample=False, **COMMON)
 
 
+def test_each_cache_keeps_the_budget_that_was_chosen_for_its_prompt():
+    """Guidance runs a second prompt with a cache of its own, in turn with the first."""
+    routed, budgets = routed_tiny(), iter((3, 5))
+    routed.chooser = lambda most: lambda context: torch.full_like(context.executed, next(budgets))
+    with routed.at("auto") as record:
+        routed.backbone.model.generate(IDS[:1], guidance_scale=2.0, do_sample=False, **COMMON)
+    steps = [set(executed[~sinks].tolist()) for executed, sinks in zip(record.executed, record.sinks, strict=True)]
+    assert steps[2:] == [{3}, {5}] * ((len(steps) - 2) // 2)
+
+
 @pytest.mark.parametrize("policy", ["fill", "hole", "zero"])
 @pytest.mark.parametrize("reroute_every", [1, 3, None])
 def test_greedy_below_full_depth_follows_brute_force(policy, reroute_every):
