@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from buddy import distributed
-from buddy.backbone import embedded
 from buddy.backbone.adapter import Adapter, check_targets
-from buddy.backbone.load import Backbone, fastest_dtype, load_backbone
+from buddy.backbone.load import Backbone, fastest_dtype, is_local, load_backbone
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
+from buddy.console import errors
 from buddy.data.documents import read_documents
 from buddy.data.module import TextData
 from buddy.data.text import overlap
@@ -33,7 +33,7 @@ from buddy.predictor.train import load_predictor, predictor_arms
 from buddy.provenance import CODE, ESTIMATOR_KEYS, TRAINING_KEYS, code_digest
 from buddy.registry import build, load
 from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
-from buddy.run import Run, check_backbone, warn_of_changed_code
+from buddy.run import Run, check_backbone, code_changed
 from buddy.run_files import ADAPTER, BRIDGE, load_router, read_metrics
 from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, Perturbed, StraightThrough, estimator_for
@@ -295,7 +295,8 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
     Raises:
         RunError: the backbone has changed, or the saved router, adapter or budget predictor does not match.
     """
-    warn_of_changed_code(run.folder, {CODE: code_digest(load(run.recipe.router.name))})
+    if code_changed(run.folder, {CODE: code_digest(load(run.recipe.router.name))}):
+        errors.print(f"Warning: {run.folder} was made by other code of its router; it may plan otherwise than it did.")
     backbone = _backbone_from(run)
     routed = build_model(run.recipe, backbone)
     restore(routed, run.recipe, run.folder)
@@ -318,7 +319,7 @@ def _backbone_from(run: Run) -> Backbone:
             backbone = build_backbone(run.recipe, on_cpu=sharded)
         except BackboneError as error:
             name = run.recipe.backbone.name
-            if embedded.find(name) or os.path.isdir(os.path.expanduser(name)):
+            if not is_local(name) or os.path.isdir(os.path.expanduser(name)):
                 raise
             raise BackboneError(
                 f"{run.folder} was fitted on the model {name!r}, which cannot be loaded from here ({reason(error)}); "

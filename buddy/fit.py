@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from buddy import distributed
@@ -122,7 +122,7 @@ class Session:
             _check_start(recipe, recipe.ckpt_path)
         with status(f"Loading {recipe.backbone.name} …"):
             backbone = build_backbone(recipe, on_cpu=is_sharded(recipe.trainer))
-            for each, label in zip_longest(recipes, labels if len({*labels}) > 1 else ()):
+            for each, label in zip(recipes, labels if len({*labels}) > 1 else [""] * len(recipes), strict=True):
                 try:
                     check_model(each, backbone)
                 except BuddyError as error:
@@ -307,16 +307,18 @@ class Session:
         """Raise TrainingError where a saved router would plan otherwise than this one: a part of it is not saved."""
         name, advice = recipe.router.name, "keep what calibrate finds in buffers, which `buddy routers check` tests."
         below = [count for count in counts_of(recipe, model).values() if count < model.geometry.layers]
-        with torch.random.fork_rng(devices=[]):
-            copy = build_router(recipe, self.backbone).to(self.backbone.device)
         modes = {module: module.training for module in model.router.modules()}
         plan = self._planned(recipe, model, model.router, min(below)) if below else None
         for module, training in modes.items():
             module.training = training
         try:
+            with isolate_rng():
+                copy = build_router(recipe, self.backbone).to(self.backbone.device)
             copy.load_state_dict(model.router.state_dict())
             same = plan is None or torch.equal(plan, self._planned(recipe, model, copy, min(below)))
         except Exception as error:  # the router may be third-party code
+            if out_of_memory(error):
+                raise
             raise TrainingError(f"A saved copy of router {name} fails ({described(error)}); {advice}") from error
         if not same:
             raise TrainingError(f"A saved copy of router {name} plans otherwise than the router; {advice}")
@@ -325,7 +327,8 @@ class Session:
     def _planned(self, recipe: Recipe, model: RoutedLM, router: AnyRouter, count: int) -> Tensor:
         """(1, W, L) bool: the plans of a router for a calibration window at K = `count`."""
         window = self.data.calibration.input_ids[:1].to(self.backbone.device)
-        with model.changed(router.eval()):
+        with model.changed(router.eval()), isolate_rng():
+            torch.manual_seed(0)
             return model(window, executed=torch.tensor([count]), prompt=recipe.data.prompt, logits_to_keep=1).runs
 
     def _fit_bridges(self, recipe: Recipe, model: RoutedLM, planned: bool = True) -> None:

@@ -22,6 +22,7 @@ from buddy.values import shown
 
 PACKAGES = ("torch", "transformers", "lightning", "datasets", "numpy")  # that results depend on
 CODE = "router's code"  # the digest whose change only warns
+UNKNOWN = "unknown"  # that digest without source code
 # Digests that older runs lack, with what it means if they differ; they are compared where both sides have them.
 LATER_DIGESTS = {
     "details": "another configuration of the model, or other weights",
@@ -54,7 +55,7 @@ def code_digest(router: type) -> str:
     try:
         tree = ast.parse(inspect.getsource(inspect.getmodule(router)))
     except (OSError, TypeError, SyntaxError):  # defined in a notebook, for example
-        return "unknown"
+        return UNKNOWN
     return hashlib.sha256(ast.unparse(_WithoutDocstrings().visit(tree)).encode()).hexdigest()[:16]
 
 

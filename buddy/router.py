@@ -187,11 +187,14 @@ class AnyRouter(nn.Module, ABC):
     source: ClassVar[str] = "–"
     full_depth: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
+    _says_seeded: ClassVar[bool] = False  # itself or a class that it inherits from
     scope: Literal["token", "prompt"] = "token"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "kind" in cls.__dict__ and "seeded" not in cls.__dict__:
+        inherited = "kind" not in cls.__dict__ and any(getattr(base, "_says_seeded", False) for base in cls.__bases__)
+        cls._says_seeded = inherited or "seeded" in cls.__dict__
+        if not cls._says_seeded:
             cls.seeded = cls.kind != "static"
 
     def __init__(self, geometry: Geometry) -> None:

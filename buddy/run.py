@@ -29,7 +29,7 @@ from buddy.config import load_recipe, to_yaml
 from buddy.console import errors
 from buddy.errors import BuddyError, DamagedError, RunError, described, nearest
 from buddy.io import locked, read_json, remove_parts, write_json, write_text, writing
-from buddy.provenance import CODE, differences
+from buddy.provenance import CODE, UNKNOWN, differences
 from buddy.run_files import (
     CHECKPOINTS,
     FACTS,
@@ -284,8 +284,8 @@ def _forget_progress(checkpoints: Path, kept: Path) -> None:
 
 def code_changed(folder: Path, digests: Mapping[str, str]) -> bool:
     """Whether the router's code changed since the run in the folder began; `digests` has that of the code now."""
-    stored = stored_digests(folder).get(CODE)
-    return stored is not None and stored != digests.get(CODE)
+    stored, now = stored_digests(folder).get(CODE, UNKNOWN), digests.get(CODE, UNKNOWN)
+    return UNKNOWN not in (stored, now) and stored != now
 
 
 def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:

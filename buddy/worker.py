@@ -153,10 +153,10 @@ class Worker:
                 tasks[name] = path, key
         if not texts and not tasks:
             return
-        if code_changed(spec.folder, self._session.digests(spec.recipe)):
+        if complete and code_changed(spec.folder, self._session.digests(spec.recipe)):
             raise RunError(
-                f"The router's code changed since {spec.folder} was made, so further results would be of another "
-                "router; restore the code, or delete that folder."
+                f"The router's code is not that of {spec.folder} (its file or Buddy's version changed), so further "
+                "results would be of another router; restore the code, or delete that folder."
             )
         with self._session.model(spec.recipe) as model:
             restore(model, spec.recipe, spec.folder)

@@ -118,6 +118,13 @@ class Backbone:
         return self.model.dtype
 
 
+def is_local(name: str) -> bool:
+    """Whether a backbone of this name is a local folder."""
+    if embedded.find(name):
+        return False
+    return "/" not in name or name.startswith(("/", ".", "~")) or os.path.isdir(name)
+
+
 def title_of(name: str) -> str:
     """The name of a backbone in texts and tables: `name`, or an embedded model's full name."""
     model = embedded.find(name)

@@ -10,7 +10,8 @@ A document is
 - a pack of neighbouring rows that are shorter than a window, such as lines of JSON, with the tokenizer's
   end-of-sequence token (an empty line if it has none) between them, until a window is full.
 
-A row that repeats an earlier one is left out, so that no text is trained on and held out.
+A row of as many characters as a window has tokens, or more, is left out if it repeats an earlier one, so that no text
+is both trained on and held out.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def read_documents(
     """
     texts = load_texts(source, text_field)
     with reading(source, texts.data.nbytes):
-        texts, hashes = _distinct(without_marks(texts), () if other is None else other.hashes)
+        texts, hashes = _distinct(without_marks(texts), window, () if other is None else other.hashes)
     if other is not None and not len(texts):
         raise DataError(f"Every row of {source} is in data.source, too, whose test windows it holds; leave it out.")
     with reading(source, texts.data.nbytes):
@@ -123,8 +124,10 @@ def read_documents(
     if len(documents) < fewest:
         shorter = documents.tokens // (2 * fewest)
         advice = f" or set data.window={shorter} or smaller" if fewest > 1 and shorter >= 16 else ""
+        missing = len(hashes) - len(texts)
+        known = f", without {counted(missing, 'row')} that others repeat or data.source has," if missing else ""
         raise DataError(
-            f"The text in {source} gives {counted(len(documents), 'document')} of {window} tokens or more, and "
+            f"The text in {source}{known} gives {counted(len(documents), 'document')} of {window} tokens or more, and "
             f"{fewest} are needed; give more text{advice}."
         )
     return documents
@@ -140,13 +143,23 @@ def _begin_and_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int],
     return begin, [] if whole[-1:] == [last] != bare[-1:] else [last]
 
 
-def _distinct(texts: Dataset, known: Sequence[int] | np.ndarray) -> tuple[Dataset, np.ndarray]:
-    """The first row of each text whose hash is not known, and the hashes (rows,) int64 of all rows."""
+def _distinct(texts: Dataset, least: int, known: Sequence[int] | np.ndarray) -> tuple[Dataset, np.ndarray]:
+    """The rows without those of at least `least` characters that repeat an earlier one or whose hash is known.
+
+    Returns:
+        The rows that are left, and the hashes (rows,) int64 of all.
+    """
     chunks = texts.data.column("text").chunks
-    hashes = np.fromiter((hash(text) for chunk in chunks for text in chunk.to_pylist()), np.int64, len(texts))
-    first = np.sort(np.unique(hashes, return_index=True)[1])
-    kept = first[~np.isin(hashes[first], known)]
-    return texts if len(kept) == len(texts) else texts.select(kept).flatten_indices(), hashes
+    found = ((hash(text), len(text or "")) for chunk in chunks for text in chunk.to_pylist())
+    table: np.ndarray = np.fromiter(found, np.dtype((np.int64, 2)), len(texts))
+    hashes, first = table[:, 0], np.zeros(len(table), dtype=bool)
+    first[np.unique(hashes, return_index=True)[1]] = True
+    kept = (table[:, 1] < least) | (first & ~np.isin(hashes, known))
+    if kept.all():
+        return texts, hashes
+    mark = step_fingerprint(texts, "distinct", hashlib.sha256(kept.tobytes()).hexdigest())
+    options = {"new_fingerprint": mark, "batched": True, "with_indices": True, "fn_kwargs": {"kept": kept}}
+    return texts.map(_kept_rows, **options), hashes
 
 
 def _cut_long(texts: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> Dataset:
@@ -242,6 +255,10 @@ def _cut_rows(rows: dict[str, list[str | None]], limit: int, size: int) -> dict[
     return {
         "text": [part for text in rows["text"] if text for part in (cut(text, size) if len(text) > limit else [text])]
     }
+
+
+def _kept_rows(rows: dict[str, list[str | None]], numbers: list[int], kept: np.ndarray) -> dict[str, list[str | None]]:
+    return {"text": [text for text, number in zip(rows["text"], numbers, strict=True) if kept[number]]}
 
 
 def _tokenise_rows(rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:

