@@ -145,7 +145,8 @@ def test_a_fit_that_is_killed_at_any_file_resumes(small, run, tmp_path, refit):
     while True:
         output = tmp_path / str(write)
         if refit:
-            fit(small(output, *STATIC, "router=buddy", "router.options.prior=none", "trainer.max_steps=1"), "small")
+            short = ["router=buddy", "router.options.prior=none", "budgets=[1.0,0.5]", "trainer.max_steps=1"]
+            fit(small(output, *STATIC, *short), "small")
         folder = RunFolder(output / "small" / "buddy" / "seed-0")
         killed = fit_killed(small(output, *TRAINED), write)
         assert folder.is_complete or not refit
