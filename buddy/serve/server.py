@@ -76,11 +76,12 @@ def serve(
 
         class Server(uvicorn.Server):
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                if not self.should_exit:
+                first = not self.should_exit
+                super().handle_exit(sig, frame)  # before the message: the next signal may come while it is printed
+                if first:
                     errors.print(f"Finishing the requests that run, for at most {DRAIN} s; Ctrl-C stops at once.")
                 else:  # uvicorn logs the traceback of the interrupt and of each request
                     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
-                super().handle_exit(sig, frame)
 
         try:
             Server(config).run(sockets=[listening])
