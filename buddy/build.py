@@ -30,7 +30,7 @@ from buddy.latency import LatencyTable
 from buddy.losses import Objective
 from buddy.metrics.perplexity import Reference
 from buddy.predictor.train import load_predictor, predictor_arms
-from buddy.provenance import CODE, ESTIMATOR_KEYS, TRAINING_KEYS, code_digest
+from buddy.provenance import ESTIMATOR_KEYS, TRAINING_KEYS, code_digest
 from buddy.registry import build, load
 from buddy.router import AnyRouter, LayerwiseRouter, available_budgets
 from buddy.run import Run, check_backbone, code_changed
@@ -295,7 +295,7 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
     Raises:
         RunError: the backbone has changed, or the saved router, adapter or budget predictor does not match.
     """
-    if code_changed(run.folder, {CODE: code_digest(load(run.recipe.router.name))}):
+    if code_changed(run.folder, code_digest(load(run.recipe.router.name))):
         errors.print(f"Warning: {run.folder} was made by other code of its router; it may plan otherwise than it did.")
     backbone = _backbone_from(run)
     routed = build_model(run.recipe, backbone)

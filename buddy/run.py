@@ -282,15 +282,15 @@ def _forget_progress(checkpoints: Path, kept: Path) -> None:
     shutil.rmtree(checkpoints / FITTED, ignore_errors=True)
 
 
-def code_changed(folder: Path, digests: Mapping[str, str]) -> bool:
-    """Whether the router's code changed since the run in the folder began; `digests` has that of the code now."""
-    stored, now = stored_digests(folder).get(CODE, UNKNOWN), digests.get(CODE, UNKNOWN)
-    return UNKNOWN not in (stored, now) and stored != now
+def code_changed(folder: Path, digest: str) -> bool:
+    """Whether the router's code, of this `code_digest` now, changed since the run in the folder began."""
+    stored = stored_digests(folder).get(CODE, UNKNOWN)
+    return UNKNOWN not in (stored, digest) and stored != digest
 
 
 def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:
     """Print a warning if the router's code changed since the run in the folder began."""
-    if code_changed(folder, digests):
+    if code_changed(folder, digests.get(CODE, UNKNOWN)):
         errors.print(f"Warning: the code of the router changed since {folder} began; delete that folder to fit again.")
 
 

@@ -22,6 +22,8 @@ from buddy.evaluation.record import evaluation_file, task_file
 from buddy.fit import Session
 from buddy.io import checksum, read_json, within_memory, write_with_checksum
 from buddy.metrics.perplexity import Scores, with_documents
+from buddy.provenance import code_digest
+from buddy.registry import load
 from buddy.run import RunSpec, code_changed, folder_name
 from buddy.run_files import ADAPTER, BRIDGE, ROUTER
 from buddy.schema import Recipe
@@ -153,7 +155,7 @@ class Worker:
                 tasks[name] = path, key
         if not texts and not tasks:
             return
-        if complete and code_changed(spec.folder, self._session.digests(spec.recipe)):
+        if complete and code_changed(spec.folder, code_digest(load(spec.recipe.router.name))):
             raise RunError(
                 f"The router's code is not that of {spec.folder} (its file or Buddy's version changed), so further "
                 "results would be of another router; restore the code, or delete that folder."

@@ -70,6 +70,15 @@ def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_text_that_is_too_short_is_told_with_what_it_gave(small, tmp_path, capsys):
+    fit(small(tmp_path, "router=uniform", "rivals=[]", "bridge=null", "data.calibration_windows=300"), "small")
+    found = json.loads((tmp_path / "small" / "comparison.json").read_text())["calibration_windows"]
+    assert 0 < found < 300
+    assert f"{found} of the 300 calibration" in capsys.readouterr().err
+    assert f"same {found} calibration" in (tmp_path / "small" / "results.md").read_text()
+
+
 def test_without_steps_a_router_stays_as_calibrated(small, tmp_path):
     fit(small(tmp_path, "trainer.max_steps=0", "rivals=[]"), "small")
     router = load_router(tmp_path / "small" / "buddy" / "seed-0")
