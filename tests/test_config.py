@@ -380,6 +380,7 @@ VALUES = st.text(max_size=20) | st.text(alphabet="[]{}:,&*!|>-?'\"#%@`$.0123e ~=
 WORDS = st.text(max_size=30) | st.builds("{}={}".format, st.sampled_from(KEYS), VALUES)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @example(overrides=["router.options.a=" + "[" * 200 + "]" * 200])
 @example(overrides=["router.options={<<: 3}"])

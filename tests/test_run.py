@@ -300,6 +300,7 @@ def completion_killed(folder: RunFolder, step: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_of_completion_leaves_the_old_run_or_the_new(folder, recipe):
     """The process is killed before each rename and each removal in turn; the next lock finds one whole run."""
     other, seen, step = steps(recipe, 7), set(), 0

@@ -144,6 +144,7 @@ def test_only_the_chosen_windows_run():
     assert sum(rows for rows, _ in seen) == 3
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(calls=st.lists(st.lists(st.integers(0, 15), min_size=1, max_size=6), min_size=1, max_size=4))
 def test_losses_do_not_depend_on_what_else_was_asked(calls):

@@ -2,6 +2,7 @@
 
 from itertools import combinations
 
+import pytest
 import torch
 
 from buddy import Context
@@ -60,6 +61,7 @@ def kinds(rows: int, seed: int) -> torch.Tensor:
     return 2 * torch.randint(2, 129, (rows, 16), generator=generator) + (torch.arange(rows) % 2)[:, None]
 
 
+@pytest.mark.slow
 def test_unseen_prompts_get_the_layers_that_their_text_needs():
     model, _ = calibrated(planted_backbone(), kinds(24, 0), (4, 3), ByDistance)
     runs = model(kinds(8, 1), executed=torch.full((8,), 4), prompt=8).runs[:, 1:, 1:5]
