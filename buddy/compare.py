@@ -145,15 +145,8 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
                 (session.fit if first else session.follow)(spec)
     if first:
         (text,) = texts_of(None, recipe)
-        record = collect(
-            {spec.label: [spec.folder] for spec in (specs[-1], *specs)},  # the recipe's own router first
-            command=command,
-            recipe=base,
-            digests=session.digests(base),
-            layers=session.backbone.num_layers,
-            calibration_windows=len(session.data.calibration),
-            texts=[text_entry(text.label, text.source, session.data.evaluated, own=True)],
-        )
+        done = {spec.label: [spec.folder] for spec in (specs[-1], *specs)}  # the recipe's own router first
+        record = _collected(done, session, base, {text: session.data.evaluated}, command=command)
         with _locked(folder, LOCK_SECONDS):
             write_results(record, folder)
 
@@ -198,14 +191,12 @@ def compare(config: CompareConfig) -> int:
         _refuse_others([spec for spec in specs if spec.folder not in failed], session)  # `buddy fit` may replace a run
         speed, problem = _times(done, session, config.folder) if done and config.speed else (None, None)
         if done:
-            record = collect(
+            record = _collected(
                 done,
+                session,
+                base,
+                windows,
                 command=config.command,
-                recipe=base,
-                digests=session.digests(base),
-                layers=session.backbone.num_layers,
-                calibration_windows=len(session.data.calibration),
-                texts=[text_entry(text.label, text.source, found, own=text.own) for text, found in windows.items()],
                 tasks=config.tasks.names,
                 task_limit=config.tasks.limit,
                 speed=speed,
@@ -217,6 +208,25 @@ def compare(config: CompareConfig) -> int:
     if problem:
         errors.print(f"Failed: times were not measured: {problem}")
     return len(failures) + bool(problem)
+
+
+def _collected(
+    runs: Mapping[str, Sequence[Path]],
+    session: Session,
+    base: Recipe,
+    windows: Mapping[EvaluationText, Windows],
+    **more: Any,
+) -> dict[str, Any]:
+    """The content of comparison.json for runs of a session, evaluated on these windows; `more` as for `collect`."""
+    return collect(
+        runs,
+        recipe=base,
+        digests=session.digests(base),
+        layers=session.backbone.num_layers,
+        calibration_windows=len(session.data.calibration),
+        texts=[text_entry(text.label, text.source, found, own=text.own) for text, found in windows.items()],
+        **more,
+    )
 
 
 def check(config: CompareConfig) -> CompareConfig:

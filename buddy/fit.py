@@ -179,8 +179,13 @@ class Session:
 
     def differences(self, spec: RunSpec) -> list[str]:
         """Why the run in the folder, complete or begun, is not this one; empty if it is, or if there is none."""
-        free = (*spec.ignored_keys, *ignored_keys(spec.recipe, build_router(spec.recipe, self.backbone)))
-        return spec.run_folder.differences(spec.recipe, self.digests(spec.recipe, spec.folder), ignore=free)
+        ignored = self._ignored(spec, build_router(spec.recipe, self.backbone))
+        return spec.run_folder.differences(spec.recipe, self.digests(spec.recipe, spec.folder), ignore=ignored)
+
+    @staticmethod
+    def _ignored(spec: RunSpec, router: AnyRouter) -> tuple[str, ...]:
+        """Beginnings of the recipe's keys that may differ in the folder of a run."""
+        return (*spec.ignored_keys, *ignored_keys(spec.recipe, router))
 
     def fit(self, spec: RunSpec) -> None:
         """Make the run, or resume it; in the first process.
@@ -191,9 +196,10 @@ class Session:
         """
         recipe, run_folder = spec.recipe, spec.run_folder
         with on_disk(spec.folder), run_folder.lock(), self.model(recipe) as model:
-            free = (*spec.ignored_keys, *ignored_keys(recipe, model.router))
             digests = self.digests(recipe, spec.folder)
-            folder = run_folder.begin(recipe, spec.recipe_name, digests, model.geometry, ignore=free)
+            folder = run_folder.begin(
+                recipe, spec.recipe_name, digests, model.geometry, ignore=self._ignored(spec, model.router)
+            )
             try:
                 distributed.barrier()  # the other processes read the folder from here on
                 with within_memory(f"a batch of {recipe.data.batch_size} × {recipe.data.window} tokens", MEMORY):
@@ -490,7 +496,7 @@ def _run_trainer(
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             # Before the first step the fault is the checkpoint's: it has the right parts, with other content.
             if start and not stop.began and not out_of_memory(error):
-                raise unusable(start, f"{type(error).__name__}: {error}") from error
+                raise unusable(start, described(error)) from error
             raise
     if stop.requested:
         errors.print(f"Saved a checkpoint of step {trainer.global_step} of {steps}.")

@@ -148,7 +148,7 @@ def check_output_path(path: Path, *inputs: str | Path) -> None:
         raise RunError(f"{path} is a folder; name a file in it.")
     if os.path.exists(path) and not os.path.isfile(path):  # `write_bytes` would replace it, even /dev/null
         raise RunError(f"{path} is a device or a pipe; name a file.")
-    _check_parent(path)
+    check_parent(path)
     if not os.access(path.parent, os.W_OK):
         raise RunError(f"{path} cannot be written (the folder is read-only); choose another folder.")
 
@@ -182,10 +182,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 def _check_new(path: Path) -> None:
     if os.path.lexists(path):  # unlike Path, os.path accepts any text
         raise RunError(f"{path} exists and is not overwritten; name a new folder.")
-    _check_parent(path)
+    check_parent(path)
 
 
-def _check_parent(path: Path) -> None:
+def check_parent(path: Path) -> None:
+    """Raises RunError where the folder that a file or folder is to be made in is missing."""
+    path = path.absolute()
     if not os.path.isdir(path.parent):
         raise RunError(f"There is no folder {path.parent} for {path.name}; make it first.")
 

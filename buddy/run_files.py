@@ -107,7 +107,7 @@ def is_fitted(folder: Path) -> bool:
     """Whether router and bridges before healing are there, as they were written."""
     try:
         return all(checksum(folder / name) == written for name, written in read_json(folder / FITTED_SUMS).items())
-    except (BuddyError, OSError):
+    except BuddyError:
         return False
 
 

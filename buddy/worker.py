@@ -92,7 +92,7 @@ def read_windows(text: EvaluationText, recipe: Recipe, data: TextData) -> Window
         both = section.test_windows + section.validation_windows
         more = build_windows(recipe, data.tokenizer, text.source, count=both)
         unread = ~torch.isin(more.documents, windows.documents)
-        windows = Windows(more.input_ids[unread], more.documents[unread])[: section.validation_windows]
+        windows = more[unread][: section.validation_windows]
         if len(windows) < section.validation_windows:
             raise DataError(
                 f"The text in {text.source} gives {len(windows)} validation windows, from documents without a test "

@@ -138,7 +138,7 @@ def is_valid(folder: Path, model: Embedded) -> bool:
     """Whether every file of a converted folder is as it was written, from the installed version of the wheel."""
     try:
         record = read_json(folder / RECORD)
-        current = record["layout"] == LAYOUT and _installed_version(model) in (None, record["wheel"])
+        current = _installed_version(model) in (None, record["wheel"])
         return current and all(checksum(folder / name) == file["sha256"] for name, file in record["files"].items())
     except (DamagedError, LookupError, TypeError, AttributeError):
         return False
@@ -146,7 +146,7 @@ def is_valid(folder: Path, model: Embedded) -> bool:
 
 def _write_record(model: Embedded, folder: Path) -> None:
     files = {file.name: {"size": file.stat().st_size, "sha256": checksum(file)} for file in sorted(folder.iterdir())}
-    write_json(folder / RECORD, {"layout": LAYOUT, "wheel": _installed_version(model), "files": files})
+    write_json(folder / RECORD, {"wheel": _installed_version(model), "files": files})
 
 
 @contextmanager

@@ -206,13 +206,13 @@ def serve(
         prompt_budget=prompt_budget,
         host=host,
         port=port,
-        batch=batch_size,
-        queue=queue,
-        max_tokens=max_tokens,
-        seconds=seconds,
         api_key_file=api_key_file,
         batch_plan=batch_plan,
         dtype=dtype,
+        batch=batch_size,
+        queue=queue,
+        tokens=max_tokens,
+        seconds=seconds,
     )
 
 

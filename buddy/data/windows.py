@@ -33,7 +33,7 @@ class Windows:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def __getitem__(self, rows: slice) -> Windows:
+    def __getitem__(self, rows: slice | Tensor) -> Windows:
         return Windows(self.input_ids[rows], self.documents[rows])
 
     @property

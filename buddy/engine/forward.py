@@ -31,23 +31,15 @@ PromptPlan = Literal["token", "shared"]
 BatchPlan = Literal["row", "shared"]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What holds for all forwards of a routed model; see the arguments of `RoutedLM`.
+@dataclass(frozen=True, kw_only=True)
+class Settings(RoutingSection):
+    """What holds for all forwards of a routed model: a recipe's section `routing`, and the depth of the backbone.
 
     Raises:
         BuddyError: a setting of another value than `RoutedLM` takes.
     """
 
     layers: int
-    context_layer: int
-    pool: str
-    policy: str
-    sink_tokens: int
-    prompt_plan: str
-    batch_plan: str
-    reroute_every: int | None
-    mean_over: int = 1
 
     def __post_init__(self) -> None:
         for each in fields(RoutingSection):  # the bounds of a recipe

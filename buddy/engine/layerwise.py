@@ -38,7 +38,6 @@ class LayerwiseForward(RoutedForward):
         self._follows: Tensor | None = None  # (T,) long on the host: the deciding token of each; None: each its own
         self._open_before: Tensor | None = None  # (B, 1, R) bool, the gates of the decision before these tokens
         self._open: list[Tensor] = []  # (B, T) bool each, of the layers so far
-        self._layer_runs: dict[int, Tensor] = {}  # layer → (B, T) bool, the tokens that run it
         self._remaining: Tensor | None = None  # (B, T) long, routable layers that each token has still to run
 
     def decide(self, layer: int, hidden: Tensor) -> None:
@@ -51,11 +50,11 @@ class LayerwiseForward(RoutedForward):
             runs = clamp_gate(is_open, self._remaining, self.routable - index)
         self._remaining = self._remaining - runs.long()
         self._open.append(is_open)
-        runs = self._with_sinks(runs[..., None])[..., 0]
-        self._layer_runs[layer] = runs
+        self._runs[..., layer] = runs = self._with_sinks(runs[..., None])[..., 0]
         self.active_rows[layer] = active(to_host(runs.sum(1)), self.shape[1])
-        if index == self.routable - 1:
-            self._finish()
+        self.undecided = index < self.routable - 1
+        if not self.undecided and self.cache is not None and self.settings.reroute_every != 1:  # for those that follow
+            self.cache.scores = gate_order(torch.stack([gates[:, -1:] for gates in self._open], -1))
 
     def weigh(self, layer: int, hidden: Tensor) -> Tensor:
         """(B, T) float32, the weight of an undecided layer in each token's state, with gradients; 1 for sinks."""
@@ -65,10 +64,6 @@ class LayerwiseForward(RoutedForward):
         self.weights.append(weight)
         self.undecided = index < self.routable - 1
         return weight.masked_fill(self.sinks, 1.0)
-
-    def chosen(self, layer: int) -> Tensor:
-        """(B, T) bool, the tokens that run `layer`."""
-        return self._layer_runs[layer] if layer in self._layer_runs else super().chosen(layer)
 
     def can_defer(self, layer: int) -> bool:
         """One token's state may be pending; for a prompt it is not known yet in how many layers it would be."""
@@ -96,6 +91,7 @@ class LayerwiseForward(RoutedForward):
         self._open_before = None if held is None else held >= self.routable
         executed = self.context.executed.expand(self.shape)
         self._remaining = executed - self.context_layer - 1
+        self._runs = torch.ones(*self.shape, self.settings.layers, dtype=torch.bool, device=device)
         self._asking: Any = slice(None)
         if self._follows is not None:  # only tokens that some token follows are asked
             asking, asked_of = self._follows.clamp(min=0).unique(return_inverse=True)
@@ -130,11 +126,3 @@ class LayerwiseForward(RoutedForward):
         """(B, n) float32 logits of the tokens that decide."""
         with in_float32(hidden.device):
             return self.router.gate(index, hidden[:, self._asking].float(), self._asked_executed)
-
-    def _finish(self) -> None:
-        """All layers are decided: the plan is complete, and the last decision is kept for tokens that follow it."""
-        self.undecided = False
-        always = torch.ones_like(self.sinks)
-        self._runs = torch.stack([self._layer_runs.get(layer, always) for layer in range(self.settings.layers)], -1)
-        if self.cache is not None and self.settings.reroute_every != 1:
-            self.cache.scores = gate_order(torch.stack([gates[:, -1:] for gates in self._open], -1))

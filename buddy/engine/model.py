@@ -333,7 +333,13 @@ class RoutedLM(nn.Module):
         """
         if gates is not None and runs is None:
             raise BuddyError("Gates need the plan that they belong to; give runs, too.")
-        self._check_forward(gates is not None, gate_weighted)
+        if gates is not None and self.settings.policy != "fill":
+            raise BuddyError(
+                f"Computing every layer, as back-propagating estimators do, needs the policy 'fill', not "
+                f"{self.settings.policy!r}; choose that, or the perturbed estimator."
+            )
+        if gate_weighted and not isinstance(self.router, LayerwiseRouter):
+            raise BuddyError(f"{type(self.router).__name__} has no gates to weigh layers by; a LayerwiseRouter has.")
         counts = None if executed is None else tuple(executed.tolist())
         adapted = nullcontext() if executed is not None or runs is not None else self.unadapted()
         with adapted, self._hooks.requested(Request(counts, runs, gates, prompt, gate_weighted)):
@@ -378,21 +384,6 @@ class RoutedLM(nn.Module):
             return self.backbone.model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep
             ).logits
-
-    def _check_forward(self, gated: bool, weighted: bool) -> None:
-        """Refuse what a parallel forward cannot do with this policy or router.
-
-        Args:
-            gated: gates are given, for straight-through training.
-            weighted: layers are weighted by a layerwise router's gates.
-        """
-        if gated and self.settings.policy != "fill":
-            raise BuddyError(
-                f"Computing every layer, as back-propagating estimators do, needs the policy 'fill', not "
-                f"{self.settings.policy!r}; choose that, or the perturbed estimator."
-            )
-        if weighted and not isinstance(self.router, LayerwiseRouter):
-            raise BuddyError(f"{type(self.router).__name__} has no gates to weigh layers by; a LayerwiseRouter has.")
 
     def _positions(self, mask: Tensor | None) -> dict[str, Tensor]:
         """`position_ids` of padded rows as in decoding, where the router sees rotated keys; else the stock call."""

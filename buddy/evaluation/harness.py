@@ -152,7 +152,8 @@ class BuddyLM(HFLM):
         quiet = disable_tqdm or self.on_scored is not None
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
             for rows in self._batches(requests):
-                first = self._first_wanted(rows, requests)
+                # The first position whose logits any row needs; at full depth HFLM computes them all.
+                first = min(len(row.tokens) - _longest(row, requests) for row in rows) if self._routes else 0
                 lengths = torch.tensor([len(row.tokens) for row in rows])
                 logits = self._logits([row.tokens for row in rows], lengths, rows[0].prompt, first)
                 for row, own in zip(rows, logits, strict=True):
@@ -174,10 +175,6 @@ class BuddyLM(HFLM):
             answers[index] = float(picked.sum()), bool((greedy[-count:] == target).all())
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answers[index])
-
-    def _first_wanted(self, rows: Sequence[_Row], requests: Sequence[Tokenised]) -> int:
-        """The first position whose logits any row needs; 0 at full depth, since HFLM computes them all."""
-        return min(len(row.tokens) - _longest(row, requests) for row in rows) if self._routes else 0
 
     def _batches(self, requests: Sequence[Tokenised]) -> Iterator[list[_Row]]:
         """Rows that run together: longest first, as HFLM has them; equal prompts only where plans depend on them."""

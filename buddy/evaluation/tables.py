@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -32,7 +32,7 @@ class Table:
 
     @property
     def has_numbers(self) -> bool:
-        """Whether any cell holds a number."""
+        """Whether any cell holds a number; a table without one is not shown."""
         return any(cell not in (NONE, "†") for cells in self.rows for cell in cells[1:])
 
 
@@ -47,7 +47,7 @@ def all_tables(r: Results) -> list[Table]:
     """Every table of the terminal, in the order of reading."""
     found = [make(r, text) for text in r.texts for make in (perplexities, differences)]
     found += [kl(r), costs(r), *speeds(r), *tasks(r), *flips(r)]
-    return [table for table in found if table.rows]
+    return [table for table in found if table.has_numbers]
 
 
 def perplexities(r: Results, text: str) -> Table:
@@ -75,8 +75,7 @@ def differences(r: Results, text: str) -> Table:
     names = "; ".join(f"{router} at {budgets}" for router, budgets in where.items())
     title = f"Difference to the best static router on {text}, nats per token"
     note = f"95 % intervals, paired over documents and seeds; * {APART}. † best static router: {names}.{_uneven(r)}"
-    table = _by_budget(r, title, r.scores.loc[text], _signed, r.below, note)
-    return table if table.has_numbers else replace(table, rows=[])
+    return _by_budget(r, title, r.scores.loc[text], _signed, r.below, note)
 
 
 def _uneven(r: Results) -> str:
@@ -100,8 +99,7 @@ def kl(r: Results, text: str | None = None) -> Table:
     means = scores.groupby(["router", "budget"])[["kl"]].mean()
     where = f" on {names[0]}" if len(names) == 1 else ", mean of all texts"
     title = f"KL to the dense model{where}, nats per token"
-    table = _by_budget(r, title, means, lambda row: f"{max(row.kl, 0.0):.3f}", r.below)
-    return table if table.has_numbers else replace(table, rows=[])
+    return _by_budget(r, title, means, lambda row: f"{max(row.kl, 0.0):.3f}", r.below)
 
 
 def costs(r: Results) -> Table:
@@ -182,11 +180,10 @@ def flips(r: Results) -> list[Table]:
     )
     title = "Flips, difference to the static router with the fewest, %"
     paired = f"95 % intervals, paired over items and seeds; * {APART}."
-    found = [
+    return [
         _by_budget(r, "Flips against full depth, %", r.task_scores, share, r.below, note),
         _by_budget(r, title, r.task_scores, lambda row: _signed(row, 100, 1, "flips_"), r.below, paired),
     ]
-    return [table for table in found if table.has_numbers]
 
 
 def number(value: float) -> str:
@@ -295,7 +292,7 @@ def _lines(r: Results, figures: Mapping[str, str]) -> Iterator[str]:
 
 def _markdown(*found: Table) -> Iterator[str]:
     for table in found:
-        if table.rows:
+        if table.has_numbers:
             yield from (f"**{table.title}**", "", markdown(table.head, table.rows))
             if table.note:
                 yield from (re.sub(r"^\*", r"\\*", table.note), "")  # otherwise Markdown makes it a list

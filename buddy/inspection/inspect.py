@@ -13,7 +13,7 @@ from rich.text import Text as Line
 
 from buddy.budget import format_budget
 from buddy.build import load_model
-from buddy.console import counted, print_titled_table, results, status, tracker
+from buddy.console import NONE, counted, print_titled_table, results, status, tracker
 from buddy.data.text import named_sources
 from buddy.errors import DataError, RunError
 from buddy.inspection.figures import draw_all, write_tensorboard
@@ -29,7 +29,7 @@ from buddy.inspection.routing import (
     read_text,
     typed_text,
 )
-from buddy.io import check_output_path, on_disk, within_memory, write_json, writing
+from buddy.io import check_output_path, check_parent, within_memory, write_json, writing
 from buddy.router import available_budgets
 from buddy.run import read_run
 
@@ -135,8 +135,7 @@ def _check_options(target: Path, text: str | None, domains: str | None, windows:
         raise DataError("--text inspects that text alone; leave out --domains and --windows, or --text.")
     if os.path.exists(target) and not os.path.isdir(target):
         raise RunError(f"{target} is a file; name a folder for the figures.")
-    if not os.path.isdir(target.absolute().parent):
-        raise RunError(f"There is no folder {target.absolute().parent} for {target.name}; make it first.")
+    check_parent(target)
 
 
 def _print_tables(inspection: Inspection) -> None:
@@ -175,8 +174,8 @@ def _print_tables(inspection: Inspection) -> None:
 
 def _cells(found: Measures) -> list[str]:
     return [
-        "–" if found.changes is None else f"{found.changes:.1%}",
-        "–" if found.apart is None else f"{found.apart:.2f}",
+        NONE if found.changes is None else f"{found.changes:.1%}",
+        NONE if found.apart is None else f"{found.apart:.2f}",
         str(found.plans),
         f"{found.distinct:.1f}",
         f"{found.commonest:.1%}",
@@ -196,7 +195,7 @@ def _print_tokens(inspection: Inspection, budget: str) -> None:
 
 def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> list[str]:
     """Write all files before tables are printed, whose reader may close the pipe; lines that name them."""
-    with status("Drawing …"), writing(target), on_disk(target):
+    with status("Drawing …"), writing(target):
         target.mkdir(exist_ok=True)
         for path in list(target.iterdir()):  # an earlier call may have had other budgets or texts
             if OWN_FILES.fullmatch(path.name) and path.is_file():

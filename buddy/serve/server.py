@@ -7,6 +7,7 @@ import signal
 import socket
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from buddy.console import errors, status
 from buddy.errors import BuddyError, DataError, reason
@@ -23,13 +24,10 @@ def serve(
     prompt_budget: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    batch: int = 8,
-    queue: int = 128,
-    max_tokens: int = 4096,
-    seconds: float = 600.0,
     api_key_file: Path | None = None,
     batch_plan: str | None = None,
     dtype: str | None = None,
+    **limits: Any,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that run then are finished.
 
@@ -38,13 +36,10 @@ def serve(
         budget: where a request names none.
         prompt_budget: of prompts, where a request names none; None for the request's budget.
         host, port: of the socket; port 0 takes a free one.
-        batch: most texts at the same time.
-        queue: most texts that wait.
-        max_tokens: most new tokens of a text.
-        seconds: most seconds of a request.
         api_key_file: API keys, one a line.
         batch_plan: as for `make_app`.
         dtype: as for `buddy.load`.
+        limits: of requests, the fields of `buddy.serve.app.Limits`.
 
     Raises:
         BuddyError: the extra is missing, or the run, the budget, the keys or the address cannot be used.
@@ -65,9 +60,8 @@ def serve(
             with status(f"Loading {folder} …"):
                 return load(folder, dtype=dtype)
 
-        limits = Limits(batch=batch, queue=queue, tokens=max_tokens, seconds=seconds)
         budgets = read_run(folder).recipe.budgets
-        app = make_app(load_run, budget, budgets, limits, keys, batch_plan, prompt_budget)
+        app = make_app(load_run, budget, budgets, Limits(**limits), keys, batch_plan, prompt_budget)
         name = f"[{host}]" if ":" in host else host
         errors.print(f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.")
         # uvicorn stops taking requests on this signal, waits for those that run, and sends it again when it has ended.

@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 from types import FrameType
 from typing import Any
 
@@ -219,6 +218,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def unusable(path: str | Path, reason: str) -> TrainingError:
     """The error for a checkpoint that cannot be resumed from."""
     return TrainingError(
-        f"The training cannot resume from {path} ({shorten(reason, 200, placeholder=' …')}); name another checkpoint "
-        "as ckpt_path, or delete it and start anew."
+        f"The training cannot resume from {path} ({reason}); name another checkpoint as ckpt_path, or delete it and "
+        "start anew."
     )

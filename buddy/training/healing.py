@@ -63,7 +63,7 @@ class HealingModule(BudgetModule):
         if self.bridges is not None:
             rates.insert(0, (list(self.bridges.parameters()), self.bridge_lr))
         if self.parts is not None:
-            rates.insert(0, (list(self.model.adapter.parameters()), self.settings["lr"]))
+            rates.insert(0, (list(self.model.adapter.parameters()), self.lr))
         return rates
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

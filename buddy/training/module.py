@@ -81,7 +81,7 @@ class BudgetModule(LightningModule):
         object.__setattr__(self, "model", model)  # not as a submodule: it stays out of this module's state and modes
         self.keys = keys_of(model, budgets)
         self.prompt, self.seed = prompt, seed
-        self.settings = {"lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
+        self.lr, self.warmup_steps, self.weight_decay = lr, warmup_steps, weight_decay  # `Tuner.lr_find` sets `lr`
         self.grid = [key for key in self.keys.values() if isinstance(key, int)]
         self.train_means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
         self._reference, self._shares_reference = reference or Reference(max_bytes=0), reference is not None
@@ -89,15 +89,6 @@ class BudgetModule(LightningModule):
         self.scores: list[Scores] = []
         self.router: Any = None  # the router, where it is trained
         self._random_state: Tensor | None = None  # of torch, before the step that is under way
-
-    @property
-    def lr(self) -> float:
-        """The learning rate, which Lightning's `Tuner.lr_find` sets."""
-        return self.settings["lr"]
-
-    @lr.setter
-    def lr(self, rate: float) -> None:
-        self.settings["lr"] = rate
 
     @property
     def below(self) -> list[int]:
@@ -143,7 +134,7 @@ class BudgetModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the groups; warm-up, then cosine to a tenth."""
         groups = [{"params": params, "lr": rate} for params, rate in self.groups()]
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.settings["weight_decay"])
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -229,7 +220,7 @@ class BudgetModule(LightningModule):
         scheduler["base_lrs"] = [rate for _, rate in self.groups()]
         factor = self._factor(scheduler["last_epoch"])
         for group, rate in zip(groups, scheduler["base_lrs"], strict=True):
-            group |= {"initial_lr": rate, "lr": rate * factor, "weight_decay": self.settings["weight_decay"]}
+            group |= {"initial_lr": rate, "lr": rate * factor, "weight_decay": self.weight_decay}
 
     def _batch(self, batch: Any, batch_idx: int, grid: Sequence[int]) -> tuple[TrainingBatch, torch.Generator]:
         """A training batch with budgets drawn from the grid, and the generator for all further draws of its step.
@@ -333,7 +324,7 @@ class BudgetModule(LightningModule):
         return every > 0 and (self.global_step + 1) % every == 0
 
     def _factor(self, step: int) -> float:
-        warmup, total = self.settings["warmup_steps"], max(self.trainer.estimated_stepping_batches, 1)
+        warmup, total = self.warmup_steps, max(self.trainer.estimated_stepping_batches, 1)
         return min(1.0, (step + 1) / (warmup + 1)) * (0.1 + 0.45 * (1 + math.cos(math.pi * min(step / total, 1.0))))
 
     def _reaching_all(self, loss: Tensor) -> Tensor:
@@ -403,7 +394,7 @@ class RoutingModule(BudgetModule):
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """The router's own groups, each with its factor on the learning rate; and the bridges that are trained."""
-        rates = [(group["params"], self.settings["lr"] * group["scale"]) for group in self.router.parameter_groups()]
+        rates = [(group["params"], self.lr * group["scale"]) for group in self.router.parameter_groups()]
         return rates if self.bridges is None else [*rates, (list(self.bridges.parameters()), self.bridge_lr)]
 
     def calibrate(self, data: TextData) -> None:

@@ -123,7 +123,7 @@ def test_at_full_depth_alone_there_is_no_divergence():
     record = fresh()
     record["routers"] = [each for each in record["routers"] if each["label"] == "full"]
     record["runs"] = [each for each in record["runs"] if each["router"] == "full"]
-    assert tables.kl(Results(record)).rows == []
+    assert not tables.kl(Results(record)).has_numbers
 
 
 def test_lines_of_many_routers_all_look_different():
@@ -193,7 +193,7 @@ def test_flips_are_answers_that_turn_right_or_wrong():
     assert found.loc["worse[a=1;b=2]", 0.5].flips_difference == pytest.approx(0.2)
     for run in record["runs"]:
         run["tasks"] = [entry for entry in run["tasks"] if entry["budget"] < 1]
-    assert tables.flips(Results(record)) == [], "full depth was not scored"
+    assert not any(each.has_numbers for each in tables.flips(Results(record))), "full depth was not scored"
 
 
 # What is shown
