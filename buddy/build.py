@@ -17,7 +17,7 @@ from buddy import distributed
 from buddy.backbone.adapter import Adapter, check_targets
 from buddy.backbone.load import Backbone, fastest_dtype, is_local, load_backbone
 from buddy.backbone.sharding import STRATEGY, finish_sharding, is_sharded, shard
-from buddy.console import errors
+from buddy.console import stderr
 from buddy.data.documents import read_documents
 from buddy.data.module import TextData
 from buddy.data.text import overlap
@@ -296,7 +296,7 @@ def load_model(run: Run, merged: bool = False) -> RoutedLM:
         RunError: the backbone has changed, or the saved router, adapter or budget predictor does not match.
     """
     if code_changed(run.folder, code_digest(load(run.recipe.router.name))):
-        errors.print(f"Warning: {run.folder} was made by other code of its router; it may plan otherwise than it did.")
+        stderr.print(f"Warning: {run.folder} was made by other code of its router; it may plan otherwise than it did.")
     backbone = _backbone_from(run)
     routed = build_model(run.recipe, backbone)
     restore(routed, run.recipe, run.folder)

@@ -22,7 +22,7 @@ import torch
 from buddy import console, distributed
 from buddy.build import build_router, healing_steps, ignored_keys, with_dtype
 from buddy.config import with_router
-from buddy.console import Bar, clock, errors, status
+from buddy.console import Bar, clock, status, stderr
 from buddy.data.text import named_sources
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RecipeError, RunError, described
@@ -120,7 +120,7 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
     if first and folder.exists():
         with _locked(folder):  # a comparison that works in the folder would keep the tables from being written
             pass
-    console.errors.quiet = console.results.quiet = not first
+    console.stderr.quiet = console.stdout.quiet = not first
     recipe = with_dtype(recipe)
     base, own = _common_recipe(recipe), Rival(recipe.router.name)
     own_recipe = replace(base, predictor=recipe.predictor, ckpt_path=recipe.ckpt_path)
@@ -135,10 +135,10 @@ def fit(recipe: Recipe, recipe_name: str, command: str = "") -> None:
             complete = distributed.broadcast(first and spec.run_folder.is_complete and not differing)
             if len(specs) > 1 or complete:
                 note = ", complete: reused" if complete else ""
-                errors.print(f"Router {number} of {len(specs)}: {spec.label}{note}")
+                stderr.print(f"Router {number} of {len(specs)}: {spec.label}{note}")
             if differing:
                 why = "; ".join(differing)
-                errors.print(f"The new run replaces {spec.folder} when it is complete ({why}).")
+                stderr.print(f"The new run replaces {spec.folder} when it is complete ({why}).")
             if complete and first:
                 warn_of_changed_code(spec.folder, session.digests(spec.recipe))
             elif not complete:
@@ -164,7 +164,7 @@ def compare(config: CompareConfig) -> int:
     config = check(config)
     base = _common_recipe(config.recipe)
     if config.recipe.predictor.name is not None:
-        errors.print("A comparison fits no budget predictor: all routers have the recipe's budgets.")
+        stderr.print("A comparison fits no budget predictor: all routers have the recipe's budgets.")
     rivals = config.routers or list(dict.fromkeys([Rival(config.recipe.router.name), *config.recipe.rivals]))
     recipes = {each.label: with_router(base, each) for each in rivals}
     texts = texts_of(config.texts, config.recipe)
@@ -204,9 +204,9 @@ def compare(config: CompareConfig) -> int:
             )
             write_results(record, config.folder, config.markdown)
     for spec, why in failures:
-        errors.print(f"Failed: {spec.title}: {why}")
+        stderr.print(f"Failed: {spec.title}: {why}")
     if problem:
-        errors.print(f"Failed: times were not measured: {problem}")
+        stderr.print(f"Failed: times were not measured: {problem}")
     return len(failures) + bool(problem)
 
 
@@ -360,7 +360,7 @@ def _complete_ones(specs: Sequence[RunSpec], folder: Path) -> list[RunSpec]:
         raise RunError(f"No run in {folder} is complete yet; leave --finished out to fit them.")
     labels = {spec.label for spec in found}
     if missing := dict.fromkeys(spec.label for spec in specs if spec.label not in labels):
-        errors.print(f"Not complete, and left out: {', '.join(missing)}.")
+        stderr.print(f"Not complete, and left out: {', '.join(missing)}.")
     return found
 
 
@@ -377,7 +377,7 @@ def _reusing(specs: Sequence[RunSpec], folder: Path, session: Session) -> list[R
         raise RunError(f"{folder} holds a complete run of none of these routers and seeds; leave --trained out.")
     alone = [spec.title for spec in specs if spec.reuse_from is None and not spec.run_folder.is_complete]
     if alone:
-        errors.print(f"Fitted here, because {folder} has no complete run: {'; '.join(alone)}.")
+        stderr.print(f"Fitted here, because {folder} has no complete run: {'; '.join(alone)}.")
     return specs
 
 
@@ -390,9 +390,9 @@ def _reuse(spec: RunSpec, folder: Path, session: Session) -> RunSpec:
         raise RunError(f"{other.path} was healed itself; name the comparison that it came from as --trained.")
     warn_of_changed_code(other.path, session.digests(spec.recipe))
     recipe = replace(spec.recipe, seed=seeds[0])
-    free = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR_KEYS, *ignored_keys(recipe, router))
-    free += () if router.trainable else TRAINING_KEYS
-    if reasons := other.differences(recipe, session.digests(recipe), ignore=free):
+    ignored = ("adapter", "bridge.steps", "bridge.lr", PREDICTOR_KEYS, *ignored_keys(recipe, router))
+    ignored += () if router.trainable else TRAINING_KEYS
+    if reasons := other.differences(recipe, session.digests(recipe), ignore=ignored):
         raise RunError(
             f"{other.path} was made otherwise ({'; '.join(reasons)}), so its router cannot be healed here; leave "
             "--trained out."
@@ -431,7 +431,7 @@ def _work(
     if config.backend == "loky" and config.jobs == 1:
         worker, spent = Worker(session, windows, config.tasks), list[float]()
         for number, spec in enumerate(specs, start=1):
-            errors.print(f"Run {number} of {len(specs)}: {spec.title}{_left(spent, len(specs))}")
+            stderr.print(f"Run {number} of {len(specs)}: {spec.title}{_left(spent, len(specs))}")
             start = time.monotonic()
             on_done(spec, worker.run(spec))
             spent.append(time.monotonic() - start)
@@ -447,7 +447,7 @@ def _work(
             on_done(spec, outcome)
             bar.update(next(done), f"{'failed: ' if outcome else ''}{spec.title}")
 
-        errors.print(f"Each run writes what it does to {config.folder}/<router>/seed-N.log.")
+        stderr.print(f"Each run writes what it does to {config.folder}/<router>/seed-N.log.")
         executor.run(partial(run_in_worker, tuple(windows), config.tasks), specs, show)
     return failures
 

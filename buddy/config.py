@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from buddy.errors import RecipeError, nearest
+from buddy.errors import RecipeError, did_you_mean
 from buddy.schema import KEYWORDS, Recipe, Rival, RouterSection, leaves, problems, section_of, unknown_key
 from buddy.values import converted, shown, spelled
 
@@ -287,7 +287,7 @@ def recipe_path(source: str | Path, *, files: bool = True) -> Path:
     if files and os.path.isdir(text):
         raise RecipeError(f"{text} is a folder; give the recipe's file in it.")
     beside = [path.name for path in Path().glob("*.y*ml")] if files else []
-    hint = nearest(recipe_name(source), [*installed, *beside])
+    hint = did_you_mean(recipe_name(source), [*installed, *beside])
     known, kind = f"installed are {', '.join(installed)}", "recipe" if files else "installed recipe"
     known += ", or give the path of a YAML file" * files
     raise RecipeError(f"There is no {kind} {text!r} ({known}){hint or '.'}")

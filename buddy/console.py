@@ -34,8 +34,8 @@ NONE = "–"  # a cell without a value
 WIDTH, GAP, LONGEST = 118, 2, 30  # columns of a table where there is no terminal, between two, and of row labels
 
 # No markup: paths may contain brackets. Messages are not wrapped, so that paths can be copied.
-errors = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
-results = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False, soft_wrap=True)
+stderr = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
+stdout = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False, soft_wrap=True)
 
 
 class Bar:
@@ -59,8 +59,8 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        self._live = errors.is_terminal
-        self._progress = Progress(*columns, console=errors, disable=not self._live, speed_estimate_period=120)
+        self._live = stderr.is_terminal
+        self._progress = Progress(*columns, console=stderr, disable=not self._live, speed_estimate_period=120)
         name = description[:1].upper() + description[1:]
         self._progress.add_task(name, total=total, completed=done, note="")
         self._printed_at = time.monotonic()
@@ -89,7 +89,7 @@ class Bar:
         if not task.finished and task.time_remaining is not None:
             parts.append(f"{clock(task.time_remaining)} left")
         note = task.fields["note"]
-        errors.print(", ".join([*parts, note] if note else parts))
+        stderr.print(", ".join([*parts, note] if note else parts))
 
 
 def track(items: Sequence[Any], description: str) -> Iterator[Any]:
@@ -107,13 +107,13 @@ def tracker(description: str) -> Track:
 
 def status(description: str) -> Status:
     """A spinner while something of unknown length runs."""
-    return errors.status(Text(description))
+    return stderr.status(Text(description))
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns without markup."""
     # In a pipe or file each row is one line of any length.
-    console = Console(highlight=False, width=None if results.is_terminal else 1000)
+    console = Console(highlight=False, width=None if stdout.is_terminal else 1000)
     table = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*map(Text, row))
@@ -129,8 +129,8 @@ def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[
         rows: as many cells as `head`.
         note: below the table.
     """
-    width = results.width if results.is_terminal else WIDTH
-    results.print(f"\n{title}")
+    width = stdout.width if stdout.is_terminal else WIDTH
+    stdout.print(f"\n{title}")
     for part in _fitting(head, rows, width):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column(head[0], max_width=LONGEST, overflow="fold")
@@ -138,9 +138,9 @@ def print_titled_table(title: str, head: Sequence[str], rows: Sequence[Sequence[
             table.add_column(head[place], justify="right", no_wrap=len(part) > 1)
         for row in rows:
             table.add_row(row[0], *(row[place] for place in part))
-        results.print(table, soft_wrap=False)
+        stdout.print(table, soft_wrap=False)
     if note:
-        results.print(note, width=width, soft_wrap=False)
+        stdout.print(note, width=width, soft_wrap=False)
 
 
 def report_json(path: Path | None, value: Any) -> None:
@@ -150,7 +150,7 @@ def report_json(path: Path | None, value: Any) -> None:
     """
     if path:
         write_json(path, value)
-        results.print(f"JSON: {path}")
+        stdout.print(f"JSON: {path}")
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def raised(error: BaseException, cls: type) -> str:
     return f"{cls.__name__} raises {described(error)}{where}"
 
 
-def nearest(word: str, accepted: Iterable[str]) -> str:
+def did_you_mean(word: str, accepted: Iterable[str]) -> str:
     """ "; did you mean 'x'?" for a mistyped `word`, or "" if no accepted word is similar."""
     close = get_close_matches(word, list(accepted), n=3, cutoff=0.55)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""

@@ -39,12 +39,12 @@ from buddy.build import (
 )
 from buddy.calibration.bridges import fit_bridges
 from buddy.calibration.probe import CalibrationProbe
-from buddy.console import errors, quiet, status, track
+from buddy.console import quiet, status, stderr, track
 from buddy.data.module import TextData
 from buddy.data.windows import Windows
 from buddy.engine.bridges import Bridges
 from buddy.engine.model import RoutedLM
-from buddy.errors import BuddyError, RecipeError, TrainingError, described, nearest
+from buddy.errors import BuddyError, RecipeError, TrainingError, described, did_you_mean
 from buddy.evaluation.evaluate import evaluate
 from buddy.evaluation.figures import draw_run
 from buddy.io import cache_folder, checksum, on_disk, out_of_memory, within_memory, write_bytes
@@ -133,7 +133,7 @@ class Session:
         with status(f"Reading {recipe.data.source} …"):
             data.setup()
         for name, (found, wanted) in data.shortfall.items():
-            errors.print(f"{recipe.data.source} gives {found} of the {wanted} {name} windows that the recipe asks for.")
+            stderr.print(f"{recipe.data.source} gives {found} of the {wanted} {name} windows that the recipe asks for.")
         return cls(backbone, data)
 
     @classmethod
@@ -365,7 +365,7 @@ class Session:
             )
         distributed.broadcast_state(fitted)
         if executed and distributed.is_global_zero() and not fitted.fitted.any():
-            errors.print(f"No bridges: the windows that fit them have fewer than {model.geometry.hidden} tokens.")
+            stderr.print(f"No bridges: the windows that fit them have fewer than {model.geometry.hidden} tokens.")
         model.bridge(fitted)
 
     def _probe(self, recipe: Recipe, model: RoutedLM) -> CalibrationProbe:
@@ -413,7 +413,7 @@ def _check_monitor(recipe: Recipe, spec: ClassSpec, callback: Any) -> None:
     each = [f"val/{name}/{budget}" for budget in recipe.budgets for name in ("kl", "loss", "perplexity")]
     known = ["val/kl", "val/loss", *each]
     if monitor.startswith("val/") and monitor not in known:
-        advice = nearest(monitor, known) or "; choose val/kl."
+        advice = did_you_mean(monitor, known) or "; choose val/kl."
         raise RecipeError(f"{spec.class_path} monitors {monitor}, which no validation measures{advice}")
 
 
@@ -467,7 +467,7 @@ def _run_trainer(
         named = recipe.ckpt_path and Path(recipe.ckpt_path).resolve() == checkpoint.resolve()
         if start == checkpoint and not named and has_ended(content):
             trained = replace(recipe, trainer={**recipe.trainer, "max_steps": content["global_step"]})  # no more
-        errors.print(f"Resuming from {start}")
+        stderr.print(f"Resuming from {start}")
     stop = LastCheckpoint(checkpoint, recipe.checkpoint_every)
     own = [instantiate(each, Callback) for each in recipe.callbacks]
     # What a callback monitors is logged by one of the two trainings, or by both, as val/kl is.
@@ -490,7 +490,7 @@ def _run_trainer(
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except TrainingError as error:
             if stop.requested:  # a comparison must not go on with its next run
-                errors.print(str(error))
+                stderr.print(str(error))
                 raise KeyboardInterrupt from error
             raise
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -499,5 +499,5 @@ def _run_trainer(
                 raise unusable(start, described(error)) from error
             raise
     if stop.requested:
-        errors.print(f"Saved a checkpoint of step {trainer.global_step} of {steps}.")
+        stderr.print(f"Saved a checkpoint of step {trainer.global_step} of {steps}.")
         raise KeyboardInterrupt

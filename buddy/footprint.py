@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import DTYPES, Backbone, check_routable, locate, read_config
-from buddy.console import counted, print_titled_table, report_json, results
+from buddy.console import counted, print_titled_table, report_json, stdout
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BackboneError, DataError, RegistryError, reason
 from buddy.io import check_output_path
@@ -89,7 +89,7 @@ def print_memory(
     report_json(json_file, found)
     training, serving = found["training"], found["serving"]
     millions = f"{found['parameters'] / 1e6:,.1f} million parameters"
-    results.print(f"{backbone}: {model.num_layers} layers, {millions}, {dtype}")
+    stdout.print(f"{backbone}: {model.num_layers} layers, {millions}, {dtype}")
     batch = f"{counted(devices, 'device')}, {strategy}, {counted(batch_size, 'window')} of {window} tokens per step"
     sizes = [(label, _gib(size)) for label, size in zip(LABELS, training.values(), strict=True)]
     print_titled_table(f"Training a router, each device ({batch})", ("", "GiB"), sizes)

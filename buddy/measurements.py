@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from buddy.console import errors
+from buddy.console import stderr
 
 WRITE_EVERY = 2.0  # seconds: the most that a kill loses
 
@@ -83,7 +83,7 @@ class Measurements:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        errors.print(
+        stderr.print(
             f"Measured values cannot be stored in {self.path.parent} ({error}), so they would be measured again; set "
             "BUDDY_CACHE (or BUDDY_CALIBRATION_CACHE, BUDDY_LATENCY_CACHE) to a folder that can be written."
         )

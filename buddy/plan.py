@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from buddy.errors import BudgetError
 
 CHUNK = 512  # tokens whose competition is sorted at once: 50 MB for 64 tokens of 30 layers
-# Each layer run beyond the budget lowers the number of winners among W tokens by this many: after about W / 4 tokens it
-# is made up for.
-REPAID = 4
+# Each layer run beyond the budget lowers the number of scores selected among W tokens by this many, so that after about
+# W / 4 tokens the mean is back at the budget.
+FEEDBACK_GAIN = 4
 
 
 def top_k(scores: Tensor, k: Tensor) -> Tensor:
@@ -42,9 +42,10 @@ def counts_over(
     """How many layers each token runs where W tokens run k layers in the mean, and each as many as its scores win.
 
     The scores of a token compete with those of the W − 1 tokens before it. If n of these W tokens are there, the token
-    runs those of its layers whose scores are among the best k · n, less `REPAID` for each layer that all tokens so far
-    ran beyond k a token: so the mean stays near k whatever the scores do. Nothing depends on later tokens. Ties go to
-    the lower layer, then to the earlier token, so that each token runs exactly k layers where all have the same scores.
+    runs those of its layers whose scores are among the best k · n, less `FEEDBACK_GAIN` for each layer that all tokens
+    so far ran beyond k a token: so the mean stays near k whatever the scores do. Nothing depends on later tokens. Ties
+    go to the lower layer, then to the earlier token, so that each token runs exactly k layers where all have the same
+    scores.
 
     Args:
         scores: (B, T, R); −inf in all layers of a token that does not take part, such as padding.
@@ -69,7 +70,7 @@ def counts_over(
         ranked = F.pad(windows.flatten(2).sort(-1, descending=True).values, (1, 0), value=math.inf)
         for at in range(length):
             asked, own, window = k[:, start + at], scores[:, start + at], windows[:, at]
-            places = asked * present[:, at] - present[:, at].clamp(max=REPAID) * excess
+            places = asked * present[:, at] - present[:, at].clamp(max=FEEDBACK_GAIN) * excess
             wins = places.clamp(min=0).minimum(present[:, at] * scores.shape[2])
             last = ranked[:, at].gather(1, wins[:, None])
             # Scores equal to the last one that wins: as many as there is room for, in the order of layers.

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "lightning", "datasets", "numpy")  # that r
 CODE = "router's code"  # the digest whose change only warns
 UNKNOWN = "unknown"  # that digest without source code
 # Digests that older runs lack, with what it means if they differ; they are compared where both sides have them.
-LATER_DIGESTS = {
+OPTIONAL_DIGESTS = {
     "details": "another configuration of the model, or other weights",
     "tokens": "another text to train on",
     "checkpoint": "another content of ckpt_path",
@@ -93,7 +93,7 @@ def _settings_digest(recipe: Recipe, digests: Mapping[str, str]) -> str:
     for key in ("train_sources", "calibration_sources"):
         settings[f"data.{key}"] = [PurePath(each).name for each in getattr(data, key)]
     overrides = sorted(each.label for each in recipe.rivals if each.overrides)
-    inputs = {name: value for name, value in digests.items() if name not in (CODE, *LATER_DIGESTS)}
+    inputs = {name: value for name, value in digests.items() if name not in (CODE, *OPTIONAL_DIGESTS)}
     content = json.dumps([settings, overrides, inputs], sort_keys=True)
     return "s" + hashlib.sha256(content.encode()).hexdigest()[:15]
 
@@ -115,14 +115,14 @@ def differences(
     keys = [key for key in dict.fromkeys([*there, *here]) if not key.startswith(free)]
     names = {*stored_digests, *digests} if stored_digests and digests else set()
     names -= {CODE, *(["training text", "tokens"] if "data.train_sources".startswith(free) else [])}
-    names -= {name for name in LATER_DIGESTS if name not in stored_digests or name not in digests}
+    names -= {name for name in OPTIONAL_DIGESTS if name not in stored_digests or name not in digests}
     return [
         f"{key}: {shown(there[key]) if key in there else 'not set'} there, "
         f"{shown(here[key]) if key in here else 'not set'} here"
         for key in keys
         if there.get(key) != here.get(key)
     ] + [
-        LATER_DIGESTS.get(name, f"another {name}")
+        OPTIONAL_DIGESTS.get(name, f"another {name}")
         for name in sorted(names)
         if stored_digests.get(name) != digests.get(name)
     ]

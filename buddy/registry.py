@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from buddy.errors import BuddyError, RegistryError, described, nearest, raised
+from buddy.errors import BuddyError, RegistryError, described, did_you_mean, raised
 from buddy.values import type_words
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def find(name: str, group: str = ROUTERS) -> EntryPoint:
     matches = [entry for entry in entries if entry.name == name]
     if not matches and ":" not in name:
         names = sorted({entry.name for entry in entries})
-        hint = nearest(name, names) or "."
+        hint = did_you_mean(name, names) or "."
         known = f"Installed: {', '.join(names) or 'none'}; one of your own is module:Class."
         raise RegistryError(f"No {noun} is named {name!r}{hint} {known}")
     if not matches and not re.fullmatch(r"[\w.]+:[\w.]+", name):
@@ -160,7 +160,7 @@ def _option_mistakes(cls: type, options: Mapping[str, Any]) -> list[str]:
     mistakes = []
     for key, value in options.items():
         if key not in named and not anything:
-            mistakes.append(f"router.options.{key} is unknown{nearest(key, named) or f'; {accepted}.'}")
+            mistakes.append(f"router.options.{key} is unknown{did_you_mean(key, named) or f'; {accepted}.'}")
         elif not _fits(value, hints.get(key)):
             mistakes.append(f"router.options.{key} must be {type_words(hints[key])}, not {value!r}.")
     needed = [key for key, p in named.items() if p.default is p.empty and key not in options]

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddy.config import load_recipe, to_yaml
-from buddy.console import errors
-from buddy.errors import BuddyError, DamagedError, RunError, described, nearest
+from buddy.console import stderr
+from buddy.errors import BuddyError, DamagedError, RunError, described, did_you_mean
 from buddy.io import locked, read_json, remove_parts, write_json, write_text, writing
 from buddy.provenance import CODE, UNKNOWN, differences
 from buddy.run_files import (
@@ -291,7 +291,7 @@ def code_changed(folder: Path, digest: str) -> bool:
 def warn_of_changed_code(folder: Path, digests: Mapping[str, str]) -> None:
     """Print a warning if the router's code changed since the run in the folder began."""
     if code_changed(folder, digests.get(CODE, UNKNOWN)):
-        errors.print(f"Warning: the code of the router changed since {folder} began; delete that folder to fit again.")
+        stderr.print(f"Warning: the code of the router changed since {folder} began; delete that folder to fit again.")
 
 
 def label_folder(label: str) -> str:
@@ -381,7 +381,7 @@ def _is_run(folder: Path) -> bool:
 def _resolve(folder: Path) -> Path:
     """The folder of a complete run, given that folder or the one above it."""
     if not os.path.isdir(folder):  # os.path answers for names that are too long
-        hint = nearest(folder.name, _runs_in(folder.parent))
+        hint = did_you_mean(folder.name, _runs_in(folder.parent))
         raise RunError(f"There is no run folder {folder}{hint or '; make it with `buddy fit --recipe NAME`.'}")
     if not _is_run(folder):
         seeds = [*folder.glob(f"seed-*/{METRICS}")] or [*folder.glob(f"seed-*/{RECIPE}")]

@@ -5,7 +5,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from textwrap import shorten
 from typing import Any, get_args, get_origin, get_type_hints
 
-from buddy.errors import RegistryError, nearest
+from buddy.errors import RegistryError, did_you_mean
 from buddy.registry import ESTIMATORS, find
 from buddy.values import TYPES, problem
 
@@ -320,6 +320,6 @@ def unknown_key(name: str, key: Any, accepted: Sequence[str]) -> str:
     paths = [path for path, *_ in leaves(COMPLETE)]
     if elsewhere := " or ".join(repr(path) for path in paths if path.endswith(f".{key}")):
         return f"The key '{name}' is unknown; did you mean {elsewhere}?"
-    hint = nearest(str(key), accepted) or nearest(name, paths)
+    hint = did_you_mean(str(key), accepted) or did_you_mean(name, paths)
     name = shorten(name, 60, placeholder="…")
     return f"The key '{name}' is unknown{hint or '; accepted here are ' + ', '.join(accepted) + '.'}"

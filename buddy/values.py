@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from buddy.errors import nearest
+from buddy.errors import did_you_mean
 
 TYPES: dict[Any, str] = {
     int: "a whole number",
@@ -63,7 +63,7 @@ def _out_of_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> str | Non
         return None
     choices, pattern = bounds.get("choices"), bounds.get("pattern")
     if choices and value not in choices:
-        return f"{key} cannot be {value!r} (accepted: {', '.join(choices)}){nearest(value, choices) or '.'}"
+        return f"{key} cannot be {value!r} (accepted: {', '.join(choices)}){did_you_mean(value, choices) or '.'}"
     if isinstance(value, str) and not value.strip():
         return f"{key} is empty; give it a value or leave it out."
     if pattern and not re.fullmatch(pattern, value):

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from buddy.build import build_backbone, build_data, build_model
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
-from buddy.console import errors, print_titled_table, results, track
+from buddy.console import print_titled_table, stderr, stdout, track
 from buddy.engine.shared_weights import pruned_model
 from buddy.losses import cross_entropy
 
@@ -98,13 +98,13 @@ def show(rounds: list[Round], clocks: tuple[Clock, Clock], size: str) -> None:
     ]
     rows.append(("ratio", *(f"{naive / shared:.2f}" for naive, shared in zip(*totals, strict=True))))
     print_titled_table(title, ["seconds", "wall", "processor"], rows)
-    results.print(
+    stdout.print(
         "ratio by round (wall):", *(f"{a / b:.2f}" for a, b in zip(clocks[0].wall, clocks[1].wall, strict=True))
     )
-    results.print("removed, naive: ", *(each.naive for each in rounds))
-    results.print("removed, shared:", *(each.shared for each in rounds))
-    results.print(f"losses of one window apart by at most {max(each.apart for each in rounds):.1e} nats")
-    errors.print("Expected: a ratio of at least 1.5, and the same removals.")
+    stdout.print("removed, naive: ", *(each.naive for each in rounds))
+    stdout.print("removed, shared:", *(each.shared for each in rounds))
+    stdout.print(f"losses of one window apart by at most {max(each.apart for each in rounds):.1e} nats")
+    stderr.print("Expected: a ratio of at least 1.5, and the same removals.")
 
 
 def main(

@@ -16,7 +16,7 @@ import typer
 from torch import Tensor
 
 from buddy.build import load_model
-from buddy.console import print_titled_table, results, status, tracker
+from buddy.console import print_titled_table, status, stdout, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError
 from buddy.evaluation.evaluate import windows_for
@@ -116,7 +116,7 @@ def hindsight(
     _show(rows, title, rounds // 2 * tries, rounds * tries)
     if json_file:
         write_json(json_file, {"results": rows, "plans": rounds * tries})
-        results.print(f"JSON: {json_file}")
+        stdout.print(f"JSON: {json_file}")
 
 
 def _row(count: int, kl: Tensor) -> dict[str, float]:

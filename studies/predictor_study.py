@@ -16,7 +16,7 @@ import torch
 import typer
 
 from buddy.build import load_model
-from buddy.console import print_titled_table, results, status, tracker
+from buddy.console import print_titled_table, status, stdout, tracker
 from buddy.data.text import named_sources
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, DataError
@@ -69,7 +69,7 @@ def study(run_folder: Path, domains: str, *, windows: int, out: Path, budgets: S
     title = f"what regress chose, at {measured.arms[shown].mean():.1f} layers on average"
     draw(report, measured.arms, measured.domains, shown, title, out / FIGURE)
     write_json(out / NUMBERS, report)
-    results.print(f"Figure: {out / FIGURE}\nJSON: {out / NUMBERS}")
+    stdout.print(f"Figure: {out / FIGURE}\nJSON: {out / NUMBERS}")
 
 
 def _own(routed: RoutedLM, texts: Sequence[TextWindows], measured: Measured, prompt: int) -> np.ndarray:
@@ -118,8 +118,8 @@ def _show(report: dict[str, Any], router: str) -> None:
         text = (
             "no mixture reaches its loss" if found is None else f"{_cell(found)} at {found['loss']:.3f} nats per token"
         )
-        results.print(f"{name}: {text}")
-    results.print(f"{report['windows']} windows. regress, priced and grpo were fitted on other documents.")
+        stdout.print(f"{name}: {text}")
+    stdout.print(f"{report['windows']} windows. regress, priced and grpo were fitted on other documents.")
 
 
 def _cell(found: dict[str, Any] | None) -> str:

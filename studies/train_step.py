@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from buddy.build import build_backbone, build_data, build_model, build_module
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
-from buddy.console import errors, print_titled_table, quiet, results, track
+from buddy.console import print_titled_table, quiet, stderr, stdout, track
 from buddy.engine.model import RoutedLM
 from buddy.losses import draw_budgets
 from buddy.plan import Plan
@@ -217,8 +217,8 @@ def main(
         for name, seconds in (("buddy", ours), ("bare loop", bare))
     ]
     print_titled_table(title, ["", "median", "least", "most"], rows)
-    results.print(f"ratio of medians: {statistics.median(ours) / statistics.median(bare):.3f}")
-    errors.print("Expected: at most 1.25.")
+    stdout.print(f"ratio of medians: {statistics.median(ours) / statistics.median(bare):.3f}")
+    stderr.print("Expected: at most 1.25.")
 
 
 if __name__ == "__main__":

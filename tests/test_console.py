@@ -36,7 +36,7 @@ def test_a_long_loop_shows_steps_time_left_and_a_note(capsys, monkeypatch):
 
 def test_on_a_terminal_it_is_one_line(monkeypatch):
     terminal = io.StringIO()
-    monkeypatch.setattr(console, "errors", Console(file=terminal, force_terminal=True, width=80, color_system=None))
+    monkeypatch.setattr(console, "stderr", Console(file=terminal, force_terminal=True, width=80, color_system=None))
     with Bar("Training buddy", total=200) as bar:
         bar.update(50, "objective 1.234")
     last = terminal.getvalue().replace("\x1b[2K", "").split("\r")[-1].splitlines()

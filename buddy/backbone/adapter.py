@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buddy.backbone.load import Backbone
-from buddy.errors import DamagedError, RunError, TrainingError, nearest, reason
+from buddy.errors import DamagedError, RunError, TrainingError, did_you_mean, reason
 from buddy.io import load_tensors, read_json, save_tensors, write_json, writing
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check_targets(targets: Sequence[str], backbone: Backbone) -> list[str]:
     known = list(dict.fromkeys(linear))
     for name in targets:
         if name not in (ALL, *known):
-            hint = nearest(name, known) or "; choose from these, or all-linear."
+            hint = did_you_mean(name, known) or "; choose from these, or all-linear."
             raise TrainingError(
                 f"adapter.targets holds {name!r}, but the linear modules in a layer of {backbone.name} are "
                 f"{', '.join(known)}{hint}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from buddy import distributed
 from buddy.backbone import embedded
-from buddy.errors import BackboneError, nearest, reason
+from buddy.errors import BackboneError, did_you_mean, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,7 +154,7 @@ def load_backbone(
     """
     dtype = fastest_dtype() if dtype == "auto" else dtype
     if dtype not in DTYPES:
-        hint = nearest(dtype, DTYPES) or f"; choose one of auto, {', '.join(DTYPES)}."
+        hint = did_you_mean(dtype, DTYPES) or f"; choose one of auto, {', '.join(DTYPES)}."
         raise BackboneError(f"The backbone's dtype is {dtype!r}, which is not known{hint}")
     name = os.fspath(name)
     source = locate(name, revision, accept_license=accept_license)
@@ -262,7 +262,9 @@ def locate(name: str, revision: str | None = None, *, accept_license: bool = Fal
         if name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
             raise BackboneError(f"There is no folder {name!r}; check the path, or give {CHOICES}.")
         if "/" not in name:  # all supported models on the hub have an owner
-            raise BackboneError(f"No model is named {name!r}{nearest(name, embedded.NAMES) or f'; give {CHOICES}.'}")
+            raise BackboneError(
+                f"No model is named {name!r}{did_you_mean(name, embedded.NAMES) or f'; give {CHOICES}.'}"
+            )
         return name
     if revision is not None:
         raise BackboneError(f"{name!r} is not on the hub and has no revisions; leave out revision {revision!r}.")

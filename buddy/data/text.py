@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy.errors import DataError, nearest, reason
+from buddy.errors import DataError, did_you_mean, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,7 +70,7 @@ def load_texts(source: str | os.PathLike[str], text_field: str = "text") -> Data
         return _text_column(rows, text_field, source)
     raise DataError(
         f"There is no file or folder {source}: give a path that exists, an embedded text ({', '.join(EMBEDDED)}) "
-        f"or a hub name in the form owner/name{nearest(source, EMBEDDED) or '.'}"
+        f"or a hub name in the form owner/name{did_you_mean(source, EMBEDDED) or '.'}"
     )
 
 
@@ -240,8 +240,8 @@ def _text_column(dataset: Dataset, field: str, source: str, names: re.Pattern[st
         (field,) = texts  # there is no choice
     if field not in dataset.column_names:
         raise DataError(
-            f"{source} has no field {field!r} but {', '.join(dataset.column_names)}: set data.text_field to the one "
-            f"that holds the text, or rename that for commands on a run{nearest(field, dataset.column_names) or '.'}"
+            f"{source} has no field {field!r} but {', '.join(dataset.column_names)}: set data.text_field to the field "
+            f"that holds the text, or rename it for commands on a run{did_you_mean(field, dataset.column_names) or '.'}"
         )
     feature = dataset.features[field]
     kind = getattr(feature, "dtype", None) or type(feature).__name__

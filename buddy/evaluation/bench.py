@@ -15,7 +15,7 @@ from torch import Tensor
 
 from buddy.backbone.load import Backbone, title_of
 from buddy.build import build_model, build_windows, counts_of, load_model, restore
-from buddy.console import NONE, errors, print_titled_table, report_json, results, status, tracker
+from buddy.console import NONE, print_titled_table, report_json, status, stderr, stdout, tracker
 from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Settings
 from buddy.engine.model import RoutedLM
@@ -79,11 +79,11 @@ def bench_run(
     try:
         draw(report, run.folder / FIGURE)
     except RunError as error:  # timing works in a read-only run folder
-        errors.print(f"No figure: {error}")
+        stderr.print(f"No figure: {error}")
         drawn = None
     _show(report, run)
     if drawn:
-        results.print(f"Figure: {drawn}")
+        stdout.print(f"Figure: {drawn}")
 
 
 def load_for_timing(
@@ -196,7 +196,7 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
         rows.append([str(entry["budget"]), str(entry["layers"]), *cells, f"{flops:.1f}", f"{cache:.2f}"])
     about = f"{run.router_name}, backbone {title_of(run.backbone)}"
     print_titled_table(f"{about}: milliseconds (× dense, × pruned to as many layers)", head, rows)
-    results.print(
+    stdout.print(
         f"Decode: mean over {STEPS} tokens after {PROMPT}, rerouted as in the run. One plan: prefill of {LONG} with "
         f"one plan for the prompt. GFLOP and cache: prefill of {LONG}, head included. Medians over "
         f"{report['rounds']} rounds, threads: {report['threads']}.",
@@ -205,13 +205,13 @@ def _show(report: Mapping[str, Any], run: Run) -> None:
     if "executed" in report:
         means = {k: " / ".join(f"{mean:.1f}" for mean in each.values()) for k, each in report["executed"].items()}
         ran = ", ".join(f"{each} at {k}" for k, each in means.items())
-        results.print(
+        stdout.print(
             f"Budgets hold in the mean over tokens. On average the timed ones ran so many layers (decode / after "
             f"{report['late_context']} / batch {BATCH}): {ran}."
         )
     taken = ", ".join(f"{spent:.3g} at {count}" for count, spent in report["latency_ms"].items())
-    results.print(f"Milliseconds a token after {PROMPT} by layers, stored for budgets such as 15ms: {taken}.")
-    results.print(f"Peak memory of the process: {report['peak_memory_mib']:.0f} MiB.")
+    stdout.print(f"Milliseconds a token after {PROMPT} by layers, stored for budgets such as 15ms: {taken}.")
+    stdout.print(f"Peak memory of the process: {report['peak_memory_mib']:.0f} MiB.")
 
 
 def _cell(entry: Mapping[str, Any], key: str) -> str:

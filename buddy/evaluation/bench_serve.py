@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from buddy.backbone.load import MIN_LAYERS, title_of
-from buddy.console import counted, print_titled_table, report_json, results, tracker
+from buddy.console import counted, print_titled_table, report_json, stdout, tracker
 from buddy.engine.decode import Decoder, Row
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.engine.shared_weights import pruned_model
@@ -102,7 +102,7 @@ def bench_serving(
     print_titled_table(f"{about}: tokens per second (ms between tokens)", head, rows)
     spans = f"{SHORTEST} to {PROMPT}"
     mean = " A plan per row runs K layers in the mean over tokens, a plan per batch in each." if over > 1 else ""
-    results.print(
+    stdout.print(
         f"Medians over {rounds} rounds of {STEPS} tokens after {spans}, threads: {threads}; no HTTP.{mean}",
         soft_wrap=False,
     )

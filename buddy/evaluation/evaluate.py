@@ -14,7 +14,7 @@ from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, format_budget, fraction_of, latency_of
 from buddy.build import build_unseen, check_mean, held_out, load_model
-from buddy.console import counted, print_titled_table, quality_cells, quiet, report_json, results, status
+from buddy.console import counted, print_titled_table, quality_cells, quiet, report_json, status, stdout
 from buddy.data.module import WindowBatches
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
@@ -53,7 +53,7 @@ def evaluate_run(
     Raises:
         BuddyError: the run, a budget or the text cannot be used.
     """
-    console.errors.quiet = console.results.quiet = not distributed.is_global_zero()
+    console.stderr.quiet = console.stdout.quiet = not distributed.is_global_zero()
     run = read_run(folder)
     trainer = {**run.recipe.trainer, "devices": devices, "num_nodes": 1}  # not those that the run was made on
     run = replace(run, recipe=replace(run.recipe, trainer=trainer))
@@ -183,7 +183,7 @@ def show_scores(scores: Sequence[Scores], title: str, names: Mapping[float | str
     print_titled_table(title, head, rows, f"{note}.")
     for each in scores:
         if each.chosen is not None:
-            results.print(_chosen(each, scores))
+            stdout.print(_chosen(each, scores))
 
 
 def _chosen(auto: Scores, scores: Sequence[Scores]) -> str:

@@ -25,7 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from buddy.build import load_model
 from buddy.engine.decode import end_tokens
 from buddy.engine.model import RoutedLM
-from buddy.errors import DataError, RunError, described, nearest
+from buddy.errors import DataError, RunError, described, did_you_mean
 from buddy.run import read_run
 
 # What HFLM takes and what makes sense for a model that is loaded already.
@@ -262,7 +262,7 @@ def _check(run: Any, budget: Any, options: dict[str, Any]) -> None:
     for name in options:
         if name not in OPTIONS:
             known = sorted({"run", "budget", "batch_tokens", *OPTIONS})
-            hint = nearest(name, known) or f"; choose from {', '.join(known)}."
+            hint = did_you_mean(name, known) or f"; choose from {', '.join(known)}."
             raise RunError(f"The model 'buddy' has no argument {name!r}{hint}")
 
 

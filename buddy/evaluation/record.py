@@ -136,7 +136,7 @@ def write_results(record: Mapping[str, Any], folder: Path, markdown: Path | None
         "TensorBoard": f"tensorboard --logdir {shlex.quote(str(folder))}",
     }
     for name, where in lines.items():
-        console.results.print(f"{name + ':':12} {where}")
+        console.stdout.print(f"{name + ':':12} {where}")
 
 
 def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:

@@ -23,7 +23,7 @@ FEWEST = 5  # documents or items that a mark of significance needs
 PairedTest = Callable[[Any, Any], tuple[float, tuple[float, float]]]  # a difference and its interval
 COLUMNS = ["router", "seed", "text", "budget", "document", "metric", "value"]
 # Columns of comparison.csv.
-CSV = (
+CSV_COLUMNS = (
     *("router", "kind", "seed", "domain", "budget", "layers", "perplexity", "interval_low", "interval_high", "kl"),
     *("executed_min", "executed_mean", "executed_max", "executed_scored"),
     *("documents", "tokens", "fit_seconds", "parameters"),
@@ -146,7 +146,7 @@ class Results:
         wide["decode_tokens_per_second"] = 1e3 / wide.decode_ms
         wide["prefill_tokens_per_second"] = 1e3 * speed["tokens"] / wide.prefill_ms
         wide = wide.rename(columns={"text": "domain", "seconds": "fit_seconds"})
-        return wide.reindex(columns=[*CSV]).astype(dict.fromkeys(WHOLE, int)).to_csv(index=False)
+        return wide.reindex(columns=[*CSV_COLUMNS]).astype(dict.fromkeys(WHOLE, int)).to_csv(index=False)
 
     def _scores_at(self, text: str, budget: float) -> Iterator[dict[str, Any]]:
         """Loss, its interval and the difference to the best static router, for each router on a text at a budget."""

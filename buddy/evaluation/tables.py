@@ -38,7 +38,7 @@ class Table:
 
 def show(results: Results) -> None:
     """Print all tables."""
-    console.results.print(f"Backbone: {results.backbone}, {results.layers} layers")
+    console.stdout.print(f"Backbone: {results.backbone}, {results.layers} layers")
     for table in all_tables(results):
         console.print_titled_table(table.title, table.head, table.rows, table.note)
 

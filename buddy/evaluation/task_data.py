@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddy.data.text import quiet
-from buddy.errors import BuddyError, DataError, nearest, reason
+from buddy.errors import BuddyError, DataError, did_you_mean, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,7 +99,7 @@ def _defined(names: Sequence[str], folder: Path | None) -> dict[str, Task]:
         manager = own_manager() if folder is None else _manager_with(folder, names)
         for name in names:
             if name not in manager.task_index:
-                hint = nearest(name, manager.task_index) or "; `lm_eval ls tasks` lists all."
+                hint = did_you_mean(name, manager.task_index) or "; `lm_eval ls tasks` lists all."
                 raise DataError(f"lm-eval has no task named {name!r}{hint}")
         return manager.load(names)["tasks"]
     except DataError:
@@ -134,7 +134,7 @@ def local_tasks(names: Sequence[str], folder: Path) -> dict[str, Task]:
     """
     for name in names:
         if name not in FORMS:
-            hint = nearest(name, FORMS) or f"; choose from {', '.join(FORMS)}."
+            hint = did_you_mean(name, FORMS) or f"; choose from {', '.join(FORMS)}."
             raise DataError(f"No task over local files is named {name!r}{hint}")
         if not os.path.isfile(folder / f"{name}.jsonl"):
             raise DataError(f"There is no file {folder / name}.jsonl; check --task-data.")

@@ -15,7 +15,7 @@ from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import FAMILIES, Backbone
 from buddy.budget import fraction_of
 from buddy.build import build_unseen, held_out, load_model
-from buddy.console import results, status, tracker
+from buddy.console import status, stdout, tracker
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
 from buddy.engine.model import RoutedLM
@@ -108,8 +108,8 @@ def export_run(folder: Path, *, budget: str, out: Path, data: str | None = None,
         write_json(made / RECORD, record)
         card = export_card(run, record, out.name, scores, mixed=is_mixed(routed.backbone.model.config, kept))
         write_text(made / CARD, card)
-    results.print(card.partition("\n---\n")[2].strip())  # without the metadata
-    results.print(f'\nCheckpoint: {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")')
+    stdout.print(card.partition("\n---\n")[2].strip())  # without the metadata
+    stdout.print(f'\nCheckpoint: {out}; load it with AutoModelForCausalLM.from_pretrained("{out}")')
 
 
 def write_checkpoint(folder: Path, backbone: Backbone, kept: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from buddy.budget import Budget, auto_cap, latency_of
 from buddy.build import load_model
-from buddy.console import counted, errors, status
+from buddy.console import counted, status, stderr
 from buddy.engine.decode import Decoder, Row, Sampler, TextPieces, end_tokens
 from buddy.engine.model import RoutedLM
 from buddy.engine.record import Record
@@ -90,7 +90,7 @@ def generate(
     for piece in model.stream(prompt, budget, prompt_budget=prompt_budget, **options):
         print(piece, end="", flush=True)
     print()
-    errors.print(model.ran)
+    stderr.print(model.ran)
 
 
 class Model:

@@ -19,7 +19,7 @@ from buddy.backbone import embedded
 from buddy.backbone.adapter import FILES as ADAPTER_FILES
 from buddy.backbone.load import is_local, locate, read_config
 from buddy.config import flatten, to_yaml
-from buddy.console import results, status
+from buddy.console import status, stdout
 from buddy.errors import BackboneError, DamagedError, RunError, reason
 from buddy.hub.card import run_card
 from buddy.io import load_tensors, new_folder, read_json, write_json, write_text, writing
@@ -75,11 +75,11 @@ def push(folder: Path, *, to: str, private: bool = False, licence: str | None = 
         with tempfile.TemporaryDirectory(prefix="buddy-push-") as made, status(f"Uploading to {name} …"):
             files = _write_shared(Path(made), run, name, licence)
             where = _upload(Path(made), name, private=private)
-    results.print(f"Pushed {run.router_name} for {run.backbone} to {where}: {', '.join(files)}")
+    stdout.print(f"Pushed {run.router_name} for {run.backbone} to {where}: {', '.join(files)}")
     if local := _local_paths(run):
-        results.print(f"Warning: the shared recipe contains local paths: {local}")
+        stdout.print(f"Warning: the shared recipe contains local paths: {local}")
     source = name or to
-    results.print(f"Use:  buddy pull {quote(source)} --out DIR, or in Python buddy.load({source!r})")
+    stdout.print(f"Use:  buddy pull {quote(source)} --out DIR, or in Python buddy.load({source!r})")
 
 
 def pull(
@@ -128,9 +128,9 @@ def pull(
                 )
         if backbone is not None:
             _rename_backbone(made, run, backbone)
-    results.print(f"Pulled {run.router_name} for {backbone or run.backbone} into {out}")
+    stdout.print(f"Pulled {run.router_name} for {backbone or run.backbone} into {out}")
     path = quote(str(out))
-    results.print(f'Use: buddy generate --run {path} --budget 0.75 "…", or buddy evaluate --run {path}')
+    stdout.print(f'Use: buddy generate --run {path} --budget 0.75 "…", or buddy evaluate --run {path}')
 
 
 # Names: a folder or a repository on the hub

@@ -13,7 +13,7 @@ from rich.text import Text as Line
 
 from buddy.budget import format_budget
 from buddy.build import load_model
-from buddy.console import NONE, counted, print_titled_table, results, status, tracker
+from buddy.console import NONE, counted, print_titled_table, status, stdout, tracker
 from buddy.data.text import named_sources
 from buddy.errors import DataError, RunError
 from buddy.inspection.figures import draw_all, write_tensorboard
@@ -102,7 +102,7 @@ def inspect_run(
         layers = inspection.geometry.layers
         _print_tokens(inspection, min(executed, key=lambda budget: abs(executed[budget] / layers - PRINTED)))
     for line in written:
-        results.print(line)
+        stdout.print(line)
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
@@ -188,9 +188,9 @@ def _print_tokens(inspection: Inspection, budget: str) -> None:
     """The first text token by token at one budget."""
     count, layers = inspection.executed[budget], inspection.geometry.layers
     legend = f"Layers 0 to {layers - 1} from left to right: █ ran, chosen  ▒ always runs  · skipped"
-    results.print(f"\nBudget {budget}: {count} of {layers} layers{inspection.mean}. {legend}")
+    stdout.print(f"\nBudget {budget}: {count} of {layers} layers{inspection.mean}. {legend}")
     for line in token_lines(inspection, count):
-        results.print(line)
+        stdout.print(line)
 
 
 def _write(inspection: Inspection, target: Path, board: Path, numbers: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from buddy.console import errors, tracker
+from buddy.console import stderr, tracker
 from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DamagedError, RunError
@@ -133,7 +133,7 @@ def _regress(predictor: CurvePredictor, targets: Targets) -> tuple[dict[str, Any
     rows = zip(predictor.arms, increase.mean(0).tolist(), spread.tolist(), error.tolist(), strict=True)
     curve = [{"layers": k, "increase": mean, "spread": wide, "error": off} for k, mean, wide, off in rows]
     shown = [f"{r['error']:.3f} at {r['layers']} ({r['spread']:.3f})" for r in curve if r["spread"] > 0]
-    errors.print(
+    stderr.print(
         f"Error of the predicted increase of the loss by layers (error of the mean in brackets), nats per token: "
         f"{', '.join(shown)}."
     )
@@ -146,7 +146,7 @@ def _train(recipe: Recipe, policy: BudgetPolicy, targets: Targets, layers: int) 
     losses, track = targets.at(policy.arms), tracker("Training the budget predictor")
     progress = train_policy(policy, targets.features, losses, layers, recipe.predictor, seed=recipe.seed, track=track)
     most, (entropy, count) = math.log(len(policy.arms)), (progress[name][-1][1] for name in ("entropy", "layers"))
-    errors.print(f"Entropy of the policy {entropy:.3f} of at most {most:.3f}, {count:.1f} layers on average.")
+    stderr.print(f"Entropy of the policy {entropy:.3f} of at most {most:.3f}, {count:.1f} layers on average.")
     curves = {f"predictor/{name}": points for name, points in progress.items()}
     curves["predictor/entropy_at_random"] = [(step, most) for step, _ in progress["entropy"]]
     return {"entropy": entropy, "entropy_at_random": most, "expected_layers": count}, curves

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from buddy.console import errors, status
+from buddy.console import status, stderr
 from buddy.errors import BuddyError, DataError, reason
 from buddy.hub.load import Model, load
 from buddy.run import read_run
@@ -63,7 +63,7 @@ def serve(
         budgets = read_run(folder).recipe.budgets
         app = make_app(load_run, budget, budgets, Limits(**limits), keys, batch_plan, prompt_budget)
         name = f"[{host}]" if ":" in host else host
-        errors.print(f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.")
+        stderr.print(f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.")
         # uvicorn stops taking requests on this signal, waits for those that run, and sends it again when it has ended.
         signal.signal(signal.SIGTERM, lambda *_: None)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN)
@@ -73,7 +73,7 @@ def serve(
                 first = not self.should_exit
                 super().handle_exit(sig, frame)  # before the message: the next signal may come while it is printed
                 if first:
-                    errors.print(f"Finishing the requests that run, for at most {DRAIN} s; Ctrl-C stops at once.")
+                    stderr.print(f"Finishing the requests that run, for at most {DRAIN} s; Ctrl-C stops at once.")
                 else:  # uvicorn logs the traceback of the interrupt and of each request
                     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
 

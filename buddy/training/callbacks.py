@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from buddy.console import Bar, errors
+from buddy.console import Bar, stderr
 from buddy.errors import TrainingError
 from buddy.io import write_bytes, writing
 
@@ -94,7 +94,7 @@ class LastCheckpoint(Checkpoint):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        errors.print("Stopping after this step …")
+        stderr.print("Stopping after this step …")
 
     def state_dict(self) -> dict[str, Any]:
         return {"ended": self._ended}

@@ -57,9 +57,9 @@ class TrainingBatch:
 
     def rows_below(self, layers: int) -> tuple[Tensor, int]:
         """Of the whole batch's rows below full depth L, the numbers of those that are here; and how many there are."""
-        free = self.whole.cpu() < layers
-        here = slice(self.rank, None, len(free) // len(self.executed))
-        return (free.cumsum(0) - 1)[here][free[here]], int(free.sum())
+        below = self.whole.cpu() < layers
+        here = slice(self.rank, None, len(below) // len(self.executed))
+        return (below.cumsum(0) - 1)[here][below[here]], int(below.sum())
 
     def weight(self, layers: int) -> float:
         """What to multiply this process's mean over its rows below full depth by.
@@ -163,22 +163,22 @@ class Perturbed:
         runs = routed.plan(scores.detach(), batch.executed, batch.prompt)
         value = torch.zeros(len(batch.input_ids), device=scores.device)
         geometry, plans = routed.geometry, self.plans
-        free = (batch.executed < geometry.layers).nonzero()[:, 0]  # at full depth there is only one plan
-        if not len(free):
+        below = (batch.executed < geometry.layers).nonzero()[:, 0]  # at full depth there is only one plan
+        if not len(below):
             return Estimate(scores.sum() * 0.0, value, runs, context, dense)
         with torch.no_grad():
-            noise = self._noise(scores[free], generator, *batch.rows_below(geometry.layers))
-            ids, executed = batch.input_ids[free].repeat(plans, 1), batch.executed[free].repeat(plans)
-            tried = routed.plan((scores[free] + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
+            noise = self._noise(scores[below], generator, *batch.rows_below(geometry.layers))
+            ids, executed = batch.input_ids[below].repeat(plans, 1), batch.executed[below].repeat(plans)
+            tried = routed.plan((scores[below] + self.sigma * noise).flatten(0, 1), executed, batch.prompt)
             logits = routed(ids, runs=tried, logits_to_keep=batch.scored).logits.unflatten(0, (plans, -1))
             tried = tried.unflatten(0, (plans, -1))[:, :, batch.scored]
-            expected, following = dense[free], targets[free]
+            expected, following = dense[below], targets[below]
             losses = torch.stack([self.objective(expected, each, following) for each in logits])  # (M, B, S)
-            value[free] = losses.mean((0, 2))
+            value[below] = losses.mean((0, 2))
             first = geometry.context_layer
             direction = _direction(losses, tried[..., first : first + geometry.routable], self.sigma)
         # A token that follows an earlier token's decision gives its credit to the scores of that token.
-        credited = routed.held(scores, batch.prompt)[free][:, batch.scored]
+        credited = routed.held(scores, batch.prompt)[below][:, batch.scored]
         loss = (direction * credited).sum(-1).mean() * batch.weight(geometry.layers)
         return Estimate(loss, value, runs, context, dense)
 
@@ -304,23 +304,23 @@ class Weighted:
         shape = batch.input_ids.shape
         runs = torch.ones(*shape, layers, dtype=torch.bool, device=batch.input_ids.device)
         value = torch.zeros(len(batch.input_ids), device=runs.device)
-        free = (batch.executed < layers).nonzero()[:, 0]
-        if not len(free):
+        below = (batch.executed < layers).nonzero()[:, 0]
+        if not len(below):
             nothing = sum(parameter.sum() for parameter in router.parameters() if parameter.requires_grad) * 0.0
             return Estimate(nothing, value, runs, None)
-        ids, executed = batch.input_ids[free], batch.executed[free]
+        ids, executed = batch.input_ids[below], batch.executed[below]
         dense = DenseDistribution(routed.dense(ids, logits_to_keep=batch.scored))
         with torch.random.fork_rng([runs.device] if runs.device.type == "cuda" else []):
             torch.manual_seed(generator.initial_seed() + batch.rank)  # for routers whose gates draw noise
             options = {"executed": executed, "prompt": batch.prompt, "logits_to_keep": batch.scored}
             output = routed(ids, gate_weighted=True, **options)
         objective = self.objective(dense, output.logits, ids[:, batch.scored + 1]).mean(1)
-        value[free] = objective.detach()
+        value[below] = objective.detach()
         is_open = output.weights.detach() > 0.5
         if routed.mean_over > 1:  # the gates alone decide
-            runs[free] = F.pad(is_open, (routed.geometry.context_layer, 1), value=True)
+            runs[below] = F.pad(is_open, (routed.geometry.context_layer, 1), value=True)
         else:
-            runs[free] = routed.plan(gate_order(is_open), executed, batch.prompt)
+            runs[below] = routed.plan(gate_order(is_open), executed, batch.prompt)
         loss = (objective + router.penalty(output.weights, executed)).mean() * batch.weight(layers)
         return Estimate(loss, value, runs, None)
 

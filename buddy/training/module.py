@@ -474,18 +474,18 @@ class RoutingModule(BudgetModule):
 
         Over all processes, which take the same branches: either every row has a budget below full depth, or none has.
         """
-        free = batch.executed < self.model.geometry.layers
-        if free.any():
-            self.log("train/objective", estimate.objective[free].mean(), sync_dist=True)
+        below = batch.executed < self.model.geometry.layers
+        if below.any():
+            self.log("train/objective", estimate.objective[below].mean(), sync_dist=True)
         self._log_means(estimate.objective, batch.executed, batch_idx)
-        if not self._logs_now() or not free.any():
+        if not self._logs_now() or not below.any():
             return
-        runs = estimate.runs[free]
+        runs = estimate.runs[below]
         changed = (runs[:, 1:] != runs[:, :-1]).any(-1).float().mean()
         self.log("train/changed_plans", changed, sync_dist=True)
         if estimate.context is not None:  # the plans of a layerwise router need a forward of their own
             scores = scores_of(self.start, estimate.context)
-            start = self.model.plan(scores, batch.executed, batch.prompt)[free]
+            start = self.model.plan(scores, batch.executed, batch.prompt)[below]
             moved = torch.stack([(runs & ~start).sum(), runs.sum()]).float()
             moved, ran = self.trainer.strategy.reduce(moved, reduce_op="sum")
             self.log("train/moved_layers", moved / ran)
