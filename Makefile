@@ -8,7 +8,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test soak gpu lint bench docs reference
+.PHONY: help fit test soak gpu lint bench docs reference results
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ docs: $(DOCS) ## the site, into build/site; only its installation uses the netwo
 
 reference: $(ENV) ## write what the documents say of keys and commands anew, from the code
 	$(BIN)/python -m pages.reference
+
+results: $(ENV) ## write the pages of results anew, from the comparisons stored in docs/comparison
+	$(BIN)/python -m pages.results
 
 $(DOCS): $(ENV)
 	$(BIN)/pip install -e '.[docs]'

@@ -1,0 +1,42 @@
+"""`make results`: write the pages of results, with their figures, from the comparisons stored in docs/comparison."""
+
+from buddy.evaluation.record import show_files
+from pages.reference import DOCS
+
+# Page → its folder in docs/comparison, and its files there in the order of the rows (comparison-NAME.json).
+PAGES = {
+    "results": (
+        "bridges",
+        "comparison comparison-skipgpt comparison-skipgpt-1-2 comparison-first comparison-first-1-2 "
+        "comparison-flexidepth comparison-flexidepth-1-2 comparison-mindskip comparison-mindskip-1 "
+        "comparison-mindskip-2 comparison-token-table-1 comparison-token-table-2 comparison-dr-llm-1 "
+        "comparison-dr-llm-2 mean/comparison-buddy mean/comparison-mindskip mean/comparison-token-table "
+        "mean/comparison comparison-fixed",
+    ),
+    "results-without-bridges": (
+        "without-bridges",
+        "comparison comparison-evopress comparison-sleb comparison-pudding comparison-token-table comparison-dr-llm "
+        "comparison-skipgpt comparison-first comparison-flexidepth comparison-mindskip comparison-fixed",
+    ),
+    "results-bridges-healed": (
+        "bridges/healed",
+        "comparison-buddy comparison-mean comparison comparison-skipgpt comparison-first comparison-flexidepth "
+        "comparison-mindskip comparison-token-table comparison-2",
+    ),
+    "results-healed": ("healed", "comparison-buddy comparison comparison-2 comparison-3 comparison-4"),
+    "results-tasks": ("tasks", "comparison-buddy comparison comparison-2"),
+    "results-gemma": (
+        "gemma3-270m",
+        "comparison-buddy comparison-prior comparison-sleb comparison-evopress comparison-pudding comparison",
+    ),
+}
+
+
+def main() -> None:
+    """Write every page, and print its tables."""
+    for page, (folder, names) in PAGES.items():
+        show_files([DOCS / "comparison" / folder / f"{name}.json" for name in names.split()], DOCS / f"{page}.md")
+
+
+if __name__ == "__main__":
+    main()
