@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -115,7 +115,7 @@ class Session:
                 build_trainer(each, logger=False)
             check_sharding(each)
         for spec in recipe.callbacks:
-            _check_monitor(recipe, spec, instantiate(spec, Callback))
+            _check_callback(recipe, spec, instantiate(spec, Callback))
         if recipe.logger:
             instantiate(recipe.logger, Logger)
         if recipe.ckpt_path:
@@ -132,6 +132,7 @@ class Session:
         data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
         with status(f"Reading {recipe.data.source} …"):
             data.setup()
+        _check_limits(recipe, data)
         for name, (found, wanted) in data.shortfall.items():
             stderr.print(f"{recipe.data.source} gives {found} of the {wanted} {name} windows that the recipe asks for.")
         return cls(backbone, data)
@@ -407,8 +408,20 @@ def _check_start(recipe: Recipe, path: str) -> None:
         )
 
 
-def _check_monitor(recipe: Recipe, spec: ClassSpec, callback: Any) -> None:
-    """Raises RecipeError where a callback monitors a result of validation that there is not."""
+def _check_limits(recipe: Recipe, data: TextData) -> None:
+    """Raises RecipeError where a share of the batches is less than one, which Lightning refuses after calibration."""
+    train = recipe.trainer["max_steps"] * recipe.trainer.get("accumulate_grad_batches", 1)
+    for limit, batches in (("limit_train_batches", train), ("limit_val_batches", len(data.val_dataloader()))):
+        for name in (limit, "overfit_batches"):
+            share = recipe.trainer.get(name)
+            if isinstance(share, float) and 0 < share * batches < 1:
+                raise RecipeError(f"trainer.{name}={share} takes less than one of {batches} batches; raise it.")
+
+
+def _check_callback(recipe: Recipe, spec: ClassSpec, callback: Any) -> None:
+    """Raises RecipeError where a callback changes `data.batch_size`, or monitors a result that no validation has."""
+    if isinstance(callback, BatchSizeFinder):
+        raise RecipeError(f"{spec.class_path} changes the batches of all routers that follow; set data.batch_size.")
     monitor = str(getattr(callback, "monitor", None))
     each = [f"val/{name}/{budget}" for budget in recipe.budgets for name in ("kl", "loss", "perplexity")]
     known = ["val/kl", "val/loss", *each]

@@ -205,7 +205,7 @@ class AnyRouter(nn.Module, ABC):
         """Measure what the router needs before use; buffers set here are saved with the run."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters to train: dicts of "params" and "scale", a factor on the recipe's learning rate."""
+        """Parameters to train: dicts of "params" and "scale" (1 by default), a factor on the recipe's learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "scale": 1.0}]
 
     @property
@@ -266,14 +266,15 @@ def scores_of(router: Router, context: Context) -> Tensor:
     """(..., R) float32: a router's scores for contexts (...).
 
     Raises:
-        BuddyError: another number of scores.
+        BuddyError: scores of another shape.
     """
     with in_float32(context.hidden.device):
         scores = router.score(context)
-    if scores.shape[-1] != router.geometry.routable:
+    shape = (*context.executed.shape, router.geometry.routable)
+    if scores.shape != shape:
         raise BuddyError(
-            f"{type(router).__name__} gives {scores.shape[-1]} scores a token, and {router.geometry.routable} layers "
-            "are routable; correct its score, which `buddy routers check` tests."
+            f"{type(router).__name__} gives scores of shape {(*scores.shape,)}, not {shape}; correct its score, which "
+            "`buddy routers check` tests."
         )
     return scores
 

@@ -241,14 +241,19 @@ def leaves(section: object, prefix: str = "") -> Iterator[tuple[str, Any, "Field
 RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what must hold, else
     ("data.prompt data.window", lambda r: r.data.prompt < r.data.window, "data.prompt must be below data.window."),
     (
-        "routing.sink_tokens data.window",
-        lambda r: r.routing.sink_tokens < r.data.window,
-        "routing.sink_tokens must be below data.window.",
+        "routing.sink_tokens data.prompt data.window",
+        lambda r: r.routing.sink_tokens <= min(r.data.prompt, r.data.window - 2),
+        "routing.sink_tokens must be at most data.prompt and data.window - 2: scored tokens would run at full depth.",
     ),
     (
         "objective.kl objective.ce",
         lambda r: r.objective.kl or r.objective.ce,
         "objective.kl and objective.ce are both 0, which leaves nothing to learn from; set one above 0.",
+    ),
+    (
+        "trainer.max_epochs",
+        lambda r: r.trainer.get("max_epochs") != 0,
+        "trainer.max_epochs=0 trains nothing; for a router that is only calibrated set trainer.max_steps=0.",
     ),
     ("objective.plans", lambda r: r.objective.plans % 2 == 0, "objective.plans must be even: plans come in pairs."),
     (

@@ -185,6 +185,9 @@ def _files(path: Path) -> list[Path]:
     elif not path.is_dir():
         raise DataError(f"{path} is a device or a pipe; give a file or a folder.")
     else:
+        of_dataset = ("state.json", "dataset_info.json")
+        if (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in of_dataset):
+            raise DataError(f"{path} was written by save_to_disk; write its rows with to_parquet, and give that file.")
         visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
         found = sorted(file for file in visible if file.suffix.lower() in BUILDERS and os.path.isfile(file))
         if not found:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from buddy.engine.forward import RoutedForward, Settings, active
 from buddy.engine.transfer import to_host
+from buddy.errors import BuddyError
 from buddy.plan import clamp_gate, deciding_tokens, gate_order
 from buddy.router import LayerwiseRouter, in_float32
 
@@ -123,6 +124,13 @@ class LayerwiseForward(RoutedForward):
         return torch.where(self._follows_before, self._open_before[..., index], is_open)
 
     def _ask_gate(self, index: int, hidden: Tensor) -> Tensor:
-        """(B, n) float32 logits of the tokens that decide."""
+        """(B, n) float32 logits of the tokens that decide; BuddyError where the router gives another shape."""
+        asking = hidden[:, self._asking].float()
         with in_float32(hidden.device):
-            return self.router.gate(index, hidden[:, self._asking].float(), self._asked_executed)
+            logits = self.router.gate(index, asking, self._asked_executed)
+        if logits.shape != asking.shape[:-1]:
+            raise BuddyError(
+                f"{type(self.router).__name__} gives gates of shape {(*logits.shape,)}, not {(*asking.shape[:-1],)}; "
+                "correct its gate, which `buddy routers check` tests."
+            )
+        return logits

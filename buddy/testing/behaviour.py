@@ -213,7 +213,7 @@ def groups(subject: Subject) -> str:
     router = _trainable(subject)
     parts = router.parameter_groups()
     for part in parts:
-        if {*part} != {"params", "scale"} or not 0 < part["scale"] < math.inf:
+        if {*part} - {"scale"} != {"params"} or not 0 < part.get("scale", 1.0) < math.inf:
             raise Failed(
                 'parameter_groups has a group of other keys; give "params" and a finite "scale" above 0 alone.'
             )

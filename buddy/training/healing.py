@@ -59,7 +59,7 @@ class HealingModule(BudgetModule):
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Adapter, trained bridges, and the router's own groups where it is trained too."""
         router = self.router.parameter_groups() if self.estimator else []
-        rates = [(group["params"], self.router_lr * group["scale"]) for group in router]
+        rates = [(group["params"], self.router_lr * group.get("scale", 1.0)) for group in router]
         if self.bridges is not None:
             rates.insert(0, (list(self.bridges.parameters()), self.bridge_lr))
         if self.parts is not None:
@@ -72,7 +72,7 @@ class HealingModule(BudgetModule):
         loss, value = self._joint(prepared, generator) if self.estimator else self._healing(prepared)
         self._require_finite("loss", loss.detach(), value)
         self._log(value, prepared.executed, batch_idx)
-        return self._reaching_all(loss)  # the factors of a layer that no row runs have no gradient
+        return self._reaching_all(loss, value)  # the factors of a layer that no row runs have no gradient
 
     def _healing(
         self, batch: TrainingBatch, runs: Tensor | None = None, dense: DenseDistribution | None = None

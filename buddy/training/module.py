@@ -327,9 +327,13 @@ class BudgetModule(LightningModule):
         warmup, total = self.warmup_steps, max(self.trainer.estimated_stepping_batches, 1)
         return min(1.0, (step + 1) / (warmup + 1)) * (0.1 + 0.45 * (1 + math.cos(math.pi * min(step / total, 1.0))))
 
-    def _reaching_all(self, loss: Tensor) -> Tensor:
-        """The loss, with a gradient of 0 where a parameter has none: processes side by side wait for each of them."""
-        return loss + 0.0 * sum(parameter.sum() for params, _ in self.groups() for parameter in params)
+    def _reaching_all(self, loss: Tensor, value: Tensor) -> Tensor:
+        """The mean objective with the gradient of the loss, whose own value means nothing under some estimators.
+
+        The gradient is 0 where a parameter has none: processes side by side wait for each of them.
+        """
+        loss = loss + 0.0 * sum(parameter.sum() for params, _ in self.groups() for parameter in params)
+        return loss + (value.mean() - loss).detach()
 
     def _require_finite(self, what: str, *values: Tensor) -> None:
         wrong = not all(bool(value.isfinite().all()) for value in values)
@@ -394,7 +398,7 @@ class RoutingModule(BudgetModule):
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """The router's own groups, each with its factor on the learning rate; and the bridges that are trained."""
-        rates = [(group["params"], self.lr * group["scale"]) for group in self.router.parameter_groups()]
+        rates = [(group["params"], self.lr * group.get("scale", 1.0)) for group in self.router.parameter_groups()]
         return rates if self.bridges is None else [*rates, (list(self.bridges.parameters()), self.bridge_lr)]
 
     def calibrate(self, data: TextData) -> None:
@@ -457,7 +461,7 @@ class RoutingModule(BudgetModule):
             raise TrainingError(f"{name} returns {found}; return an Estimate of buddy.training.estimators.")
         self._require_finite("loss", estimate.loss.detach(), estimate.objective)
         self._log(estimate, prepared, batch_idx)
-        return self._reaching_all(estimate.loss)
+        return self._reaching_all(estimate.loss, estimate.objective)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed training does not calibrate again."""

@@ -245,6 +245,14 @@ def test_gates_without_doubt_weigh_as_the_hard_plan():
     assert hard.runs[0, 1].tolist() == [True, True, False, True, False, True]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gates_of_another_shape_are_refused(weighted):
+    routed = routed_tiny()
+    routed.router.gate = lambda index, hidden, _: hidden[..., :1]
+    with pytest.raises(BuddyError, match=rf"\({BATCH}, {LENGTH}, 1\)"):
+        routed(IDS, executed=EXECUTED, gate_weighted=weighted)
+
+
 def test_weights_need_gates():
     ordinary = reference.routed_tiny()
     with pytest.raises(BuddyError, match="Fickle has no gates to weigh layers by"):

@@ -300,6 +300,9 @@ def test_what_no_forward_can_do_is_refused_and_leaves_the_model_stock():
     for name, value in wrong.items():
         with pytest.raises(BuddyError, match=str(value)):
             routed_tiny(**{name: value})
+    routed.router.score = lambda context: torch.zeros(routed.geometry.routable)  # not expanded over tokens
+    with routed.at(0.5), pytest.raises(BuddyError, match=rf"\({routed.geometry.routable},\)"):
+        routed.backbone.model(tokens())
     routed.router.scope = "window"
     with pytest.raises(BuddyError, match="window"), routed.changed(routed.router):
         pass

@@ -460,7 +460,19 @@ def test_lightning_finds_a_rate(run, text, tmp_path):
     off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     with quiet():
         trainer = lightning.Trainer(accelerator="cpu", max_steps=8, default_root_dir=tmp_path, **off)
-        options = {"num_training": 16, "max_lr": 0.1, "early_stop_threshold": None}
-        found = Tuner(trainer).lr_find(module, datamodule=text, **options)
+        found = Tuner(trainer).lr_find(module, datamodule=text, num_training=16, max_lr=0.1)
     assert len(found.results["lr"]) == 16
+    assert min(found.results["loss"]) > 0, "the objective, not the estimator's loss"
     assert module.lr == found.suggestion()
+
+
+def test_groups_without_a_scale_have_the_recipes_rate(run):
+    class Grouped(BuddyRouter):
+        """Its parameters in a group without a scale."""
+
+        def parameter_groups(self):
+            return [{"params": [*self.parameters()]}]
+
+    module = make()
+    module.router.__class__ = Grouped
+    assert run(module, 1, callbacks=[]).optimizers[0].param_groups[0]["initial_lr"] == module.lr

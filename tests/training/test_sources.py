@@ -6,7 +6,7 @@ import os
 import re
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from buddy.data.text import load_texts, overlap, same_source
 from buddy.errors import DataError
@@ -114,6 +114,11 @@ def test_folders_without_text_or_of_two_kinds(tmp_path):
     write(tmp_path / "b.csv")
     with pytest.raises(DataError, match="csv and text"):
         load_texts(str(tmp_path))
+    rows = Dataset.from_dict({"text": ["one", "two"]})
+    for name, saved in {"rows": rows, "splits": DatasetDict({"train": rows})}.items():
+        saved.save_to_disk(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name}.*save_to_disk"):
+            load_texts(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,17 @@ def test_a_callback_that_monitors_nothing_is_refused(recipe, monitor):
         Session.prepare([recipe(f"callbacks=[{{class_path: {stopping}, init_args: {{monitor: {monitor}}}}}]")])
 
 
+def test_a_callback_that_changes_batches_is_refused(recipe):
+    with pytest.raises(RecipeError, match=r"BatchSizeFinder.*data\.batch_size"):
+        Session.prepare([recipe("callbacks=[{class_path: lightning.pytorch.callbacks.BatchSizeFinder}]")])
+
+
+@pytest.mark.parametrize("name", ["limit_train_batches", "limit_val_batches", "overfit_batches"])
+def test_less_than_one_batch_is_refused_before_any_work(recipe, name):
+    with pytest.raises(RecipeError, match=f"{name}=0.001"):
+        Session.prepare([recipe(f"trainer.{name}=0.001")])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_an_evaluation(train, tmp_path, monkeypatch, number):
     def measured(*args, **options):
