@@ -16,7 +16,8 @@ PAGES = {
     "results-without-bridges": (
         "without-bridges",
         "comparison comparison-evopress comparison-sleb comparison-pudding comparison-token-table comparison-dr-llm "
-        "comparison-skipgpt comparison-first comparison-flexidepth comparison-mindskip comparison-fixed",
+        "comparison-skipgpt comparison-first comparison-flexidepth comparison-mindskip comparison-fixed "
+        "comparison-reverse-order",
     ),
     "results-bridges-healed": (
         "bridges/healed",
