@@ -129,10 +129,12 @@ class Session:
                     error.args = (f"{label}: {error}" if label else str(error),)
                     raise
         data = build_data(recipe, backbone)
-        data.check_shares(math.prod(distributed.device_counts(recipe.trainer)))
+        devices = math.prod(distributed.device_counts(recipe.trainer))
+        data.check_shares(devices)
         with status(f"Reading {recipe.data.source} …"):
             data.setup()
-        _check_limits(recipe, data)
+        for each in recipes:
+            _check_limits(each, data, devices)
         for name, (found, wanted) in data.shortfall.items():
             stderr.print(f"{recipe.data.source} gives {found} of the {wanted} {name} windows that the recipe asks for.")
         return cls(backbone, data)
@@ -408,14 +410,13 @@ def _check_start(recipe: Recipe, path: str) -> None:
         )
 
 
-def _check_limits(recipe: Recipe, data: TextData) -> None:
-    """Raises RecipeError where a share of the batches is less than one, which Lightning refuses after calibration."""
-    train = recipe.trainer["max_steps"] * recipe.trainer.get("accumulate_grad_batches", 1)
-    for limit, batches in (("limit_train_batches", train), ("limit_val_batches", len(data.val_dataloader()))):
-        for name in (limit, "overfit_batches"):
-            share = recipe.trainer.get(name)
-            if isinstance(share, float) and 0 < share * batches < 1:
-                raise RecipeError(f"trainer.{name}={share} takes less than one of {batches} batches; raise it.")
+def _check_limits(recipe: Recipe, data: TextData, devices: int) -> None:
+    """Raises RecipeError where a share of the validation batches is none, which Lightning refuses after calibration."""
+    batches = -(-len(data.val_dataloader()) // devices)
+    name = "overfit_batches" if recipe.trainer.get("overfit_batches") else "limit_val_batches"
+    share = recipe.trainer.get(name)
+    if isinstance(share, float) and 0 < share * batches < 1:
+        raise RecipeError(f"trainer.{name}={share} takes less than one of {batches} batches; raise it.")
 
 
 def _check_callback(recipe: Recipe, spec: ClassSpec, callback: Any) -> None:

@@ -362,9 +362,8 @@ def check_backbone(run: Run, fingerprint: str, details: str) -> None:
     known = stored_digests(run.folder).get("details", details)  # older runs have none
     if run.fingerprint != fingerprint or (details and known != details):
         raise RunError(
-            f"{run.folder} was made with other weights than {run.backbone} has, or another configuration of it "
-            f"(fingerprint {run.fingerprint}, now {fingerprint}); name the backbone that it was made with, or make the "
-            "run again with `buddy fit`."
+            f"{run.folder} was made with other weights than {run.backbone} has, or another configuration of it; name "
+            "the backbone that it was made with, or make the run again with `buddy fit`."
         )
 
 

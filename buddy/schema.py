@@ -241,19 +241,9 @@ def leaves(section: object, prefix: str = "") -> Iterator[tuple[str, Any, "Field
 RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what must hold, else
     ("data.prompt data.window", lambda r: r.data.prompt < r.data.window, "data.prompt must be below data.window."),
     (
-        "routing.sink_tokens data.prompt data.window",
-        lambda r: r.routing.sink_tokens <= min(r.data.prompt, r.data.window - 2),
-        "routing.sink_tokens must be at most data.prompt and data.window - 2: scored tokens would run at full depth.",
-    ),
-    (
         "objective.kl objective.ce",
         lambda r: r.objective.kl or r.objective.ce,
         "objective.kl and objective.ce are both 0, which leaves nothing to learn from; set one above 0.",
-    ),
-    (
-        "trainer.max_epochs",
-        lambda r: r.trainer.get("max_epochs") != 0,
-        "trainer.max_epochs=0 trains nothing; for a router that is only calibrated set trainer.max_steps=0.",
     ),
     ("objective.plans", lambda r: r.objective.plans % 2 == 0, "objective.plans must be even: plans come in pairs."),
     (
@@ -267,6 +257,19 @@ RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what
         "predictor.quality and predictor.cost are both 0, which rewards nothing; set one above 0.",
     ),
 )
+RULES_TO_FIT = (  # of complete runs some may break them, and can be used
+    *RULES,
+    (
+        "routing.sink_tokens data.prompt data.window",
+        lambda r: r.routing.sink_tokens <= min(r.data.prompt, r.data.window - 2),
+        "routing.sink_tokens must be at most data.prompt and data.window - 2: scored tokens would run at full depth.",
+    ),
+    (
+        "trainer.max_epochs",
+        lambda r: r.trainer.get("max_epochs") != 0,
+        "trainer.max_epochs=0 trains nothing; for a router that is only calibrated set trainer.max_steps=0.",
+    ),
+)
 
 
 def problems(recipe: Recipe, to_fit: bool = True) -> list[str]:
@@ -274,7 +277,8 @@ def problems(recipe: Recipe, to_fit: bool = True) -> list[str]:
 
     Args:
         recipe: to check.
-        to_fit: its estimator must be installed, which the recipe of a run that is only used does not need.
+        to_fit: its estimator must be installed, and its results must mean something, which a run that is only used does
+            not need.
     """
     wrong = {}
     for key, value, item in leaves(recipe):
@@ -286,7 +290,8 @@ def problems(recipe: Recipe, to_fit: bool = True) -> list[str]:
             find(recipe.objective.estimator, ESTIMATORS)
         except RegistryError as error:
             wrong["objective.estimator"] = f"objective.estimator: {error}"
-    broken = [text for keys, holds, text in RULES if wrong.keys().isdisjoint(keys.split()) and not holds(recipe)]
+    rules = RULES_TO_FIT if to_fit else RULES
+    broken = [text for keys, holds, text in rules if wrong.keys().isdisjoint(keys.split()) and not holds(recipe)]
     return [*wrong.values(), *broken]
 
 

@@ -66,6 +66,11 @@ class LayerwiseForward(RoutedForward):
         self.undecided = index < self.routable - 1
         return weight.masked_fill(self.sinks, 1.0)
 
+    def chosen(self, layer: int) -> Tensor:
+        """(B, T) bool, the tokens that run `layer`; a copy where autograd keeps it, since `decide` writes the plan."""
+        runs = super().chosen(layer)
+        return runs.clone() if torch.is_grad_enabled() else runs
+
     def can_defer(self, layer: int) -> bool:
         """One token's state may be pending; for a prompt it is not known yet in how many layers it would be."""
         return self.shape[1] == 1 if self._asks_gates else super().can_defer(layer)

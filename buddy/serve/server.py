@@ -52,7 +52,7 @@ def serve(
         raise BuddyError(
             f"`buddy serve` needs more packages ({error}); install Buddy with its extra `serve`."
         ) from error
-    keys = read_keys(api_key_file) if api_key_file else []
+    of_requests, keys = Limits(**limits), read_keys(api_key_file) if api_key_file else []
     listening = _bind(host, port)
     with listening:
 
@@ -61,7 +61,7 @@ def serve(
                 return load(folder, dtype=dtype)
 
         budgets = read_run(folder).recipe.budgets
-        app = make_app(load_run, budget, budgets, Limits(**limits), keys, batch_plan, prompt_budget)
+        app = make_app(load_run, budget, budgets, of_requests, keys, batch_plan, prompt_budget)
         name = f"[{host}]" if ":" in host else host
         stderr.print(f"Serving {folder} at http://{name}:{listening.getsockname()[1]}, budget {budget} by default.")
         # uvicorn stops taking requests on this signal, waits for those that run, and sends it again when it has ended.

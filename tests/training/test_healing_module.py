@@ -60,7 +60,9 @@ def test_the_rows_of_a_batch_have_plans_of_their_own():
         assert torch.equal(module._healing(batch(3, 4, 3))[1], own)
 
 
-@pytest.mark.parametrize(("router", "policy"), [(Fickle, "fill"), (FickleGates, "hole"), (Fickle, "zero")])
+@pytest.mark.parametrize(
+    ("router", "policy"), [(Fickle, "fill"), (FickleGates, "fill"), (FickleGates, "hole"), (Fickle, "zero")]
+)
 def test_steps_on_a_batch_bring_its_routed_outputs_near_to_the_stock_model(router, policy):
     module, asked = make(router, policy=policy), batch(3, 4, 3)
     optimizer, losses = torch.optim.AdamW(module.model.adapter.parameters(), lr=3e-2), []

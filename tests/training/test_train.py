@@ -279,7 +279,7 @@ def test_a_callback_that_changes_batches_is_refused(recipe):
         Session.prepare([recipe("callbacks=[{class_path: lightning.pytorch.callbacks.BatchSizeFinder}]")])
 
 
-@pytest.mark.parametrize("name", ["limit_train_batches", "limit_val_batches", "overfit_batches"])
+@pytest.mark.parametrize("name", ["limit_val_batches", "overfit_batches"])
 def test_less_than_one_batch_is_refused_before_any_work(recipe, name):
     with pytest.raises(RecipeError, match=f"{name}=0.001"):
         Session.prepare([recipe(f"trainer.{name}=0.001")])
