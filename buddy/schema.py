@@ -257,7 +257,7 @@ RULES: tuple[tuple[str, Callable[[Recipe], object], str], ...] = (  # keys, what
         "predictor.quality and predictor.cost are both 0, which rewards nothing; set one above 0.",
     ),
 )
-RULES_TO_FIT = (  # of complete runs some may break them, and can be used
+RULES_TO_FIT = (  # a run of an earlier version may break those added here, and can still be used
     *RULES,
     (
         "routing.sink_tokens data.prompt data.window",
@@ -277,8 +277,7 @@ def problems(recipe: Recipe, to_fit: bool = True) -> list[str]:
 
     Args:
         recipe: to check.
-        to_fit: its estimator must be installed, and its results must mean something, which a run that is only used does
-            not need.
+        to_fit: check what only a fit needs, too: an installed estimator, and settings that train and score something.
     """
     wrong = {}
     for key, value, item in leaves(recipe):

@@ -3,7 +3,7 @@
 from buddy.evaluation.record import show_files
 from pages.reference import DOCS
 
-# Page → its folder in docs/comparison, and its files there in the order of the rows (comparison-NAME.json).
+# Page → its folder in docs/comparison, and the names of its JSON files there, in the order of the rows.
 PAGES = {
     "results": (
         "bridges",

@@ -72,7 +72,7 @@ class HealingModule(BudgetModule):
         loss, value = self._joint(prepared, generator) if self.estimator else self._healing(prepared)
         self._require_finite("loss", loss.detach(), value)
         self._log(value, prepared.executed, batch_idx)
-        return self._reaching_all(loss, value)  # the factors of a layer that no row runs have no gradient
+        return self._step_loss(loss, value)
 
     def _healing(
         self, batch: TrainingBatch, runs: Tensor | None = None, dense: DenseDistribution | None = None

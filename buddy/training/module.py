@@ -327,10 +327,16 @@ class BudgetModule(LightningModule):
         warmup, total = self.warmup_steps, max(self.trainer.estimated_stepping_batches, 1)
         return min(1.0, (step + 1) / (warmup + 1)) * (0.1 + 0.45 * (1 + math.cos(math.pi * min(step / total, 1.0))))
 
-    def _reaching_all(self, loss: Tensor, value: Tensor) -> Tensor:
-        """The mean objective with the gradient of the loss, whose own value means nothing under some estimators.
+    def _step_loss(self, loss: Tensor, value: Tensor) -> Tensor:
+        """What a training step returns: the mean objective, with the gradient of an estimator's loss.
 
-        The gradient is 0 where a parameter has none: processes side by side wait for each of them.
+        The value of that loss itself means nothing under some estimators, and Lightning's `Tuner.lr_find` compares it.
+        A parameter that the loss does not reach, such as those of an adapter's layer that no row runs, has a gradient
+        of 0: processes side by side wait for each of them.
+
+        Args:
+            loss: () of the estimator, with gradients.
+            value: (B,) objective of each row, nats per token, without.
         """
         loss = loss + 0.0 * sum(parameter.sum() for params, _ in self.groups() for parameter in params)
         return loss + (value.mean() - loss).detach()
@@ -461,7 +467,7 @@ class RoutingModule(BudgetModule):
             raise TrainingError(f"{name} returns {found}; return an Estimate of buddy.training.estimators.")
         self._require_finite("loss", estimate.loss.detach(), estimate.objective)
         self._log(estimate, prepared, batch_idx)
-        return self._reaching_all(estimate.loss, estimate.objective)
+        return self._step_loss(estimate.loss, estimate.objective)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed training does not calibrate again."""

@@ -70,7 +70,6 @@ def test_full_depth_equals_dense_and_every_run_spends_what_it_was_asked(finished
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_text_that_is_too_short_is_told_with_what_it_gave(small, tmp_path, capsys):
     fit(small(tmp_path, "router=uniform", "rivals=[]", "bridge=null", "data.calibration_windows=300"), "small")
     found = json.loads((tmp_path / "small" / "comparison.json").read_text())["calibration_windows"]
@@ -79,6 +78,7 @@ def test_a_text_that_is_too_short_is_told_with_what_it_gave(small, tmp_path, cap
     assert f"same {found} calibration" in (tmp_path / "small" / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_steps_a_router_stays_as_calibrated(small, tmp_path):
     fit(small(tmp_path, "trainer.max_steps=0", "rivals=[]"), "small")
     router = load_router(tmp_path / "small" / "buddy" / "seed-0")
