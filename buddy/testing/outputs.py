@@ -24,12 +24,17 @@ JITTER = 1e-6  # rounding, relative
 SINK_SCALE = 1e3  # how much larger the state of an attention sink is than that of other tokens (2402.17762)
 
 
-@check("a summary, a kind and a source for `buddy routers`")
-def description(subject: Subject) -> str:
-    cls, router = subject.cls, subject.new_router()
-    summary = (cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
+@check("a summary for `buddy routers`")
+def summary(subject: Subject) -> str:
+    summary = (subject.cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
     if not summary:
         raise Failed("The class has no docstring; its first line is what `buddy routers` shows, so write one.")
+    return summary
+
+
+@check("attributes with values that the engine knows")
+def attributes(subject: Subject) -> str:
+    cls, router = subject.cls, subject.new_router()
     for name, allowed in VALUES.items():
         value = getattr(router, name)
         if value not in allowed:
@@ -38,10 +43,10 @@ def description(subject: Subject) -> str:
         raise Failed(f"source is {cls.source!r}; name where the method was published, or leave it out.")
     if getattr(router, "geometry", None) != subject.geometry:
         raise Failed("geometry is not what the router was made with; call super().__init__(geometry) and keep it.")
-    return summary
+    return f"{router.kind}, a plan for each {router.scope}"
 
 
-@check("calibrate works, and leaves the model as it was", description)
+@check("calibrate works, and leaves the model as it was", attributes)
 @torch.no_grad()
 def calibration(subject: Subject) -> str:
     model = subject.backbone.model

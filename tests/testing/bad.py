@@ -109,8 +109,8 @@ for name, (check, change) in SCORES.items():
 # Sound but for one attribute: the check that fails, the sound router, the attribute → what it is instead
 
 ATTRIBUTES: dict[tuple[str, type, str], dict[str, Any]] = {
-    ("description", Sound, "kind"): {"OfNoKind": "dynamic"},
-    ("description", Sound, "scope"): {"OfNoScope": "window"},
+    ("attributes", Sound, "kind"): {"OfNoKind": "dynamic"},
+    ("attributes", Sound, "scope"): {"OfNoScope": "window"},
     ("calibration", Sound, "calibrate"): {
         "CannotMeasure": lambda router, probe: 1 / 0,
         "BufferMeddler": lambda router, probe: probe.model.model.rotary_emb.inv_freq.mul_(2),
@@ -156,10 +156,10 @@ class Nameless(Sound):
     pass
 
 
-FAULTS[Nameless] = "description"
+FAULTS[Nameless] = "summary"
 
 
-@fails("description")
+@fails("attributes")
 class OtherGeometry(Sound):
     def __init__(self, geometry):
         super().__init__(geometry)
