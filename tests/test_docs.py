@@ -31,7 +31,7 @@ README, ROUTERS, RECIPES, DESIGN, COMMANDS = (
 FIGURE = "docs/results-quality-layers.png"
 ELSEWHERE = {"lightning.md", "commands.md"}  # run by test_lightning.py; read by a test below
 TINY = (
-    *("backbone.dtype=float32", "budgets=[1.0,0.75,0.5]", "trainer.max_steps=2", "trainer.accelerator=cpu"),
+    *("backbone.dtype=float32", "budgets=[1.0,0.5]", "trainer.max_steps=1", "trainer.accelerator=cpu"),
     *("data.window=48", "data.prompt=12", "data.batch_size=2", "data.calibration_windows=2"),
     *("data.validation_windows=2", "data.test_windows=2"),
 )
@@ -52,7 +52,7 @@ def place(datasets_cache, tmp_path_factory) -> Iterator[Path]:
     for name in ("my_text.txt", "my_letters.txt"):
         (home / name).write_text(speeches.read_text().replace("\n", "\n\n"))
     for path in installed_recipes().values():
-        few = ["bridge.steps=2"] if (bridge := load_recipe(path).bridge) and bridge.steps else []
+        few = ["bridge.steps=1"] if (bridge := load_recipe(path).bridge) and bridge.steps else []
         few += ["rivals=[uniform]"]
         text = to_yaml(load_recipe(path, [f"backbone.name={model}", f"data.source={speeches}", *few, *TINY]))
         (recipes / path.name).write_text(f"# {path.stem}.\n{text}")
