@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from buddy import console, distributed
-from buddy.build import build_router, healing_steps, ignored_keys, with_dtype
+from buddy.builders.model import build_router, with_dtype
+from buddy.builders.training import healing_steps, ignored_keys
 from buddy.config import with_router
 from buddy.console import Bar, clock, status, stderr
 from buddy.data.text import named_sources

@@ -20,22 +20,17 @@ from buddy import distributed
 from buddy.backbone.adapter import Adapter
 from buddy.backbone.load import Backbone
 from buddy.backbone.sharding import check_sharding, finish_sharding, is_sharded, join, shard
-from buddy.build import (
-    build_backbone,
-    build_data,
+from buddy.builders.data import build_data
+from buddy.builders.model import build_backbone, build_model, build_router, counts_of, restore, uses_bridges
+from buddy.builders.training import (
     build_healing,
-    build_model,
     build_module,
-    build_router,
     build_trainer,
     check_model,
-    counts_of,
     healing_steps,
     ignored_keys,
     instantiate,
-    restore,
     trains_both,
-    uses_bridges,
 )
 from buddy.calibration.bridges import fit_bridges
 from buddy.calibration.probe import CalibrationProbe

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from buddy.backbone.adapter import WEIGHTS
-from buddy.build import build_windows, check_unseen, counts_of, restore
+from buddy.builders.data import build_windows, check_unseen
+from buddy.builders.model import counts_of, restore
 from buddy.data.module import TextData
 from buddy.data.text import named_sources, same_source
 from buddy.data.windows import Windows

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from buddy.backbone.load import Backbone
-from buddy.build import build_held_out, load_model
+from buddy.builders.data import build_held_out
+from buddy.builders.model import load_model
 from buddy.calibration.bridges import fit_bridges
 from buddy.data.text import overlap, same_source
 from buddy.data.windows import Windows

@@ -24,7 +24,8 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from buddy.build import build_backbone, build_data, build_model
+from buddy.builders.data import build_data
+from buddy.builders.model import build_backbone, build_model
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
 from buddy.console import print_titled_table, stderr, stdout, track

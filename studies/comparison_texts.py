@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from buddy.build import build_backbone
+from buddy.builders.model import build_backbone
 from buddy.config import load_recipe
 from studies.bridges import part_of
 

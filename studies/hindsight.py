@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import Tensor
 
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.console import print_titled_table, status, stdout, tracker
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError, RunError

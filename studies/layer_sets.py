@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from buddy.build import build_held_out, load_model
+from buddy.builders.data import build_held_out
+from buddy.builders.model import load_model
 from buddy.calibration.probe import CalibrationProbe
 from buddy.io import keep_freed_memory
 from buddy.run import read_run

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import typer
 
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.console import print_titled_table, status, stdout, tracker
 from buddy.data.text import named_sources
 from buddy.engine.model import RoutedLM

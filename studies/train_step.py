@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from buddy.build import build_backbone, build_data, build_model, build_module
+from buddy.builders.data import build_data
+from buddy.builders.model import build_backbone, build_model
+from buddy.builders.training import build_module
 from buddy.calibration.probe import CalibrationProbe
 from buddy.config import load_recipe
 from buddy.console import print_titled_table, quiet, stderr, stdout, track

@@ -6,15 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from buddy.build import (
-    build_backbone,
-    build_estimator,
-    build_healing,
-    build_model,
-    build_module,
-    check_model,
-    ignored_keys,
-)
+from buddy.builders.model import build_backbone, build_model
+from buddy.builders.training import build_estimator, build_healing, build_module, check_model, ignored_keys
 from buddy.config import load_recipe
 from buddy.engine.bridges import Bridges
 from buddy.errors import RecipeError

@@ -21,7 +21,7 @@ LAYERS = (
     *("values", "registry", "schema", "config", "provenance", "run_files", "run"),
     *("backbone", "engine", "data", "losses", "measurements", "calibration"),
     *("metrics", "latency", "training", "predictor"),
-    *("build", "evaluation", "fit", "executors", "worker", "compare", "inspection", "footprint", "hub", "testing"),
+    *("builders", "evaluation", "fit", "executors", "worker", "compare", "inspection", "footprint", "hub", "testing"),
     *("scaffold", "serve", "cli"),
 )
 EXCEPTIONS: set[tuple[str, str]] = set()  # (importing module, imported module): this set only shrinks
@@ -115,6 +115,7 @@ def loaded_by(code: str) -> set[str]:
             "from buddy.cli import app\napp(['recipes', 'show', 'gpu'], standalone_mode=False)",
             {*HEAVY, "torch", "numpy"} - {"omegaconf"},
         ),
+        ("import buddy.hub.load, buddy.serve.app", {"lightning", "lm_eval"}),
         ("from buddy.config import load_recipe\nload_recipe('quickstart')", {*HEAVY, "torch"} - {"omegaconf"}),
     ],
 )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from buddy.backbone.load import Backbone, title_of
-from buddy.build import build_model, build_windows, counts_of, load_model, restore
+from buddy.builders.data import build_windows
+from buddy.builders.model import build_model, counts_of, load_model, restore
 from buddy.console import NONE, print_titled_table, report_json, status, stderr, stdout, tracker
 from buddy.engine.bridges import Bridges
 from buddy.engine.forward import Settings

@@ -13,7 +13,8 @@ from buddy import console, distributed
 from buddy.backbone.load import title_of
 from buddy.backbone.sharding import join
 from buddy.budget import auto_cap, format_budget, fraction_of, latency_of
-from buddy.build import build_unseen, check_mean, held_out, load_model
+from buddy.builders.data import build_unseen, held_out
+from buddy.builders.model import check_mean, load_model
 from buddy.console import counted, print_titled_table, quality_cells, quiet, report_json, status, stdout
 from buddy.data.module import WindowBatches
 from buddy.data.text import same_source

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.engine.decode import end_tokens
 from buddy.engine.model import RoutedLM
 from buddy.errors import DataError, RunError, described, did_you_mean

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from buddy.backbone.load import title_of
 from buddy.budget import auto_cap, fraction_of
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.console import NONE, Bar, print_titled_table, report_json, status
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DataError, reason

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from buddy.backbone.embedded import quiet_transformers
 from buddy.backbone.load import FAMILIES, Backbone
 from buddy.budget import fraction_of
-from buddy.build import build_unseen, held_out, load_model
+from buddy.builders.data import build_unseen, held_out
+from buddy.builders.model import load_model
 from buddy.console import status, stdout, tracker
 from buddy.data.text import same_source
 from buddy.data.windows import Windows

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from buddy.budget import Budget, auto_cap, latency_of
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.console import counted, status, stderr
 from buddy.engine.decode import Decoder, Row, Sampler, TextPieces, end_tokens
 from buddy.engine.model import RoutedLM

@@ -12,7 +12,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text as Line
 
 from buddy.budget import format_budget
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.console import NONE, counted, print_titled_table, status, stdout, tracker
 from buddy.data.text import named_sources
 from buddy.errors import DataError, RunError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buddy.build import build_windows, held_out
+from buddy.builders.data import build_windows, held_out
 from buddy.console import Track
 from buddy.data.text import same_source
 from buddy.data.windows import Windows

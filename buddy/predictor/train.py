@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from buddy.console import stderr, tracker
-from buddy.data.module import TextData
 from buddy.engine.model import RoutedLM
 from buddy.errors import BudgetError, DamagedError, RunError
 from buddy.io import load_tensors, read_json, save_tensors, tensorboard_writer, write_json
@@ -20,6 +19,9 @@ from buddy.predictor.regress import CurvePredictor
 from buddy.router import Geometry, available_budgets
 from buddy.run_files import PREDICTOR, PREDICTOR_FACTS, TARGETS
 from buddy.schema import Recipe
+
+if TYPE_CHECKING:
+    from buddy.data.module import TextData
 
 KINDS: dict[str, type[CurvePredictor] | type[BudgetPolicy]] = {
     kind.name: kind for kind in (CurvePredictor, BudgetPolicy)

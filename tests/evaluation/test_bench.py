@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from buddy.build import build_backbone
+from buddy.builders.model import build_backbone
 from buddy.compare import fit
 from buddy.evaluation import bench as bench_module
 from buddy.evaluation.bench import bench_run, measured

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from buddy.build import build_held_out, load_model
+from buddy.builders.data import build_held_out
+from buddy.builders.model import load_model
 from buddy.compare import fit
 from buddy.errors import BudgetError, DataError, RecipeError, RunError
 from buddy.evaluation.evaluate import evaluate_run, show_scores

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import buddy
 from buddy.backbone.load import FAMILIES as ROUTABLE
 from buddy.backbone.load import load_backbone
-from buddy.build import build_data, load_model
+from buddy.builders.data import build_data
+from buddy.builders.model import load_model
 from buddy.cli import app
 from buddy.compare import fit
 from buddy.data.windows import Windows

@@ -211,7 +211,7 @@ def test_a_backbone_that_is_elsewhere(finished, small, tmp_path):
     ("dtype", "computed"), [(None, torch.float32), ("float16", torch.float16), ("auto", torch.bfloat16)]
 )
 def test_another_dtype_than_the_runs(finished, monkeypatch, dtype, computed):
-    monkeypatch.setattr("buddy.build.fastest_dtype", lambda accelerator: "bfloat16")
+    monkeypatch.setattr("buddy.builders.model.fastest_dtype", lambda accelerator: "bfloat16")
     assert buddy.load(finished / "shortgpt", dtype=dtype).routed.backbone.dtype == computed
 
 

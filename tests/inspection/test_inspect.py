@@ -9,7 +9,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from buddy.build import build_data, load_model
+from buddy.builders.data import build_data
+from buddy.builders.model import load_model
 from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.inspection.inspect import inspect_run

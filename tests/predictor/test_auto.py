@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.cli import app
 from buddy.data.windows import Windows
 from buddy.errors import BudgetError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.compare import fit
 from buddy.errors import BudgetError, RecipeError, RunError
 from buddy.io import load_tensors

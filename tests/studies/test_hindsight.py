@@ -7,7 +7,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.errors import BudgetError, RunError
 from buddy.evaluation.evaluate import evaluate, windows_for
 from buddy.run import read_run

@@ -10,7 +10,7 @@ import torch
 
 import buddy
 from buddy import fit as fit_module
-from buddy.build import load_model
+from buddy.builders.model import load_model
 from buddy.compare import fit
 from buddy.errors import BuddyError, DamagedError, RecipeError, RunError
 from buddy.hub.export import export_run

@@ -45,7 +45,7 @@ def test_a_run_folder_for_every_router(finished):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_stores_the_dtype_that_auto_chose(small, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("buddy.build.fastest_dtype", lambda accelerator: dtype)
+    monkeypatch.setattr("buddy.builders.model.fastest_dtype", lambda accelerator: dtype)
     fit(small(tmp_path, "router=uniform", "rivals=[]", "backbone.dtype=auto"), "small")
     assert read_run(tmp_path / "small" / "uniform" / "seed-0").recipe.backbone.dtype == dtype
     comparison = json.loads((tmp_path / "small" / "comparison.json").read_text())

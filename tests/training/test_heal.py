@@ -10,7 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from buddy.build import build_data, load_model
+from buddy.builders.data import build_data
+from buddy.builders.model import load_model
 from buddy.cli import app
 from buddy.compare import CompareConfig, compare, fit
 from buddy.errors import RunError

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from buddy.build import build_held_out, load_model
+from buddy.builders.data import build_held_out
+from buddy.builders.model import load_model
 from buddy.compare import fit
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.errors import BuddyError, TrainingError
