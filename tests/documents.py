@@ -22,7 +22,7 @@ from tests.small import start_buddy
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MOST_STEPS = 1  # trainer.max_steps, adapter.steps and bridge.steps of a command are cut to this
+MOST_STEPS = 2  # trainer.max_steps, adapter.steps and bridge.steps of a command are cut to this
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ README, ROUTERS, RECIPES, DESIGN, COMMANDS = (
 FIGURE = "docs/results-quality-layers.png"
 ELSEWHERE = {"lightning.md", "commands.md"}  # run by test_lightning.py; read by a test below
 TINY = (
-    *("backbone.dtype=float32", "budgets=[1.0,0.5]", "trainer.max_steps=1", "trainer.accelerator=cpu"),
+    *("backbone.dtype=float32", "budgets=[1.0,0.75,0.5]", "trainer.max_steps=1", "trainer.accelerator=cpu"),
     *("data.window=48", "data.prompt=12", "data.batch_size=2", "data.calibration_windows=2"),
     *("data.validation_windows=2", "data.test_windows=2"),
 )

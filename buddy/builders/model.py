@@ -1,4 +1,4 @@
-"""Recipe or run folder → backbone, router and model. Lightning is not imported: what serves a run starts sooner."""
+"""Recipe or run folder → backbone, router and model. Not with Lightning, so that what serves a run starts soon."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from buddy import distributed
 from buddy.backbone.adapter import Adapter
@@ -25,9 +24,6 @@ from buddy.router import AnyRouter, available_budgets
 from buddy.run import Run, check_backbone, code_changed
 from buddy.run_files import ADAPTER, BRIDGE, load_router
 from buddy.schema import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 def with_dtype(recipe: Recipe) -> Recipe:

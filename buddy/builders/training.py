@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning
 import torch
@@ -25,9 +25,6 @@ from buddy.schema import ClassSpec, Recipe
 from buddy.training.estimators import Estimator, Perturbed, StraightThrough, estimator_for
 from buddy.training.healing import HealingModule
 from buddy.training.module import RoutingModule
-
-if TYPE_CHECKING:
-    pass
 
 VALIDATIONS, APART = 4, 25  # in a training by default: at most so many, at least so many steps apart
 TRAINER: dict[str, Any] = {  # defaults of Buddy's trainers

@@ -21,7 +21,6 @@ from buddy.backbone.load import is_local, locate, read_config
 from buddy.config import flatten, to_yaml
 from buddy.console import status, stdout
 from buddy.errors import BackboneError, DamagedError, RunError, reason
-from buddy.hub.card import run_card
 from buddy.io import load_tensors, new_folder, read_json, write_json, write_text, writing
 from buddy.run import Run, read_run
 from buddy.run_files import (
@@ -273,6 +272,8 @@ def _write_shared(made: Path, run: Run, name: str, licence: str | None) -> list[
 
     The copy is checked, and not the run, which another process may replace meanwhile.
     """
+    from buddy.hub.card import run_card  # with pandas, which loading a run does not need
+
     _copy_files(run.folder, made)
     run = check_run(made, shown_as=str(run.folder), trust_remote_code=True)
     _write_config(made, run)

@@ -32,7 +32,7 @@ def summary(subject: Subject) -> str:
     return summary
 
 
-@check("attributes with values that the engine knows")
+@check("attributes with values that the engine and `buddy routers` know")
 def attributes(subject: Subject) -> str:
     cls, router = subject.cls, subject.new_router()
     for name, allowed in VALUES.items():

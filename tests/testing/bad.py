@@ -111,6 +111,8 @@ for name, (check, change) in SCORES.items():
 ATTRIBUTES: dict[tuple[str, type, str], dict[str, Any]] = {
     ("attributes", Sound, "kind"): {"OfNoKind": "dynamic"},
     ("attributes", Sound, "scope"): {"OfNoScope": "window"},
+    ("attributes", Sound, "source"): {"OfNoSource": " "},
+    ("attributes", Sound, "seeded"): {"PerhapsSeeded": None},
     ("calibration", Sound, "calibrate"): {
         "CannotMeasure": lambda router, probe: 1 / 0,
         "BufferMeddler": lambda router, probe: probe.model.model.rotary_emb.inv_freq.mul_(2),

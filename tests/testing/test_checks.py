@@ -9,7 +9,7 @@ from buddy import Router, plan, testing
 from buddy.registry import installed
 from buddy.testing import CHECKS, Failed, Subject, behaviour, check_router, outputs
 from buddy.testing.subject import LENGTH, ROWS
-from tests.testing.bad import FAULTS, DropsOut, PeeksAhead, Sound, SoundGates
+from tests.testing.bad import FAULTS, DropsOut, Nameless, PeeksAhead, Sound, SoundGates
 
 NAMES = [entry.name for entry in installed() if entry.value.startswith("routers.")]
 TRAINING = {"groups", "weights", "gradients"}
@@ -44,6 +44,11 @@ def test_a_fault_fails_the_check_that_names_it(router, backbone):
     assert failed[0].message.endswith(".")
     assert "\n" not in failed[0].message
     assert torch.is_grad_enabled()
+
+
+def test_a_missing_docstring_blocks_no_check(backbone):
+    results = [each.examine(Subject(Nameless, backbone=backbone)) for each in CHECKS[:3]]
+    assert [result.state for result in results] == ["failed", "passed", "passed"]
 
 
 def test_layers_that_run_beyond_the_count_are_noticed(backbone, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from buddy.builders import training as builders
+from buddy.builders import training as training_builders
 from buddy.builders.training import build_trainer
 from buddy.errors import RecipeError, TrainingError
 from buddy.fit import Session
@@ -217,7 +217,7 @@ def test_a_second_signal_stops_at_once(train, tmp_path, monkeypatch):
 
 
 def test_a_step_that_is_not_finite_ends_the_training(train, monkeypatch):
-    monkeypatch.setattr(builders, "build_estimator", lambda *_: Spoilt("gradient"))
+    monkeypatch.setattr(training_builders, "build_estimator", lambda *_: Spoilt("gradient"))
     with pytest.raises(TrainingError, match=r"step 3.*optimizer\.lr"):
         train("run")
     at_step(monkeypatch, RoutingModule, 3, interrupt)
