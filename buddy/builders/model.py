@@ -1,4 +1,4 @@
-"""Recipe or run folder → backbone, router and model. Not with Lightning, so that what serves a run starts soon."""
+"""Recipe or run folder → backbone, router and model, without importing Lightning: serving a run then starts sooner."""
 
 from __future__ import annotations
 
