@@ -15,9 +15,10 @@ PAGES = {
     ),
     "results-without-bridges": (
         "without-bridges",
-        "comparison comparison-buddy-1 comparison-buddy-2 comparison-evopress comparison-evopress-1 comparison-sleb "
-        "comparison-pudding comparison-token-table comparison-dr-llm comparison-skipgpt comparison-first "
-        "comparison-flexidepth comparison-mindskip comparison-fixed comparison-reverse-order",
+        "comparison comparison-buddy-1 comparison-buddy-2 comparison-evopress comparison-evopress-1 "
+        "comparison-evopress-2 comparison-sleb comparison-pudding comparison-token-table "
+        "comparison-token-table-1 comparison-dr-llm comparison-skipgpt comparison-first comparison-flexidepth "
+        "comparison-mindskip comparison-fixed comparison-reverse-order",
     ),
     "results-bridges-healed": (
         "bridges/healed",

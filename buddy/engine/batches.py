@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from buddy.engine.kv_cache import ContextPool, HoleLayer
 from buddy.engine.kv_policies import POLICIES
 from buddy.engine.model import RoutedLM
+from buddy.engine.transfer import to_device
 
 
 @dataclass
@@ -82,7 +83,7 @@ def join(routed: RoutedLM, batches: Sequence[Batch]) -> Batch:
 
 def keep(routed: RoutedLM, batch: Batch, rows: Sequence[int]) -> Batch:
     """The batch with some of its rows only, at least one, and without columns in which all of these are padding."""
-    index = torch.tensor(rows, device=batch.mask.device)
+    index = to_device(rows, batch.mask.device)
     batch.cache.reorder_cache(index)
     mask = batch.mask[index]
     unused = int((~mask.any(0)).sum())  # padding is on the left

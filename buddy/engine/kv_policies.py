@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from buddy.engine.kv_cache import Embeddings
 from buddy.engine.selection import Group, map_tensors, take
+from buddy.engine.transfer import to_device
 
 MAX_PENDING = 64  # states that may be pending in a layer: a prompt's is one, then one for each token
 KV = tuple[Tensor, Tensor]
@@ -124,26 +125,26 @@ class RectangularKVWriter:
         rest = None if group.rest is None else self._write(group.rows, group.rest)
         return RectangularView(self, group, rest, self._past(group.rows))
 
-    def collect(self, rows: Tensor, new: KV) -> None:
+    def collect(self, group: Group, new: KV) -> None:
         """Keep what the call for some rows wrote, if there is a cache."""
         if self.cache is None:
             return
-        if len(rows) == len(self.hidden):
+        if len(group.numbers) == len(self.hidden):
             self.new, self.missing = new, set()
             return
-        self.missing -= set(rows.tolist())
+        self.missing -= set(group.numbers)
         if self.new is None:
             keys, values = (part.new_empty(len(self.hidden), *part.shape[1:]) for part in new)
             self.new = (keys, values)
         for whole, part in zip(self.new, new, strict=True):
-            whole[rows] = part
+            whole[group.rows] = part
 
     def finish(self) -> None:
         """After the last call: hand everything to the cache."""
         if self.cache is None:
             return
         if self.missing:
-            rows = torch.tensor(sorted(self.missing), device=self.hidden.device)
+            rows = to_device(sorted(self.missing), self.hidden.device)
             for whole, part in zip(self.new, self._write(rows, None), strict=True):
                 whole[rows] = part
         self.cache.update(*self.new, self.layer._index)
@@ -185,10 +186,10 @@ class RectangularView:
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
         """Take what the call wrote; give all K/V that it may read: the past, and all new positions of its rows."""
         if self.group.positions is not None:
-            where = self.group.flat(self.length, self._rows)
-            placed = [self._place(to, part, *where) for to, part in zip(self._placed, (keys, values), strict=True)]
+            flat, real = self.group.flat(self.length, self._rows), self.group.real
+            placed = [self._place(to, part, flat, real) for to, part in zip(self._placed, (keys, values), strict=True)]
             keys, values = (part.transpose(1, 2) for part in placed)
-        self.writer.collect(self.group.rows, (keys, values))
+        self.writer.collect(self.group, (keys, values))
         if self.past is None:
             return keys, values
         return torch.cat([self.past[0], keys], -2), torch.cat([self.past[1], values], -2)
@@ -224,7 +225,10 @@ class RaggedKVWriter:
         chosen = forward.chosen(layer._index)
         if forward.valid is not None:
             chosen = chosen & forward.valid
-        self.union = chosen.any(0).nonzero()[:, 0]
+        # The one position of a step is run by some row, and is no padding; to look would be to wait for the device.
+        step = chosen.shape[1] == 1
+        self.complete = forward.active_rows[layer._index] is True and (step or forward.padding is None)
+        self.union = torch.zeros(1, dtype=torch.long, device=hidden.device) if step else chosen.any(0).nonzero()[:, 0]
         self.valid = chosen[:, self.union]
         # (T,): where each position is stored among the new ones; the last index collects those that are not stored.
         self.slot_of = torch.full((chosen.shape[1],), len(self.union), device=hidden.device)
@@ -238,8 +242,9 @@ class RaggedKVWriter:
     def finish(self) -> None:
         """After the last call: hand everything to the cache."""
         if self.stored is not None and self.new is not None:
-            keys, values = (part[:, :, :-1] for part in self.new)
-            self.stored.append(keys, values, self.union + self.forward.past, self.valid, self.forward.shape[1])
+            (keys, values), forward = (part[:, :, :-1] for part in self.new), self.forward
+            slots, length = self.union + forward.past, forward.shape[1]
+            self.stored.append(keys, values, slots, self.valid, length, complete=self.complete)
 
     def past(self) -> Any | None:
         """The layer's cache where it holds something."""

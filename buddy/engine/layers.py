@@ -190,9 +190,9 @@ class RoutedLayer:
         if positions is None:
             ran[rows] = True
             return out.index_copy(0, rows, result)
-        flat, real = group.flat(length, rows)
+        flat = group.flat(length, rows)
         ran.view(-1)[flat] = True
-        return out.reshape(-1, width).index_copy(0, flat, result.reshape(-1, width)[real]).view(hidden.shape)
+        return out.reshape(-1, width).index_copy(0, flat, result.reshape(-1, width)[group.real]).view(hidden.shape)
 
 
 def stock_class(layer: nn.Module) -> type[nn.Module]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from buddy.engine.transfer import to_device
 
 MIN_SKIPPED, MIN_SKIPPED_SHARE = 32, 1 / 8  # see `worth_selecting`
 WASTE = 0.15  # the share of a call that may be padding
@@ -26,13 +29,15 @@ class Group:
     """The rows and tokens of one call of a layer.
 
     Attributes:
-        rows: (G,) long, rows of the batch.
+        numbers: the G rows of the batch.
+        rows: (G,) long, the same on the device.
         order: (G, T) long, a permutation of each row's positions whose first `length` entries run: first those chosen,
             in rising order, then padding. None where every token runs.
         length: tokens per row in this call.
         counts: how many of the `length` were chosen, of each row.
     """
 
+    numbers: list[int]
     rows: Tensor
     order: Tensor | None
     length: int
@@ -51,19 +56,18 @@ class Group:
         fewest = min(self.counts)
         return self.order[:, fewest - fewest % STEP if self.order.shape[1] >= LONG else fewest :]
 
-    def flat(self, length: int, rows: Tensor) -> tuple[Tensor, Tensor | slice]:
-        """Indices of the chosen tokens in a tensor of `rows` × `length` positions laid flat.
-
-        Returns:
-            (n,) long of the chosen tokens, and what selects them of the G · self.length tokens of the call.
-        """
-        flat = (rows[:, None] * length + self.positions).flatten()
+    @cached_property
+    def real(self) -> Tensor | slice:
+        """Selects the chosen tokens from the G · length of the call: (n,) long, or a slice where these come first."""
         if len(self.counts) == 1 or min(self.counts) == self.length:
-            real: Tensor | slice = slice(sum(self.counts))
-        else:
-            counts = torch.tensor(self.counts, device=flat.device)
-            real = (torch.arange(self.length, device=flat.device) < counts[:, None]).flatten()
-        return flat[real], real
+            return slice(sum(self.counts))
+        # From numbers on the host: a mask would wait for the device, to count them.
+        chosen = [torch.arange(count) + row * self.length for row, count in enumerate(self.counts)]
+        return to_device(torch.cat(chosen), self.rows.device)
+
+    def flat(self, length: int, rows: Tensor) -> Tensor:
+        """(n,) long, indices of the chosen tokens in a tensor of `rows` × `length` positions laid flat."""
+        return (rows[:, None] * length + self.positions).flatten()[self.real]
 
 
 def worth_selecting(counts: Sequence[int], tokens: int) -> bool:
@@ -104,15 +108,15 @@ def partition(counts: Sequence[int]) -> list[list[int]]:
 
 
 def _group(chosen: Tensor, rows: list[int], counts: Sequence[int]) -> Group:
-    index = torch.tensor(rows, device=chosen.device)
+    index = to_device(rows, chosen.device)
     ours, total = [counts[r] for r in rows], chosen.shape[1]
     if min(ours) == total:
-        return Group(index, None, total, ours)
+        return Group(rows, index, None, total, ours)
     order = chosen[index].to(torch.int8).argsort(dim=1, descending=True, stable=True)
     length = max(ours)
     if total >= LONG:
         length = min(total, -(-length // STEP) * STEP)
-    return Group(index, order, length, ours)
+    return Group(rows, index, order, length, ours)
 
 
 def take(x: Tensor, rows: Tensor, positions: Tensor | None, batch: int) -> Tensor:

@@ -19,8 +19,8 @@ def to_host(values: Tensor) -> Any:
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:
-    """A tensor of Python numbers, of torch's type for them. The caller does not wait for a CUDA device."""
-    tensor = torch.tensor(values)
+    """A tensor of Python numbers or of the host's. The caller does not wait for a CUDA device."""
+    tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

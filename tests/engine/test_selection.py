@@ -31,7 +31,7 @@ def test_groups_run_exactly_the_chosen_tokens(chosen):
         if group.positions is None:
             ran[group.rows] = True
             continue
-        flat, _ = group.flat(chosen.shape[1], group.rows)
+        flat = group.flat(chosen.shape[1], group.rows)
         assert not ran.view(-1)[flat].any()
         ran.view(-1)[flat] = True
         skipped = torch.zeros_like(chosen[group.rows]).scatter_(1, group.rest, True)

@@ -1,7 +1,10 @@
-"""On a GPU, where there is one: what the CPU computes, training, the recipe `gpu` in bfloat16, several GPUs by NCCL."""
+"""On a GPU, where there is one: what the CPU computes, training, the recipe `gpu` in bfloat16, several GPUs by NCCL.
 
-import copy
+`test_second_device.py` starts those that need no CUDA on a device that stands in for one.
+"""
+
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -11,13 +14,13 @@ from buddy.config import load_recipe
 from buddy.engine.decode import Decoder, Row, Sampler
 from buddy.engine.model import RoutedLM, geometry_of
 from buddy.run import read_run
+from tests import second_device
 from tests.engine.reference import Fickle, random_bridges
 from tests.small import start_buddy
 from tests.tiny import FAMILIES, tiny_backbone
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
-
+DEVICE = "cuda" if torch.cuda.is_available() else second_device.NAME if second_device.registered else None
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
 SMALL = ("data.window=48", "data.prompt=12", "data.batch_size=4", "data.calibration_windows=4", "trainer.max_steps=4")
 TINY = (*SMALL, "data.validation_windows=2", "data.test_windows=6", "trainer.log_every_n_steps=1")
@@ -28,16 +31,17 @@ def words(small, output) -> list[str]:
     return [f"backbone.name={small.model}", f"data.source={small.text}", f"output={output}", *TINY]
 
 
+accelerator = pytest.mark.skipif(DEVICE is None, reason="needs a GPU that torch can use, and there is none here")
 one_gpu = pytest.mark.skipif(COUNT < 1, reason="needs a GPU that torch can use, and there is none here")
 IDS = torch.randint(3, 259, (3, 40), generator=torch.Generator().manual_seed(0))
 EXECUTED = torch.tensor([3, 4, 6])
 
 
-def both(family: str, **settings) -> tuple[RoutedLM, RoutedLM]:
+def both(family: str, layers: int = 6, **settings) -> tuple[RoutedLM, RoutedLM]:
     """The same routed model with bridges on the CPU and on the device."""
     models = []
     for device in ("cpu", DEVICE):
-        backbone = copy.deepcopy(tiny_backbone(family))
+        backbone = tiny_backbone(family, num_hidden_layers=layers)
         backbone.model.to(device)
         model = RoutedLM(backbone, Fickle(geometry_of(backbone)), **settings)
         model.bridge(random_bridges(model.geometry, 0))
@@ -45,7 +49,7 @@ def both(family: str, **settings) -> tuple[RoutedLM, RoutedLM]:
     return models[0], models[1]
 
 
-@one_gpu
+@accelerator
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_windows_are_those_of_the_cpu(family, padded):
@@ -59,7 +63,7 @@ def test_windows_are_those_of_the_cpu(family, padded):
     torch.testing.assert_close(got.logits.cpu()[mask.bool()], expected.logits[mask.bool()], atol=1e-3, rtol=1e-3)
 
 
-@one_gpu
+@accelerator
 @pytest.mark.parametrize("policy", ["fill", "zero", "hole"])
 @pytest.mark.parametrize("batch_plan", ["row", "shared"])
 def test_texts_are_those_of_the_cpu(policy, batch_plan):
@@ -75,7 +79,39 @@ def test_texts_are_those_of_the_cpu(policy, batch_plan):
     assert texts[0] == texts[1]
 
 
-@one_gpu
+counting = pytest.mark.skipif(DEVICE != second_device.NAME, reason="only the stand-in for a GPU counts")
+
+
+@counting
+@pytest.mark.parametrize("policy", ["fill", "zero", "hole"])
+@pytest.mark.parametrize("lengths", [[9], [9, 10, 11]])
+def test_a_step_waits_once_for_scores_and_copies_the_tokens(policy, lengths):
+    _, model = both("llama", policy=policy)
+    decoder = Decoder(model)
+    for number, length in enumerate(lengths):
+        decoder.add(Row(IDS[number, :length].tolist(), 4, Sampler(model.backbone.model, 9), 99))
+    for _ in range(4):
+        decoder.step()
+    second_device.waits.clear()
+    decoder.step()
+    assert second_device.waits == {"tolist": 1, "copy": 1}
+
+
+@counting
+@pytest.mark.parametrize("policy", ["fill", "zero"])
+def test_a_batch_of_windows_waits_equally_often_for_any_number_of_layers(policy):
+    counts = []
+    for layers in (6, 12):
+        _, model = both("llama", layers, policy=policy)
+        windows = IDS.repeat(1, 2).to(DEVICE)  # long enough that layers run selected tokens
+        with model.at(executed=[4, 5, 3]):
+            second_device.waits.clear()
+            model.backbone.model(windows)
+        counts.append(Counter(second_device.waits))
+    assert counts[0] == counts[1]
+
+
+@accelerator
 @pytest.mark.parametrize("estimator", ["perturbed", "straight-through", "surrogate"])
 def test_a_training_goes_on_where_it_stopped(small, tmp_path, estimator):
     options = ["trainer.accelerator=auto", f"objective.estimator={estimator}", "bridge={rank: 4, windows: 4}"]
@@ -87,7 +123,7 @@ def test_a_training_goes_on_where_it_stopped(small, tmp_path, estimator):
     assert checkpoint["global_step"] == 5
 
 
-@one_gpu
+@accelerator
 def test_an_adapter_and_bridges_are_trained(small, tmp_path):
     options = ("trainer.accelerator=auto", "adapter.steps=2", "bridge={rank: 4, windows: 4, steps: 2}")
     fit(small(tmp_path, *options), "small")
