@@ -17,13 +17,13 @@ PAGES = {
         "without-bridges",
         "comparison comparison-buddy-1 comparison-buddy-2 comparison-evopress comparison-evopress-1 "
         "comparison-evopress-2 comparison-sleb comparison-pudding comparison-token-table "
-        "comparison-token-table-1 comparison-dr-llm comparison-skipgpt comparison-first comparison-flexidepth "
-        "comparison-mindskip comparison-fixed comparison-reverse-order",
+        "comparison-token-table-1 comparison-token-table-2 comparison-dr-llm comparison-skipgpt comparison-first "
+        "comparison-flexidepth comparison-mindskip comparison-fixed comparison-reverse-order",
     ),
     "results-bridges-healed": (
         "bridges/healed",
         "comparison-buddy comparison-mean comparison comparison-skipgpt comparison-first comparison-flexidepth "
-        "comparison-mindskip comparison-token-table comparison-evopress comparison-2",
+        "comparison-mindskip comparison-token-table comparison-prior comparison-evopress comparison-2",
     ),
     "results-healed": ("healed", "comparison-buddy comparison comparison-2 comparison-3 comparison-4"),
     "results-tasks": ("tasks", "comparison-buddy comparison comparison-2"),

@@ -1,7 +1,8 @@
 """A second device, `other`, where there is no GPU: its tensors lie in the memory of the CPU, apart from the CPU's own.
 
-An operation on tensors of both devices fails as it does on a GPU, and what a GPU would be waited for is counted. With
-`pytest -p tests.second_device` torch and Lightning find it as this machine's accelerator, and so does Buddy.
+An operation on tensors of both devices fails as it does on a GPU, and operations for whose results the host would wait
+are counted; copies to the device and random generators are not checked. With `pytest -p tests.second_device` torch and
+Lightning find it as this machine's accelerator, and so does Buddy.
 """
 
 from collections import Counter

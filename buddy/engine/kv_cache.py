@@ -194,21 +194,19 @@ class HoleLayer(PendingLayer, DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """All positions of all rows, as stock stores them; only where `complete` holds."""
         slots = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
-        past = None if self.slots is None else (self.keys, self.values)
+        past, complete = None if self.slots is None else (self.keys, self.values), self.complete
         valid = torch.ones(len(key_states), len(slots), dtype=torch.bool, device=key_states.device)
-        self.append(key_states, value_states, slots, valid, len(slots), complete=True)
+        self.append(key_states, value_states, slots, valid, len(slots))
+        self.complete = complete
         if past is None:
             return key_states, value_states
         return torch.cat([past[0], key_states], -2), torch.cat([past[1], value_states], -2)
 
-    def append(
-        self, keys: Tensor, values: Tensor, slots: Tensor, valid: Tensor, length: int, *, complete: bool
-    ) -> None:
+    def append(self, keys: Tensor, values: Tensor, slots: Tensor, valid: Tensor, length: int) -> None:
         """Store K and V (B, heads, U, size) of positions `slots` (U,), for the rows in `valid` (B, U).
 
         Args:
             length: positions that pass in this forward, stored or not.
-            complete: whether all of these are stored for every row.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -217,9 +215,7 @@ class HoleLayer(PendingLayer, DynamicLayer):
         self.values = torch.cat([self.values, values], -2) if more else values
         self.slots = torch.cat([self.slots, slots]) if more else slots
         self.valid = torch.cat([self.valid, valid], 1) if more else valid
-        complete = self.complete and complete
         self.skip(length)
-        self.complete = complete
 
     def skip(self, length: int) -> None:
         """`length` positions pass without being stored; what leaves the window is dropped."""

@@ -225,9 +225,8 @@ class RaggedKVWriter:
         chosen = forward.chosen(layer._index)
         if forward.valid is not None:
             chosen = chosen & forward.valid
-        # The one position of a step is run by some row, and is no padding; to look would be to wait for the device.
+        # Some row runs the one position of a step; to look for it would be to wait for the device.
         step = chosen.shape[1] == 1
-        self.complete = forward.active_rows[layer._index] is True and (step or forward.padding is None)
         self.union = torch.zeros(1, dtype=torch.long, device=hidden.device) if step else chosen.any(0).nonzero()[:, 0]
         self.valid = chosen[:, self.union]
         # (T,): where each position is stored among the new ones; the last index collects those that are not stored.
@@ -242,9 +241,8 @@ class RaggedKVWriter:
     def finish(self) -> None:
         """After the last call: hand everything to the cache."""
         if self.stored is not None and self.new is not None:
-            (keys, values), forward = (part[:, :, :-1] for part in self.new), self.forward
-            slots, length = self.union + forward.past, forward.shape[1]
-            self.stored.append(keys, values, slots, self.valid, length, complete=self.complete)
+            keys, values = (part[:, :, :-1] for part in self.new)
+            self.stored.append(keys, values, self.union + self.forward.past, self.valid, self.forward.shape[1])
 
     def past(self) -> Any | None:
         """The layer's cache where it holds something."""

@@ -61,9 +61,10 @@ class Group:
         """Selects the chosen tokens from the G · length of the call: (n,) long, or a slice where these come first."""
         if len(self.counts) == 1 or min(self.counts) == self.length:
             return slice(sum(self.counts))
-        # From numbers on the host: a mask would wait for the device, to count them.
-        chosen = [torch.arange(count) + row * self.length for row, count in enumerate(self.counts)]
-        return to_device(torch.cat(chosen), self.rows.device)
+        # On the host: a mask of the device would be waited for, to count what it selects.
+        counts = torch.tensor(self.counts, device="cpu")
+        chosen = torch.arange(self.length, device="cpu") < counts[:, None]
+        return to_device(chosen.flatten().nonzero()[:, 0], self.rows.device)
 
     def flat(self, length: int, rows: Tensor) -> Tensor:
         """(n,) long, indices of the chosen tokens in a tensor of `rows` × `length` positions laid flat."""

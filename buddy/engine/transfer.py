@@ -20,7 +20,7 @@ def to_host(values: Tensor) -> Any:
 
 def to_device(values: Any, device: torch.device) -> Tensor:
     """A tensor of Python numbers or of the host's. The caller does not wait for a CUDA device."""
-    tensor = torch.as_tensor(values)
+    tensor = torch.as_tensor(values, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
