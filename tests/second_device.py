@@ -6,12 +6,12 @@ Lightning find it as this machine's accelerator, and so does Buddy.
 """
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "other"
 INDEXING = {"aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
@@ -67,7 +67,7 @@ class OtherTensor(torch.Tensor):
 def run(function: Any, args: tuple, kwargs: dict) -> Any:
     """The operation on the CPU's tensors; the result is on the device of the arguments, or on the one asked for."""
     name, device = function._schema.name, kwargs.get("device")
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    tensors = [*_tensors(args), *_tensors(kwargs.values())]
     others = [value for value in tensors if isinstance(value, OtherTensor)]
     if others and name not in COPYING:
         # As on a GPU, numbers may be the CPU's, and so may the indices into a tensor of the device.
@@ -78,11 +78,12 @@ def run(function: Any, args: tuple, kwargs: dict) -> Any:
     _count(name, args, others, there)
 
     plain = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    result = function(*tree_map(_inner, args), **tree_map(_inner, plain | ({"device": "cpu"} if device else {})))
+    plain |= {"device": "cpu"} if device else {}
+    result = function(*map(_inner, args), **{key: _inner(value) for key, value in plain.items()})
     assert all(value.shape == value.inner.shape for value in others), f"{name} changes a shape in place"
     if function._schema.is_mutable:
         return None if result is None else next(value for value in (kwargs.get("out"), *tensors) if value is not None)
-    return tree_map(_outer, result) if there else result
+    return _outer(result) if there else result
 
 
 def _count(name: str, args: tuple, others: list[Tensor], there: bool) -> None:
@@ -94,11 +95,23 @@ def _count(name: str, args: tuple, others: list[Tensor], there: bool) -> None:
         waits["copy"] += 1
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
 def _inner(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [*map(_inner, value)]
     return value.inner if isinstance(value, OtherTensor) else value
 
 
 def _outer(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_outer, value))
     return OtherTensor(value) if isinstance(value, Tensor) else value
 
 
