@@ -23,7 +23,8 @@ PAGES = {
     "results-bridges-healed": (
         "bridges/healed",
         "comparison-buddy comparison-mean comparison comparison-skipgpt comparison-first comparison-flexidepth "
-        "comparison-mindskip comparison-token-table comparison-prior comparison-evopress comparison-2",
+        "comparison-mindskip comparison-token-table comparison-prior comparison-evopress comparison-sleb "
+        "comparison-2",
     ),
     "results-healed": ("healed", "comparison-buddy comparison comparison-2 comparison-3 comparison-4"),
     "results-tasks": ("tasks", "comparison-buddy comparison comparison-2"),
