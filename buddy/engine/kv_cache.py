@@ -194,10 +194,11 @@ class HoleLayer(PendingLayer, DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """All positions of all rows, as stock stores them; only where `complete` holds."""
         slots = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
-        past, complete = None if self.slots is None else (self.keys, self.values), self.complete
+        past = None if self.slots is None else (self.keys, self.values)
+        complete = self.complete
         valid = torch.ones(len(key_states), len(slots), dtype=torch.bool, device=key_states.device)
         self.append(key_states, value_states, slots, valid, len(slots))
-        self.complete = complete
+        self.complete = complete  # as before: these positions are all stored
         if past is None:
             return key_states, value_states
         return torch.cat([past[0], key_states], -2), torch.cat([past[1], value_states], -2)

@@ -129,10 +129,10 @@ class RectangularKVWriter:
         """Keep what the call for some rows wrote, if there is a cache."""
         if self.cache is None:
             return
-        if len(group.numbers) == len(self.hidden):
+        if len(group.rows_on_host) == len(self.hidden):
             self.new, self.missing = new, set()
             return
-        self.missing -= set(group.numbers)
+        self.missing -= set(group.rows_on_host)
         if self.new is None:
             keys, values = (part.new_empty(len(self.hidden), *part.shape[1:]) for part in new)
             self.new = (keys, values)

@@ -29,7 +29,7 @@ class Group:
     """The rows and tokens of one call of a layer.
 
     Attributes:
-        numbers: the G rows of the batch.
+        rows_on_host: the G rows of the batch.
         rows: (G,) long, the same on the device.
         order: (G, T) long, a permutation of each row's positions whose first `length` entries run: first those chosen,
             in rising order, then padding. None where every token runs.
@@ -37,7 +37,7 @@ class Group:
         counts: how many of the `length` were chosen, of each row.
     """
 
-    numbers: list[int]
+    rows_on_host: list[int]
     rows: Tensor
     order: Tensor | None
     length: int

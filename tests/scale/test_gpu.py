@@ -32,7 +32,7 @@ def words(small, output) -> list[str]:
 
 
 accelerator = pytest.mark.skipif(DEVICE is None, reason="needs a GPU that torch can use, and there is none here")
-one_gpu = pytest.mark.skipif(COUNT < 1, reason="needs a GPU that torch can use, and there is none here")
+one_gpu = pytest.mark.skipif(COUNT < 1, reason="needs a CUDA device that torch can use, and there is none here")
 IDS = torch.randint(3, 259, (3, 40), generator=torch.Generator().manual_seed(0))
 EXECUTED = torch.tensor([3, 4, 6])
 
