@@ -281,6 +281,8 @@ def _check_results(folder: Path, advice: str) -> None:
 
 def _check_trained(config: CompareConfig) -> None:
     recipe, trained = config.recipe, config.trained
+    if config.finished:
+        raise RecipeError("--finished fits nothing, so it heals nothing; leave out --finished or --trained.")
     if recipe.adapter is None and not (recipe.bridge and recipe.bridge.steps):
         raise RecipeError("--trained heals trained routers; give bridge.steps=…, adapter.steps=… or both.")
     for name, section in (("adapter", recipe.adapter), ("bridge", recipe.bridge)):

@@ -407,7 +407,7 @@ def _check_start(recipe: Recipe, path: str) -> None:
 
 def _check_limits(recipe: Recipe, data: TextData, devices: int) -> None:
     """Raises RecipeError where a share of the validation batches is none, which Lightning refuses after calibration."""
-    batches = -(-len(data.val_dataloader()) // devices)
+    batches = -(-len(data.validation) // (data.batch_size * devices))
     name = "overfit_batches" if recipe.trainer.get("overfit_batches") else "limit_val_batches"
     share = recipe.trainer.get(name)
     if isinstance(share, float) and 0 < share * batches < 1:

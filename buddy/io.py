@@ -56,7 +56,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         RunError: the file cannot be written.
     """
     path = Path(os.path.realpath(path))
-    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PART}")
+    part = path.with_name(f".{uuid4().hex}{PART}")  # any name that a file may have is short enough
     with writing(path):
         try:
             with part.open("xb") as file:
@@ -143,12 +143,14 @@ def check_output_path(path: Path, *inputs: str | Path) -> None:
     names = [Path(os.path.expanduser(each)) for each in (inputs if os.path.exists(path) else ())]
     files = chain.from_iterable(each.rglob("*") if os.path.isdir(each) else [each] for each in names)
     if any(os.path.exists(each) and os.path.samefile(each, path) for each in files):
-        raise RunError(f"{path} is an input of this command; name another file for its output.")
+        raise RunError(f"{path} is an input of this command, or in a folder that it reads; name another file.")
     if os.path.isdir(path):  # unlike Path, os.path accepts any text, such as a name of 300 letters
         raise RunError(f"{path} is a folder; name a file in it.")
     if os.path.exists(path) and not os.path.isfile(path):  # `write_bytes` would replace it, even /dev/null
         raise RunError(f"{path} is a device or a pipe; name a file.")
     check_parent(path)
+    with writing(path), suppress(FileNotFoundError):
+        path.lstat()  # fails where the name is too long
     if not os.access(path.parent, os.W_OK):
         raise RunError(f"{path} cannot be written (the folder is read-only); choose another folder.")
 
@@ -248,7 +250,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         advice = "free space there or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise RunError(f"{path} cannot be written ({reason}); {advice}choose another folder.") from error
+        other = "a shorter name" if error.errno == errno.ENAMETOOLONG else "another folder"
+        raise RunError(f"{path} cannot be written ({reason}); {advice}choose {other}.") from error
 
 
 @contextmanager

@@ -149,6 +149,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     for name, kind in {"format": int, **_FIELDS}.items():
         if not isinstance(facts.get(name), kind) or flaw(facts[name]):
             raise DamagedError(path, f"{name} is missing or wrong")
+    if not all(isinstance(facts["geometry"].get(name), int) for name in ("layers", "hidden")):
+        raise DamagedError(path, "geometry is wrong")
     return {name: facts[name] for name in _FIELDS}
 
 

@@ -34,7 +34,7 @@ def package(name: str) -> dict[str, str]:
     """Path inside the package → text, for a checked name."""
     module = _module(name)
     cls = "".join(part.capitalize() for part in name.removesuffix("-router").split("-")) + "Router"
-    words = {"name": name, "module": module, "class": cls, "title": name.replace("-", " ")}
+    words = {"name": name, "module": module, "class": cls}
     return {path.format(**words): Template(text).substitute(words) for path, text in FILES.items()}
 
 

@@ -67,16 +67,14 @@ def texts_of(text: str | None, recipe: Recipe) -> list[EvaluationText]:
             f"Two texts are called {own!r}, one of them the recipe's own; give the other a name, as in --domains "
             f"other={others[own]}."
         )
-    found = [EvaluationText(own, source, own=True), *(EvaluationText(label, other) for label, other in others.items())]
-    for each in found:
-        if not each.own:
-            check_unseen(recipe, each.source)
-        if not re.fullmatch(r"[\w.-]{1,60}", each.label):
+    for label, other in others.items():
+        check_unseen(recipe, other)
+        if not re.fullmatch(r"[\w.-]{1,60}", label):
             raise DataError(
-                f"The label {each.label!r} cannot be a file name; give at most 60 letters, digits, dots and hyphens, "
-                f"as in --domains other={each.source}."
+                f"The label {label!r} cannot be a file name; give at most 60 letters, digits, dots and hyphens, "
+                f"as in --domains other={other}."
             )
-    return found
+    return [EvaluationText(own, source, own=True), *(EvaluationText(label, other) for label, other in others.items())]
 
 
 def read_windows(text: EvaluationText, recipe: Recipe, data: TextData) -> Windows:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from buddy.console import Track
 from buddy.metrics.statistics import hull
 from buddy.predictor.grpo import BudgetPolicy, train_policy
 from buddy.predictor.regress import CurvePredictor
@@ -19,7 +20,6 @@ RESAMPLES = 1000
 POLICIES = 5  # costs of a policy that are tried
 POLICY: dict[str, Any] = {"steps": 2000, "lr": 1e-3}
 Chosen = dict[str, list[np.ndarray]]  # method → indices of arms (N,), one array for each setting that is tried
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 Sample = list[tuple[float, float]]  # mean layers and loss of each setting
 
 

@@ -61,7 +61,8 @@ def test_output_paths_that_cannot_be_written(tmp_path):
     write_json(tmp_path / "input.json", {})
     check_output_path(tmp_path / "new.json", tmp_path / "input.json")
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "none" / "x.json", tmp_path / "input.json", tmp_path / "pipe"):
+    write_text(tmp_path / ("a" * 255), "the longest name")
+    for path in (tmp_path, *map(tmp_path.joinpath, ["none/x.json", "input.json", "pipe", "a" * 256])):
         with pytest.raises(RunError):
             check_output_path(path, tmp_path / "input.json")
 

@@ -418,7 +418,8 @@ def test_a_damaged_file_is_named(folder, recipe, name, damage):
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": 3}, {"format": None}, {"geometry": 3}, {"fingerprint": None}, {"backbone": "a\0b"}]
+    "change",
+    [{"format": 3}, {"format": None}, {"geometry": 3}, {"geometry": {}}, {"fingerprint": None}, {"backbone": "a\0b"}],
 )
 def test_facts_that_cannot_be_used(folder, recipe, change):
     path = make(folder, recipe)

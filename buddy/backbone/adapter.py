@@ -135,7 +135,7 @@ class Adapter:
         tensors = load_tensors(folder / WEIGHTS)
         try:
             adapter = cls(backbone, LoraConfig.from_pretrained(str(folder)))
-        except (TypeError, ValueError, KeyError) as error:  # wrong keys or types, or none of the modules
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:  # wrong keys, types or sizes, no such module
             raise DamagedError(folder / CONFIG, reason(error)) from error
         try:
             adapter._load_state(tensors, folder / WEIGHTS)

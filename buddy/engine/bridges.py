@@ -134,11 +134,11 @@ class Bridges(nn.Module):
         Raises:
             DamagedError: the file is missing, damaged, or of another rank or model.
         """
-        bridges, tensors = cls(geometry, rank), load_tensors(path)
-        state = bridges.state_dict()
-        if {name: each.shape for name, each in tensors.items()} != {name: each.shape for name, each in state.items()}:
-            raise DamagedError(path, f"it does not hold bridges of rank {rank} for this model")
-        bridges.load_state_dict(tensors)
+        try:
+            bridges = cls(geometry, rank)
+            bridges.load_state_dict(load_tensors(path))
+        except RuntimeError as error:
+            raise DamagedError(path, f"it does not hold bridges of rank {rank} for this model") from error
         return bridges
 
     def _parts(self, layer: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...] | None:

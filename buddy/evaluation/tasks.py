@@ -56,14 +56,11 @@ def evaluate_tasks(
     run = read_run(folder)
     if json_file:
         check_output_path(json_file, *run.inputs, *filter(None, [task_data, task_path]))
-    require_lm_eval()
-    with status(f"Loading {run.backbone} …"):
-        routed = load_model(run)
-    found = task_scores(folder, tasks, budgets, limit, task_data, task_path, routed)
+    found = task_scores(folder, tasks, budgets, limit, task_data, task_path)
     report_json(json_file, found)
     show_tasks(
         found["results"],
-        f"{router_title(run, routed.mean_over)} on tasks, backbone {title_of(run.backbone)}",
+        f"{router_title(run, found['mean_over'])} on tasks, backbone {title_of(run.backbone)}",
         run.recipe.routing.sink_tokens,
         run.geometry["layers"],
     )
@@ -77,17 +74,17 @@ def task_scores(
     task_data: Path | None = None,
     task_path: Path | None = None,
     routed: RoutedLM | None = None,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, Any]:
     """A run's scores on tasks.
 
     The arguments are those of `evaluate_tasks`; `names` are its tasks, `routed` is the run's model where it is loaded.
 
     Returns:
-        {"results": [one entry for each task and budget]}. An entry has "task", "budget", "layers" (K), "executed"
-        ("min", "mean", "max" layers that tokens ran, sinks and padding left out, None where nothing else is left),
-        "metric" (acc_norm where the task has it, else acc, else its first one), "value" and "stderr" (as lm-eval
-        computes them; None for one item), "items", and "correct": 0 or 1 for each item in order, None where the metric
-        is no count of right answers.
+        {"results": [one entry for each task and budget], "mean_over": as in `RoutedLM`}. An entry has "task", "budget",
+        "layers" (K), "executed" ("min", "mean", "max" layers that tokens ran, sinks and padding left out, None where
+        nothing else is left), "metric" (acc_norm where the task has it, else acc, else its first one), "value" and
+        "stderr" (as lm-eval computes them; None for one item), "items", and "correct": 0 or 1 for each item in order,
+        None where the metric is no count of right answers.
 
     Raises:
         BuddyError: the run, a budget or a task cannot be used, or lm-eval is not installed.
@@ -116,7 +113,7 @@ def task_scores(
         tokens = data.batch_size * data.window
         model = BuddyLM(routed, wanted[0], batch_tokens=tokens)
         with within_memory(f"a batch of {tokens} tokens"):
-            return {"results": _over_budgets(model, tasks, fractions, limit)}
+            return {"results": _over_budgets(model, tasks, fractions, limit), "mean_over": routed.mean_over}
 
 
 def _over_budgets(

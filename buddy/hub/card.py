@@ -28,7 +28,7 @@ def run_card(run: Run, metrics: Mapping[str, Any], name: str, licence: str | Non
         name: the folder or hub name to load it by.
         licence: the hub's identifier of a licence for the router's weights; None where none was chosen.
     """
-    layers, backbone = run.geometry.get("layers", "its"), title(run.backbone)
+    layers, backbone = run.geometry["layers"], title(run.backbone)
     extras = ""
     if (run.folder / BRIDGE).is_file():
         extras += " Bridges in `bridge.safetensors` correct the hidden state of tokens that skip a layer."

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buddy.builders.data import build_windows, held_out
+from buddy.builders.data import build_unseen, held_out
 from buddy.console import Track
 from buddy.data.text import same_source
 from buddy.data.windows import Windows
@@ -119,7 +119,7 @@ def read_text(run: Run, routed: RoutedLM, label: str, source: str, count: int) -
     if same_source(source, section.source):  # the other windows were learned from
         windows = held_out(run, routed.backbone).test[:count]
     else:
-        windows = build_windows(run.recipe, routed.backbone.tokenizer, source, count=count)
+        windows = build_unseen(run, routed.backbone.tokenizer, source, count=count)
     return TextWindows(label, source, windows, section.prompt)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from buddy.console import stderr, tracker
 from buddy.engine.model import RoutedLM
-from buddy.errors import BudgetError, DamagedError, RunError
+from buddy.errors import BudgetError, DamagedError
 from buddy.io import load_tensors, read_json, save_tensors, tensorboard_writer, write_json
 from buddy.predictor.features import Predictor, Targets, feature_size, measure_targets, sorted_arms
 from buddy.predictor.grpo import BudgetPolicy, train_policy
@@ -79,14 +79,9 @@ def load_predictor(folder: Path, geometry: Geometry) -> Predictor | None:
     facts = read_json(folder / PREDICTOR_FACTS)
     try:
         predictor = KINDS[facts["name"]](feature_size(geometry), facts["layers"], **facts["options"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(folder / PREDICTOR_FACTS, f"it does not describe a predictor: {error}") from error
-    try:
         predictor.load_state_dict(load_tensors(folder / PREDICTOR))
-    except RuntimeError as error:
-        raise RunError(
-            f"The budget predictor saved in {folder} does not fit this model; make the run again with `buddy fit`."
-        ) from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DamagedError(folder / PREDICTOR_FACTS, f"it describes no predictor of this model: {error}") from error
     return predictor.eval().requires_grad_(False)
 
 

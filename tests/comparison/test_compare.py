@@ -197,6 +197,8 @@ def test_what_is_complete_is_compared_without_fitting(again, ask, tmp_path, caps
     options = {"texts": None, "finished": True, "seeds": None}
     with pytest.raises(RunError, match="--finished"):
         compare(ask(tmp_path / "out", routers="shortgpt,random", **options))
+    with pytest.raises(RecipeError, match="--trained"):
+        compare(ask(tmp_path / "out", "bridge.steps=2", routers="shortgpt", trained=again, **options))
     assert not (tmp_path / "out").exists()
     before = stamps(again)
     for seeds, expected in ((None, [0, 1]), (1, [0])):

@@ -97,9 +97,12 @@ def test_a_text_without_enough_windows_is_refused(recipe, data, tmp_path):
         read_windows(EvaluationText("short", str(short)), recipe, data)
 
 
-def test_the_recipes_own_label_can_be_a_file_name():
-    recipe = Recipe(data=DataSection("Salesforce/wikitext:wikitext-2-raw-v1"))
-    assert [text.label for text in texts_of(None, recipe)] == ["wikitext-wikitext-2-raw-v1"]
+@pytest.mark.parametrize(
+    ("source", "label"),
+    [("Salesforce/wikitext:wikitext-2-raw-v1", "wikitext-wikitext-2-raw-v1"), (f"{'a' * 80}.txt", "a" * 80)],
+)
+def test_the_recipes_own_label(source, label):
+    assert [text.label for text in texts_of(None, Recipe(data=DataSection(source)))] == [label]
 
 
 def test_a_file_in_a_folder_that_is_learned_from_is_no_domain(recipe):

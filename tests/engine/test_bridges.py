@@ -123,8 +123,9 @@ def test_file(tmp_path):
     expected = routed(IDS, executed=EXECUTED).logits
     routed.bridge(loaded)
     assert torch.equal(routed(IDS, executed=EXECUTED).logits, expected)
-    with pytest.raises(DamagedError, match="rank 5"):
-        Bridges.load(path, routed.geometry, 5)
+    for rank in (5, 10**12):
+        with pytest.raises(DamagedError, match=f"rank {rank}"):
+            Bridges.load(path, routed.geometry, rank)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DamagedError):
         Bridges.load(path, routed.geometry, 4)

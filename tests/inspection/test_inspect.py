@@ -163,13 +163,15 @@ def test_files_are_written_before_tables_whose_reader_may_leave(finished, out, m
         ({"domains": "a=x.txt,a=y.txt"}, DataError, "'a'"),
         ({"domains": "nothing.txt"}, DataError, "nothing.txt"),
         ({"domains": "a=short.txt"}, DataError, "short.txt"),
+        ({"domains": "a=copy.jsonl"}, DataError, "copy.jsonl"),
         ({"out": "a_file"}, RunError, "a_file"),
         ({"out": "no/where"}, RunError, "no"),
         ({"json_file": "no/where.json"}, RunError, "no"),
     ],
 )
-def test_mistakes_leave_nothing(finished, tmp_path, monkeypatch, options, error, named):
+def test_mistakes_leave_nothing(finished, small, tmp_path, monkeypatch, options, error, named):
     monkeypatch.chdir(tmp_path)
+    shutil.copy(small.text, "copy.jsonl")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "a_file").touch()
     paths = {name: tmp_path / options[name] for name in ("out", "json_file") if name in options}

@@ -177,7 +177,7 @@ def test_a_damaged_or_missing_file_is_named(predicting, routed, tmp_path, name):
         load_predictor(tmp_path, routed.geometry)
 
 
-@pytest.mark.parametrize("change", [{"options": {"hidden": 7}}, {"name": "oracle"}])
+@pytest.mark.parametrize("change", [{"options": {"hidden": 7}}, {"options": {"hidden": -1}}, {"name": "oracle"}])
 def test_a_predictor_of_another_model_is_refused(predicting, routed, tmp_path, change):
     shutil.copytree(predicting["grpo"], tmp_path, dirs_exist_ok=True)
     facts = json.loads((tmp_path / "predictor.json").read_text())

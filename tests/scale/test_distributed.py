@@ -1,5 +1,7 @@
 """Ranks, devices, and what processes exchange."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -104,6 +106,19 @@ def test_what_processes_exchange():
         "broadcast": {"by": 0},
         "state": [[0.0] * 3, [0.0] * 3, [True, False], [[0.5], [0.5]]],
     }
+
+
+def meet() -> tuple[float, float]:
+    """When this process comes to a barrier and leaves it; the others come later."""
+    time.sleep(0.3 * torch.distributed.get_rank())
+    came = time.monotonic()
+    distributed.barrier()
+    return came, time.monotonic()
+
+
+def test_no_process_leaves_a_barrier_before_all_are_there():
+    came, left = zip(*side_by_side(meet, count=4), strict=True)
+    assert max(came) <= min(left)
 
 
 def leave() -> str:

@@ -6,6 +6,7 @@ from buddy import distributed
 from buddy.compare import fit
 from buddy.config import load_recipe
 from buddy.errors import DataError, TrainingError
+from buddy.fit import Session
 from buddy.training.callbacks import LastCheckpoint
 from tests.scale.curves import assert_alike, curves
 from tests.scale.forked import side_by_side
@@ -56,6 +57,15 @@ def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
     assert not (tmp_path / "two" / "small" / "buddy" / "seed-0" / "metrics.json").exists()
     fitted(words(small, tmp_path / "two"))
     assert_alike(*(tmp_path / folder / "small" / "buddy" / "seed-0" for folder in ("one", "two")))
+
+
+def prepared(given: list[str]) -> None:
+    Session.prepare([load_recipe(given[0], given[1:])])
+
+
+def test_half_of_the_validation_batches_of_each_process_is_one(small, tmp_path):
+    half = ("trainer.limit_val_batches=0.5", "data.batch_size=2", "data.validation_windows=8")
+    side_by_side(prepared, words(small, tmp_path, *half))
 
 
 def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):
