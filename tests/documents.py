@@ -132,7 +132,7 @@ def _pip(words: list[str], place: str) -> None:
     """What is installed with -e is installed into a folder of the tests."""
     assert words[1:3] == ["install", "-e"], place
     site = Path("site-packages").resolve()
-    pip_install(Path(words[3]), site=site, work=Path("build").resolve())
+    pip_install(Path(words[3].partition("[")[0]), site=site, work=Path("build").resolve())
     sys.path.insert(0, str(site))
 
 
