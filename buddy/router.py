@@ -59,7 +59,7 @@ class Geometry:
 class Context:
     """All that a router may look at when it plans for a token. Nothing in it comes from a later position.
 
-    Leading dimensions are free: (B,) for one decode step, (B, T) for whole windows.
+    Leading dimensions are free: (B, T) in a forward, T = 1 in a decode step; (B,) for one token of each prompt.
 
     Attributes:
         pooled: (..., F) float32, mean over the positions so far of the context layer's cached states.

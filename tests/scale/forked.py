@@ -66,4 +66,4 @@ def _work(pipe: Connection, rank: int, count: int, port: int, work: Callable[...
         answer = (False, f"process {rank}: {traceback.format_exc()}")
     pipe.send_bytes(pickle.dumps(answer))  # not `send`, which leaves tensors here for the other side to fetch
     with suppress(BaseException):
-        distributed.broadcast()
+        distributed.broadcast()  # the others may still need this process; not a barrier, which waits for one that left

@@ -59,13 +59,13 @@ def test_what_two_processes_began_one_goes_on_with(small, tmp_path):
     assert_alike(*(tmp_path / folder / "small" / "buddy" / "seed-0" for folder in ("one", "two")))
 
 
-def prepared(given: list[str]) -> None:
-    Session.prepare([load_recipe(given[0], given[1:])])
+def validation_batches(given: list[str]) -> int:
+    return len(Session.prepare([load_recipe(given[0], given[1:])]).data.val_dataloader())
 
 
 def test_half_of_the_validation_batches_of_each_process_is_one(small, tmp_path):
     half = ("trainer.limit_val_batches=0.5", "data.batch_size=2", "data.validation_windows=8")
-    side_by_side(prepared, words(small, tmp_path, *half))
+    assert side_by_side(validation_batches, words(small, tmp_path, *half)) == [2, 2]
 
 
 def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):
