@@ -344,7 +344,9 @@ class Session:
             planned: False for bridges of all layers on the dense model's states. Gates that are not trained yet are
                 open, and the exact count then skips the last layers, which is no plan to learn with.
         """
-        executed = [count for count in counts_of(recipe, model).values() if count < model.geometry.layers]
+        executed = [
+            count for count in dict.fromkeys(counts_of(recipe, model).values()) if count < model.geometry.layers
+        ]
         if not uses_bridges(recipe, model.router):
             return
         if executed and not planned:

@@ -123,7 +123,7 @@ class Probe(Protocol):
 
     @property
     def loss_increase(self) -> Tensor:
-        """(R,) float32: rise of the perplexity when one layer is skipped (Shortened LLaMA, 2402.02834, section 3.2)."""
+        """(R,) float32: rise of the perplexity when one layer is skipped (Shortened LLaMA, 2402.02834, section 3.1)."""
 
     @property
     def taylor(self) -> Tensor:
@@ -187,14 +187,11 @@ class AnyRouter(nn.Module, ABC):
     source: ClassVar[str] = "–"
     full_depth: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
-    _says_seeded: ClassVar[bool] = False  # itself or a class that it inherits from
     scope: Literal["token", "prompt"] = "token"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        inherited = "kind" not in cls.__dict__ and any(getattr(base, "_says_seeded", False) for base in cls.__bases__)
-        cls._says_seeded = inherited or "seeded" in cls.__dict__
-        if not cls._says_seeded:
+        if "kind" in cls.__dict__ and "seeded" not in cls.__dict__:
             cls.seeded = cls.kind != "static"
 
     def __init__(self, geometry: Geometry) -> None:

@@ -163,7 +163,10 @@ class RoutedForward:
         # A prompt that shares its last token's plan, while serving, needs no other token's context.
         only_last = request.prompt is None and prompt == self.shape[1]
         if only_last and self.padding is not None and to_host(self.padding[:, -1].any()):
-            raise BudgetError("A prompt that shares its last token's plan is padded on the left; do that.")
+            raise BudgetError(
+                "A prompt that shares its last token's plan is padded on the left and, where it is, read in one piece; "
+                "pad it so, and leave out prefill_chunk_size."
+            )
         context = Context(pooled, newest, hidden, self._executed(hidden.device), self.tokens)
         if only_last and self.shape[1] > 1:
             context = context[:, -1:]

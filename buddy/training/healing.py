@@ -107,8 +107,6 @@ class HealingModule(BudgetModule):
 
     @torch.no_grad()
     def _log(self, value: Tensor, executed: Tensor, batch_idx: int) -> None:
-        """Objective, its mean per budget since the last log, over all processes; and the rate."""
+        """Objective, its mean per budget since the last log, over all processes."""
         self.log("heal/objective", value.mean(), sync_dist=True)
         self._log_means(value, executed, batch_idx)
-        if self._logs_now():
-            self.log("heal/lr", self.optimizers().param_groups[0]["lr"])

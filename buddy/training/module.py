@@ -82,8 +82,9 @@ class BudgetModule(LightningModule):
         self.keys = keys_of(model, budgets)
         self.prompt, self.seed = prompt, seed
         self.lr, self.warmup_steps, self.weight_decay = lr, warmup_steps, weight_decay  # `Tuner.lr_find` sets `lr`
-        self.grid = [key for key in self.keys.values() if isinstance(key, int)]
-        self.train_means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted({*self.grid})})
+        # Budgets that round to one K count once, in every training.
+        self.grid = list(dict.fromkeys(key for key in self.keys.values() if isinstance(key, int)))
+        self.train_means = nn.ModuleDict({str(k): MeanMetric(nan_strategy="error") for k in sorted(self.grid)})
         self._reference, self._shares_reference = reference or Reference(max_bytes=0), reference is not None
         self._rows: list[WindowResult] = []  # of the windows that this process has measured in a validation or test
         self.scores: list[Scores] = []
@@ -93,7 +94,7 @@ class BudgetModule(LightningModule):
     @property
     def below(self) -> list[int]:
         """K of the budgets below full depth, or of all where none is."""
-        return sorted({k for k in self.grid if k < self.model.geometry.layers}) or sorted({*self.grid})
+        return sorted(k for k in self.grid if k < self.model.geometry.layers) or sorted(self.grid)
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Groups of parameters to train, each with its learning rate."""
@@ -184,7 +185,7 @@ class BudgetModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the windows of a batch at every budget."""
-        self._measure(batch, list(dict.fromkeys(self.grid)), self._val_reference)
+        self._measure(batch, self.grid, self._val_reference)
 
     def on_validation_epoch_end(self) -> None:
         """Score the rows of all processes, and log the scores."""

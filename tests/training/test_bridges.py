@@ -51,7 +51,9 @@ def test_every_router_that_skips_has_them_and_they_help(with_bridges, finished):
 
 
 @pytest.mark.parametrize(("router", "first"), [("skipgpt", [6]), ("buddy", [4, 3])])
-def test_gates_begin_with_bridges_of_all_layers(small, tmp_path, monkeypatch, router, first):
+def test_gates_begin_with_bridges_of_all_layers_and_equal_counts_are_fitted_once(
+    small, tmp_path, monkeypatch, router, first
+):
     planned, fit_bridges = [], fit_module.fit_bridges
 
     def fitting(model, windows, executed, **options):
@@ -59,7 +61,8 @@ def test_gates_begin_with_bridges_of_all_layers(small, tmp_path, monkeypatch, ro
         return fit_bridges(model, windows, executed, **options)
 
     monkeypatch.setattr(fit_module, "fit_bridges", fitting)
-    fit(small(tmp_path, f"router={router}", "rivals=[]", "bridge.rank=4", "trainer.max_steps=2"), "small")
+    overrides = [f"router={router}", "rivals=[]", "bridge.rank=4", "trainer.max_steps=2"]
+    fit(small(tmp_path, *overrides, "budgets=[1.0,0.75,0.55,0.5]"), "small")
     assert planned == [first, [4, 3]], "before the training, and after it"
     assert load_tensors(tmp_path / "small" / router / "seed-0" / BRIDGE)["fitted"].any()
 

@@ -274,3 +274,16 @@ def test_bridges_alone_are_not_trained_at_full_depth(run):
     module._healing = lambda batch: asked.extend(batch.executed.tolist()) or healing(batch)
     run(module, 2)
     assert set(asked) == {3, 4}
+
+
+def test_budgets_that_round_to_one_count_are_drawn_once(run):
+    drawn = []
+    for budgets in ([1.0, 0.75, 0.55, 0.5], BUDGETS):
+        module, asked = make(), []
+        module = HealingModule(module.model, budgets=budgets, **SETTINGS)
+        healing = module._healing
+        module._healing = lambda batch, asked=asked, healing=healing: asked.append(batch.executed) or healing(batch)
+        run(module, 4)
+        drawn.append(torch.cat(asked).tolist())
+    assert drawn[0] == drawn[1]
+    assert {*drawn[0]} == {*GRID}
