@@ -276,7 +276,7 @@ class Subject:
 def seeded(seed: int) -> Iterator[None]:
     """Seeds all generators as `buddy fit` does, and restores them afterwards."""
     before = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         random.seed(seed)
         numpy.random.seed(seed)
         torch.manual_seed(seed)
