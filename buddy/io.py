@@ -231,7 +231,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal digits; DamagedError where it cannot be read."""
+    """SHA-256 of a file in hexadecimal digits; DamagedError where it is no file or cannot be read."""
+    if path.exists() and not path.is_file():  # a link to a device may have no end
+        raise DamagedError(path, "it is not a file")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

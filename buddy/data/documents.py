@@ -150,7 +150,7 @@ def _distinct(texts: Dataset, least: int, known: Sequence[int] | np.ndarray) -> 
         The rows that are left, and the hashes (rows,) int64 of all.
     """
     chunks = texts.data.column("text").chunks
-    found = ((hash(text), len(text or "")) for chunk in chunks for text in chunk.to_pylist())
+    found = ((hash((text or "").strip()), len(text or "")) for chunk in chunks for text in chunk.to_pylist())
     table: np.ndarray = np.fromiter(found, np.dtype((np.int64, 2)), len(texts))
     hashes, first = table[:, 0], np.zeros(len(table), dtype=bool)
     first[np.unique(hashes, return_index=True)[1]] = True

@@ -10,9 +10,9 @@ published results use it.
 
 from __future__ import annotations
 
-import codecs
 import glob
 import hashlib
+import mmap
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -32,6 +32,7 @@ BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parq
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 ANY, HEAD = re.compile(".*"), re.compile(r"[\w .-]{1,40}")  # names of fields; "id;text" in a CSV file is none
 LONG = 64 * 2**20  # bytes of text from which progress is shown
+NULL_ROW = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*(?:\[\s*)?null\b|\}[ \t\r]*\n\s*null\b")  # in JSON or JSON Lines
 LAYOUT = 1  # of cached rows: raise it when a step that makes them changes
 HYPHEN, RARE = " @-@ ", "<unk>"  # marks of word-level WikiText
 TITLE = re.compile(r"^ *= [^=\n]+ = *$", re.MULTILINE)  # of an article there
@@ -56,6 +57,8 @@ def load_texts(source: str | os.PathLike[str], text_field: str = "text") -> Data
     if not isinstance(source, str | os.PathLike):
         raise DataError(f"A text is {type(source).__name__}; give the path of a file or folder, or a name.")
     source = os.fspath(source)
+    if not source.strip():
+        raise DataError("The name of a text is empty; give the path of a file or folder, or a name.")
     path = Path(os.path.expanduser(source))  # Path.expanduser fails for "~unknown"
     name = HUB_NAME.fullmatch(source)
     if source in EMBEDDED or os.path.exists(path):
@@ -216,24 +219,25 @@ def _read(files: Sequence[Path], builder: str, source: str) -> Dataset:
     # utf-8-sig reads plain UTF-8 too and drops a byte-order mark.
     options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
     form = "plain text in UTF-8" if builder == "text" else builder
+    if builder == "json":
+        refuse_null(files)
     with reading(source, sum(file.stat().st_size for file in files), f"give valid {form}"):
-        if builder == "json":
-            _refuse_null(files)
         names = [glob.escape(str(file)) for file in files]  # `datasets` takes paths for patterns
         # It finds cached rows by paths and times alone; some copies have another content and the same time.
         sizes = hashlib.sha256(repr([file.stat().st_size for file in files]).encode()).hexdigest()[:16]
         return load_dataset(builder, f"sizes-{sizes}", data_files=names, split="train", **options)
 
 
-def _refuse_null(files: Sequence[Path]) -> None:
-    """Arrow's JSON reader ends the whole process if a file begins with null."""
+def refuse_null(files: Sequence[Path]) -> None:
+    """Raises DataError where a row is null: Arrow ends the process if a block that it reads begins with one."""
     for file in files:
-        with file.open("rb") as stream:
-            start = stream.read(3).removeprefix(codecs.BOM_UTF8).lstrip()
-            while len(start) < 4 and (block := stream.read(4096)):
-                start = (start + block).lstrip()
-            if start.startswith(b"null"):
-                raise DataError(f"{file} begins with null where a text should be; give it one JSON object a row.")
+        try:
+            with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                found = NULL_ROW.search(content)
+        except OSError:  # which `datasets` reports
+            continue
+        if found:
+            raise DataError(f"{file} has null where a row should be; give it one JSON object a row.")
 
 
 def _text_column(dataset: Dataset, field: str, source: str, names: re.Pattern[str] = ANY) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy.data.text import quiet
+from buddy.data.text import quiet, refuse_null
 from buddy.errors import BuddyError, DataError, did_you_mean, reason
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def local_tasks(names: Sequence[str], folder: Path) -> dict[str, Task]:
         try:
             if not path.stat().st_size:
                 raise DataError(f"{path} is empty; give it one JSON object a line.")
+            refuse_null([path])
             with quiet(path.stat().st_size):
                 # As members of a group the definitions are found by name and overlaid.
                 member = {"task": name, **_overlay(FORMS[name], path)}
@@ -238,7 +240,9 @@ def _overlay(form: Form, path: Path) -> dict[str, Any]:
                 raise DataError(f"{path} item {number} cannot be used: {error}; correct or remove it.") from error
         return Dataset.from_list(found)
 
-    source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {split: str(path)}}}
+    # `datasets` takes the path for a pattern, and finds cached rows by path and time alone, hence the size in the name.
+    files = {"data_files": {split: glob.escape(str(path))}}
+    source = {"dataset_path": "json", "dataset_name": f"size-{path.stat().st_size}", "dataset_kwargs": files}
     splits = {"training_split": None, "validation_split": split, "test_split": None, "fewshot_split": None}
     return {**source, **splits, "process_docs": documents}
 

@@ -175,13 +175,17 @@ def _upload(folder: Path, name: str, *, private: bool) -> str:
     client = HfApi()
     try:
         client.create_repo(name, private=private or None, exist_ok=True)
-        client.upload_folder(
-            repo_id=name, folder_path=str(folder), commit_message="Upload with Buddy", delete_patterns=list(FILES)
-        )
+        public = private and not client.repo_info(name).private  # one that was there before
+        if not public:
+            client.upload_folder(
+                repo_id=name, folder_path=str(folder), commit_message="Upload with Buddy", delete_patterns=list(FILES)
+            )
     except Exception as error:  # no network, no token, no such owner: each has an error class of its own
         raise RunError(
             f"{name} cannot be written on the hub ({reason(error)}); log in with `hf auth login`."
         ) from error
+    if public:
+        raise RunError(f"{name} is public on the hub, so nothing was uploaded; name another, or leave --private out.")
     return f"https://huggingface.co/{name}"
 
 

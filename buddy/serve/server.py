@@ -90,7 +90,7 @@ def read_keys(file: Path) -> list[str]:
         DataError: the file cannot be read, or it has no key.
     """
     try:
-        keys = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        keys = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The API keys in {file} cannot be read ({reason(error)}); name a text file.") from error
     if not keys or not all(key.isascii() for key in keys):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 from datasets import Dataset
@@ -124,8 +125,21 @@ def test_an_item_that_cannot_be_used_is_named(name, text, named, tmp_path):
         local_tasks([name], tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\n"])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\n", b'null\n{"question": "a"}\n'])
 def test_files_that_cannot_be_used(content, tmp_path):
     (tmp_path / "piqa.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=r"piqa\.jsonl"):
         local_tasks(["piqa"], tmp_path)
+
+
+def test_items_are_those_of_the_file_that_is_named_now(tmp_path):
+    (name, (_, line, *_)), *_ = ITEMS.items()
+    for folder, count in (("a1", 1), ("a[1]", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.jsonl").write_text(f"{json.dumps(line)}\n" * count)
+    path = tmp_path / "a[1]" / f"{name}.jsonl"
+    assert len(local_tasks([name], path.parent)[name].eval_docs) == 2
+    before = path.stat()
+    path.write_text(f"{json.dumps(line)}\n" * 3)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(local_tasks([name], path.parent)[name].eval_docs) == 3

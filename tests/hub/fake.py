@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from tests.small import contents
 
@@ -10,13 +11,16 @@ class FakeHub:
     """Repositories below `root`, used in place of huggingface_hub's client while `patch` lasts."""
 
     def __init__(self, root: Path, patch) -> None:
-        self.root, self.created = root, []
+        self.root, self.created, self.public = root, [], set[str]()
         patch.setattr("huggingface_hub.HfApi", lambda: self)
         patch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
 
     def create_repo(self, repo_id, *, private=None, exist_ok=False):
         assert exist_ok
         self.created.append((repo_id, private))
+
+    def repo_info(self, repo_id):
+        return SimpleNamespace(private=repo_id not in self.public)
 
     def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
         for name in contents(self.root / repo_id).keys() & {*delete_patterns}:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import buddy
 from buddy.cli import app
-from buddy.errors import BackboneError, RunError
+from buddy.errors import BackboneError, DamagedError, RunError
 from buddy.hub.push_pull import hub_name, pull, push
 from buddy.run import read_run
 from buddy.run_files import update_checksums
@@ -123,6 +123,22 @@ def test_a_round_trip_through_the_hub(finished, hub, tmp_path):
     pulled = contents(tmp_path / "pulled")
     assert pulled.keys() == SHARED
     assert all(pulled[name] == (finished / "buddy" / name).read_bytes() for name in RUN)
+
+
+def test_nothing_is_pushed_to_a_public_repository_as_private(finished, hub):
+    hub.public.add("someone/public")
+    with pytest.raises(RunError, match="public"):
+        push(finished / "buddy", to="someone/public", private=True)
+    assert not (hub.root / "someone" / "public").exists()
+
+
+def test_a_link_to_a_device_is_no_file_of_a_run(pushed, tmp_path):
+    shutil.copytree(pushed, tmp_path / "copy")
+    (tmp_path / "copy" / "router.safetensors").unlink()
+    (tmp_path / "copy" / "router.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(DamagedError):
+        pull(str(tmp_path / "copy"), out=tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
 
 
 def test_a_revision_of_a_repository(finished, hub, tmp_path):

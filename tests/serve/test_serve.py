@@ -561,7 +561,7 @@ def test_every_option_of_the_command_reaches_the_server(finished, tmp_path, monk
     monkeypatch.setattr("buddy.serve.app.make_app", lambda *given: made.append(given) or server)
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    (tmp_path / "keys").write_text("one\n\ntwo\n")
+    (tmp_path / "keys").write_text("\ufeffone\n\ntwo\n", "utf-8")
     words = "--budget 0.5 --prompt-budget 1.0 --host 127.0.0.1 --port 0 --batch-size 3 --batch-plan row --queue 5"
     words += " --max-tokens 7 --seconds 9 --dtype bfloat16 --api-key-file"
     folder, keys = str(finished / "buddy"), str(tmp_path / "keys")

@@ -4,11 +4,13 @@ import json
 from copy import deepcopy
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from buddy.data.documents import cut, pack, read_documents
+from buddy.errors import DataError
 
 
 def jsonl(path, rows):
@@ -55,6 +57,15 @@ def test_rows_that_repeat_an_earlier_one_are_left_out(tmp_path, words):
         other=read_documents(jsonl(tmp_path / "some.jsonl", rows[5:30]), words, window=8),
     )
     assert [rest.read(number)[0] - 2 for number in range(len(rest))] == [*range(5), *range(30, 40)]
+
+
+def test_rows_that_differ_in_white_space_at_their_ends_are_repeated(tmp_path, words):
+    texts = [" ".join(map(str, range(n, n + 9))) for n in range(40)]
+    for name, end in (("own", ""), ("lines", "\n")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text + end}) + "\n" for text in texts))
+    own = read_documents(str(tmp_path / "own.jsonl"), words, window=8)
+    with pytest.raises(DataError, match="Every row"):
+        read_documents(str(tmp_path / "lines.jsonl"), words, window=8, other=own)
 
 
 def test_one_long_text_is_cut_at_paragraphs(tmp_path, words):

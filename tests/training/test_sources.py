@@ -75,6 +75,8 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_left_as_it_was(tmp_path)
         ("a.json", b'  null\n{"text": "a"}', "null"),
         ("a.json", b'\xef\xbb\xbf null\n{"text": "a"}', "null"),
         ("a.json", b" " * 5000 + b'null\n{"text": "a"}', "null"),
+        ("a.json", b'[null, {"text": "a"}]', "null"),
+        ("a.jsonl", b'{"text": "a"}\n' * 1_000_000 + b'null\n{"text": "a"}\n', "null"),
         ("a.parquet", b"PAR1 not really", "parquet"),
         ("a.csv", b'text\n"open quote', "csv"),
         ("a.csv", b"id;text\n1;some words\n", r"id;text.*data\.text_field"),
@@ -91,6 +93,19 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, capfd, name, con
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_null_elsewhere_than_in_place_of_a_row_is_read(tmp_path):
+    rows = [{"text": "one", "more": [None]}, {"text": "null\n}\nnull", "more": [None]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    assert list(load_texts(str(tmp_path / "a.json"))["text"]) == ["one", "null\n}\nnull"]
+
+
+def test_an_empty_name_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="empty"):
+        load_texts(" ")
 
 
 def test_a_missing_field_is_answered_with_those_there_are(tmp_path):
