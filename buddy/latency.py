@@ -52,33 +52,28 @@ class LatencyTable:
     def __call__(self, routed: RoutedLM, texts: int = 1) -> dict[int, float]:
         """K → milliseconds, for every K of a budget, where so many texts are decoded in one batch."""
         if texts not in self._tables:
-            kept = self._kept(routed, texts)
-            if kept.missing([TABLE]):
-                with self._lock():
-                    if kept.missing([TABLE]):  # another process may have measured it meanwhile
-                        self._measure(routed, kept, ROUNDS, texts)
-            self._tables[texts] = interpolated({int(count): spent for count, spent in kept[TABLE].tolist()})
+            self._tables[texts] = interpolated(self._points(routed, texts))
         return self._tables[texts]
 
     def remeasure(self, routed: RoutedLM, rounds: int = ROUNDS) -> dict[int, float]:
         """Measure again and replace the stored table; returns the measured points, K → milliseconds."""
-        with self._lock():
-            points = self._measure(routed, self._kept(routed, 1), rounds, 1)
+        points = self._points(routed, 1, rounds)
         self._tables[1] = interpolated(points)
         return points
 
-    def _kept(self, routed: RoutedLM, texts: int) -> Measurements:
-        return Measurements(self._folder, timing_setting(routed, texts))
-
-    def _measure(self, routed: RoutedLM, kept: Measurements, rounds: int, texts: int) -> dict[int, float]:
-        """Milliseconds at `points_of`, measured and stored."""
-        counts = points_of(routed)
-        span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-        what = "tokens" if texts == 1 else f"{texts} texts"
-        points = measure_latencies(routed, rounds, tracker(f"Timing {what} at {span} layers"), texts)
-        kept[TABLE] = torch.tensor([*points.items()], dtype=torch.float64)
-        kept.save()
-        return points
+    def _points(self, routed: RoutedLM, texts: int, rounds: int | None = None) -> dict[int, float]:
+        """Milliseconds at `points_of`: stored ones, or measured where there are none or a number of rounds is given."""
+        kept = Measurements(self._folder, timing_setting(routed, texts))
+        if rounds or kept.missing([TABLE]):
+            with self._lock():
+                if rounds or kept.missing([TABLE]):  # another process may have measured it meanwhile
+                    counts = points_of(routed)
+                    span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+                    track = tracker(f"Timing {'tokens' if texts == 1 else f'{texts} texts'} at {span} layers")
+                    points = measure_latencies(routed, rounds or ROUNDS, track, texts)
+                    kept[TABLE] = torch.tensor([*points.items()], dtype=torch.float64)
+                    kept.save()
+        return {int(count): spent for count, spent in kept[TABLE].tolist()}
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from buddy.console import Track
-from buddy.metrics.statistics import hull
+from buddy.metrics.statistics import mixed
 from buddy.predictor.grpo import BudgetPolicy, train_policy
 from buddy.predictor.regress import CurvePredictor
 from buddy.schema import PredictorSection
@@ -63,6 +63,13 @@ def folds(groups: Sequence[object], count: int) -> np.ndarray:
     """(N,) fold of each row: rows of one group share a fold, and groups take folds in turn."""
     place = {group: number % count for number, group in enumerate(dict.fromkeys(groups))}
     return np.array([place[group] for group in groups])
+
+
+def hull(points: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Layers, rising, and losses of the fixed budgets that no random mixture of two others beats."""
+    coins = {each: mixed({k: loss for k, loss in points.items() if k != each}, each) for each in sorted(points)}
+    kept = [each for each, coin in coins.items() if coin is None or points[each] < coin]
+    return np.array(kept), np.array([points[each] for each in kept])
 
 
 def layers_at(points: Mapping[float, float], loss: float) -> float | None:

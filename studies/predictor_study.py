@@ -23,11 +23,10 @@ from buddy.errors import BuddyError, DataError
 from buddy.evaluation.figures import figure_at
 from buddy.inspection.routing import TextWindows, read_text
 from buddy.io import check_output_path, write_json, writing
-from buddy.metrics.statistics import hull
 from buddy.predictor.features import measure_targets, sorted_arms
 from buddy.router import available_budgets
 from buddy.run import Run, read_run
-from studies.predictor_choices import FOLDS, Measured, choices, compared
+from studies.predictor_choices import FOLDS, Measured, choices, compared, hull
 
 FIGURE, NUMBERS, LOSSES = "predictor.png", "predictor.json", "losses"
 OWN = "the run's own"

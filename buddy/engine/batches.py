@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -112,24 +113,21 @@ def _join_holes(layers: Sequence[HoleLayer], shifts: Sequence[int], rows: Sequen
     """`_join_rectangles` where only some positions are stored: they become those that any of the caches stored."""
     first, seen = layers[0], max(layer.seen for layer in layers)
     stored = [
-        (layer, shift + layer.slots) for layer, shift in zip(layers, shifts, strict=True) if layer.slots is not None
+        (layer, shift + layer.slots, slice(end - count, end))
+        for layer, shift, count, end in zip(layers, shifts, rows, accumulate(rows), strict=True)
+        if layer.slots is not None
     ]
     if stored:
-        slots = torch.cat([each for _, each in stored]).unique()
-        some, places = stored[0][0], {id(layer): torch.searchsorted(slots, each) for layer, each in stored}
-        wholes: tuple[list[Tensor], ...] = ([], [], [])  # keys, values, valid
-        for layer, count in zip(layers, rows, strict=True):
-            shape = (count, some.keys.shape[1], len(slots), some.keys.shape[3])
-            parts = some.keys.new_zeros(shape), some.values.new_zeros(shape), slots.new_zeros(count, len(slots)).bool()
-            if layer.is_initialized:
-                at = places[id(layer)]
-                parts[0][:, :, at], parts[1][:, :, at], parts[2][:, at] = layer.keys, layer.values, layer.valid
-            for whole, part in zip(wholes, parts, strict=True):
-                whole.append(part)
+        some, slots = stored[0][0], torch.cat([each for _, each, _ in stored]).unique()
+        shape = sum(rows), some.keys.shape[1], len(slots), some.keys.shape[3]
+        keys, values = some.keys.new_zeros(shape), some.values.new_zeros(shape)
+        valid = some.valid.new_zeros(sum(rows), len(slots))
+        for layer, own, part in stored:
+            at = torch.searchsorted(slots, own)
+            keys[part, :, at], values[part, :, at], valid[part, at] = layer.keys, layer.values, layer.valid
         if not first.is_initialized:
-            first.lazy_initialization(some.keys, some.values)
-        first.keys, first.values, first.valid = map(torch.cat, wholes)
-        first.slots = slots
+            first.lazy_initialization(keys, values)
+        first.keys, first.values, first.valid, first.slots = keys, values, valid, slots
     # Padding on the left is hidden by the stock mask.
     first.seen, first.complete = seen, all(layer.complete for layer in layers)
 

@@ -147,7 +147,6 @@ class RoutedForward:
         self._runs: Tensor | None = None
         self._runs_on_host: list[list[bool]] | None = None  # L lists of B: a plan for one new token of each row
         self._kv_width = 0
-        self._deferrable: list[bool] | None = None
 
     def make_plan(self, hidden: Tensor, keys: Tensor, values: Tensor) -> None:
         """Called by the context layer, with its output (B, T, D) and the K and V (B, heads, T, size) that it wrote."""
@@ -225,13 +224,10 @@ class RoutedForward:
         One state of D values is pending for a run of skipped layers, in place of keys and values for each of them. With
         bridges the state differs from layer to layer.
         """
-        if self.shape[1] == 1:
-            return True
-        if self._deferrable is None:
-            self._deferrable = self._deferrable_layers()
-        return self._deferrable[layer]
+        return self.shape[1] == 1 or self._deferrable[layer]
 
-    def _deferrable_layers(self) -> list[bool]:
+    @cached_property
+    def _deferrable(self) -> list[bool]:
         width, kv = self.context.hidden.shape[-1], 2 * self._kv_width
         skipped = [rows is False or (isinstance(rows, list) and self.only_sinks(rows)) for rows in self.active_rows]
         blocks = [list(block) for skips, block in groupby(range(len(skipped)), key=skipped.__getitem__) if skips]

@@ -104,7 +104,7 @@ POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Fill(), Hole()
 
 
 class RectangularKVWriter:
-    """Collects the K/V that one layer writes in one forward, for all positions of all rows (`fill` and `zero`).
+    """Stands in for the cache in a layer's calls of one forward: K/V of all positions of all rows (`fill` and `zero`).
 
     Args:
         layer: a routed layer.
@@ -112,87 +112,34 @@ class RectangularKVWriter:
         hidden: (B, T, D) as it enters the layer.
         kwargs: of the layer's forward.
         write: makes K and V of hidden states that skip the layer.
+
+    Attributes:
+        group: of the call that is next or running.
     """
 
+    group: Group
+
     def __init__(self, layer: nn.Module, forward: Any, hidden: Tensor, kwargs: dict, write: WriteKV) -> None:
-        self.layer, self.forward, self.hidden, self.write = layer, forward, hidden, write
+        (self.batch, self.length), self.layer, self.hidden, self.write = forward.shape, layer, hidden, write
         self.cache, self.embeddings = kwargs.get("cache"), kwargs.get("position_embeddings")
         self.new: KV | None = None
         self.missing = set(range(len(hidden)))  # rows that no call has written yet
 
-    def view(self, group: Group) -> RectangularView:
-        """The cache as the layer sees it in the call for `group`."""
-        rest = None if group.rest is None else self._write(group.rows, group.rest)
-        return RectangularView(self, group, rest, self._past(group.rows))
-
-    def collect(self, group: Group, new: KV) -> None:
-        """Keep what the call for some rows wrote, if there is a cache."""
-        if self.cache is None:
-            return
-        if len(group.rows_on_host) == len(self.hidden):
-            self.new, self.missing = new, set()
-            return
-        self.missing -= set(group.rows_on_host)
-        if self.new is None:
-            keys, values = (part.new_empty(len(self.hidden), *part.shape[1:]) for part in new)
-            self.new = (keys, values)
-        for whole, part in zip(self.new, new, strict=True):
-            whole[group.rows] = part
-
-    def finish(self) -> None:
-        """After the last call: hand everything to the cache."""
-        if self.cache is None:
-            return
-        if self.missing:
-            rows = to_device(sorted(self.missing), self.hidden.device)
-            for whole, part in zip(self.new, self._write(rows, None), strict=True):
-                whole[rows] = part
-        self.cache.update(*self.new, self.layer._index)
-
-    def _write(self, rows: Tensor, positions: Tensor | None) -> KV:
-        def chosen(value: Any) -> Any:
-            return map_tensors(value, lambda part: take(part, rows, positions, len(self.hidden)))
-
-        return self.write(self.layer, chosen(self.hidden), chosen(self.embeddings))
-
-    def _past(self, rows: Tensor) -> KV | None:
-        if self.cache is None or not self.cache.layers[self.layer._index].is_initialized:
-            return None
-        stored = self.cache.layers[self.layer._index]
-        if stored.keys.dim() != 4 or not stored.keys.shape[2]:
-            return None
-        all_rows = len(rows) == len(self.hidden)
-        return (stored.keys, stored.values) if all_rows else (stored.keys[rows], stored.values[rows])
-
-
-class RectangularView:
-    """Stands in for the cache in the call for one group of rows: K/V of all their positions, skipped ones included.
-
-    Args:
-        writer: gets what the call writes.
-        group: of the call.
-        rest: K and V of the group's positions that skip the layer.
-        past: K and V that the cache holds for the group's rows.
-    """
-
-    def __init__(self, writer: RectangularKVWriter, group: Group, rest: KV | None, past: KV | None) -> None:
-        (self.batch, self.length), self.writer, self.group, self.past = writer.forward.shape, writer, group, past
-        self._rows = torch.arange(len(group.rows), device=group.rows.device)
-        self._placed: list[Tensor | None] = [None, None]
-        if rest is not None:
-            flat = (self._rows[:, None] * self.length + group.rest).flatten()
-            self._placed = [self._place(None, part, flat, slice(None)) for part in rest]
-
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
         """Take what the call wrote; give all K/V that it may read: the past, and all new positions of its rows."""
-        if self.group.positions is not None:
-            flat, real = self.group.flat(self.length, self._rows), self.group.real
-            placed = [self._place(to, part, flat, real) for to, part in zip(self._placed, (keys, values), strict=True)]
-            keys, values = (part.transpose(1, 2) for part in placed)
-        self.writer.collect(self.group, (keys, values))
-        if self.past is None:
+        group, rows = self.group, self.group.rows
+        if group.rest is not None:
+            own, skipped = torch.arange(len(rows), device=rows.device), self._write(rows, group.rest)
+            places = (own[:, None] * self.length + group.rest).flatten(), group.flat(self.length, own)
+            keys, values = (self._merged(x, y, *places) for x, y in zip(skipped, (keys, values), strict=True))
+        if self.cache is None:
             return keys, values
-        return torch.cat([self.past[0], keys], -2), torch.cat([self.past[1], values], -2)
+        self._collect((keys, values))
+        stored = self.cache.layers[self.layer._index]
+        if not stored.is_initialized or stored.keys.dim() != 4 or not stored.keys.shape[2]:
+            return keys, values
+        past = (stored.keys, stored.values) if len(rows) == self.batch else (stored.keys[rows], stored.values[rows])
+        return torch.cat([past[0], keys], -2), torch.cat([past[1], values], -2)
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """The attention mask (G, 1, n, S) of the call's queries, from the layer's own (B or 1, 1, T, S)."""
@@ -206,18 +153,52 @@ class RectangularView:
             return mask[rows] if mask.shape[0] == self.batch > 1 else mask
         return take(mask[:, 0], rows, positions, self.batch)[:, None]
 
-    def _place(self, to: Tensor | None, part: Tensor, flat: Tensor, real: Tensor | slice) -> Tensor:
-        """Write `part` (G, heads, n, size) at indices `flat` of `to` (G, T, heads, size), which it makes if None."""
-        groups, heads, _, size = part.shape
-        if to is None:
-            to = part.new_empty(groups, self.length, heads, size)
-        part = part.transpose(1, 2).reshape(-1, heads * size)
-        to.view(-1, heads * size).index_copy_(0, flat, part[real].to(to.dtype))  # autocast makes others than zeros have
-        return to
+    def finish(self) -> None:
+        """After the last call: hand everything to the cache."""
+        if self.cache is None:
+            return
+        if self.missing:
+            rows = to_device(sorted(self.missing), self.hidden.device)
+            for whole, part in zip(self.new, self._write(rows, None), strict=True):
+                whole[rows] = part
+        self.cache.update(*self.new, self.layer._index)
+
+    def _collect(self, new: KV) -> None:
+        """Keep K and V of the group's rows."""
+        if len(self.group.rows) == self.batch:
+            self.new, self.missing = new, set()
+            return
+        self.missing -= set(self.group.rows_on_host)
+        if self.new is None:
+            keys, values = (part.new_empty(self.batch, *part.shape[1:]) for part in new)
+            self.new = (keys, values)
+        for whole, part in zip(self.new, new, strict=True):
+            whole[self.group.rows] = part
+
+    def _write(self, rows: Tensor, positions: Tensor | None) -> KV:
+        def chosen(value: Any) -> Any:
+            return map_tensors(value, lambda part: take(part, rows, positions, self.batch))
+
+        return self.write(self.layer, chosen(self.hidden), chosen(self.embeddings))
+
+    def _merged(self, skipped: Tensor, ran: Tensor, *places: Tensor) -> Tensor:
+        """(G, heads, T, size): states of positions that skip the layer and, over them, of those that ran."""
+        groups, heads, _, size = skipped.shape
+        whole = skipped.new_empty(groups, self.length, heads, size)
+        for part, place, real in zip((skipped, ran), places, (slice(None), self.group.real), strict=True):
+            flat = part.transpose(1, 2).reshape(-1, heads * size)[real]
+            whole.view(-1, heads * size).index_copy_(0, place, flat.to(whole.dtype))  # autocast makes others than zeros
+        return whole.transpose(1, 2)
 
 
 class RaggedKVWriter:
-    """Collects the K/V of one layer in one forward for the positions that any row ran, marked by row (`hole`)."""
+    """Stands in for the cache in a layer's calls of one forward: K/V of the positions that any row ran (`hole`).
+
+    Attributes:
+        group: of the call that is next or running.
+    """
+
+    group: Group
 
     def __init__(self, layer: nn.Module, forward: Any, hidden: Tensor, kwargs: dict) -> None:
         self.forward, cache = forward, kwargs.get("cache")
@@ -234,9 +215,34 @@ class RaggedKVWriter:
         self.slot_of[self.union] = torch.arange(len(self.union), device=hidden.device)
         self.new: list[Tensor] | None = None
 
-    def view(self, group: Group) -> RaggedView:
-        """The cache as the layer sees it in the call for `group`."""
-        return RaggedView(self, group)
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
+        """Take what the call wrote; give the past and the new stored positions of the group's rows, run or not."""
+        rows, batch, stored = self.group.rows, self.forward.shape[0], len(self.union) + 1
+        if self.new is None:
+            self.new = [part.new_zeros(batch, part.shape[1], stored, part.shape[3]) for part in (keys, values)]
+        slots = self.slot_of[self._positions]
+        for whole, part in zip(self.new, (keys, values), strict=True):
+            whole[rows[:, None], :, slots] = part.transpose(1, 2)
+        here: Any = slice(None) if len(rows) == batch else rows  # a slice spares a copy of the cache
+        keys, values = (part[here][:, :, :-1] for part in self.new)
+        past = self._past
+        if past is None:
+            return keys, values
+        return torch.cat([past.keys[here], keys], -2), torch.cat([past.values[here], values], -2)
+
+    def mask(self, mask: Tensor | None) -> Tensor:
+        """(G, 1, n, S) over the stored positions: causal, within the layer's window, and run by the row."""
+        forward, rows, positions, past = self.forward, self.group.rows, self._positions, self._past
+        slots, valid = self.union + forward.past, self.valid[rows]
+        if past is not None:
+            slots, valid = torch.cat([past.slots, slots]), torch.cat([past.valid[rows], valid], 1)
+        if mask is None:
+            return (slots <= (positions + forward.past)[..., None])[:, None] & valid[:, None, None]
+        offset = forward.past + forward.shape[1] - mask.shape[-1]  # a sliding layer's mask starts later
+        seen = take(mask[:, 0], rows, positions, forward.shape[0])[:, None][..., slots - offset]
+        if mask.dtype == torch.bool:
+            return seen & valid[:, None, None]
+        return seen.masked_fill(~valid[:, None, None], torch.finfo(seen.dtype).min)
 
     def finish(self) -> None:
         """After the last call: hand everything to the cache."""
@@ -244,50 +250,17 @@ class RaggedKVWriter:
             keys, values = (part[:, :, :-1] for part in self.new)
             self.stored.append(keys, values, self.union + self.forward.past, self.valid, self.forward.shape[1])
 
-    def past(self) -> Any | None:
+    @property
+    def _positions(self) -> Tensor:
+        """(G, n) long, of the call."""
+        rows, positions = self.group.rows, self.group.positions
+        everywhere = torch.arange(self.forward.shape[1], device=rows.device)
+        return everywhere.expand(len(rows), -1) if positions is None else positions
+
+    @property
+    def _past(self) -> Any | None:
         """The layer's cache where it holds something."""
         return None if self.stored is None or self.stored.slots is None else self.stored
-
-
-class RaggedView:
-    """Stands in for the cache in the call for one group of rows: K/V of the stored positions."""
-
-    def __init__(self, writer: RaggedKVWriter, group: Group) -> None:
-        self.writer, self.group = writer, group
-        length = writer.forward.shape[1]
-        everywhere = torch.arange(length, device=group.rows.device).expand(len(group.rows), -1)
-        self._positions = everywhere if group.positions is None else group.positions
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KV:
-        """Take what the call wrote; give the past and the new stored positions of the group's rows, run or not."""
-        writer, rows = self.writer, self.group.rows
-        batch, stored = writer.forward.shape[0], len(writer.union) + 1
-        if writer.new is None:
-            writer.new = [part.new_zeros(batch, part.shape[1], stored, part.shape[3]) for part in (keys, values)]
-        slots = writer.slot_of[self._positions]
-        for whole, part in zip(writer.new, (keys, values), strict=True):
-            whole[rows[:, None], :, slots] = part.transpose(1, 2)
-        here: Any = slice(None) if len(rows) == batch else rows  # a slice spares a copy of the cache
-        keys, values = (part[here][:, :, :-1] for part in writer.new)
-        past = writer.past()
-        if past is None:
-            return keys, values
-        return torch.cat([past.keys[here], keys], -2), torch.cat([past.values[here], values], -2)
-
-    def mask(self, mask: Tensor | None) -> Tensor:
-        """(G, 1, n, S) over the stored positions: causal, within the layer's window, and run by the row."""
-        writer, forward, rows = self.writer, self.writer.forward, self.group.rows
-        past = writer.past()
-        slots, valid = writer.union + forward.past, writer.valid[rows]
-        if past is not None:
-            slots, valid = torch.cat([past.slots, slots]), torch.cat([past.valid[rows], valid], 1)
-        if mask is None:
-            return (slots <= (self._positions + forward.past)[..., None])[:, None] & valid[:, None, None]
-        offset = forward.past + forward.shape[1] - mask.shape[-1]  # a sliding layer's mask starts later
-        seen = take(mask[:, 0], rows, self._positions, forward.shape[0])[:, None][..., slots - offset]
-        if mask.dtype == torch.bool:
-            return seen & valid[:, None, None]
-        return seen.masked_fill(~valid[:, None, None], torch.finfo(seen.dtype).min)
 
 
 def _joined(embeddings: Sequence[Embeddings], batch: int) -> Embeddings:

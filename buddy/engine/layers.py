@@ -7,8 +7,7 @@ current `RoutedForward` which tokens run; without one it is the stock layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from math import prod
 from typing import Any
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from buddy.backbone.load import Backbone
 from buddy.engine.forward import RoutedForward
 from buddy.engine.kv_cache import Embeddings, WrittenKV
-from buddy.engine.kv_policies import KV, RaggedView, RectangularView, WriteKV
+from buddy.engine.kv_policies import KV, WriteKV
 from buddy.engine.layerwise import LayerwiseForward
-from buddy.engine.selection import Group, groups, map_tensors, take, worth_selecting
+from buddy.engine.selection import groups, map_tensors, take, worth_selecting
 from buddy.errors import BackboneError
 
 CurrentForward = list[RoutedForward | LayerwiseForward | None]  # one entry, shared by all layers of a routed model
@@ -162,30 +161,22 @@ class RoutedLayer:
         writer: Any = forward.policy.writer(self, forward, hidden, kwargs)
         out = forward.skip(self._index, hidden)
         for group in groups(forward.chosen(self._index), counts):
-            view = writer.view(group)
-            out = self._run_group(group, view, out, ran, hidden, args, kwargs)
+            writer.group = group
+            out = self._run_group(writer, out, ran, hidden, args, kwargs)
         writer.finish()
         forward.partial_layers.append(ran)
         return out
 
-    def _run_group(
-        self,
-        group: Group,
-        view: RectangularView | RaggedView,
-        out: Tensor,
-        ran: Tensor,
-        hidden: Tensor,
-        args: tuple,
-        kwargs: dict,
-    ) -> Tensor:
+    def _run_group(self, writer: Any, out: Tensor, ran: Tensor, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """One call of the stock layer: `out` (B, T, D) with its result; its tokens are marked in `ran` (B, T)."""
-        (batch, length, width), rows, positions = hidden.shape, group.rows, group.positions
+        (batch, length, width), group = hidden.shape, writer.group
+        rows, positions = group.rows, group.positions
 
         def chosen(name: str) -> Any:
             return map_tensors(kwargs.get(name), lambda x: take(x, rows, positions, batch))
 
         inputs = {name: chosen(name) for name in ("position_ids", "position_embeddings")}
-        inputs |= {"cache": view, "attention_mask": view.mask(kwargs.get("attention_mask"))}
+        inputs |= {"cache": writer, "attention_mask": writer.mask(kwargs.get("attention_mask"))}
         result = self.stock.forward(self, take(hidden, rows, positions, batch), *args, **{**kwargs, **inputs})
         if positions is None:
             ran[rows] = True
@@ -219,8 +210,11 @@ def attach(backbone: Backbone, current: CurrentForward) -> None:
     layers, probes = backbone.layers, _probes(backbone)
     ways = []
     for layer, probe in zip(layers, probes, strict=True):
-        with gathered(layer):
-            ways.append(_choose_projection(layer, *probe))
+        if backbone.sharded:  # FSDP2 gathers a layer's weights by itself only when the layer is called
+            layer.unshard()
+        ways.append(_choose_projection(layer, *probe))
+        if backbone.sharded:
+            layer.reshard()
     for index, (layer, write) in enumerate(zip(layers, ways, strict=True)):
         layer.__class__ = _routed_class(stock_class(layer))  # type: ignore[arg-type]  # a class can be hashed
         layer._index, layer._write_kv, layer._current_forward = index, write, current
@@ -275,19 +269,6 @@ def _choose_projection(layer: nn.Module, hidden: Tensor, embeddings: Embeddings)
         if all(map(torch.equal, _projected_kv(layer, hidden, embeddings), truth)):
             return _projected_kv
     return _captured_kv
-
-
-@contextmanager
-def gathered(layer: nn.Module) -> Iterator[nn.Module]:
-    """Within this block the layer has all its weights, which FSDP2 gathers by itself only when the layer is called."""
-    if not hasattr(layer, "unshard"):
-        yield layer
-        return
-    layer.unshard()
-    try:
-        yield layer
-    finally:
-        layer.reshard()
 
 
 def _call(module: nn.Module, states: Tensor) -> Tensor:

@@ -92,7 +92,15 @@ def groups(chosen: Tensor, counts: Sequence[int]) -> list[Group]:
         chosen: (B, T) bool, the tokens that run.
         counts: B numbers, the sum of each row of `chosen`, on the host.
     """
-    return [_group(chosen, rows, counts) for rows in partition(counts)]
+    total, made = chosen.shape[1], []
+    for rows in partition(counts):
+        ours, index, order = [counts[row] for row in rows], to_device(rows, chosen.device), None
+        length = max(ours)
+        if min(ours) < total:
+            order = chosen[index].to(torch.int8).argsort(dim=1, descending=True, stable=True)
+            length = min(total, -(-length // STEP) * STEP) if total >= LONG else length
+        made.append(Group(rows, index, order, length, ours))
+    return made
 
 
 def partition(counts: Sequence[int]) -> list[list[int]]:
@@ -106,18 +114,6 @@ def partition(counts: Sequence[int]) -> list[list[int]]:
                 continue
         parts.append([row])
     return [sorted(part) for part in parts]
-
-
-def _group(chosen: Tensor, rows: list[int], counts: Sequence[int]) -> Group:
-    index = to_device(rows, chosen.device)
-    ours, total = [counts[r] for r in rows], chosen.shape[1]
-    if min(ours) == total:
-        return Group(rows, index, None, total, ours)
-    order = chosen[index].to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    length = max(ours)
-    if total >= LONG:
-        length = min(total, -(-length // STEP) * STEP)
-    return Group(rows, index, order, length, ours)
 
 
 def take(x: Tensor, rows: Tensor, positions: Tensor | None, batch: int) -> Tensor:

@@ -54,14 +54,13 @@ def bench_run(
     run, routed, counts, below = load_for_timing(folder, json_file, budgets)
     ids = sample_text(run, routed, BATCH, LONG)
     late = ids.flatten()[None, : min(LATE + STEPS, routed.backbone.context_length)]
+    decoded = ids[:, : PROMPT + STEPS]
     sizes = f"{routed.geometry.layers} layers of width {routed.geometry.hidden} and a batch of {BATCH} × {LONG} tokens"
     with within_memory(sizes, "free some, or bench a smaller backbone"):
         timings = time_interleaved(
             benchmark_cases(routed, below, ids),
-            ids,
-            prompts=(PROMPT, LONG),
-            batches=(1, BATCH),
-            late=late,
+            {"prefill": ids[:1], "prefill64": ids[:1, :PROMPT]},
+            {"decode": decoded[:1], "decode_late": late, "decode_batch8": decoded},
             rounds=rounds,
             track=tracker("Rounds, the first to warm up"),
         )
@@ -71,7 +70,7 @@ def bench_run(
         peak = torch.cuda.max_memory_allocated() / 2**20
     report |= {"peak_memory_mib": peak, "threads": torch.get_num_threads(), "rounds": rounds}
     if routed.mean_over > 1:
-        report["executed"] = {count: _executed(timings["routed", count]) for count in below}
+        report["executed"] = {count: timings["routed", count].executed for count in below}
     # Budgets such as 15ms use this table from now on.
     latency = routed.table.remeasure(routed, rounds)  # type: ignore[attr-defined]
     report |= {"late_context": late.shape[1] - STEPS, "latency_ms": latency}
@@ -121,12 +120,12 @@ def as_json(counts: Mapping[str, int], timings: Mapping[tuple[str, int], Timings
         ours = timings["full" if count == layers else "routed", count]
         entry = {"budget": budget, "layers": count} | _entry(ours) | _ratios(ours, dense, "dense")
         if count < layers:
-            pruned, shared = timings["pruned", count], timings["shared", count].prefill[LONG]
+            pruned, shared = timings["pruned", count], timings["shared", count].rounds["prefill"]
             entry |= _ratios(ours, pruned, "pruned") | {f"pruned_{key}": v for key, v in _entry(pruned).items()}
             entry |= _ratios(pruned, dense, "dense", "pruned_")
             entry["prefill_shared_ms"] = statistics.median(shared)
-            entry["vs_pruned_prefill_shared"] = _ratio(shared, pruned.prefill[LONG])
-            entry["vs_dense_prefill_shared"] = _ratio(shared, dense.prefill[LONG])
+            entry["vs_pruned_prefill_shared"] = _ratio(shared, pruned.rounds["prefill"])
+            entry["vs_dense_prefill_shared"] = _ratio(shared, dense.rounds["prefill"])
             entry["cache_bytes_shared"] = timings["shared", count].cache_bytes
         entries.append(entry)
     return {"results": entries, "dense": _entry(dense)}
@@ -147,26 +146,9 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
             ax.legend()
 
 
-def _series(timings: Timings) -> dict[str, list[float]]:
-    """Milliseconds of one case, one entry a round."""
-    return {
-        "decode": timings.decode[1],
-        "decode_late": timings.decode["late"],
-        "decode_batch8": timings.decode[BATCH],
-        "prefill": timings.prefill[LONG],
-        "prefill64": timings.prefill[PROMPT],
-    }
-
-
-def _executed(timings: Timings) -> dict[str, float]:
-    """Layers that a timed token ran on average."""
-    ran = timings.executed
-    return {"decode": ran[1], "decode_late": ran["late"], "decode_batch8": ran[BATCH]}
-
-
 def _entry(timings: Timings) -> dict[str, Any]:
     """Figures of one case."""
-    return _summary(_series(timings)) | {"cache_bytes": timings.cache_bytes, "prefill_flops": timings.flops}
+    return _summary(timings.rounds) | {"cache_bytes": timings.cache_bytes, "prefill_flops": timings.flops}
 
 
 def _summary(series: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -176,8 +158,7 @@ def _summary(series: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def _ratios(ours: Timings, theirs: Timings, name: str, prefix: str = "") -> dict[str, float]:
-    pairs = zip(_series(ours).items(), _series(theirs).values(), strict=True)
-    return {f"{prefix}vs_{name}_{key}": _ratio(values, others) for (key, values), others in pairs}
+    return {f"{prefix}vs_{name}_{key}": _ratio(values, theirs.rounds[key]) for key, values in ours.rounds.items()}
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -268,16 +249,15 @@ def measured(runs: Mapping[str, Run], backbone: Backbone, windows: Tensor, folde
     with within_memory(f"a prompt of {tokens} tokens", "give --no-speed"), _field(runs, backbone) as field:
         timings = time_interleaved(
             field,
-            ids,
-            prompts=(tokens,),
-            batches=(1,),
+            {"prefill": ids[:, :tokens]},
+            {"decode": ids[:, : PROMPT + STEPS]},
             rounds=ROUNDS,
             track=tracker("Timing, the first round to warm up"),
         )
-    dense, full, *others = timings.items()
+    dense, full, *others = ((*case, _times_entry(each, tokens)) for case, each in timings.items())
     found = {"made": made, "tokens": tokens, "prompt": PROMPT, "steps": STEPS, "rounds": ROUNDS}
-    found |= {"threads": torch.get_num_threads(), "dense": _times_entry(dense[1]), "full": _times_entry(full[1])}
-    found["results"] = [{"router": name, "layers": layers} | _times_entry(each) for (name, layers), each in others]
+    found |= {"threads": torch.get_num_threads(), "dense": dense[2], "full": full[2]}
+    found["results"] = [{"router": name, "layers": layers} | entry for name, layers, entry in others]
     write_with_checksum(folder / FILE, found)
     return found
 
@@ -332,7 +312,6 @@ def _case(
     return BenchmarkCase(name, count, routed.backbone.model, context)
 
 
-def _times_entry(timings: Timings) -> dict[str, Any]:
-    ((tokens, prefill),) = timings.prefill.items()
-    times = _summary({"prefill": prefill, "decode": timings.decode[1]})
-    return times | {"decode_layers": timings.executed[1], "multiply_adds": timings.flops["without_head"] / 2e6 / tokens}
+def _times_entry(timings: Timings, tokens: int) -> dict[str, Any]:
+    work = {"decode_layers": timings.executed["decode"], "multiply_adds": timings.flops["without_head"] / 2e6 / tokens}
+    return _summary(timings.rounds) | work

@@ -150,8 +150,8 @@ class Results:
 
     def _scores_at(self, text: str, budget: float) -> Iterator[dict[str, Any]]:
         """Loss, its interval and the difference to the best static router, for each router on a text at a budget."""
-        losses = dict(self._arrays("loss", text, budget))
-        tokens, *_ = (array[0] for _, array in self._arrays("tokens", text, budget))  # the same for all routers
+        losses = self._by_document["loss", text, budget]
+        tokens = next(iter(self._by_document["tokens", text, budget].values()))[0]  # the same for all routers
         means = {router: mean_loss(loss, tokens) for router, loss in losses.items()}
         compared = self._to_best_static(budget, means, losses, partial(difference, tokens=tokens))
         for router, loss in losses.items():
@@ -176,11 +176,13 @@ class Results:
     def _to_best_static(
         self, budget: float, losses: Mapping[str, float], values: Mapping[str, Any], test: PairedTest
     ) -> dict[str, dict[str, Any]]:
-        """For each router whether it is the static one of least loss, and the difference of its values to that one's.
+        """For each router whether it is the static one of least finite loss, and its difference to that one's.
 
         A difference is significant where its interval excludes 0, over at least `FEWEST` documents or items.
         """
-        best = self._best_static(losses) if budget in self.below else None
+        static = self.routers.index[(self.routers.kind == "static") & ~self.routers.full_depth.astype(bool)]
+        finite = {router: losses[router] for router in static if math.isfinite(losses.get(router, math.nan))}
+        best = min(finite, key=finite.__getitem__) if finite and budget in self.below else None
         none = {"difference": math.nan, "significant": False}
         found: dict[str, dict[str, Any]] = {r: {"best_static": r == best, **none} for r in self.routers.index}
         for router in values if best in values else ():
@@ -198,12 +200,6 @@ class Results:
         """The budget of full depth."""
         return next((budget for budget, count in self.budgets.items() if count == self.layers), None)
 
-    def _best_static(self, losses: Mapping[str, float]) -> str | None:
-        """The static router below full depth with the least finite loss."""
-        static = self.routers.index[(self.routers.kind == "static") & ~self.routers.full_depth.astype(bool)]
-        finite = {router: losses[router] for router in static if math.isfinite(losses.get(router, math.nan))}
-        return min(finite, key=finite.__getitem__) if finite else None
-
     @cached_property
     def _by_document(self) -> dict[tuple[str, str, float], dict[str, np.ndarray]]:
         """(seeds, documents) values by metric, text and budget, and then by router."""
@@ -213,11 +209,6 @@ class Results:
             values = group.pivot(index="seed", columns="document", values="value").to_numpy()
             found.setdefault(tuple(key), {})[router] = values
         return found
-
-    def _arrays(self, metric: str, text: str, budget: float) -> Iterator[tuple[str, np.ndarray]]:
-        """(seeds, documents) values of each router that has them, in the order of the rows."""
-        found = self._by_document.get((metric, text, budget), {})
-        yield from ((router, found[router]) for router in self.routers.index if router in found)
 
     def _answers(self, router: str, budget: float | None) -> list[np.ndarray]:
         """For each task of `shares` (seeds, items) of 0 and 1; empty where they are not all known."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -64,7 +64,7 @@ def perplexities(r: Results, text: str) -> Table:
     spreads = "± standard deviation over seeds" if (r.scores.seeds > 1).any() else ""
     note = "; ".join(filter(None, (marks, spreads)))
     note = f"{note and f'{note}.'}{_uneven(r)}".strip()
-    return _by_budget(r, f"Perplexity on {text}", r.scores.loc[text], cell, r.budgets, note)
+    return _by_budget(r, f"Perplexity on {text}", r.scores.loc[text].apply(cell, axis=1), r.budgets, note)
 
 
 def differences(r: Results, text: str) -> Table:
@@ -75,7 +75,7 @@ def differences(r: Results, text: str) -> Table:
     names = "; ".join(f"{router} at {budgets}" for router, budgets in where.items())
     title = f"Difference to the best static router on {text}, nats per token"
     note = f"95 % intervals, paired over documents and seeds; * {APART}. † best static router: {names}.{_uneven(r)}"
-    return _by_budget(r, title, r.scores.loc[text], _signed, r.below, note)
+    return _by_budget(r, title, r.scores.loc[text].apply(_signed, axis=1), r.below, note)
 
 
 def _uneven(r: Results) -> str:
@@ -96,10 +96,10 @@ def kl(r: Results, text: str | None = None) -> Table:
     """Routers × budgets below full depth: KL to the dense model on one text, or the mean over all."""
     scores = r.scores if text is None else r.scores.loc[[text]]
     names = scores.index.unique("text")
-    means = scores.groupby(["router", "budget"])[["kl"]].mean()
+    means = scores.groupby(["router", "budget"]).kl.mean()
     where = f" on {names[0]}" if len(names) == 1 else ", mean of all texts"
     title = f"KL to the dense model{where}, nats per token"
-    return _by_budget(r, title, means, lambda row: f"{max(row.kl, 0.0):.3f}", r.below)
+    return _by_budget(r, title, means.map(lambda mean: f"{max(mean, 0.0):.3f}"), r.below)
 
 
 def costs(r: Results) -> Table:
@@ -128,13 +128,10 @@ def costs(r: Results) -> Table:
 
 def speeds(r: Results) -> list[Table]:
     """Tokens a second in decoding and in reading a prompt, and multiply-adds; nothing where they were not measured."""
-    found, speed = [], r.record["speed"]
-    kinds = [] if not speed else [("decode_ms", "Decode", 1), ("prefill_ms", "Prefill", speed["tokens"])]
-    for key, title, tokens in kinds:
-
-        def cell(row: pd.Series, key: str = key, tokens: int = tokens) -> str:
-            return NONE if pd.isna(row[key]) else number(1e3 * tokens / row[key])
-
+    if not (speed := r.record["speed"]):
+        return []
+    found, scores = [], r.scores.loc[r.texts[0]]
+    for key, title, tokens in (("decode_ms", "Decode", 1), ("prefill_ms", "Prefill", speed["tokens"])):
         what = f"after a prompt of {speed['prompt']} tokens" if tokens == 1 else f"{tokens} tokens"
         threads = console.counted(speed["threads"], "thread")
         note = (
@@ -142,19 +139,16 @@ def speeds(r: Results) -> list[Table]:
             f"of {speed['rounds']} rounds, {threads}, one run of each router; full depth is one measurement for all."
         )
         note += _timed_layers(r) * (tokens == 1)
-        found.append(_by_budget(r, f"{title}, tokens per second", r.scores.loc[r.texts[0]], cell, r.budgets, note))
-    if speed and "multiply_adds" in speed["dense"]:
-
-        def work(row: pd.Series) -> str:
-            return NONE if pd.isna(row.multiply_adds) else f"{row.multiply_adds:.1f}"
-
+        rates = (1e3 * tokens / scores[key].astype(float)).map(number, na_action="ignore")
+        found.append(_by_budget(r, f"{title}, tokens per second", rates, r.budgets, note))
+    if "multiply_adds" in speed["dense"]:
         note = (
             f"Counted while {speed['tokens']} tokens are read: layers as computed (where most tokens run a layer, "
             f"it is computed for all), attention, keys and values of skipped layers, router and bridges; without the "
             f"head. Full depth is the dense model."
         )
-        title, scores = "Multiply-adds per token, millions", r.scores.loc[r.texts[0]]
-        found.append(_by_budget(r, title, scores, work, r.budgets, note))
+        work = scores.multiply_adds.astype(float).map("{:.1f}".format, na_action="ignore")
+        found.append(_by_budget(r, "Multiply-adds per token, millions", work, r.budgets, note))
     return found
 
 
@@ -180,9 +174,11 @@ def flips(r: Results) -> list[Table]:
     )
     title = "Flips, difference to the static router with the fewest, %"
     paired = f"95 % intervals, paired over items and seeds; * {APART}."
+    shares = r.task_scores.apply(share, axis=1)
+    signed = r.task_scores.apply(_signed, axis=1, scale=100, digits=1, prefix="flips_")
     return [
-        _by_budget(r, "Flips against full depth, %", r.task_scores, share, r.below, note),
-        _by_budget(r, title, r.task_scores, lambda row: _signed(row, 100, 1, "flips_"), r.below, paired),
+        _by_budget(r, "Flips against full depth, %", shares, r.below, note),
+        _by_budget(r, title, signed, r.below, paired),
     ]
 
 
@@ -222,21 +218,11 @@ def _signed(row: pd.Series, scale: float = 1.0, digits: int = 2, prefix: str = "
     return f"{mean}{bounds}{'*' if row[f'{prefix}significant'] else ' '}"
 
 
-def _by_budget(
-    r: Results,
-    title: str,
-    scores: pd.DataFrame,
-    cell: Callable[[pd.Series], str],
-    budgets: Mapping[float, int],
-    note: str = "",
-) -> Table:
-    """A row for each router and a column for each budget, of scores by (router, budget)."""
-    texts = {key: cell(row) for key, row in scores.iterrows() if key[1] in budgets}
-    cells = {
-        f"{budget:g} ({layers})": [texts.get((router, budget), NONE) for router in r.routers.index]
-        for budget, layers in budgets.items()
-    }
-    return _table(title, pd.DataFrame({"router": r.routers.index, **cells}), note)
+def _by_budget(r: Results, title: str, texts: pd.Series, budgets: Mapping[float, int], note: str = "") -> Table:
+    """A row for each router and a column for each budget, of texts by (router, budget)."""
+    cells = texts.astype(object).unstack("budget").reindex(index=r.routers.index, columns=[*budgets]).fillna(NONE)
+    cells.columns = [f"{budget:g} ({layers})" for budget, layers in budgets.items()]
+    return _table(title, cells.rename_axis("router").reset_index(), note)
 
 
 def _table(title: str, cells: pd.DataFrame, note: str = "") -> Table:

@@ -231,13 +231,8 @@ def scores_from(rows: Iterable[WindowResult], keys: Mapping[float | str, int | s
 
 
 def _scores_at(budget: float | str, key: int | str, rows: Sequence[WindowResult]) -> Scores:
-    places = {document: place for place, document in enumerate(sorted({row.document for row in rows}))}
-    loss, kl, tokens = (np.zeros(len(places)) for _ in range(3))
-    for row in rows:
-        place = places[row.document]
-        loss[place] += row.loss
-        kl[place] += row.kl
-        tokens[place] += row.tokens
+    _, places = np.unique([row.document for row in rows], return_inverse=True)
+    loss, kl, tokens = (np.bincount(places, [getattr(row, name) for row in rows]) for name in ("loss", "kl", "tokens"))
     ran = sum((row.ran for row in rows), Counter())
     mean = sum(layers * number for layers, number in ran.items()) / ran.total()
     executed = Executed(min(ran), mean, max(ran), sum(row.scored for row in rows) / float(tokens.sum()))

@@ -94,37 +94,18 @@ def _check_items(one: np.ndarray, other: np.ndarray) -> None:
         raise ValueError(f"{one.shape[-1]} and {other.shape[-1]} items cannot be compared")
 
 
-def hull(points: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Lower convex hull of loss over layers: the fixed budgets that no random mixture of two others beats.
-
-    Args:
-        points: layers → mean loss of each fixed budget.
-
-    Returns:
-        Layers, rising, and their losses.
-    """
-    kept: list[tuple[float, float]] = []
-    for layers, loss in sorted(points.items()):
-        while len(kept) > 1 and _above(kept[-2], kept[-1], (layers, loss)):
-            kept.pop()
-        kept.append((layers, loss))
-    return np.array([layers for layers, _ in kept]), np.array([loss for _, loss in kept])
-
-
 def mixed(points: Mapping[float, float], layers: float) -> float | None:
     """The least mean loss of a random mixture of two fixed budgets that runs so many layers on average.
 
     None where there are fewer than two budgets or `layers` is outside them.
+
+    Args:
+        points: layers → mean loss of each fixed budget.
     """
     if len(points) < 2 or not min(points) <= layers <= max(points):
         return None
-    return float(np.interp(layers, *hull(points)))
-
-
-def _above(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
-    """Whether the middle point is on or above the line through the others."""
-    (x, y), (u, v), (w, z) = first, middle, last
-    return (v - y) * (w - x) >= (z - y) * (u - x)
+    pairs = ([low, high] for low in points for high in points if low <= layers <= high)
+    return min(float(np.interp(layers, pair, [points[each] for each in pair])) for pair in pairs)
 
 
 def _resampled(loss: np.ndarray, tokens: np.ndarray, stream: int) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,19 +27,17 @@ PROMPT, STEPS = 64, 32  # tokens before the decode steps that are timed, and the
 
 @dataclass
 class Timings:
-    """Milliseconds of one case, one entry a round; decode is the mean of a round's steps.
+    """What one case takes.
 
     Attributes:
-        prefill: times of a prompt in a batch of one, by its length in tokens.
-        decode: times of a step after `PROMPT` tokens, by batch size; "late" after a long context, batch 1.
-        executed: layers that a token of those steps ran on average, likewise.
+        rounds: milliseconds, one entry a round, by the name of a prompt or of a decoding, the mean of its steps.
+        executed: layers that a token of a decoding's steps ran on average, by name.
         cache_bytes: size of the cache after the longest prompt.
         flops: floating-point operations of that prompt, in "total" and "without_head".
     """
 
-    prefill: dict[int, list[float]] = field(default_factory=dict)
-    decode: dict[int | str, list[float]] = field(default_factory=dict)
-    executed: dict[int | str, float] = field(default_factory=dict)
+    rounds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    executed: dict[str, float] = field(default_factory=dict)
     cache_bytes: int = 0
     flops: dict[str, int] = field(default_factory=dict)
 
@@ -109,11 +108,9 @@ def _shared(routed: RoutedLM, count: int) -> Iterator[Record]:
 @torch.inference_mode()
 def time_interleaved(
     cases: Sequence[BenchmarkCase],
-    ids: Tensor,
+    prompts: Mapping[str, Tensor],
+    decodings: Mapping[str, Tensor],
     *,
-    prompts: Sequence[int],
-    batches: Sequence[int],
-    late: Tensor | None = None,
     rounds: int,
     track: Track = iter,
 ) -> dict[tuple[str, int], Timings]:
@@ -121,34 +118,29 @@ def time_interleaved(
 
     Args:
         cases: what to time; each runs once a round, in random order.
-        ids: (B, T) long, text to read; T is at least the longest prompt, B the largest batch.
-        prompts: lengths of the prompts whose prefill is timed, in a batch of one.
-        batches: batch sizes whose decoding is timed.
-        late: (1, T) long, a text whose last `STEPS` tokens are decoded after all before them; None for none.
+        prompts: (1, T) long by name, whose prefill is timed.
+        decodings: (B, T) long by name, whose last `STEPS` tokens are decoded after all before them.
         rounds: how many, after one that is not counted.
         track: wraps the rounds to show progress.
     """
     timings = {(each.name, each.layers): Timings() for each in cases}
     decoding, draw = [each for each in cases if each.decodes], random.Random(0)
-    for number in track(range(rounds + 1)):
+    for _ in track(range(rounds + 1)):
         for each in draw.sample(cases, len(cases)):
-            mine = timings[each.name, each.layers]
             with each.context():
-                for length in prompts:
-                    spent = milliseconds(partial(each.prefill, ids[:1, :length]), ids.device)
-                    mine.prefill.setdefault(length, []).extend([spent] if number else [])
-        steps: dict[int | str, list[StepMeans]] = {
-            batch: decode_interleaved(decoding, ids[:batch, : PROMPT + STEPS], PROMPT, draw) for batch in batches
-        }
-        if late is not None:
-            steps["late"] = decode_interleaved(decoding, late, late.shape[1] - STEPS, draw)
-        for place, each in enumerate(decoding if number else ()):
-            mine = timings[each.name, each.layers]
-            for key, means in steps.items():
-                mine.decode.setdefault(key, []).append(means[place].milliseconds)
-                mine.executed[key] = means[place].executed
+                for name, ids in prompts.items():
+                    spent = milliseconds(partial(each.prefill, ids), ids.device)
+                    timings[each.name, each.layers].rounds[name].append(spent)
+        for name, ids in decodings.items():
+            steps = decode_interleaved(decoding, ids, ids.shape[1] - STEPS, draw)
+            for each, means in zip(decoding, steps, strict=True):
+                mine = timings[each.name, each.layers]
+                mine.rounds[name].append(means.milliseconds)
+                mine.executed[name] = means.executed
     for each in cases:
-        _count_work(each, ids[:1, : max(prompts)], timings[each.name, each.layers])
+        mine = timings[each.name, each.layers]
+        mine.rounds = {name: spent[1:] for name, spent in mine.rounds.items()}
+        _count_work(each, max(prompts.values(), key=Tensor.numel), mine)
     return timings
 
 

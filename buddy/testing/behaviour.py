@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
 from buddy.engine.model import PoolKind, RoutedLM
@@ -97,7 +97,8 @@ class _RefuseMixedDevices(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = (resolve_name(function) or getattr(function, "__name__", "")).rpartition(".")[2]
-        devices = [tensor.device.type for tensor in _tensors((args, kwargs or {})) if tensor.dim()]
+        given = tree_leaves((args, kwargs or {}))
+        devices = [each.device.type for each in given if isinstance(each, Tensor) and each.dim()]
         indexed = name in ("__getitem__", "__setitem__") and devices[:1] != ["cpu"]  # indices may be on the CPU
         if len({*devices}) > 1 and name not in MOVERS and not indexed:
             raise DeviceMismatch(f"{name.strip('_')} of tensors on the router's device and on the CPU")
@@ -300,11 +301,3 @@ def _trainable(subject: Subject) -> AnyRouter:
 def _noise(like: Tensor) -> Tensor:
     """Random weights, so that no symmetry of the scores cancels in their sum."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)

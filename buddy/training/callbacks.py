@@ -160,9 +160,6 @@ class ProgressLine(Callback):
         if self._bar:
             self._bar.update(trainer.global_step, self._note)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open(trainer, int(sum(trainer.num_test_batches)))
 
@@ -172,20 +169,16 @@ class ProgressLine(Callback):
         if self._bar:
             self._bar.update(batch_idx + 1)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+    def on_exception(self, *_: Any) -> None:
+        if self._bar:
+            self._bar.__exit__()
+            self._bar = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+    on_train_end = on_test_end = on_exception
 
     def _open(self, trainer: Trainer, total: int, done: int = 0) -> None:
         if trainer.is_global_zero:
             self._bar = Bar(self._description, total, done).__enter__()
-
-    def _close(self) -> None:
-        if self._bar:
-            self._bar.__exit__()
-            self._bar = None
 
 
 def has_ended(checkpoint: Mapping[str, Any]) -> bool:

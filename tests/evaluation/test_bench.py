@@ -21,6 +21,7 @@ from tests.tiny import tiny_backbone
 pytestmark = pytest.mark.slow
 
 IDS = torch.randint(3, 259, (2, 100), generator=torch.Generator().manual_seed(0))
+PROMPTS = {"short": IDS[:1, :8], "longer": IDS[:1, :40]}
 
 
 @pytest.fixture
@@ -39,12 +40,11 @@ def test_every_case_runs_in_every_round():
     field = benchmark_cases(routed, [4, 3], IDS)
     below = [(name, layers) for layers in (4, 3) for name in ("routed", "shared", "pruned")]
     assert [(each.name, each.layers) for each in field] == [("dense", 6), ("full", 6), *below]
-    timings = time_interleaved(field, IDS, prompts=(8, 40), batches=(1, 2), late=IDS[:1], rounds=2)
-    for timing in timings.values():
-        assert all(len(values) == 2 for values in (*timing.prefill.values(), *timing.decode.values()))
-        assert len(timing.prefill) == 2
-        assert set(timing.decode) in (set(), {1, 2, "late"})
-        assert all(ms > 0 for values in timing.decode.values() for ms in values)
+    timings = time_interleaved(field, PROMPTS, {"one": IDS[:1, :20], "two": IDS[:, :20], "late": IDS[:1]}, rounds=2)
+    for (name, _), timing in timings.items():
+        assert all(len(values) == 2 for values in timing.rounds.values())
+        assert set(timing.rounds) == {*PROMPTS, *([] if name == "shared" else ["one", "two", "late"])}
+        assert all(ms > 0 for values in timing.rounds.values() for ms in values)
     assert (
         timings["pruned", 3].flops["total"] < timings["pruned", 4].flops["total"] < timings["dense", 6].flops["total"]
     )
@@ -60,7 +60,7 @@ def test_cases_take_turns_token_by_token(monkeypatch):
         return step(self, ids, cache)
 
     monkeypatch.setattr(BenchmarkCase, "step", noted)
-    time_interleaved(field, IDS, prompts=(8,), batches=(1,), rounds=1)
+    time_interleaved(field, PROMPTS, {"decode": IDS[:1, : PROMPT + STEPS]}, rounds=1)
     turns = [order[first : first + 4] for first in range(0, len(order), 4)]
     assert [sorted(turn) for turn in turns] == 2 * [
         [(name, at) for name in ("dense", "full", "pruned", "routed")] for at in range(PROMPT, PROMPT + STEPS)
@@ -85,7 +85,7 @@ def test_counted_work_is_that_of_the_layers_that_ran(monkeypatch):
     """All but the K/V of skipped tokens, and attention over keys that a mask hides, is what pruning leaves."""
     monkeypatch.setattr("buddy.engine.selection.MIN_SKIPPED", 2)  # few tokens, of which the engine would select none
     field = benchmark_cases(routed_tiny(sink_tokens=0), [3], IDS)
-    timings = time_interleaved(field, IDS, prompts=(90,), batches=(1,), rounds=1)
+    timings = time_interleaved(field, {"prefill": IDS[:1, :90]}, {}, rounds=1)
     assert timings["routed", 3].flops["without_head"] < 1.35 * timings["pruned", 3].flops["without_head"]
     assert timings["routed", 3].flops["without_head"] < 0.8 * timings["dense", 6].flops["without_head"]
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddy.metrics.statistics import hull, mixed
+from buddy.metrics.statistics import mixed
 from studies.predictor_choices import (
     Measured,
     along,
@@ -14,6 +14,7 @@ from studies.predictor_choices import (
     by_price,
     choices,
     compared,
+    hull,
     layers_at,
     prices,
     thresholds,
