@@ -66,6 +66,7 @@ class HealingModule(BudgetModule):
             rates.insert(0, (list(self.model.adapter.parameters()), self.lr))
         return rates
 
+    @torch.random.fork_rng(devices=[])  # as in `RoutingModule`
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""
         prepared, generator = self._batch(batch, batch_idx, self.below if self.parts is None else self.grid)

@@ -89,7 +89,6 @@ class BudgetModule(LightningModule):
         self._rows: list[WindowResult] = []  # of the windows that this process has measured in a validation or test
         self.scores: list[Scores] = []
         self.router: Any = None  # the router, where it is trained
-        self._random_state: Tensor | None = None  # of torch, before the step that is under way
 
     @property
     def below(self) -> list[int]:
@@ -171,12 +170,6 @@ class BudgetModule(LightningModule):
         for metric in self.train_means.values():
             metric.reset()
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Give torch's random state back, which the step has seeded: a shuffled `DataLoader` draws from it, too."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
-            self._random_state = None
-
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of a validation or test that was stopped."""
         self._rows = []
@@ -233,7 +226,6 @@ class BudgetModule(LightningModule):
         number = self.global_step * accumulated + batch_idx % accumulated
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number * 1_009)
         rank, processes = self.global_rank, self.trainer.world_size
-        self._random_state = torch.get_rng_state()
         torch.manual_seed(generator.initial_seed() + rank)  # for dropout and noise that take no generator
         all_executed = draw_budgets(grid, len(ids) * processes, generator)
         executed = all_executed[rank::processes].to(ids.device)
@@ -459,6 +451,7 @@ class RoutingModule(BudgetModule):
         self.router.load_state_dict(self.trainer.strategy.broadcast(state))
         self.mark_calibrated()
 
+    @torch.random.fork_rng(devices=[])  # a step seeds torch, and a shuffled `DataLoader` draws from it, too
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on windows (B, T)."""
         prepared, generator = self._batch(batch, batch_idx, self.below)
