@@ -9,16 +9,18 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from buddy.cli import app
 from buddy.config import load_recipe
 from tests.plugin.installing import pip_install
-from tests.small import start_buddy
+from tests.small import Forked, fork_buddy
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,7 +80,7 @@ def _serve(words: list[str], place: str) -> None:
     """A server that comes up, and ends when it is asked to."""
     if importlib.util.find_spec("uvicorn") is None:
         return
-    with start_buddy(*words[1:], "--port", "0", folder=Path()) as process:
+    with fork_buddy(*words[1:], "--port", "0", folder=Path()) as process:
         lines = iter(process.stderr.readline, "")
         said = next((line for line in lines if "http://127.0.0.1:" in line), None)
         time.sleep(1.0)
@@ -137,10 +139,13 @@ def _pip(words: list[str], place: str) -> None:
 
 
 def _pytest(words: list[str], place: str) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", "-q", *words[1:]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{place}\n{done.stdout}"
+    def tested() -> None:
+        warnings.resetwarnings()  # here they are errors, and one says that modules are imported already
+        sys.exit(pytest.main(["-q", *words[1:]]))
+
+    process = Forked(tested)
+    out, _ = process.communicate()
+    assert process.returncode == 0, f"{place}\n{out}"
 
 
 def _source(words: list[str], place: str) -> None:

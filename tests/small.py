@@ -1,4 +1,4 @@
-"""Recipes that fit in seconds, text to go with them, and the `buddy` command in a process of its own."""
+"""Recipes that fit in seconds, text to go with them, and the `buddy` command in processes of their own."""
 
 import json
 import os
@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
+from buddy.cli import main
 from buddy.config import load_recipe
 from buddy.schema import Recipe
 
@@ -59,7 +62,70 @@ def start_buddy(*words: str, folder: Path) -> subprocess.Popen:
     return subprocess.Popen([COMMAND, *words], cwd=folder, env=environment, **pipes)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 60.0, process: subprocess.Popen | None = None) -> None:
+class Forked(get_context("fork").Process):
+    """Work in a fork of this process, which has imported what takes seconds; used as a `subprocess.Popen`.
+
+    What it writes to stdout and stderr must fit into pipes.
+    """
+
+    returncode = property(lambda self: self.exitcode)
+
+    def __init__(self, work: Callable[..., object], *given: object) -> None:
+        super().__init__(target=work, args=given)
+        self._ends = [os.pipe(), os.pipe()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads; from Python 3.12 on
+            self.start()
+        for _, end in self._ends:
+            os.close(end)
+        self.stdout, self.stderr = (os.fdopen(end) for end, _ in self._ends)
+
+    def run(self) -> None:
+        for number, (_, end) in enumerate(self._ends, start=1):
+            os.dup2(end, number)
+            os.close(end)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+        super().run()
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.communicate()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            self.kill()
+            raise TimeoutError
+        return self.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        with self.stdout, self.stderr:
+            return self.stdout.read(), self.stderr.read()
+
+
+def fork_buddy(*words: str, folder: Path) -> Forked:
+    """The command begun in `folder`, without the seconds in which a new process imports its libraries."""
+    return Forked(_buddy, words, folder)
+
+
+def _buddy(words: tuple[str, ...], folder: Path) -> None:
+    os.chdir(folder)
+    sys.argv = [str(COMMAND), *words]
+    main()
+
+
+def wait_until(
+    holds: Callable[[], bool], seconds: float = 60.0, process: subprocess.Popen | Forked | None = None
+) -> None:
     """Wait for something that a thread, or a process that must not end before, brings about; else kill the process."""
     end = time.monotonic() + seconds
     while not holds():

@@ -22,7 +22,7 @@ from buddy.fit import Session
 from buddy.io import load_tensors, read_json
 from buddy.run import read_run
 from buddy.schema import Recipe
-from tests.small import start_buddy, wait_until, write_text
+from tests.small import fork_buddy, wait_until, write_text
 from tests.training.stopping import same
 
 pytestmark = pytest.mark.slow
@@ -502,7 +502,7 @@ def test_processes_side_by_side_give_the_same(ask, whole, tmp_path, capsys):
 def test_ctrl_c_leaves_a_checkpoint(small, tmp_path):
     words = ["compare", "--recipe", str(small.file), "--routers", "buddy", "--seeds", "2", "--out", "out"]
     words += ["--jobs", "2", "trainer.max_steps=9000", "checkpoint_every=5"]
-    process = start_buddy(*words, folder=tmp_path)
+    process = fork_buddy(*words, folder=tmp_path)
     folders = [tmp_path / "out" / "buddy" / f"seed-{seed}" for seed in range(2)]
     wait_until(lambda: all((folder / "checkpoints" / "last.ckpt").exists() for folder in folders), 90, process)
     process.send_signal(signal.SIGINT)

@@ -34,7 +34,7 @@ from buddy.serve.scheduler import GenerationRequest, QueueFull, Scheduler  # noq
 from buddy.serve.server import read_keys, serve  # noqa: E402
 from tests.engine.reference import Fickle  # noqa: E402
 from tests.serve.conftest import serving, tiny  # noqa: E402
-from tests.small import start_buddy, wait_until  # noqa: E402
+from tests.small import fork_buddy, wait_until  # noqa: E402
 from tests.tiny import tiny_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def client(address):
 @pytest.fixture
 def command(finished, tmp_path):
     """The process of `buddy serve`, which answers by now, and its address."""
-    with start_buddy("serve", "--run", str(finished / "buddy"), "--port", "0", folder=tmp_path) as process:
+    with fork_buddy("serve", "--run", str(finished / "buddy"), "--port", "0", folder=tmp_path) as process:
         try:
             found = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)))
             wait_until(lambda: answers_health(found[0]))

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from buddy.config import load_recipe
 from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.run import read_run
 from buddy.run_files import load_router, read_metrics
-from tests.small import contents, start_buddy, wait_until
+from tests.small import Forked, contents, fork_buddy, wait_until
 from tests.training.stopping import same
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
@@ -167,9 +166,9 @@ def test_mistakes_are_found_before_anything_is_written(small, finished, tmp_path
 LONG = ["trainer.max_steps=60", "checkpoint_every=5"]
 
 
-def begin(small, output: Path, work: str = "seed-0") -> subprocess.Popen:
+def begin(small, output: Path, work: str = "seed-0") -> Forked:
     """`buddy fit` in a process of its own, given back when it has saved a checkpoint."""
-    process = start_buddy("fit", "--recipe", str(small.file), f"output={output}", *LONG, folder=output.parent)
+    process = fork_buddy("fit", "--recipe", str(small.file), f"output={output}", *LONG, folder=output.parent)
     wait_until((output / "small" / "buddy" / work / "checkpoints" / "last.ckpt").exists, process=process)
     return process
 
