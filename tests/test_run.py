@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from buddy.run import RunFolder, folder_name, read_run
 from buddy.run_files import checksums_of, load_router, read_metrics, save_router, seconds_in, timed, update_checksums
 from buddy.schema import ClassSpec, OptimizerSection, Recipe
 from tests.recovery.damage import DAMAGES
+from tests.small import Forked
 
 GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)
 DIGESTS = {"model": "f00d", "text": "a", "router's code": "c"}
@@ -276,28 +276,24 @@ def test_a_refit_resumes_and_leaves_the_complete_run_until_it_is_complete_itself
 
 def completion_killed(folder: RunFolder, step: int) -> int:
     """Complete a run in a fork, killed before so many renames and removals; its exit code."""
-    pid = os.fork()
-    if not pid:
-        left = [step]
+    left = [step]
 
-        def counted(work):
-            def step(*given, **options):
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-                return work(*given, **options)
+    def counted(work):
+        def step(*given, **options):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return work(*given, **options)
 
-            return step
+        return step
 
-        try:
-            os.replace, Path.rename, shutil.rmtree = map(counted, (os.replace, Path.rename, shutil.rmtree))
-            with folder.lock():
-                folder.complete({"results": []})
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def complete() -> None:
+        os.replace, Path.rename, shutil.rmtree = map(counted, (os.replace, Path.rename, shutil.rmtree))
+        with folder.lock():
+            folder.complete({"results": []})
+
+    with Forked(complete) as process:
+        return process.wait()
 
 
 @pytest.mark.slow

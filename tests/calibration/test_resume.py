@@ -2,19 +2,19 @@
 
 import os
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from buddy import measurements
 from buddy.calibration.measures import similarities
 from buddy.calibration.probe import CalibrationProbe
 from buddy.compare import fit
 from buddy.io import load_tensors
 from routers.shortgpt import ShortGPT
 from tests.calibration.small import WINDOWS, count_calls, plans, probe, routed
-from tests.documents import ROOT
+from tests.small import Forked
 
 MODEL = routed()
 RUNS = plans(12)
@@ -88,28 +88,21 @@ def test_other_windows_and_batches_are_measured_for_themselves(tmp_path, options
     assert len(list(tmp_path.glob("*.txt"))) == 2
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from buddy import measurements
-from tests.calibration.small import plans, probe
-measurements.WRITE_EVERY = 0.0
+def killed(store: Path) -> None:
+    """A search that is killed in the middle, and writes whatever it measures at once."""
 
-def track(items, words):
-    yield from items[:7]
-    os.kill(os.getpid(), signal.SIGKILL)
+    def track(items, words):
+        yield from items[:7]
+        os.kill(os.getpid(), signal.SIGKILL)
 
-probe(store=Path(sys.argv[1]), track=track).losses(plans(12))
-"""
+    measurements.WRITE_EVERY = 0.0
+    probe(MODEL, store=store, track=track).losses(RUNS)
 
 
-@pytest.mark.slow
 def test_a_kill_costs_only_what_was_not_written(tmp_path, undisturbed):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, env=environment)
-    assert done.returncode == -signal.SIGKILL
+    process = Forked(killed, tmp_path)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
     shown = Shown()
     resumed = probe(MODEL, store=tmp_path, track=shown).losses(RUNS)
     assert shown.sizes == [PAIRS - 7]

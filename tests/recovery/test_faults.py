@@ -16,7 +16,7 @@ from tests.recovery.asking import ask, refused
 from tests.recovery.conftest import TRAINED
 from tests.recovery.damage import DAMAGES, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk
-from tests.small import contents, write_text
+from tests.small import Forked, contents, write_text
 from tests.training.stopping import same
 
 pytestmark = pytest.mark.slow
@@ -119,22 +119,20 @@ def test_complete_runs_are_reused_and_damaged_ones_made_again(small, run, tmp_pa
 
 def fit_killed(recipe: Recipe, write: int) -> bool:
     """Fit in a fork, killed before the so many-th file that it writes; whether it came that far."""
-    pid = os.fork()
-    if not pid:
-        replace, left = os.replace, [write]
+    replace, left = os.replace, [write]
 
-        def counted(*given: object) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(*given)
+    def counted(*given: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*given)
 
+    def killed() -> None:
         os.replace = counted
-        try:
-            fit(recipe, "small")
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        fit(recipe, "small")
+
+    with Forked(killed) as process:
+        return process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.soak
