@@ -13,8 +13,8 @@ from joblib.externals.loky import ProcessPoolExecutor
 
 from buddy.errors import BuddyError, RunError
 from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, require_ray
-from tests.small import wait_until
-from tests.workers import Step, Work
+from tests.small import Forked, wait_until
+from tests.workers import Step, Work, run
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["a", "bb", "ccc", "dddd"]
@@ -31,6 +31,14 @@ def outcomes(executor, folder: Path, *units: str) -> dict[str, object]:
 def serial(tmp_path) -> dict[str, object]:
     (tmp_path / "serial").mkdir()
     return {name: Work(tmp_path / "serial")(Step(tmp_path / "serial", name)) for name in NAMES}
+
+
+@pytest.fixture
+def light(tmp_path_factory, monkeypatch) -> None:
+    """Workers import two lines in the place of torch, two seconds faster."""
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "torch.py").write_text("def set_num_threads(number): pass\ndef get_num_threads(): return 1\n")
+    monkeypatch.syspath_prepend(folder)
 
 
 @pytest.mark.slow
@@ -57,12 +65,14 @@ def test_processes_find_what_one_finds(tmp_path, serial):
     assert "ValueError: e failed" in logs["e"]
 
 
+@pytest.mark.usefixtures("light")
 @pytest.mark.slow
 def test_the_death_of_a_process_without_work_hurts_no_unit(tmp_path, serial):
     found = outcomes(LokyExecutor(2), tmp_path / "loky", "a", "bb kills-a")
     assert found == {name: serial[name] for name in ("a", "bb")}
 
 
+@pytest.mark.usefixtures("light")
 @pytest.mark.slow
 def test_a_process_that_dies_between_two_units_hurts_none(tmp_path, serial):
     folder, found = tmp_path / "loky", {}
@@ -76,6 +86,7 @@ def test_a_process_that_dies_between_two_units_hurts_none(tmp_path, serial):
     assert found == {name: serial[name] for name in ("a", "bb")}
 
 
+@pytest.mark.usefixtures("light")
 @pytest.mark.slow
 def test_one_worker_keeps_its_model_and_has_the_plug_ins_and_paths_of_its_caller(tmp_path, monkeypatch):
     (tmp_path / "plugged.py").write_text("NAME = 'mine'")
@@ -86,11 +97,9 @@ def test_one_worker_keeps_its_model_and_has_the_plug_ins_and_paths_of_its_caller
     assert (tmp_path / "place" / "a.log").exists()
 
 
-def begin(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+def begin(folder: Path) -> tuple[Forked, list[int]]:
     """Two units that sleep, begun by a process of its own; and the processes they are in."""
-    words = [sys.executable, "-m", "tests.workers", str(folder), "a sleeps", "b sleeps", "c"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(words, cwd=ROOT, **pipes)
+    process = Forked(run, folder, "a sleeps", "b sleeps", "c")
     wait_until(lambda: all((folder / x).exists() and (folder / x).read_text() for x in "ab"), process=process)
     return process, [int((folder / name).read_text()) for name in "ab"]
 
@@ -102,6 +111,7 @@ def assert_gone(processes: list[int]) -> None:
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes there")
 
 
+@pytest.mark.usefixtures("light")
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
@@ -134,10 +144,12 @@ def test_an_interrupt_while_workers_start_waits_for_nothing(tmp_path):
     assert not list(tmp_path.glob("*.stopped"))
 
 
+@pytest.mark.usefixtures("light")
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_within_a_submission_begins_no_unit(tmp_path, monkeypatch, number):
-    submit = ProcessPoolExecutor.submit
+@pytest.mark.parametrize(("number", "background"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_an_interrupt_within_a_submission_begins_no_unit(tmp_path, monkeypatch, number, background):
+    """A job in the background, where a shell has SIGINT ignored, hears a termination."""
+    submit, before = ProcessPoolExecutor.submit, signal.getsignal(signal.SIGINT)
 
     def interrupted(self, *args):
         future = submit(self, *args)
@@ -145,29 +157,16 @@ def test_an_interrupt_within_a_submission_begins_no_unit(tmp_path, monkeypatch, 
         return future
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        outcomes(LokyExecutor(1), tmp_path, "a", "bb")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_a_job_in_the_background_hears_a_termination(tmp_path, monkeypatch):
-    submit, handled = ProcessPoolExecutor.submit, signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def interrupted(self, *args):
-        future = submit(self, *args)
-        signal.raise_signal(signal.SIGTERM)
-        return future
-
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if background else before)
     try:
         with pytest.raises(KeyboardInterrupt):
             outcomes(LokyExecutor(1), tmp_path, "a", "bb")
     finally:
-        signal.signal(signal.SIGINT, handled)
+        signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("light")
 @needs_proc
 @pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):

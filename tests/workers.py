@@ -1,6 +1,7 @@
 """Units of work without a model, for tests of executors; their worker processes import this module."""
 
 import os
+import random
 import signal
 import sys
 import threading
@@ -8,8 +9,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 _state: dict[Path, int] = {}  # calls in this process
 _memory: list[bytearray] = []
@@ -45,6 +44,8 @@ class Work:
     folder: Path
 
     def __call__(self, unit: Step) -> tuple[str, float]:
+        import torch  # in a worker perhaps what stands in for it
+
         way = unit.words.partition(" ")[2]
         _state[self.folder] = _state.get(self.folder, 0) + 1
         (self.folder / unit.name).write_text(str(os.getpid()))
@@ -80,15 +81,18 @@ class Work:
                 (self.folder / f"{unit.name}.stopped").touch()
                 raise
         time.sleep(0.1)
-        generator = torch.Generator().manual_seed(len(unit.name))
-        return unit.name, float(torch.rand(3, generator=generator).sum())
+        return unit.name, random.Random(unit.name).random()
+
+
+def run(place: Path, *units: str) -> None:
+    """Units in two workers, as a command runs them: an interrupt ends it with 130."""
+    from buddy.executors import LokyExecutor
+
+    try:
+        LokyExecutor(2).run(Work(place), [Step(place, words) for words in units], print)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    from buddy.executors import LokyExecutor
-
-    place = Path(sys.argv[1])
-    try:
-        LokyExecutor(2).run(Work(place), [Step(place, words) for words in sys.argv[2:]], print)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(Path(sys.argv[1]), *sys.argv[2:])
