@@ -1,5 +1,6 @@
 """Training that stops, fails and resumes, within one process."""
 
+import itertools
 import json
 import os
 import signal
@@ -126,16 +127,15 @@ def stopping_early(patience: int) -> list[str]:
     return [f"callbacks=[{{class_path: {path}, init_args: {json.dumps(options)}}}]", "trainer.val_check_interval=2"]
 
 
-@pytest.mark.parametrize("every", [2, 50])
 @pytest.mark.parametrize(
-    ("patience", "act", "raised", "step", "validation"),
+    ("every", "patience", "act", "raised", "step", "validation"),
     [
-        (2, kill, Killed, 5, None),
-        (2, interrupt, KeyboardInterrupt, 4, None),
-        (1, interrupt, KeyboardInterrupt, 4, None),
-        (1, kill, Killed, None, 2),
-        (1, interrupt, KeyboardInterrupt, None, 2),
-        (2, interrupt, KeyboardInterrupt, None, 2),
+        (2, 2, kill, Killed, 5, None),
+        (2, 1, kill, Killed, None, 2),
+        *(
+            (every, patience, interrupt, KeyboardInterrupt, *place)  # 50: no checkpoint but the one of the interrupt
+            for every, patience, place in itertools.product((2, 50), (2, 1), ((4, None), (None, 2)))
+        ),
     ],
 )
 def test_a_resumed_training_stops_as_early(
