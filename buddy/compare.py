@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -27,12 +27,12 @@ from buddy.console import Bar, clock, status, stderr
 from buddy.data.text import named_sources
 from buddy.data.windows import Windows
 from buddy.errors import BuddyError, RecipeError, RunError, described
-from buddy.evaluation.bench import measured
-from buddy.evaluation.figures import TENSORBOARD
-from buddy.evaluation.record import JSON, MARKDOWN, collect, text_entry, write_results
+from buddy.evaluation import bench
+from buddy.evaluation.figures import CAPTIONS, TENSORBOARD
+from buddy.evaluation.record import CSV, JSON, MARKDOWN, collect, read_record, text_entry, write_results
 from buddy.executors import LokyExecutor, RayExecutor, require_ray
 from buddy.fit import Session
-from buddy.io import check_output_path, locked, remove_parts
+from buddy.io import check_output_path, locked, remove_parts, writing
 from buddy.provenance import TRAINING_KEYS, check_fixed
 from buddy.router import AnyRouter
 from buddy.run import (
@@ -273,10 +273,17 @@ def check(config: CompareConfig) -> CompareConfig:
 
 
 def _check_results(folder: Path, advice: str) -> None:
-    """Raises RunError if the folder has files of the user's own where a comparison writes."""
-    foreign = [name for name in (MARKDOWN, TENSORBOARD) if os.path.exists(folder / name)]
-    if foreign and not os.path.exists(folder / JSON) and not any(folder.glob("*/seed-*")):
-        raise RunError(f"{folder} has {foreign[0]}, which no comparison wrote; {advice}.")
+    """Raises RunError if the folder cannot be, or has files of the user's own where a comparison writes."""
+    with writing(folder), suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(folder)  # a name may be too long, or a folder above closed
+    names = (JSON, CSV, MARKDOWN, TENSORBOARD, bench.FILE, *(f"{name}.png" for name in CAPTIONS))
+    foreign = [name for name in names if os.path.exists(folder / name)]
+    if not foreign or any(folder.glob("*/seed-*")):
+        return
+    with suppress(BuddyError):
+        read_record(folder / JSON)
+        return
+    raise RunError(f"{folder} has {foreign[0]}, which no comparison wrote; {advice}.")
 
 
 def _check_trained(config: CompareConfig) -> None:
@@ -309,10 +316,11 @@ def _common_recipe(recipe: Recipe) -> Recipe:
 def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) -> list[RunSpec]:
     """The runs of one router: one for each seed if the router, its adapter or its bridges depend on it, else one."""
     router, folder = build_router(recipe, session.backbone), config.folder
-    many = config.seeds or SEEDS
-    if config.finished and config.seeds is None:
-        many = max([seed - recipe.seed + 1 for seed in complete_seeds(folder / label_folder(label))] + [1])
     seeded = healing_steps(recipe, router) > 0 or _depends_on_seed(recipe, router)
+    seeds = [*range(recipe.seed, recipe.seed + ((config.seeds or SEEDS) if seeded else 1))]
+    if seeded and config.finished and config.seeds is None:
+        complete = complete_seeds(folder / label_folder(label))
+        seeds = [seed for seed in complete if seed >= recipe.seed] or [recipe.seed]
     return [
         RunSpec(
             label,
@@ -321,7 +329,7 @@ def _specs(config: CompareConfig, label: str, recipe: Recipe, session: Session) 
             RunFolder.of(folder, label, seed).path,
             ignored_keys=(PREDICTOR_KEYS,),
         )
-        for seed in range(recipe.seed, recipe.seed + (many if seeded else 1))
+        for seed in seeds
     ]
 
 
@@ -470,7 +478,7 @@ def _times(
     """Times of the first run of each router, or why there are none."""
     try:
         first = {label: read_run(group[0]) for label, group in runs.items()}
-        return measured(first, session.backbone, session.data.evaluated.input_ids, folder), None
+        return bench.measured(first, session.backbone, session.data.evaluated.input_ids, folder), None
     except BuddyError as error:
         return None, str(error)
     except Exception as error:  # a router may be third-party code

@@ -153,7 +153,7 @@ def show_files(files: Sequence[Path], markdown: Path | None = None) -> None:
     for path, record in records.items():
         try:
             render(results := Results(record), {})
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _damaged(path) from error
     if len(records) > 1:
         results = Results(join(records))

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 
 import buddy.compare as compare_module
+import buddy.fit as fit_module
 from buddy.cli.fitting import parse_routers
 from buddy.compare import CompareConfig, compare, fit
 from buddy.config import load_recipe
@@ -22,7 +23,7 @@ from buddy.fit import Session
 from buddy.io import load_tensors, read_json
 from buddy.run import read_run
 from buddy.schema import Recipe
-from tests.small import fork_buddy, wait_until, write_text
+from tests.small import contents, fork_buddy, wait_until, write_text
 from tests.training.stopping import same
 
 pytestmark = pytest.mark.slow
@@ -466,6 +467,26 @@ def test_a_folder_that_is_something_else_or_in_use_is_refused(ask, whole, tmp_pa
     with pytest.raises(RunError, match=r"results\.md"):
         fit(Recipe(output=str(tmp_path)), "own")
     assert os.listdir(tmp_path / "own") == ["results.md"]
+    for name in ("comparison.json", "comparison.csv", "speed.json", "quality-layers.png"):
+        (tmp_path / name / "own").mkdir(parents=True)
+        (tmp_path / name / "own" / name).write_text('{"mine": 1}')
+        with pytest.raises(RunError, match=name):
+            compare(ask(tmp_path / name / "own", routers="uniform"))
+        assert contents(tmp_path / name / "own") == {name: b'{"mine": 1}'}
+    for call in (lambda out: compare(ask(out)), lambda out: fit(Recipe(output=str(out)), "small")):
+        with pytest.raises(RunError, match="shorter"):
+            call(tmp_path / ("x" * 300))
+
+
+def test_finished_seeds_may_lie_far_apart(ask, tmp_path, monkeypatch):
+    for seed in (0, 2026):
+        assert compare(ask(tmp_path, f"seed={seed}", "data.seed=0", routers="random", seeds=1, texts=None)) == 0
+    built, build = [], fit_module.build_router
+    monkeypatch.setattr(fit_module, "build_router", lambda *given: built.append(given) or build(*given))
+    finished = ask(tmp_path, "seed=0", "data.seed=0", routers="random", seeds=None, texts=None, finished=True)
+    assert compare(finished) == 0
+    assert [run["seed"] for run in read_json(tmp_path / "comparison.json")["runs"]] == [0, 2026]
+    assert len(built) < 20
 
 
 def test_a_failing_router_stops_no_other(ask, tmp_path, capsys):
