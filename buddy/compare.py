@@ -273,9 +273,9 @@ def check(config: CompareConfig) -> CompareConfig:
 
 
 def _check_results(folder: Path, advice: str) -> None:
-    """Raises RunError if the folder cannot be, or has files of the user's own where a comparison writes."""
+    """Raises RunError if the folder cannot be written, or has files of the user's own where a comparison writes."""
     with writing(folder), suppress(FileNotFoundError, NotADirectoryError):
-        os.stat(folder)  # a name may be too long, or a folder above closed
+        os.stat(folder)  # fails where the name is too long, or a folder above may not be entered
     names = (JSON, CSV, MARKDOWN, TENSORBOARD, bench.FILE, *(f"{name}.png" for name in CAPTIONS))
     foreign = [name for name in names if os.path.exists(folder / name)]
     if not foreign or any(folder.glob("*/seed-*")):

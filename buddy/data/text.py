@@ -32,7 +32,9 @@ BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parq
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 ANY, HEAD = re.compile(".*"), re.compile(r"[\w .-]{1,40}")  # names of fields; "id;text" in a CSV file is none
 LONG = 64 * 2**20  # bytes of text from which progress is shown
-NULL_ROW = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*(?:\[\s*)?null\b|\}[ \t\r]*\n\s*null\b")  # in JSON or JSON Lines
+# A first row of JSON or JSON Lines that is null, and a later one; a pattern that begins with "\n" is searched for fast.
+NULL_FIRST = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*)?null\b")
+NULL_LATER = re.compile(rb"\n(?:(?<=\}\n)|(?<=\}\r\n))\s*null\b")
 LAYOUT = 1  # of cached rows: raise it when a step that makes them changes
 HYPHEN, RARE = " @-@ ", "<unk>"  # marks of word-level WikiText
 TITLE = re.compile(r"^ *= [^=\n]+ = *$", re.MULTILINE)  # of an article there
@@ -233,7 +235,7 @@ def refuse_null(files: Sequence[Path]) -> None:
     for file in files:
         try:
             with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                found = NULL_ROW.search(content)
+                found = NULL_FIRST.match(content) or NULL_LATER.search(content)
         except OSError:  # which `datasets` reports
             continue
         if found:

@@ -187,7 +187,8 @@ class RectangularKVWriter:
         whole = skipped.new_empty(groups, self.length, heads, size)
         for part, place, real in zip((skipped, ran), places, (slice(None), self.group.real), strict=True):
             flat = part.transpose(1, 2).reshape(-1, heads * size)[real]
-            whole.view(-1, heads * size).index_copy_(0, place, flat.to(whole.dtype))  # autocast makes others than zeros
+            # Under autocast, K and V of a type of its own meet zeros of the weights' type.
+            whole.view(-1, heads * size).index_copy_(0, place, flat.to(whole.dtype))
         return whole.transpose(1, 2)
 
 

@@ -76,6 +76,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_left_as_it_was(tmp_path)
         ("a.json", b'\xef\xbb\xbf null\n{"text": "a"}', "null"),
         ("a.json", b" " * 5000 + b'null\n{"text": "a"}', "null"),
         ("a.json", b'[null, {"text": "a"}]', "null"),
+        ("a.jsonl", b'{"text": "a"}\r\nnull\r\n', "null"),
         ("a.jsonl", b'{"text": "a"}\n' * 1_000_000 + b'null\n{"text": "a"}\n', "null"),
         ("a.parquet", b"PAR1 not really", "parquet"),
         ("a.csv", b'text\n"open quote', "csv"),
