@@ -272,6 +272,12 @@ WRONG = {  # values that a key refuses
     "budgets[0]": ["0.5"],
     "adapter.targets": ["[1]", "[]"],
     "adapter.dropout": ["0.95"],
+    "bridge.rank": ["0", "8.5"],
+    "bridge.ridge": ["-1"],
+    "bridge.windows": ["0"],
+    "bridge.steps": ["-1"],
+    "bridge.lr": ["0"],
+    "bridge.depth": ["3"],
     **{f"trainer.{key}": ["1"] for key in RESERVED},
 }
 

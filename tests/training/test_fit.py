@@ -103,6 +103,8 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
 
 # Wrong
 
+EARLY = "callbacks=[{{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {{monitor: {}}}}}]"
+
 
 @pytest.mark.parametrize("way", ["score", "calibrate", "not finite", "few"])
 def test_what_a_router_of_ones_own_does_wrong_is_one_sentence(small, tmp_path, way):
@@ -141,6 +143,13 @@ def test_a_router_whose_state_no_run_can_save_is_refused_before_it_is_measured(s
         (["budgets=[1.0]"], RecipeError, "budgets"),
         (["callbacks=[{class_path: no.Such}]"], RecipeError, r"no\.Such"),
         (["callbacks=[{class_path: pathlib.PurePath}]"], RecipeError, "Callback"),
+        *(([EARLY.format(name)], RecipeError, name) for name in ("val/kll", "val/kl/0.3", "val/perplexity")),
+        (["callbacks=[{class_path: lightning.pytorch.callbacks.BatchSizeFinder}]"], RecipeError, r"data\.batch_size"),
+        (["trainer.limit_val_batches=0.001"], RecipeError, "limit_val_batches=0.001"),
+        (["trainer.overfit_batches=0.001"], RecipeError, "overfit_batches=0.001"),
+        (["trainer.accelerator=tpu"], TrainingError, "accelerator"),
+        (["trainer.strategy=ddp_spawn"], TrainingError, "strategy"),
+        (["fixed=s0123456789abcde"], RecipeError, "fixed"),
         (["logger={class_path: pathlib.PurePath}"], RecipeError, "Logger"),
         (["logger={class_path: logging.Logger}"], RecipeError, r"logging\.Logger"),
         (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden"),
@@ -226,9 +235,3 @@ def test_a_kill_leaves_the_published_run_and_a_checkpoint(small, uninterrupted, 
     assert 5 <= steps(output / "small" / "buddy" / ".seed-0.new") < 60
     fit(small(output, *LONG), "small")
     assert_same_run(uninterrupted, output / "small" / "buddy" / "seed-0")
-
-
-def test_fit_refuses_other_settings_than_the_fixed_ones(small, tmp_path):
-    with pytest.raises(RecipeError, match="fixed"):
-        fit(small(tmp_path / "runs", "fixed=s0123456789abcde", "router=uniform", "rivals=[]"), "small")
-    assert not (tmp_path / "runs").exists()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from buddy.builders import training as training_builders
 from buddy.builders.training import build_trainer
-from buddy.errors import RecipeError, TrainingError
+from buddy.errors import TrainingError
 from buddy.fit import Session
 from buddy.metrics.perplexity import measure
 from buddy.run import RunSpec
@@ -255,34 +255,10 @@ def test_validations_are_four_or_fewer_in_a_short_training(recipe, steps, interv
     assert build_trainer(recipe(f"trainer.max_steps={steps}")).val_check_interval == interval
 
 
-@pytest.mark.parametrize("setting", ["trainer.strategy=dpp", "trainer.accelerator=tpu", "trainer.strategy=ddp_spawn"])
-def test_settings_that_the_trainer_refuses(recipe, setting):
-    with pytest.raises(TrainingError, match=setting.partition(".")[2]):
-        build_trainer(recipe(setting))
-
-
 @pytest.mark.parametrize("given", ["trainer.val_check_interval=50", "trainer.val_check_interval=0.5"])
 def test_validation_after_more_steps_than_there_are(recipe, given):
     trainer = build_trainer(recipe(given))
     assert trainer.check_val_every_n_epoch == (None if given.endswith("50") else 1)
-
-
-@pytest.mark.parametrize("monitor", ["val/kll", "val/kl/0.3", "val/perplexity"])
-def test_a_callback_that_monitors_nothing_is_refused(recipe, monitor):
-    stopping = "lightning.pytorch.callbacks.EarlyStopping"
-    with pytest.raises(RecipeError, match=monitor):
-        Session.prepare([recipe(f"callbacks=[{{class_path: {stopping}, init_args: {{monitor: {monitor}}}}}]")])
-
-
-def test_a_callback_that_changes_batches_is_refused(recipe):
-    with pytest.raises(RecipeError, match=r"BatchSizeFinder.*data\.batch_size"):
-        Session.prepare([recipe("callbacks=[{class_path: lightning.pytorch.callbacks.BatchSizeFinder}]")])
-
-
-@pytest.mark.parametrize("name", ["limit_val_batches", "overfit_batches"])
-def test_less_than_one_batch_is_refused_before_any_work(recipe, name):
-    with pytest.raises(RecipeError, match=f"{name}=0.001"):
-        Session.prepare([recipe(f"trainer.{name}=0.001")])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
