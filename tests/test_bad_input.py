@@ -7,7 +7,7 @@ import pytest
 
 from buddy.run import read_run
 from buddy.run_files import update_checksums
-from tests.recovery.asking import refused
+from tests.asking import refused
 from tests.tiny import tiny_folder
 
 

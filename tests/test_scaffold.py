@@ -6,24 +6,19 @@ import tomllib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from buddy.cli import app
 from buddy.config import override
 from buddy.errors import RegistryError
 from buddy.scaffold import NAME, check_name, new_router, package
 from buddy.schema import Recipe
+from tests.asking import call, refused
 
 NAMES = st.from_regex(r"[a-z][a-z0-9]{0,8}(-[a-z0-9]{1,8}){0,2}", fullmatch=True)
 
 
-def new(*words: object):
-    return CliRunner().invoke(app, ["routers", "new", *map(str, words)])
-
-
 def test_it_writes_a_package_and_what_to_type(tmp_path):
     (tmp_path / "my routers").mkdir()
-    result = new("my-own", "--out", tmp_path / "my routers")
+    result = call("routers", "new", "my-own", "--out", tmp_path / "my routers")
     assert result.exit_code == 0
     assert f"pip install -e '{tmp_path}/my routers/buddy-router-my-own'\n" in result.stdout
     folder = tmp_path / "my routers" / "buddy-router-my-own"
@@ -71,9 +66,7 @@ def test_any_other_name_is_refused(name):
 )
 def test_a_name_that_cannot_be_used_writes_nothing(name, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = new(name)
-    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert named in result.stderr
+    assert named in refused("routers", "new", name)
     assert not list(tmp_path.iterdir())
 
 
@@ -89,7 +82,5 @@ def test_a_module_that_exists_is_not_written_again(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_used(out, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "taken" / "buddy-router-mine").mkdir(parents=True)
-    result = new("mine", "--out", tmp_path / out)
-    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert out in result.stderr
+    assert out in refused("routers", "new", "mine", "--out", tmp_path / out)
     assert not list((tmp_path / "taken" / "buddy-router-mine").iterdir())

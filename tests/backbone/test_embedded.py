@@ -18,8 +18,8 @@ from buddy.backbone.embedded import MODELS, RECORD, is_valid, model_folder
 from buddy.backbone.load import load_backbone, title_of
 from buddy.errors import BackboneError
 from buddy.io import cache_root
+from tests.asking import refused
 from tests.backbone.gguf import gemma_file, parts_of
-from tests.recovery.asking import refused
 from tests.recovery.damage import DAMAGES
 from tests.tiny import tiny_model
 

@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 from lm_eval.tasks import TaskManager
-from typer.testing import CliRunner
 
-from buddy.cli import app
 from buddy.errors import DataError
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.tasks import show_tasks, task_scores
 from buddy.run_files import update_checksums
+from tests.asking import call, refused
 from tests.evaluation.own_task import define
 
 pytestmark = pytest.mark.slow
@@ -145,13 +144,9 @@ def test_examples_are_lm_evals_own_at_every_budget(finished, items, tmp_path, mo
 # The command
 
 
-def call(*words: object):
-    return CliRunner().invoke(app, ["evaluate", *map(str, words)])
-
-
 def test_the_command(finished, items, tmp_path):
     words = ["--tasks", "arc_easy, boolq", "--task-data", items, "--budgets", "1.0,0.5", "--limit", "2"]
-    result = call("--run", finished / "buddy", *words, "--json", tmp_path / "scores.json")
+    result = call("evaluate", "--run", finished / "buddy", *words, "--json", tmp_path / "scores.json")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "scores.json").read_text())["results"]
     assert [entry["items"] for entry in found] == [2, 2, 2, 2]
@@ -166,7 +161,9 @@ def test_budgets_in_the_mean_are_named(finished, items, tmp_path):
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(recipe.replace("mean_over: 1\n", "mean_over: 8\n"))
     update_checksums(run)
-    result = call("--run", run, "--tasks", "arc_easy", "--task-data", items, "--budgets", "0.5", "--limit", "2")
+    result = call(
+        "evaluate", "--run", run, "--tasks", "arc_easy", "--task-data", items, "--budgets", "0.5", "--limit", "2"
+    )
     assert result.exit_code == 0, result.output
     assert "8 tokens" in result.stdout
 
@@ -189,11 +186,8 @@ def test_budgets_in_the_mean_are_named(finished, items, tmp_path):
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_2(finished, items, words, named):
-    result = call("--run", finished / "buddy", *[items if word == "ITEMS" else word for word in words])
-    assert (result.exit_code, result.stdout) == (2, ""), result.exception
-    assert result.stderr.startswith("Error: ")
-    assert named in result.stderr
-    assert result.stderr.count("\n") == 1
+    words = [items if word == "ITEMS" else word for word in words]
+    assert named in refused("evaluate", "--run", finished / "buddy", *words)
 
 
 @pytest.mark.parametrize(

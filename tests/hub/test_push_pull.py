@@ -9,14 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
-from typer.testing import CliRunner
 
 import buddy
-from buddy.cli import app
 from buddy.errors import BackboneError, DamagedError, RunError
 from buddy.hub.push_pull import hub_name, pull, push
 from buddy.run import read_run
 from buddy.run_files import update_checksums
+from tests.asking import ask, call, refused
 from tests.hub.fake import FakeHub
 from tests.small import contents
 
@@ -314,15 +313,10 @@ def test_what_is_neither(text, tmp_path, monkeypatch):
 
 def test_the_commands(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str]:
-        result = CliRunner().invoke(app, [str(word) for word in words])
-        return result.exit_code, result.stderr if result.exit_code else result.stdout
-
     run = finished / "uniform"
-    code, out = call("push", "--run", run, "--to", "./to share")
-    assert (code, "backbone.name /" in out, "output /" in out, "'./to share'" in out) == (0, True, True, True)
-    assert call("pull", "./to share", "--out", "pulled")[0] == 0
+    out = call("push", "--run", run, "--to", "./to share").stdout
+    assert ("backbone.name /" in out, "output /" in out, "'./to share'" in out) == (True, True, True)
+    assert ask("pull", "./to share", "--out", "pulled") is None
     for named, *words in (
         ("to share", "push", "--run", run, "--to", "./to share"),
         ("pulled", "pull", "./to share", "--out", "pulled"),
@@ -335,7 +329,5 @@ def test_the_commands(finished, tmp_path, monkeypatch):
         ("backbone", "pull", "pulled", "--out", "new", "--backbone", " "),
         ("/no", "pull", "pulled", "--out", "new", "--backbone", "/no"),
     ):
-        code, error = call(*words)
-        assert (code, error.count("\n")) == (2, 1)
-        assert named in error
+        assert named in refused(*words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pulled", "to share"]

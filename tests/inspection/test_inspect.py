@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from typer.testing import CliRunner
 
 from buddy.builders.data import build_data
 from buddy.builders.model import load_model
-from buddy.cli import app
 from buddy.errors import BudgetError, DataError, RunError
 from buddy.inspection.inspect import inspect_run
 from buddy.run import read_run
+from tests.asking import call
 from tests.small import write_text
 
 FILES = {"budgets.png", "tokens-0.75.png", "tokens-0.5.png", "routing.json"}
@@ -97,7 +96,7 @@ def test_domains(finished, out, tmp_path, small):
 
 def test_one_text_is_shown_token_by_token(finished, out):
     words = ["--text", "Four $cores$\n", "--out", out, "--json", out / "n.json"]
-    result = CliRunner().invoke(app, ["inspect", "--run", *map(str, [finished / "buddy", *words])])
+    result = call("inspect", "--run", finished / "buddy", *words)
     assert result.exit_code == 0, result.output
     assert names(out) == FILES - {"routing.json"} | {"n.json"}
     found = json.loads((out / "n.json").read_text())

@@ -4,13 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from buddy.cli import app
 from buddy.compare import fit
 from buddy.registry import describe, load
 from buddy.run_files import read_metrics
 from buddy.testing import check_router
+from tests.asking import ask
 from tests.plugin.installing import pip_install
 
 pytestmark = pytest.mark.slow
@@ -23,8 +22,7 @@ NAMES = ["every-other", "prompt-gates", "ebb-and-flow"]
 def written(tmp_path_factory):
     """The folder that `buddy routers new` wrote."""
     out = tmp_path_factory.mktemp("new")
-    result = CliRunner().invoke(app, ["routers", "new", "ebb-and-flow", "--out", str(out)])
-    assert result.exit_code == 0, result.output
+    assert ask("routers", "new", "ebb-and-flow", "--out", out) is None
     return out / "buddy-router-ebb-and-flow"
 
 
@@ -72,5 +70,4 @@ def test_they_fit_and_evaluate_as_they_stand(name, small, tmp_path):
     fit(small(tmp_path, f"router={name}", "rivals=[]"), "small")
     run = tmp_path / "small" / name / "seed-0"
     assert [round(row["executed"]["mean"]) for row in read_metrics(run)["results"]] == [6, 4, 3]
-    result = CliRunner().invoke(app, ["evaluate", "--run", str(run), "--budgets", "0.5"])
-    assert result.exit_code == 0, result.output
+    assert ask("evaluate", "--run", run, "--budgets", "0.5") is None

@@ -6,15 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from buddy.builders.model import load_model
-from buddy.cli import app
 from buddy.data.windows import Windows
 from buddy.errors import BudgetError
 from buddy.evaluation.evaluate import evaluate, evaluate_run, show_scores
 from buddy.metrics.perplexity import Executed, Scores
 from buddy.run import read_run
+from tests.asking import call, refused
 from tests.engine.reference import routed_tiny
 
 pytestmark = pytest.mark.slow
@@ -141,10 +140,6 @@ def test_a_mixture_is_of_the_layers_that_really_ran(capsys):
 # The command
 
 
-def call(*words: object):
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
 def test_generate_writes_what_the_chosen_budget_writes(predicting):
     words = ["generate", "--run", predicting["regress"], "--max-new-tokens", 3]
     auto = call(*words, "--budget", "auto", PROMPT)
@@ -173,8 +168,5 @@ def test_generate_writes_what_the_chosen_budget_writes(predicting):
 )
 def test_what_the_command_refuses(finished, words, named):
     before = sorted(path.name for path in (finished / "buddy").iterdir())
-    result = call(words[0], "--run", finished / "buddy", *words[1:])
-    assert result.exit_code == 2, result.output
-    assert result.stderr.rpartition("Error: ")[2].count("\n") == 1
-    assert named in result.stderr
+    assert named in refused(words[0], "--run", finished / "buddy", *words[1:])
     assert sorted(path.name for path in (finished / "buddy").iterdir()) == before

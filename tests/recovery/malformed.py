@@ -22,7 +22,7 @@ from buddy.errors import BackboneError, BuddyError
 from buddy.router import Geometry
 from buddy.run import RunFolder, folder_name
 from buddy.schema import Recipe, section_of
-from tests.recovery.asking import ask
+from tests.asking import ask
 from tests.small import Small
 
 GEOMETRY = Geometry(layers=6, context_layer=1, hidden=16, features=8)

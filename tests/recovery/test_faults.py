@@ -12,7 +12,7 @@ from buddy.compare import fit
 from buddy.io import load_tensors
 from buddy.run import RunFolder, read_run
 from buddy.schema import Recipe
-from tests.recovery.asking import ask, refused
+from tests.asking import ask, refused
 from tests.recovery.conftest import TRAINED
 from tests.recovery.damage import DAMAGES, copied
 from tests.recovery.disks import FailingDisk, mount, small_disk

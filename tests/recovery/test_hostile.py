@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from buddy.backbone.load import load_backbone
 from buddy.errors import BackboneError
 from buddy.run_files import update_checksums
-from tests.recovery.asking import refused
+from tests.asking import refused
 from tests.recovery.conftest import TRAINED
 from tests.recovery.damage import copied
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.recovery.asking import refused
+from tests.asking import refused
 from tests.recovery.malformed import RAW, Bench, check_recipe, fuzz
 
 

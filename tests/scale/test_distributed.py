@@ -9,8 +9,8 @@ from torch import nn
 from buddy import distributed
 from buddy.errors import TrainingError
 from buddy.schema import Recipe
+from tests.asking import call
 from tests.scale.forked import launcher, side_by_side
-from tests.test_cli import call
 
 
 @pytest.fixture

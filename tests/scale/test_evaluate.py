@@ -5,8 +5,8 @@ import torch
 
 from buddy.data.windows import Windows
 from buddy.evaluation.evaluate import evaluate
+from tests.asking import call
 from tests.scale.forked import side_by_side
-from tests.test_cli import call
 from tests.training.test_estimator import IDS, tiny
 
 
