@@ -14,6 +14,7 @@ from pathlib import Path
 
 from buddy.cli import main
 from buddy.config import load_recipe
+from buddy.run_files import update_checksums
 from buddy.schema import Recipe
 
 RECIPE = """
@@ -53,6 +54,15 @@ def only_seeds(folder: Path) -> Path:
         shutil.rmtree(router)
         moved.rename(router)
     return folder
+
+
+def rewrite(run: Path, old: str, new: str) -> Path:
+    """Change the recipe in a run folder, with checksums that fit; returns the folder."""
+    recipe, text = run / "recipe.yaml", (run / "recipe.yaml").read_text()
+    assert old in text
+    recipe.write_text(text.replace(old, new))
+    update_checksums(run)
+    return run
 
 
 def start_buddy(*words: str, folder: Path) -> subprocess.Popen:

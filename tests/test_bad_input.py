@@ -8,6 +8,7 @@ import pytest
 from buddy.run import read_run
 from buddy.run_files import update_checksums
 from tests.asking import refused
+from tests.small import rewrite
 from tests.tiny import tiny_folder
 
 
@@ -100,11 +101,8 @@ def test_results_that_would_replace_a_file_of_the_run(run, command):
 
 
 def test_an_estimator_that_is_not_here_is_needed_to_fit_alone(run):
-    recipe = run / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("estimator: perturbed", "estimator: mine"))
-    update_checksums(run)
-    assert read_run(run).recipe.objective.estimator == "mine"
-    assert "'mine'" in refused("fit", "--recipe", recipe)
+    assert read_run(rewrite(run, "estimator: perturbed", "estimator: mine")).recipe.objective.estimator == "mine"
+    assert "'mine'" in refused("fit", "--recipe", run / "recipe.yaml")
 
 
 def test_a_comparison_on_no_task(small):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +9,12 @@ from PIL import Image
 
 from buddy.builders.model import build_backbone
 from buddy.compare import fit
-from buddy.evaluation import bench as bench_module
 from buddy.evaluation.bench import bench_run, measured
 from buddy.metrics.timing import PROMPT, STEPS, BenchmarkCase, benchmark_cases, cache_bytes, time_interleaved
 from buddy.run import read_run
 from buddy.run_files import load_router, save_router, update_checksums
 from tests.engine.reference import routed_tiny
+from tests.small import rewrite
 from tests.tiny import tiny_backbone
 
 pytestmark = pytest.mark.slow
@@ -133,15 +132,8 @@ def test_it_writes_a_table_a_figure_and_json(bench, run, tmp_path, capsys):
         assert figure.size[0] > 1000
 
 
-def test_a_run_whose_budgets_are_means_says_what_was_timed(bench, monkeypatch, tmp_path):
-    load = bench_module.load_for_timing
-
-    def in_the_mean(*arguments):
-        _, routed, *_ = found = load(*arguments)
-        routed.settings = replace(routed.settings, mean_over=8)
-        return found
-
-    monkeypatch.setattr(bench_module, "load_for_timing", in_the_mean)
+def test_a_run_whose_budgets_are_means_says_what_was_timed(bench, run, tmp_path):
+    rewrite(run, "mean_over: 1\n", "mean_over: 8\n")
     bench(json_file=tmp_path / "speed.json", budgets=["4layers", "0.5"])
     executed = json.loads((tmp_path / "speed.json").read_text())["executed"]
     assert list(executed) == ["4", "3"]

@@ -2,20 +2,17 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 
 from buddy.builders.data import build_held_out
-from buddy.builders.model import load_model
 from buddy.compare import fit
 from buddy.errors import BudgetError, DataError, RecipeError, RunError
 from buddy.evaluation.evaluate import evaluate_run, show_scores
 from buddy.hub.export import export_run
 from buddy.run import read_run
-from buddy.run_files import update_checksums
 from tests.evaluation import made
-from tests.small import write_text
+from tests.small import rewrite, write_text
 from tests.tiny import tiny_backbone
 
 pytestmark = pytest.mark.slow
@@ -79,15 +76,10 @@ def test_what_cannot_be_evaluated(finished, tmp_path):
         evaluate_run(finished / "buddy", data="nothing.txt")
 
 
-def test_shared_plans_are_refused_where_a_mean_is_asked_for(finished, monkeypatch):
-    def shared(run):
-        routed = load_model(run)
-        routed.settings = replace(routed.settings, reroute_every=2)
-        return routed
-
-    monkeypatch.setattr("buddy.evaluation.evaluate.load_model", shared)
+def test_shared_plans_are_refused_where_a_mean_is_asked_for(finished, tmp_path):
+    run = rewrite(shutil.copytree(finished / "buddy", tmp_path / "buddy"), "reroute_every: 1", "reroute_every: 2")
     with pytest.raises(RecipeError, match="mean_over"):
-        evaluate_run(finished / "buddy", mean_over=8)
+        evaluate_run(run, mean_over=8)
 
 
 def test_a_text_that_changed_since_and_one_that_was_trained_on(small, tmp_path):
@@ -120,11 +112,7 @@ def test_a_text_that_changed_since_and_one_that_was_trained_on(small, tmp_path):
 
 
 def test_a_router_that_changed_its_shape_since(finished, tmp_path):
-    folder = tmp_path / "buddy"
-    shutil.copytree(finished / "buddy", folder)
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("options: {}", "options: {hidden: 7}"))
-    update_checksums(folder)
+    folder = rewrite(shutil.copytree(finished / "buddy", tmp_path / "buddy"), "options: {}", "options: {hidden: 7}")
     with pytest.raises(RunError, match=str(folder)):
         evaluate_run(folder)
 

@@ -10,9 +10,9 @@ from lm_eval.tasks import TaskManager
 from buddy.errors import DataError
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.tasks import show_tasks, task_scores
-from buddy.run_files import update_checksums
 from tests.asking import call, refused
 from tests.evaluation.own_task import define
+from tests.small import rewrite
 
 pytestmark = pytest.mark.slow
 
@@ -157,10 +157,7 @@ def test_the_command(finished, items, tmp_path):
 
 
 def test_budgets_in_the_mean_are_named(finished, items, tmp_path):
-    run = shutil.copytree(finished / "buddy", tmp_path / "buddy")
-    recipe = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(recipe.replace("mean_over: 1\n", "mean_over: 8\n"))
-    update_checksums(run)
+    run = rewrite(shutil.copytree(finished / "buddy", tmp_path / "buddy"), "mean_over: 1\n", "mean_over: 8\n")
     result = call(
         "evaluate", "--run", run, "--tasks", "arc_easy", "--task-data", items, "--budgets", "0.5", "--limit", "2"
     )

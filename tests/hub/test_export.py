@@ -1,8 +1,8 @@
 """`buddy export`: stock transformers computes with the checkpoint what the engine computes with the plan."""
 
 import json
+import shutil
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from buddy.inspection.routing import most_frequent
 from buddy.run import read_run
 from tests.asking import ask, refused
 from tests.engine.reference import Fickle, FickleGates, reference_logits
-from tests.small import write_text
+from tests.small import rewrite, write_text
 from tests.tiny import FAMILIES, tiny_backbone, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -131,16 +131,11 @@ def exported(folder, out, **options) -> dict:
     return json.loads((out / "buddy_export.json").read_text())
 
 
-def test_the_plan_of_a_run_in_the_mean_has_k_layers(finished, tmp_path, monkeypatch):
-    def in_the_mean(run):
-        routed = load_model(run)
-        routed.settings = replace(routed.settings, mean_over=8)
-        return routed
-
-    monkeypatch.setattr("buddy.hub.export.load_model", in_the_mean)
-    record, run = exported(finished / "buddy", tmp_path / "out", budget="0.5"), read_run(finished / "buddy")
+def test_the_plan_of_a_run_in_the_mean_has_k_layers(finished, tmp_path):
+    folder = rewrite(shutil.copytree(finished / "buddy", tmp_path / "buddy"), "mean_over: 1\n", "mean_over: 8\n")
+    record, run = exported(folder, tmp_path / "out", budget="0.5"), read_run(folder)
     assert (len(record["kept"]), record["mean_over"]) == (3, 8)
-    routed = in_the_mean(run)
+    routed = load_model(run)
     data = build_data(run.recipe, routed.backbone)
     data.setup()
     (ours,) = evaluate(routed, data.validation, [0.5], prompt=run.recipe.data.prompt)

@@ -17,7 +17,7 @@ from buddy.run import read_run
 from buddy.run_files import update_checksums
 from tests.asking import ask, call, refused
 from tests.hub.fake import FakeHub
-from tests.small import contents
+from tests.small import contents, rewrite
 
 RUN = {"recipe.yaml", "run.json", "router.safetensors", "metrics.json", "inputs.json"}
 SHARED = RUN | {"README.md", "config.json"}
@@ -82,19 +82,16 @@ def test_a_licence_and_the_embedded_backbone_are_named(original, tmp_path):
 
 
 def test_local_paths_of_the_recipe_are_named(pushed, tmp_path, capsys):
-    recipe = pushed / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("train_sources: []", "train_sources: [mine.jsonl, owner/name]"))
-    update_checksums(pushed)
+    rewrite(pushed, "train_sources: []", "train_sources: [mine.jsonl, owner/name]")
     push(pushed, to=str(tmp_path / "again"))
     assert "data.train_sources [mine.jsonl, owner/name]" in (said := capsys.readouterr().out), said
 
 
 def test_a_folder_of_a_plain_name_is_a_local_path(pushed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    recipe, name = pushed / "recipe.yaml", read_run(pushed).recipe.backbone.name
+    name = read_run(pushed).recipe.backbone.name
     (tmp_path / "model").symlink_to(name)
-    recipe.write_text(recipe.read_text().replace(name, "model"))
-    update_checksums(pushed)
+    rewrite(pushed, name, "model")
     push(pushed, to="./again")
     assert "backbone.name model" in capsys.readouterr().out
 
@@ -251,9 +248,7 @@ def test_a_run_that_lacks_a_file_is_not_pushed(finished, tmp_path):
 
 
 def test_nobody_accepts_a_licence_by_pulling_a_run(pushed, tmp_path):
-    recipe = pushed / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("accept_license: false", "accept_license: true"))
-    update_checksums(pushed)
+    rewrite(pushed, "accept_license: false", "accept_license: true")
     pull(str(pushed), out=tmp_path / "pulled")
     assert not read_run(tmp_path / "pulled").recipe.backbone.accept_license
 
@@ -271,9 +266,7 @@ def test_a_run_that_is_replaced_meanwhile_is_not_pushed(finished, tmp_path, monk
 
 
 def test_code_of_a_repository_has_to_be_allowed(pushed, tmp_path):
-    recipe = pushed / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
-    update_checksums(pushed)
+    rewrite(pushed, "trust_remote_code: false", "trust_remote_code: true")
     refuse(pushed, tmp_path, "--trust-remote-code")
     pull(str(pushed), out=tmp_path / "pulled", trust_remote_code=True)
     assert read_run(tmp_path / "pulled").recipe.backbone.trust_remote_code

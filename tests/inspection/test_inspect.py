@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from buddy.errors import BudgetError, DataError, RunError
 from buddy.inspection.inspect import inspect_run
 from buddy.run import read_run
 from tests.asking import call
-from tests.small import write_text
+from tests.small import rewrite, write_text
 
 FILES = {"budgets.png", "tokens-0.75.png", "tokens-0.5.png", "routing.json"}
 
@@ -109,14 +108,9 @@ def test_one_text_is_shown_token_by_token(finished, out):
         assert lines[start + number].startswith(f"{word}  {signs if number == 0 else f'▒{signs[1:-1]}▒'}")
 
 
-def test_budgets_in_the_mean_are_named(finished, out, monkeypatch, capsys):
-    def in_the_mean(run):
-        routed = load_model(run)
-        routed.settings = replace(routed.settings, mean_over=8)
-        return routed
-
-    monkeypatch.setattr("buddy.inspection.inspect.load_model", in_the_mean)
-    inspect_run(finished / "buddy", out=out, text="a layer and a budget and a plan", budgets=["0.5"])
+def test_budgets_in_the_mean_are_named(finished, out, tmp_path, capsys):
+    run = rewrite(shutil.copytree(finished / "buddy", tmp_path / "buddy"), "mean_over: 1\n", "mean_over: 8\n")
+    inspect_run(run, out=out, text="a layer and a budget and a plan", budgets=["0.5"])
     assert "3 of 6 layers in the mean over 8 tokens" in capsys.readouterr().out
     assert numbers(out)["mean_over"] == 8
 
