@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 
 from buddy.cli import app
 from buddy.config import load_recipe
-from tests.plugin.installing import pip_install
-from tests.small import Forked, fork_buddy
+from tests.small import Forked, fork_buddy, pip_install
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -72,6 +72,16 @@ def start_buddy(*words: str, folder: Path) -> subprocess.Popen:
     return subprocess.Popen([COMMAND, *words], cwd=folder, env=environment, **pipes)
 
 
+def pip_install(*packages: Path, site: Path, work: Path) -> None:
+    """Install source folders into `site` offline, from copies in `work`, since building leaves files beside them."""
+    copies = [shutil.copytree(package, work / package.name) for package in packages]
+    flags = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", site]
+    command = [sys.executable, "-m", "pip", "install", *flags, *copies]
+    plain = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 class Forked(get_context("fork").Process):
     """Work in a fork of this process, which has imported what takes seconds; used as a `subprocess.Popen`.
 

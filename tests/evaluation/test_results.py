@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from buddy.evaluation import figures, tables
 from buddy.evaluation.figures import LAYERS, MEASURED, TIME, draw_all, draw_run, write_tensorboard
@@ -18,7 +19,6 @@ from buddy.evaluation.results import Results
 from buddy.evaluation.tables import render
 from buddy.metrics.statistics import difference
 from tests.evaluation import made
-from tests.hparams import row_of_table
 
 pytestmark = pytest.mark.usefixtures("drawn_figures")
 
@@ -223,6 +223,17 @@ def test_a_record_becomes_a_document_with_its_figures(results, tmp_path, capsys)
     assert {path.name for path in (tmp_path / "docs").iterdir()} == {"results.md", *links.values()}
     assert text == render(results, links)
     assert "Perplexity on web" in capsys.readouterr().out
+
+
+def row_of_table(events: EventAccumulator) -> tuple[dict[str, object], list[str]]:
+    """What TensorBoard's tab HPARAMS shows of a run: its settings, and the tags of its results."""
+    contents = events.PluginTagToContent(metadata.PLUGIN_NAME)
+    session = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
+    experiment = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG])
+    assert metadata.SESSION_END_INFO_TAG in contents
+    assert {info.name for info in experiment.hparam_infos} == set(session.hparams)
+    settings = {name: getattr(value, value.WhichOneof("kind")) for name, value in session.hparams.items()}
+    return settings, [info.name.tag for info in experiment.metric_infos]
 
 
 @pytest.mark.slow

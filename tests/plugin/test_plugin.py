@@ -10,7 +10,7 @@ from buddy.registry import describe, load
 from buddy.run_files import read_metrics
 from buddy.testing import check_router
 from tests.asking import ask
-from tests.plugin.installing import pip_install
+from tests.small import pip_install
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""Every kind of source, and what is said about those that cannot be read."""
+"""Every kind of source, what is said about those that cannot be read, and WikiText without its marks."""
 
 import importlib.metadata
 import json
@@ -8,7 +8,8 @@ import re
 import pytest
 from datasets import Dataset, DatasetDict
 
-from buddy.data.text import load_texts, overlap, same_source
+from buddy.data.documents import read_documents
+from buddy.data.text import articles, load_texts, overlap, plain, same_source, without_marks
 from buddy.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -205,3 +206,41 @@ def test_hub_names_reach_the_hub_with_their_configuration(monkeypatch):
     assert list(load_texts("owner/name")["text"]) == TEXTS
     load_texts("owner/name:small-v1.0")
     assert asked == [("owner/name", None, "train"), ("owner/name", "small-v1.0", "train")]
+
+
+# WikiText's marks
+
+WIKITEXT = (
+    " \n = Homarus gammarus = \n \n A well @-@ known <unk> weighs 0 @.@ 7 kg , or 1 @,@ 000 g . \n \n"
+    " = = Description = = \n \n <unk> it is = and = not . \n \n = Next = \n \n It is short . \n"
+)
+
+
+def test_marks_are_removed():
+    assert plain("a well @-@ known <unk> of 1 @,@ 000 @.@ 5 , @ home") == "a well-known of 1,000.5 , @ home"
+    assert plain("<unk> first") == " first"
+
+
+def test_articles_begin_with_titles_and_not_with_headings():
+    parts = articles(WIKITEXT)
+    assert [part.split("\n")[0].strip() for part in parts] == ["= Homarus gammarus =", "= Next ="]
+    assert "".join(parts) == WIKITEXT.removeprefix(" \n")
+    assert articles("before\n = Title = \nafter") == ["before\n", " = Title = \nafter"]
+
+
+@pytest.mark.parametrize("text", ["plain text", "raw WikiText is well @-@ known", "code with <unk> tokens"])
+def test_other_texts_are_left_alone(text):
+    texts = Dataset.from_dict({"text": [text, None]})
+    assert without_marks(texts) is texts
+
+
+def test_a_file_becomes_documents_by_article(words, tmp_path):
+    body = " ".join(map(str, range(100, 140)))
+    file = tmp_path / "wiki.tokens.txt"
+    file.write_text("".join(f" \n = {n} = \n \n {n} @-@ {n} <unk> {body} \n" for n in range(1, 41)))
+    documents = read_documents(str(file), words, 32)
+    assert len(documents) == 40
+    unknown = words.unk_token_id
+    first = documents.read(0).tolist()
+    assert first.count(unknown) == 3, "two signs of the title, and one word of three; the rare one is left out"
+    assert first[-40:] == words(body)["input_ids"]
