@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from buddy.builders.model import load_model
 from buddy.compare import fit
-from buddy.errors import BudgetError, RecipeError, RunError
+from buddy.errors import BudgetError, RunError
 from buddy.io import load_tensors
 from buddy.predictor import features
 from buddy.predictor.features import measure_targets, prompt_features
@@ -148,22 +148,6 @@ def test_a_trained_router_s_predictor_is_fitted_after_it_and_keeps_to_the_cap(sm
     routed = load_model(read_run(path.parent))
     for budget in ("auto", "auto:1.0", "auto:5layers"):
         assert routed.choosing(budget)(routed.context(tokens(8, 12))).max() <= 4
-
-
-@pytest.mark.parametrize(
-    ("overrides", "error", "named"),
-    [
-        (["predictor.cap=0.4"], RecipeError, "predictor.cap"),
-        (["predictor.name=grpo", "predictor.cost=0", "predictor.quality=0"], RecipeError, "predictor.cost"),
-        (["budgets=[0.5]"], BudgetError, "more budgets"),
-        (["predictor.cap=0.55"], BudgetError, "predictor.cap"),
-        (["router=full"], BudgetError, "full"),
-    ],
-)
-def test_what_is_refused(small, tmp_path, overrides, error, named):
-    with pytest.raises(error, match=named):
-        fit(small(tmp_path, *OPTIONS, *overrides), "small")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["predictor.safetensors", "predictor.json"])

@@ -5,7 +5,6 @@ import pytest
 from buddy import distributed
 from buddy.compare import fit
 from buddy.config import load_recipe
-from buddy.errors import DataError, TrainingError
 from buddy.fit import Session
 from buddy.training.callbacks import LastCheckpoint
 from tests.scale.curves import assert_alike, curves
@@ -66,15 +65,3 @@ def validation_batches(given: list[str]) -> int:
 def test_half_of_the_validation_batches_of_each_process_is_one(small, tmp_path):
     half = ("trainer.limit_val_batches=0.5", "data.batch_size=2", "data.validation_windows=8")
     assert side_by_side(validation_batches, words(small, tmp_path, *half)) == [2, 2]
-
-
-def test_a_batch_that_cannot_be_shared_is_told_before_anything_begins(small, tmp_path):
-    with pytest.raises(DataError, match="6 devices"):
-        fitted(words(small, tmp_path / "out", "trainer.devices=2", "trainer.num_nodes=3"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_more_processes_than_cores_are_refused(small, tmp_path):
-    with pytest.raises(TrainingError, match="cores"):
-        fitted(words(small, tmp_path / "out", "trainer.devices=100000", "data.batch_size=100000"))
-    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 
 from buddy.compare import fit
 from buddy.config import load_recipe
-from buddy.errors import BuddyError, RecipeError, RegistryError, RunError, TrainingError
+from buddy.errors import BuddyError, BudgetError, DataError, RecipeError, RegistryError, RunError, TrainingError
 from buddy.run import read_run
 from buddy.run_files import load_router, read_metrics
 from tests.small import Forked, contents, fork_buddy, wait_until
@@ -150,6 +150,11 @@ def test_a_router_whose_state_no_run_can_save_is_refused_before_it_is_measured(s
         (["trainer.accelerator=tpu"], TrainingError, "accelerator"),
         (["trainer.strategy=ddp_spawn"], TrainingError, "strategy"),
         (["fixed=s0123456789abcde"], RecipeError, "fixed"),
+        (["trainer.devices=2", "trainer.num_nodes=3"], DataError, "6 devices"),
+        (["trainer.devices=100000", "data.batch_size=100000"], TrainingError, "cores"),
+        (["predictor.name=regress", "budgets=[0.5]"], BudgetError, "more budgets"),
+        (["predictor={name: regress, cap: 0.55}"], BudgetError, r"predictor\.cap"),
+        (["predictor.name=regress", "router=full"], BudgetError, "full"),
         (["logger={class_path: pathlib.PurePath}"], RecipeError, "Logger"),
         (["logger={class_path: logging.Logger}"], RecipeError, r"logging\.Logger"),
         (["router.options.hiden=3"], RegistryError, r"router\.options\.hiden"),
