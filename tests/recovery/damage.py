@@ -27,6 +27,7 @@ def _folder(path: Path) -> None:
 DAMAGES: dict[str, Damage] = {
     "missing": lambda path: path.unlink(),
     "cut": _rewritten(lambda whole: whole[: len(whole) // 2]),
+    "empty": _rewritten(lambda _: b""),
     "flipped": _rewritten(_flipped),
     "zeros": _rewritten(lambda whole: bytes(len(whole))),
     "a list": _rewritten(lambda _: b"[1, 2]"),

@@ -81,9 +81,10 @@ def test_a_damaged_run_is_refused_and_left_alone(run, tmp_path, verb):
         assert not new.exists()
 
 
-def test_a_damaged_checkpoint_is_refused(unfinished, again, tmp_path):
+@pytest.mark.parametrize("damage", ["flipped", "cut", "a list", "empty"])
+def test_a_damaged_checkpoint_is_refused(unfinished, again, tmp_path, damage):
     last = unfinished / "checkpoints" / "last.ckpt"
-    DAMAGES["flipped"](last)
+    DAMAGES[damage](last)
     before = last.read_bytes()
     assert str(last) in again()
     assert last.read_bytes() == before

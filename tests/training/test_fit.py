@@ -15,7 +15,7 @@ from buddy.errors import BuddyError, BudgetError, DataError, RecipeError, Regist
 from buddy.run import read_run
 from buddy.run_files import load_router, read_metrics
 from tests.small import Forked, contents, fork_buddy, wait_until
-from tests.training.stopping import same
+from tests.training.stopping import assert_same_training, last, same
 
 ROUTERS = ["buddy", "shortgpt", "uniform", "random", "full"]
 BESIDE = {"comparison.json", "comparison.csv", "results.md", "quality-layers.png", "tensorboard"}  # the runs
@@ -90,8 +90,7 @@ def test_a_checkpoint_is_for_the_recipes_own_router(small, finished, tmp_path):
     checkpoint = Path(shutil.copy(finished / "buddy" / "checkpoints" / "last.ckpt", tmp_path))
     recipe = small(tmp_path, f"ckpt_path={checkpoint}", "trainer.max_steps=9", "rivals=[uniform]")
     fit(recipe, "small")
-    saved = torch.load(tmp_path / "small/buddy/seed-0/checkpoints/last.ckpt", weights_only=True)
-    assert saved["global_step"] == 9
+    assert last(tmp_path / "small/buddy/seed-0")["global_step"] == 9
     assert read_run(tmp_path / "small" / "uniform" / "seed-0").recipe.ckpt_path is None
     first = load_router(tmp_path / "small/buddy/seed-0")
     content = torch.load(checkpoint, weights_only=True)
@@ -187,10 +186,6 @@ def begin(small, output: Path, work: str = "seed-0") -> Forked:
     return process
 
 
-def steps(folder: Path) -> int:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(small, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("uninterrupted")
@@ -199,10 +194,7 @@ def uninterrupted(small, tmp_path_factory) -> Path:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    assert same(*(load_router(folder) for folder in (one, two)))
-    checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (one, two)]
-    for part in ("state_dict", "optimizer_states"):
-        torch.testing.assert_close(checkpoints[0][part], checkpoints[1][part], atol=0, rtol=0)
+    assert_same_training(one, two)
     metrics = [read_metrics(folder) for folder in (one, two)]
     assert all(each.pop("fit")["seconds"] > 0 for each in metrics)
     assert metrics[0] == metrics[1]
@@ -218,7 +210,7 @@ def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(small, uninterr
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert out == ""
-    stopped = steps(output / "small" / "buddy" / "seed-0")
+    stopped = last(output / "small" / "buddy" / "seed-0")["global_step"]
     assert 5 <= stopped < 60
     assert f"Training buddy: {stopped} of 60" in err
     assert "Traceback" not in err
@@ -237,6 +229,6 @@ def test_a_kill_leaves_the_published_run_and_a_checkpoint(small, uninterrupted, 
     process.communicate(timeout=30)
     assert process.returncode == -signal.SIGKILL
     assert contents(output / "small" / "buddy" / "seed-0") == before
-    assert 5 <= steps(output / "small" / "buddy" / ".seed-0.new") < 60
+    assert 5 <= last(output / "small" / "buddy" / ".seed-0.new")["global_step"] < 60
     fit(small(output, *LONG), "small")
     assert_same_run(uninterrupted, output / "small" / "buddy" / "seed-0")
