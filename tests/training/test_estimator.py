@@ -61,14 +61,6 @@ def test_an_estimate_moves_the_router_alone(name, prompt_plan):
     assert (estimate.objective[[0, 1, 3]] > 0.01).all()
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_the_pull_common_to_all_layers_is_gone(name):
-    routed = tiny()
-    ESTIMATORS[name]()(routed, batch(3, 3, 3, 3), generator()).loss.backward()
-    gradient = routed.router.bias.grad
-    assert gradient.sum().abs() < 1e-4 * gradient.abs().sum()
-
-
 @pytest.mark.parametrize("shared", [0.0, 0.3, 1.0])
 def test_perturbed_equals_its_formula(shared):
     routed, estimator = tiny(), Perturbed(Objective(), plans=4, sigma=0.7, shared=shared)
@@ -123,17 +115,6 @@ def test_perturbed_points_downhill():
         logits = routed(IDS, runs=runs).logits.log_softmax(-1)[:, 4:23]
         harm[skipped] = (dense.exp() * (dense - logits)).sum(-1).mean()
     assert (-routed.router.bias.grad[0]).argsort().tolist() == harm.argsort().tolist()
-
-
-def test_straight_through_runs_the_exact_plan():
-    routed = tiny()
-    given = batch(3, 4, 5, 6)
-    estimate = StraightThrough(Objective(kl=0.0, ce=1.0))(routed, given, generator())
-    logits = routed(given.input_ids, executed=given.executed, logits_to_keep=given.scored).logits
-    expected = nn.functional.cross_entropy(
-        logits.flatten(0, 1), given.input_ids[:, given.scored + 1].flatten(), reduction="none"
-    )
-    torch.testing.assert_close(estimate.objective, expected.view(4, -1).mean(1).detach(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("over", [1, 6])
@@ -206,13 +187,16 @@ def test_perturbed_plans_come_in_pairs(plans):
 def test_straight_through_equals_its_formula():
     routed, given = tiny(24), batch(3, 4)
     nn.init.normal_(routed.router.bias, generator=generator(3))
-    StraightThrough(Objective())(routed, given, generator()).loss.backward()
+    estimate = StraightThrough(Objective())(routed, given, generator())
+    estimate.loss.backward()
     scores = routed.router.bias.detach().expand(2, -1, -1)
     runs = routed.plan(scores, given.executed)
     gates = runs.float().requires_grad_()
     dense = routed.dense(given.input_ids)[:, given.scored].log_softmax(-1)
     logits = routed(given.input_ids, runs=runs, gates=gates, logits_to_keep=given.scored).logits.log_softmax(-1)
-    (dense.exp() * (dense - logits)).sum(-1).mean().backward()
+    value = (dense.exp() * (dense - logits)).sum(-1).mean(1)
+    torch.testing.assert_close(estimate.objective, value.detach())
+    value.mean().backward()
     pull, share = gates.grad[:, 1:, 1:-1], scores[:, 1:].softmax(-1)
     expected = (share.shape[-1] * share * (pull - (share * pull).sum(-1, keepdim=True))).sum(0)
     torch.testing.assert_close(routed.router.bias.grad[1:], expected, atol=1e-6, rtol=1e-3)
