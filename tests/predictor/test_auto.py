@@ -43,14 +43,6 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 # The engine
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_context_is_what_the_whole_model_sees(family):
-    routed, ids = routed_tiny(family), tokens(3, 15)
-    found, seen = routed.context(ids), routed(ids).context
-    for name in ("pooled", "newest", "hidden"):
-        assert torch.equal(getattr(found, name), getattr(seen, name)[:, -1])
-
-
 def test_padding_on_the_left_changes_no_choice(routed):
     ids = tokens(1, 9)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
