@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client, which reads it once
 os.environ["BUDDY_CALIBRATION_CACHE"] = os.environ["BUDDY_LATENCY_CACHE"] = ""  # nothing that tests measure is kept
@@ -33,6 +34,24 @@ def drawn_figures(savefig):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", savefig)
         yield
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a distribution that announces routers, as pip leaves it: metadata beside its modules."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(distribution: str, entries: dict[str, str], **modules: str) -> None:
+        metadata = tmp_path / f"{distribution}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        lines = "".join(f"{name} = {value}\n" for name, value in entries.items())
+        (metadata / "entry_points.txt").write_text(f"[buddy.routers]\n{lines}")
+        for name, text in modules.items():
+            (tmp_path / f"{name}.py").write_text(text)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return install
 
 
 @pytest.fixture(scope="session")

@@ -134,11 +134,8 @@ def test_version_and_verbs():
     assert call("plan", "--help").exit_code == 0  # the old name of `buddy memory`
 
 
-def test_routers_are_listed(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "odd-1.0.dist-info").mkdir()
-    (tmp_path / "odd-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
-    (tmp_path / "odd-1.0.dist-info" / "entry_points.txt").write_text("[buddy.routers]\nodd = nowhere_module:Odd\n")
+def test_routers_are_listed(install):
+    install("odd", {"odd": "nowhere_module:Odd"})
     result = call("routers")
     rows = {line.split()[0]: line.split() for line in result.output.splitlines()}
     assert result.exit_code == 0

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -48,25 +47,6 @@ class Unfinished(Router):
 
 number = 3
 '''
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Installs a distribution that announces routers, as pip leaves it: metadata beside its modules."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def install(distribution: str, entries: dict[str, str], **modules: str) -> Path:
-        metadata = tmp_path / f"{distribution}-1.0.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        lines = "".join(f"{name} = {value}\n" for name, value in entries.items())
-        (metadata / "entry_points.txt").write_text(f"[buddy.routers]\n{lines}")
-        for name, text in modules.items():
-            (tmp_path / f"{name}.py").write_text(text)
-            monkeypatch.delitem(sys.modules, name, raising=False)
-        return tmp_path
-
-    return install
 
 
 def test_built_in_routers_are_announced_like_any_other():

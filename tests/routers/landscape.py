@@ -86,12 +86,13 @@ def rugged(routable: int, seed: int, interaction: float = 1.0) -> Callable[[Remo
     generator = torch.Generator().manual_seed(seed)
     alone = torch.rand(routable, generator=generator, dtype=torch.float64)
     pair = interaction * torch.randn(routable, routable, generator=generator, dtype=torch.float64).triu(1)
-    alone, pair = alone.tolist(), pair.tolist()
+    return with_pairs(alone, pair)
 
-    def loss(removed: Removed) -> float:
-        return sum(alone[one] + sum(pair[one][other] for other in removed) for one in removed)
 
-    return loss
+def with_pairs(alone: Tensor, pair: Tensor) -> Callable[[Removed], float]:
+    """A loss with a cost (R,) for each layer that is left out, and one (R, R) for each pair of them."""
+    costs, joint = alone.tolist(), pair.tolist()
+    return lambda removed: sum(costs[one] + sum(joint[one][other] for other in removed) for one in removed)
 
 
 def searched(cls: type[Router], probe: Landscape, **options: Any) -> Any:

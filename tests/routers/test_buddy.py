@@ -13,7 +13,7 @@ from buddy.calibration.probe import CalibrationProbe
 from buddy.engine.model import RoutedLM, geometry_of
 from routers.buddy import BuddyRouter
 from tests.routers.landscape import SIZES as LARGE
-from tests.routers.landscape import Landscape, Removed, context, left_out, searched
+from tests.routers.landscape import Landscape, Removed, context, left_out, searched, with_pairs
 from tests.tiny import tiny_backbone
 
 SIZES = Geometry(layers=6, context_layer=1, hidden=12, features=4)
@@ -41,12 +41,7 @@ def rising(routable: int, seed: int) -> Callable[[Removed], float]:
     pair = torch.rand(routable, routable, generator=generator, dtype=torch.float64).triu(1)
     neighbours = torch.rand(routable - 1, generator=generator, dtype=torch.float64)
     pair -= (1.5 * neighbours * torch.minimum(alone[1:], alone[:-1])).diag(1)
-    alone, pair = alone.tolist(), pair.tolist()
-
-    def loss(removed: Removed) -> float:
-        return sum(alone[one] + sum(pair[one][other] for other in removed) for one in removed)
-
-    return loss
+    return with_pairs(alone, pair)
 
 
 @settings(max_examples=40, deadline=None)

@@ -117,6 +117,15 @@ def test_perturbed_points_downhill():
     assert (-routed.router.bias.grad[0]).argsort().tolist() == harm.argsort().tolist()
 
 
+def gated(routed: RoutedLM, given: TrainingBatch, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates (B, T, L) of the scores' plan, and the KL (B,) of each row with them in place."""
+    runs = routed.plan(scores, given.executed)
+    gates = runs.float().requires_grad_()
+    dense = routed.dense(given.input_ids)[:, given.scored].log_softmax(-1)
+    logits = routed(given.input_ids, runs=runs, gates=gates, logits_to_keep=given.scored).logits.log_softmax(-1)
+    return gates, (dense.exp() * (dense - logits)).sum(-1).mean(1)
+
+
 @pytest.mark.parametrize("over", [1, 6])
 def test_surrogate_equals_its_formula(over):
     routed = tiny(24, mean_over=over)
@@ -124,11 +133,8 @@ def test_surrogate_equals_its_formula(over):
     given, sigma = batch(3, 4), 0.4
     Surrogate(Objective(), sigma)(routed, given, generator(5)).loss.backward()
     scores = routed.router.bias.detach() + sigma * torch.randn(2, 24, 4, generator=generator(5))
-    runs = routed.plan(scores, given.executed)
-    gates = runs.float().requires_grad_()
-    dense = routed.dense(given.input_ids)[:, given.scored].log_softmax(-1)
-    logits = routed(given.input_ids, runs=runs, gates=gates, logits_to_keep=given.scored).logits.log_softmax(-1)
-    (dense.exp() * (dense - logits)).sum(-1).mean().backward()
+    gates, value = gated(routed, given, scores)
+    value.mean().backward()
     expected = torch.zeros(24, 4)
     for row, k in enumerate((1, 2)):  # routable layers that run
         slopes = torch.zeros(24, 4)
@@ -190,11 +196,7 @@ def test_straight_through_equals_its_formula():
     estimate = StraightThrough(Objective())(routed, given, generator())
     estimate.loss.backward()
     scores = routed.router.bias.detach().expand(2, -1, -1)
-    runs = routed.plan(scores, given.executed)
-    gates = runs.float().requires_grad_()
-    dense = routed.dense(given.input_ids)[:, given.scored].log_softmax(-1)
-    logits = routed(given.input_ids, runs=runs, gates=gates, logits_to_keep=given.scored).logits.log_softmax(-1)
-    value = (dense.exp() * (dense - logits)).sum(-1).mean(1)
+    gates, value = gated(routed, given, scores)
     torch.testing.assert_close(estimate.objective, value.detach())
     value.mean().backward()
     pull, share = gates.grad[:, 1:, 1:-1], scores[:, 1:].softmax(-1)

@@ -229,10 +229,9 @@ def test_validations_are_four_or_fewer_in_a_short_training(recipe, steps, interv
     assert build_trainer(recipe(f"trainer.max_steps={steps}")).val_check_interval == interval
 
 
-@pytest.mark.parametrize("given", ["trainer.val_check_interval=50", "trainer.val_check_interval=0.5"])
-def test_validation_after_more_steps_than_there_are(recipe, given):
-    trainer = build_trainer(recipe(given))
-    assert trainer.check_val_every_n_epoch == (None if given.endswith("50") else 1)
+@pytest.mark.parametrize(("interval", "epochs"), [("50", None), ("0.5", 1)])
+def test_validation_after_more_steps_than_there_are(recipe, interval, epochs):
+    assert build_trainer(recipe(f"trainer.val_check_interval={interval}")).check_val_every_n_epoch == epochs
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
