@@ -9,7 +9,6 @@ import torch
 
 from buddy import measurements
 from buddy.calibration.measures import similarities
-from buddy.calibration.probe import CalibrationProbe
 from buddy.compare import fit
 from buddy.io import load_tensors
 from routers.shortgpt import ShortGPT
@@ -59,24 +58,6 @@ def test_a_finished_search_measures_nothing_again(tmp_path):
     after = [second.losses(RUNS, "kl"), *(getattr(second, name) for name in MEASURES)]
     assert called == []
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before, after, strict=True))
-
-
-def greedy(measured: CalibrationProbe, removals: int = 3) -> tuple[list[int], list[float]]:
-    removed, losses = [], []
-    for _ in range(removals):
-        left = [index for index in range(4) if index not in removed]
-        loss = measured.losses(torch.stack([measured.plan_without([*removed, index]) for index in left])).mean(1)
-        removed.append(left[int(loss.argmin())])
-        losses.append(loss.min().item())
-    return removed, losses
-
-
-def test_a_greedy_search_stopped_in_any_round_ends_as_an_undisturbed_one(tmp_path):
-    expected = greedy(probe(MODEL))
-    for turn in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            greedy(probe(MODEL, store=tmp_path, track=Shown(2 + turn)))
-    assert greedy(probe(MODEL, store=tmp_path)) == expected
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 3}, {"windows": WINDOWS + 1}])
