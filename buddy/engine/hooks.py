@@ -33,8 +33,11 @@ class ForwardHooks:
         self._record: Record | None = None
         self._last: Any = None
         self._sinks = SinkMemory()
-        attach(routed.backbone, self._current)
         base = routed.backbone.base
+        if (older := getattr(base, "_routed_by", None)) is not None:
+            older.remove()
+        attach(routed.backbone, self._current)
+        base._routed_by = self
         self._handles = [
             base.register_forward_pre_hook(self._begin, with_kwargs=True),
             base.register_forward_hook(self._end, always_call=True),
@@ -42,23 +45,22 @@ class ForwardHooks:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off, and give the stock classes back."""
+        """Take the hooks off, and give the stock classes back; a newer model on the same backbone has done so."""
+        if self._request is not None:
+            raise BuddyError("This model is in use at a budget; leave that block first.")
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._attached:
-            detach(self._routed.backbone.layers)
-
-    @property
-    def _attached(self) -> bool:
-        """Whether the layers follow these hooks, and not those of a newer model on the same backbone."""
-        return getattr(self._routed.backbone.layers[0], "_current_forward", None) is self._current
+        del self._routed.backbone.base._routed_by
+        detach(self._routed.backbone.layers)
 
     @contextmanager
     def requested(self, request: Request | None) -> Iterator[Record]:
         """Within this block forwards run under a request; None leaves the model stock."""
         if request is not None and not self._handles:
-            raise BuddyError("This model was detached; make a new RoutedLM on its backbone.")
+            raise BuddyError("This model was detached, or its backbone has a newer one; make a new RoutedLM on it.")
         before = self._request, self._record
         self._request, self._record = request, Record()
         try:
@@ -85,11 +87,9 @@ class ForwardHooks:
         if base.config.num_hidden_layers != routed.geometry.layers:
             return None
         if request is None:
-            if not self._attached or not isinstance(cache, RoutedCache):
+            if not isinstance(cache, RoutedCache):
                 return None
             request = Request()  # a cache that was filled under a budget continues at full depth
-        if not self._attached:
-            raise BuddyError("Another router was attached to this backbone; detach that one, and attach this anew.")
         tokens = kwargs.get("input_ids")
         shape = tuple((kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2])
         use_cache = base.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]

@@ -172,9 +172,10 @@ class RoutedLM(nn.Module):
             self.adapter = None
 
     def merge(self) -> None:
-        """Add the adapter to the backbone's weights; the stock model cannot be restored."""
-        self.adapter.merge()
-        self.adapter = None
+        """Add the adapter, if there is one, to the backbone's weights; the stock model cannot be restored."""
+        if self.adapter is not None:
+            self.adapter.merge()
+            self.adapter = None
 
     def bridge(self, bridges: Bridges | None) -> None:
         """Pass tokens through these bridges, frozen, where they skip layers; None takes them off."""
@@ -244,13 +245,13 @@ class RoutedLM(nn.Module):
             yield record
 
     @torch.no_grad()
-    def generate(self, prompt: str, *, max_new_tokens: int = 64, **options: Any) -> str:
+    def generate(self, prompt: str, **options: Any) -> str:
         """The continuation of a text, without special tokens, at the budget set by `at`, or at full depth.
 
         Args:
             prompt: text to continue.
-            max_new_tokens: at most so many.
-            options: of transformers' `generate`, such as do_sample; greedy by default.
+            options: of transformers' `generate`, such as max_new_tokens or do_sample. Without a `generation_config` it
+                is greedy, and without a `max_length` either it writes 64 tokens at most.
 
         Raises:
             DataError: the prompt is not one text, or empty.
@@ -258,7 +259,9 @@ class RoutedLM(nn.Module):
         """
         if not isinstance(prompt, str):
             raise DataError(f"The prompt is {type(prompt).__name__}; give one text.")
-        if options.get("return_dict_in_generate") or (options.get("num_return_sequences") or 1) > 1:
+        config = options.get("generation_config")
+        given = options if config is None else {**config.to_dict(), **options}
+        if given.get("return_dict_in_generate") or (given.get("num_return_sequences") or 1) > 1:
             raise BuddyError(
                 "This gives one text alone; for num_return_sequences and return_dict_in_generate call "
                 "model.backbone.model.generate with token ids."
@@ -266,8 +269,10 @@ class RoutedLM(nn.Module):
         tokens = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.backbone.device)
         if not tokens["input_ids"].numel():
             raise DataError("The prompt is empty; give some text to continue.")
-        options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
-        written = self.backbone.model.generate(**tokens, max_new_tokens=max_new_tokens, **options)
+        limit = {} if "max_length" in options else {"max_new_tokens": 64}
+        defaults = {"do_sample": False, **limit} if config is None else {}
+        options = {"pad_token_id": self.tokenizer.pad_token_id, **defaults, **options}
+        written = self.backbone.model.generate(**tokens, **options)
         return self.tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def choosing(self, budget: str) -> Choose:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BatchEncoding
+from transformers import BatchEncoding, GenerationConfig
 
 from buddy.calibration.measures import similarities
 from buddy.engine import selection
@@ -396,10 +396,39 @@ def test_a_detached_model_says_so():
 def test_one_text_is_continued_to_one_text():
     routed = routed_tiny()
     for options in ({"num_return_sequences": 2, "do_sample": True}, {"return_dict_in_generate": True}):
-        with pytest.raises(BuddyError):
-            routed.generate("A text", **options)
+        for given in (options, {"generation_config": GenerationConfig(**options)}):
+            with pytest.raises(BuddyError):
+                routed.generate("A text", **given)
     with pytest.raises(DataError):
         routed.generate(["A text", "another"])
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ({}, 64),
+        ({"max_length": 9}, 6),
+        ({"max_new_tokens": 5}, 5),
+        ({"generation_config": GenerationConfig(max_new_tokens=7)}, 7),
+    ],
+)
+def test_the_limit_of_a_text_is_the_callers(options, written):
+    backbone = replace(tiny_backbone(), tokenizer=Numbers())
+    backbone.model.generation_config.eos_token_id = None  # nothing ends a text before its limit
+    model = RoutedLM(backbone, Fickle(geometry_of(backbone)))
+    assert len(model.generate("A text", **options).split()) == written
+
+
+class Numbers:
+    """Every text has the same three tokens, and a token is its number."""
+
+    pad_token_id = 0
+
+    def __call__(self, *_: object, **__: object) -> BatchEncoding:
+        return BatchEncoding({"input_ids": torch.tensor([[3, 4, 5]])})
+
+    def decode(self, ids: torch.Tensor, **_: object) -> str:
+        return " ".join(map(str, ids.tolist()))
 
 
 @pytest.mark.parametrize("length", [5, 40])

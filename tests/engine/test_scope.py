@@ -95,14 +95,18 @@ def test_a_newer_router_of_the_same_backbone_decodes():
     torch.testing.assert_close(logits, expected[:, -1:], atol=1e-4, rtol=1e-4)
 
 
-def test_an_older_router_of_the_same_backbone_says_so():
-    routed = routed_tiny()
-    RoutedLM(routed.backbone, routed.router)
-    with pytest.raises(BuddyError, match="Another router was attached to this backbone"):
-        routed(IDS, executed=torch.full((len(IDS),), 3))
-    RoutedLM(routed.backbone, routed.router).detach()
-    with pytest.raises(BuddyError, match="attach this anew"):
-        routed(IDS, executed=torch.full((len(IDS),), 3))
+def test_a_newer_router_takes_the_place_of_an_older_one():
+    older = routed_tiny()
+    base, hooks = older.backbone.base, len(older.backbone.base._forward_pre_hooks)
+    with older.at(0.5), pytest.raises(BuddyError):
+        RoutedLM(older.backbone, older.router)
+    newer = RoutedLM(older.backbone, older.router)
+    assert len(base._forward_pre_hooks) == hooks
+    with pytest.raises(BuddyError, match="newer"):
+        older(IDS, executed=EXECUTED)
+    newer.detach()
+    with pytest.raises(BuddyError, match="newer"):
+        older(IDS, executed=EXECUTED)
 
 
 def test_an_older_router_takes_off_only_itself():
