@@ -20,7 +20,7 @@ from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model, Prompt
 from buddy.metrics.perplexity import keys_of
 from buddy.router import available_budgets
-from buddy.serve.guard import ApiError, ClientLeft, Guard, answer_errors, shown_error
+from buddy.serve.guard import ERRORS, ApiError, ClientLeft, Guard, answer_error, shown_error
 from buddy.serve.metrics import Metrics
 from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest
 from buddy.serve.scheduler import GenerationRequest, Piece, QueueFull, Scheduler, batch_plan_of
@@ -315,10 +315,10 @@ def make_app(
         scheduler.close()
 
     # FastAPI's own pages load scripts from other hosts.
-    app = FastAPI(title="Buddy", lifespan=lifespan, docs_url=None, redoc_url=None)
+    handlers: dict[int | type[Exception], Any] = dict.fromkeys(ERRORS, answer_error)
+    app = FastAPI(title="Buddy", lifespan=lifespan, docs_url=None, redoc_url=None, exception_handlers=handlers)
     app.state.scheduler = scheduler
     app.add_middleware(Guard, metrics=metrics, keys=keys)
-    answer_errors(app)
 
     app.post("/v1/completions")(server.complete)
     app.post("/v1/chat/completions")(server.chat)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -52,6 +52,10 @@ class ApiError(Exception):
 
 class ClientLeft(Exception):
     """Nobody reads the answer."""
+
+
+# What `answer_error` answers.
+ERRORS: tuple[type[Exception], ...] = (ApiError, BuddyError, ClientLeft, HTTPException, RequestValidationError)
 
 
 class Guard:
@@ -115,28 +119,15 @@ class Guard:
         return not self._keys or any(matches)
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Every error is OpenAI's error object."""
-
-    @app.exception_handler(ApiError)
-    async def _(_: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(BuddyError)
-    async def _(_: Request, error: BuddyError) -> Response:
-        return ApiError(str(error)).response()
-
-    @app.exception_handler(HTTPException)
-    async def _(_: Request, error: HTTPException) -> Response:
-        return ApiError(str(error.detail), error.status_code).response(dict(error.headers or {}))
-
-    @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> Response:
-        return _invalid(error).response()
-
-    @app.exception_handler(ClientLeft)
-    async def _(_: Request, __: ClientLeft) -> Response:
+async def answer_error(_: Request, error: Exception) -> Response:
+    """An error of a request (one of `ERRORS`) as OpenAI's error object."""
+    if isinstance(error, ClientLeft):
         return Response(status_code=499)
+    if isinstance(error, HTTPException):
+        return ApiError(str(error.detail), error.status_code).response(dict(error.headers or {}))
+    if isinstance(error, RequestValidationError):
+        error = _invalid(error)
+    return (error if isinstance(error, ApiError) else ApiError(str(error))).response()
 
 
 def shown_error(error: Exception) -> ApiError:
