@@ -30,7 +30,7 @@ from buddy.errors import BuddyError, RecipeError, RunError, described
 from buddy.evaluation import bench
 from buddy.evaluation.figures import CAPTIONS, TENSORBOARD
 from buddy.evaluation.record import CSV, JSON, MARKDOWN, collect, read_record, text_entry, write_results
-from buddy.executors import LokyExecutor, RayExecutor, require_ray
+from buddy.executors import require_ray, run_in_processes, run_on_ray
 from buddy.fit import Session
 from buddy.io import check_output_path, locked, remove_parts, writing
 from buddy.provenance import TRAINING_KEYS, check_fixed
@@ -450,7 +450,7 @@ def _work(
     threads = max(1, torch.get_num_threads() // config.jobs)
     ray = config.backend == "ray"
     gpus = config.recipe.trainer["accelerator"] != "cpu"
-    executor = RayExecutor(threads, gpus) if ray else LokyExecutor(config.jobs, threads)
+    run_all = partial(run_on_ray, gpus=gpus) if ray else partial(run_in_processes, jobs=config.jobs)
     with Bar(f"Runs, {'on Ray' if ray else f'{config.jobs} at once'}", len(specs)) as bar:
         done = count(1)
 
@@ -459,7 +459,7 @@ def _work(
             bar.update(next(done), f"{'failed: ' if outcome else ''}{spec.title}")
 
         stderr.print(f"Each run writes what it does to {config.folder}/<router>/seed-N.log.")
-        executor.run(partial(run_in_worker, tuple(windows), config.tasks), specs, show)
+        run_all(partial(run_in_worker, tuple(windows), config.tasks), specs, show, threads=threads)
     return failures
 
 

@@ -67,84 +67,79 @@ def _call(setup: _Setup, function: Callable[[RunSpec], Any], unit: RunSpec) -> A
             raise
 
 
-@dataclass(frozen=True)
-class LokyExecutor:
-    """Runs several units at once, each in a process of this machine, on a GPU of its own where there are several.
+def run_in_processes(
+    function: Callable[[RunSpec], Any],
+    units: Sequence[RunSpec],
+    on_done: Callable[[RunSpec, Any], None],
+    *,
+    jobs: int,
+    threads: int = 1,
+) -> None:
+    """Call `function` with several units at once, each in a process, on a GPU of its own where there are several.
 
     Each process is a pool of its own, so that its death ends no other unit.
 
     Args:
+        function: picklable. It may keep expensive state in a global of its module, once for each process.
+        units: in the order in which they begin.
+        on_done: called in this process as each ends, with the unit and its result, or the exception that it raised.
         jobs: processes.
         threads: of torch in each process.
+
+    Raises:
+        KeyboardInterrupt: units were stopped, each with time for a checkpoint; no worker is left.
     """
+    from joblib.externals.loky.process_executor import BrokenProcessPool
 
-    jobs: int
-    threads: int = 1
-
-    def run(
-        self, function: Callable[[RunSpec], Any], units: Sequence[RunSpec], on_done: Callable[[RunSpec, Any], None]
-    ) -> None:
-        """Call `function` with each unit, as every executor does.
-
-        Args:
-            function: picklable. It may keep expensive state in a global of its module, once for each process.
-            units: in the order in which they begin.
-            on_done: called in this process as each ends, with the unit and its result, or the exception that it raised.
-
-        Raises:
-            KeyboardInterrupt: units were stopped, each with time for a checkpoint; no worker is left.
-        """
-        from joblib.externals.loky.process_executor import BrokenProcessPool
-
-        setup, waiting = _Setup(self.threads), deque((unit, 1) for unit in units)
-        free, pools = list(range(min(self.jobs, len(waiting)))), dict[int, Any]()
-        running: dict[Future[Any], tuple[int, RunSpec, int]] = {}
-        ended: SimpleQueue[Future[Any]] = SimpleQueue()
-        try:
-            with _handled(signal.SIGTERM, signal.default_int_handler):  # it ends the work as Ctrl-C does
-                while waiting or running:
-                    while waiting and free:
-                        slot, (unit, attempt) = free.pop(0), waiting.popleft()
-                        pools[slot] = pools.get(slot) or _pool(slot)
-                        # Here until `running` has the unit, in a new process until `_begin`.
-                        with _held_back(*INTERRUPTS):
-                            try:
-                                future = pools[slot].submit(_call, setup, function, unit)
-                            except BrokenProcessPool as death:  # between two units
-                                future = Future()
-                                future.set_exception(death)
-                            running[future] = slot, unit, attempt
-                            future.add_done_callback(ended.put)
-                    future = ended.get()  # `futures.wait` can leave a lock held when an interrupt comes
-                    slot, unit, attempt = running.pop(future)
-                    free.append(slot)
-                    error = future.exception()
-                    died = isinstance(error, BrokenProcessPool)
-                    if died or not waiting:  # a process without work holds a model, and may be killed for it
-                        pools.pop(slot).shutdown(wait=died, kill_workers=died)
-                    if died:
-                        if attempt < ATTEMPTS:
-                            waiting.appendleft((unit, attempt + 1))
-                            continue
-                        error = RunError(
-                            f"Its process died {ATTEMPTS} times, perhaps because memory ran out; free some or give "
-                            "fewer --jobs."
-                        )
-                    on_done(unit, future.result() if error is None else error)
-        except BaseException:
-            for slot, *_ in running.values():
-                for pid in list(pools[slot]._processes):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGINT)
-            last = time.monotonic() + GRACE_SECONDS
-            with suppress(Empty):
-                while not all(future.done() for future in running):
-                    ended.get(timeout=max(0.0, last - time.monotonic()))
-            raise
-        finally:
-            busy = not all(future.done() for future in running)
-            for pool in pools.values():
-                pool.shutdown(kill_workers=busy)  # a killed worker leaves semaphores, which Python reports
+    setup, waiting = _Setup(threads), deque((unit, 1) for unit in units)
+    free, pools = list(range(min(jobs, len(waiting)))), dict[int, Any]()
+    running: dict[Future[Any], tuple[int, RunSpec, int]] = {}
+    ended: SimpleQueue[Future[Any]] = SimpleQueue()
+    try:
+        with _handled(signal.SIGTERM, signal.default_int_handler):  # it ends the work as Ctrl-C does
+            while waiting or running:
+                while waiting and free:
+                    slot, (unit, attempt) = free.pop(0), waiting.popleft()
+                    pools[slot] = pools.get(slot) or _pool(slot)
+                    # Here until `running` has the unit, in a new process until `_begin`.
+                    with _held_back(*INTERRUPTS):
+                        try:
+                            future = pools[slot].submit(_call, setup, function, unit)
+                        except BrokenProcessPool as death:  # between two units
+                            future = Future()
+                            future.set_exception(death)
+                        running[future] = slot, unit, attempt
+                        future.add_done_callback(ended.put)
+                future = ended.get()  # `futures.wait` can leave a lock held when an interrupt comes
+                slot, unit, attempt = running.pop(future)
+                free.append(slot)
+                error = future.exception()
+                died = isinstance(error, BrokenProcessPool)
+                if died or not waiting:  # a process without work holds a model, and may be killed for it
+                    pools.pop(slot).shutdown(wait=died, kill_workers=died)
+                if died:
+                    if attempt < ATTEMPTS:
+                        waiting.appendleft((unit, attempt + 1))
+                        continue
+                    error = RunError(
+                        f"Its process died {ATTEMPTS} times, perhaps because memory ran out; free some or give "
+                        "fewer --jobs."
+                    )
+                on_done(unit, future.result() if error is None else error)
+    except BaseException:
+        for slot, *_ in running.values():
+            for pid in list(pools[slot]._processes):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGINT)
+        last = time.monotonic() + GRACE_SECONDS
+        with suppress(Empty):
+            while not all(future.done() for future in running):
+                ended.get(timeout=max(0.0, last - time.monotonic()))
+        raise
+    finally:
+        busy = not all(future.done() for future in running)
+        for pool in pools.values():
+            pool.shutdown(kill_workers=busy)  # a killed worker leaves semaphores, which Python reports
 
 
 def _pool(slot: int) -> Any:
@@ -176,50 +171,50 @@ def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@dataclass(frozen=True)
-class RayExecutor:
-    """Runs units as tasks of a Ray cluster, on one GPU each if it has any; all nodes see the same files and packages.
+def run_on_ray(
+    function: Callable[[RunSpec], Any],
+    units: Sequence[RunSpec],
+    on_done: Callable[[RunSpec, Any], None],
+    *,
+    threads: int = 1,
+    gpus: bool = True,
+) -> None:
+    """Do so in tasks of a Ray cluster, on one GPU each if it has any; all nodes see the same files and packages.
 
     The cluster is that at RAY_ADDRESS, such as "10.0.0.1:6379", or a new one on this machine.
 
     Args:
+        function, units, on_done: as for `run_in_processes`.
         threads: of torch in each task, which takes so many CPUs.
         gpus: whether tasks may use GPUs.
     """
+    import ray
 
-    threads: int = 1
-    gpus: bool = True
-
-    def run(
-        self, function: Callable[[RunSpec], Any], units: Sequence[RunSpec], on_done: Callable[[RunSpec, Any], None]
-    ) -> None:
-        import ray
-
-        address, setup = os.environ.get("RAY_ADDRESS"), _Setup(self.threads)
-        paths = {"PYTHONPATH": os.pathsep.join(setup.path)}  # a worker imports this module before `setup` is applied
-        options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": paths}}
-        options |= {} if address else {"include_dashboard": False}
-        running: dict[Any, RunSpec] = {}
-        with _handled(signal.SIGTERM, signal.default_int_handler):  # ray.init takes this signal, and keeps it
-            try:
-                ray.init(address, **options)
-                with _handled(signal.SIGTERM, signal.default_int_handler):
-                    gpus = 1 if self.gpus and ray.cluster_resources().get("GPU") else 0
-                    task: Any = ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=ATTEMPTS - 1)(_call)
-                    shared = ray.put(function)
-                    running |= {task.remote(setup, shared, unit): unit for unit in units}
-                    while running:
-                        (ref,), _ = ray.wait(list(running))
-                        outcome = _outcome(ref)
-                        on_done(running.pop(ref), outcome)
-            except BaseException:
-                for force, seconds in ((False, GRACE_SECONDS), (True, 0.0)) if running else ():
-                    for ref in running:
-                        ray.cancel(ref, force=force)
-                    ray.wait(list(running), num_returns=len(running), timeout=seconds)
-                raise
-            finally:
-                ray.shutdown()
+    address, setup = os.environ.get("RAY_ADDRESS"), _Setup(threads)
+    paths = {"PYTHONPATH": os.pathsep.join(setup.path)}  # a worker imports this module before `setup` is applied
+    options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": paths}}
+    options |= {} if address else {"include_dashboard": False}
+    running: dict[Any, RunSpec] = {}
+    with _handled(signal.SIGTERM, signal.default_int_handler):  # ray.init takes this signal, and keeps it
+        try:
+            ray.init(address, **options)
+            with _handled(signal.SIGTERM, signal.default_int_handler):
+                each = 1 if gpus and ray.cluster_resources().get("GPU") else 0
+                task: Any = ray.remote(num_cpus=threads, num_gpus=each, max_retries=ATTEMPTS - 1)(_call)
+                shared = ray.put(function)
+                running |= {task.remote(setup, shared, unit): unit for unit in units}
+                while running:
+                    (ref,), _ = ray.wait(list(running))
+                    outcome = _outcome(ref)
+                    on_done(running.pop(ref), outcome)
+        except BaseException:
+            for force, seconds in ((False, GRACE_SECONDS), (True, 0.0)) if running else ():
+                for ref in running:
+                    ray.cancel(ref, force=force)
+                ray.wait(list(running), num_returns=len(running), timeout=seconds)
+            raise
+        finally:
+            ray.shutdown()
 
 
 def require_ray() -> None:

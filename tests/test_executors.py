@@ -12,7 +12,7 @@ import pytest
 from joblib.externals.loky import ProcessPoolExecutor
 
 from buddy.errors import BuddyError, RunError
-from buddy.executors import ATTEMPTS, LokyExecutor, RayExecutor, require_ray
+from buddy.executors import ATTEMPTS, require_ray, run_in_processes, run_on_ray
 from tests.small import Forked, wait_until
 from tests.workers import Step, Work, run
 
@@ -20,10 +20,11 @@ ROOT = Path(__file__).parents[1]
 NAMES = ["a", "bb", "ccc", "dddd"]
 
 
-def outcomes(executor, folder: Path, *units: str) -> dict[str, object]:
+def outcomes(folder: Path, *units: str, run_all=run_in_processes, **options) -> dict[str, object]:
     folder.mkdir(exist_ok=True)
     found = {}
-    executor.run(Work(folder), [Step(folder, words) for words in units], lambda unit, o: found.update({unit.name: o}))
+    steps = [Step(folder, words) for words in units]
+    run_all(Work(folder), steps, lambda unit, outcome: found.update({unit.name: outcome}), **options)
     return found
 
 
@@ -43,9 +44,7 @@ def light(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_processes_find_what_one_finds(tmp_path, serial):
-    found = outcomes(
-        LokyExecutor(2, threads=1), tmp_path / "loky", "a dies-once", "x dies", *NAMES[1:], "e fails", "o fails-oddly"
-    )
+    found = outcomes(tmp_path / "loky", "a dies-once", "x dies", *NAMES[1:], "e fails", "o fails-oddly", jobs=2)
     assert isinstance(found.pop("e"), ValueError)
     odd = found.pop("o")
     assert (type(odd), str(odd)) == (BuddyError, "Unpicklable: o failed")
@@ -68,7 +67,7 @@ def test_processes_find_what_one_finds(tmp_path, serial):
 @pytest.mark.usefixtures("light")
 @pytest.mark.slow
 def test_the_death_of_a_process_without_work_hurts_no_unit(tmp_path, serial):
-    found = outcomes(LokyExecutor(2), tmp_path / "loky", "a", "bb kills-a")
+    found = outcomes(tmp_path / "loky", "a", "bb kills-a", jobs=2)
     assert found == {name: serial[name] for name in ("a", "bb")}
 
 
@@ -82,7 +81,7 @@ def test_a_process_that_dies_between_two_units_hurts_none(tmp_path, serial):
         found[unit.name] = outcome
         time.sleep(1)
 
-    LokyExecutor(1).run(Work(folder), [Step(folder, words) for words in ("a dies-later", "bb")], slow)
+    run_in_processes(Work(folder), [Step(folder, words) for words in ("a dies-later", "bb")], slow, jobs=1)
     assert found == {name: serial[name] for name in ("a", "bb")}
 
 
@@ -92,7 +91,7 @@ def test_one_worker_keeps_its_model_and_has_the_plug_ins_and_paths_of_its_caller
     (tmp_path / "plugged.py").write_text("NAME = 'mine'")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert outcomes(LokyExecutor(1), Path("place"), "a imports", "bb grows", "ccc")["a"] == ("mine", 0.0)
+    assert outcomes(Path("place"), "a imports", "bb grows", "ccc", jobs=1)["a"] == ("mine", 0.0)
     assert len({(tmp_path / "place" / name).read_text() for name in ("a", "bb", "ccc")}) == 1
     assert (tmp_path / "place" / "a.log").exists()
 
@@ -160,7 +159,7 @@ def test_an_interrupt_within_a_submission_begins_no_unit(tmp_path, monkeypatch, 
     signal.signal(signal.SIGINT, signal.SIG_IGN if background else before)
     try:
         with pytest.raises(KeyboardInterrupt):
-            outcomes(LokyExecutor(1), tmp_path, "a", "bb")
+            outcomes(tmp_path, "a", "bb", jobs=1)
     finally:
         signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
@@ -187,7 +186,8 @@ def test_without_ray_nothing_is_begun():
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, serial):
-    found = outcomes(RayExecutor(), tmp_path / "ray", "a dies-once", "x dies", "bb", "ccc", "dddd", "e fails")
+    units = ("a dies-once", "x dies", "bb", "ccc", "dddd", "e fails")
+    found = outcomes(tmp_path / "ray", *units, run_all=run_on_ray)
     assert isinstance(found.pop("e"), ValueError)
     gone = found.pop("x")
     assert isinstance(gone, RunError)

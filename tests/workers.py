@@ -86,10 +86,10 @@ class Work:
 
 def run(place: Path, *units: str) -> None:
     """Units in two workers, as a command runs them: an interrupt ends it with 130."""
-    from buddy.executors import LokyExecutor
+    from buddy.executors import run_in_processes
 
     try:
-        LokyExecutor(2).run(Work(place), [Step(place, words) for words in units], print)
+        run_in_processes(Work(place), [Step(place, words) for words in units], print, jobs=2)
     except KeyboardInterrupt:
         sys.exit(130)
 
