@@ -116,17 +116,14 @@ def locked(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
     Raises:
         RunError: another process holds it, or its folder cannot be written.
     """
-    lock = FileLock(path)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=patience)
+            held = FileLock(path).acquire(timeout=patience)
         except Timeout:
             raise RunError(busy) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def check_output_path(path: Path, *inputs: str | Path) -> None:
