@@ -15,7 +15,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.types import Receive, Scope, Send
 
 from buddy.budget import Budget, auto_cap, format_budget, latency_of
-from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model, Prompt
 from buddy.metrics.perplexity import keys_of
@@ -182,7 +181,10 @@ class Server:
         try:
             pieces = self._pieces(queue, len(texts), request)
             if not asked.stream:
-                return await self._whole(answer, pieces, len(texts))
+                found: list[list[Piece]] = [[] for _ in texts]
+                async for index, piece, _ in pieces:
+                    found[index].append(piece)
+                return JSONResponse(answer.whole(found))
             first = await anext(pieces)  # an error before any text has a status of its own
         except BaseException:
             self._scheduler.cancel(texts)
@@ -244,13 +246,6 @@ class Server:
             new.cancel()
 
     @staticmethod
-    async def _whole(answer: Answer, pieces: AsyncGenerator[Numbered], count: int) -> Response:
-        found: list[list[Piece]] = [[] for _ in range(count)]
-        async for index, piece, _ in pieces:
-            found[index].append(piece)
-        return JSONResponse(answer.whole(found))
-
-    @staticmethod
     async def _events(
         answer: Answer, first: Numbered, pieces: AsyncGenerator[Numbered], usage: bool
     ) -> AsyncGenerator[str]:
@@ -299,8 +294,11 @@ def make_app(
 
     def checked() -> Model:
         model = load()
-        with model.routed.changed(batch_plan=batch_plan or batch_plan_of(model.routed)):
-            _check_defaults(model.routed, budget, prompt_budget, limits.batch)
+        routed = model.routed
+        with routed.changed(batch_plan=batch_plan or batch_plan_of(routed)):
+            keys_of(routed, [budget] if prompt_budget is None else [budget, prompt_budget])  # raises BudgetError
+            if latency_of(budget) is not None:
+                routed.table(routed, limits.batch)  # that of one text was measured above
         return model
 
     scheduler = Scheduler(checked, metrics, limits.batch, limits.queue, batch_plan)
@@ -339,13 +337,6 @@ def make_app(
         return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": POLICY})
 
     return app
-
-
-def _check_defaults(routed: RoutedLM, budget: Budget, prompt_budget: Budget | None, batch: int) -> None:
-    """Raise BudgetError for a default that the model cannot have; measure the latencies that one needs."""
-    keys_of(routed, [budget] if prompt_budget is None else [budget, prompt_budget])
-    if latency_of(budget) is not None:
-        routed.table(routed, batch)  # that of one text was measured above
 
 
 async def _disconnected(request: Request) -> None:
