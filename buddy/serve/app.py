@@ -22,7 +22,7 @@ from buddy.router import available_budgets
 from buddy.serve.guard import ERRORS, ApiError, ClientLeft, Guard, answer_error, shown_error
 from buddy.serve.metrics import Metrics
 from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest
-from buddy.serve.scheduler import GenerationRequest, Piece, QueueFull, Scheduler, batch_plan_of
+from buddy.serve.scheduler import GenerationRequest, Piece, Scheduler, batch_plan_of
 
 DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
 Numbered = tuple[int, Piece, bool]  # the number of a text, a piece of it, whether it is the last of all texts
@@ -174,10 +174,7 @@ class Server:
             options |= {"prompt_budget": deeper, "chat": field == "messages"}
             texts.append(GenerationRequest(prompt, budget, limit, emit, self._limits.seconds, **options))
         answer = Answer(field == "messages", asked, texts, sum(map(len, prompts)) // (asked.n or 1))
-        try:
-            self._scheduler.submit(texts)
-        except QueueFull as error:
-            raise ApiError("Too many requests wait; try again later.", 429, code="queue_full") from error
+        self._scheduler.submit(texts)
         try:
             pieces = self._pieces(queue, len(texts), request)
             if not asked.stream:

@@ -16,7 +16,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from buddy.errors import BuddyError, BudgetError
 from buddy.serve.metrics import Metrics
-from buddy.serve.scheduler import PromptBudgetError, TooLate
 
 log = logging.getLogger("buddy.serve")
 MAX_BODY = 4 * 2**20  # bytes
@@ -132,11 +131,10 @@ async def answer_error(_: Request, error: Exception) -> Response:
 
 def shown_error(error: Exception) -> ApiError:
     """What a client may know of an error of a text."""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, BudgetError):
-        field = "prompt_budget" if isinstance(error, PromptBudgetError) else "budget"
-        return ApiError(str(error), field=field, code="invalid_budget")
-    if isinstance(error, TooLate):
-        return ApiError("The text was not finished in time; ask for fewer tokens.", 504, code="timeout")
+        return ApiError(str(error), field="budget", code="invalid_budget")
     return ApiError("The server failed on this text; its log says why.", 500)
 
 

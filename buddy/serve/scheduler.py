@@ -19,21 +19,10 @@ from buddy.engine.decode import UNFINISHED, Decoder, Row, Sampler, TextPieces, W
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model
+from buddy.serve.guard import ApiError
 from buddy.serve.metrics import Metrics
 
 log = logging.getLogger("buddy.serve")
-
-
-class QueueFull(Exception):
-    """More texts wait than may; or the server is stopping."""
-
-
-class TooLate(Exception):
-    """A text that was not finished within the time of a request."""
-
-
-class PromptBudgetError(BudgetError):
-    """A budget of prompts that no plan can meet."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +132,11 @@ def batch_plan_of(routed: RoutedLM) -> str:
     return "shared" if routed.settings.mean_over == 1 else "row"
 
 
+def _too_late() -> Piece:
+    """The end of a text that was not finished within the time of a request."""
+    return Piece(error=ApiError("The text was not finished in time; ask for fewer tokens.", 504, code="timeout"))
+
+
 class Scheduler:
     """Writes texts on a thread of its own, as many at a time as fit into the batch.
 
@@ -193,12 +187,12 @@ class Scheduler:
         """Queue the texts of a request.
 
         Raises:
-            QueueFull: there is no room for all of them, or the scheduler is closing.
+            ApiError: there is no room for all of them, or the scheduler is closing.
         """
         with self._changed:
             free = max(0, self._batch - len(self._running))
             if self._closing or len(self._waiting) + len(texts) > self._queue + free:
-                raise QueueFull
+                raise ApiError("Too many requests wait; try again later.", 429, code="queue_full")
             self._waiting.extend(texts)
             self._changed.notify()
 
@@ -251,7 +245,7 @@ class Scheduler:
         gone = [row for row, (text, _) in self._running.items() if text.cancelled or text.is_late]
         self._decoder.remove(gone)
         for row in gone:
-            self._finish(row, Piece(error=TooLate()))
+            self._finish(row, _too_late())
         for text in self._admitted():
             self._begin(text)
         expected, start = self._keep_latencies(), time.perf_counter()
@@ -275,7 +269,7 @@ class Scheduler:
             waiting = [text for text in self._waiting if not text.cancelled]
             late = {text for text in waiting if text.is_late}
             for text in late:
-                text.emit(Piece(error=TooLate()))
+                text.emit(_too_late())
             left = [text for text in waiting if text not in late]
             room = max(0, self._batch - len(self._running))
             self._waiting = deque(left[room:])
@@ -294,18 +288,18 @@ class Scheduler:
             pieces = TextPieces(self._tokenizer, () if text.chat else text.prompt)
             self._decoder.add(row)
         except Exception as error:
-            if not isinstance(error, BuddyError):
+            if not isinstance(error, ApiError | BuddyError):
                 log.exception("A text could not begin.")
             text.emit(Piece(error=error))
             return
         self._running[row] = text, pieces
 
     def _prompt_layers(self, text: GenerationRequest) -> int | None:
-        """K of the prompt's tokens, where it differs; a `PromptBudgetError` lets the answer name the field."""
+        """K of the prompt's tokens, where it differs; the error names that field."""
         try:
             return None if text.prompt_budget is None else self.model.executed_layers(text.prompt_budget, text.prompt)
         except BudgetError as error:
-            raise PromptBudgetError(str(error)) from error
+            raise ApiError(str(error), field="prompt_budget", code="invalid_budget") from error
 
     def _keep_latencies(self) -> float | None:
         """Give the rows that asked for a latency as many layers as fit into it beside so many other rows.

@@ -28,9 +28,9 @@ from buddy.cli import app  # noqa: E402
 from buddy.errors import BuddyError  # noqa: E402
 from buddy.run import read_run  # noqa: E402
 from buddy.serve.app import Limits  # noqa: E402
-from buddy.serve.guard import Guard  # noqa: E402
+from buddy.serve.guard import ApiError, Guard  # noqa: E402
 from buddy.serve.metrics import Metrics  # noqa: E402
-from buddy.serve.scheduler import GenerationRequest, QueueFull, Scheduler  # noqa: E402
+from buddy.serve.scheduler import GenerationRequest, Scheduler  # noqa: E402
 from buddy.serve.server import read_keys, serve  # noqa: E402
 from tests.engine.reference import Fickle  # noqa: E402
 from tests.serve.conftest import serving, tiny  # noqa: E402
@@ -467,7 +467,7 @@ def test_texts_that_may_begin_at_once_do_not_fill_the_queue():
         with scheduler._changed:  # no step begins meanwhile
             scheduler.submit(texts[:8])
             scheduler.submit(texts[8:10])
-            with pytest.raises(QueueFull):
+            with pytest.raises(ApiError, match="Too many requests"):
                 scheduler.submit(texts[10:])
     finally:
         scheduler.close()
