@@ -19,8 +19,7 @@ from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model, Prompt
 from buddy.metrics.perplexity import keys_of
 from buddy.router import available_budgets
-from buddy.serve.guard import ERRORS, ApiError, ClientLeft, Guard, answer_error, shown_error
-from buddy.serve.metrics import Metrics
+from buddy.serve.guard import ERRORS, ApiError, ClientLeft, Guard, Metrics, answer_error, shown_error
 from buddy.serve.protocol import NAME, Answer, ChatRequest, CompletionRequest
 from buddy.serve.scheduler import GenerationRequest, Piece, Scheduler, batch_plan_of
 

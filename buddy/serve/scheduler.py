@@ -19,8 +19,7 @@ from buddy.engine.decode import UNFINISHED, Decoder, Row, Sampler, TextPieces, W
 from buddy.engine.model import RoutedLM
 from buddy.errors import BuddyError, BudgetError
 from buddy.hub.load import Model
-from buddy.serve.guard import ApiError
-from buddy.serve.metrics import Metrics
+from buddy.serve.guard import ApiError, Metrics
 
 log = logging.getLogger("buddy.serve")
 

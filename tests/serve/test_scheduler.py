@@ -14,12 +14,13 @@ import torch
 from buddy.engine.decode import Decoder
 from tests.serve.conftest import tiny
 
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from buddy.serve import scheduler as scheduler_module
-from buddy.serve.metrics import Metrics
+from buddy.serve.guard import Metrics
 from buddy.serve.scheduler import GenerationRequest, Scheduler
 
 

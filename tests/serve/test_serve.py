@@ -28,8 +28,7 @@ from buddy.cli import app  # noqa: E402
 from buddy.errors import BuddyError  # noqa: E402
 from buddy.run import read_run  # noqa: E402
 from buddy.serve.app import Limits  # noqa: E402
-from buddy.serve.guard import ApiError, Guard  # noqa: E402
-from buddy.serve.metrics import Metrics  # noqa: E402
+from buddy.serve.guard import ApiError, Guard, Metrics  # noqa: E402
 from buddy.serve.scheduler import GenerationRequest, Scheduler  # noqa: E402
 from buddy.serve.server import read_keys, serve  # noqa: E402
 from tests.engine.reference import Fickle  # noqa: E402
