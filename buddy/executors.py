@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -35,25 +34,16 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 60.0  # that a unit has to save a checkpoint after an interrupt
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """What a worker takes over from its parent: relative paths and plug-ins mean the same in both."""
+def _call(threads: int, folder: str, path: Sequence[str], function: Callable[[RunSpec], Any], unit: RunSpec) -> Any:
+    """In a worker: one unit, its output and traceback in its log.
 
-    threads: int
-    folder: str = field(default_factory=os.getcwd)
-    path: tuple[str, ...] = field(default_factory=lambda: tuple(os.path.abspath(entry) for entry in sys.path))
+    With the parent's folder and `sys.path`, relative paths and plug-ins mean the same in both.
+    """
+    import torch
 
-    def apply(self) -> None:
-        import torch
-
-        os.chdir(self.folder)
-        sys.path += [entry for entry in self.path if entry not in sys.path]
-        torch.set_num_threads(self.threads)
-
-
-def _call(setup: _Setup, function: Callable[[RunSpec], Any], unit: RunSpec) -> Any:
-    """In a worker: one unit, its output and traceback in its log."""
-    setup.apply()
+    os.chdir(folder)
+    sys.path += [entry for entry in path if entry not in sys.path]
+    torch.set_num_threads(threads)
     unit.log.parent.mkdir(parents=True, exist_ok=True)
     with unit.log.open("a", encoding="utf-8", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         try:
@@ -91,7 +81,7 @@ def run_in_processes(
     """
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
-    setup, waiting = _Setup(threads), deque((unit, 1) for unit in units)
+    path, waiting = _search_path(), deque((unit, 1) for unit in units)
     free, pools = list(range(min(jobs, len(waiting)))), dict[int, Any]()
     running: dict[Future[Any], tuple[int, RunSpec, int]] = {}
     ended: SimpleQueue[Future[Any]] = SimpleQueue()
@@ -104,7 +94,7 @@ def run_in_processes(
                     # Here until `running` has the unit, in a new process until `_begin`.
                     with _held_back(*INTERRUPTS):
                         try:
-                            future = pools[slot].submit(_call, setup, function, unit)
+                            future = pools[slot].submit(_call, threads, os.getcwd(), path, function, unit)
                         except BrokenProcessPool as death:  # between two units
                             future = Future()
                             future.set_exception(death)
@@ -140,6 +130,11 @@ def run_in_processes(
         busy = not all(future.done() for future in running)
         for pool in pools.values():
             pool.shutdown(kill_workers=busy)  # a killed worker leaves semaphores, which Python reports
+
+
+def _search_path() -> list[str]:
+    """`sys.path` as it is from any folder."""
+    return [os.path.abspath(entry) for entry in sys.path]
 
 
 def _pool(slot: int) -> Any:
@@ -190,9 +185,9 @@ def run_on_ray(
     """
     import ray
 
-    address, setup = os.environ.get("RAY_ADDRESS"), _Setup(threads)
-    paths = {"PYTHONPATH": os.pathsep.join(setup.path)}  # a worker imports this module before `setup` is applied
-    options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": paths}}
+    address, folder, path = os.environ.get("RAY_ADDRESS"), os.getcwd(), _search_path()
+    variables = {"PYTHONPATH": os.pathsep.join(path)}  # a worker imports this module before `_call` adds to its path
+    options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": variables}}
     options |= {} if address else {"include_dashboard": False}
     running: dict[Any, RunSpec] = {}
     with _handled(signal.SIGTERM, signal.default_int_handler):  # ray.init takes this signal, and keeps it
@@ -202,7 +197,7 @@ def run_on_ray(
                 each = 1 if gpus and ray.cluster_resources().get("GPU") else 0
                 task: Any = ray.remote(num_cpus=threads, num_gpus=each, max_retries=ATTEMPTS - 1)(_call)
                 shared = ray.put(function)
-                running |= {task.remote(setup, shared, unit): unit for unit in units}
+                running |= {task.remote(threads, folder, path, shared, unit): unit for unit in units}
                 while running:
                     (ref,), _ = ray.wait(list(running))
                     outcome = _outcome(ref)
