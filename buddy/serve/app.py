@@ -224,22 +224,22 @@ class Server:
             ApiError: a text failed.
             ClientLeft: the client has disconnected.
         """
-        gone = asyncio.ensure_future(_disconnected(request))
-        new: asyncio.Future = gone  # until a piece is awaited
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            queue.put_nowait((0, Piece(error=ClientLeft())))
+
+        watching = asyncio.create_task(watch())
         try:
             while count:
-                new = asyncio.ensure_future(queue.get())
-                await asyncio.wait({new, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not new.done():
-                    raise ClientLeft
-                index, piece = new.result()
+                index, piece = await queue.get()
                 if piece.error is not None:
                     raise shown_error(piece.error)
                 count -= piece.finish_reason is not None
                 yield index, piece, not count
         finally:
-            gone.cancel()
-            new.cancel()
+            watching.cancel()
 
     @staticmethod
     async def _events(
@@ -333,11 +333,6 @@ def make_app(
         return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": POLICY})
 
     return app
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -163,9 +163,9 @@ async def answer_error(_: Request, error: Exception) -> Response:
     return (error if isinstance(error, ApiError) else ApiError(str(error))).response()
 
 
-def shown_error(error: Exception) -> ApiError:
+def shown_error(error: Exception) -> ApiError | ClientLeft:
     """What a client may know of an error of a text."""
-    if isinstance(error, ApiError):
+    if isinstance(error, ApiError | ClientLeft):
         return error
     if isinstance(error, BudgetError):
         return ApiError(str(error), field="budget", code="invalid_budget")
