@@ -174,7 +174,7 @@ def run_on_ray(
     threads: int = 1,
     gpus: bool = True,
 ) -> None:
-    """Do so in tasks of a Ray cluster, on one GPU each if it has any; all nodes see the same files and packages.
+    """Call `function` in tasks of a Ray cluster, on one GPU each if it has any; all nodes see the same files.
 
     The cluster is that at RAY_ADDRESS, such as "10.0.0.1:6379", or a new one on this machine.
 
