@@ -211,6 +211,8 @@ class BudgetModule(LightningModule):
         if self._trainer is None or self.trainer.state.fn != "fit" or not own or "lr_schedulers" not in checkpoint:
             return
         scheduler, groups = checkpoint["lr_schedulers"][0], checkpoint["optimizer_states"][0]["param_groups"]
+        if "lr_lambdas" not in scheduler:  # one that a callback put in its place, as for averaged weights
+            return
         scheduler["base_lrs"] = [rate for _, rate in self.groups()]
         factor = self._factor(scheduler["last_epoch"])
         for group, rate in zip(groups, scheduler["base_lrs"], strict=True):

@@ -8,7 +8,7 @@ from itertools import pairwise
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -316,6 +316,21 @@ def test_a_resumed_training_takes_the_new_rate(run, tmp_path):
     run(make(lr=0.1, warmup_steps=0), 4, ckpt_path=tmp_path / "two.ckpt", callbacks=[note])
     factors = [0.1 + 0.45 * (1 + math.cos(math.pi * step / 4)) for step in (2, 3)]
     assert rates == pytest.approx([0.1 * factor for factor in factors])
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_a_resumed_training_keeps_the_rates_of_a_callback_that_has_its_own(run, tmp_path):
+    def save(trainer: lightning.Trainer, _: object) -> None:
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(tmp_path / "two.ckpt")
+
+    def fitted(**options: object) -> RoutingModule:
+        callbacks = [StochasticWeightAveraging(1e-3, swa_epoch_start=1), LambdaCallback(on_train_epoch_end=save)]
+        run(module := make(), -1, max_epochs=4, limit_train_batches=2, callbacks=callbacks, **options)
+        return module
+
+    whole, resumed = fitted(), fitted(ckpt_path=tmp_path / "two.ckpt")
+    assert same(resumed.router.state_dict(), whole.router.state_dict())
 
 
 def test_a_router_that_did_not_move_moved_no_layers(run):
