@@ -19,7 +19,7 @@ PAGES = {
         "comparison-evopress-2 comparison-sleb comparison-pudding comparison-token-table "
         "comparison-token-table-1 comparison-token-table-2 comparison-dr-llm comparison-skipgpt comparison-skipgpt-1 "
         "comparison-skipgpt-2 comparison-first comparison-first-1 comparison-flexidepth comparison-flexidepth-1 "
-        "comparison-mindskip comparison-mean comparison-fixed comparison-reverse-order",
+        "comparison-mindskip comparison-mindskip-1 comparison-mean comparison-fixed comparison-reverse-order",
     ),
     "results-bridges-healed": (
         "bridges/healed",
