@@ -174,9 +174,10 @@ def run_on_ray(
     threads: int = 1,
     gpus: bool = True,
 ) -> None:
-    """Call `function` in tasks of a Ray cluster, on one GPU each if it has any; all nodes see the same files.
+    """Call `function` in tasks of a Ray cluster, on one GPU each if it has any.
 
-    The cluster is that at RAY_ADDRESS, such as "10.0.0.1:6379", or a new one on this machine.
+    The cluster is that at RAY_ADDRESS, such as "10.0.0.1:6379", or a new one on this machine. All its nodes must see
+    the same files and packages.
 
     Args:
         function, units, on_done: as for `run_in_processes`.

@@ -45,7 +45,11 @@ class ForwardHooks:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off, and give the stock classes back; a newer model on the same backbone has done so."""
+        """Take the hooks off, and give the stock classes back. After a newer model on the backbone it does nothing.
+
+        Raises:
+            BuddyError: a budget holds at this moment.
+        """
         if self._request is not None:
             raise BuddyError("This model is in use at a budget; leave that block first.")
         if not self._handles:

@@ -38,7 +38,8 @@ class RoutedLM(nn.Module):
     """A backbone and a router; the backbone's own `forward` and `generate` obey the budget set by `at`.
 
     Args:
-        backbone: a frozen model; its layers are made skippable in place until `detach`.
+        backbone: a frozen model; its layers are made skippable in place until `detach`. An older model on the same
+            backbone is detached from it.
         router: scores its routable layers, or decides on one after the other.
         pool: which of the context layer's cached states are pooled.
         sink_tokens: first positions of every row at full depth (attention sinks, 2309.17453), counted apart.
@@ -68,7 +69,8 @@ class RoutedLM(nn.Module):
         bridges: what tokens pass through in place of the layers that they skip, or None; see `bridge`.
 
     Raises:
-        BuddyError: an option has another value than these, or the router is of an unknown scope.
+        BuddyError: an option has another value than these, the router is of an unknown scope, or an older model on this
+            backbone is within a block of `at`.
     """
 
     def __init__(
@@ -165,7 +167,11 @@ class RoutedLM(nn.Module):
         return self.settings.sink_tokens
 
     def detach(self) -> None:
-        """Give the stock model back, class by class and hook by hook, without an adapter."""
+        """Give the stock model back, class by class and hook by hook, without an adapter.
+
+        Raises:
+            BuddyError: called within a block of `at`.
+        """
         self._hooks.remove()
         if self.adapter is not None:
             self.adapter.remove()
