@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from buddy.router import AnyRouter, Geometry
 
 ROUTERS, ESTIMATORS = "buddy.routers", "buddy.estimators"  # groups of entry points
+RESERVED = ("all", "false", "no", "null", "off", "on", "tensorboard", "true", "yes")  # YAML, command line and folders
 _NOUNS = {ROUTERS: "router", ESTIMATORS: "estimator"}
 _PLAIN = {int, float, bool, str, type(None)}  # types of options that are checked
 
@@ -60,7 +61,7 @@ def find(name: str, group: str = ROUTERS) -> EntryPoint:
     """The entry of an installed name or of "my_module:MyRouter"; nothing is imported.
 
     Raises:
-        RegistryError: unknown, or announced twice.
+        RegistryError: unknown, announced twice, or a reserved word.
     """
     entries, noun = entry_points(group=group), _NOUNS[group]
     matches = [entry for entry in entries if entry.name == name]
@@ -74,6 +75,8 @@ def find(name: str, group: str = ROUTERS) -> EntryPoint:
     if len(matches) > 1:
         owners = " and ".join(sorted(repr(owner(entry)) for entry in matches))
         raise RegistryError(f"Two {noun}s are named {name!r}, from {owners}; uninstall one of these distributions.")
+    if matches and name in RESERVED:
+        raise RegistryError(f"No {noun} can be named {name!r}, which is reserved; rename it in {owner(matches[0])!r}.")
     return matches[0] if matches else EntryPoint(name, name, group)
 
 

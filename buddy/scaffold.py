@@ -7,11 +7,10 @@ from string import Template
 
 from buddy.errors import RegistryError
 from buddy.io import new_folder, writing
-from buddy.registry import installed
+from buddy.registry import RESERVED, installed
 
 NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
 MAX_LENGTH = 40  # characters of a name
-RESERVED = ("all", "false", "no", "null", "off", "on", "true", "yes")  # of YAML and of the command line
 
 
 def new_router(name: str, out: Path) -> Path:

@@ -38,8 +38,10 @@ def problem(key: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> str |
         bounds: `ge`, `gt`, `le`, `choices`, or `pattern` with an `example`, which apply to each item of a list;
             `unique` and `least_items`, which apply to the list.
     """
-    if sentence := flaw(value):
-        return f"{key} {sentence}"
+    inside = {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {}
+    for name, each in (inside | {key: value}).items():
+        if sentence := flaw(each):
+            return f"{name} {sentence}"
     if not fits(value, hint):
         quotes = "; put it in quotes" if isinstance(value, bool | int | float) and fits("", hint) else ""
         return f"{key} must be {type_words(hint)}, not {shown(value)}{quotes}."

@@ -101,6 +101,12 @@ def test_two_distributions_with_one_name(install):
     assert all(row.problem for row in flagged)
 
 
+def test_a_name_that_folders_need_is_reserved(install):
+    install("stranger", {"tensorboard": "odd_module:Stranger"}, odd_module=PLUGIN)
+    with pytest.raises(RegistryError, match="'stranger'"):
+        load("tensorboard")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [("import nowhere", "ModuleNotFoundError"), ("raise SystemExit", "SystemExit"), ("def", "SyntaxError")],

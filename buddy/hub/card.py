@@ -11,8 +11,9 @@ from buddy.backbone import embedded
 from buddy.backbone.load import is_local, title_of
 from buddy.console import counted, quality_cells
 from buddy.evaluation.record import shown_path
-from buddy.evaluation.tables import markdown
+from buddy.evaluation.tables import UNEVEN, markdown
 from buddy.metrics.perplexity import Scores
+from buddy.registry import installed, owner
 from buddy.run import Run
 from buddy.run_files import ADAPTER, BRIDGE, PREDICTOR
 
@@ -36,23 +37,28 @@ def run_card(run: Run, metrics: Mapping[str, Any], name: str, licence: str | Non
         extras += " An adapter in `adapter/`, in the format of peft, heals the backbone."
     if (run.folder / PREDICTOR).is_file():
         extras += " A budget predictor chooses the budget of a request at budget `auto`."
-    over = run.recipe.routing.mean_over
-    exact = all(set(each["executed"].values()) == {each["layers"]} for each in metrics["results"])  # scope prompt
-    count = "exactly" if over == 1 or exact else f"in the mean over {over} tokens"
+    over, results = run.recipe.routing.mean_over, metrics["results"]
+    budget = min((each["budget"] for each in results), key=lambda budget: abs(budget - 0.75))
+    exact = all(set(each["executed"].values()) == {each["layers"]} for each in results)  # scope prompt
+    count = f"round({budget:g} · {layers}) layers per token"
+    if any(abs(each["executed"]["mean"] - each["layers"]) > UNEVEN for each in results):  # gates that decide alone
+        meaning = f"aims at {count} in the mean, and the table shows what ran"
+    else:
+        meaning = f"means {'exactly' if over == 1 or exact else f'in the mean over {over} tokens'} {count}"
     body = f"""\
 # {run.router_name} for {backbone}
 
 A router that decides for every token which of {layers} layers of {backbone} run: one router, every compute budget. \
-A budget of 0.75 means {count} round(0.75 · {layers}) layers per token. Made by Buddy {run.versions.get("buddy", "")} \
-from the recipe `{run.recipe_name}` on the text `{title(run.recipe.data.source)}`. It holds no weights of the backbone \
-(fingerprint `{run.fingerprint}`).{extras}
+A budget of {budget:g} {meaning}. Made by Buddy {run.versions.get("buddy", "")} from the recipe \
+`{run.recipe_name}` on the text `{title(run.recipe.data.source)}`. It holds no weights of the backbone (fingerprint \
+`{run.fingerprint}`).{extras}
 
 ## Results
 
 {_results(metrics)}
 ## Use
 
-{_usage(run, name)}
+{_usage(run, name, budget)}
 ## Licence
 
 The router's weights: {licence or "its authors chose no licence; ask them"}. The backbone is not part of \
@@ -184,7 +190,7 @@ def _results(metrics: Mapping[str, Any]) -> str:
     return f"{markdown(['budget', 'layers per token', *MEASURES], rows)}\n{note}.\n"
 
 
-def _usage(run: Run, name: str) -> str:
+def _usage(run: Run, name: str, budget: float) -> str:
     local = is_local(run.backbone)
     backbone = ', backbone="FOLDER"' if local else ""
     text = f"""\
@@ -192,12 +198,12 @@ def _usage(run: Run, name: str) -> str:
 import buddy
 
 model = buddy.load({json.dumps(name, ensure_ascii=False)}{backbone})
-print(model.generate("The state of the union is", budget=0.75))
+print(model.generate("The state of the union is", budget={budget:g}))
 ```
 
 ```bash
 buddy pull {quote(name)} --out pulled
-buddy generate --run pulled --budget 0.75 "The state of the union is"
+buddy generate --run pulled --budget {budget:g} "The state of the union is"
 ```
 """
     if local:
@@ -205,6 +211,9 @@ buddy generate --run pulled --budget 0.75 "The state of the union is"
             "\nIts backbone is a local folder. Name yours: it must have the same weights, which the fingerprint "
             "checks. For the commands, write it into `recipe.yaml` by `buddy pull --backbone FOLDER`.\n"
         )
+    package = next((owner(each) for each in installed() if each.name == run.router_name), "")
     if ":" in run.router_name:
         text += f"\nThe router's class is `{run.router_name}`, a module that you need too.\n"
+    elif package not in ("", "buddy-depth"):
+        text += f"\nThe router is in the package `{package}`, which you need too.\n"
     return text

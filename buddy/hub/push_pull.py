@@ -129,7 +129,7 @@ def pull(
             _rename_backbone(made, run, backbone)
     stdout.print(f"Pulled {run.router_name} for {backbone or run.backbone} into {out}")
     path = quote(str(out))
-    stdout.print(f'Use: buddy generate --run {path} --budget 0.75 "…", or buddy evaluate --run {path}')
+    stdout.print(f'Use: buddy generate --run {path} "…", or buddy evaluate --run {path}')
 
 
 # Names: a folder or a repository on the hub

@@ -14,7 +14,7 @@ import buddy
 from buddy.errors import BackboneError, DamagedError, RunError
 from buddy.hub.push_pull import hub_name, pull, push
 from buddy.run import read_run
-from buddy.run_files import update_checksums
+from buddy.run_files import read_metrics, update_checksums, write_metrics
 from tests.asking import ask, call, refused
 from tests.hub.fake import FakeHub
 from tests.small import contents, rewrite
@@ -60,6 +60,31 @@ def test_the_card_has_results_and_use(finished, original):
         assert f"| {entry['budget']:g} | {entry['executed']['mean']:.2f} | {entry['perplexity']:.2f} |" in card.text
     assert 'buddy.load("./pushed", backbone="FOLDER")' in card.text
     assert str(original.parent) not in card.text
+
+
+def test_the_card_names_a_budget_that_the_router_takes_and_the_package_that_has_it(finished, tmp_path, install):
+    push(finished / "full", to=str(tmp_path / "full"))
+    card = (tmp_path / "full" / "README.md").read_text()
+    assert "budget=1)" in card
+    assert "0.75" not in card
+    install("buddy-router-mine", {"mine": "mine:Mine"})
+    run = shutil.copytree(finished / "buddy", tmp_path / "run")
+    forge(run, router_name="mine")
+    update_checksums(run)
+    push(run, to=str(tmp_path / "mine"))
+    assert "`buddy-router-mine`" in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_the_card_of_gates_that_decide_alone_promises_no_count(pushed, tmp_path):
+    metrics = read_metrics(pushed)
+    for entry in metrics["results"]:
+        entry["executed"]["mean"] = 3.3
+    write_metrics(pushed, metrics)
+    rewrite(pushed, "mean_over: 1", "mean_over: 64")
+    push(pushed, to=str(tmp_path / "again"))
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "aims at round(0.75" in card
+    assert "exactly" not in card
 
 
 def test_a_licence_and_the_embedded_backbone_are_named(original, tmp_path):
