@@ -1,7 +1,6 @@
 """The adapter: what it adds, where it is left out, and how it is saved, read, merged and taken off."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -234,20 +233,22 @@ def test_it_is_read_back_bit_for_bit_and_frozen_and_by_peft(saved):
     torch.testing.assert_close(model(IDS).logits, full, **CLOSE)
 
 
-def refused(folder, named: str) -> None:
+def refused(folder) -> str:
+    """The sentence with which a folder is refused, which it must be; the backbone stays as it was."""
     backbone = tiny_backbone("llama")
-    with pytest.raises(RunError, match=named):
+    with pytest.raises(RunError) as caught:
         Adapter.load(backbone, folder)
     assert is_stock(backbone.model)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_or_cut_file_is_named(saved, name):
     path = saved[1] / name
     path.write_bytes(path.read_bytes()[:20])
-    refused(saved[1], name)
+    assert name in refused(saved[1])
     path.unlink()
-    refused(saved[1], name)
+    assert name in refused(saved[1])
 
 
 def test_an_adapter_of_another_backbone_or_without_a_factor_is_refused(saved):
@@ -256,7 +257,7 @@ def test_an_adapter_of_another_backbone_or_without_a_factor_is_refused(saved):
     tensors = load_tensors(saved[1] / WEIGHTS)
     gone = sorted(tensors)[3]
     save_tensors(saved[1] / WEIGHTS, {name: value for name, value in tensors.items() if name != gone})
-    refused(saved[1], re.escape(gone))
+    assert gone in refused(saved[1])
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_an_adapter_of_another_backbone_or_without_a_factor_is_refused(saved):
 def test_a_configuration_of_other_modules_is_refused(saved, change, named):
     path = saved[1] / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(saved[1], named)
+    assert named in refused(saved[1])
 
 
 # Targets

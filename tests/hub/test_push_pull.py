@@ -217,10 +217,12 @@ def forge(folder: Path, **facts) -> None:
     (folder / "run.json").write_text(json.dumps(held | facts))
 
 
-def refuse(folder: Path, tmp_path: Path, named: str) -> None:
-    with pytest.raises(RunError, match=named):
+def refusal(folder: Path, tmp_path: Path) -> str:
+    """The sentence with which a folder is refused, which it must be; nothing is written."""
+    with pytest.raises(RunError) as caught:
         pull(str(folder), out=tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+    return str(caught.value)
 
 
 def test_other_files_stay_behind(pushed, tmp_path):
@@ -239,13 +241,13 @@ def test_links_are_refused(pushed, tmp_path, name):
     (pushed / name).parent.mkdir(exist_ok=True)
     (pushed / name).unlink(missing_ok=True)
     (pushed / name).symlink_to(file.parent if name == "adapter" else file)
-    refuse(pushed, tmp_path, name)
+    assert name in refusal(pushed, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "other.json"])
 def test_names_that_lead_outside_are_refused(pushed, tmp_path, name):
     forge(pushed, checksums={name: "0"})
-    refuse(pushed, tmp_path, r"run\.json" if "/" in name else r"other\.json")
+    assert ("run.json" if "/" in name else "other.json") in refusal(pushed, tmp_path)
 
 
 @pytest.mark.parametrize("sums", [True, False])
@@ -255,13 +257,13 @@ def test_damage_is_found_with_and_without_checksums(pushed, tmp_path, name, sums
         forge(pushed, checksums={})
     (pushed / name).parent.mkdir(exist_ok=True)
     (pushed / name).write_bytes(b"[1")
-    refuse(pushed, tmp_path, name)
+    assert name in refusal(pushed, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "router.safetensors"])
 def test_a_missing_file_is_named(pushed, tmp_path, name):
     (pushed / name).unlink()
-    refuse(pushed, tmp_path, name)
+    assert name in refusal(pushed, tmp_path)
 
 
 def test_a_run_that_lacks_a_file_is_not_pushed(finished, tmp_path):
@@ -292,7 +294,7 @@ def test_a_run_that_is_replaced_meanwhile_is_not_pushed(finished, tmp_path, monk
 
 def test_code_of_a_repository_has_to_be_allowed(pushed, tmp_path):
     rewrite(pushed, "trust_remote_code: false", "trust_remote_code: true")
-    refuse(pushed, tmp_path, "--trust-remote-code")
+    assert "--trust-remote-code" in refusal(pushed, tmp_path)
     pull(str(pushed), out=tmp_path / "pulled", trust_remote_code=True)
     assert read_run(tmp_path / "pulled").recipe.backbone.trust_remote_code
 
