@@ -19,9 +19,8 @@ PAGES = {
         "comparison-evopress-2 comparison-sleb comparison-pudding comparison-token-table "
         "comparison-token-table-1 comparison-token-table-2 comparison-dr-llm comparison-dr-llm-1 comparison-dr-llm-2 "
         "comparison-skipgpt comparison-skipgpt-1 comparison-skipgpt-2 comparison-first comparison-first-1 "
-        "comparison-first-2 comparison-flexidepth "
-        "comparison-flexidepth-1 comparison-flexidepth-2 comparison-mindskip comparison-mindskip-1 "
-        "comparison-mindskip-2 comparison-mean comparison-fixed comparison-reverse-order",
+        "comparison-first-2 comparison-flexidepth comparison-flexidepth-1 comparison-flexidepth-2 comparison-mindskip "
+        "comparison-mindskip-1 comparison-mindskip-2 comparison-mean comparison-fixed comparison-reverse-order",
     ),
     "results-bridges-healed": (
         "bridges/healed",
