@@ -32,8 +32,8 @@ PAGES = {
     "results-tasks": ("tasks", "comparison-buddy comparison comparison-2"),
     "results-gemma": (
         "gemma3-270m",
-        "comparison-buddy comparison-buddy-1 comparison-prior comparison-token-table comparison-sleb "
-        "comparison-evopress comparison-pudding comparison",
+        "comparison-buddy comparison-buddy-1 comparison-buddy-2 comparison-prior comparison-token-table "
+        "comparison-sleb comparison-evopress comparison-pudding comparison",
     ),
 }
 
