@@ -11,7 +11,8 @@ PAGES = {
         "comparison-flexidepth comparison-flexidepth-1-2 comparison-mindskip comparison-mindskip-1 "
         "comparison-mindskip-2 comparison-token-table-1 comparison-token-table-2 comparison-dr-llm-1 "
         "comparison-dr-llm-2 mean/comparison-buddy mean/comparison-mindskip mean/comparison-token-table "
-        "mean/comparison comparison-fixed",
+        "mean/comparison comparison-fixed comparison-evopress-1 comparison-evopress-2 comparison-random-1 "
+        "comparison-random-2",
     ),
     "results-without-bridges": (
         "without-bridges",
