@@ -12,7 +12,7 @@ PAGES = {
         "comparison-mindskip-2 comparison-token-table-1 comparison-token-table-2 comparison-dr-llm-1 "
         "comparison-dr-llm-2 mean/comparison-buddy mean/comparison-mindskip mean/comparison-token-table "
         "mean/comparison comparison-fixed comparison-evopress-1 comparison-evopress-2 comparison-random-1 "
-        "comparison-random-2",
+        "comparison-random-2 comparison-pudding-1 comparison-pudding-2",
     ),
     "results-without-bridges": (
         "without-bridges",
