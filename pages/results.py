@@ -21,7 +21,8 @@ PAGES = {
         "comparison-token-table-1 comparison-token-table-2 comparison-dr-llm comparison-dr-llm-1 comparison-dr-llm-2 "
         "comparison-skipgpt comparison-skipgpt-1 comparison-skipgpt-2 comparison-first comparison-first-1 "
         "comparison-first-2 comparison-flexidepth comparison-flexidepth-1 comparison-flexidepth-2 comparison-mindskip "
-        "comparison-mindskip-1 comparison-mindskip-2 comparison-mean comparison-fixed comparison-reverse-order",
+        "comparison-mindskip-1 comparison-mindskip-2 comparison-mean comparison-fixed comparison-reverse-order "
+        "comparison-random-1 comparison-random-2 comparison-pudding-1 comparison-pudding-2",
     ),
     "results-bridges-healed": (
         "bridges/healed",
