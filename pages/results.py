@@ -29,7 +29,7 @@ PAGES = {
         "comparison-buddy comparison-mean comparison comparison-skipgpt comparison-first comparison-flexidepth "
         "comparison-mindskip comparison-token-table comparison-prior comparison-evopress comparison-sleb "
         "comparison-shortgpt comparison-fixed comparison-2 comparison-dr-llm comparison-random-1 "
-        "comparison-random-2",
+        "comparison-random-2 comparison-buddy-2 comparison-token-table-2 comparison-pudding-1 comparison-evopress-1",
     ),
     "results-healed": ("healed", "comparison-buddy comparison comparison-2 comparison-3 comparison-4"),
     "results-tasks": ("tasks", "comparison-buddy comparison comparison-2"),
